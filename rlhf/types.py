@@ -1,0 +1,158 @@
+"""The nouns that stages exchange: frozen batches in flat (ragged) token columns, and the scalars beside them.
+
+Layout: B sequences of unequal length stand one after the other in columns of N = sum(lengths) tokens, no padding.
+Every column is aligned to the token it speaks of: `logprobs[t]` is the log-probability of token t given the tokens
+before it in its sequence, `values[t]` the value of the state in which token t was chosen. Token 0 of a sequence
+has neither: it stands there as 0 and is never in `response_mask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+Role = Literal["policy", "reference", "reward", "critic", "rollout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ragged:
+    """B sequences in flat columns: every other field of a subclass has one entry a token.
+
+    Example: sequences 4 and 7 of 2 and 3 tokens:
+        sequence_ids = [4, 7]   lengths = [2, 3]   token_ids = [a0 a1 b0 b1 b2]
+    """
+
+    sequence_ids: Int[Tensor, " B"]  # the sequence's place in its step: unique within a batch
+    lengths: Int[Tensor, " B"]  # tokens of each sequence
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        for name in self.columns():
+            column = getattr(self, name)
+            if column.shape != (total,):
+                raise ValueError(f"{type(self).__name__}.{name} has shape {tuple(column.shape)}, lengths sum to {total}")
+        if self.sequence_ids.shape != self.lengths.shape:
+            raise ValueError(f"{len(self.sequence_ids)} sequence ids for {len(self.lengths)} lengths")
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Names of the per-token fields."""
+        return tuple(f.name for f in fields(cls) if f.name not in ("sequence_ids", "lengths"))
+
+    @classmethod
+    def gather(cls, parts: Sequence[Self], sequence_ids: Sequence[int]) -> Self:
+        """The named sequences, in that order, out of several batches. KeyError names what is missing."""
+        where: dict[int, tuple[int, int, int]] = {}
+        for index, part in enumerate(parts):
+            start = 0
+            for sequence_id, length in zip(part.sequence_ids.tolist(), part.lengths.tolist(), strict=True):
+                where[sequence_id] = (index, start, length)
+                start += length
+        missing = [i for i in sequence_ids if i not in where]
+        if missing:
+            raise KeyError(f"{cls.__name__}: sequences {missing[:8]} are in none of the {len(parts)} parts")
+        places = [where[i] for i in sequence_ids]
+        taken = {
+            name: torch.cat([getattr(parts[part], name)[start : start + length] for part, start, length in places])
+            for name in cls.columns()
+        }
+        return cls(
+            sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+            lengths=torch.tensor([length for _, _, length in places], dtype=torch.int64),
+            **taken,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts(Ragged):
+    """Sampled responses with their prompts: made by the rollout engine, read by every trainer, never re-tokenised."""
+
+    token_ids: Int[Tensor, " N"]  # prompt, then response
+    response_mask: Bool[Tensor, " N"]  # True where the policy sampled the token
+    rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling (temperature applied); 0 outside the mask
+    versions: Int[Tensor, " N"]  # weight version that sampled the token; -1 outside the mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples(Ragged):
+    """Supervised sequences: loss where `loss_mask` is True."""
+
+    token_ids: Int[Tensor, " N"]
+    loss_mask: Bool[Tensor, " N"]  # True where the token is to be learnt; never on token 0 of a sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenValues(Ragged):
+    """One number a token: reference logprobs, critic values or returns, as a worker hands them on."""
+
+    values: Float[Tensor, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How responses are drawn. temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None  # None: all tokens
+    stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, tokenised once, with the columns of its data row that rewards read."""
+
+    prompt_id: int  # row in the data
+    token_ids: tuple[int, ...]
+    text: str  # as the tokenizer was given it
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """One prompt to be answered len(seeds) times. The unit of rollout, scoring and group advantages."""
+
+    group_id: int  # place in the run's prompt stream; unique in a run
+    prompt: Prompt
+    seeds: tuple[int, ...]  # one a sample: from (run, epoch, prompt id, sample index), whatever the scheduling
+    first_sequence_id: int  # its samples are sequences first_sequence_id, +1, ... of their step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutInfo:
+    """Scalars of one response: what the controller sees in place of tokens."""
+
+    sequence_id: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    finish_reason: FinishReason
+    min_version: int  # oldest and newest weights that sampled a token of it
+    max_version: int
+    mean_logprob: float  # of its sampled tokens, by the sampler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScores:
+    """Rewards of one group, or why it has none. Built by the reward role."""
+
+    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors
+    by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardError:
+    """One reward call that raised, hung or returned no finite number."""
+
+    reward: str
+    kind: Literal["raised", "timeout", "not_a_number", "died"]
+    message: str
+    prompt_id: int
+    sample: int
