@@ -1,0 +1,1 @@
+"""One file per algorithm. The table below is the only list of them."""

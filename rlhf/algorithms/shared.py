@@ -1,0 +1,61 @@
+"""Knobs that several algorithms share, and the clipped policy loss that PPO and GRPO share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+
+
+class AdaptiveKL(Section):
+    """Moves kl.coef after every step so that the measured KL approaches a target (arXiv:1909.08593, section 2.2)."""
+
+    target: float = Field(gt=0.0)
+    """KL to the reference to hold, in nats a response."""
+    horizon: int = Field(default=10_000, ge=1)
+    """Responses over which the coefficient adapts."""
+
+
+class KLConfig(Section):
+    """Penalty on the divergence from the reference model. With coef 0 no reference model is started."""
+
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the penalty (its initial value if adaptive)."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
+    place: Literal["reward", "loss"] = "loss"
+    """reward: subtracted from the rewards; loss: added to the loss."""
+    adaptive: AdaptiveKL | None = None
+    """null: the coefficient is fixed."""
+
+
+class CorrectionConfig(Section):
+    """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
+
+    level: Literal["token", "sequence"] = "token"
+    """Whether the ratio is taken for each token or for the whole response."""
+    max_ratio: float = Field(default=2.0, gt=1.0)
+    """Upper bound on exp(old_logprobs - rollout_logprobs)."""
+
+
+class OnlineConfig(Section):
+    """What every algorithm on rollouts has."""
+
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0.0)
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
+    kl: KLConfig = KLConfig()
+    """Penalty towards the reference model."""
+    entropy_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the entropy bonus."""
+    aggregation: Aggregation = "token_mean"
+    """How per-token losses are weighted over the whole optimizer step."""
+    correction: CorrectionConfig | None = None
+    """Weights against the mismatch of rollout engine and trainer; null: none."""

@@ -1,0 +1,1 @@
+"""The whole typed schema: one tree, checked before anything starts."""

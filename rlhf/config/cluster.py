@@ -1,0 +1,99 @@
+"""Where a run runs: the one section that differs between a laptop and a cluster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+
+class TrainedRole(Section):
+    """Workers of the policy or the critic: one gang of data-parallel ranks."""
+
+    workers: int = Field(default=1, ge=1)
+    """Ranks."""
+    cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs that Ray reserves for each."""
+    threads: int | Literal["auto"] = "auto"
+    """Compute threads of each; auto: the node's cores shared out among the ranks of this role on it."""
+    colocate_with: Literal["policy"] | None = None
+    """Use that role's bundles and take turns with it."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
+    offload: tuple[Literal["optimizer", "parameters"], ...] = ()
+    """What DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share one long sequence (DeepSpeed Ulysses); GPU only."""
+
+
+class ForwardRole(Section):
+    """Workers of the reference or the reward role: each holds the whole model; groups are dealt out among them."""
+
+    workers: int = Field(default=1, ge=1)
+    """Processes."""
+    cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs that Ray reserves for each."""
+    threads: int | Literal["auto"] = "auto"
+    """Compute threads of each; auto: the node's cores shared out among the workers of this role on it."""
+    colocate_with: Literal["policy", "rollout"] | None = None
+    """Use that role's bundles and take turns with it."""
+
+
+class RolloutRole(Section):
+    """vLLM engines."""
+
+    engines: int = Field(default=1, ge=1)
+    """Engines; prompts are dealt out among them."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs of one engine."""
+    cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs that Ray reserves for each engine."""
+    threads: int | Literal["auto"] = "auto"
+    """Compute threads of each engine on a CPU; auto: the node's cores shared out among the engines on it."""
+    colocate_with: Literal["policy"] | None = None
+    """Use the policy's GPUs and take turns with it by sleep and wake."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """KV cache of each engine on a CPU, whole GiB."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, lt=1.0)
+    """Share of a GPU's memory that an engine may use."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Sequences decoded at once by one engine."""
+    enforce_eager: bool = False
+    """GPU: no CUDA graphs. On a CPU engines are always eager."""
+
+
+class Roles(Section):
+    """Resources of each role. A role that the run does not need must not be named."""
+
+    policy: TrainedRole = TrainedRole()
+    """Ranks of the policy."""
+    critic: TrainedRole = TrainedRole(colocate_with="policy")
+    """Ranks of the critic."""
+    reference: ForwardRole = ForwardRole(colocate_with="policy")
+    """Workers of the reference model."""
+    reward: ForwardRole = ForwardRole(colocate_with="rollout")
+    """Workers that score responses."""
+    rollout: RolloutRole = RolloutRole()
+    """Rollout engines."""
+
+
+class ClusterConfig(Section):
+    """The Ray cluster and the deadlines."""
+
+    address: str | None = None
+    """null: a local Ray started for this run; `auto`: the cluster this command runs in; else its address."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models live. cuda gives every trained and forward worker one GPU and every engine tensor_parallel GPUs."""
+    weight_sync: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
+    """How weights reach the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc where policy and engine share
+    GPUs, else nccl."""
+    object_store_gib: float = Field(default=1.0, gt=0.05)
+    """Shared memory of a local Ray."""
+    start_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Limit on placing and starting all workers."""
+    call_timeout_s: float = Field(default=1800.0, gt=0.0)
+    """Limit on one call of a worker: the longest that a hang can last."""
+    roles: Roles = Roles()
+    """Resources of each role."""

@@ -1,0 +1,47 @@
+"""Where prompts and examples come from and how their text becomes tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, JsonValue
+
+from rlhf.algorithms.section import Section
+
+
+class TaskConfig(Section):
+    """Rows made on the spot by a task with a verifier."""
+
+    task: str = Field(min_length=1)
+    """`running_totals`, or `reasoning_gym/NAME`, or several joined by commas."""
+    split: Literal["sft", "train", "eval"] = "train"
+    """Splits of one task never share a row."""
+    size: int = Field(ge=1)
+    """Rows to make."""
+    seed: int = 0
+    """The same seed makes the same rows."""
+    args: dict[str, JsonValue] = {}
+    """Passed to the task."""
+
+
+DataSource = str | TaskConfig
+
+
+class DataConfig(Section):
+    """Datasets of one run. A string is a JSONL, JSON, CSV or Parquet file, a saved dataset folder, or a Hugging Face
+    name with an optional `:split`."""
+
+    train: DataSource
+    """What is trained on."""
+    eval: DataSource | dict[str, DataSource] | None = None
+    """Held-out sets by name; a single one is called `heldout`."""
+    shuffle: bool = True
+    """A new order every epoch, from run.seed alone."""
+    columns: dict[str, str] = {}
+    """Our column name: the dataset's name for it."""
+    system_prompt: str | None = None
+    """Put before every prompt by the chat template."""
+    apply_chat_template: bool = True
+    """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """A longer prompt is an error at load time."""

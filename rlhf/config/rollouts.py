@@ -1,0 +1,64 @@
+"""How many responses are sampled, how, and what scores them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from rlhf.algorithms.section import Section
+
+
+class RolloutsConfig(Section):
+    """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
+
+    prompts_per_step: int = Field(default=64, ge=1)
+    """Prompts answered between two weight syncs."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Responses to each prompt: one group."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """A response that reaches it is cut and counted as truncated."""
+    temperature: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Sampling temperature; the trainer's log-probabilities are taken at the same one."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; 1.0 keeps all tokens."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample among the k likeliest tokens; null keeps all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; they stay in it."""
+    max_staleness: Literal[0] = 0
+    """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
+
+
+class RewardConfig(Section):
+    """One reward: exactly one of function and role."""
+
+    function: str | None = None
+    """A built-in by name, or `path/file.py:name`."""
+    role: Literal["reward"] | None = None
+    """The reward model of the `reward` section."""
+    weight: float = 1.0
+    """Its factor in the response's score."""
+    args: dict[str, JsonValue] = {}
+    """Keyword arguments of the function, or of the class's constructor."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.function is None) == (self.role is None):
+            raise ValueError("give exactly one of `function` and `role`")
+        if self.role is not None and self.args:
+            raise ValueError("`args` has no effect with `role`")
+        return self
+
+
+class RewardPolicy(Section):
+    """What happens when a reward raises, hangs or returns no finite number."""
+
+    on_error: Literal["fail", "drop"] = "fail"
+    """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
+    timeout_s: float = Field(default=10.0, gt=0.0)
+    """Limit of one call."""
+    max_dropped_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
+    """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that run reward functions, for each reward worker."""

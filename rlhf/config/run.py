@@ -1,0 +1,32 @@
+"""Name, folder, seed and trackers of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+
+class RunConfig(Section):
+    """Everything of a run lies in <dir>/<name>/."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder name of the run, and its name in W&B."""
+    dir: Path = Path("runs")
+    """Folder of runs."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds data order, sampling, initialisation and dropout."""
+
+
+class TrackingConfig(Section):
+    """Who else is told. metrics.jsonl, samples and timeline are always written."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """W&B: `online` needs WANDB_API_KEY or a login."""
+    wandb_project: str = "rlhf"
+    """W&B project."""
+    samples_per_step: int = Field(default=16, ge=0)
+    """Responses written to samples/ each step; every evaluation response is written."""

@@ -1,0 +1,70 @@
+"""Optimisation, checkpoints and evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.algorithms.section import Section
+
+
+class TrainConfig(Section):
+    """The optimizer and the batch. `steps` counts controller steps: for RL a step is one batch of rollouts."""
+
+    steps: int = Field(ge=1)
+    """Steps of the whole run, resumed or not."""
+    lr: float = Field(gt=0.0)
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up, over all optimizer steps of the run."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the rate rises linearly from 0."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Last learning rate as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of a step's gradient."""
+    sequences_per_update: int = Field(ge=1)
+    """Sequences of one optimizer step, over all ranks."""
+    epochs_per_batch: int = Field(default=1, ge=1)
+    """Passes over each batch of rollouts."""
+    max_tokens_per_microbatch: int = Field(default=8192, ge=2)
+    """Hard bound on the tokens of one forward and backward pass. One longer sequence is an error at load time."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; the best one is kept beside them."""
+    best_metric: str | None = None
+    """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
+    first evaluation set's score (loss for supervised runs)."""
+
+    @model_validator(mode="after")
+    def _ratio_needs_decay(self) -> Self:
+        if self.lr_schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio has no effect with lr_schedule: constant")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation on data.eval: greedy responses scored by the same rewards, or loss for supervised runs."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between evaluations; the last step always has one."""
+    at_start: bool = True
+    """Evaluate before training too, as step 0."""
+    temperature: float = Field(default=0.0, ge=0.0)
+    """0 is greedy."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each held-out prompt."""
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> Self:
+        if self.temperature == 0.0 and self.samples_per_prompt > 1:
+            raise ValueError("samples_per_prompt > 1 has no effect with temperature 0: greedy samples are all equal")
+        return self
