@@ -1,0 +1,201 @@
+"""Protocols of the roles, as the controller sees them.
+
+A `Ref` is a value that stays where it was made (an object reference under Ray, the object itself in one process):
+the controller hands it on and never opens it. Everything else that crosses here is scalars and ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rlhf.types import (
+    BatchPlan,
+    Examples,
+    GroupRequest,
+    GroupScores,
+    MinibatchPlan,
+    PrepareReport,
+    RolloutInfo,
+    Rollouts,
+    Sampling,
+    TokenValues,
+    UpdateReport,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Ref(Protocol[T_co]):
+    """A value in another process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletedGroup:
+    """All responses to one request. `rollouts` holds their tokens."""
+
+    request: GroupRequest
+    rollouts: Ref[Rollouts]
+    infos: tuple[RolloutInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A completed group with its scores: what training takes."""
+
+    group: CompletedGroup
+    scores: GroupScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSelection:
+    """Responses of one group to be written to the samples file, with what training made of them."""
+
+    group: ScoredGroup
+    samples: tuple[int, ...]  # which of the group's responses
+    advantages: tuple[float | None, ...]  # of those; None: an evaluation
+
+
+class WeightManifest(Protocol):
+    """Names one published set of weights; its other fields belong to the transport."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """Peak memory of a role's largest process, GiB."""
+
+    rss_gib: float
+    gpu_gib: float | None  # None: it has no GPU
+
+
+class RolloutRole(Protocol):
+    """The engines. They refuse to generate until they have been given weights."""
+
+    def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        """Answer all requests; groups come as they are completed."""
+        ...
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Load a published set of weights; RunError if version or checksum is not the manifest's afterwards."""
+        ...
+
+    async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """Each engine's log-probabilities of token_ids[1:]."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the GPU to the trainers (nothing to do on a CPU)."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the GPU back."""
+        ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class RewardRole(Protocol):
+    """Scores responses and, having their text, writes the samples files."""
+
+    async def score(self, group: CompletedGroup) -> GroupScores: ...
+
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None: ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class ReferenceRole(Protocol):
+    """The frozen model."""
+
+    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+        """One column for each given batch, in order."""
+        ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class TrainedRole(Protocol):
+    """What the policy and the critic share."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    async def update(self, minibatch: int) -> UpdateReport:
+        """One optimizer step on the prepared batch's minibatch."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Everything that an exact continuation needs."""
+        ...
+
+    async def load(self, folder: Path) -> None: ...
+
+    async def export(self, folder: Path) -> None:
+        """A Hugging Face folder, or an adapter folder."""
+        ...
+
+    async def offload(self) -> None:
+        """Give the GPU to the engines (nothing to do on a CPU)."""
+        ...
+
+    async def reload(self) -> None: ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class PolicyRole(TrainedRole, Protocol):
+    """The trained language model."""
+
+    async def prepare(
+        self,
+        plan: BatchPlan,
+        rollouts: Sequence[Ref[Rollouts]],
+        ref_logprobs: Sequence[Ref[TokenValues]],
+        values: Sequence[Ref[TokenValues]],
+    ) -> tuple[PrepareReport, list[Ref[TokenValues]]]:
+        """Take a batch in: old log-probabilities, advantages and, given values, the returns for the critic."""
+        ...
+
+    async def publish(self, version: int) -> WeightManifest:
+        """Stage the current weights for the engines."""
+        ...
+
+    async def send(self, manifest: WeightManifest) -> None:
+        """Send them where the transport needs it, while the engines receive."""
+        ...
+
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1."""
+        ...
+
+
+class CriticRole(TrainedRole, Protocol):
+    """The value model."""
+
+    async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+        """Values of the batch's tokens, one column a rank."""
+        ...
+
+    async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None: ...
+
+
+class SupervisedRole(TrainedRole, Protocol):
+    """A model trained on fixed examples."""
+
+    async def load_examples(self, examples: Sequence[Ref[Examples]]) -> None:
+        """Train set first, then the evaluation sets; sequence ids are rows."""
+        ...
+
+    async def update_on(self, plan: MinibatchPlan) -> UpdateReport: ...
+
+    async def evaluate(self, dataset: int, plan: MinibatchPlan) -> UpdateReport:
+        """Loss and accuracy on the named rows of a data set, without an update."""
+        ...
