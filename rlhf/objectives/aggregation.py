@@ -1,0 +1,52 @@
+"""How a step's token terms become one loss: the weight of each token.
+
+The loss of a micro-batch is `(per_token * weights).sum()`; the sum over all micro-batches and ranks is the loss of
+the step. Counts are of the **whole optimizer step**, never of what is at hand, so that micro-batch size, packing and
+the number of ranks cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.objectives.masking import sequence_counts, to_tokens
+
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+
+
+def token_weights(
+    response_mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mode: Aggregation,
+    num_tokens: float,
+    num_sequences: float,
+    max_new_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, " N"]:
+    """Weight of each token in the loss of the step; zero outside response_mask.
+
+    With n_i the sampled tokens of sequence i, and the counts of the whole step:
+        token_mean                 1 / num_tokens                       DAPO (arXiv:2503.14476, eq. 8)
+        sequence_mean_token_mean   1 / (n_i * num_sequences)            GRPO (arXiv:2402.03300, eq. 3)
+        sequence_mean_token_sum    1 / num_sequences                    the plain policy gradient
+        token_sum_norm             1 / (num_sequences * max_new_tokens) Dr. GRPO (arXiv:2503.20783)
+
+    num_sequences counts the sequences that are trained on; a sequence without a sampled token adds nothing, and
+    whether it is counted is the caller's choice.
+    """
+    if mode == "sequence_mean_token_mean":
+        counts = sequence_counts(response_mask, lengths).clamp(min=1)
+        per_sequence = 1.0 / (counts.to(dtype) * num_sequences)
+        return torch.where(response_mask, to_tokens(per_sequence, lengths, num_tokens=len(response_mask)), 0.0)
+    if mode == "token_mean":
+        weight = 1.0 / num_tokens
+    elif mode == "sequence_mean_token_sum":
+        weight = 1.0 / num_sequences
+    else:
+        weight = 1.0 / (num_sequences * max_new_tokens)
+    return response_mask.to(dtype) * weight

@@ -1,0 +1,48 @@
+"""Estimates of KL(policy || reference) from sampled tokens, and the coefficient that weighs them.
+
+Used in the reward (detached, on the experience) or in the loss (with a gradient). They estimate; they never mask,
+average or weigh, so that the same function serves both places. Where masked entries may be infinite, replace them in
+the arguments, not in the result: the gradient of a discarded inf is still nan.
+
+All three are per token, for tokens drawn from the policy (Schulman, "Approximating KL Divergence", 2020):
+with d = logprobs - ref_logprobs,
+
+| name | value        | bias       | d/dlogprobs   | mean gradient over policy samples          |
+|------|--------------|------------|---------------|--------------------------------------------|
+| k1   | d            | none       | 1             | 0: useless in a loss, right in a reward    |
+| k2   | d^2 / 2      | small      | d             | that of KL(policy || reference)            |
+| k3   | e^-d - 1 + d | none       | 1 - e^-d      | that of KL(reference || policy)            |
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def kl_k1(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """The log-ratio: unbiased, of either sign. Its gradient, 1 a token, has mean zero: for the reward only."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Half the squared log-ratio: biased, never negative. Its gradient is, on policy, that of the exact KL."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """exp(-d) - 1 + d for the log-ratio d: unbiased, never negative (GRPO's, arXiv:2402.03300, eq. 4).
+
+    Its gradient 1 - exp(-d) is, on policy, that of the KL taken the other way round.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:
+    """The next coefficient, moved so that the KL per sequence approaches `target` (arXiv:1909.08593, section 2.2).
+
+    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * num_sequences / horizon)

@@ -1,0 +1,49 @@
+"""The critic's loss: squared error to the returns, with PPO's trust region around the values at sampling time.
+
+One term per token, zero where `mask` is False; aggregation.py weighs and the caller sums them.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def value_loss(
+    values: Float[Tensor, "*N"], returns: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
+) -> Float[Tensor, "*N"]:
+    """Half the squared error."""
+    return 0.5 * torch.where(mask, values - returns, 0.0).square()
+
+
+def clipped_value_loss(
+    values: Float[Tensor, "*N"],
+    old_values: Float[Tensor, "*N"],
+    returns: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip: float,
+) -> Float[Tensor, "*N"]:
+    """Half the larger of the squared errors of the value and of the value held within `clip` of the old one.
+
+    The form of the original PPO code (openai/baselines, ppo2), not in the paper: a value that has moved further than
+    `clip` towards its return gets no gradient.
+    """
+    errors = torch.where(mask, values - returns, 0.0)
+    held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    held_errors = torch.where(mask, held - returns, 0.0)
+    return 0.5 * torch.maximum(errors.square(), held_errors.square())
+
+
+def clipped_values(
+    values: Float[Tensor, "*N"],
+    old_values: Float[Tensor, "*N"],
+    returns: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip: float,
+) -> Bool[Tensor, "*N"]:
+    """Where the held value's error is the larger one, so that the clip is felt. For the value clip fraction."""
+    held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    return mask & ((held - returns).square() > (values - returns).square())
