@@ -1,0 +1,276 @@
+"""Log-probabilities of chosen tokens and the entropy of the distribution they were chosen from.
+
+Every loss, KL and importance ratio starts here. From hidden states the vocabulary head is applied to a few hundred
+tokens at a time and its logits are computed again in the backward pass, so no [tokens, vocabulary] matrix ever exists.
+Reductions happen in float32 (float64 for float64 input). Nothing here knows sequences, masks or shifts by one: row n of
+`hidden` is the state in which `targets[n]` was chosen.
+
+The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature), with
+softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
+_CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """From the product hidden @ weight.T + bias to the logits of the distribution."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: greedy choice has no logprobs")
+        if self.softcap is not None and self.softcap <= 0.0:
+            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Fresh logits that the caller may overwrite."""
+        logits = _widened(F.linear(hidden, weight, bias))
+        if self.softcap is None:
+            scale = self.logit_scale / self.temperature
+            return logits if scale == 1.0 else logits.mul_(scale)
+        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def product_gradient_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Chain rule from the logits back to the product, in place."""
+        if self.softcap is not None:
+            tanh = logits.mul_(self.temperature / self.softcap)
+            gradient.mul_(tanh.square_().neg_().add_(1.0))
+        scale = self.logit_scale / self.temperature
+        return gradient if scale == 1.0 else gradient.mul_(scale)
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Saves one log-normaliser a row; the backward pass recomputes the logits chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        chunk_size: int,
+        with_entropy: bool,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, normaliser = (_widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
+        for rows in _chunks(len(targets), chunk_size):
+            logits = head.logits(hidden[rows], weight, bias)
+            chosen = logits.gather(-1, targets[rows, None])[:, 0]
+            normaliser[rows] = logits.logsumexp(-1)
+            logprobs[rows] = chosen - normaliser[rows]
+            if with_entropy:
+                log_p = logits.sub_(normaliser[rows, None])
+                entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
+        ctx.head, ctx.chunk_size = head, chunk_size
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+        hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
+        head: _Head = ctx.head
+        gradients = _ProductGradients(hidden, weight, bias, needed=ctx.needs_input_grad[:3])
+        for block in _chunks(len(targets), ctx.chunk_size * _CHUNKS_PER_PRODUCT):
+            block_grad = hidden.new_empty(block.stop - block.start, len(weight))
+            for rows in _chunks(block.stop, ctx.chunk_size, start=block.start):
+                logits = head.logits(hidden[rows], weight, bias)
+                p = (logits - normaliser[rows, None]).exp_()
+                slope = torch.zeros_like(p[:, :1])  # grad = -p * slope, and one more entry at the target
+                if entropy_grad is not None:  # d entropy / d logit_j = -p_j (log p_j + entropy)
+                    slope = (logits + (entropy - normaliser)[rows, None]).mul_(entropy_grad[rows, None])
+                if logprobs_grad is not None:  # d logprob / d logit_j = 1[j = target] - p_j
+                    slope += logprobs_grad[rows, None]
+                grad = p.mul_(slope.neg_())
+                if logprobs_grad is not None:
+                    grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(grad, logits)
+            gradients.add(block, block_grad)
+        return *gradients.totals(), None, None, None, None, None
+
+
+class _WeightedLogprobSum(torch.autograd.Function):
+    """sum(weights * logprobs) with its gradient made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        token_weights: Tensor,
+        head: _Head,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = _widened(hidden.new_empty(0)).new_empty(len(targets))
+        needed = ctx.needs_input_grad[:3]
+        gradients = _ProductGradients(hidden, weight, bias, needed=needed)
+        for block in _chunks(len(targets), chunk_size * _CHUNKS_PER_PRODUCT):
+            block_grad = hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
+            for rows in _chunks(block.stop, chunk_size, start=block.start):
+                logits = head.logits(hidden[rows], weight, bias)
+                log_p = logits.log_softmax(-1)
+                logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
+                if block_grad is not None:
+                    outer = token_weights[rows, None].to(log_p.dtype)
+                    grad = log_p.exp_().mul_(-outer).scatter_add_(-1, targets[rows, None], outer)
+                    block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
+                        grad, logits
+                    )
+            if block_grad is not None:
+                gradients.add(block, block_grad)
+        ctx.save_for_backward(*gradients.totals())
+        ctx.mark_non_differentiable(logprobs)
+        return torch.dot(logprobs, token_weights.to(logprobs.dtype)), logprobs
+
+    @staticmethod
+    def backward(
+        ctx: Any, outer: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, weight, bias, None, None, None, None
+
+
+class _ProductGradients:
+    """Gradients of hidden, weight and bias of a linear product, collected over blocks of rows."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, needed: tuple[bool, bool, bool]) -> None:
+        self._inputs, self._needed = (hidden, weight), needed
+        self._hidden = torch.zeros_like(hidden) if needed[0] else None
+        self._weight: Tensor | None = None
+        self._bias = None if bias is None or not needed[2] else _widened(torch.zeros_like(bias))
+        self._bias_dtype = None if bias is None else bias.dtype
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        hidden, weight = self._inputs
+        if self._hidden is not None:
+            torch.mm(gradient, weight, out=self._hidden[rows])
+        if self._needed[1]:
+            product = gradient.t() @ hidden[rows]
+            if self._weight is None:
+                self._weight = product
+            else:  # several blocks: sum in float32, or the rounding of each block adds up
+                self._weight = _widened(self._weight).add_(product)
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=self._bias.dtype)
+
+    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        weight = self._inputs[1]
+        if self._needed[1] and self._weight is None:
+            self._weight = torch.zeros_like(weight)
+        weight_total = None if self._weight is None else self._weight.to(weight.dtype)
+        return self._hidden, weight_total, None if self._bias is None else self._bias.to(self._bias_dtype)
+
+
+def _chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def chunked_logprobs(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy_grad: bool = False,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
+    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    results: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
+        hidden, weight, bias, targets, head, chunk_size, True, entropy_grad
+    )
+    return results
+
+
+def chunked_logprobs_only(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> Float[Tensor, " N"]:
+    """`chunked_logprobs` without the work of the entropy."""
+    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, False, False)[0]
+    return logprobs
+
+
+def weighted_logprob_sum(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    token_weights: Float[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """(sum of token_weights * logprobs, the logprobs without gradient).
+
+    For losses whose weights are known beforehand, such as the supervised one with token_weights = -1 / num_step_tokens.
+    Its head is applied once, not twice as in `chunked_logprobs`: exact all the same, and cheaper by a quarter of the
+    head's work. The price is one gradient of the head's weight kept from the forward to the backward pass.
+    """
+    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    results: tuple[Tensor, Tensor] = _WeightedLogprobSum.apply(
+        hidden, weight, bias, targets, token_weights, head, chunk_size
+    )
+    return results
+
+
+def logprobs_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """log softmax(logits)[target], for callers that have whole logits. Divide by the temperature beforehand."""
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return _widened(chosen) - _widened(logits).logsumexp(-1)
+
+
+def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """Entropy of softmax(logits), in nats. A logit of -inf is a token that cannot be drawn and adds nothing."""
+    log_p = _widened(logits).log_softmax(-1)
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
+
+
+def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """log sum_v p_v^2: the log-probability that two independent draws agree (minus the order-2 Renyi entropy)."""
+    return (2.0 * _widened(logits).log_softmax(-1)).logsumexp(-1)
+
+
+def is_top1_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
+    """Whether greedy decoding would choose the target; of equal logits it takes the first."""
+    return logits.argmax(-1) == targets
