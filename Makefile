@@ -52,7 +52,7 @@ setup: .venv/installed
 	fi
 	wheels=$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}
 	if [ -n "$$wheels" ]; then
-	  export UV_FIND_LINKS=$$wheels UV_NATIVE_TLS=1
+	  export UV_FIND_LINKS=$$wheels UV_SYSTEM_CERTS=1
 	elif [ $$engine = cpu ]; then
 	  options+=(--torch-backend cpu)
 	fi
