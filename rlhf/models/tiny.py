@@ -1,0 +1,120 @@
+"""The quickstart's model: a Llama of some 400 thousand parameters with a byte-level tokenizer, made on the spot.
+
+It stands at the very start of a run, in place of a downloaded model, and is an ordinary Hugging Face folder: what
+loads a real model loads this one. It must never depend on a network or on the global random state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.errors import UserError
+
+VOCAB_SIZE = 320
+MAX_LENGTH = 2048  # prompt and response, in tokens
+PAD, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"
+
+# One turn: role token, text, <|eos|>.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('roles are system, user and assistant, not ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] + eos_token -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+_RECIPE = "tiny_llama.json"  # what the folder was made from, so that it is never taken for another one
+
+
+def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
+    """Make the model folder, or find it made from the same seed; returns `folder`. float32 weights.
+
+    The weights depend on `seed` and `tied` alone. The folder appears whole or not at all, also when several
+    processes make it at once. UserError if `folder` exists and holds anything else.
+    """
+    recipe = json.dumps({"seed": seed, "tied": tied})
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(aside, seed=seed, tied=tied)
+            (aside / _RECIPE).write_text(recipe)
+            aside.chmod(0o755)
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process finished first
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    found = (folder / _RECIPE).read_text() if (folder / _RECIPE).is_file() else None
+    if found != recipe:
+        raise UserError(
+            f"{folder} exists and is not the tiny model {recipe}: it holds {found or 'something else'}. "
+            "Remove it or name another folder."
+        )
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes as ids 0-255, then the special tokens; the rest of the vocabulary is reserved, so every id decodes."""
+    specials = [PAD, EOS, SYSTEM, USER, ASSISTANT]
+    reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
+    backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials + reserved])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """The letter by which ByteLevel writes each byte: itself if printable, else the next free one from 256."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    free = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(free)) for byte in range(256)]
+
+
+def _write(folder: Path, *, seed: int, tied: bool) -> None:
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # vLLM's CPU attention knows no smaller one; 96 / 4 = 24 would not load
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are replaced below
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:  # the others are norm scales, which stay at 1
+                parameter.normal_(0.0, 0.02, generator=generator)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
