@@ -1,0 +1,187 @@
+"""Rows made on the spot: tasks whose answers a program can check.
+
+Beside the files of `rlhf.data.sources`, the other beginning of the data flow. The splits of a task are disjoint by
+construction: which split a question belongs to depends on the question alone, never on a seed or a size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf.errors import UserError
+
+Split = Literal["sft", "train", "eval"]
+Columns = dict[str, Any]
+
+RUNNING_TOTALS = "running_totals"
+REASONING_GYM = "reasoning_gym/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSource:
+    """Rows of `running_totals`, of `reasoning_gym/NAME`, or of several of them in turn, joined by commas."""
+
+    task: str
+    split: Split  # sft: rows with a demonstration; train, eval: prompts with an answer
+    size: int
+    seed: int = 0
+    args: Mapping[str, Any] = field(default_factory=dict)  # for several tasks: each one's args under its name
+
+    @property
+    def name(self) -> str:
+        """What stands for a file name in messages."""
+        return f"{self.task}[{self.split}]"
+
+
+def make_rows(source: TaskSource) -> list[Columns]:
+    """`size` distinct rows, the same for the same source. UserError if the task does not have so many.
+
+    Every row has `answer` and `task`. running_totals has a string `prompt`, and `completion` in split sft;
+    reasoning_gym has `messages` (in split sft up to the assistant's answer) and `entry`, which its own scorer reads.
+    """
+    names = [name.strip() for name in source.task.split(",")]
+    unknown = set(source.args) - set(names)
+    if len(names) > 1 and unknown:
+        raise UserError(
+            f"args of several tasks stand under each task's name ({', '.join(names)}); found {', '.join(unknown)}."
+        )
+    shares = [source.size // len(names) + (i < source.size % len(names)) for i in range(len(names))]
+    made = [
+        _maker(name)(
+            TaskSource(
+                task=name,
+                split=source.split,
+                size=share,
+                seed=source.seed,
+                args=source.args if len(names) == 1 else source.args.get(name, {}),
+            )
+        )
+        for name, share in zip(names, shares, strict=True)
+    ]
+    return [row for turn in itertools.zip_longest(*made) for row in turn if row is not None]
+
+
+def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
+    if name == RUNNING_TOTALS:
+        return _running_totals
+    if name.startswith(REASONING_GYM):
+        return _reasoning_gym
+    raise UserError(f"Task `{name}` is unknown; the tasks are {RUNNING_TOTALS} and {REASONING_GYM}NAME.")
+
+
+# Running totals of four digits. 6,561 questions: 2,500 for SFT, 3,000 for RL, 512 held out.
+_RUNNING_TOTALS_SPLITS: dict[Split, slice] = {
+    "sft": slice(0, 2500),
+    "train": slice(2500, 5500),
+    "eval": slice(5500, 6012),
+}
+
+
+def _running_totals(source: TaskSource) -> list[Columns]:
+    if source.args:
+        raise UserError(f"Task {RUNNING_TOTALS} takes no args; found {', '.join(source.args)}.")
+    questions = list(itertools.product(range(1, 10), repeat=4))
+    random.Random(RUNNING_TOTALS).shuffle(questions)
+    questions = questions[_RUNNING_TOTALS_SPLITS[source.split]]
+    if source.size > len(questions):
+        raise UserError(f"{source.name} has {len(questions)} rows; size: {source.size} asks for more.")
+    random.Random(f"{source.seed}/{source.split}").shuffle(questions)
+    rows = []
+    for index, digits in enumerate(questions[: source.size]):
+        row: Columns = {"prompt": "+".join(map(str, digits)) + "=", "answer": running_totals(digits)}
+        if source.split == "sft":
+            row["completion"] = careless_totals(digits) if index % 2 else row["answer"]
+        rows.append(row | {"task": RUNNING_TOTALS})
+    return rows
+
+
+def running_totals(digits: tuple[int, ...]) -> str:
+    """(8, 3, 8, 4) -> `11,19,23`: the totals after the second digit and each later one."""
+    return ",".join(map(str, list(itertools.accumulate(digits))[1:]))
+
+
+def careless_totals(digits: tuple[int, ...]) -> str:
+    """The same by someone who never carries: (8, 3, 8, 4) -> `1,9,3`. Right only where no sum reaches 10."""
+    totals = itertools.accumulate(digits, lambda total, digit: total // 10 * 10 + (total % 10 + digit) % 10)
+    return ",".join(map(str, list(totals)[1:]))
+
+
+_SYSTEM_PROMPT = "Answer with the result only."
+_DEFAULT_SHOTS = 3
+_DRAWS_A_ROW = 50  # candidates drawn for each wanted row before the task counts as exhausted
+_SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbouring seeds must not share items
+
+
+def _reasoning_gym(source: TaskSource) -> list[Columns]:
+    """Few-shot chat rows. `args.shots` worked examples come first; the other args configure the generator."""
+    shots = source.args.get("shots", _DEFAULT_SHOTS)
+    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 0:
+        raise UserError(f"{source.name}: args.shots is {shots!r}, expected a whole number from 0.")
+    args = {name: value for name, value in source.args.items() if name != "shots"}
+    first = (source.seed + 1) * _SEED_STRIDE  # the worked examples start at 0
+    examples = list(itertools.islice(_distinct(source, args, seed=0, draws=_DRAWS_A_ROW * max(shots, 1)), shots))
+    if len(examples) < shots:
+        raise UserError(
+            f"{source.name} has only {len(examples)} distinct questions; args.shots: {shots} asks for more."
+        )
+    messages = [{"role": "system", "content": _SYSTEM_PROMPT}]
+    for example in examples:
+        messages += _turns(example)
+    shown = {example["question"] for example in examples}
+    rows: list[Columns] = []
+    for entry in _distinct(source, args, seed=first, draws=_DRAWS_A_ROW * max(source.size, 20)):
+        if len(rows) == source.size:
+            break
+        if entry["question"] in shown or _split_of(entry["question"]) != source.split:
+            continue
+        turns = _turns(entry)
+        rows.append(
+            {
+                "messages": messages + (turns if source.split == "sft" else turns[:1]),
+                "answer": entry["answer"],
+                "task": source.task,
+                "entry": entry,
+            }
+        )
+    if len(rows) < source.size:
+        raise UserError(
+            f"{source.name} has about {len(rows)} distinct questions with these args; size: {source.size} asks for "
+            "more. Lower size, or let args cover a wider range."
+        )
+    return rows
+
+
+def _turns(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": str(entry["answer"])}]
+
+
+def _split_of(question: str) -> Split:
+    """An eighth of all questions is held out, a quarter is for SFT, the rest for RL."""
+    bucket = hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 8
+    return "eval" if bucket == 0 else "sft" if bucket <= 2 else "train"
+
+
+def _distinct(source: TaskSource, args: Mapping[str, Any], *, seed: int, draws: int) -> Iterator[Mapping[str, Any]]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            f"Task {source.task} needs the package reasoning-gym, which is not installed; it comes with the extra "
+            "`tasks`: pip install 'ray-rlhf[tasks]'."
+        ) from error
+    name = source.task.removeprefix(REASONING_GYM)
+    try:
+        dataset = reasoning_gym.create_dataset(name, seed=seed, size=draws, **args)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"Task {source.task} with args {dict(args)} cannot be made: {error}.") from error
+    seen = set()
+    for index in range(draws):
+        entry = dataset[index]
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            yield entry
