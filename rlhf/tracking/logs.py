@@ -1,0 +1,93 @@
+"""Log lines of the driver and the workers, one event a line, and the masking of secrets in all that leaves the process.
+
+Called once in each process, before any work. It touches the loggers of this project only, never the root logger.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+MASK = "***"
+_SECRET_NAME = re.compile(
+    r"(?i)(^|.*[_.-])(api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|password|passwd|credentials"
+    r"|authorization|(auth|access|api|hf|hub|ray|bearer|refresh|session|id)[_-]?token)$|^token$"
+)
+_SECRET_ENV = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+_SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v\d_[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{8,})"
+)
+
+
+def redact(text: str) -> str:
+    """The text with every secret masked: values of secret environment variables, and what has the form of a token."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_ENV.search(name):
+            text = text.replace(value, MASK)
+    return _SECRET_TEXT.sub(MASK, text)
+
+
+def redact_config(value: Any, key: str = "") -> Any:
+    """A copy of a config tree (mappings, lists, scalars) with secret values masked, for dumps and W&B."""
+    if isinstance(value, Mapping):
+        return {name: redact_config(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_config(item, key) for item in value]
+    if isinstance(value, str):
+        return MASK if value and _SECRET_NAME.match(key) else redact(value)
+    return value
+
+
+class _Formatter(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.policy: message`, always on one line."""
+
+    def __init__(self, role: str, rank: int | None) -> None:
+        super().__init__()
+        self.who = role if rank is None else f"{role}/{rank}"
+        self.step: int | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        step = "-" if self.step is None else self.step
+        line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {self.who} step={step} {record.name}: {message}"
+        return redact(line).replace("\n", "\\n")
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time, so that lines go above a live progress display and not through it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def configure(level: str = "INFO", *, role: str = "controller", rank: int | None = None) -> None:
+    """Send this project's log records to stderr in our form. A second call replaces the first."""
+    handler = _StderrHandler()
+    handler.setFormatter(_Formatter(role, rank))
+    for name in ("rlhf", "actors"):
+        logger = logging.getLogger(name)
+        for old in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+        logger.propagate = False
+
+
+def set_step(step: int) -> None:
+    """The step that later records of this process belong to."""
+    for handler in logging.getLogger("rlhf").handlers:
+        if isinstance(handler.formatter, _Formatter):
+            handler.formatter.step = step

@@ -1,0 +1,277 @@
+"""Every metric, declared once: its name, unit, meaning, reduction, and the runs that have it.
+
+`python -m rlhf.tracking.metrics > docs/metrics.md` writes the page from this table. A key that is not declared here
+cannot be merged or logged. This module knows no values and no back end.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.tracking.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
+
+Trait = Literal["online", "sft", "preference", "reference", "critic", "groups", "correction", "eval", "gpu"]
+
+TRAITS: Mapping[Trait, str] = {
+    "online": "responses are sampled during the run (PPO, GRPO, ...)",
+    "sft": "supervised training on given responses",
+    "preference": "training on pairs of responses (reward models, DPO, ...)",
+    "reference": "there is a reference model",
+    "critic": "there is a critic",
+    "groups": "advantages compare the responses to one prompt",
+    "correction": "the gap between sampler and trainer is corrected by importance weights",
+    "eval": "there is an evaluation set",
+    "gpu": "the role has a GPU",
+}
+
+PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
+    "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
+    "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
+    "metric": (r"[A-Za-z0-9_.-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
+    "role": ("policy|reference|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
+    "stage": (
+        "data|rollouts|rewards|reference|values|old_logprobs|experience|advantages|update|weight_sync|probe"
+        "|snapshot|checkpoint|eval",
+        "`data`, `rollouts`, `rewards`, `reference`, `values`, `old_logprobs`, `experience`, `advantages`, `update`, "
+        "`weight_sync`, `probe`, `snapshot`, `checkpoint` or `eval`",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One declaration. `name` may hold placeholders (`rewards/<name>/mean`)."""
+
+    name: str
+    unit: str  # "1" for pure numbers
+    meaning: str
+    reduction: type[Reduction]
+    traits: frozenset[Trait]  # a run has the metric if all of these are true of it
+    always: bool  # False: only with a setting named in `meaning`, even if the traits hold
+
+    def matches(self, key: str) -> bool:
+        """Whether the key is this metric, placeholders filled in."""
+        return re.fullmatch(re.sub(r"<(\w+)>", lambda m: f"(?:{PLACEHOLDERS[m[1]][0]})", self.name), key) is not None
+
+
+def _metric(
+    name: str, unit: str, reduction: type[Reduction], traits: str, meaning: str, *, always: bool = True
+) -> Metric:
+    known: dict[str, Trait] = {trait: trait for trait in TRAITS}
+    words = frozenset(known[word] for word in traits.split())
+    return Metric(name=name, unit=unit, meaning=meaning, reduction=reduction, traits=words, always=always)
+
+
+_DECLARATIONS = (
+    _metric("data/epoch", "epochs", Last, "", "Passes over the training data so far"),
+    # rollouts
+    _metric("rollouts/response_tokens/mean", "tokens", Mean, "online", "Length of a response"),
+    _metric("rollouts/response_tokens/max", "tokens", Max, "online", "Longest response"),
+    _metric("rollouts/prompt_tokens/mean", "tokens", Mean, "online", "Length of a prompt"),
+    _metric("rollouts/truncated/fraction", "1", Mean, "online", "Responses cut at `rollouts.max_new_tokens`"),
+    _metric("rollouts/tokens/total", "tokens", Sum, "online", "Prompt and response tokens of the step"),
+    _metric("rollouts/logprob/mean", "nats", Mean, "online", "Log-probability of a sampled token, by the sampler"),
+    _metric(
+        "rollouts/dropped_groups/total",
+        "groups",
+        Sum,
+        "online",
+        "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
+    ),
+    # rewards
+    _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
+    _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
+    _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
+    # experience
+    _metric(
+        "experience/kl_ref/mean",
+        "nats",
+        Mean,
+        "online reference",
+        "KL(policy || reference) per sampled token, by the configured estimator",
+    ),
+    _metric("experience/kl_coef", "1", Last, "online reference", "Coefficient of that KL in this step"),
+    _metric(
+        "experience/kl_rollout/mean",
+        "nats",
+        Mean,
+        "online",
+        "KL(sampler || trainer) per sampled token, estimated by rollout_logprobs - old_logprobs",
+    ),
+    _metric(
+        "experience/rollout_logprob_diff/mean",
+        "nats",
+        Mean,
+        "online",
+        "|old_logprobs - rollout_logprobs|: how far sampler and trainer disagree about a token",
+    ),
+    _metric("experience/rollout_logprob_diff/max", "nats", Max, "online", "The largest such difference"),
+    _metric("experience/rollout_weight/mean", "1", Mean, "online correction", "Importance weight of a token"),
+    _metric(
+        "experience/rollout_weight_truncated/fraction",
+        "1",
+        Mean,
+        "online correction",
+        "Tokens whose importance weight was cut at its bound",
+    ),
+    _metric("experience/policy_lag/max", "versions", Max, "online", "Age of the oldest weights that sampled a token"),
+    _metric(
+        "experience/values/mean", "1", Mean, "online critic", "Critic's value of a token's state, before the update"
+    ),
+    _metric("experience/returns/mean", "1", Mean, "online critic", "Critic's target"),
+    # advantages
+    _metric("advantages/mean", "1", Mean, "online", "Advantage of a sampled token, before whitening"),
+    _metric("advantages/std", "1", Std, "online", "Its deviation, before whitening"),
+    _metric(
+        "advantages/zero_groups/fraction",
+        "1",
+        Mean,
+        "online groups",
+        "Prompts whose responses all scored the same: they teach nothing",
+    ),
+    # update
+    _metric("update/loss/mean", "1", Mean, "", "The loss that is differentiated, all terms"),
+    _metric("update/policy_loss/mean", "1", Mean, "online", "Policy term of the loss"),
+    _metric("update/kl_loss/mean", "nats", Mean, "online reference", "KL term (`kl.place: loss`)", always=False),
+    _metric("update/value_loss/mean", "1", Mean, "online critic", "Critic's loss"),
+    _metric("update/clip_fraction/mean", "1", Mean, "online", "Sampled tokens where the clipped objective applies"),
+    _metric(
+        "update/dual_clip_fraction/mean",
+        "1",
+        Mean,
+        "online",
+        "Tokens at the dual clip, if one is set",
+        always=False,
+    ),
+    _metric(
+        "update/value_clip_fraction/mean",
+        "1",
+        Mean,
+        "online critic",
+        "Values at their clip, if one is set",
+        always=False,
+    ),
+    _metric("update/kl_old/mean", "nats", Mean, "online", "KL from the weights at the start of the update, per token"),
+    _metric("update/ratio/max", "1", Max, "online", "Largest exp(logprobs - old_logprobs)"),
+    _metric("update/entropy/mean", "nats", Mean, "online", "Entropy of the policy's next-token distribution"),
+    _metric("update/token_accuracy/mean", "1", Mean, "sft", "Learnt tokens that were the likeliest"),
+    _metric("update/tokens/total", "tokens", Sum, "", "Tokens passed forward and backward, all epochs"),
+    _metric("update/grad_norm", "1", Mean, "", "Norm of the gradient before clipping, mean over optimizer steps"),
+    _metric("update/lr", "1", Last, "", "Learning rate of the last optimizer step"),
+    _metric("update/critic_grad_norm", "1", Mean, "online critic", "The same for the critic"),
+    _metric("update/critic_lr", "1", Last, "online critic", "The same for the critic"),
+    _metric(
+        "update/explained_variance",
+        "1",
+        ExplainedVariance,
+        "online critic",
+        "Share of the returns' variance that the critic had foreseen: 1 all, 0 none, negative worse than none",
+    ),
+    # preference
+    _metric("preference/accuracy/mean", "1", Mean, "preference", "Pairs whose chosen response is preferred"),
+    _metric("preference/margin/mean", "1", Mean, "preference", "Chosen minus rejected (implicit) reward"),
+    # evaluation
+    _metric("eval/<set>/<metric>", "1", Mean, "eval", "A value on a held-out set, before training at step 0"),
+    # weight sync
+    _metric("weight_sync/version", "version", Last, "online", "Version of the weights that the engines now hold"),
+    _metric(
+        "weight_sync/probe_max_diff",
+        "nats",
+        Max,
+        "online",
+        "Largest |logprob| difference of engine and trainer on the probe after a sync",
+    ),
+    # time, throughput, memory
+    _metric("time/step_s", "s", Sum, "", "Wall time of the whole step"),
+    _metric("time/<stage>_s", "s", Sum, "", "Wall time of one stage; stages may overlap"),
+    _metric("throughput/tokens_per_s", "tokens/s", Last, "", "Tokens of the step's batch over `time/step_s`"),
+    _metric("throughput/rollout_tokens_per_s", "tokens/s", Last, "online", "Sampled tokens over `time/rollouts_s`"),
+    _metric("throughput/train_tokens_per_s", "tokens/s", Last, "", "`update/tokens/total` over `time/update_s`"),
+    _metric("throughput/mfu", "1", Last, "gpu", "Model flops of the update over the devices' peak"),
+    _metric("memory/<role>_rss_gib", "GiB", Max, "", "Resident memory of the role's largest process"),
+    _metric("memory/<role>_gpu_gib", "GiB", Max, "gpu", "Peak GPU memory of the role's largest process"),
+)
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _DECLARATIONS}
+
+
+def declared(key: str) -> Metric:
+    """The declaration of a key. KeyError if there is none: a literal name goes before a pattern."""
+    if key in METRICS:
+        return METRICS[key]
+    for metric in METRICS.values():
+        if "<" in metric.name and metric.matches(key):
+            return metric
+    raise KeyError(f"metric {key!r} is not declared in rlhf/tracking/metrics.py")
+
+
+def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
+    """All parts' values together, in the given order (ranks, then micro-batches).
+
+    KeyError: an undeclared key. TypeError: not the reduction that it is declared with.
+    """
+    merged: dict[str, Reduction] = {}
+    for part in parts:
+        for key, value in part.items():
+            wanted = declared(key).reduction
+            if type(value) is not wanted:
+                raise TypeError(f"metric {key!r} reduces by {wanted.__name__}, got {type(value).__name__}")
+            merged[key] = merged[key].merge(value) if key in merged else value
+    return merged
+
+
+def results(merged: Mapping[str, Reduction]) -> dict[str, float]:
+    """The numbers to log."""
+    return {key: value.result() for key, value in merged.items()}
+
+
+def expected(traits: Iterable[Trait]) -> list[str]:
+    """Names (with their placeholders) of all metrics that a run with these traits always has."""
+    have = frozenset(traits)
+    return [metric.name for metric in METRICS.values() if metric.always and metric.traits <= have]
+
+
+def markdown() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m rlhf.tracking.metrics > docs/metrics.md`; change the declarations, not this page.",
+        "",
+        "Each line of `metrics.jsonl` is one step: `step`, `time_s` (seconds of running since the run first started,",
+        "without the time between a stop and its resume), then the metrics below. Steps count from 1; step 0 is the",
+        "evaluation before training. What is no finite number is `null`. W&B shows the same keys over the same `step`.",
+        "",
+        "*Reduction* says how the values of ranks, micro-batches and optimizer steps become one number: `Mean`",
+        "divides the sum by the count over all of them (never a mean of means), `Std` is the population deviation,",
+        "`Last` the newest value. *In runs with* names what a run must have to show the metric:",
+        "",
+        *(f"- **{trait}**: {meaning}." for trait, meaning in TRAITS.items()),
+        "",
+        "Placeholders:",
+        "",
+        *(f"- `<{name}>`: {meaning}." for name, (_, meaning) in PLACEHOLDERS.items()),
+    ]
+    stage = ""
+    for metric in METRICS.values():
+        if metric.name.split("/")[0] != stage:
+            stage = metric.name.split("/")[0]
+            lines += [
+                "",
+                f"## {stage}",
+                "",
+                "| metric | unit | reduction | in runs with | meaning |",
+                "|---|---|---|---|---|",
+            ]
+        traits = ", ".join(trait for trait in TRAITS if trait in metric.traits) or "(all)"
+        meaning = metric.meaning.replace("|", "\\|")
+        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.reduction.__name__} | {traits} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

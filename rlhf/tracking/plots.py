@@ -1,0 +1,97 @@
+"""Pictures and tables of a run for people: curves as PNG, before and after as a terminal table.
+
+Reads a finished or running run's metrics.jsonl. It never imports pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.errors import UserError
+from rlhf.tracking.metrics import declared
+from rlhf.tracking.progress import number
+from rlhf.tracking.tracker import read_metrics
+
+_PANEL_INCHES = (4.6, 3.0)
+_COLUMNS = 2
+
+
+def plot_curves(folder: Path, metrics: Sequence[str], *, output: Path | None = None) -> Path:
+    """One panel for each metric over the steps; evaluations (`eval/...`) also as points. Returns the picture's path,
+    <folder>/curves.png unless given.
+
+    KeyError: an undeclared metric. UserError: the run has none of them yet.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = read_metrics(folder)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for key in metrics:
+        declared(key)
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            curves[key] = points
+    if not curves:
+        raise UserError(f"{folder / 'metrics.jsonl'} has no value of {', '.join(metrics)}: nothing to plot.")
+    columns = min(_COLUMNS, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
+    for place, (key, points) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        steps, values = zip(*points, strict=True)
+        sparse = key.startswith("eval/") or len(points) == 1
+        axes.plot(steps, values, color="#2563eb", linewidth=1.6, marker="o" if sparse else None, markersize=5)
+        if sparse:
+            for step, value in {points[0], points[-1]}:
+                axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
+            axes.margins(y=0.2)
+        unit = declared(key).unit
+        axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = folder / "curves.png" if output is None else output
+    figure.savefig(path, dpi=144)
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePair:
+    """One held-out prompt, answered before and after training."""
+
+    prompt: str
+    before: str
+    before_score: float
+    after: str
+    after_score: float
+
+
+def before_after_table(before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[SamplePair]) -> Group:
+    """A renderable: each metric of `after` with its value before and the change, then the sample responses."""
+    numbers = Table(title="Held-out, before and after", title_justify="left")
+    numbers.add_column("metric")
+    for heading in ("before", "after", "change"):
+        numbers.add_column(heading, justify="right")
+    for key, value in after.items():
+        old = before.get(key)
+        change = "" if old is None else f"{value - old:+.3g}"
+        numbers.add_row(Text(key), "" if old is None else number(old), number(value), change)
+    answers = Table(title="Samples (score in brackets)", title_justify="left", show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        answers.add_column(heading, overflow="fold")
+    for pair in samples:
+        answers.add_row(
+            Text(pair.prompt),
+            Text(f"{pair.before} [{number(pair.before_score)}]"),
+            Text(f"{pair.after} [{number(pair.after_score)}]"),
+        )
+    return Group(numbers, answers) if samples else Group(numbers)

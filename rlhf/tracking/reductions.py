@@ -1,0 +1,139 @@
+"""How a metric's values add up over micro-batches, ranks and updates: sums and counts travel, never ready-made means.
+
+A worker returns reductions, the controller merges them in rank order and takes the results once per step. Merging is
+associative, so any split of the same values gives the same result up to float rounding. No tensors, no names here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+
+class Reduction(ABC):
+    """Values of one metric, so far. Immutable; `merge` gives that of both operands' values together."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def merge(self, other: Self) -> Self:
+        """The reduction over the values of both."""
+
+    @abstractmethod
+    def result(self) -> float:
+        """The metric. nan where it is not defined (the mean of nothing)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mean(Reduction):
+    """Arithmetic mean; also a fraction (`total` counts the cases) and a ratio of two sums."""
+
+    total: float
+    count: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Mean over the values."""
+        return cls(total=math.fsum(values), count=len(values))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(total=self.total + other.total, count=self.count + other.count)
+
+    def result(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sum(Reduction):
+    """Sum, or number of cases. Of nothing it is 0."""
+
+    total: float
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(total=self.total + other.total)
+
+    def result(self) -> float:
+        return self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Max(Reduction):
+    """Largest value; a nan among the values is kept."""
+
+    value: float
+
+    def merge(self, other: Self) -> Self:
+        if math.isnan(self.value) or math.isnan(other.value):
+            return type(self)(value=math.nan)
+        return type(self)(value=max(self.value, other.value))
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Last(Reduction):
+    """State rather than a sample of something (a learning rate, a version): the right operand wins."""
+
+    value: float
+
+    def merge(self, other: Self) -> Self:
+        return other
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Std(Reduction):
+    """Population standard deviation, kept as count, mean and M2 = sum of (x - mean)^2.
+
+    Merged by the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances" (1979), which does not cancel where the mean is large against the deviation.
+    """
+
+    count: float
+    mean: float
+    m2: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Moments of the values."""
+        if not values:
+            return cls(count=0, mean=0.0, m2=0.0)
+        mean = math.fsum(values) / len(values)
+        return cls(count=len(values), mean=mean, m2=math.fsum((x - mean) ** 2 for x in values))
+
+    def merge(self, other: Self) -> Self:
+        count = self.count + other.count
+        if not count:
+            return self
+        delta = other.mean - self.mean
+        return type(self)(
+            count=count,
+            mean=self.mean + delta * (other.count / count),
+            m2=self.m2 + other.m2 + delta * delta * (self.count * other.count / count),
+        )
+
+    def result(self) -> float:
+        return math.sqrt(self.m2 / self.count) if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainedVariance(Reduction):
+    """1 - var(target - prediction) / var(target): 1 is perfect, 0 no better than the mean; nan for a constant target.
+
+    Not a mean of per-rank values: both variances are taken over all values, then divided.
+    """
+
+    target: Std
+    residual: Std  # of target - prediction, over the same values
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(target=self.target.merge(other.target), residual=self.residual.merge(other.residual))
+
+    def result(self) -> float:
+        return 1.0 - self.residual.m2 / self.target.m2 if self.target.m2 else math.nan

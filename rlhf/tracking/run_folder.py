@@ -1,0 +1,268 @@
+"""The run folder: its names, its lock, and checkpoints that are whole or absent.
+
+Opened by the driver before any actor starts and held until the run ends. Only the process that holds the lock writes
+here. What stands inside a checkpoint is not known here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rlhf.errors import UserError
+from rlhf.tracking.atomic import sync_folder, sync_tree, write_atomic
+from rlhf.tracking.environment import describe
+from rlhf.tracking.logs import redact
+from rlhf.tracking.tracker import read_metrics
+
+logger = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step_(\d{6,})")
+_MANIFEST = "manifest.json"
+
+
+class RunFolder:
+    """<run.dir>/<run.name>/ of the running process. Invariant: `checkpoints/step_*` is only ever a complete checkpoint,
+    and `latest` and `best` point at complete ones.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        """Use `open`."""
+        self.path = path
+        self.config = path / "config.resolved.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.errors = path / "errors.jsonl"
+        self.timeline = path / "timeline.json"
+        self.checkpoints = path / "checkpoints"
+        self.spool = path / "spool"  # finished rollouts that a resumed step takes up again
+        self.final = path / "final"  # the trained model
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(cls, parent: Path, name: str, *, resume: bool) -> Self:
+        """Create the folder, or with `resume` take up the run that is in it, and lock it against other runs.
+
+        The lock belongs to this process: it ends with it, however it ends. UserError: another process runs here, or the
+        folder holds a run and `resume` is False.
+        """
+        path = parent / name
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot create {path}: {error.strerror}. Choose a folder you can write."
+            ) from error
+        lock = _lock(path)
+        state = _state(path)
+        if state is not None and not resume:
+            os.close(lock)
+            raise UserError(
+                f"run.name: {path} already holds {state}. Continue it with --resume auto, choose another run.name, or "
+                "remove the folder."
+            )
+        folder = cls(path, lock)
+        if not resume:
+            folder._clear()
+        for part in (folder.checkpoints, folder.samples, folder.spool):
+            part.mkdir(exist_ok=True)
+        folder._sweep()
+        return folder
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write_config(self, text: str) -> None:
+        """config.resolved.yaml, secrets masked."""
+        write_atomic(self.config, redact(text))
+
+    def write_environment(self, *, seed: int) -> None:
+        """environment.json of this start; a resumed run is warned of what changed since the last one."""
+        now = describe(seed=seed)
+        if self.environment.exists():
+            before = json.loads(self.environment.read_text(encoding="utf-8"))
+            changed = [key for key in now if before.get(key) != now[key]]
+            if changed:
+                logger.warning(
+                    "resumed in a changed environment: %s differ from %s", ", ".join(changed), self.environment
+                )
+        write_atomic(self.environment, json.dumps(now, indent=2) + "\n")
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty folder to write the checkpoint of this step into; `commit_checkpoint` makes it one."""
+        return _begin(self.checkpoint(step))
+
+    def commit_checkpoint(self, step: int) -> Path:
+        """Make the begun checkpoint durable and complete, then point `latest` at it. Replaces one of the same step."""
+        aside, target = _aside(self.checkpoint(step)), self.checkpoint(step)
+        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
+        write_atomic(aside / _MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        _commit(target)
+        self._point("latest", step)
+        return target
+
+    def begin_final(self) -> Path:
+        """An empty folder to write the final model into; `commit_final` makes it final/."""
+        return _begin(self.final)
+
+    def commit_final(self) -> Path:
+        """Make final/ appear, whole."""
+        _commit(self.final)
+        return self.final
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at a complete checkpoint, which is then kept for as long as it is the best."""
+        if step not in self.checkpoint_steps():
+            raise ValueError(f"checkpoint of step {step} is not complete, so it cannot be the best")
+        self._point("best", step)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the undamaged checkpoints, rising."""
+        return [step for step, path in self._step_folders() if _is_sound(path, step)]
+
+    def latest_checkpoint(self) -> int | None:
+        """Step of the newest undamaged checkpoint; None if there is none. Warns of damaged ones."""
+        for step, path in reversed(self._step_folders()):
+            if _is_sound(path, step):
+                return step
+            logger.warning("checkpoint %s is damaged (files missing or cut): passed over", path)
+        return None
+
+    def best_checkpoint(self) -> int | None:
+        """Step that `best` points at; None if none was marked or it is damaged."""
+        step = self._pointed("best")
+        return step if step in self.checkpoint_steps() else None
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove all but the newest `keep` undamaged checkpoints, `latest` and `best`. Returns the steps removed."""
+        if keep < 1:
+            raise ValueError(f"prune needs keep >= 1, got {keep}: the latest checkpoint is never removed")
+        kept = {*self.checkpoint_steps()[-keep:], self._pointed("latest"), self._pointed("best")}
+        removed = []
+        for step, path in self._step_folders():
+            if step not in kept:
+                _remove(path)
+                removed.append(step)
+        return removed
+
+    def _step_folders(self) -> list[tuple[int, Path]]:
+        found = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match is not None)
+
+    def _point(self, link: str, step: int) -> None:
+        aside = self.checkpoints / f".{link}.partial"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(self.checkpoint(step).name)
+        aside.replace(self.checkpoints / link)
+        sync_folder(self.checkpoints)
+
+    def _pointed(self, link: str) -> int | None:
+        path = self.checkpoints / link
+        match = _STEP.fullmatch(path.readlink().name) if path.is_symlink() else None
+        return int(match[1]) if match else None
+
+    def _clear(self) -> None:
+        """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
+        for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
+            path.unlink(missing_ok=True)
+        for path in (self.samples, self.spool):
+            if path.exists():
+                shutil.rmtree(path)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run left half done."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            for pattern in (".*.partial", ".*.removed"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _lock(path: Path) -> int:
+    """The held lock of a run folder. flock: the kernel lets go of it when the process ends, kill -9 included."""
+    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"run.name: {path} is in use by process {holder}. Wait for that run to end, or choose another run.name."
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _state(path: Path) -> str | None:
+    """What run a folder holds, in words; None: none, or one that did not get as far as its first row."""
+    if (path / "final").exists():
+        return "a finished run"
+    rows = read_metrics(path)
+    if rows:
+        return f"an unfinished run (last step {rows[-1]['step']})"
+    return "an unfinished run" if any((path / "checkpoints").glob("step_*")) else None
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _begin(target: Path) -> Path:
+    aside = _aside(target)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    return aside
+
+
+def _commit(target: Path) -> None:
+    sync_tree(_aside(target))
+    if target.exists():
+        old = target.with_name(f".{target.name}.removed")
+        target.rename(old)
+        _aside(target).rename(target)
+        shutil.rmtree(old)
+    else:
+        _aside(target).rename(target)
+    sync_folder(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that a kill leaves it whole or gone from its name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _is_sound(path: Path, step: int) -> bool:
+    """Whether every file that was committed is there in its full size."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        return manifest["step"] == step and all(
+            (path / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False

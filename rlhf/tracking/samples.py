@@ -1,0 +1,66 @@
+"""Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
+
+Text is written as it was sampled: this is the user's data and is never redacted or cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.tracking.atomic import write_lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """One response. None: the run, or an evaluation response, has no such number."""
+
+    split: str  # "train", or the evaluation set's name
+    group_id: int  # place in the prompt stream; in an evaluation, row of the set
+    prompt_id: int  # row in the data
+    sample: int  # which of the responses to this prompt
+    prompt: str
+    response: str
+    score: float  # weighted sum
+    scores: Mapping[str, float]  # each reward before its weight
+    advantage: float | None  # mean over its tokens
+    truncated: bool
+    response_tokens: int
+    min_version: int  # oldest and newest weights that sampled a token of it
+    max_version: int
+    mean_rollout_logprob: float
+    mean_old_logprob: float | None
+    mean_ref_logprob: float | None
+
+
+def samples_path(folder: Path, step: int) -> Path:
+    """Where a step's samples lie."""
+    return folder / "samples" / f"step_{step:06d}.jsonl"
+
+
+def write_samples(folder: Path, step: int, records: Sequence[SampleRecord]) -> Path:
+    """Write (or replace) the samples of one step; non-finite numbers become null."""
+    path = samples_path(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    write_lines(path, ({"step": step, **_finite(asdict(record))} for record in records))
+    return path
+
+
+def remove_samples_after(folder: Path, step: int) -> list[int]:
+    """Remove the samples of later steps, as a resumed run writes them anew. Returns those steps."""
+    removed = []
+    for path in sorted((folder / "samples").glob("step_*.jsonl")):
+        number = int(path.stem.removeprefix("step_"))
+        if number > step:
+            path.unlink()
+            removed.append(number)
+    return removed
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,152 @@
+"""timeline.json: who did what when, as a Chrome trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+One row group per role, in it as many lanes as there were spans at once. Events are written as they end, so a killed run
+leaves all but the spans then open; a resumed one goes on in the same file. It measures nothing by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_ROLES = ("controller", "policy", "critic", "reference", "reward", "rollout")  # rows from top to bottom
+_REMEMBERED = 256  # spans of a lane that a later one is checked against
+
+
+class Timeline:
+    """An open trace (JSON array of events, the Chrome trace format). Invariant: spans of one lane nest or are disjoint,
+    as the format demands. Thread-safe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._guard = threading.Lock()
+        self._pids: dict[str, int] = {}
+        self._lanes: dict[tuple[str, str], list[deque[tuple[float, float]]]] = {}
+        self._tids: dict[tuple[int, str], int] = {}
+        end, known = _readable_end(path)
+        for event in known:
+            if event["name"] == "process_name":
+                self._pids[event["args"]["name"]] = event["pid"]
+            elif event["name"] == "thread_name":
+                self._tids[event["pid"], event["args"]["name"]] = event["tid"]
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(end)
+        self._file.seek(end)
+        self._empty = end == 0
+
+    @contextmanager
+    def span(
+        self, name: str, role: str = "controller", *, lane: str = "main", **args: int | float | str
+    ) -> Generator[None]:
+        """Record the time spent inside, also when it raises."""
+        start_s = time.time()
+        try:
+            yield
+        finally:
+            self.record(name, role, start_s=start_s, end_s=time.time(), lane=lane, args=args)
+
+    def record(
+        self,
+        name: str,
+        role: str,
+        *,
+        start_s: float,
+        end_s: float,
+        lane: str = "main",
+        args: Mapping[str, int | float | str] | None = None,
+    ) -> None:
+        """Add a span by its wall-clock ends (time.time(), so that those of other processes fit in)."""
+        with self._guard:
+            pid = self._pid(role)
+            tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))
+            event = {
+                "name": name,
+                "ph": "X",
+                "ts": _us(start_s),
+                "dur": _us(end_s) - _us(start_s),
+                "pid": pid,
+                "tid": tid,
+            }
+            self._write({**event, "args": dict(args)} if args else event)
+
+    def counter(self, name: str, role: str, **values: float) -> None:
+        """Add the present values of a graph."""
+        with self._guard:
+            self._write({"name": name, "ph": "C", "ts": _us(time.time()), "pid": self._pid(role), "args": values})
+
+    def close(self) -> None:
+        """End the array: the file is then strict JSON."""
+        with self._guard:
+            if not self._file.closed:
+                self._file.write(b"[\n]\n" if self._empty else b"\n]\n")
+                self._file.close()
+
+    def _pid(self, role: str) -> int:
+        if role not in self._pids:
+            known = _ROLES.index(role) + 1 if role in _ROLES else None
+            pid = known or max([len(_ROLES), *self._pids.values()]) + 1
+            self._pids[role] = pid
+            self._write({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": role}})
+            self._write({"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}})
+        return self._pids[role]
+
+    def _tid(self, pid: int, lane: str) -> int:
+        if (pid, lane) not in self._tids:
+            tid = 1 + sum(1 for other, _ in self._tids if other == pid)
+            self._tids[pid, lane] = tid
+            self._write({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}})
+        return self._tids[pid, lane]
+
+    def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
+        """The first of the lane's copies where the span overlaps no other by a part."""
+        lanes = self._lanes.setdefault((role, lane), [])
+        for number, taken in enumerate(lanes):
+            if all(end <= s or e <= start or (start <= s and e <= end) or (s <= start and end <= e) for s, e in taken):
+                taken.append((start, end))
+                return _copy(lane, number)
+        lanes.append(deque([(start, end)], maxlen=_REMEMBERED))
+        return _copy(lane, len(lanes) - 1)
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        self._file.write((b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode())
+        self._file.flush()  # to the kernel, which outlives the process
+        self._empty = False
+
+
+def _copy(lane: str, number: int) -> str:
+    return f"{lane} {number + 1}" if number else lane
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _readable_end(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Byte after the last whole event of an earlier trace, and its metadata events."""
+    end, names = 0, []
+    if path.exists():
+        position = 0
+        with path.open("rb") as file:
+            for line in file:
+                text = line.rstrip(b",\n")
+                whole = text.startswith(b"{") and text.endswith(b"}")
+                if whole and b'"ph": "M"' in text:
+                    names.append(json.loads(text))
+                if whole and (line.endswith(b"\n") or _is_json(text)):
+                    end = position + len(text)
+                position += len(line)
+    return end, names
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

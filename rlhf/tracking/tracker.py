@@ -1,0 +1,105 @@
+"""The one place where a step's numbers are written: always metrics.jsonl, and every back end that was asked for.
+
+The driver logs once a step; a resumed run first takes back what came after its checkpoint. The tracker computes no
+metric and reads no clock but its own `time_s`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.tracking.atomic import append_line, keep_lines, read_lines
+from rlhf.tracking.errors import ErrorRecord, write_error
+from rlhf.tracking.metrics import declared
+from rlhf.tracking.samples import SampleRecord, remove_samples_after, write_samples
+
+logger = logging.getLogger(__name__)
+
+
+class TrackerBackend(Protocol):
+    """A view of metrics.jsonl elsewhere. Its failures are its own: it warns, and neither raises nor blocks training."""
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """One step's row; None where the value is not finite. Steps rise, but after a resume some may come again."""
+
+    def close(self, *, failed: bool) -> None:
+        """Hand over what is buffered, within a deadline."""
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in order of steps; a last line cut by a kill is left out."""
+    return read_lines(folder / "metrics.jsonl")
+
+
+class Tracker:
+    """Writer of metrics.jsonl, samples/ and errors.jsonl. Invariant: one row a step, steps rising, each row on the disk
+    before `log` returns.
+    """
+
+    def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
+        self._folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._backends = tuple(backends)
+        for name in ("metrics.jsonl", "errors.jsonl"):
+            keep_lines(folder / name, lambda row: True)
+        self._continue()
+
+    def _continue(self) -> None:
+        """Take up step and clock from the last row."""
+        rows = read_metrics(self._folder)
+        self._last_step: int = rows[-1]["step"] if rows else -1
+        self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the step's row. Non-finite values become null, with a warning.
+
+        KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"step {step} was logged after step {self._last_step}: one row a step, steps rising")
+        values: dict[str, float | None] = {}
+        for key in sorted(metrics):
+            declared(key)
+            value = metrics[key]
+            if not isinstance(value, int | float):
+                raise TypeError(f"metric {key!r} is a {type(value).__name__}, expected a number")
+            values[key] = value if math.isfinite(value) else None
+            if not math.isfinite(value):
+                logger.warning("step %d: %s is %s, written as null", step, key, value)
+        append_line(self._path, {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values})
+        self._last_step = step
+        for backend in self._backends:
+            backend.log(step, values)
+
+    def log_samples(self, step: int, records: Sequence[SampleRecord]) -> None:
+        """Write the step's samples/step_NNNNNN.jsonl."""
+        write_samples(self._folder, step, records)
+
+    def log_error(self, record: ErrorRecord) -> None:
+        """Append to errors.jsonl."""
+        write_error(self._folder, record)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was written of later steps, which a run resumed at this step will write again. Once, at start."""
+        rows = keep_lines(self._path, lambda row: row["step"] <= step)
+        errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
+        samples = remove_samples_after(self._folder, step)
+        if rows or errors or samples:
+            logger.info(
+                "resume at step %d: removed later metrics of %d steps, samples of %d, and %d errors",
+                step,
+                rows,
+                len(samples),
+                errors,
+            )
+        self._continue()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the back ends; `failed` marks the run so in them."""
+        for backend in self._backends:
+            backend.close(failed=failed)
