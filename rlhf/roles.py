@@ -6,24 +6,25 @@ the controller hands it on and never opens it. Everything else that crosses here
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from rlhf.tracking.reductions import Reduction
 from rlhf.types import (
     BatchPlan,
     Examples,
     GroupRequest,
     GroupScores,
     MinibatchPlan,
-    PrepareReport,
     RolloutInfo,
     Rollouts,
     Sampling,
     TokenValues,
-    UpdateReport,
 )
+
+Metrics = Mapping[str, Reduction]  # declared names; merges over ranks, micro-batches and minibatches
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -74,6 +75,33 @@ class MemoryReport:
 
     rss_gib: float
     gpu_gib: float | None  # None: it has no GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceReport:
+    """Sums and means over the sampled tokens of one sequence, before it is trained on."""
+
+    sequence_id: int
+    kl_ref: float | None  # sum of the configured estimator of KL(policy || reference); None: no reference
+    mean_old_logprob: float
+    mean_ref_logprob: float | None  # None: no reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareReport:
+    """What the current weights say of a batch, over all ranks. No sequences: the first update will measure them."""
+
+    sequences: tuple[SequenceReport, ...]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantagesReport:
+    """Advantages of a batch, over all ranks; `returns` are the critic's targets, one column a rank."""
+
+    mean_advantages: Mapping[int, float]  # by sequence id
+    metrics: Metrics
+    returns: tuple[Ref[TokenValues], ...]
 
 
 class RolloutRole(Protocol):
@@ -128,7 +156,7 @@ class TrainedRole(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
-    async def update(self, minibatch: int) -> UpdateReport:
+    async def update(self, minibatch: int) -> Metrics:
         """One optimizer step on the prepared batch's minibatch."""
         ...
 
@@ -155,13 +183,15 @@ class PolicyRole(TrainedRole, Protocol):
     """The trained language model."""
 
     async def prepare(
-        self,
-        plan: BatchPlan,
-        rollouts: Sequence[Ref[Rollouts]],
-        ref_logprobs: Sequence[Ref[TokenValues]],
-        values: Sequence[Ref[TokenValues]],
-    ) -> tuple[PrepareReport, list[Ref[TokenValues]]]:
-        """Take a batch in: old log-probabilities, advantages and, given values, the returns for the critic."""
+        self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
+    ) -> PrepareReport:
+        """Take a batch in, and measure what the current weights say of it."""
+        ...
+
+    async def set_advantages(
+        self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
+    ) -> AdvantagesReport:
+        """Give every sampled token its advantage: its sequence's, or (None) estimated from the critic's values."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:
@@ -194,8 +224,8 @@ class SupervisedRole(TrainedRole, Protocol):
         """Train set first, then the evaluation sets; sequence ids are rows."""
         ...
 
-    async def update_on(self, plan: MinibatchPlan) -> UpdateReport: ...
+    async def update_on(self, plan: MinibatchPlan) -> Metrics: ...
 
-    async def evaluate(self, dataset: int, plan: MinibatchPlan) -> UpdateReport:
+    async def evaluate(self, dataset: int, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set, without an update."""
         ...

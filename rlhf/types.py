@@ -36,7 +36,9 @@ class Ragged:
         for name in self.columns():
             column = getattr(self, name)
             if column.shape != (total,):
-                raise ValueError(f"{type(self).__name__}.{name} has shape {tuple(column.shape)}, lengths sum to {total}")
+                raise ValueError(
+                    f"{type(self).__name__}.{name} has {tuple(column.shape)} entries, lengths sum to {total}"
+                )
         if self.sequence_ids.shape != self.lengths.shape:
             raise ValueError(f"{len(self.sequence_ids)} sequence ids for {len(self.lengths)} lengths")
 
@@ -177,47 +179,8 @@ class BatchPlan:
     step: int
     minibatches: tuple[MinibatchPlan, ...]
     scores: Mapping[int, float]  # by sequence id
-    advantages: Mapping[int, float] | None  # by sequence id; None: the algorithm's advantages are per token
     kl_coef: float
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceReport:
-    """Scalars of one trained sequence, as the policy's workers computed them."""
-
-    sequence_id: int
-    kl_ref: float | None  # sum over its sampled tokens of log(policy / reference); None: not measured before the update
-    advantage: float  # mean over its sampled tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareReport:
-    """What preparing a batch for training found, over all ranks."""
-
-    sequences: tuple[SequenceReport, ...]
-    advantages_std: float  # over sampled tokens, before whitening
-    explained_variance: float | None  # of the returns by the old values; None: the run has no critic
-    logprob_diff_mean: float | None  # |trainer - sampler| a token; None: the first update measures it
-    logprob_diff_max: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateReport:
-    """One optimizer step, summed over all ranks and micro-batches. Means are sums over `num_tokens`."""
-
-    loss: float  # normalised over the step: already a mean
-    policy_loss: float  # the surrogate's part of loss (value loss, for the critic; cross-entropy, when supervised)
-    num_tokens: int
-    clipped_tokens: float  # tokens whose ratio (or value) was clipped
-    kl_old_sum: float  # k3 estimate of KL(old || new)
-    entropy_sum: float
-    kl_ref_sum: float  # k1 estimate towards the reference; 0 without one
-    logprob_diff_sum: float  # |trainer - sampler|
-    logprob_diff_max: float
-    correct_tokens: float  # argmax equals the target; supervised runs only
-    grad_norm: float
-    lr: float

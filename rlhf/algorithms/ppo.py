@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.shared import KLConfig, OnlineConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
 
 
 class PPOConfig(OnlineConfig):
@@ -28,3 +34,49 @@ class PPOConfig(OnlineConfig):
     """Peak learning rate of the critic."""
     critic_warmup_steps: int = Field(default=0, ge=0)
     """First steps in which only the critic is trained."""
+
+
+class PPO:
+    """Token rewards (the score on the last sampled token, less the KL penalty), GAE, clipped losses.
+
+    Deviations from the paper: 1. the penalty towards the reference is that of arXiv:1909.08593; 2. advantages are
+    whitened over the whole batch before it is split into minibatches; 3. policy and critic share no parameters.
+    """
+
+    has_critic = True
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+
+    @property
+    def whitens(self) -> bool:
+        """Whether token advantages get mean 0 and variance 1 over the batch."""
+        return self.config.whiten_advantages
+
+    def sequence_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> None:
+        """None: PPO's advantages are per token."""
+        return None
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"],
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Generalised advantages and the critic's targets."""
+        from rlhf.objectives.advantages import gae
+
+        return gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped_policy_loss
+
+        return clipped_policy_loss(self.config, batch, counts, kl_coef=kl_coef)
+
+    def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
+        """This micro-batch's share of the critic's loss."""
+        from rlhf.algorithms.losses import clipped_critic_loss
+
+        return clipped_critic_loss(batch, counts, config=self.config, value_clip=self.config.value_clip)

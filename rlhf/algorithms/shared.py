@@ -1,12 +1,21 @@
-"""Knobs that several algorithms share, and the clipped policy loss that PPO and GRPO share."""
+"""Knobs that several algorithms share, and what the controller and the workers ask of an algorithm.
+
+`rlhf plan` reads these modules without torch: what computes is imported where it is called.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
 
@@ -59,3 +68,36 @@ class OnlineConfig(Section):
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None
     """Weights against the mismatch of rollout engine and trainer; null: none."""
+
+
+class OnlineAlgorithm(Protocol):
+    """What differs between the algorithms on rollouts."""
+
+    @property
+    def config(self) -> OnlineConfig: ...
+
+    @property
+    def has_critic(self) -> bool: ...
+
+    @property
+    def whitens(self) -> bool:
+        """Whether token advantages get mean 0 and variance 1 over the batch."""
+        ...
+
+    def sequence_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"] | None:
+        """Advantages that scores alone give, prompt-major; None if they are per token."""
+        ...
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"],
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """(advantages, returns) of an algorithm with a critic."""
+        ...
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms: ...
+
+    def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms: ...

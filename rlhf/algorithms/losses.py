@@ -1,0 +1,158 @@
+"""The loss of one micro-batch, composed from rlhf.objectives by an algorithm's configuration. No mathematics of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.shared import OnlineConfig
+from rlhf.objectives import corrections, kl, policy_loss, value_loss
+from rlhf.objectives.aggregation import token_weights
+from rlhf.objectives.masking import masked_sum
+
+KL_ESTIMATORS = {"k1": kl.kl_k1, "k2": kl.kl_k2, "k3": kl.kl_k3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """What the losses of one optimizer step are divided by: over all its ranks and micro-batches."""
+
+    num_tokens: int
+    num_sequences: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyMicrobatch:
+    """One micro-batch of the policy in flat columns. Only logprobs and entropy carry a gradient."""
+
+    lengths: Int[Tensor, " B"]
+    response_mask: Bool[Tensor, " N"]
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    old_logprobs: Float[Tensor, " N"]
+    rollout_logprobs: Float[Tensor, " N"]
+    ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
+    advantages: Float[Tensor, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueMicrobatch:
+    """One micro-batch of the critic in flat columns. Only values carries a gradient."""
+
+    lengths: Int[Tensor, " B"]
+    response_mask: Bool[Tensor, " N"]
+    values: Float[Tensor, " N"]
+    old_values: Float[Tensor, " N"]
+    returns: Float[Tensor, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """This micro-batch's share of the step's loss, and sums over its tokens for the metrics."""
+
+    loss: Float[Tensor, ""]  # with its graph
+    surrogate: Float[Tensor, ""]  # its part without KL and entropy, detached
+    kl_loss: Float[Tensor, ""]  # its KL part, before the coefficient, detached
+    clipped_tokens: Float[Tensor, ""]
+    kl_old_sum: Float[Tensor, ""]
+    entropy_sum: Float[Tensor, ""]
+    ratio_max: Float[Tensor, ""]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueLossTerms:
+    """The same for a critic."""
+
+    loss: Float[Tensor, ""]  # with its graph
+    clipped_tokens: Float[Tensor, ""]
+
+
+def clipped_policy_loss(
+    config: OnlineConfig, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float
+) -> LossTerms:
+    """Clipped surrogate with the configured correction, KL penalty and entropy bonus.
+
+    The correction weighs the surrogate alone. The KL penalty and the bonus are aggregated as the surrogate is.
+    """
+    mask = batch.response_mask
+    weights = token_weights(
+        mask,
+        batch.lengths,
+        mode=config.aggregation,
+        num_tokens=counts.num_tokens,
+        num_sequences=counts.num_sequences,
+        max_new_tokens=counts.max_new_tokens,
+    )
+    columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.dual_clip is None:
+        surrogate = policy_loss.clipped_surrogate(*columns, **clip)
+    else:
+        surrogate = policy_loss.dual_clipped_surrogate(*columns, **clip, max_ratio=config.dual_clip)
+    if config.correction is not None:
+        gap = (batch.old_logprobs, batch.rollout_logprobs, mask)
+        if config.correction.level == "token":
+            surrogate = surrogate * corrections.token_truncated(*gap, max_ratio=config.correction.max_ratio)
+        else:
+            surrogate = surrogate * corrections.sequence_truncated(
+                *gap, batch.lengths, max_ratio=config.correction.max_ratio
+            )
+    surrogate_loss = (surrogate * weights).sum()
+    loss = surrogate_loss
+    kl_loss = torch.zeros((), device=mask.device)
+    if batch.ref_logprobs is not None and config.kl.place == "loss":
+        kl_loss = (reference_kl(config, batch.logprobs, batch.ref_logprobs, mask) * weights).sum()
+        loss = loss + kl_coef * kl_loss
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
+
+    with torch.no_grad():
+        below, above = policy_loss.clipped_tokens(*columns, **clip)
+        old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
+        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+        return LossTerms(
+            loss=loss,
+            surrogate=surrogate_loss.detach(),
+            kl_loss=kl_loss.detach(),
+            clipped_tokens=(below | above).sum().float(),
+            kl_old_sum=kl.kl_k3(old, new).sum(),
+            entropy_sum=masked_sum(batch.entropy, mask),
+            ratio_max=ratio.max(),
+        )
+
+
+def reference_kl(
+    config: OnlineConfig,
+    logprobs: Float[Tensor, " N"],
+    ref_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """KL(policy || reference) of each token by the configured estimator, zero outside mask."""
+    return KL_ESTIMATORS[config.kl.estimator](torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
+
+
+def clipped_critic_loss(
+    batch: ValueMicrobatch, counts: StepCounts, *, config: OnlineConfig, value_clip: float | None
+) -> ValueLossTerms:
+    """Squared error of the values, held near the old ones if value_clip is given, aggregated as the policy's loss is."""
+    mask = batch.response_mask
+    weights = token_weights(
+        mask,
+        batch.lengths,
+        mode=config.aggregation,
+        num_tokens=counts.num_tokens,
+        num_sequences=counts.num_sequences,
+        max_new_tokens=counts.max_new_tokens,
+    )
+    if value_clip is None:
+        per_token = value_loss.value_loss(batch.values, batch.returns, mask)
+        clipped = torch.zeros((), device=mask.device)
+    else:
+        columns = (batch.values, batch.old_values, batch.returns, mask)
+        per_token = value_loss.clipped_value_loss(*columns, clip=value_clip)
+        clipped = value_loss.clipped_values(*columns, clip=value_clip).sum().float()
+    return ValueLossTerms(loss=(per_token * weights).sum(), clipped_tokens=clipped)

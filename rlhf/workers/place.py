@@ -1,0 +1,29 @@
+"""Where a rank stands in its gang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlace:
+    """One rank of a trained role, or one worker of a forward role (a gang of one)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str  # cpu, or cuda: the process sees one GPU
+    threads: int
+    deadline_s: float
+
+    def torch_device(self) -> torch.device:
+        """The device this process computes on."""
+        return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a config's word."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,304 @@
+"""One rank of the policy: takes a batch of rollouts in, gives tokens their advantages, updates, publishes.
+
+Token columns come as arguments and leave as results; the controller never sees inside them. Between `prepare` and the
+last `update` a rank holds the sequences of its share of the batch, in the order of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, reference_kl
+from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.config.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.lora import adapter_disabled
+from rlhf.models.packed import policy_logprobs, policy_logprobs_only
+from rlhf.objectives.advantages import whiten
+from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.metrics import merge
+from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
+from rlhf.types import BatchPlan, Rollouts, TokenValues
+from rlhf.workers.measure import as_std, experience_metrics, update_metrics
+from rlhf.workers.place import RankPlace
+from rlhf.workers.ragged import Slice, padded, slices
+from rlhf.workers.trained import TrainedWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """This rank's sequences of the batch, with a list of micro-batches for each minibatch."""
+
+    plan: BatchPlan
+    rollouts: Rollouts
+    microbatches: tuple[tuple[Slice, ...], ...]
+    old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
+    ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
+
+
+class PolicyWorker(TrainedWorker):
+    """The trained language model of an online run."""
+
+    role = "policy"
+
+    def __init__(
+        self, config: Config, place: RankPlace, *, optimizer_steps: int, reference_is_adapter_off: bool
+    ) -> None:
+        super().__init__(
+            config,
+            config.policy,
+            config.cluster.roles.policy,
+            place,
+            lr=config.train.lr,
+            optimizer_steps=optimizer_steps,
+        )
+        assert config.rollouts is not None
+        self.rollouts_config = config.rollouts
+        self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.reference_is_adapter_off = reference_is_adapter_off
+
+    def load_module(self) -> Any:
+        """The language model."""
+        model = self.config.policy
+        return load_causal_lm(
+            model.model,
+            dtype=torch.float32,
+            trust_remote_code=model.trust_remote_code,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+
+    def prepare(
+        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
+    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+        """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
+
+        Old log-probabilities are computed only where something needs them before the first update: a batch of several
+        updates, or a KL penalty in the reward. They are computed in the micro-batches of the update, so that the ratio
+        of the first update is exactly 1.
+        """
+        ids = plan.sequences_of(self.place.rank)
+        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
+        ref_logprobs = TokenValues.gather(references, ids).values if references else None
+        lengths = rollouts.lengths.tolist()
+        row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
+        microbatches = []
+        for minibatch in plan.minibatches:
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]
+            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch)
+            microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
+        self.share = _Share(
+            plan=plan,
+            rollouts=rollouts,
+            microbatches=tuple(microbatches),
+            old_logprobs=None,
+            ref_logprobs=ref_logprobs,
+        )
+        if self.reference_is_adapter_off:
+            with adapter_disabled(self.engine.module):
+                self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
+        config = self.algorithm.config
+        penalises_reward = config.kl.place == "reward" and self.share.ref_logprobs is not None
+        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not penalises_reward:
+            return (), {}
+        self._set(old_logprobs=self._compute_logprobs("old logprobs"))
+        assert self.share.old_logprobs is not None
+        return self._sequence_reports(self.share.old_logprobs), experience_metrics(
+            config,
+            self.share.old_logprobs,
+            rollouts.rollout_logprobs,
+            self.share.ref_logprobs,
+            rollouts.response_mask,
+            rollouts.lengths,
+        )
+
+    def set_advantages(
+        self, by_sequence: Mapping[int, float] | None, *values: TokenValues
+    ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
+        """Every sampled token's advantage; with a critic, the returns of this rank's sequences too. Collective."""
+        share = self.share
+        rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
+        ids = rollouts.sequence_ids.tolist()
+        metrics: dict[str, Reduction] = {}
+        returns: TokenValues | None = None
+        if by_sequence is not None:
+            per_sequence = torch.tensor([by_sequence[i] for i in ids], dtype=torch.float32)
+            advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
+            own = moments(advantages, mask)
+        else:
+            old_values = TokenValues.gather(values, ids).values
+            advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
+            own = moments(advantages, mask)
+            if self.algorithm.whitens:
+                whole = self._moments_over_ranks(own)
+                advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
+            returns = TokenValues(sequence_ids=rollouts.sequence_ids, lengths=lengths, values=targets)
+            residual, target = moments(targets - old_values, mask), moments(targets, mask)
+            metrics = {
+                "experience/values/mean": Mean(total=float(old_values[mask].sum()), count=own.count),
+                "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=own.count),
+                "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
+            }
+        self.advantages = advantages
+        metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
+        metrics["advantages/std"] = as_std(own)
+        means = sequence_means(advantages, mask, lengths).tolist()
+        return returns, (dict(zip(ids, means, strict=True)), metrics)
+
+    def update(self, minibatch: int) -> Metrics:
+        """One optimizer step on a minibatch of the prepared batch. Collective."""
+        share, plan = self.share, self.share.plan.minibatches[minibatch]
+        counts = StepCounts(
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
+            max_new_tokens=self.rollouts_config.max_new_tokens,
+        )
+        parts: list[Metrics] = []
+        cut = share.microbatches[minibatch]
+        for index, piece in enumerate(cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                terms, found = self._microbatch_loss(piece, counts)
+                self.engine.backward(terms.loss, last=index == len(cut) - 1)
+            if piece.rows:
+                parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        report = self.engine.step()
+        if self.place.rank == 0:
+            parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
+        return merge(parts)
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        ids = torch.tensor(list(token_ids), device=self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0] = False
+        with torch.no_grad():
+            logprobs = self.engine.forward(
+                policy_logprobs_only, ids, torch.tensor([len(ids)], device=self.device), mask=mask
+            )
+        result: list[float] = logprobs[1:].float().tolist()
+        return result
+
+    def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
+        mask = self.share.rollouts.response_mask[piece.tokens]
+        has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
+        return update_metrics(
+            terms, sampled=int(mask.sum()), passed=len(piece.tokens), step_tokens=step_tokens, has_kl_loss=has_kl_loss
+        )
+
+    def _set(self, *, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None) -> None:
+        share = self.share
+        self.share = _Share(
+            plan=share.plan,
+            rollouts=share.rollouts,
+            microbatches=share.microbatches,
+            old_logprobs=share.old_logprobs if old_logprobs is None else old_logprobs,
+            ref_logprobs=share.ref_logprobs if ref_logprobs is None else ref_logprobs,
+        )
+
+    def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+        rollouts = self.share.rollouts
+        return (
+            rollouts.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            rollouts.response_mask[piece.tokens].to(self.device),
+        )
+
+    def _compute_logprobs(self, stage: str) -> Float[Tensor, " N"]:
+        """Log-probabilities of all sampled tokens of the share, without a gradient."""
+        result = torch.zeros(len(self.share.rollouts.token_ids))
+        for cut in self.share.microbatches:
+            for piece in cut:
+                token_ids, lengths, mask = self._columns(piece)
+                with (
+                    torch.no_grad(),
+                    explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
+                ):
+                    logprobs = self.engine.forward(
+                        policy_logprobs_only,
+                        token_ids,
+                        lengths,
+                        mask=mask,
+                        temperature=self.rollouts_config.temperature,
+                    )
+                result[piece.tokens] = logprobs.float().cpu()
+        return result
+
+    def _token_rewards(self) -> Float[Tensor, " N"]:
+        """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
+        share, config = self.share, self.algorithm.config
+        rollouts, mask = share.rollouts, share.rollouts.response_mask
+        rewards = torch.zeros(len(mask))
+        if config.kl.place == "reward" and share.ref_logprobs is not None:
+            assert share.old_logprobs is not None
+            rewards -= share.plan.kl_coef * reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
+        positions = torch.where(mask, torch.arange(len(mask)), -1)
+        start = 0
+        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True):
+            rewards[positions[start : start + length].max()] += share.plan.scores[sequence_id]
+            start += length
+        return rewards
+
+    def _moments_over_ranks(self, own: Moments) -> Moments:
+        """Moments of all ranks' values together, the same on every rank."""
+        table = torch.zeros(self.place.world_size, 3, dtype=torch.float64)
+        table[self.place.rank] = torch.tensor([own.count, own.mean, own.squared_deviation], dtype=torch.float64)
+        rows = self.engine.all_reduce_sum(table.to(self.device)).tolist()
+        return merge_moments(
+            [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
+        )
+
+    def _sequence_reports(self, logprobs: Float[Tensor, " N"]) -> tuple[SequenceReport, ...]:
+        rollouts, ref = self.share.rollouts, self.share.ref_logprobs
+        mask, lengths = rollouts.response_mask, rollouts.lengths
+        olds = sequence_means(logprobs, mask, lengths).tolist()
+        ids = rollouts.sequence_ids.tolist()
+        if ref is None:
+            return tuple(
+                SequenceReport(sequence_id=i, kl_ref=None, mean_old_logprob=old, mean_ref_logprob=None)
+                for i, old in zip(ids, olds, strict=True)
+            )
+        kls = sequence_sums(reference_kl(self.algorithm.config, logprobs, ref, mask), lengths).tolist()
+        refs = sequence_means(ref, mask, lengths).tolist()
+        return tuple(
+            SequenceReport(sequence_id=i, kl_ref=kl, mean_old_logprob=old, mean_ref_logprob=r)
+            for i, kl, old, r in zip(ids, kls, olds, refs, strict=True)
+        )
+
+    def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
+        """The loss of one micro-batch and, where `prepare` has not measured them, its experience metrics."""
+        share, config = self.share, self.algorithm.config
+        token_ids, lengths, mask = self._columns(piece)
+        logprobs, entropy = self.engine.forward(
+            policy_logprobs,
+            token_ids,
+            lengths,
+            mask=mask,
+            temperature=self.rollouts_config.temperature,
+            entropy_grad=config.entropy_coef > 0.0,
+        )
+        logprobs = logprobs.float()
+        old, ref = share.old_logprobs, share.ref_logprobs
+        batch = PolicyMicrobatch(
+            lengths=lengths,
+            response_mask=mask,
+            logprobs=logprobs,
+            entropy=entropy.float(),
+            old_logprobs=logprobs.detach() if old is None else old[piece.tokens].to(self.device),
+            rollout_logprobs=share.rollouts.rollout_logprobs[piece.tokens].to(self.device),
+            ref_logprobs=None if ref is None else ref[piece.tokens].to(self.device),
+            advantages=self.advantages[piece.tokens].to(self.device),
+        )
+        terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
+        if old is not None or not piece.rows:
+            return terms, {}
+        columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
+        return terms, experience_metrics(config, logprobs.detach(), *columns)

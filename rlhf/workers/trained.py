@@ -1,0 +1,160 @@
+"""What the policy's and the critic's ranks share: joining the gang, the engine, checkpoints, export, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.cluster import TrainedRole
+from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.root import Config
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
+from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.models.export import export_adapter, export_model
+from rlhf.models.loading import architecture_fingerprint, load_tokenizer
+from rlhf.models.lora import add_lora
+from rlhf.roles import MemoryReport
+from rlhf.types import Role
+from rlhf.workers.place import RankPlace, torch_dtype
+
+
+class TrainedWorker:
+    """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order."""
+
+    role: Role
+
+    def __init__(
+        self,
+        config: Config,
+        model: PolicyConfig | CriticConfig,
+        resources: TrainedRole,
+        place: RankPlace,
+        *,
+        lr: float,
+        optimizer_steps: int,
+    ) -> None:
+        self.config = config
+        self.model_config = model
+        self.resources = resources
+        self.place = place
+        self.lr = lr
+        self.optimizer_steps = optimizer_steps
+        self.device = place.torch_device()
+        torch.set_num_threads(place.threads)
+        torch.manual_seed(config.run.seed + place.rank)
+
+    def start(self, master_addr: str, master_port: int) -> str:
+        """Join the gang and load the model. Returns the architecture's fingerprint."""
+        place = self.place
+        init_distributed(
+            rank=place.rank,
+            world_size=place.world_size,
+            local_rank=place.local_rank,
+            local_world_size=place.local_world_size,
+            master_addr=master_addr,
+            master_port=master_port,
+            device=self.device,
+            deadline_s=place.deadline_s,
+        )
+        from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
+
+        with explains_out_of_memory(role=self.role, stage="start", rank=place.rank):
+            module = self.load_module()
+            self.fingerprint = architecture_fingerprint(module.config)
+            self.vocab_size = int(module.get_input_embeddings().weight.shape[0])
+            lora = self.model_config.lora
+            if lora is not None:
+                module = add_lora(
+                    module,
+                    rank=lora.rank,
+                    alpha=lora.alpha,
+                    dropout=lora.dropout,
+                    target_modules=lora.target_modules,
+                )
+            train = self.config.train
+            self.engine: TrainingEngine = DeepSpeedEngine(
+                module,
+                optimizer=OptimizerSettings(
+                    lr=self.lr,
+                    betas=train.betas,
+                    eps=train.eps,
+                    weight_decay=train.weight_decay,
+                    grad_clip=train.grad_clip,
+                ),
+                schedule=ScheduleSettings(
+                    kind=train.lr_schedule,
+                    warmup_steps=train.warmup_steps,
+                    total_steps=self.optimizer_steps,
+                    min_ratio=train.min_lr_ratio,
+                ),
+                zero_stage=self.resources.zero_stage,
+                offload=frozenset(self.resources.offload),
+                dtype=torch_dtype(self.model_config.dtype),
+                sequence_parallel=self.resources.sequence_parallel,
+                device=self.device,
+                deadline_s=place.deadline_s,
+            )
+        self.tokenizer: Any = load_tokenizer(
+            self.model_config.model, trust_remote_code=self.model_config.trust_remote_code
+        )
+        return self.fingerprint
+
+    def load_module(self) -> Any:
+        """The model before any adapter, float32 master weights included."""
+        raise NotImplementedError
+
+    def run_microbatches(
+        self, losses: Iterator[Callable[[], Tensor]], *, count: int, tokens: Callable[[int], int], stage: str
+    ) -> None:
+        """Forward and backward of `count` micro-batches, accumulated; the caller steps."""
+        for index, loss in enumerate(losses):
+            with explains_out_of_memory(role=self.role, stage=stage, rank=self.place.rank, tokens=tokens(index)):
+                self.engine.backward(loss(), last=index == count - 1)
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """What is shipped and saved: the adapter alone for LoRA, else all weights. Collective."""
+        if self.model_config.lora is not None:
+            return self.engine.named_adapter_weights(dtype)
+        return self.engine.named_weights(dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint. Collective."""
+        self.engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint. Collective."""
+        self.engine.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder (an adapter folder for LoRA); rank 0 writes, all ranks gather. Collective."""
+        dtype = torch_dtype(self.model_config.dtype)
+        weights = self.weights(dtype)
+        if self.place.rank != 0:
+            for _ in weights:
+                pass
+        elif self.model_config.lora is not None:
+            export_adapter(folder, weights, self.engine.module, self.tokenizer)
+        else:
+            export_model(folder, weights, self.engine.module.config, self.tokenizer, dtype=dtype)
+
+    def offload(self) -> None:
+        """Leave the GPU to a colocated engine."""
+        self.engine.offload_to_host()
+
+    def reload(self) -> None:
+        """Take the GPU back."""
+        self.engine.reload_to_device()
+
+    def memory(self) -> MemoryReport:
+        """Peaks of this process."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+    def stop(self) -> None:
+        """Leave the gang."""
+        leave_distributed()
