@@ -108,13 +108,43 @@ def group_normalized(scores: Float[Tensor, " B"], *, group_size: int, eps: float
 
 
 def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740, eq. 8).
+    """Score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740).
 
     It is group_centered times G / (G - 1). Scores are prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="leave_one_out")
     others_P_G = (scores_P_G.sum(dim=1, keepdim=True) - scores_P_G) / (group_size - 1)
     return (scores_P_G - others_P_G).flatten()
+
+
+def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
+    """Unbiased std of each score's group. Scores are prompt-major; ValueError as in group_centered."""
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_std")
+    return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
+
+
+def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
+    """How far the best score of a group is above the second best; 0 for all others (pass@k, arXiv:2503.19595).
+
+    Of equal best scores none has a margin. Scores are prompt-major; ValueError as in group_centered.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")
+    best, second = scores_P_G.topk(2, dim=1).values.split(1, dim=1)
+    return torch.where(scores_P_G == best, best - second, 0.0).flatten()
+
+
+def length_weighted_centered(
+    scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+) -> Float[Tensor, " B"]:
+    """Score minus the mean of its group weighted by response length (OPO, arXiv:2505.23585).
+
+    The baseline of least variance if a response's squared gradient grows with its length. ValueError as in
+    group_centered.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="length_weighted_centered")
+    weights_P_G = num_tokens.view(-1, group_size).to(scores.dtype)
+    baseline = (weights_P_G * scores_P_G).sum(dim=1, keepdim=True) / weights_P_G.sum(dim=1, keepdim=True)
+    return (scores_P_G - baseline).flatten()
 
 
 def _grouped(scores: Float[Tensor, " B"], *, group_size: int, needed_by: str) -> Float[Tensor, "P G"]:

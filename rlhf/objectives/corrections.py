@@ -1,8 +1,8 @@
 """Corrections for tokens that another policy sampled: vLLM's kernels, or weights of some steps ago.
 
-Weights multiply the per-token policy loss; masks remove tokens from it. Everything here is data (no gradient): with
-old_logprobs from the trainer and rollout_logprobs from the sampler, `rollout_ratio = exp(old - rollout)`.
-`mask` is True where the policy sampled the token; weights are zero elsewhere.
+Weights multiply the per-token policy loss and masks remove tokens from it; they never change the ratio that is
+clipped. Everything here is data (no gradient). `mask` is True where the policy sampled the token; weights are zero
+elsewhere.
 """
 
 from __future__ import annotations
@@ -11,29 +11,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.masking import sequence_sums, to_tokens
-
-# exp(20) is far beyond any cap; held there so that a product of many ratios stays finite.
-MAX_LOG_RATIO = 20.0
+from rlhf.objectives.masking import sequence_means, sequence_sums, to_tokens
 
 
-def token_ratio(
+def rollout_ratio(
     old_logprobs: Float[Tensor, "*N"], rollout_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """rollout_ratio of each token, zero outside mask."""
-    log_ratio = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach()
-    return torch.where(mask, log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
+    """exp(old_logprobs - rollout_logprobs) of each token, zero outside mask."""
+    return torch.where(mask, torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach().exp(), 0.0)
 
 
-def sequence_ratio(
+def sequence_rollout_ratio(
     old_logprobs: Float[Tensor, " N"],
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
-    """Product of each sequence's rollout ratios: unbiased, and noisy for long responses."""
-    log_ratio = sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    """Product of each sequence's token ratios: unbiased, and noisy for long responses."""
+    return sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths).exp()
 
 
 def token_truncated(
@@ -42,9 +37,14 @@ def token_truncated(
     mask: Bool[Tensor, "*N"],
     *,
     max_ratio: float,
+    min_ratio: float = 0.0,
 ) -> Float[Tensor, "*N"]:
-    """Truncated importance sampling per token: min(rollout_ratio, max_ratio) (Yao et al. 2025, after Ionides 2008)."""
-    return token_ratio(old_logprobs, rollout_logprobs, mask).clamp(max=max_ratio)
+    """Truncated importance sampling per token: the ratio, at most max_ratio (Ionides 2008; for RL, Yao et al. 2025).
+
+    A min_ratio above 0 raises small ratios to it: less variance, more bias.
+    """
+    ratio = rollout_ratio(old_logprobs, rollout_logprobs, mask)
+    return torch.where(mask, ratio.clamp(min_ratio, max_ratio), 0.0)
 
 
 def sequence_truncated(
@@ -54,7 +54,63 @@ def sequence_truncated(
     lengths: Int[Tensor, " B"],
     *,
     max_ratio: float,
+    min_ratio: float = 0.0,
 ) -> Float[Tensor, " N"]:
-    """Truncated importance sampling per sequence: min(product of ratios, max_ratio), on each of its tokens."""
-    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(max=max_ratio)
+    """token_truncated of the product of a sequence's ratios, on each of its tokens."""
+    ratio = sequence_rollout_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
     return torch.where(mask, to_tokens(ratio, lengths, num_tokens=len(mask)), 0.0)
+
+
+def token_masked(
+    old_logprobs: Float[Tensor, "*N"],
+    rollout_logprobs: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    max_ratio: float,
+    min_ratio: float = 0.0,
+) -> Float[Tensor, "*N"]:
+    """The ratio where it lies in [min_ratio, max_ratio], else 0: such a token is dropped (IcePop, arXiv:2510.18855)."""
+    ratio = rollout_ratio(old_logprobs, rollout_logprobs, mask)
+    return torch.where(kept(ratio, mask, low=min_ratio, high=max_ratio), ratio, 0.0)
+
+
+def sequence_masked(
+    old_logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    max_ratio: float,
+    min_ratio: float = 0.0,
+) -> Float[Tensor, " N"]:
+    """token_masked of the product of a sequence's ratios, on each of its tokens: drops whole sequences."""
+    ratio = sequence_rollout_ratio(old_logprobs, rollout_logprobs, mask, lengths)
+    columns = to_tokens(ratio, lengths, num_tokens=len(mask))
+    return torch.where(kept(columns, mask, low=min_ratio, high=max_ratio), columns, 0.0)
+
+
+def kept(statistic: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, low: float, high: float) -> Bool[Tensor, "*N"]:
+    """mask without the tokens whose statistic lies outside [low, high]: rejection sampling.
+
+    The statistic is a ratio or a KL estimate of (rollout_logprobs, old_logprobs), per token, or per sequence and
+    spread by masking.to_tokens.
+    """
+    return mask & (statistic >= low) & (statistic <= high)
+
+
+def on_policy_sequences(
+    logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    max_kl: float,
+) -> Bool[Tensor, " N"]:
+    """mask without the tokens of negative advantage in sequences that the policy has left.
+
+    Left: the mean of rollout_logprobs - logprobs over the sequence exceeds max_kl (DeepSeek-V3.2, arXiv:2512.02556,
+    eq. 9).
+    """
+    kl = sequence_means((rollout_logprobs - logprobs).detach(), mask, lengths)
+    return mask & ((advantages >= 0) | (to_tokens(kl, lengths, num_tokens=len(mask)) <= max_kl))

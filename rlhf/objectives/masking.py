@@ -91,7 +91,7 @@ def moments(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Moments:
 
 
 def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union (Chan, Golub and LeVeque 1983, eq. 2.1). Every rank must pass the same order."""
+    """Moments of the union (Chan, Golub and LeVeque 1983). Every rank must pass the same order."""
     total = Moments(count=0, mean=0.0, squared_deviation=0.0)
     for part in parts:
         count = total.count + part.count

@@ -1,10 +1,11 @@
-"""The clip family of policy losses: PPO, its two caps for negative advantages, and the sequence-level form.
+"""The clip family of policy losses: PPO, and its two ways to bound the loss on negative advantages.
 
 Each returns one term per token, zero where `mask` is False; aggregation.py weighs and the caller sums them. No
 function here knows how many tokens the step has, so none can average over the wrong ones.
 
-Ratios are exp(logprobs - old_logprobs). With one optimizer step per batch pass `logprobs.detach()` as old_logprobs:
-the ratio is then exactly 1 and the gradient that of REINFORCE.
+`*_surrogate` and clipped_tokens take logprobs and use importance_ratio; `*_loss` and clipped_ratios take any ratio, such
+as those of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()` as old_logprobs: the ratio is
+then exactly 1 and the gradient that of REINFORCE.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def clipped_surrogate(
     The ratio's bounds are 1 - clip_low and 1 + clip_high; equal in PPO, apart in DAPO (arXiv:2503.14476, eq. 10).
     """
     ratio = importance_ratio(logprobs, old_logprobs, mask)
-    return torch.where(mask, _pessimistic(ratio, advantages, clip_low=clip_low, clip_high=clip_high), 0.0)
+    return clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
 
 
 def dual_clipped_surrogate(
@@ -48,36 +49,9 @@ def dual_clipped_surrogate(
     clip_high: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """clipped_surrogate whose loss on a negative advantage stops growing at ratio max_ratio (arXiv:1912.09729, eq. 5).
-
-    ValueError unless max_ratio > 1. At or below 1 + clip_high the cap would replace the clip.
-    """
-    if max_ratio <= 1.0:
-        raise ValueError(f"dual_clipped_surrogate needs max_ratio > 1, got {max_ratio}")
+    """clipped_surrogate whose loss on a negative advantage stops growing at ratio max_ratio: see dual_clipped_loss."""
     ratio = importance_ratio(logprobs, old_logprobs, mask)
-    clipped = _pessimistic(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
-    capped = torch.minimum(clipped, -max_ratio * advantages)
-    return torch.where(mask, torch.where(advantages < 0, capped, clipped), 0.0)
-
-
-def two_sided_clipped_surrogate(
-    logprobs: Float[Tensor, "*N"],
-    old_logprobs: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    mask: Bool[Tensor, "*N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-    max_ratio: float,
-) -> Float[Tensor, "*N"]:
-    """clipped_surrogate with min(ratio, max_ratio) in the unclipped term (INTELLECT-2, arXiv:2505.07291, section 3.4).
-
-    The same as dual_clipped_surrogate for max_ratio >= 1 + clip_high, as the paper asks.
-    """
-    ratio = importance_ratio(logprobs, old_logprobs, mask)
-    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio.clamp(max=max_ratio) * advantages, clipped_ratio * advantages)
-    return torch.where(mask, -objective, 0.0)
+    return dual_clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, max_ratio=max_ratio)
 
 
 def clipped_tokens(
@@ -89,11 +63,73 @@ def clipped_tokens(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
+    """clipped_ratios of importance_ratio."""
+    ratio = importance_ratio(logprobs, old_logprobs, mask)
+    return clipped_ratios(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+
+
+def clipped_loss(
+    ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "*N"]:
+    """-min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated)."""
+    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return torch.where(mask, -torch.minimum(ratio * advantages, clipped_ratio * advantages), 0.0)
+
+
+def dual_clipped_loss(
+    ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    max_ratio: float,
+) -> Float[Tensor, "*N"]:
+    """clipped_loss, on a negative advantage at most max_ratio * |A| (dual clip, arXiv:1912.09729).
+
+    ValueError unless max_ratio > 1. At or below 1 + clip_high the cap would replace the clip.
+    """
+    if max_ratio <= 1.0:
+        raise ValueError(f"dual_clipped_loss needs max_ratio > 1, got {max_ratio}")
+    clipped = clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+    return torch.where(mask & (advantages < 0), torch.minimum(clipped, -max_ratio * advantages), clipped)
+
+
+def two_sided_clipped_loss(
+    ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    max_ratio: float,
+) -> Float[Tensor, "*N"]:
+    """-min(min(ratio, max_ratio) * A, clip(ratio) * A) (INTELLECT-2, arXiv:2505.07291).
+
+    The same as dual_clipped_loss for max_ratio >= 1 + clip_high, as the paper asks.
+    """
+    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    objective = torch.minimum(ratio.clamp(max=max_ratio) * advantages, clipped_ratio * advantages)
+    return torch.where(mask, -objective, 0.0)
+
+
+def clipped_ratios(
+    ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
     """Where the clip stops the gradient: (below 1 - clip_low, above 1 + clip_high). For the clip fraction.
 
     Below counts only where the advantage is negative, above only where it is positive: elsewhere the clip is not felt.
     """
-    ratio = importance_ratio(logprobs, old_logprobs, mask)
     low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
     high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
     return low, high
@@ -104,10 +140,3 @@ def reinforce(
 ) -> Float[Tensor, "*N"]:
     """-advantage * logprob (Williams 1992): right only for samples of the policy being trained."""
     return -torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs, 0.0)
-
-
-def _pessimistic(
-    ratio: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], *, clip_low: float, clip_high: float
-) -> Float[Tensor, "*N"]:
-    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)

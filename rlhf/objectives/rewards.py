@@ -1,0 +1,45 @@
+"""From one score a sequence to what the estimators read: token rewards with a KL penalty, and shaped scores.
+
+Runs where the scores are (shaping) and where the tokens are (token_rewards), before any advantage.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.objectives.masking import sequence_counts
+
+
+def token_rewards(
+    scores: Float[Tensor, " B"],
+    kl: Float[Tensor, " N"],
+    response_mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, " N"]:
+    """-kl_coef * kl on each sampled token, and the score on the last one (arXiv:1909.08593, eq. 2); zero elsewhere.
+
+    `kl` is a per-token estimate of KL(policy || reference), usually kl_k1. ValueError for a sequence without a sampled
+    token: nothing could carry its score.
+    """
+    if bool((sequence_counts(response_mask, lengths) == 0).any()):
+        empty = (sequence_counts(response_mask, lengths) == 0).nonzero().flatten().tolist()
+        raise ValueError(f"token_rewards: sequences {empty[:8]} have no sampled token to carry their score")
+    sampled = response_mask.nonzero().flatten()
+    last = sampled[sequence_counts(response_mask, lengths).cumsum(0) - 1]
+    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
+    return penalties.index_add(0, last, scores.to(penalties.dtype))
+
+
+def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int) -> Float[Tensor, " B"]:
+    """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
+
+    To be added to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
+    excess = (num_tokens - (max_tokens - buffer)).clamp(0, buffer)
+    return -excess.double() / buffer

@@ -1,0 +1,62 @@
+"""Importance ratios shared by the tokens of a sequence: GSPO, GSPO-token, GMPO.
+
+They take the place of policy_loss.importance_ratio: [N] columns, 1 where `mask` is False. They never touch the
+advantages but for the sign that GMPO's clip needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.objectives.masking import sequence_means, to_tokens
+
+
+def sequence_ratio(
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+) -> Float[Tensor, " N"]:
+    """The geometric mean of a sequence's token ratios, on each of its tokens (GSPO, arXiv:2507.18071, eq. 7).
+
+    The gradient of each copy reaches every token of the sequence.
+    """
+    log_ratio = sequence_means(logprobs - old_logprobs, mask, lengths)
+    return torch.where(mask, to_tokens(log_ratio, lengths, num_tokens=len(mask)), 0.0).exp()
+
+
+def sequence_token_ratio(
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+) -> Float[Tensor, " N"]:
+    """sequence_ratio in value, with each token's own gradient (GSPO-token, arXiv:2507.18071, eq. 14).
+
+    Where all tokens of a sequence share one advantage and one weight, the gradient is that of sequence_ratio.
+    """
+    own = torch.where(mask, logprobs - logprobs.detach(), 0.0).exp()
+    return sequence_ratio(logprobs.detach(), old_logprobs, mask, lengths) * own
+
+
+def geometric_mean_ratio(
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, " N"]:
+    """sequence_ratio of token ratios clipped one by one, in log space (GMPO, arXiv:2507.20673).
+
+    A token's log-ratio is held below clip_high if its advantage is positive, above -clip_low if it is negative, and
+    left out (0) if it is zero. Use `-ratio * advantage` with it: there is nothing left to clip.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    sign = torch.where(mask, advantages, 0.0).sign()
+    held = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-clip_low, clip_high))
+    return torch.where(mask, to_tokens(sequence_means(held, mask, lengths), lengths, num_tokens=len(mask)), 0.0).exp()

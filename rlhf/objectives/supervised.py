@@ -1,0 +1,18 @@
+"""Losses of supervised fine-tuning, one term per token, zero where `mask` is False. They never average."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def negative_logprob(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Cross-entropy with the token itself."""
+    return torch.where(mask, -logprobs, 0.0)
+
+
+def dynamic_fine_tuning(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """negative_logprob times the token's probability, which carries no gradient (DFT, arXiv:2508.05629)."""
+    losses = negative_logprob(logprobs, mask)
+    return losses * (-losses).detach().exp()

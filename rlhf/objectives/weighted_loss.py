@@ -1,0 +1,131 @@
+"""Policy losses that weigh the logprob instead of clipping a ratio: CISPO, DPPO, VESPO, DRO; and SAPO's soft gate.
+
+Where PPO's clip removes a token from the gradient, CISPO, DPPO and VESPO keep `-weight * advantage * logprob` with a
+weight that carries no gradient. One term per token, zero where `mask` is False, as in policy_loss.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf.objectives.policy_loss import importance_ratio, reinforce
+
+
+def cispo(
+    ratio: Float[Tensor, "*N"],
+    logprobs: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    min_ratio: float,
+    max_ratio: float,
+) -> Float[Tensor, "*N"]:
+    """REINFORCE weighted by the ratio held in [min_ratio, max_ratio] (MiniMax-M1, arXiv:2506.13585, eq. 4).
+
+    The paper tunes only the upper bound: min_ratio 0 (TRL). verl holds it in [1 - clip_low, 1 + clip_high].
+    """
+    return reinforce(logprobs, ratio.detach().clamp(min_ratio, max_ratio) * advantages, mask)
+
+
+def sapo(
+    ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    temperature_positive: float,
+    temperature_negative: float,
+) -> Float[Tensor, "*N"]:
+    """-4/t * sigmoid(t * (ratio - 1)) * A, with the temperature t of the advantage's sign (arXiv:2511.20347)."""
+    temperature = torch.where(advantages > 0, temperature_positive, temperature_negative)
+    gate = torch.sigmoid(temperature * (ratio - 1.0)) * (4.0 / temperature)
+    return torch.where(mask, -gate * advantages, 0.0)
+
+
+def dppo(
+    logprobs: Float[Tensor, "*N"],
+    old_logprobs: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    trusted: Bool[Tensor, "*N"],
+    *,
+    max_ratio: float,
+) -> Float[Tensor, "*N"]:
+    """REINFORCE weighted by min(ratio, max_ratio), over the trusted tokens only (DPPO, arXiv:2602.04879).
+
+    `trusted` is that of trusted_by_tv or trusted_by_kl.
+    """
+    weight = importance_ratio(logprobs, old_logprobs, trusted).detach().clamp(max=max_ratio)
+    return reinforce(logprobs, weight * advantages, trusted)
+
+
+def trusted_by_tv(
+    logprobs: Float[Tensor, "*N"],
+    old_logprobs: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    max_decrease: float,
+    max_increase: float,
+) -> Bool[Tensor, "*N"]:
+    """Tokens whose probability has not yet moved, in their advantage's direction, by more than the bound.
+
+    The move of one token's probability is the total variation between the two policies coarsened to {token, rest}.
+    """
+    moved = (logprobs.exp() - old_logprobs.exp()).detach()
+    return mask & torch.where(advantages > 0, moved <= max_increase, moved >= -max_decrease)
+
+
+def trusted_by_kl(
+    logprobs: Float[Tensor, "*N"],
+    old_logprobs: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    max_kl_decrease: float,
+    max_kl_increase: float,
+    eps: float = 1e-8,
+) -> Bool[Tensor, "*N"]:
+    """trusted_by_tv with KL(old || new) of the same coarsened policies as the measure of the move."""
+    p, old_p = logprobs.detach().exp(), old_logprobs.exp()
+    binary_kl = old_p * (old_logprobs - logprobs.detach())
+    binary_kl = binary_kl + (1.0 - old_p) * ((1.0 - old_p + eps) / (1.0 - p + eps)).log()
+    raised = (binary_kl <= max_kl_increase) | (p <= old_p)
+    lowered = (binary_kl <= max_kl_decrease) | (p >= old_p)
+    return mask & torch.where(advantages > 0, raised, lowered)
+
+
+def vespo_weights(
+    log_ratio: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    *,
+    power_positive: float,
+    decay_positive: float,
+    power_negative: float,
+    decay_negative: float,
+) -> Float[Tensor, "*N"]:
+    """w^k * exp(decay * (1 - w)) for the sequence ratio w = exp(log_ratio): 1 at w = 1 (VESPO, arXiv:2602.10693).
+
+    log_ratio is the sum over the sequence, held in [log 1e-8, 20]. Power k and decay are those of the advantage's
+    sign, zero counting as positive. Use as `reinforce(logprobs, weights * advantages, mask)`.
+    """
+    positive = advantages >= 0
+    power = torch.where(positive, power_positive, power_negative)
+    decay = torch.where(positive, decay_positive, decay_negative)
+    log_w = log_ratio.detach().clamp(math.log(1e-8), 20.0)
+    return (decay + power * log_w - decay * log_w.exp()).exp()
+
+
+def dro(
+    logprobs: Float[Tensor, "*N"],
+    old_logprobs: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mask: Bool[Tensor, "*N"],
+    *,
+    beta: float,
+) -> Float[Tensor, "*N"]:
+    """-(A * logprob - beta / 2 * log_ratio^2), regularised towards the sampling policy (DRO, arXiv:2405.19107)."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    return reinforce(logprobs, advantages, mask) + 0.5 * beta * log_ratio.square()
