@@ -14,14 +14,14 @@ from torch import Tensor
 from rlhf.objectives.masking import sequence_means, sequence_sums, to_tokens
 
 
-def rollout_ratio(
+def token_ratio(
     old_logprobs: Float[Tensor, "*N"], rollout_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
     """exp(old_logprobs - rollout_logprobs) of each token, zero outside mask."""
     return torch.where(mask, torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach().exp(), 0.0)
 
 
-def sequence_rollout_ratio(
+def sequence_ratio(
     old_logprobs: Float[Tensor, " N"],
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
@@ -43,7 +43,7 @@ def token_truncated(
 
     A min_ratio above 0 raises small ratios to it: less variance, more bias.
     """
-    ratio = rollout_ratio(old_logprobs, rollout_logprobs, mask)
+    ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(mask, ratio.clamp(min_ratio, max_ratio), 0.0)
 
 
@@ -57,7 +57,7 @@ def sequence_truncated(
     min_ratio: float = 0.0,
 ) -> Float[Tensor, " N"]:
     """token_truncated of the product of a sequence's ratios, on each of its tokens."""
-    ratio = sequence_rollout_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
+    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
     return torch.where(mask, to_tokens(ratio, lengths, num_tokens=len(mask)), 0.0)
 
 
@@ -70,7 +70,7 @@ def token_masked(
     min_ratio: float = 0.0,
 ) -> Float[Tensor, "*N"]:
     """The ratio where it lies in [min_ratio, max_ratio], else 0: such a token is dropped (IcePop, arXiv:2510.18855)."""
-    ratio = rollout_ratio(old_logprobs, rollout_logprobs, mask)
+    ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(kept(ratio, mask, low=min_ratio, high=max_ratio), ratio, 0.0)
 
 
@@ -84,7 +84,7 @@ def sequence_masked(
     min_ratio: float = 0.0,
 ) -> Float[Tensor, " N"]:
     """token_masked of the product of a sequence's ratios, on each of its tokens: drops whole sequences."""
-    ratio = sequence_rollout_ratio(old_logprobs, rollout_logprobs, mask, lengths)
+    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths)
     columns = to_tokens(ratio, lengths, num_tokens=len(mask))
     return torch.where(kept(columns, mask, low=min_ratio, high=max_ratio), columns, 0.0)
 

@@ -3,9 +3,9 @@
 Each returns one term per token, zero where `mask` is False; aggregation.py weighs and the caller sums them. No
 function here knows how many tokens the step has, so none can average over the wrong ones.
 
-`*_surrogate` and clipped_tokens take logprobs and use importance_ratio; `*_loss` and clipped_ratios take any ratio, such
-as those of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()` as old_logprobs: the ratio is
-then exactly 1 and the gradient that of REINFORCE.
+`*_surrogate` and clipped_tokens take logprobs and use importance_ratio; `*_loss` and clipped_ratios take any ratio,
+such as those of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()` as old_logprobs: the
+ratio is then exactly 1 and the gradient that of REINFORCE.
 """
 
 from __future__ import annotations
