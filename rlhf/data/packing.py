@@ -1,0 +1,62 @@
+"""Which sequences share a micro-batch, and which rank trains which: pure arithmetic on lengths.
+
+Called by the controller (ranks) and the workers (micro-batches). It sees no token, and its result depends on its
+arguments alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Indices in bins of at most `max_tokens` tokens each, few bins: best fit, longest first.
+
+    The number of bins is at most 11/9 of the least possible, up to a constant (Johnson, 1973). Indices ascend within a
+    bin. ValueError for a sequence longer than a bin.
+    """
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if length > max_tokens:
+            raise ValueError(f"sequence {index} has {length} tokens, more than the {max_tokens} of a micro-batch")
+        place = bisect.bisect_left(free, (length, -1))
+        if place < len(free):
+            left, chosen = free.pop(place)
+        else:
+            left, chosen = max_tokens, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        bisect.insort(free, (left - length, chosen))
+    return [sorted(members) for members in bins]
+
+
+def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Indices for each rank with the costs about equal: the costliest next goes to the rank with least so far.
+
+    The greatest rank cost is at most 4/3 of the least possible (Graham, 1969). Every rank gets something if there are
+    as many indices as ranks. Indices ascend within a rank.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, expected at least 1")
+    if any(not cost >= 0.0 for cost in costs):
+        raise ValueError("costs must be numbers from 0")
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, 0, rank) for rank in range(num_ranks)]  # (cost, indices, rank): an empty rank goes before a free one
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, count, rank = loads[0]
+        ranks[rank].append(index)
+        heapq.heapreplace(loads, (load + costs[index], count + 1, rank))
+    return [sorted(members) for members in ranks]
+
+
+def sequence_cost(length: int, *, num_parameters: int, num_layers: int, hidden_size: int) -> float:
+    """Floating-point operations of one forward pass over a sequence (arXiv:2001.08361, section 2.1).
+
+    2 for each parameter and token; in each layer 2 * hidden_size for each of attention's two products and each pair of
+    tokens, of which causality leaves half. A backward pass costs twice as much, so ratios stay the same.
+    """
+    return 2.0 * num_parameters * length + 2.0 * num_layers * hidden_size * length * length

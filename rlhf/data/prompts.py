@@ -1,0 +1,85 @@
+"""Prompts for rollouts: rows rendered, tokenised once, and given out by a resumable source.
+
+First arrow of the online flow, prompts -> rollouts. It never looks at an answer: other columns go through to the
+rewards untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from rlhf.data.chat import encode, raw_prefix, raw_prompt, read_messages, render, require_template, with_system_prompt
+from rlhf.data.sources import Row
+from rlhf.data.stream import Stream
+from rlhf.errors import UserError
+from rlhf.types import Prompt
+
+PromptSource: TypeAlias = Stream[Prompt]
+
+_GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # names that a reward call fills itself
+
+
+def load_prompts(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    system_prompt: str | None,
+    apply_chat_template: bool,
+    max_prompt_tokens: int,
+) -> tuple[Prompt, ...]:
+    """One prompt a row, from column `messages` or `prompt`; `prompt_id` is the row's index.
+
+    Conversations always go through the chat template, string prompts if `apply_chat_template`; either ends where the
+    assistant's turn begins. All columns but `prompt` go on to the rewards. UserError names the row that is wrong.
+    """
+    prefix = raw_prefix(tokenizer)
+    texts = [
+        _prompt_text(
+            row, tokenizer, system_prompt=system_prompt, apply_chat_template=apply_chat_template, prefix=prefix
+        )
+        for row in rows
+    ]
+    prompts = []
+    for index, (row, text, token_ids) in enumerate(zip(rows, texts, encode(texts, tokenizer), strict=True)):
+        if not token_ids:
+            raise UserError(f"{row.place}: the prompt {text!r:.40} has no tokens.")
+        if len(token_ids) > max_prompt_tokens:
+            raise UserError(
+                f"{row.place}: the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens: "
+                f"{max_prompt_tokens}. Raise it, or shorten the prompt."
+            )
+        columns = {name: value for name, value in row.columns.items() if name != "prompt"}
+        prompts.append(Prompt(prompt_id=index, token_ids=tuple(token_ids), text=text, columns=columns))
+    return tuple(prompts)
+
+
+def _prompt_text(row: Row, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool, prefix: str) -> str:
+    for name in _GIVEN_TO_REWARDS:
+        if name in row.columns:
+            raise UserError(
+                f"{row.place}: column `{name}` has the name of an argument that rewards receive from the run. "
+                f"Rename it: data.columns: {{reference: {name}}}."
+            )
+    if "messages" in row.columns:
+        if "prompt" in row.columns:
+            raise UserError(
+                f"{row.place}: has both `prompt` and `messages`; one of them is the prompt, remove the other."
+            )
+        messages = read_messages(row, system_prompt=system_prompt)
+        if messages[-1]["role"] == "assistant":
+            raise UserError(f"{row.place}: the conversation ends with the assistant's turn, which is to be sampled.")
+    elif apply_chat_template:
+        user = {"role": "user", "content": row.text("prompt", alternative="messages")}
+        messages = with_system_prompt([user], system_prompt)
+    else:
+        return raw_prompt(row, system_prompt=system_prompt, prefix=prefix)
+    require_template(tokenizer, row.place)
+    return render(messages, tokenizer, add_generation_prompt=True, place=row.place)
+
+
+def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:
+    """The sampling seed of one response, 1 to 2**31 - 1: the same for the same sample, whatever the scheduling."""
+    key = f"{run_seed}/{epoch}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % (2**31 - 1) + 1
