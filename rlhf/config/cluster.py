@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
 
+Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
+
 
 class TrainedRole(Section):
-    """Workers of the policy or the critic: one gang of data-parallel ranks."""
+    """Workers of a trained model: one gang of data-parallel ranks."""
 
     workers: int = Field(default=1, ge=1)
     """Ranks."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each."""
-    threads: int | Literal["auto"] = "auto"
+    """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    threads: Threads = "auto"
     """Compute threads of each; auto: the node's cores shared out among the ranks of this role on it."""
-    colocate_with: Literal["policy"] | None = None
-    """Use that role's bundles and take turns with it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
@@ -28,17 +28,40 @@ class TrainedRole(Section):
     """Ranks that share one long sequence (DeepSpeed Ulysses); GPU only."""
 
 
+class PolicyRole(TrainedRole):
+    """Workers of the policy."""
+
+
+class CriticRole(TrainedRole):
+    """Workers of the critic."""
+
+    colocate_with: Literal["policy"] | None = "policy"
+    """Use that role's bundles and take turns with it; null: bundles of its own."""
+
+
 class ForwardRole(Section):
     """Workers of the reference or the reward role: each holds the whole model; groups are dealt out among them."""
 
     workers: int = Field(default=1, ge=1)
     """Processes."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each."""
-    threads: int | Literal["auto"] = "auto"
+    """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    threads: Threads = "auto"
     """Compute threads of each; auto: the node's cores shared out among the workers of this role on it."""
-    colocate_with: Literal["policy", "rollout"] | None = None
-    """Use that role's bundles and take turns with it."""
+
+
+class ReferenceRole(ForwardRole):
+    """Workers of the reference model."""
+
+    colocate_with: Literal["policy", "rollout"] | None = "policy"
+    """Use that role's bundles and take turns with it; null: bundles of its own."""
+
+
+class RewardRole(ForwardRole):
+    """Workers that score responses: reward functions and the reward model."""
+
+    colocate_with: Literal["policy", "rollout"] | None = "rollout"
+    """Use that role's bundles and take turns with it; null: bundles of its own."""
 
 
 class RolloutRole(Section):
@@ -49,11 +72,11 @@ class RolloutRole(Section):
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs of one engine."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each engine."""
-    threads: int | Literal["auto"] = "auto"
+    """CPUs that Ray reserves for each engine; a colocated one uses those of its host."""
+    threads: Threads = "auto"
     """Compute threads of each engine on a CPU; auto: the node's cores shared out among the engines on it."""
     colocate_with: Literal["policy"] | None = None
-    """Use the policy's GPUs and take turns with it by sleep and wake."""
+    """Use the policy's bundles and take turns with it, on GPUs by sleep and wake; null: bundles of its own."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV cache of each engine on a CPU, whole GiB."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, lt=1.0)
@@ -67,13 +90,13 @@ class RolloutRole(Section):
 class Roles(Section):
     """Resources of each role. A role that the run does not need must not be named."""
 
-    policy: TrainedRole = TrainedRole()
+    policy: PolicyRole = PolicyRole()
     """Ranks of the policy."""
-    critic: TrainedRole = TrainedRole(colocate_with="policy")
+    critic: CriticRole = CriticRole()
     """Ranks of the critic."""
-    reference: ForwardRole = ForwardRole(colocate_with="policy")
+    reference: ReferenceRole = ReferenceRole()
     """Workers of the reference model."""
-    reward: ForwardRole = ForwardRole(colocate_with="rollout")
+    reward: RewardRole = RewardRole()
     """Workers that score responses."""
     rollout: RolloutRole = RolloutRole()
     """Rollout engines."""
@@ -87,8 +110,8 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where models live. cuda gives every trained and forward worker one GPU and every engine tensor_parallel GPUs."""
     weight_sync: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
-    """How weights reach the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc where policy and engine share
-    GPUs, else nccl."""
+    """How weights reach the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc where policy and engine
+    share GPUs, else nccl."""
     object_store_gib: float = Field(default=1.0, gt=0.05)
     """Shared memory of a local Ray."""
     start_timeout_s: float = Field(default=300.0, gt=0.0)

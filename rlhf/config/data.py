@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Discriminator, Field, JsonValue, Tag
 
 from rlhf.algorithms.section import Section
 
@@ -20,11 +21,28 @@ class TaskConfig(Section):
     """Rows to make."""
     seed: int = 0
     """The same seed makes the same rows."""
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = Field(default_factory=dict)
     """Passed to the task."""
 
 
-DataSource = str | TaskConfig
+def _kind(value: Any) -> str:
+    """Which form of a data source a value has, so that an error speaks of that form alone."""
+    if isinstance(value, TaskConfig) or (isinstance(value, Mapping) and "task" in value):
+        return "TaskConfig"
+    return "dict" if isinstance(value, Mapping) else "str"
+
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+DataSource = Annotated[
+    Annotated[str, Tag("str")] | Annotated[TaskConfig, Tag("TaskConfig")],
+    Discriminator(lambda value: "str" if _kind(value) == "str" else "TaskConfig"),
+]
+EvalSource = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[TaskConfig, Tag("TaskConfig")]
+    | Annotated[dict[SetName, DataSource], Tag("dict")],
+    Discriminator(_kind),
+]
 
 
 class DataConfig(Section):
@@ -33,11 +51,11 @@ class DataConfig(Section):
 
     train: DataSource
     """What is trained on."""
-    eval: DataSource | dict[str, DataSource] | None = None
+    eval: EvalSource | None = None
     """Held-out sets by name; a single one is called `heldout`."""
     shuffle: bool = True
     """A new order every epoch, from run.seed alone."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Our column name: the dataset's name for it."""
     system_prompt: str | None = None
     """Put before every prompt by the chat template."""

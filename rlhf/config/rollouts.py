@@ -39,7 +39,7 @@ class RewardConfig(Section):
     """The reward model of the `reward` section."""
     weight: float = 1.0
     """Its factor in the response's score."""
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the class's constructor."""
 
     @model_validator(mode="after")

@@ -6,10 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf.algorithms.grpo import GRPOConfig
-from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms import AlgorithmConfig
 from rlhf.algorithms.section import Section
-from rlhf.algorithms.sft import SFTConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataConfig
 from rlhf.config.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
@@ -17,7 +15,7 @@ from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
 from rlhf.config.run import RunConfig, TrackingConfig
 from rlhf.config.train import EvalConfig, TrainConfig
 
-AlgorithmConfig = Annotated[PPOConfig | GRPOConfig | SFTConfig, Field(discriminator="name")]
+RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Config(Section):
@@ -28,18 +26,19 @@ class Config(Section):
     policy: PolicyConfig
     """The trained model."""
     reference: ReferenceConfig | None = None
-    """null: the policy's initial weights, if the run needs a reference."""
+    """null: the policy's model before training, where the run needs a reference; a LoRA policy is its own reference
+    with the adapter off."""
     critic: CriticConfig | None = None
-    """null: the policy's initial weights with a value head, if the run needs a critic."""
+    """null: as the policy (model, dtype, LoRA), with a value head, where the run needs a critic."""
     reward: RewardModelConfig | None = None
     """The reward model, if a reward uses it."""
-    algorithm: AlgorithmConfig
+    algorithm: AlgorithmConfig = Field(discriminator="name")
     """What is optimised."""
     data: DataConfig
     """Datasets."""
     rollouts: RolloutsConfig | None = None
     """Sampling; online algorithms only."""
-    rewards: dict[str, RewardConfig] = {}
+    rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
     """Rewards by name; online algorithms only."""
     reward_policy: RewardPolicy = RewardPolicy()
     """What a failing reward does."""

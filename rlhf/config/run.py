@@ -13,9 +13,9 @@ from rlhf.algorithms.section import Section
 class RunConfig(Section):
     """Everything of a run lies in <dir>/<name>/."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder name of the run, and its name in W&B."""
-    dir: Path = Path("runs")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
+    """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
+    dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder of runs."""
     seed: int = Field(default=0, ge=0)
     """Seeds data order, sampling, initialisation and dropout."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf.algorithms.section import Section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TrainConfig(Section):
@@ -21,8 +23,8 @@ class TrainConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the rate rises linearly from 0."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last learning rate as a share of lr."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    """Last learning rate as a share of lr; a schedule that decays only."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's epsilon."""
@@ -44,12 +46,6 @@ class TrainConfig(Section):
     """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
     first evaluation set's score (loss for supervised runs)."""
 
-    @model_validator(mode="after")
-    def _ratio_needs_decay(self) -> Self:
-        if self.lr_schedule == "constant" and self.min_lr_ratio:
-            raise ValueError("min_lr_ratio has no effect with lr_schedule: constant")
-        return self
-
 
 class EvalConfig(Section):
     """Evaluation on data.eval: greedy responses scored by the same rewards, or loss for supervised runs."""
@@ -61,10 +57,4 @@ class EvalConfig(Section):
     temperature: float = Field(default=0.0, ge=0.0)
     """0 is greedy."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each held-out prompt."""
-
-    @model_validator(mode="after")
-    def _greedy_once(self) -> Self:
-        if self.temperature == 0.0 and self.samples_per_prompt > 1:
-            raise ValueError("samples_per_prompt > 1 has no effect with temperature 0: greedy samples are all equal")
-        return self
+    """Responses to each held-out prompt; more than one needs a temperature above 0."""

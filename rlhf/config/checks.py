@@ -1,0 +1,224 @@
+"""Relations between sections, each checked here and nowhere else, before anything starts.
+
+A range of one value stands on its field; a key without effect stands in rlhf.config.effect.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.shared import OnlineConfig
+from rlhf.config import derive
+from rlhf.config.cluster import TrainedRole
+from rlhf.config.effect import inert_keys, is_written
+from rlhf.config.explain import Problem
+from rlhf.config.rollouts import RolloutsConfig
+from rlhf.config.root import Config
+from rlhf.config.yaml_tree import Key
+
+_SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
+
+
+def problems(config: Config) -> tuple[Problem, ...]:
+    """Everything that is wrong with one run's configuration. Empty: it can start."""
+    found = [*unused(config), *_presence(config), *_cluster(config), *_secrets(config)]
+    if config.rollouts is not None and isinstance(config.algorithm, OnlineConfig):
+        found += _batch(config, config.rollouts, config.algorithm)
+    found += _updates(config)
+    return tuple(found)
+
+
+def unused(config: Config) -> Iterator[Problem]:
+    """Written keys that have no effect, each named once."""
+    named: set[Key] = set()
+    for inert in inert_keys(config):
+        if is_written(config, inert.key) and not any(inert.key[: len(key)] == key for key in named):
+            named.add(inert.key)
+            fix = f"remove it, or {inert.fix}"
+            yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; {fix}")
+
+
+def _problem(dotted: str, text: str) -> Problem:
+    return Problem(key=tuple(dotted.split(".")), text=text)
+
+
+def _presence(config: Config) -> Iterator[Problem]:
+    """Sections and roles that must be there."""
+    name = config.algorithm.name
+    if derive.is_online(config):
+        if config.rollouts is None:
+            yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
+        if not config.rewards:
+            yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
+    if derive.uses_reward_model(config) and config.reward is None:
+        users = ", ".join(f"rewards.{name}" for name, reward in config.rewards.items() if reward.role == "reward")
+        yield _problem("reward", f"is missing: {users} has `role: reward`; name its model as reward.model")
+    if "score" in config.rewards:
+        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
+        yield _problem("rewards.score", text)
+    if config.rewards and all(reward.weight == 0.0 for reward in config.rewards.values()):
+        yield _problem("rewards", "all have weight 0, so every score is 0; give one a weight")
+    best = config.train.best_metric
+    sets = derive.eval_sets(config)
+    if best is not None and sets and not any(best.removeprefix("-").startswith(f"eval/{name}/") for name in sets):
+        known = ", ".join(f"eval/{name}/..." for name in sets)
+        yield _problem("train.best_metric", f"got {best!r}, expected a metric of an evaluation: {known}")
+    for field in ("policy", "reference", "critic", "reward"):
+        section = getattr(config, field)
+        if section is not None and section.model.startswith("stage:"):
+            text = (
+                f"got {section.model!r}, but this run is no stage of a pipeline; name a folder or a Hugging Face model"
+            )
+            yield _problem(f"{field}.model", text)
+
+
+def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) -> Iterator[Problem]:
+    """The arithmetic of a batch of rollouts."""
+    train = config.train
+    prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
+    responses = derive.responses_per_step(rollouts)
+    if train.sequences_per_update > responses:
+        text = (
+            f"is {train.sequences_per_update}, but a step has only rollouts.prompts_per_step * "
+            f"rollouts.samples_per_prompt = {prompts} * {samples} = {responses} responses; lower it, or sample more"
+        )
+        yield _problem("train.sequences_per_update", text)
+    elif responses % train.sequences_per_update:
+        fits = max(n for n in range(1, train.sequences_per_update) if responses % n == 0)
+        text = (
+            f"is {train.sequences_per_update} and must divide rollouts.prompts_per_step * rollouts.samples_per_prompt"
+            f" = {prompts} * {samples} = {responses}; {fits} would fit"
+        )
+        yield _problem("train.sequences_per_update", text)
+    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens
+    if train.max_tokens_per_microbatch < longest:
+        text = (
+            f"is {train.max_tokens_per_microbatch} and must hold the longest sequence: data.max_prompt_tokens + "
+            f"rollouts.max_new_tokens = {config.data.max_prompt_tokens} + {rollouts.max_new_tokens} = {longest}; "
+            "raise it, or lower one of those"
+        )
+        yield _problem("train.max_tokens_per_microbatch", text)
+    if not derive.has_critic(config) and samples < 2:
+        text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
+        yield _problem("rollouts.samples_per_prompt", text)
+    if algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
+        text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
+        yield _problem("algorithm.kl.adaptive", text)
+    if isinstance(algorithm, PPOConfig) and algorithm.critic_warmup_steps >= train.steps:
+        text = (
+            f"is {algorithm.critic_warmup_steps} and must be below train.steps = {train.steps}, or the policy is never "
+            "trained"
+        )
+        yield _problem("algorithm.critic_warmup_steps", text)
+
+
+def _updates(config: Config) -> Iterator[Problem]:
+    """The optimizer's schedule and the ranks it is spread over."""
+    train = config.train
+    for role in ("policy", "critic"):
+        if role not in derive.needs(config):
+            continue
+        section: TrainedRole = getattr(config.cluster.roles, role)
+        if section.workers % section.sequence_parallel:
+            text = (
+                f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
+                "that many ranks share each sequence"
+            )
+            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
+        ranks = section.workers // section.sequence_parallel
+        if train.sequences_per_update < ranks:
+            text = (
+                f"is {train.sequences_per_update}, but {ranks} data-parallel ranks of cluster.roles.{role} need at"
+                " least one sequence each in every optimizer step; raise it, or lower the workers"
+            )
+            yield _problem("train.sequences_per_update", text)
+    responses = derive.responses_per_step(config.rollouts) if config.rollouts else train.sequences_per_update
+    if responses % train.sequences_per_update == 0:
+        total = derive.policy_optimizer_steps(config)
+        if train.warmup_steps >= max(total, 1):
+            text = (
+                f"is {train.warmup_steps} and must be below the run's {total} optimizer steps, or lr is never reached"
+            )
+            yield _problem("train.warmup_steps", text)
+
+
+def _cluster(config: Config) -> Iterator[Problem]:
+    """Devices, colocation and the way of the weights."""
+    cluster, roles = config.cluster, config.cluster.roles
+    needed = derive.needs(config)
+    for role in ("policy", "critic"):
+        if role not in needed:
+            continue
+        section: TrainedRole = getattr(roles, role)
+        if cluster.device == "cpu" and section.offload:
+            text = f"is {list(section.offload)}, but with cluster.device cpu all is in host memory already; remove it"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+        elif "parameters" in section.offload and section.zero_stage != 3:
+            text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+        if cluster.device == "cpu" and section.sequence_parallel > 1:
+            text = f"is {section.sequence_parallel}, but sequence parallelism needs cluster.device cuda; set 1"
+            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
+    if "rollout" not in needed:
+        return
+    engine = roles.rollout
+    if cluster.device == "cpu" and engine.tensor_parallel > 1:
+        text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
+        yield _problem("cluster.roles.rollout.tensor_parallel", text)
+    yield from _colocation(config)
+    yield from _weight_sync(config)
+
+
+def _colocation(config: Config) -> Iterator[Problem]:
+    """Each guest has a host's bundle of its own."""
+    roles, needed = config.cluster.roles, derive.needs(config)
+    engine = roles.rollout
+    if engine.colocate_with == "policy":
+        ranks, wanted = roles.policy.workers, engine.engines * engine.tensor_parallel
+        if wanted > ranks or ranks % engine.tensor_parallel:
+            text = (
+                f"is policy, with engines * tensor_parallel = {engine.engines} * {engine.tensor_parallel} = {wanted}"
+                f" places; they must fit in cluster.roles.policy.workers = {ranks}, a multiple of tensor_parallel"
+            )
+            yield _problem("cluster.roles.rollout.colocate_with", text)
+    for role in ("critic", "reference", "reward"):
+        section = getattr(roles, role)
+        if role not in needed or section.colocate_with is None:
+            continue
+        host = section.colocate_with
+        size, unit = (engine.engines, "engines") if host == "rollout" else (roles.policy.workers, "workers")
+        if section.workers > size:
+            text = (
+                f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: at most one beside"
+                f" each; lower it, or set cluster.roles.{role}.colocate_with to null"
+            )
+            yield _problem(f"cluster.roles.{role}.workers", text)
+
+
+def _weight_sync(config: Config) -> Iterator[Problem]:
+    """Which ways of the weights a device and a placement allow."""
+    cluster = config.cluster
+    method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
+    if method in ("shm", "gloo") and cluster.device == "cuda":
+        yield _problem("cluster.weight_sync", f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
+    if method in ("nccl", "ipc") and cluster.device == "cpu":
+        yield _problem("cluster.weight_sync", f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
+    elif method == "ipc" and not shared:
+        text = "is ipc, which needs engines on the policy's GPUs: set cluster.roles.rollout.colocate_with to policy"
+        yield _problem("cluster.weight_sync", text)
+    elif method == "nccl" and shared:
+        text = (
+            "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
+        )
+        yield _problem("cluster.weight_sync", text)
+
+
+def _secrets(config: Config) -> Iterator[Problem]:
+    """The configuration is written to the run folder and to W&B, so it holds no secrets."""
+    for name, reward in config.rewards.items():
+        for argument in reward.args:
+            if _SECRET.search(argument):
+                text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+                yield Problem(key=("rewards", name, "args", argument), text=text)

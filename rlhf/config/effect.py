@@ -1,0 +1,161 @@
+"""Keys that have no effect in a run. One list, read by load (they may not be written) and by dump (it leaves them out).
+
+A key stands here if, and only if, the run would be the same whatever its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.shared import OnlineConfig
+from rlhf.config import derive
+from rlhf.config.root import Config
+from rlhf.config.yaml_tree import Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inert:
+    """A key, or a section with all its keys, that has no effect."""
+
+    key: Key
+    why: str  # the rule and the values that make it so
+    fix: str  # what to change if the key was meant
+
+
+def is_written(config: Config, key: Key) -> bool:
+    """Whether the user gave the key. A null that is the default as well says nothing and does not count."""
+    node: object = config
+    for depth, part in enumerate(key):
+        last = depth == len(key) - 1
+        if isinstance(node, BaseModel):
+            if part not in node.model_fields_set:
+                return False
+            field = type(node).model_fields[part]
+            node = getattr(node, part)
+            if last and node is None and field.default is None:
+                return False
+        elif isinstance(node, dict):
+            if part not in node:
+                return False
+            node = node[part]
+        else:
+            return False
+    return True
+
+
+def inert_keys(config: Config) -> Iterator[Inert]:
+    """All of them, sections before single keys."""
+    yield from _of_method(config)
+    yield from _of_models(config)
+    if isinstance(config.algorithm, OnlineConfig):
+        yield from _of_algorithm(config, config.algorithm)
+    yield from _of_data_and_training(config)
+    yield from _of_cluster(config)
+
+
+def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
+    for key in dotted.split():
+        yield Inert(key=tuple(key.split(".")), why=why, fix=fix)
+
+
+def _of_method(config: Config) -> Iterator[Inert]:
+    name = config.algorithm.name
+    if not derive.is_online(config):
+        yield from _all(
+            "rollouts rewards reward_policy reference reward critic cluster.weight_sync eval.temperature "
+            "eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
+            f"algorithm {name} samples no responses",
+            "choose an algorithm that does",
+        )
+    elif not derive.has_critic(config):
+        yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
+    if derive.is_online(config) and not derive.uses_reward_model(config):
+        yield from _all("reward", "no reward uses it", "add a reward with `role: reward` to rewards")
+    for role in derive.ROLE_ORDER:
+        if role not in derive.needs(config):
+            yield from _all(f"cluster.roles.{role}", f"this run starts no {role} role", _how_to_need(config, role))
+
+
+def _how_to_need(config: Config, role: str) -> str:
+    if role == "reference" and derive.reference_is_adapter_off(config):
+        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
+    if role == "reference" and derive.is_online(config):
+        return "set algorithm.kl.coef above 0"
+    return "use ppo" if role == "critic" else "choose an algorithm that samples responses"
+
+
+def _of_models(config: Config) -> Iterator[Inert]:
+    if not derive.is_online(config):
+        return
+    if not derive.uses_kl(config):
+        yield from _all("reference", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
+    elif derive.reference_is_adapter_off(config):
+        why = "the policy with its LoRA adapter off is that very model"
+        yield from _all("reference", why, "name another reference.model if you want one")
+
+
+def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
+    if not derive.uses_kl(config):
+        keys = "algorithm.kl.estimator algorithm.kl.place"
+        yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
+    rollouts, train = config.rollouts, config.train
+    if rollouts is not None and train.epochs_per_batch == 1:
+        responses = derive.responses_per_step(rollouts)
+        if train.sequences_per_update == responses:
+            critic = " algorithm.value_clip" if isinstance(algorithm, PPOConfig) else ""
+            yield from _all(
+                f"algorithm.clip_low algorithm.clip_high algorithm.dual_clip{critic}",
+                f"the batch of {responses} responses is trained on in one optimizer step, from the weights that sampled"
+                " it: every ratio is 1 and nothing is clipped",
+                "lower train.sequences_per_update or raise train.epochs_per_batch",
+            )
+    if config.reward_policy.on_error == "fail":
+        why = "reward_policy.on_error is fail: nothing is dropped"
+        yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
+    if config.rewards and all(reward.function is None for reward in config.rewards.values()):
+        keys = "reward_policy.timeout_s reward_policy.processes"
+        yield from _all(keys, "no reward is a function", "add a reward with `function`")
+
+
+def _of_data_and_training(config: Config) -> Iterator[Inert]:
+    if config.data.eval is None:
+        yield from _all("eval train.best_metric", "there is no data.eval", "name a held-out set as data.eval")
+    elif derive.is_online(config) and config.eval.temperature == 0.0:
+        why = "eval.temperature is 0: greedy responses to one prompt are all equal"
+        yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")
+    if not config.data.apply_chat_template:
+        why = "data.apply_chat_template is false: nothing puts it before the prompts"
+        yield from _all("data.system_prompt", why, "apply the chat template, or write it into the prompts")
+    if config.train.lr_schedule == "constant":
+        why = "train.lr_schedule is constant"
+        yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
+    if config.tracking.wandb == "off":
+        yield from _all("tracking.wandb_project", "tracking.wandb is off", "set tracking.wandb to offline or online")
+
+
+def _of_cluster(config: Config) -> Iterator[Inert]:
+    cluster, roles = config.cluster, config.cluster.roles
+    if cluster.address is not None:
+        why = "cluster.address names a running Ray, whose object store has its size already"
+        yield from _all("cluster.object_store_gib", why, "give --object-store-memory to `ray start`")
+    engine = "cluster.roles.rollout"
+    if cluster.device == "cpu":
+        keys = f"{engine}.gpu_memory_utilization {engine}.enforce_eager"
+        yield from _all(keys, "cluster.device is cpu", "set cluster.device to cuda")
+    else:
+        keys = f"{engine}.kv_cache_gib"
+        keys += "".join(f" cluster.roles.{role}.threads" for role in derive.ROLE_ORDER)
+        yield from _all(keys, "cluster.device is cuda", "set cluster.device to cpu")
+    for role, section in roles:
+        host = None if role == "policy" else section.colocate_with
+        if host is not None:
+            key = f"cluster.roles.{role}"
+            yield from _all(
+                f"{key}.cpus",
+                f"{key}.colocate_with is {host}: it uses what {host} reserves",
+                f"set cluster.roles.{host}.cpus, or {key}.colocate_with to null",
+            )

@@ -1,0 +1,73 @@
+"""From a YAML file and `section.key=value` arguments to checked configurations. Opens that one file, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config.checks import problems
+from rlhf.config.explain import nearest, parse, refuse
+from rlhf.config.pipeline import resolve_stages
+from rlhf.config.root import Config
+from rlhf.config.yaml_tree import Tree, apply_overrides, read_tree
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedConfig:
+    """The runs to do, in order: one, or the stages of a pipeline. All of them passed every check."""
+
+    source: str  # the file, for messages
+    name: str  # of the run or the pipeline
+    folder: Path  # of the run, or the one that holds the folders of the stages
+    stages: Mapping[str, Config]  # by stage name; a single run is one stage of the run's name
+    is_pipeline: bool
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """The checked configuration. UserError has a line for each mistake, with file and line or argument, key, value,
+    rule and fix."""
+    tree = read_tree(Path(path))
+    _refuse_unknown_stages(tree, overrides)
+    tree = apply_overrides(tree, overrides)
+    if "stages" in tree.values:
+        stages = resolve_stages(tree)
+        run = next(iter(stages.values())).run
+        name = run.name.partition("/")[0]
+        return LoadedConfig(source=tree.source, name=name, folder=run.dir / name, stages=stages, is_pipeline=True)
+    config = parse(tree.values)
+    refuse(config if isinstance(config, tuple) else problems(config), tree.place)
+    assert isinstance(config, Config)
+    return _single(config, tree.source)
+
+
+def checked(config: Config) -> LoadedConfig:
+    """A configuration made in Python, checked as a file is."""
+    refuse(problems(config), lambda key: "config")
+    return _single(config, "config")
+
+
+def run_folder(config: Config) -> Path:
+    """Where everything of a run lies."""
+    return config.run.dir / config.run.name
+
+
+def _single(config: Config, source: str) -> LoadedConfig:
+    name = config.run.name
+    return LoadedConfig(source=source, name=name, folder=run_folder(config), stages={name: config}, is_pipeline=False)
+
+
+def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
+    """An argument changes a stage of the file; it makes none."""
+    stages = tree.values.get("stages")
+    names = list(stages) if isinstance(stages, dict) else []
+    for text in overrides:
+        section, _, rest = text.partition("=")[0].partition(".")
+        name = rest.partition(".")[0]
+        if section.strip() == "stages" and name not in names:
+            close = nearest(name, names)
+            known = (
+                f"did you mean {close}?" if close else f"its stages: {', '.join(names) or 'none, it is a single run'}"
+            )
+            raise UserError(f"argument {text!r}: {tree.source} has no stage {name!r}; {known}")

@@ -1,0 +1,173 @@
+"""YAML files and `section.key=value` arguments as plain trees that know where each key was written.
+
+The scalars are those of YAML 1.2: `off` is a string, `1e-6` a number. Nothing here knows the schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import UserError
+
+Key = tuple[str, ...]
+
+_RESOLVERS = (
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (the base declares it so)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (the base declares it so)
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """Values as nested dicts, and for each key the place that it came from."""
+
+    source: str  # the file, for messages
+    values: dict[str, Any]
+    places: dict[Key, str]
+
+    def place(self, key: Key) -> str:
+        """Where the key was written, or the nearest section above it that was."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, self.source)
+
+
+def read_tree(path: Path) -> Tree:
+    """The file's tree. UserError names file and line of broken YAML, a key given twice or a key that is no string."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    places: dict[Key, str] = {}
+    values = _parse(text, str(path), places, ())
+    if values is None:
+        raise UserError(f"{path}: the file is empty; a config needs at least run, policy, algorithm, data and train")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the file must hold a mapping of sections, not {kind(values)}")
+    return Tree(source=str(path), values=values, places=places)
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """The tree with each `section.key=value` set; values are YAML. Sections that the file lacks are added."""
+    values, places = copy(tree.values), dict(tree.places)
+    seen: set[Key] = set()
+    for text in overrides:
+        dotted, equals, value = text.partition("=")
+        key = tuple(dotted.strip().split("."))
+        if not equals or not all(key):
+            raise UserError(f"argument {text!r}: expected section.key=value, such as train.steps=10")
+        if key in seen:
+            raise UserError(f"argument {text!r}: {dotted} is given twice")
+        seen.add(key)
+        place = f"argument {text!r}"
+        node = values
+        for depth, part in enumerate(key[:-1], start=1):
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+                places[key[:depth]] = place
+            if not isinstance(child, dict):
+                raise UserError(f"{place}: {'.'.join(key[:depth])} is {kind(child)}, not a section with keys")
+            node = child
+        for known in [k for k in places if k[: len(key)] == key]:
+            del places[known]
+        node[key[-1]] = _parse(value, place, places, key)
+        for known in [k for k in places if k[: len(key)] == key] + [key]:
+            places[known] = place
+    return Tree(source=tree.source, values=values, places=places)
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Text that read_tree reads back to the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def kind(value: object) -> str:
+    """The value as a message shows it."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if len(value) > 4 else str(list(value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _parse(text: str, source: str, places: dict[Key, str], at: Key) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _convert(loader, node, source, places, at, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None and not source.startswith("argument") else ""
+        raise UserError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _convert(
+    loader: _Loader, node: yaml.Node, source: str, places: dict[Key, str], at: Key, parents: tuple[yaml.Node, ...]
+) -> Any:
+    if any(node is parent for parent in parents):
+        raise UserError(f"{source}:{node.start_mark.line + 1}: the alias contains itself")
+    parents = (*parents, node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert(loader, child, source, places, at, parents) for child in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        scalar = loader.construct_object(node)
+        if (
+            not isinstance(scalar, str | int | float | None)
+            or scalar in (float("inf"), -float("inf"))
+            or scalar != scalar
+        ):
+            raise UserError(
+                f"{source}:{node.start_mark.line + 1}: {node.value!r} as {node.tag} is no value of a config"
+            )
+        return scalar
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        place = f"{source}:{key_node.start_mark.line + 1}"
+        key = _convert(loader, key_node, source, places, at, parents)
+        if not isinstance(key, str):
+            raise UserError(f"{place}: the key {kind(key)} is not a string; put it in quotes")
+        if key in result:
+            raise UserError(f"{place}: {'.'.join((*at, key))} is given twice")
+        places[(*at, key)] = place
+        result[key] = _convert(loader, value_node, source, places, (*at, key), parents)
+    return result
+
+
+def copy(value: Any) -> Any:
+    """The tree without shared sections, so that one copy can be edited."""
+    return {key: copy(child) for key, child in value.items()} if isinstance(value, dict) else value
