@@ -1,0 +1,258 @@
+"""The training engine on DeepSpeed: ZeRO 0-3 in float32, or bfloat16 with float32 master weights.
+
+One instance a rank, after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are shares of a sum,
+so `backward` undoes it. Nothing here knows an algorithm, and no op is compiled at run time: AdamW is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
+from rlhf.engine.distributed import set_deadline
+from rlhf.engine.randomness import load_random_state, save_random_state
+from rlhf.engine.schedule import lr_factor
+from rlhf.errors import RunError, UserError
+from rlhf.models.loading import architecture_fingerprint
+from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Offload = frozenset[Literal["optimizer", "parameters"]]
+
+_GATHER_BYTES = 256 * 2**20  # of ZeRO-3 parameters made whole at once
+_TAG = "deepspeed"  # folder of DeepSpeed's own files in a snapshot
+
+
+class DeepSpeedEngine:
+    """Satisfies rlhf.engine.base.TrainingEngine."""
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        optimizer: OptimizerSettings,
+        schedule: ScheduleSettings,
+        zero_stage: Literal[0, 1, 2, 3],
+        dtype: torch.dtype,
+        device: torch.device,
+        deadline_s: float,
+        offload: Offload = frozenset(),
+    ) -> None:
+        """Wrap a model whose weights have been loaded in dtype (float32 or bfloat16). Collective."""
+        if "parameters" in offload and zero_stage != 3:
+            raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
+        import deepspeed  # after init_distributed, which says on which device
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.device = device
+        self._settings, self._schedule = optimizer, schedule
+        self._zero_stage, self._dtype = zero_stage, dtype
+        self._steps = 0
+        self._nonfinite_losses = 0
+        self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            parameters,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=_Caller(module),
+            optimizer=self._optimizer,
+            model_parameters=parameters,
+            config=self._deepspeed_config(offload, num_parameters=sum(p.numel() for p in parameters)),
+            dist_init_required=False,
+        )
+        set_deadline(deadline_s)
+
+    def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        zero: dict[str, Any] = {
+            "stage": self._zero_stage,
+            "overlap_comm": on_gpu,
+            "reduce_bucket_size": min(num_parameters, 5 * 10**8),  # elements; DeepSpeed allocates all of it
+            "allgather_bucket_size": min(num_parameters, 5 * 10**8),
+        }
+        if on_gpu and "optimizer" in offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if on_gpu and "parameters" in offload:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        clip = self._settings.grad_clip
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # backward(last=) says where a step ends
+            "gradient_clipping": 0.0 if clip is None or self._clips_itself else clip,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        if self._dtype == torch.bfloat16:
+            config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            if self._zero_stage > 0:  # DeepSpeed has no float32 accumulation at stage 0
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    @property
+    def module(self) -> Any:
+        """The model itself."""
+        return self._engine.module.module
+
+    def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """function(module, ...) where DeepSpeed sees it: it gathers sharded weights around it."""
+        result: T = self._engine(function, *args, **kwargs)
+        return result
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the step's loss."""
+        self._nonfinite_losses += int(not torch.isfinite(loss.detach()))
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
+
+    def step(self) -> StepReport:
+        """Update the weights; RunError, with the weights unchanged, if loss or gradient are not finite."""
+        step = self._steps + 1
+        nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
+        self._nonfinite_losses = 0
+        if nonfinite:
+            raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
+        lr = self._settings.lr * lr_factor(self._schedule, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._clip() if self._clips_itself else None
+        if norm is None:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            applied = self._engine.was_step_applied()
+        else:
+            applied = norm < float("inf")
+            if applied:
+                self._engine.step()
+        if not applied:
+            raise RunError(f"The gradient was not finite in optimizer step {step}; the weights are those before it.")
+        self._steps = step
+        return StepReport(grad_norm=norm, lr=lr)
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        if self._settings.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._settings.grad_clip, norm)
+        return float(norm)
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """All weights in dtype, whole, LoRA merged; each valid until the next is asked for."""
+        return self._gathered(weight_sources(self.module), dtype)
+
+    def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The LoRA weights alone, under the names that peft saves."""
+        return self._gathered(adapter_sources(self.module), dtype)
+
+    def _gathered(self, sources: list[WeightSource], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        for bucket in _buckets(sources):
+            parameters = [p for source in bucket for p in source.parameters]
+            sharded = self._zero_stage == 3
+            with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext(), torch.no_grad():
+                for source in bucket:
+                    yield source.name, source.make().to(dtype)
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer, step and every random state: DeepSpeed's files, one more a rank, and a json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
+        if dist.get_rank() == 0:
+            (folder / "engine.json").write_text(json.dumps({**self._layout(), "steps": self._steps}, indent=1))
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Continue exactly where `save` was called."""
+        try:
+            saved = json.loads((folder / "engine.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder} is not a whole snapshot of a training engine: {error}") from error
+        layout = self._layout()
+        differing = [
+            f"{key} {saved.get(key)} there, {layout[key]} here" for key in layout if saved.get(key) != layout[key]
+        ]
+        if differing:
+            raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
+        self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        self._steps = saved["steps"]
+        load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
+        dist.barrier()
+
+    def _layout(self) -> dict[str, int | str]:
+        return {
+            "model": architecture_fingerprint(self.module.config),
+            "ranks": dist.get_world_size(),
+            "zero_stage": self._zero_stage,
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    def offload_to_host(self) -> None:
+        """Move all states to host memory, so that another process can use the GPU."""
+        if self.device.type == "cuda":
+            self._engine.offload_states()
+            torch.cuda.empty_cache()
+
+    def reload_to_device(self) -> None:
+        """Move them back."""
+        if self.device.type == "cuda":
+            self._engine.reload_states()
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+class _Caller(nn.Module):
+    """Calls any function of the model from a forward pass: DeepSpeed gathers and releases weights around those."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return function(self.module, *args, **kwargs)
+
+
+def _buckets(sources: list[WeightSource]) -> Iterator[list[WeightSource]]:
+    bucket: list[WeightSource] = []
+    nbytes = 0
+    for source in sources:
+        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters)
+        if bucket and nbytes + size > _GATHER_BYTES:
+            yield bucket
+            bucket, nbytes = [], 0
+        bucket.append(source)
+        nbytes += size
+    if bucket:
+        yield bucket

@@ -1,0 +1,34 @@
+"""Random states of one process, to and from a file: part of an exact resume. It seeds nothing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def save_random_state(path: Path) -> None:
+    """Write the states of torch (with the GPU's), numpy and Python."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    states = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "python": (version, words, gauss),
+    }
+    torch.save(states, path)
+
+
+def load_random_state(path: Path) -> None:
+    """Set the states that were saved."""
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])

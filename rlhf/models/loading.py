@@ -1,0 +1,160 @@
+"""Models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
+
+The first thing a worker does. Nothing here moves a model to a device, wraps it for training or shards it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+
+from rlhf.errors import UserError
+
+T = TypeVar("T")
+
+# Of a config: what changes no weight's shape or meaning, and so may differ between a run and its checkpoint.
+_NOT_ARCHITECTURE = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "dtype",
+        "id2label",
+        "label2id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a hub name or folder. Padding is the end of sequence where the tokenizer has no own token."""
+    tokenizer = _load(path, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config alone: no weights are read."""
+    return _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(
+    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> Any:
+    """A causal language model in training mode with dropout off, its weights in dtype."""
+    model = _load(
+        path,
+        transformers.AutoModelForCausalLM.from_pretrained,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        use_safetensors=True,
+    )
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def load_critic(
+    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> Any:
+    """A model with one scalar a token. From a language model its head starts at zero, so all values start at 0.
+
+    A checkpoint that has a scalar head (a saved critic, a reward model) keeps it.
+    """
+    has_head = _has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not has_head:
+        nn.init.zeros_(model.score.weight)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def load_reward_model(
+    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> Any:
+    """A sequence-classification model with one label. UserError if the checkpoint has no such head."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if not _has_scalar_head(config):
+        raise UserError(
+            f"The reward model {path} is a {', '.join(config.architectures or ['model of unknown class'])} with "
+            f"{config.num_labels} labels: it has no reward head. A reward model is a sequence-classification "
+            "checkpoint with one label; train one first, or name another model."
+        )
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def architecture_fingerprint(config: Any) -> str:
+    """Equal for two models whose weights fit each other: a checkpoint of another model can be refused by it."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    model = _load(
+        path,
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        use_safetensors=True,
+        num_labels=1,
+    )
+    if not isinstance(model.score, nn.Linear):
+        raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
+    return model
+
+
+def _has_scalar_head(config: Any) -> bool:
+    return config.num_labels == 1 and any(
+        name.endswith("ForSequenceClassification") for name in config.architectures or []
+    )
+
+
+def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
+    """Training mode (from_pretrained returns evaluation mode), no dropout, no key-value cache.
+
+    Dropout is off because a policy with dropout is another distribution in every pass: its ratios are noise.
+    """
+    model.train()
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):  # attention applies it as a function
+            module.attention_dropout = 0.0
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _load(path: str, load: Callable[..., T], **options: Any) -> T:
+    """Call a from_pretrained and say what to do about each way in which it fails."""
+    if _is_folder_name(path) and not Path(path).is_dir():
+        raise UserError(f"The model folder {path} does not exist. Name a folder with config.json, or a hub model.")
+    try:
+        return load(path, **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        if Path(path).is_dir():
+            raise UserError(f"The model folder {path} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
+            "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _is_folder_name(path: str) -> bool:
+    """A hub name is NAME or OWNER/NAME; anything else can only be meant as a folder."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1

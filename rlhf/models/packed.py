@@ -1,0 +1,183 @@
+"""The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
+
+Called by every worker that holds a model. Attention runs sequence by sequence: through flash attention's
+variable-length kernels on a GPU, through PyTorch's scaled_dot_product_attention elsewhere. The layers between see one
+row of N tokens. Positions restart at every sequence. Nothing here computes a loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf.errors import UserError
+from rlhf.objectives.logprobs import chunked_logprobs, chunked_logprobs_only
+
+ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functions
+
+_log = logging.getLogger(__name__)
+
+
+def hidden_states(model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "N H"]:
+    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side."""
+    body: Any = model.base_model
+    positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths.tolist()])
+    outputs = body(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        **_attention_arguments(body, lengths.tolist(), device=token_ids.device),
+    )
+    hidden: Tensor = outputs.last_hidden_state[0]
+    return hidden
+
+
+def policy_logprobs(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    temperature: float = 1.0,
+    entropy_grad: bool = False,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature; 0 elsewhere.
+
+    The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
+    """
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths)
+    logprobs, entropy = chunked_logprobs(
+        hidden[before],
+        lm_head_weight(model),
+        token_ids[chosen],
+        temperature=temperature,
+        entropy_grad=entropy_grad,
+        **lm_head_settings(model),
+    )
+    return _spread(logprobs, chosen, len(token_ids)), _spread(entropy, chosen, len(token_ids))
+
+
+def policy_logprobs_only(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " N"]:
+    """`policy_logprobs` without the work of the entropy: for references."""
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths)
+    logprobs = chunked_logprobs_only(
+        hidden[before], lm_head_weight(model), token_ids[chosen], temperature=temperature, **lm_head_settings(model)
+    )
+    return _spread(logprobs, chosen, len(token_ids))
+
+
+def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
+    """The weight of the vocabulary head (the embedding itself where they are tied)."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def lm_head_settings(model: Any) -> dict[str, Any]:
+    """What stands between the head's product and the logits: bias, logit scale and softcap, from the model's config."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    return {
+        "bias": model.get_output_embeddings().bias,
+        "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
+        "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
+    }
+
+
+def _masked_positions(mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens in mask, the tokens before them). ValueError if mask holds a sequence's first token."""
+    starts = lengths.cumsum(0) - lengths
+    if bool(mask[starts].any()):
+        raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
+    chosen = mask.nonzero()[:, 0]
+    return chosen, chosen - 1
+
+
+def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size).index_copy(0, positions, values)
+
+
+def _attention_arguments(body: Any, lengths: Sequence[int], *, device: torch.device) -> dict[str, Any]:
+    """Choose the attention for this device, and name the sequences' borders in its terms."""
+    if device.type != "cuda" or not _has_flash_attention():
+        _set_attention(body, ATTENTION)
+        return {"sequence_lengths": tuple(lengths)}
+    _set_attention(body, "flash_attention_2")
+    borders = F.pad(torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _set_attention(body: Any, name: str) -> None:
+    if body.config._attn_implementation != name:
+        body.set_attn_implementation(name)
+
+
+@cache
+def _has_flash_attention() -> bool:
+    found = find_spec("flash_attn") is not None
+    if not found:
+        _log.warning("flash-attn is not installed: attention runs one sequence at a time, which is slower on a GPU")
+    return found
+
+
+def per_sequence_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 Q N D"],
+    key: Float[Tensor, "1 K N D"],
+    value: Float[Tensor, "1 K N D"],
+    attention_mask: None,
+    *,
+    sequence_lengths: Sequence[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "1 N Q D"], None]:
+    """Causal attention inside each sequence, as transformers calls it. Grouped heads and sliding windows included."""
+    if softcap is not None or s_aux is not None or position_bias is not None:
+        raise UserError(
+            f"{type(module).__name__} caps its attention logits or adds sinks or a position bias to them, which the "
+            "attention used without flash-attn cannot do. Use another model, or a GPU with flash-attn."
+        )
+    outputs = []
+    sequences = (x.split(list(sequence_lengths), 2) for x in (query, key, value))
+    for q, k, v in zip(*sequences, strict=True):
+        length = q.shape[2]
+        window = None
+        if sliding_window is not None and length > sliding_window:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+            window = (distance >= 0) & (distance < sliding_window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, dropout_p=dropout, enable_gqa=True
+        )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, per_sequence_attention)

@@ -1,0 +1,271 @@
+"""DeepSpeed for real, on gloo: every ZeRO stage, one rank and two, against plain torch AdamW on the whole batch.
+
+The gradient is that of a sum over the optimizer step, so ranks and micro-batches must not show in the result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.schedule import lr_factor
+from rlhf.errors import RunError, UserError
+from rlhf.models.packed import policy_logprobs
+
+DEADLINE_S = 60.0
+CPU = torch.device("cpu")
+OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
+SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
+LENGTHS = (5, 2, 7, 4)
+STEPS = 3
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def batch(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randint(40, (length,), generator=generator) for length in LENGTHS]
+
+
+def loss_of(model: Any, sequences: list[Tensor]) -> Tensor:
+    """This micro-batch's share of the mean negative logprob over the step's sampled tokens."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    mask = torch.cat([torch.arange(len(s)) > 0 for s in sequences])
+    logprobs, _ = policy_logprobs(model, torch.cat(sequences), lengths, mask=mask)
+    return -logprobs.sum() / (sum(LENGTHS) - len(LENGTHS))
+
+
+def plain_training() -> dict[str, Tensor]:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(1, STEPS + 1):
+        optimizer.param_groups[0]["lr"] = 0.01 * lr_factor(SCHEDULE, step)
+        optimizer.zero_grad()
+        loss_of(model, batch(step)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# What a rank does. Each of these runs in the processes of a gang.
+
+
+def make_engine(stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSpeedEngine:
+    return DeepSpeedEngine(
+        tiny_model(dtype, **options),
+        optimizer=OPTIMIZER,
+        schedule=SCHEDULE,
+        zero_stage=stage,  # type: ignore[arg-type]
+        dtype=dtype,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+
+
+def train(engine: DeepSpeedEngine, rank: int, world_size: int, *, steps: range, num_microbatches: int) -> list[float]:
+    norms = []
+    for step in steps:
+        mine = batch(step)[rank::world_size]
+        size = len(mine) // num_microbatches
+        for i in range(num_microbatches):
+            loss = engine.forward(loss_of, mine[i * size : (i + 1) * size])
+            engine.backward(loss, last=i == num_microbatches - 1)
+        norms.append(engine.step().grad_norm)
+    return norms
+
+
+def weights_of(engine: DeepSpeedEngine, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in engine.named_weights(dtype)}
+
+
+def train_and_publish(rank: int, world_size: int, *, stage: int, num_microbatches: int) -> dict[str, Tensor]:
+    engine = make_engine(stage)
+    train(engine, rank, world_size, steps=range(1, STEPS + 1), num_microbatches=num_microbatches)
+    weights = weights_of(engine)
+    engine.close()
+    return weights
+
+
+def interrupt_and_resume(
+    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float], bool]:
+    """Weights and norms of a run of three steps, and of one that was saved after the first and continued elsewhere."""
+    engine = make_engine(stage, dtype)
+    train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
+    engine.save(folder)
+    drawn = torch.rand(3)
+    norms = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
+    unbroken = weights_of(engine)
+    engine.close()
+    engine = make_engine(stage, dtype)
+    engine.load(folder)
+    same_draw = torch.equal(drawn, torch.rand(3))
+    norms_again = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
+    resumed = weights_of(engine)
+    engine.close()
+    return unbroken, resumed, norms, norms_again, same_draw
+
+
+def try_nonfinite(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, where: str) -> tuple[str, bool]:
+    """The message of the refusal, and whether the weights are what they were. Only the last rank's loss is bad."""
+    engine = make_engine(stage, dtype)
+    before = weights_of(engine)
+    loss = engine.forward(loss_of, batch(1)[rank::world_size])
+    if rank == world_size - 1:
+        finite_value = loss + (loss - loss.detach()).sqrt()  # whose gradient is not: d sqrt(x) / dx at 0
+        loss = loss * float("nan") if where == "loss" else finite_value
+    engine.backward(loss, last=True)
+    try:
+        engine.step()
+    except RunError as error:
+        after = weights_of(engine)
+        engine.close()
+        return str(error), all(torch.equal(after[name], before[name]) for name in before)
+    engine.close()
+    return "stepped", False
+
+
+def load_with_other_stage(rank: int, world_size: int, *, folder: Path) -> str:
+    engine = make_engine(1)
+    engine.save(folder)
+    engine.close()
+    engine = make_engine(2)
+    try:
+        engine.load(folder)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "loaded"
+
+
+# The gang: one process a rank, spawned once and given many tasks.
+
+
+def serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    init_distributed(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        master_addr="127.0.0.1",
+        master_port=port,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+    while (task := connection.recv()) is not None:
+        function, options = task
+        try:
+            connection.send((None, function(rank, world_size, **options)))
+        except Exception:
+            connection.send((traceback.format_exc(), None))
+            raise
+    leave_distributed()
+
+
+class Gang:
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.connections = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=serve, args=(theirs, rank, world_size, port), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, options))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            assert connection.poll(DEADLINE_S), f"rank {rank} did not finish {function.__name__} in {DEADLINE_S:g} s"
+            error, result = connection.recv()
+            assert error is None, f"rank {rank}: {error}"
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if process.is_alive():
+                connection.send(None)
+        for process in self.processes:
+            process.join(DEADLINE_S)
+            process.kill()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}rank")
+def gang(request: pytest.FixtureRequest) -> Iterator[Gang]:
+    gang = Gang(request.param)
+    yield gang
+    gang.close()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return plain_training()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_equals_plain_adamw_on_the_whole_batch(
+    gang: Gang, stage: int, num_microbatches: int, expected: dict[str, Tensor]
+) -> None:
+    for weights in gang.run(train_and_publish, stage=stage, num_microbatches=num_microbatches):
+        assert weights.keys() == expected.keys()
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_exact(gang: Gang, stage: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    for unbroken, resumed, norms, norms_again, same_draw in gang.run(
+        interrupt_and_resume, stage=stage, dtype=dtype, folder=tmp_path
+    ):
+        assert norms == norms_again
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+        assert same_draw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_never_reaches_the_weights(gang: Gang, stage: int, dtype: torch.dtype, where: str) -> None:
+    for message, unchanged in gang.run(try_nonfinite, stage=stage, dtype=dtype, where=where):
+        assert "not finite in optimizer step 1" in message
+        assert unchanged
+
+
+def test_another_layout_is_refused(gang: Gang, tmp_path: Path) -> None:
+    for message in gang.run(load_with_other_stage, folder=tmp_path):
+        assert "zero_stage 1 there, 2 here" in message
