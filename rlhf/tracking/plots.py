@@ -55,7 +55,7 @@ def plot_curves(folder: Path, metrics: Sequence[str], *, output: Path | None = N
         unit = declared(key).unit
         axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
 
-Text is written as it was sampled: this is the user's data and is never redacted or cut.
+Written by whoever has the text (a reward worker), removed by the driver when a run resumes before it. Text is written
+as it was sampled: this is the user's data and is never redacted or cut.
 """
 
 from __future__ import annotations
@@ -41,12 +42,10 @@ def samples_path(folder: Path, step: int) -> Path:
     return folder / "samples" / f"step_{step:06d}.jsonl"
 
 
-def write_samples(folder: Path, step: int, records: Sequence[SampleRecord]) -> Path:
-    """Write (or replace) the samples of one step; non-finite numbers become null."""
-    path = samples_path(folder, step)
+def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
+    """Write (or replace) the samples of one step at its `samples_path`; non-finite numbers become null."""
     path.parent.mkdir(exist_ok=True)
-    write_lines(path, ({"step": step, **_finite(asdict(record))} for record in records))
-    return path
+    write_lines(path, (_finite(asdict(record)) for record in records))
 
 
 def remove_samples_after(folder: Path, step: int) -> list[int]:

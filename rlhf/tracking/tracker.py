@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from rlhf.tracking.atomic import append_line, keep_lines, read_lines
 from rlhf.tracking.errors import ErrorRecord, write_error
 from rlhf.tracking.metrics import declared
-from rlhf.tracking.samples import SampleRecord, remove_samples_after, write_samples
+from rlhf.tracking.samples import remove_samples_after
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writer of metrics.jsonl, samples/ and errors.jsonl. Invariant: one row a step, steps rising, each row on the disk
+    """Writer of metrics.jsonl and errors.jsonl. Invariant: one row a step, steps rising, each row on the disk
     before `log` returns.
     """
 
@@ -75,10 +75,6 @@ class Tracker:
         self._last_step = step
         for backend in self._backends:
             backend.log(step, values)
-
-    def log_samples(self, step: int, records: Sequence[SampleRecord]) -> None:
-        """Write the step's samples/step_NNNNNN.jsonl."""
-        write_samples(self._folder, step, records)
 
     def log_error(self, record: ErrorRecord) -> None:
         """Append to errors.jsonl."""

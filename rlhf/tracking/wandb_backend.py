@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_MARGIN_S = 10.0  # W&B keeps deadlines of its own; ours, this much later, are for what those do not cover
+
 
 def open_wandb(
     folder: Path,
@@ -66,6 +68,8 @@ def open_wandb(
             resume="allow" if mode == "online" else None,  # offline has nothing to look the id up in
             settings=wandb.Settings(
                 init_timeout=timeout_s,
+                finish_timeout=timeout_s,  # at the interpreter's exit too, where there is no thread to abandon
+                finish_timeout_raises=True,
                 console="off",
                 silent=True,
                 disable_code=True,
@@ -74,8 +78,7 @@ def open_wandb(
         )
 
     try:
-        # W&B keeps its own deadline; ours, a little later, is for what that one does not cover.
-        run = _within(timeout_s + 10.0, "starting", start)
+        run = _within(timeout_s + _MARGIN_S, "starting", start)
     except (wandb.errors.Error, TimeoutError, OSError) as error:
         raise RunError(
             f"tracking: W&B did not start ({mode}): {redact(str(error))}. "
@@ -114,7 +117,7 @@ class WandbBackend:
         if self._broken:
             return
         try:
-            _within(self._timeout_s, what, call)
+            _within(self._timeout_s + _MARGIN_S, what, call)
         except (wandb.errors.Error, TimeoutError, OSError) as error:
             self._broken = True
             logger.warning(

@@ -1,0 +1,65 @@
+"""Merge laws: however the values are split over ranks and micro-batches, the result is that of all of them together."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from functools import reduce
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.tracking.reductions import ExplainedVariance, Max, Mean, Std
+
+values = st.lists(st.floats(-1e3, 1e3), max_size=12)
+splits = st.lists(values, min_size=1, max_size=5)
+
+
+@given(splits)
+def test_mean_of_any_split(parts: list[list[float]]) -> None:
+    merged = reduce(Mean.merge, map(Mean.of, parts)).result()
+    together = [x for part in parts for x in part]
+    if together:
+        assert merged == pytest.approx(statistics.fmean(together), abs=1e-9)
+    else:
+        assert math.isnan(merged)
+
+
+@given(splits)
+def test_std_of_any_split(parts: list[list[float]]) -> None:
+    merged = reduce(Std.merge, map(Std.of, parts)).result()
+    together = [x for part in parts for x in part]
+    if together:
+        assert merged == pytest.approx(statistics.pstdev(together), abs=1e-6)
+    else:
+        assert math.isnan(merged)
+
+
+@given(values, values, values)
+def test_std_merge_is_associative(a: list[float], b: list[float], c: list[float]) -> None:
+    left = Std.of(a).merge(Std.of(b)).merge(Std.of(c))
+    right = Std.of(a).merge(Std.of(b).merge(Std.of(c)))
+    assert left.count == right.count
+    assert left.mean == pytest.approx(right.mean, abs=1e-9)
+    assert left.m2 == pytest.approx(right.m2, rel=1e-9, abs=1e-6)
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12), min_size=1, max_size=5))
+def test_max_of_any_split(parts: list[list[float]]) -> None:
+    merged = reduce(Max.merge, (Max(value=max(part)) for part in parts))
+    assert merged.result() == max(x for part in parts for x in part)
+
+
+@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=20), st.data())
+def test_explained_variance_of_any_split(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(pairs)))
+    parts = [
+        ExplainedVariance(target=Std.of([t for t, _ in part]), residual=Std.of([t - p for t, p in part]))
+        for part in (pairs[:cut], pairs[cut:])
+    ]
+    targets = [float(t) for t, _ in pairs]
+    if len(set(targets)) == 1:
+        return
+    whole = 1 - statistics.pvariance([float(t - p) for t, p in pairs]) / statistics.pvariance(targets)
+    assert parts[0].merge(parts[1]).result() == pytest.approx(whole, abs=1e-6)

@@ -1,0 +1,75 @@
+"""Log lines and the masking of secrets."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Generator
+
+import pytest
+
+from rlhf.tracking import logs
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Generator[None]:
+    loggers = [logging.getLogger(name) for name in ("rlhf", "actors")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", role="policy", rank=1)
+    logs.configure("info", role="policy", rank=1)  # replaces, so the line comes once
+    logs.set_step(12)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("actors.gang").exception("lost %d ranks", 2)
+    logging.getLogger("rlhf.x").debug("hidden")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ERROR policy/1 step=12 actors\.gang: lost 2 ranks\\n", line
+    )
+    assert "ValueError: two" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("key hf_abcdefghijklmnopqrst.", "key ***."),
+        ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
+        ("redis://:pass@host/0 http://me:pw@host", "redis://***@host/0 http://***@host"),
+        ("sk-abcdefghijklmnop1234", "***"),
+        ("nothing here: max_tokens 12, http://host:80/a@b", "nothing here: max_tokens 12, http://host:80/a@b"),
+    ],
+)
+def test_what_looks_like_a_token_is_masked(text: str, masked: str) -> None:
+    assert logs.redact(text) == masked
+
+
+def test_secrets_of_the_environment_are_masked_everywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short to be one: masking it would garble ordinary text
+    monkeypatch.setenv("MAX_TOKENS", "12345678")
+    logs.configure()
+    logging.getLogger("rlhf.x").info("got %s, true, 12345678", "0123456789abcdef")
+    assert capsys.readouterr().err.endswith("got ***, true, 12345678\n")
+
+
+def test_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-long-secret")
+    config = {
+        "judge": {"api_key": "short", "auth_token": "x", "token_env": "JUDGE", "headers": ["a-long-secret", 1]},
+        "policy": {"eos_token": "</s>", "max_new_tokens": 8},
+        "password": "",
+    }
+    assert logs.redact_config(config) == {
+        "judge": {"api_key": "***", "auth_token": "***", "token_env": "JUDGE", "headers": ["***", 1]},
+        "policy": {"eos_token": "</s>", "max_new_tokens": 8},
+        "password": "",
+    }

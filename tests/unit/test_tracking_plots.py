@@ -1,0 +1,53 @@
+"""Curves as PNG and the before/after table."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf.errors import UserError
+from rlhf.tracking.plots import SamplePair, before_after_table, plot_curves
+from rlhf.tracking.tracker import Tracker
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def test_one_panel_for_each_metric_that_the_run_has(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(0, {"eval/held/score": 0.4})
+    for step in (1, 2, 3):
+        tracker.log(step, {"rewards/score/mean": step / 3, "update/loss/mean": float("nan")})
+    one = plot_curves(tmp_path, ["rewards/score/mean", "update/loss/mean"], output=tmp_path / "one.png")
+    two = plot_curves(tmp_path, ["rewards/score/mean", "eval/held/score"])
+    assert two == tmp_path / "curves.png"
+    assert png_size(two)[0] == 2 * png_size(one)[0]
+    assert png_size(two)[1] == png_size(one)[1]
+
+
+def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to plot"):
+        plot_curves(tmp_path, ["rewards/score/mean"])
+    Tracker(tmp_path).log(1, {"update/lr": 1.0})
+    with pytest.raises(KeyError, match="not declared"):
+        plot_curves(tmp_path, ["update/speed"])
+
+
+def test_before_and_after() -> None:
+    console = Console(width=100, record=True, file=None, force_terminal=False)
+    pair = SamplePair(prompt="8+3=", before="[b]1", before_score=0.0, after="11", after_score=1.0)
+    with console.capture() as captured:
+        console.print(
+            before_after_table({"eval/held/score": 0.25}, {"eval/held/score": 0.75, "eval/b/score": 1.0}, [pair])
+        )
+    shown = " ".join(captured.get().split())
+    assert "│ eval/held/score │ 0.25 │ 0.75 │ +0.5 │" in shown
+    assert "│ eval/b/score │ │ 1 │ │" in shown
+    assert "│ 8+3= │ [b]1 [0] │ 11 [1] │" in shown

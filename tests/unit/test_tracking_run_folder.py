@@ -1,0 +1,169 @@
+"""The run folder's lock, refusals and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.tracker import Tracker
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from rlhf.tracking.run_folder import RunFolder
+folder = RunFolder.open(Path(sys.argv[1]), "run", resume=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def commit(folder: RunFolder, step: int, text: str = "weights") -> None:
+    aside = folder.begin_checkpoint(step)
+    (aside / "policy").mkdir()
+    (aside / "policy" / "model.bin").write_text(text)
+    folder.commit_checkpoint(step)
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+            RunFolder.open(tmp_path, "run", resume=True)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait(timeout=10)
+    RunFolder.open(tmp_path, "run", resume=True).close()
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        Tracker(folder.path).log(1, {"update/lr": 1.0})
+    with pytest.raises(UserError, match=r"unfinished run \(last step 1\).*--resume auto.*run\.name"):
+        RunFolder.open(tmp_path, "run", resume=False)
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        (folder.begin_final() / "model.safetensors").write_text("x")
+        folder.commit_final()
+    with pytest.raises(UserError, match="a finished run"):
+        RunFolder.open(tmp_path, "run", resume=False)
+    RunFolder.open(tmp_path, "run", resume=True).close()  # the refusal let go of the lock
+
+
+def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        folder.write_config("run: {}\n")
+        folder.errors.write_text('{"step": 1}\n')
+        (folder.spool / "group_0").write_text("rollouts of another seed")
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        assert not folder.errors.exists()
+        assert list(folder.spool.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir"):
+        RunFolder.open(tmp_path / "file", "run", resume=False)
+
+
+def test_checkpoints_appear_whole(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        assert folder.latest_checkpoint() is None
+        aside = folder.begin_checkpoint(10)
+        (aside / "half").write_text("x")
+        assert folder.latest_checkpoint() is None
+        assert not folder.checkpoint(10).exists()
+        folder.commit_checkpoint(10)
+        commit(folder, 20)
+        assert folder.latest_checkpoint() == 20
+        assert folder.checkpoint(20).name == "step_000020"
+        assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(20).resolve()
+
+
+def test_damaged_checkpoints_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step in (10, 20, 30, 40):
+            commit(folder, step)
+        (folder.checkpoint(40) / "manifest.json").unlink()
+        (folder.checkpoint(30) / "policy" / "model.bin").unlink()
+        (folder.checkpoint(20) / "policy" / "model.bin").write_text("weigh")  # cut
+        assert folder.checkpoint_steps() == [10]
+        assert folder.latest_checkpoint() == 10
+        assert "step_000030 is damaged" in caplog.text
+        commit(folder, 20, "new weights")  # the resumed run comes to it again
+        assert folder.latest_checkpoint() == 20
+        assert (folder.checkpoint(20) / "policy" / "model.bin").read_text() == "new weights"
+
+
+def test_prune_keeps_the_newest_the_latest_and_the_best(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step in (1, 2, 3, 4, 5):
+            commit(folder, step)
+        folder.mark_best(2)
+        assert folder.prune(2) == [1, 3]
+        assert folder.checkpoint_steps() == [2, 4, 5]
+        folder.mark_best(4)
+        assert folder.best_checkpoint() == 4
+        assert folder.prune(1) == [2]
+        assert folder.checkpoint_steps() == [4, 5]
+        with pytest.raises(ValueError, match="keep >= 1"):
+            folder.prune(0)
+        with pytest.raises(ValueError, match="not complete"):
+            folder.mark_best(7)
+
+
+def test_prune_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step in (1, 2, 3):
+            commit(folder, step)
+        (folder.checkpoint(2) / "manifest.json").unlink()
+        assert folder.prune(2) == [2]
+        assert folder.checkpoint_steps() == [1, 3]
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        commit(folder, 1)
+        (folder.begin_checkpoint(2) / "half").write_text("x")
+        folder.checkpoint(1).rename(folder.checkpoints / ".step_000001.removed")
+        (folder.samples / ".step_000002.jsonl.partial").write_text("{")
+        (folder.begin_final() / "half").write_text("x")
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
+        assert folder.latest_checkpoint() is None
+        assert list(folder.samples.iterdir()) == []
+        assert not list(folder.path.glob(".*.partial"))
+
+
+def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        (folder.begin_checkpoint(2) / "old").write_text("x")
+        assert list(folder.begin_checkpoint(2).iterdir()) == []
+
+
+def test_environment_and_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-seen")
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        folder.write_config("url: https://x/?t=not-to-be-seen\n")
+        assert folder.config.read_text() == "url: https://x/?t=***\n"
+        folder.write_environment(seed=5)
+        found = json.loads(folder.environment.read_text())
+        assert found["seed"] == 5
+        assert found["packages"]["torch"]
+        assert found["hardware"]["cores"] >= 1
+        assert not caplog.records
+        folder.write_environment(seed=6)
+        assert "changed environment: seed differ" in caplog.text

@@ -1,0 +1,168 @@
+"""Rows, samples and errors: one row a step, kill-safe, and taken back on resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from rlhf.tracking.atomic import read_lines, write_atomic
+from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.tracker import Tracker, read_metrics
+
+
+class Recorder:
+    """A back end that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float | None]]] = []
+        self.closed: bool | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def close(self, *, failed: bool) -> None:
+        self.closed = failed
+
+
+def sample(response: str, *, score: float = 1.0) -> SampleRecord:
+    return SampleRecord(
+        split="train",
+        group_id=3,
+        prompt_id=7,
+        sample=0,
+        prompt="8+3=",
+        response=response,
+        score=score,
+        scores={"correct": score},
+        advantage=None,
+        truncated=False,
+        response_tokens=2,
+        min_version=1,
+        max_version=1,
+        mean_rollout_logprob=-0.5,
+        mean_old_logprob=-0.5,
+        mean_ref_logprob=None,
+    )
+
+
+def failure(step: int) -> ErrorRecord:
+    return ErrorRecord(step=step, stage="rewards", kind="timeout", message="10 s", source="correct", prompt_id=4)
+
+
+def test_one_row_a_step(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(0, {"eval/held/score": 0.5})
+    tracker.log(1, {"update/lr": 1e-6, "rewards/score/mean": 1})
+    first, second = read_metrics(tmp_path)
+    assert list(first) == ["step", "time_s", "eval/held/score"]
+    assert list(second) == ["step", "time_s", "rewards/score/mean", "update/lr"]
+    assert second["step"] == 1
+    assert second["time_s"] >= first["time_s"] >= 0.0
+    with pytest.raises(ValueError, match="step 1 was logged after step 1"):
+        tracker.log(1, {"update/lr": 1e-6})
+
+
+def test_nothing_is_written_of_a_bad_row(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    with pytest.raises(KeyError, match="update/speed"):
+        tracker.log(1, {"update/lr": 1.0, "update/speed": 1.0})
+    with pytest.raises(TypeError, match="update/lr"):
+        tracker.log(1, {"update/lr": "1"})  # type: ignore[dict-item]
+    assert read_metrics(tmp_path) == []
+    tracker.log(1, {"update/lr": 1.0})
+
+
+def test_non_finite_values_are_null_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    recorder = Recorder()
+    Tracker(tmp_path, backends=[recorder]).log(4, {"update/loss/mean": float("nan"), "update/lr": float("inf")})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["update/loss/mean"] is None
+    assert recorder.rows == [(4, {"update/loss/mean": None, "update/lr": None})]
+    assert "step 4: update/loss/mean is nan" in caplog.text
+
+
+def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in range(1, 6):
+        tracker.log(step, {"update/lr": float(step)})
+        tracker.log_error(failure(step))
+        write_samples(samples_path(tmp_path, step), [sample(f"answer {step}")])
+    resumed = Tracker(tmp_path)
+    resumed.truncate_after(3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in read_lines(tmp_path / "errors.jsonl")] == [1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_00000{n}.jsonl" for n in (1, 2, 3)]
+    resumed.log(4, {"update/lr": 40.0})
+    assert [row["update/lr"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_time_goes_on_from_the_last_kept_row(tmp_path: Path) -> None:
+    rows = [{"step": 1, "time_s": 100.0}, {"step": 2, "time_s": 900.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracker = Tracker(tmp_path)
+    tracker.truncate_after(1)
+    tracker.log(2, {})
+    assert 100.0 <= read_metrics(tmp_path)[-1]["time_s"] < 110.0
+
+
+def test_half_a_line_is_tolerated_and_removed(tmp_path: Path) -> None:
+    Tracker(tmp_path).log(1, {"update/lr": 1.0})
+    for name in ("metrics.jsonl", "errors.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 2, "upda')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    tracker = Tracker(tmp_path)
+    tracker.log(2, {"update/lr": 2.0})
+    tracker.log_error(failure(2))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in read_lines(tmp_path / "errors.jsonl")] == [2]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+        read_metrics(tmp_path)
+
+
+def test_errors_hide_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "very-secret-value")
+    record = ErrorRecord(step=1, stage="rewards", kind="raised", message="401 for very-secret-value")
+    Tracker(tmp_path).log_error(record)
+    assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "401 for ***"
+
+
+def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
+    path = samples_path(tmp_path, 12)
+    write_samples(path, [sample("first"), sample("second")])
+    write_samples(path, [sample("Zürich\n", score=float("nan"))])
+    (row,) = read_lines(path)
+    assert path.name == "step_000012.jsonl"
+    assert row["response"] == "Zürich\n"
+    assert row["score"] is None
+    assert row["scores"] == {"correct": None}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert path.read_text() == "old"
+
+
+def test_back_ends_are_told_how_it_ended(tmp_path: Path) -> None:
+    recorder = Recorder()
+    tracker = Tracker(tmp_path, backends=[recorder])
+    tracker.log(1, {"update/lr": 1.0})
+    tracker.close(failed=True)
+    assert recorder.rows == [(1, {"update/lr": 1.0})]
+    assert recorder.closed is True

@@ -1,0 +1,94 @@
+"""W&B: a real offline run, and its failures, none of which may hang."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import RunError, UserError
+from rlhf.tracking import wandb_backend
+from rlhf.tracking.tracker import Tracker
+from rlhf.tracking.wandb_backend import WandbBackend, open_wandb
+
+
+def open_offline(folder: Path, **config: Any) -> WandbBackend:
+    return open_wandb(folder, mode="offline", project="p", name="n", config=config)
+
+
+def test_offline_run_is_written_without_secrets_and_keeps_its_id(tmp_path: Path) -> None:
+    ids = []
+    for steps in ([1, 2], [2, 3]):
+        backend = open_offline(tmp_path, judge={"api_key": "not-to-be-seen"}, lr=1e-6)
+        tracker = Tracker(tmp_path, backends=[backend])
+        tracker.truncate_after(steps[0] - 1)
+        for step in steps:
+            tracker.log(step, {"rewards/score/mean": 0.5, "update/loss/mean": float("nan")})
+        tracker.close()
+        ids.append(backend.run_id)
+    assert ids[0] == ids[1] == (tmp_path / "wandb_run_id").read_text().strip()
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert files
+    text = b"".join(path.read_bytes() for path in files)
+    assert b"rewards/score/mean" in text
+    assert b"not-to-be-seen" not in text
+    assert b"pytest" not in text  # nor the command line
+
+
+def test_online_without_credentials_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda *, prompt: prompt)  # no credentials, and no question on a terminal
+    with pytest.raises(UserError, match="WANDB_API_KEY"):
+        open_wandb(tmp_path, mode="online", project="p", name="n", config={})
+
+
+@pytest.mark.parametrize("failure", ["hangs", "raises"])
+def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    import wandb
+
+    def init(**_: Any) -> None:
+        if failure == "raises":
+            raise wandb.errors.CommError("no route")
+        time.sleep(30)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb_backend, "_MARGIN_S", 0.0)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"W&B did not start \(offline\): (no route|waited).*tracking\.wandb=offline"):
+        open_wandb(tmp_path, mode="offline", project="p", name="n", config={}, timeout_s=0.5)
+    assert time.monotonic() - began < 5
+
+
+def test_a_failure_on_the_way_is_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+
+    class Run:
+        id, dir, calls = "abc", "runs/x/wandb", 0
+
+        def log(self, row: dict[str, float]) -> None:
+            self.calls += 1
+            raise BrokenPipeError("service gone")
+
+        def finish(self, exit_code: int) -> None:
+            self.calls += 1
+
+    run = Run()
+    backend = WandbBackend(run, timeout_s=5.0)
+    backend.log(1, {"update/lr": 1.0})
+    backend.log(2, {"update/lr": 1.0})
+    backend.close(failed=False)
+    assert run.calls == 1
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["W&B failed while logging"]
+
+
+def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
+    code = "import sys, rlhf.tracking.tracker, rlhf.tracking.wandb_backend, rlhf.tracking.plots; " + (
+        "sys.exit(any(m in sys.modules for m in ('wandb', 'matplotlib', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
