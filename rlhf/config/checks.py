@@ -175,13 +175,21 @@ def _colocation(config: Config) -> Iterator[Problem]:
     """Each guest has a host's bundle of its own."""
     roles, needed = config.cluster.roles, derive.needs(config)
     engine = roles.rollout
-    if engine.colocate_with == "policy":
-        ranks, wanted = roles.policy.workers, engine.engines * engine.tensor_parallel
-        if wanted > ranks or ranks % engine.tensor_parallel:
-            text = (
-                f"is policy, with engines * tensor_parallel = {engine.engines} * {engine.tensor_parallel} = {wanted}"
-                f" places; they must fit in cluster.roles.policy.workers = {ranks}, a multiple of tensor_parallel"
-            )
+    if engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
+        text = (
+            f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: at most one beside each;"
+            " lower cluster.roles.rollout.engines, or set colocate_with to null"
+        )
+        yield _problem("cluster.roles.rollout.colocate_with", text)
+    if engine.tensor_parallel > 1:
+        rule = f"Ray shares out single GPUs only, and cluster.roles.rollout.tensor_parallel is {engine.tensor_parallel}"
+        guests = [r for r in ("reference", "reward") if r in needed and getattr(roles, r).colocate_with == "rollout"]
+        for guest in guests:
+            if guest == "reference" or derive.uses_reward_model(config):
+                text = f"is rollout, but {rule}; set it to policy or null, or tensor_parallel to 1"
+                yield _problem(f"cluster.roles.{guest}.colocate_with", text)
+        if engine.colocate_with == "policy":
+            text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
             yield _problem("cluster.roles.rollout.colocate_with", text)
     for role in ("critic", "reference", "reward"):
         section = getattr(roles, role)

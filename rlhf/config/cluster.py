@@ -31,6 +31,11 @@ class TrainedRole(Section):
 class PolicyRole(TrainedRole):
     """Workers of the policy."""
 
+    @property
+    def colocate_with(self) -> None:
+        """The policy is a host of others and has none itself."""
+        return None
+
 
 class CriticRole(TrainedRole):
     """Workers of the critic."""

@@ -62,4 +62,4 @@ class DataConfig(Section):
     apply_chat_template: bool = True
     """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error at load time."""
+    """A longer prompt is an error at load time. Supervised sequences are bound by train.max_tokens_per_microbatch."""

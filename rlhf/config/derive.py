@@ -7,11 +7,13 @@ take any.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
 from rlhf.config.model import CriticConfig, ReferenceConfig
 from rlhf.config.rollouts import RolloutsConfig
@@ -105,3 +107,68 @@ def policy_optimizer_steps(config: Config) -> int:
     """Optimizer steps of the policy in the whole run; it rests while only the critic is trained."""
     warmup = config.algorithm.critic_warmup_steps if isinstance(config.algorithm, PPOConfig) else 0
     return max(config.train.steps - warmup, 0) * updates_per_step(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSync:
+    """How the policy's weights reach the engines."""
+
+    method: SyncMethod
+    why: str
+
+
+def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
+    """The way of the weights; `one_host`: the policy's first rank and all engines stand on one machine."""
+    if cluster.weight_sync != "auto":
+        return WeightSync(method=cluster.weight_sync, why="cluster.weight_sync names it")
+    if cluster.device == "cuda":
+        if cluster.roles.rollout.colocate_with == "policy":
+            return WeightSync(method="ipc", why="policy and engines share GPUs")
+        return WeightSync(method="nccl", why="policy and engines have GPUs of their own")
+    if one_host:
+        return WeightSync(method="shm", why="policy and engines are on one CPU host")
+    return WeightSync(method="gloo", why="policy and engines are on several CPU hosts")
+
+
+def threads(configured: int | Literal["auto"], *, cores: int, workers_on_node: int) -> int:
+    """Compute threads of one worker: as configured, or the node's cores shared out among its role's workers there.
+
+    Other roles are not counted: with rollouts and training taking turns, they wait meanwhile.
+    """
+    return max(1, cores // workers_on_node) if configured == "auto" else configured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """The arithmetic of one run. None: supervised runs have no such thing."""
+
+    needs: tuple[Role, ...]  # roles that get workers
+    sequences_per_step: int
+    updates_per_batch: int  # minibatches of one pass over a step's batch
+    updates_per_step: int
+    policy_optimizer_steps: int  # in the whole run; the critic's warm-up steps are not among them
+    critic_optimizer_steps: int | None
+    data_parallel_ranks: int  # of the policy
+    longest_sequence: int  # tokens
+    tokens_per_step: int  # at most
+    reference: Literal["none", "adapter off", "workers"]
+
+
+def derive(config: Config) -> Derived:
+    """What `rlhf plan` shows of a configuration that passed its checks."""
+    train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
+    sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
+    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens if rollouts else train.max_tokens_per_microbatch
+    needed = needs(config)
+    return Derived(
+        needs=tuple(role for role in ROLE_ORDER if role in needed),
+        sequences_per_step=sequences,
+        updates_per_batch=sequences // train.sequences_per_update,
+        updates_per_step=updates_per_step(config),
+        policy_optimizer_steps=policy_optimizer_steps(config),
+        critic_optimizer_steps=train.steps * updates_per_step(config) if has_critic(config) else None,
+        data_parallel_ranks=policy.workers // policy.sequence_parallel,
+        longest_sequence=longest,
+        tokens_per_step=sequences * longest,
+        reference="workers" if "reference" in needed else "adapter off" if uses_kl(config) else "none",
+    )

@@ -66,8 +66,8 @@ def _of_method(config: Config) -> Iterator[Inert]:
     name = config.algorithm.name
     if not derive.is_online(config):
         yield from _all(
-            "rollouts rewards reward_policy reference reward critic cluster.weight_sync eval.temperature "
-            "eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
+            "rollouts rewards reward_policy reference reward critic cluster.weight_sync data.max_prompt_tokens "
+            "eval.temperature eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",
             "choose an algorithm that does",
         )
@@ -151,7 +151,7 @@ def _of_cluster(config: Config) -> Iterator[Inert]:
         keys += "".join(f" cluster.roles.{role}.threads" for role in derive.ROLE_ORDER)
         yield from _all(keys, "cluster.device is cuda", "set cluster.device to cpu")
     for role, section in roles:
-        host = None if role == "policy" else section.colocate_with
+        host = section.colocate_with
         if host is not None:
             key = f"cluster.roles.{role}"
             yield from _all(

@@ -1,0 +1,113 @@
+"""Which worker gets which share of the cluster: the bundles of the run's one placement group and the seats in them.
+
+Pure arithmetic, used by `rlhf plan` to show it and by the actors to do it. Workers of a colocated role sit in the
+bundles of their host, and all who share a bundle get equal parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf.config.derive import ROLE_ORDER, needs, uses_reward_model
+from rlhf.config.root import Config
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """One worker's place: a bundle, and the share of it that is the worker's."""
+
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """Bundles to reserve (`CPU`, and `GPU` where there are any), and each role's seats in rank order."""
+
+    bundles: tuple[Mapping[str, float], ...]
+    seats: Mapping[Role, tuple[Seat, ...]]
+
+    def total(self, resource: str) -> float:
+        """What all bundles together reserve."""
+        return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What one role asks for."""
+
+    count: int
+    cpus: float
+    gpus: float
+    host: Role | None
+
+
+def seat(config: Config) -> Seating:
+    """Bundles and seats of the roles that the run needs. The configuration has passed its checks."""
+    wishes = _wishes(config)
+    bundles: list[dict[str, float]] = []
+    places: dict[Role, list[int]] = {}
+    for role, wish in wishes.items():
+        if wish.host is not None:
+            hosts = places[wish.host]
+            places[role] = [hosts[i % len(hosts)] for i in range(wish.count)]
+            continue
+        places[role] = list(range(len(bundles), len(bundles) + wish.count))
+        bundles += [{"CPU": wish.cpus, **({"GPU": wish.gpus} if wish.gpus else {})} for _ in range(wish.count)]
+    tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
+    with_gpu = [sum(wishes[role].gpus > 0.0 for role in roles) for roles in tenants]
+    seats: dict[Role, tuple[Seat, ...]] = {
+        role: tuple(
+            Seat(
+                bundle=b,
+                cpus=bundles[b]["CPU"] / len(tenants[b]),
+                gpus=bundles[b].get("GPU", 0.0) / with_gpu[b] if wishes[role].gpus else 0.0,
+            )
+            for b in at
+        )
+        for role, at in places.items()
+    }
+    return Seating(bundles=tuple(bundles), seats=seats)
+
+
+def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
+    """The node of each bundle, filling nodes in order as Ray's PACK strategy tries to; None: they do not fit.
+
+    First fit by falling size, so an answer of None can be wrong only for bundles of several sizes in tight nodes.
+    """
+    free = [dict(node) for node in nodes]
+    where = [0] * len(bundles)
+    by_size = sorted(range(len(bundles)), key=lambda b: (-bundles[b].get("GPU", 0.0), -bundles[b]["CPU"], b))
+    for b in by_size:
+        for index, node in enumerate(free):
+            if all(node.get(resource, 0.0) >= amount for resource, amount in bundles[b].items()):
+                for resource, amount in bundles[b].items():
+                    node[resource] -= amount
+                where[b] = index
+                break
+        else:
+            return None
+    return where
+
+
+def _wishes(config: Config) -> dict[Role, _Wish]:
+    """In an order in which each role follows its host."""
+    roles, gpu = config.cluster.roles, 1.0 if config.cluster.device == "cuda" else 0.0
+    engine = roles.rollout
+    wishes: dict[Role, _Wish] = {
+        "policy": _Wish(count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, host=None),
+        "rollout": _Wish(
+            count=engine.engines, cpus=engine.cpus, gpus=gpu * engine.tensor_parallel, host=engine.colocate_with
+        ),
+    }
+    for role in ("critic", "reference", "reward"):
+        section = getattr(roles, role)
+        gpus = 0.0 if role == "reward" and not uses_reward_model(config) else gpu
+        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, host=section.colocate_with)
+    return {role: wishes[role] for role in ROLE_ORDER if role in needs(config)}
