@@ -132,6 +132,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
         elif "attention_dropout" in vars(module):  # attention applies it as a function
             module.attention_dropout = 0.0
     model.config.use_cache = False
+    model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

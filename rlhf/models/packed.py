@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
-from rlhf.objectives.logprobs import chunked_logprobs, chunked_logprobs_only
+from rlhf.objectives.logprobs import chunked_logprobs, chunked_logprobs_and_top1, chunked_logprobs_only
 
 ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functions
 
@@ -82,6 +82,18 @@ def policy_logprobs_only(
         hidden[before], lm_head_weight(model), token_ids[chosen], temperature=temperature, **lm_head_settings(model)
     )
     return _spread(logprobs, chosen, len(token_ids))
+
+
+def supervised_logprobs(
+    model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], *, mask: Bool[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(logprobs, whether the token is the likeliest) of the tokens in mask; 0 and False elsewhere."""
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths)
+    logprobs, is_top1 = chunked_logprobs_and_top1(
+        hidden[before], lm_head_weight(model), token_ids[chosen], **lm_head_settings(model)
+    )
+    return _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:

@@ -53,12 +53,14 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
 
 def adapter_sources(model: nn.Module) -> list[WeightSource]:
-    """The LoRA weights alone, under the names in peft's adapter_model.safetensors. ValueError if there are none."""
-    sources = [
+    """What is trained of a LoRA model, under the names in peft's adapter_model.safetensors.
+
+    That is the adapter, and a scalar head if there is one. ValueError if the model has no adapter.
+    """
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError("the model has no LoRA adapter")
+    return [
         WeightSource(_PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."), (parameter,))
         for name, parameter in model.named_parameters()
-        if ".lora_" in name
+        if parameter.requires_grad
     ]
-    if not sources:
-        raise ValueError("the model has no LoRA adapter")
-    return sources

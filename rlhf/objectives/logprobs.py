@@ -12,7 +12,7 @@ softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
+_Extra = Literal["entropy", "entropy_grad", "top1"]  # what a pass computes besides logprobs
 _CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
 
 
@@ -70,29 +71,30 @@ class _ChunkedLogprobs(torch.autograd.Function):
         targets: Tensor,
         head: _Head,
         chunk_size: int,
-        with_entropy: bool,
-        entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+        extras: frozenset[_Extra],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy, normaliser = (_widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
+        is_top1 = torch.zeros_like(targets, dtype=torch.bool)
         for rows in _chunks(len(targets), chunk_size):
             logits = head.logits(hidden[rows], weight, bias)
+            if "top1" in extras:
+                is_top1[rows] = logits.argmax(-1) == targets[rows]
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = chosen - normaliser[rows]
-            if with_entropy:
+            if "entropy" in extras:
                 log_p = logits.sub_(normaliser[rows, None])
                 entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.head, ctx.chunk_size = head, chunk_size
         ctx.set_materialize_grads(False)
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(is_top1, *(() if "entropy_grad" in extras else (entropy,)))
+        return logprobs, entropy, is_top1
 
     @staticmethod
     def backward(
-        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head: _Head = ctx.head
         gradients = _ProductGradients(hidden, weight, bias, needed=ctx.needs_input_grad[:3])
@@ -111,7 +113,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
                 block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(grad, logits)
             gradients.add(block, block_grad)
-        return *gradients.totals(), None, None, None, None, None
+        return *gradients.totals(), None, None, None, None
 
 
 class _WeightedLogprobSum(torch.autograd.Function):
@@ -206,10 +208,9 @@ def chunked_logprobs(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
     head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    results: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
-        hidden, weight, bias, targets, head, chunk_size, True, entropy_grad
-    )
-    return results
+    extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
+    logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    return logprobs, entropy
 
 
 def chunked_logprobs_only(
@@ -225,8 +226,24 @@ def chunked_logprobs_only(
 ) -> Float[Tensor, " N"]:
     """`chunked_logprobs` without the work of the entropy."""
     head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, False, False)[0]
+    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset())[0]
     return logprobs
+
+
+def chunked_logprobs_and_top1(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(logprobs with a gradient, whether greedy decoding would choose the target): for token accuracies."""
+    head = _Head(temperature=1.0, softcap=softcap, logit_scale=logit_scale)
+    logprobs, _, is_top1 = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset({"top1"}))
+    return logprobs, is_top1
 
 
 def weighted_logprob_sum(

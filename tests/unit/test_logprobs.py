@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
+    chunked_logprobs_and_top1,
     chunked_logprobs_only,
     collision_logprob_from_logits,
     entropy_from_logits,
@@ -111,6 +112,15 @@ def test_weighted_sum_equals_plain(head: dict[str, float | None], chunk_size: in
     torch.testing.assert_close(total, (expected * weights).sum(), rtol=1e-12, atol=1e-12)
     got = gradients(3.0 * total, x)  # an outer factor reaches the gradient that was made in the forward pass
     torch.testing.assert_close(got, gradients(3.0 * (expected * weights).sum(), x), rtol=1e-10, atol=1e-12)
+
+
+def test_top1_and_its_logprobs() -> None:
+    x = inputs()
+    logits = x["hidden"] @ x["weight"].t()
+    logprobs, is_top1 = chunked_logprobs_and_top1(x["hidden"], x["weight"], logits.argmax(-1), chunk_size=4)
+    assert is_top1.all()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
+    assert not chunked_logprobs_and_top1(x["hidden"], x["weight"], logits.argmin(-1))[1].any()
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
