@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rlhf.tracking.reductions import Reduction
+from rlhf.tracking.samples import SampleRecord
 from rlhf.types import (
     BatchPlan,
     Examples,
@@ -52,11 +53,10 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSelection:
-    """Responses of one group to be written to the samples file, with what training made of them."""
+    """Responses of one group for the samples file. Their records lack only the text, which the controller never sees."""
 
-    group: ScoredGroup
-    samples: tuple[int, ...]  # which of the group's responses
-    advantages: tuple[float | None, ...]  # of those; None: an evaluation
+    rollouts: Ref[Rollouts]
+    records: tuple[SampleRecord, ...]  # `sample` names the response within the group
 
 
 class WeightManifest(Protocol):
@@ -135,7 +135,9 @@ class RewardRole(Protocol):
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None: ...
+    async def write_samples(self, folder: Path, step: int, selections: Sequence[SampleSelection]) -> None:
+        """Write the step's file in the run folder."""
+        ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -226,6 +228,6 @@ class SupervisedRole(TrainedRole, Protocol):
 
     async def update_on(self, plan: MinibatchPlan) -> Metrics: ...
 
-    async def evaluate(self, dataset: int, plan: MinibatchPlan) -> Metrics:
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set, without an update."""
         ...

@@ -1,0 +1,438 @@
+"""The loop of training on rollouts.
+
+    prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
+
+Version v of the weights is what v steps of training have made. Step s answers its prompts with version s - 1 (rollouts
+and training take turns), trains, and syncs version s to the engines before it ends. A step is kept in this order: its
+checkpoint is written aside, its row is logged, the checkpoint is made valid; so a checkpoint always has its row.
+
+The loop sees scalars, ids and references. It computes nothing on tokens and knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.config.root import Config
+from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.record import Best, RunRecord
+from rlhf.controller.sampling import group_samples, rollout_metrics
+from rlhf.controller.weight_sync import sync_weights
+from rlhf.data.prompts import rollout_seed
+from rlhf.data.stream import Cursor, Stream
+from rlhf.errors import RunError
+from rlhf.objectives.kl import adaptive_kl_coef
+from rlhf.rewards.scoring import describe
+from rlhf.roles import (
+    CompletedGroup,
+    CriticRole,
+    PolicyRole,
+    PrepareReport,
+    ReferenceRole,
+    RewardRole,
+    RolloutRole,
+    SampleSelection,
+    ScoredGroup,
+)
+from rlhf.rollouts.ledger import ScoreLedger
+from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.reductions import Last, Mean, Sum
+from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineRoles:
+    """Who takes part. None: the run has no such role."""
+
+    policy: PolicyRole
+    rollout: RolloutRole
+    reward: RewardRole
+    reference: ReferenceRole | None
+    critic: CriticRole | None
+
+
+class OnlineController:
+    """One run. `step` is the last step that is done."""
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: OnlineAlgorithm,
+        roles: OnlineRoles,
+        record: RunRecord,
+        *,
+        prompts: Stream[Prompt],
+        eval_sets: Mapping[str, Sequence[Prompt]],
+        probe_ids: Sequence[int],
+        policy_fingerprint: str,
+    ) -> None:
+        assert config.rollouts is not None
+        self.config = config
+        self.algorithm = algorithm
+        self.roles = roles
+        self.record = record
+        self.prompts = prompts
+        self.eval_sets = eval_sets
+        self.probe_ids = probe_ids
+        self.fingerprint = policy_fingerprint
+        self.rollouts = config.rollouts
+        self.sampling = Sampling(
+            max_new_tokens=self.rollouts.max_new_tokens,
+            temperature=self.rollouts.temperature,
+            top_p=self.rollouts.top_p,
+            top_k=self.rollouts.top_k,
+            stop=self.rollouts.stop,
+        )
+        self.step = 0
+        self.next_group = 0
+        self.kl_coef = algorithm.config.kl.coef
+        first_set = next(iter(eval_sets), "heldout")
+        self.best = Best.by(config.train.best_metric, f"eval/{first_set}/score", default_lower=False)
+        self.ledger = ScoreLedger(record.folder.spool)
+        self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
+
+    async def run(self) -> None:
+        """Train until the last step. Continues from `step` if a checkpoint has been restored."""
+        train, record = self.config.train, self.record
+        record.begin_step()
+        await self._sync(self.step)
+        if self.step == 0 and self.eval_sets and self.config.eval.at_start:
+            await self._evaluate(0)
+            record.write_row(0, record.row())
+        while self.step < train.steps:
+            step = self.step + 1
+            record.begin_step()
+            with record.stage("step"):
+                await self._train_step(step)
+            last = step == train.steps
+            evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
+            if evaluates:
+                await self._evaluate(step)
+            await self._add_memory()
+            row = record.row()
+            row["throughput/tokens_per_s"] = row["rollouts/tokens/total"] / row["time/step_s"]
+            row["throughput/train_tokens_per_s"] = row["update/tokens/total"] / row["time/update_s"]
+            self.step = step
+            is_best = evaluates and self.best.improves(row, step)
+            if last or step % train.checkpoint_every == 0:
+                await self._checkpoint(row, is_best=is_best)
+            else:
+                record.write_row(step, row)
+
+    async def _train_step(self, step: int) -> None:
+        """The arrows of the module's first line."""
+        roles, record = self.roles, self.record
+        with record.stage("rollouts", role="rollout"):
+            groups = await self._collect(step)
+        record.add(rollout_metrics(groups, version=step - 1))
+        if self.takes_turns:
+            await roles.rollout.sleep()
+            await roles.policy.reload()
+        plan = plan_batch(
+            groups,
+            step=step,
+            seed=self.config.run.seed,
+            sequences_per_update=self.config.train.sequences_per_update,
+            num_ranks=roles.policy.num_ranks,
+            kl_coef=self.kl_coef,
+        )
+        with record.stage("experience", role="policy"):
+            report, advantages = await self._experience(plan, groups)
+        with record.stage("update", role="policy"):
+            order = visits(
+                len(plan.minibatches),
+                epochs=self.config.train.epochs_per_batch,
+                seed=self.config.run.seed,
+                step=step,
+            )
+            for minibatch in order:
+                await self._update(minibatch, step)
+        await self._sync(step)
+        kept = self.config.tracking.samples_per_step
+        if kept:
+            chosen = group_samples(groups, report, advantages, split="train", most=kept)
+            await roles.reward.write_samples(record.folder.path, step, chosen)
+        self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
+
+    async def _collect(self, step: int) -> list[ScoredGroup]:
+        """A whole batch of scored groups in plan order. A group whose reward failed is replaced by another prompt's."""
+        count, per_prompt = self.rollouts.prompts_per_step, self.rollouts.samples_per_prompt
+        policy = self.config.reward_policy
+        slots: list[ScoredGroup | None] = [None] * count
+        dropped = 0
+        while any(slot is None for slot in slots):
+            empty = [index for index, slot in enumerate(slots) if slot is None]
+            requests = [
+                self._request(prompt, epoch, first_sequence_id=index * per_prompt)
+                for index, (epoch, prompt) in zip(empty, self.prompts.next(len(empty)), strict=True)
+            ]
+            scored = await self._answer(requests, self.sampling, step=step)
+            for index, group in zip(empty, scored, strict=True):
+                if not group.scores.errors:
+                    slots[index] = group
+                    continue
+                dropped += 1
+                if policy.on_error == "fail" or dropped > policy.max_dropped_fraction * count:
+                    raise RunError(
+                        f"rewards, step {step}: {describe(group.scores.errors)} "
+                        + (
+                            "reward_policy.on_error is fail; drop would replace such a prompt by another."
+                            if policy.on_error == "fail"
+                            else f"{dropped} of {count} groups were dropped, more than reward_policy."
+                            f"max_dropped_fraction {policy.max_dropped_fraction} allows."
+                        )
+                    )
+        self.record.add({"rollouts/dropped_groups/total": Sum(total=dropped)})
+        return [slot for slot in slots if slot is not None]
+
+    def _request(self, prompt: Prompt, epoch: int, *, first_sequence_id: int) -> GroupRequest:
+        group = GroupRequest(
+            group_id=self.next_group,
+            prompt=prompt,
+            seeds=tuple(
+                rollout_seed(self.config.run.seed, epoch, prompt.prompt_id, sample)
+                for sample in range(self.rollouts.samples_per_prompt)
+            ),
+            first_sequence_id=first_sequence_id,
+        )
+        self.next_group += 1
+        return group
+
+    async def _answer(self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int) -> list[ScoredGroup]:
+        """Responses and scores for all requests, in their order. Each group is scored while others still generate."""
+        tasks: dict[int, asyncio.Task[ScoredGroup]] = {}
+        try:
+            async for group in self.roles.rollout.generate(requests, sampling):
+                tasks[group.request.group_id] = asyncio.create_task(self._score(group, step=step))
+                self.record.progress.stage("rollouts", len(tasks), len(requests))
+            return [await tasks[request.group_id] for request in requests]
+        finally:
+            for task in tasks.values():
+                task.cancel()
+
+    async def _score(self, group: CompletedGroup, *, step: int) -> ScoredGroup:
+        group_id = group.request.group_id
+        scores = self.ledger.get(group_id, self.step)
+        if scores is None:
+            scores = await self.roles.reward.score(group)
+            self.ledger.put(group_id, self.step, scores)
+        for error in scores.errors:
+            self.record.tracker.log_error(
+                ErrorRecord(
+                    step=step,
+                    stage="rewards",
+                    kind=error.kind,
+                    message=error.message,
+                    source=error.reward,
+                    prompt_id=error.prompt_id,
+                    sample=error.sample,
+                )
+            )
+        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
+        return ScoredGroup(group=group, scores=scores)
+
+    async def _experience(
+        self, plan: BatchPlan, groups: Sequence[ScoredGroup]
+    ) -> tuple[PrepareReport, Mapping[int, float]]:
+        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts."""
+        roles, config = self.roles, self.algorithm.config
+        rollouts = [scored.group.rollouts for scored in groups]
+        reference, critic = roles.reference, roles.critic
+        references, values = await asyncio.gather(
+            reference.logprobs(rollouts) if reference is not None else _nothing(),
+            critic.values(plan, rollouts) if critic is not None else _nothing(),
+        )
+        report = await roles.policy.prepare(plan, rollouts, references)
+        scores = dict(plan.scores)
+        if config.kl.place == "reward" and critic is None:
+            for sequence in report.sequences:
+                if sequence.kl_ref is not None:
+                    scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
+        by_sequence = self.algorithm.sequence_advantages(
+            torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
+            group_size=self.rollouts.samples_per_prompt,
+        )
+        advantages = await roles.policy.set_advantages(
+            None if by_sequence is None else dict(zip(sorted(scores), by_sequence.tolist(), strict=True)), values
+        )
+        if critic is not None:
+            await critic.prepare(plan, advantages.returns)
+        self.record.add(report.metrics)
+        self.record.add(advantages.metrics)
+        if by_sequence is not None:
+            flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
+            self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
+        return report, advantages.mean_advantages
+
+    async def _update(self, minibatch: int, step: int) -> None:
+        """One optimizer step of each trained role; together where they have their own hardware."""
+        roles, config = self.roles, self.config
+        critic = roles.critic
+        warming = critic is not None and step <= self._critic_warmup_steps()
+        if critic is None:
+            self.record.add(await roles.policy.update(minibatch))
+        elif warming:
+            self.record.add(await critic.update(minibatch))
+        elif config.cluster.roles.critic.colocate_with is not None:
+            self.record.add(await roles.policy.update(minibatch))
+            self.record.add(await critic.update(minibatch))
+        else:
+            for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
+                self.record.add(metrics)
+
+    def _critic_warmup_steps(self) -> int:
+        config = self.config.algorithm
+        return config.critic_warmup_steps if config.name == "ppo" else 0
+
+    def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
+        adaptive = self.algorithm.config.kl.adaptive
+        self.record.add({"experience/kl_coef": Last(value=self.kl_coef)} if self._has_reference() else {})
+        kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
+        if adaptive is not None:
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef,
+                kl=sum(kls) / len(kls),
+                target=adaptive.target,
+                horizon=adaptive.horizon,
+                num_sequences=num_sequences,
+            )
+
+    def _has_reference(self) -> bool:
+        return self.algorithm.config.kl.coef > 0.0
+
+    async def _sync(self, version: int) -> None:
+        """Weights to the engines, proven; then the engines have the GPU."""
+        roles, record = self.roles, self.record
+        if self.takes_turns:
+            await roles.rollout.wake()
+        with record.stage("sync"):
+            report = await sync_weights(
+                roles.policy,
+                roles.rollout,
+                version=version,
+                probe_ids=self.probe_ids,
+                dtype=self.config.policy.dtype,
+            )
+        if self.takes_turns:
+            await roles.policy.offload()
+        record.add(
+            {
+                "weight_sync/version": Last(value=report.version),
+                "weight_sync/probe_max_diff": Last(value=report.probe_max_diff),
+                "time/weight_sync_s": Sum(total=report.seconds),
+                "time/probe_s": Sum(total=report.probe_seconds),
+            }
+        )
+
+    async def _evaluate(self, step: int) -> None:
+        """Score held-out prompts under the current weights; the values stand in the step's row."""
+        settings = self.config.eval
+        sampling = Sampling(
+            max_new_tokens=self.rollouts.max_new_tokens, temperature=settings.temperature, stop=self.rollouts.stop
+        )
+        selections: list[SampleSelection] = []
+        with self.record.stage("eval", role="rollout"):
+            offset = 0
+            for name, prompts in self.eval_sets.items():
+                requests = [
+                    GroupRequest(
+                        group_id=-1 - offset - index,  # no place in the prompt stream
+                        prompt=prompt,
+                        seeds=tuple(
+                            rollout_seed(self.config.run.seed, 0, prompt.prompt_id, sample)
+                            for sample in range(settings.samples_per_prompt)
+                        ),
+                        first_sequence_id=index * settings.samples_per_prompt,
+                    )
+                    for index, prompt in enumerate(prompts)
+                ]
+                offset += len(requests)
+                groups = await self._answer(requests, sampling, step=step)
+                failed = [group for group in groups if group.scores.errors]
+                if failed and self.config.reward_policy.on_error == "fail":
+                    raise RunError(f"eval {name}, step {step}: {describe(failed[0].scores.errors)}")
+                sound = [group for group in groups if not group.scores.errors]
+                if not sound:
+                    raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
+                self._add_evaluation(name, sound)
+                selections += group_samples(sound, None, {}, split=name, most=None)
+            await self.roles.reward.write_samples(self.record.folder.path, step, selections)
+
+    def _add_evaluation(self, name: str, groups: Sequence[ScoredGroup]) -> None:
+        infos = [info for scored in groups for info in scored.group.infos]
+        scores = [score for scored in groups for score in scored.scores.scores]
+        self.record.add(
+            {
+                f"eval/{name}/score": Mean.of(scores),
+                f"eval/{name}/truncated": Mean.of([float(info.finish_reason == "length") for info in infos]),
+                f"eval/{name}/response_tokens": Mean.of([float(info.num_response_tokens) for info in infos]),
+                **{
+                    f"eval/{name}/{reward}": Mean.of([v for scored in groups for v in scored.scores.by_name[reward]])
+                    for reward in groups[0].scores.by_name
+                },
+            }
+        )
+
+    async def _add_memory(self) -> None:
+        roles = self.roles
+        members = {
+            "policy": roles.policy,
+            "rollout": roles.rollout,
+            "reward": roles.reward,
+            "reference": roles.reference,
+            "critic": roles.critic,
+        }
+        for name, role in members.items():
+            if role is not None:
+                self.record.memory(name, await role.memory())
+
+    async def _checkpoint(self, row: Mapping[str, float], *, is_best: bool) -> None:
+        """Write the checkpoint aside, log the step, make the checkpoint valid."""
+        folder, roles = self.record.folder, self.roles
+        with self.record.stage("checkpoint"):
+            aside = folder.begin_checkpoint(self.step)
+            await roles.policy.save(aside / "policy")
+            if roles.critic is not None:
+                await roles.critic.save(aside / "critic")
+            self.record.write_state(aside, self._state())
+        self.record.write_row(self.step, row)
+        folder.commit_checkpoint(self.step)
+        if is_best:
+            folder.mark_best(self.step)
+        folder.prune(self.config.train.keep_checkpoints)
+        self.ledger.clear()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "cursor": asdict(self.prompts.state()),
+            "next_group": self.next_group,
+            "kl_coef": self.kl_coef,
+            "best": self.best.state(),
+            "policy": self.fingerprint,
+        }
+
+    async def restore(self, step: int) -> None:
+        """Continue from the checkpoint of a step."""
+        state = self.record.read_state(step)
+        folder = self.record.folder.checkpoint(step)
+        self.prompts.restore(Cursor(**state["cursor"]))
+        self.step, self.next_group, self.kl_coef = state["step"], state["next_group"], state["kl_coef"]
+        self.best.restore(state["best"])
+        await self.roles.policy.load(folder / "policy")
+        if self.roles.critic is not None:
+            await self.roles.critic.load(folder / "critic")
+        logger.info("resumed from the checkpoint of step %d", step)
+
+
+async def _nothing() -> list[Any]:
+    return []

@@ -1,0 +1,125 @@
+"""What both loops write down of a run: stage times, the step's row, checkpoints, the best one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import RunError, UserError
+from rlhf.roles import MemoryReport, Metrics
+from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.progress import Progress
+from rlhf.tracking.reductions import Max, Reduction, Sum
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+STATE_FILE = "controller.json"
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """The run folder and its views, with the metrics of the step at work."""
+
+    folder: RunFolder
+    tracker: Tracker
+    timeline: Timeline
+    progress: Progress
+    parts: list[Metrics] = field(default_factory=list)
+    began: float = 0.0
+
+    def begin_step(self) -> None:
+        """Forget the last step's metrics and start its clock."""
+        self.parts = []
+        self.began = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        """Metrics of the step at work."""
+        self.parts.append(metrics)
+
+    @contextmanager
+    def stage(self, name: str, *, role: str = "controller") -> Generator[None]:
+        """Time a stage: `time/<name>_s`, the timeline, the progress display."""
+        self.progress.stage(name)
+        began = time.perf_counter()
+        with self.timeline.span(name, role):
+            yield
+        self.add({f"time/{name}_s": Sum(total=time.perf_counter() - began)})
+
+    def memory(self, role: str, report: MemoryReport) -> None:
+        """A role's peaks."""
+        found: dict[str, Reduction] = {f"memory/{role}_rss_gib": Max(value=report.rss_gib)}
+        if report.gpu_gib is not None:
+            found[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
+        self.add(found)
+
+    def row(self) -> dict[str, float]:
+        """The step's numbers so far."""
+        return results(merge(self.parts))
+
+    def write_row(self, step: int, row: Mapping[str, float]) -> None:
+        """Log the step. RunError, before anything is kept of it, if its loss is not finite."""
+        loss = row.get("update/loss/mean", 0.0)
+        if not math.isfinite(loss):
+            raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
+        self.tracker.log(step, row)
+        self.progress.step(step, row)
+
+    def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """The controller's own part of a checkpoint."""
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The controller's part of the checkpoint of a step. UserError if it is not there."""
+        path = self.folder.checkpoint(step) / STATE_FILE
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{path} cannot be read: {error}. Remove that checkpoint to resume from an earlier one."
+            ) from error
+        return state
+
+
+@dataclass(slots=True)
+class Best:
+    """The best evaluation so far."""
+
+    metric: str  # name; lower_is_better turns its sense
+    lower_is_better: bool
+    value: float | None = None
+    step: int | None = None
+
+    @classmethod
+    def by(cls, setting: str | None, default: str, *, default_lower: bool) -> Best:
+        """By the configured metric (a leading - means lower is better), or the run's usual one."""
+        if setting is None:
+            return cls(metric=default, lower_is_better=default_lower)
+        return cls(metric=setting.removeprefix("-"), lower_is_better=setting.startswith("-"))
+
+    def improves(self, row: Mapping[str, float], step: int) -> bool:
+        """Whether this step's row is the best so far; remembers it then. UserError if the metric is not in it."""
+        if self.metric not in row:
+            known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
+            raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
+        value = row[self.metric]
+        if self.value is not None and (value >= self.value if self.lower_is_better else value <= self.value):
+            return False
+        self.value, self.step = value, step
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"value": self.value, "step": self.step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """From the checkpoint."""
+        self.value, self.step = state["value"], state["step"]

@@ -1,0 +1,78 @@
+"""Metrics and sample records of scored groups: from scalars alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlhf.roles import Metrics, PrepareReport, SampleSelection, ScoredGroup
+from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
+from rlhf.tracking.samples import SampleRecord
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
+    """`rollouts/*` and `rewards/*` of a batch that is trained on by weights of `version`."""
+    infos = [info for scored in groups for info in scored.group.infos]
+    scores = [score for scored in groups for score in scored.scores.scores]
+    lengths = [float(info.num_response_tokens) for info in infos]
+    prompts = [float(info.num_prompt_tokens) for info in infos]
+    found: dict[str, Reduction] = {
+        "rollouts/response_tokens/mean": Mean.of(lengths),
+        "rollouts/response_tokens/max": Max(value=max(lengths)),
+        "rollouts/prompt_tokens/mean": Mean.of(prompts),
+        "rollouts/truncated/fraction": Mean.of([float(info.finish_reason == "length") for info in infos]),
+        "rollouts/tokens/total": Sum(total=sum(lengths) + sum(prompts)),
+        "rollouts/logprob/mean": Mean(
+            total=sum(info.mean_logprob * info.num_response_tokens for info in infos), count=sum(lengths)
+        ),
+        "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
+        "rewards/score/mean": Mean.of(scores),
+        "rewards/score/std": Std.of(scores),
+    }
+    for name in groups[0].scores.by_name:
+        found[f"rewards/{name}/mean"] = Mean.of([v for scored in groups for v in scored.scores.by_name[name]])
+    return found
+
+
+def group_samples(
+    groups: Sequence[ScoredGroup],
+    report: PrepareReport | None,
+    advantages: Mapping[int, float],
+    *,
+    split: str,
+    most: int | None,
+) -> list[SampleSelection]:
+    """Records of the first `most` responses (None: all), group by group, without their text."""
+    measured = {s.sequence_id: s for s in report.sequences} if report is not None else {}
+    selections = []
+    left = most
+    for scored in groups:
+        if left == 0:
+            break
+        request, infos = scored.group.request, scored.group.infos
+        taken = infos if left is None else infos[:left]
+        left = None if left is None else left - len(taken)
+        records = []
+        for sample, info in enumerate(taken):
+            sequence = measured.get(info.sequence_id)
+            records.append(
+                SampleRecord(
+                    split=split,
+                    group_id=request.group_id if split == "train" else request.prompt.prompt_id,
+                    prompt_id=request.prompt.prompt_id,
+                    sample=sample,
+                    prompt=request.prompt.text,
+                    response="",
+                    score=scored.scores.scores[sample],
+                    scores={name: values[sample] for name, values in scored.scores.by_name.items()},
+                    advantage=advantages.get(info.sequence_id),
+                    truncated=info.finish_reason == "length",
+                    response_tokens=info.num_response_tokens,
+                    min_version=info.min_version,
+                    max_version=info.max_version,
+                    mean_rollout_logprob=info.mean_logprob,
+                    mean_old_logprob=None if sequence is None else sequence.mean_old_logprob,
+                    mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
+                )
+            )
+        selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records)))
+    return selections

@@ -1,0 +1,1 @@
+"""What the controller keeps of rollouts besides their tokens."""
