@@ -147,11 +147,9 @@ class LiveProgress(Progress):
     def _render(self) -> Group:
         name, done, total = self._stage
         bars = Table.grid(padding=(0, 1))
-        bars.add_row(
-            Text("steps"), _bar(self._done, self._total), f"{self._done}/{self._total}", f"left {self._left()}"
-        )
-        if name:
-            bars.add_row(Text(name), _bar(done, total), f"{done}/{total}" if total else "", "")
+        bars.add_column(min_width=12)  # so that nothing shifts as the stages change
+        bars.add_row(Text("steps"), _bar(self._done, self._total), f"{self._done}/{self._total}  left {self._left()}")
+        bars.add_row(Text(name), _bar(done, total) if name else "", f"{done}/{total}" if total else "")
         numbers = Table.grid(padding=(0, 2))
         for key, value in self._numbers.items():
             numbers.add_row(Text(key, style="dim"), Text(number(value)))

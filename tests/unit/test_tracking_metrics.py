@@ -40,7 +40,16 @@ def test_key_finds_its_declaration(key: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["update/los/mean", "rewards/a/b/mean", "memory/actor_rss_gib", "time/wait_s", "eval/score", "Xrewards/a/mean", ""],
+    [
+        "update/los/mean",
+        "rewards/a/b/mean",
+        "memory/actor_rss_gib",
+        "time/wait_s",
+        "eval/score",
+        "Xrewards/a/mean",
+        "rewards/a/meanX",
+        "",
+    ],
 )
 def test_undeclared_key_raises(key: str) -> None:
     with pytest.raises(KeyError, match="not declared"):
@@ -72,8 +81,10 @@ def test_mean_over_ranks_is_not_the_mean_of_means() -> None:
 
 
 def test_reductions_by_hand() -> None:
-    # std of 1, 3 and 5, 7 together: mean 4, squares 9 + 1 + 1 + 9 = 20, 20 / 4 = 5
-    assert Std.of([1.0, 3.0]).merge(Std.of([5.0, 7.0])).result() == pytest.approx(math.sqrt(5.0))
+    # 1, 3 and 5, 7, 9 together: mean 5, squares 16 + 4 + 0 + 4 + 16 = 40, 40 / 5 = 8
+    moments = Std.of([1.0, 3.0]).merge(Std.of([5.0, 7.0, 9.0]))
+    assert moments.mean == pytest.approx(5.0)
+    assert moments.result() == pytest.approx(math.sqrt(8.0))
     assert Max(value=2.0).merge(Max(value=-3.0)).result() == 2.0
     assert Sum(total=2.0).merge(Sum(total=5.0)).result() == 7.0
     assert Last(value=2.0).merge(Last(value=1.0)).result() == 1.0

@@ -63,24 +63,27 @@ def test_a_killed_run_leaves_a_loadable_file(tmp_path: Path) -> None:
     timeline.close()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3, 20, 60])
-def test_a_resumed_run_goes_on_in_the_file(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize(("cut", "kept"), [(0, "ab"), (1, "ab"), (3, "ab"), (4, "a"), (5, "a"), (60, "a")])
+def test_a_resumed_run_goes_on_in_the_file(tmp_path: Path, cut: int, kept: str) -> None:
     path = tmp_path / "timeline.json"
     first = Timeline(path)
-    first.record("a", "custom", start_s=1.0, end_s=2.0)
-    first.record("b", "custom", start_s=1.5, end_s=2.5)
+    first.record("b", "custom", start_s=1.5, end_s=2.5, lane="y")
+    first.record("a", "custom", start_s=1.0, end_s=2.0, lane="x")
+    first.record("b", "custom", start_s=3.0, end_s=4.0, lane="y", args={"step": 1})
     first.close()
-    before = {event["name"]: (event["pid"], event["tid"]) for event in events(path)}
-    if cut:
-        path.write_bytes(path.read_bytes()[:-cut])  # 1: the line end; 3: the bracket; 60: into b's event
+    whole = events(path)
+    # the file ends `"args": {"step": 1}}\n]\n`: 1 takes the line end, 3 the bracket too, 4 one brace, 5 both
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) - cut])
+    Timeline(path).close()
+    assert events(path) == (whole if kept == "ab" else whole[:2])
     second = Timeline(path)
     second.record("c", "policy", start_s=11.0, end_s=12.0)
-    second.record("d", "custom", start_s=11.0, end_s=12.0)
+    second.record("d", "custom", start_s=11.0, end_s=12.0, lane="x")
     second.close()
-    after = {event["name"]: (event["pid"], event["tid"]) for event in events(path)}
-    assert set(after) == ({"a", "b", "c", "d"} if cut < 20 else {"a", "c", "d"})
-    assert after["a"] == after["d"] == before["a"]
-    assert after["c"][0] != after["a"][0]
+    places = {event["name"]: (event["pid"], event["tid"]) for event in events(path)}
+    assert places["d"] == places["a"]
+    assert places["b"] != places["a"]
+    assert places["c"][0] != places["a"][0]
 
 
 def test_an_empty_trace_is_valid(tmp_path: Path) -> None:

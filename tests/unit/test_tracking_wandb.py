@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import MetricRecord
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking import wandb_backend
@@ -36,6 +37,7 @@ def test_offline_run_is_written_without_secrets_and_keeps_its_id(tmp_path: Path)
     assert files
     text = b"".join(path.read_bytes() for path in files)
     assert b"rewards/score/mean" in text
+    assert MetricRecord(glob_name="*", step_metric="step").SerializeToString() in text  # our step is the axis
     assert b"not-to-be-seen" not in text
     assert b"pytest" not in text  # nor the command line
 
