@@ -25,7 +25,7 @@ def token_weights(
     mode: Aggregation,
     num_tokens: float,
     num_sequences: float,
-    max_new_tokens: int,
+    max_new_tokens: float,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " N"]:
     """Weight of each token in the loss of the step; zero outside response_mask.
@@ -37,8 +37,13 @@ def token_weights(
         token_sum_norm             1 / (num_sequences * max_new_tokens) Dr. GRPO (arXiv:2503.20783)
 
     num_sequences counts the sequences that are trained on; a sequence without a sampled token adds nothing, and
-    whether it is counted is the caller's choice.
+    whether it is counted is the caller's choice. ValueError for a count that is not positive.
     """
+    if min(num_tokens, num_sequences, max_new_tokens) <= 0:
+        raise ValueError(
+            f"token_weights needs positive counts, got num_tokens={num_tokens}, num_sequences={num_sequences}, "
+            f"max_new_tokens={max_new_tokens}: a step without sampled tokens has no loss"
+        )
     if mode == "sequence_mean_token_mean":
         counts = sequence_counts(response_mask, lengths).clamp(min=1)
         per_sequence = 1.0 / (counts.to(dtype) * num_sequences)

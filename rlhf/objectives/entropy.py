@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.objectives.masking import masked_mean
+
 
 def high_entropy_tokens(
     entropy: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, quantile: float
@@ -24,16 +26,15 @@ def high_entropy_tokens(
 
 
 def advantage_covariance(
-    logprobs: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, eps: float = 0.0
+    logprobs: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
     """(A - mean A) * (logprob - mean logprob) of each token, zero outside mask (arXiv:2505.22617).
 
-    Its mean is what the entropy falls by in a policy-gradient step. The means are those of the tokens given; eps is
-    added to their count.
+    Its mean is what the entropy falls by in a policy-gradient step. The means are those of the tokens given.
     """
-    count = mask.sum() + eps
-    kept, logprobs = torch.where(mask, advantages, 0.0), torch.where(mask, logprobs, 0.0).detach()
-    return torch.where(mask, (kept - kept.sum() / count) * (logprobs - logprobs.sum() / count), 0.0)
+    logprobs = logprobs.detach()
+    centered = (advantages - masked_mean(advantages, mask)) * (logprobs - masked_mean(logprobs, mask))
+    return torch.where(mask, centered, 0.0)
 
 
 def top_covariance_tokens(

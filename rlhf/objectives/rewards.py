@@ -34,7 +34,7 @@ def token_rewards(
     return penalties.index_add(0, last, scores.to(penalties.dtype))
 
 
-def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int) -> Float[Tensor, " B"]:
+def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: float) -> Float[Tensor, " B"]:
     """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
 
     To be added to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
@@ -43,3 +43,17 @@ def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: 
         raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
     excess = (num_tokens - (max_tokens - buffer)).clamp(0, buffer)
     return -excess.double() / buffer
+
+
+def scale_truncated(
+    scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, factor: float
+) -> Float[Tensor, " B"]:
+    """Scores of truncated responses times a factor (ProRL, arXiv:2505.24864): a negative score becomes milder."""
+    return torch.where(truncated, scores * factor, scores)
+
+
+def replace_truncated(
+    scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, value: float
+) -> Float[Tensor, " B"]:
+    """Scores with one value for every truncated response, whatever it earned."""
+    return torch.where(truncated, value, scores)

@@ -1,7 +1,8 @@
 """Policy losses that weigh the logprob instead of clipping a ratio: CISPO, DPPO, VESPO, DRO; and SAPO's soft gate.
 
-Where PPO's clip removes a token from the gradient, CISPO, DPPO and VESPO keep `-weight * advantage * logprob` with a
-weight that carries no gradient. One term per token, zero where `mask` is False, as in policy_loss.py.
+Where PPO's clip removes a token from the gradient, CISPO and VESPO keep `-weight * advantage * logprob` with a weight
+that carries no gradient. DPPO (arXiv:2602.04879) is cispo with min_ratio 0 over the tokens of trusted_by_tv or
+trusted_by_kl. One term per token, zero where `mask` is False, as in policy_loss.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.objectives.policy_loss import importance_ratio, reinforce
+from rlhf.objectives.policy_loss import reinforce
 
 
 def cispo(
@@ -40,25 +41,9 @@ def sapo(
     temperature_negative: float,
 ) -> Float[Tensor, "*N"]:
     """-4/t * sigmoid(t * (ratio - 1)) * A, with the temperature t of the advantage's sign (arXiv:2511.20347)."""
-    temperature = torch.where(advantages > 0, temperature_positive, temperature_negative)
+    temperature = _by_sign(advantages > 0, ratio, temperature_positive, temperature_negative)
     gate = torch.sigmoid(temperature * (ratio - 1.0)) * (4.0 / temperature)
     return torch.where(mask, -gate * advantages, 0.0)
-
-
-def dppo(
-    logprobs: Float[Tensor, "*N"],
-    old_logprobs: Float[Tensor, "*N"],
-    advantages: Float[Tensor, "*N"],
-    trusted: Bool[Tensor, "*N"],
-    *,
-    max_ratio: float,
-) -> Float[Tensor, "*N"]:
-    """REINFORCE weighted by min(ratio, max_ratio), over the trusted tokens only (DPPO, arXiv:2602.04879).
-
-    `trusted` is that of trusted_by_tv or trusted_by_kl.
-    """
-    weight = importance_ratio(logprobs, old_logprobs, trusted).detach().clamp(max=max_ratio)
-    return reinforce(logprobs, weight * advantages, trusted)
 
 
 def trusted_by_tv(
@@ -70,7 +55,7 @@ def trusted_by_tv(
     max_decrease: float,
     max_increase: float,
 ) -> Bool[Tensor, "*N"]:
-    """Tokens whose probability has not yet moved, in their advantage's direction, by more than the bound.
+    """Tokens whose probability has not yet moved, in their advantage's direction, beyond the bound (DPPO, binary TV).
 
     The move of one token's probability is the total variation between the two policies coarsened to {token, rest}.
     """
@@ -88,7 +73,7 @@ def trusted_by_kl(
     max_kl_increase: float,
     eps: float = 1e-8,
 ) -> Bool[Tensor, "*N"]:
-    """trusted_by_tv with KL(old || new) of the same coarsened policies as the measure of the move."""
+    """trusted_by_tv with KL(old || new) of the same coarsened policies as the measure of the move (DPPO, binary KL)."""
     p, old_p = logprobs.detach().exp(), old_logprobs.exp()
     binary_kl = old_p * (old_logprobs - logprobs.detach())
     binary_kl = binary_kl + (1.0 - old_p) * ((1.0 - old_p + eps) / (1.0 - p + eps)).log()
@@ -112,8 +97,8 @@ def vespo_weights(
     sign, zero counting as positive. Use as `reinforce(logprobs, weights * advantages, mask)`.
     """
     positive = advantages >= 0
-    power = torch.where(positive, power_positive, power_negative)
-    decay = torch.where(positive, decay_positive, decay_negative)
+    power = _by_sign(positive, log_ratio, power_positive, power_negative)
+    decay = _by_sign(positive, log_ratio, decay_positive, decay_negative)
     log_w = log_ratio.detach().clamp(math.log(1e-8), 20.0)
     return (decay + power * log_w - decay * log_w.exp()).exp()
 
@@ -129,3 +114,8 @@ def dro(
     """-(A * logprob - beta / 2 * log_ratio^2), regularised towards the sampling policy (DRO, arXiv:2405.19107)."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     return reinforce(logprobs, advantages, mask) + 0.5 * beta * log_ratio.square()
+
+
+def _by_sign(positive: Bool[Tensor, "*N"], like: Tensor, if_positive: float, if_negative: float) -> Float[Tensor, "*N"]:
+    """One of two numbers, in the dtype of `like`: torch.where of two floats is float32 whatever it meets later."""
+    return torch.where(positive, like.new_tensor(if_positive), like.new_tensor(if_negative))

@@ -1,0 +1,345 @@
+"""TRL's GRPO loss with all its variants, and the trainers that inherit from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlhf.objectives import corrections, entropy, policy_loss, sequence_ratios, weighted_loss
+from rlhf.objectives.aggregation import Aggregation
+from rlhf.objectives.kl import kl_k3
+from rlhf.objectives.masking import masked_mean, sequence_counts, sequence_means, sequence_sums, to_tokens
+from tests.parity.adapters.aggregation import weighted
+from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.layout import Layout, gradient
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+MODES: dict[str, Aggregation] = {
+    "grpo": "sequence_mean_token_mean",
+    "sapo": "sequence_mean_token_mean",
+    "bnpo": "token_mean",
+    "dr_grpo": "token_sum_norm",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+    "vespo": "token_mean",
+    "luspo": "sequence_mean_token_sum",
+}
+
+
+def spread(layout: Layout, values: Tensor) -> Tensor:
+    """[B], [B, 1] or [B, T] to flat tokens."""
+    if values.ndim == 2 and values.shape[1] == layout.width > 1:
+        return layout.flat(values)
+    return layout.spread(values.reshape(len(layout.lengths)))
+
+
+class GRPOBatch:
+    """Columns, loss settings and results of one `_compute_loss`. Log-probabilities may come from a model."""
+
+    def __init__(self, arguments: Arguments, layout: Layout, logprobs: Tensor) -> None:
+        self.arguments, self.layout, self.logprobs = arguments, layout, logprobs
+        self.mask, self.lengths = layout.mask, layout.lengths
+        self.advantages = spread(layout, arguments.tensor("advantages"))
+        old = arguments.maybe("old_logps")
+        self.old = logprobs.detach() if old is None else layout.flat(old)
+        low = arguments.param("epsilon_low", arguments.param("epsilon", None))
+        high = arguments.param("epsilon_high", None)
+        if low is None:
+            raise Unsupported("no epsilon")
+        self.clip = {"clip_low": float(low), "clip_high": float(low if high is None else high)}
+        self.level = arguments.choice("importance_sampling_level", {k: k for k in LEVELS}, "token")
+        self.per_sequence = self.level == "sequence"
+        arguments.ignore("on_policy", "token_adv")  # they say what the inputs already show
+
+    def ratio(self) -> Tensor:
+        """The importance ratio of the level."""
+        if self.level == "token":
+            return policy_loss.importance_ratio(self.logprobs, self.old, self.mask)
+        return LEVELS[self.level](self.logprobs, self.old, self.mask, self.lengths)
+
+    def kl(self) -> Tensor | None:
+        """k3 to the reference, if beta weighs it."""
+        ref = self.arguments.maybe("ref_logps")
+        if self.arguments.number("beta", 0.0) == 0.0:
+            return None
+        if ref is None:
+            raise Unsupported("beta without ref_logps")
+        return kl_k3(self.logprobs, self.layout.flat(ref))
+
+    def high_entropy(self) -> Tensor:
+        """Tokens that top_entropy_quantile keeps; all of them at 1."""
+        quantile = self.arguments.number("top_entropy_quantile", 1.0)
+        if quantile >= 1.0:
+            return self.mask
+        entropies = self.layout.flat(self.arguments.tensor("entropies"))
+        return trl_high_entropy(entropies, self.mask, 1.0 - quantile)
+
+    def on_policy(self) -> Tensor:
+        """Tokens that the off-policy mask keeps."""
+        threshold = self.arguments.optional("off_policy_mask_threshold")
+        sampling = self.arguments.maybe("sampling_logps")
+        if threshold is None:
+            return self.mask
+        rollout = self.old if sampling is None else self.layout.flat(sampling)
+        return trl_on_policy(self.logprobs, rollout, self.advantages, self.layout, threshold)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """TRL's metric over tokens, or over sequences where the ratio has one value a sequence."""
+        if self.per_sequence:
+            return values[self._first()].sum() / len(self.lengths)
+        return masked_mean(values, self.mask)
+
+    def _first(self) -> Tensor:
+        if not bool((self.lengths > 0).all()):
+            raise Unsupported("a fully masked row with a ratio per sequence")
+        return self.lengths.cumsum(0) - self.lengths
+
+    def clip_metrics(self, ratio: Tensor) -> dict[str, Tensor]:
+        """Fractions of clipped tokens, in float32 as TRL takes them."""
+        everywhere = torch.ones_like(self.mask) if self.per_sequence else self.mask
+        low, high = (
+            flags.float() for flags in policy_loss.clipped_ratios(ratio, self.advantages, everywhere, **self.clip)
+        )
+        if self.per_sequence:
+            by_sequence = [flags[self._first()] for flags in (low, high)]
+        else:
+            sampled = sequence_counts(self.mask, self.lengths) > 0
+            by_sequence = [sequence_means(flags, self.mask, self.lengths)[sampled] for flags in (low, high)]
+        return {
+            "clip_ratio/low_mean": self.mean(low),
+            "clip_ratio/high_mean": self.mean(high),
+            "clip_ratio/region_mean": self.mean(torch.maximum(low, high)),
+            "clip_ratio/low_min": by_sequence[0].min(),
+            "clip_ratio/high_max": by_sequence[1].max(),
+        }
+
+    def aggregated(self, losses: Tensor, loss_type: str) -> Tensor:
+        """Over the optimizer step, as each loss type counts it."""
+        arguments, rows = self.arguments, len(self.lengths)
+        accumulation = arguments.number("grad_accum", 1)
+        num_tokens = float(self.mask.sum()) or 1.0
+        if loss_type in ("dapo", "cispo", "vespo"):
+            items = arguments.tensor("num_items_in_batch") if arguments.has("num_items_in_batch") else None
+            num_tokens = num_tokens if items is None else max(float(items), 1.0)
+            num_tokens /= arguments.number("steps_per_generation", 1) * arguments.number("num_processes", 1)
+        arguments.ignore("num_items_in_batch", "steps_per_generation", "num_processes")
+        horizon = arguments.number("max_completion_length", 1)
+        return weighted(
+            losses,
+            self.layout,
+            MODES[loss_type],
+            num_tokens=num_tokens * accumulation,
+            num_sequences=rows * accumulation,
+            max_new_tokens=horizon,
+        )
+
+
+LEVELS = {
+    "token": None,
+    "sequence": sequence_ratios.sequence_ratio,
+    "sequence_token": sequence_ratios.sequence_token_ratio,
+}
+
+
+def trl_high_entropy(entropies: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """TRL takes the quantile in float32 and compares in the dtype of the entropies."""
+    if entropies.dtype == torch.float32:
+        return entropy.high_entropy_tokens(entropies, mask, quantile=quantile)
+    exact = entropy.high_entropy_tokens(entropies, mask, quantile=quantile)
+    rounded = entropy.high_entropy_tokens(entropies.float(), mask, quantile=quantile)
+    if not torch.equal(exact, rounded):
+        raise Unsupported("a float64 entropy within float32 rounding of the quantile")
+    return exact
+
+
+def trl_on_policy(logprobs: Tensor, rollout: Tensor, advantages: Tensor, layout: Layout, threshold: float) -> Tensor:
+    """A token that the sampler could not score (nan) says nothing about the divergence."""
+    rollout = torch.where(rollout.isnan(), logprobs.detach(), rollout)
+    return corrections.on_policy_sequences(logprobs, rollout, advantages, layout.mask, layout.lengths, max_kl=threshold)
+
+
+def surrogate(batch: GRPOBatch, ratio: Tensor, loss_type: str) -> Tensor:
+    """Loss terms of one loss type, and what its metrics see."""
+    arguments, columns = batch.arguments, (batch.advantages, batch.mask)
+    delta = arguments.optional("delta")
+    temperatures = arguments.number("sapo_temperature_pos", 1.0), arguments.number("sapo_temperature_neg", 1.05)
+    powers = gamma_parameters(arguments, prefix="vespo_")
+    if loss_type in CLIPPED:
+        if delta is None:
+            return policy_loss.clipped_loss(ratio, *columns, **batch.clip)
+        return policy_loss.two_sided_clipped_loss(ratio, *columns, **batch.clip, max_ratio=delta)
+    if loss_type == "cispo":
+        cap = batch.clip["clip_high"]
+        return weighted_loss.cispo(ratio, batch.logprobs, *columns, min_ratio=0.0, max_ratio=cap)
+    if loss_type == "sapo":
+        positive, negative = temperatures
+        return weighted_loss.sapo(ratio, *columns, temperature_positive=positive, temperature_negative=negative)
+    weights = vespo_weights(batch, powers)
+    return policy_loss.reinforce(batch.logprobs, weights * batch.advantages, batch.mask)
+
+
+def gamma_parameters(arguments: Arguments, prefix: str) -> dict[str, float]:
+    """VESPO's powers and decays, in our names."""
+    return {
+        "power_positive": arguments.number(f"{prefix}k_pos", 2.0),
+        "decay_positive": max(arguments.number(f"{prefix}lambda_pos", 3.0), 1e-4),
+        "power_negative": arguments.number(f"{prefix}k_neg", 3.0),
+        "decay_negative": max(arguments.number(f"{prefix}lambda_neg", 2.0), 1e-4),
+    }
+
+
+def vespo_weights(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
+    """On each token, from the log-ratio summed over its sequence and the sampler's, masked or not."""
+    held = (batch.logprobs - batch.old).detach().clamp(-20.0, 20.0)
+    log_ratio = sequence_sums(torch.where(batch.mask, held, 0.0), batch.lengths)
+    sampler = batch.arguments.maybe("importance_sampling_ratio")
+    if sampler is not None:
+        log_ratio = log_ratio + sampler.log().clamp(math.log(1e-8), 20.0).sum(-1)
+    return weighted_loss.vespo_weights(batch.layout.spread(log_ratio), batch.advantages, **powers)
+
+
+def compute_loss(arguments: Arguments, layout: Layout, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of TRL's `GRPOTrainer._compute_loss`."""
+    batch = GRPOBatch(arguments, layout, logprobs)
+    loss_type = arguments.choice("loss_type", {k: k for k in MODES}, "dapo")
+    ratio, kl = batch.ratio(), batch.kl()
+    losses = surrogate(batch, ratio, loss_type)
+    losses = torch.where(batch.on_policy() & batch.high_entropy(), losses, 0.0)
+    sampler = arguments.maybe("importance_sampling_ratio")
+    if arguments.flag("use_is", sampler is not None) and loss_type != "vespo":
+        if sampler is None:
+            raise Unsupported("use_is without importance_sampling_ratio")
+        losses = losses * spread(layout, sampler)
+    metrics: dict[str, Tensor] = {}
+    biased = not arguments.flag("use_bias_correction_kl", batch.level != "sequence_token")
+    if kl is not None:
+        kl = kl if biased else kl * ratio
+        losses = losses + torch.where(batch.mask, arguments.number("beta") * kl, 0.0)
+        metrics["kl"] = masked_mean(kl, batch.mask)
+    loss = batch.aggregated(losses, loss_type)
+    if arguments.has("entropies"):
+        metrics["entropy"] = masked_mean(layout.flat(arguments.tensor("entropies")), batch.mask)
+    if loss_type in CLIPPED:
+        delta = arguments.optional("delta")
+        metrics |= batch.clip_metrics(ratio if delta is None else ratio.clamp(max=delta))
+    elif loss_type == "cispo":
+        clipped = (ratio > batch.clip["clip_high"]) & (batch.advantages > 0)
+        metrics["cispo_clip_ratio"] = batch.mean(clipped.float())
+    elif loss_type == "vespo":
+        batch.per_sequence = arguments.tensor("advantages").ndim == 1
+        metrics["vespo/phi_seq_mean"] = batch.mean(vespo_weights(batch, gamma_parameters(arguments, "vespo_")))
+    return loss, metrics
+
+
+def trl_grpo_loss(arguments: Arguments) -> Outputs:
+    """With the log-probabilities given."""
+    logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
+    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs))
+    return {"loss": loss, "grad_logps": gradient(loss, logprobs), **metrics}
+
+
+def trl_gmpo_loss(arguments: Arguments) -> Outputs:
+    """GMPO: the geometric mean of clipped ratios; the clip metrics are those of the log-ratio."""
+    logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
+    batch = GRPOBatch(arguments, layout, layout.flat(logprobs))
+    arguments.ignore("importance_sampling_level", "use_bias_correction_kl", "loss_type", "delta")
+    batch.per_sequence = False
+    kept = batch.high_entropy()
+    ratio = sequence_ratios.geometric_mean_ratio(
+        batch.logprobs, batch.old, batch.advantages, kept, batch.lengths, **batch.clip
+    )
+    if not torch.equal(kept, batch.mask):
+        raise Unsupported("GMPO over part of the tokens")
+    losses = torch.where(batch.mask, -ratio * batch.advantages, 0.0)
+    kl, metrics = batch.kl(), {}
+    if kl is not None:
+        losses = losses + torch.where(batch.mask, arguments.number("beta") * kl, 0.0)
+        metrics["kl"] = masked_mean(kl, batch.mask)
+    loss = batch.aggregated(losses, "grpo")
+    log_ratio = torch.where(batch.mask, batch.logprobs - batch.old, 0.0)
+    return {
+        "loss": loss,
+        "grad_logps": gradient(loss, logprobs),
+        "entropy": masked_mean(layout.flat(arguments.tensor("entropies")), batch.mask),
+        **batch.clip_metrics(1.0 + log_ratio),
+        **metrics,
+    }
+
+
+def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
+    """Already flat: sequences are runs of one segment id."""
+    logprobs, old = arguments.variable("flat_logps"), arguments.tensor("flat_old_logps")
+    advantages, mask = arguments.tensor("flat_advantages"), torch.ones(len(logprobs), dtype=torch.bool)
+    lengths = arguments.integers("segment_id").unique_consecutive(return_counts=True)[1]
+    high = arguments.number("epsilon_high", arguments.number("epsilon_low"))
+    clip = {"clip_low": arguments.number("epsilon_low"), "clip_high": high}
+    losses = policy_loss.clipped_surrogate(logprobs, old, advantages, mask, **clip)
+    tokens = max(arguments.number("global_n_tokens") / arguments.number("num_processes", 1), 1.0)
+    accumulation = arguments.number("grad_accum", 1)
+    layout = Layout(mask[None])
+    loss = weighted(losses, layout, "token_mean", num_tokens=tokens * accumulation, num_sequences=1)
+    low, high_flags = (f.float() for f in policy_loss.clipped_tokens(logprobs, old, advantages, mask, **clip))
+    return {
+        "loss": loss,
+        "grad_flat_logps": gradient(loss, logprobs),
+        "ratio": policy_loss.importance_ratio(logprobs, old, mask).mean(),
+        "kl": kl_k3(old, logprobs).mean(),
+        "entropy": arguments.tensor("flat_entropies").mean(),
+        "clip_ratio/low_mean": low.mean(),
+        "clip_ratio/high_mean": high_flags.mean(),
+        "clip_ratio/region_mean": torch.maximum(low, high_flags).mean(),
+        "clip_ratio/low_min": sequence_means(low, mask, lengths).min(),
+        "clip_ratio/high_max": sequence_means(high_flags, mask, lengths).max(),
+    }
+
+
+def trl_gamma_weights(arguments: Arguments) -> Outputs:
+    """VESPO's weights, one a sequence."""
+    mask, advantages = arguments.mask("mask"), arguments.tensor("advantages")
+    layout = Layout(mask)
+    held = layout.flat(arguments.tensor("log_ratio").clamp(-20.0, 20.0))
+    log_ratio = sequence_sums(torch.where(layout.mask, held, 0.0), layout.lengths)[:, None]
+    sampler = arguments.maybe("importance_sampling_ratio")
+    if sampler is not None:
+        log_ratio = log_ratio + sampler.log().clamp(math.log(1e-8), 20.0).sum(-1, keepdim=True)
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    powers = gamma_parameters(arguments, prefix="")
+    return {"phi_seq": weighted_loss.vespo_weights(log_ratio.expand_as(advantages), advantages, **powers)}
+
+
+def trl_high_entropy_mask(arguments: Arguments) -> Outputs:
+    """Tokens at or above the quantile."""
+    mask = arguments.mask("mask")
+    return {"entropy_mask": trl_high_entropy(arguments.tensor("entropies"), mask, arguments.number("threshold"))}
+
+
+def trl_off_policy_mask(arguments: Arguments) -> Outputs:
+    """One flag a sequence, for sequences with one advantage."""
+    mask = arguments.mask("mask")
+    advantages = arguments.tensor("advantages")
+    if advantages.numel() != len(mask):
+        raise Unsupported("one flag a sequence needs one advantage a sequence")
+    layout = Layout(mask)
+    if not bool((layout.lengths > 0).all()):
+        raise Unsupported("a fully masked row")
+    kept = trl_on_policy(
+        layout.flat(arguments.tensor("logps")),
+        layout.flat(arguments.tensor("sampling_logps")),
+        to_tokens(advantages.flatten(), layout.lengths, num_tokens=len(layout.mask)),
+        layout,
+        arguments.number("off_policy_threshold"),
+    )
+    return {"keep_mask": (sequence_counts(kept, layout.lengths) > 0)[:, None]}
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("trl_snap", "GRPOTrainer._compute_loss"): trl_grpo_loss,
+    ("trl", "GMPOTrainer._compute_loss"): trl_gmpo_loss,
+    ("trl", "AsyncGRPOTrainer.compute_loss"): trl_async_grpo_loss,
+    ("trl", "GRPOTrainer.get_gamma_weights"): trl_gamma_weights,
+    ("trl", "GRPOTrainer.get_high_entropy_mask"): trl_high_entropy_mask,
+    ("trl", "GRPOTrainer.get_off_policy_mask"): trl_off_policy_mask,
+}

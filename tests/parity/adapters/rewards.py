@@ -1,0 +1,54 @@
+"""Reward shaping by length and truncation, and the supervised loss."""
+
+from __future__ import annotations
+
+from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated
+from rlhf.objectives.supervised import negative_logprob
+from tests.parity.adapters.aggregation import openrlhf_aggregated
+from tests.parity.case import Adapter, Arguments, Outputs
+from tests.parity.layout import Layout, gradient
+
+
+def openrlhf_overlong(arguments: Arguments) -> Outputs:
+    """The penalty times a factor, added to the rewards."""
+    penalty = overlong_penalty(
+        arguments.integers("response_lengths"),
+        max_tokens=int(arguments.number("max_new_tokens")),
+        buffer=arguments.number("overlong_buffer_len"),
+    )
+    factor = arguments.number("overlong_penalty_factor", 1.0)
+    return {"rewards": arguments.tensor("rewards") + factor * penalty}
+
+
+def openrlhf_stop_properly(arguments: Arguments) -> Outputs:
+    """A coefficient below zero is a value, any other a factor."""
+    scores, truncated = arguments.tensor("rewards"), arguments.mask("truncated")
+    coef = arguments.number("stop_properly_penalty_coef")
+    if coef < 0:
+        return {"rewards": replace_truncated(scores, truncated, value=coef)}
+    return {"rewards": scale_truncated(scores, truncated, factor=coef)}
+
+
+def trl_soft_overlong(arguments: Arguments) -> Outputs:
+    """The penalty alone."""
+    penalty = overlong_penalty(
+        arguments.integers("completion_lengths"),
+        max_tokens=int(arguments.number("max_completion_len")),
+        buffer=arguments.number("soft_punish_cache"),
+    )
+    return {"rewards": penalty}
+
+
+def openrlhf_sft_loss(arguments: Arguments) -> Outputs:
+    """Cross-entropy over the tokens or the sequences."""
+    layout, logprobs = Layout(arguments.mask("loss_mask")), arguments.variable("per_token_logps")
+    loss = openrlhf_aggregated(arguments, negative_logprob(layout.flat(logprobs), layout.mask), layout)
+    return {"loss": loss, "grad_per_token_logps": gradient(loss, logprobs)}
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("openrlhf", "apply_overlong_penalty"): openrlhf_overlong,
+    ("openrlhf", "apply_stop_properly_penalty"): openrlhf_stop_properly,
+    ("openrlhf", "SFTLoss.forward"): openrlhf_sft_loss,
+    ("trl", "get_soft_overlong_punishment"): trl_soft_overlong,
+}

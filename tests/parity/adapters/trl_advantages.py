@@ -1,0 +1,122 @@
+"""TRL's GRPO and RLOO advantages from several reward functions, and RLOO's loss.
+
+A reward that is nan did not apply; a response to which none applied has no score, which our functions refuse.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.objectives.advantages import group_centered, group_normalized, group_std, leave_one_out, whiten
+from rlhf.objectives.kl import kl_k1
+from rlhf.objectives.masking import Moments, moments, sequence_sums
+from rlhf.objectives.policy_loss import clipped_ratios, clipped_surrogate
+from tests.parity.adapters.aggregation import weighted
+from tests.parity.adapters.corrections import trl_sampler_correction
+from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.layout import Layout, gradient
+
+STD_EPS = 1e-4
+
+
+def weighted_scores(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards [B, K], their weights [K], scores [B])."""
+    rewards, weights = arguments.tensor("rewards_per_func"), arguments.tensor("reward_weights")
+    scores = (rewards * weights).nansum(1)
+    scores[rewards.isnan().all(1)] = math.nan
+    return rewards, weights, scores
+
+
+def over_std(values: Tensor, std: float) -> Tensor:
+    """values / (std + 1e-4), by our whitening."""
+    return whiten(values, torch.ones_like(values, dtype=torch.bool), mean=0.0, variance=(std + STD_EPS) ** 2, eps=0.0)
+
+
+def all_moments(values: Tensor) -> Moments:
+    """Over all entries."""
+    return moments(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def trl_grpo_advantages(arguments: Arguments) -> Outputs:
+    """One function of TRL scores and corrects: its cases are told apart by their inputs."""
+    if arguments.has("sampling_logps"):
+        return trl_sampler_correction(arguments)
+    rewards, weights, scores = weighted_scores(arguments)
+    group_size = int(arguments.number("num_generations"))
+    scaling = arguments.param("scale_rewards", "group")
+    scaling = {True: "group", False: "none"}.get(scaling, scaling) if isinstance(scaling, bool) else scaling
+    order = arguments.param("multi_objective_aggregation", "sum_then_normalize")
+    if scaling not in ("group", "none", "batch") or order not in ("sum_then_normalize", "normalize_then_sum"):
+        raise Unsupported(f"scale_rewards {scaling!r}, multi_objective_aggregation {order!r}")
+    if order == "normalize_then_sum":
+        columns = [group_normalized(column, group_size=group_size, eps=STD_EPS) for column in rewards.T]
+        summed = (torch.stack(columns, dim=1) * weights).sum(1)
+        found = all_moments(summed)
+        advantages = over_std(summed - found.mean, math.sqrt(found.variance))
+        zero_std = torch.full_like(scores, math.sqrt(found.variance))
+    elif scaling == "batch":
+        centered, batch_std = group_centered(scores, group_size=group_size), math.sqrt(all_moments(scores).variance)
+        advantages, zero_std = over_std(centered, batch_std), torch.full_like(scores, batch_std)
+    else:
+        zero_std = group_std(scores, group_size=group_size)
+        if scaling == "group":
+            advantages = group_normalized(scores, group_size=group_size, eps=STD_EPS)
+        else:
+            advantages = group_centered(scores, group_size=group_size)
+    found = all_moments(scores)
+    return {
+        "advantages": advantages,
+        "reward": found.mean,
+        "reward_std": math.sqrt(found.variance),
+        "frac_reward_zero_std": torch.isclose(zero_std, torch.zeros_like(zero_std)).float().mean(),
+    }
+
+
+def trl_rloo_advantages(arguments: Arguments) -> Outputs:
+    """Scores held in a range, minus the KL of the whole response, against the others of the group."""
+    _, _, scores = weighted_scores(arguments)
+    if clip := arguments.param("reward_clip_range", None):
+        scores = scores.clamp(*clip)
+    beta = arguments.number("beta", 0.0)
+    arguments.ignore("mask", "old_logps", "ref_logps")
+    if beta != 0.0:
+        layout = Layout(arguments.mask("mask"))
+        kl = kl_k1(layout.flat(arguments.tensor("old_logps")), layout.flat(arguments.tensor("ref_logps")))
+        scores = scores - beta * sequence_sums(torch.where(layout.mask, kl, 0.0), layout.lengths)
+    advantages = leave_one_out(scores, group_size=int(arguments.number("num_generations")))
+    if arguments.flag("normalize_advantages", False):
+        found = all_moments(advantages)
+        advantages = over_std(advantages - found.mean, math.sqrt(found.variance))
+    return {"advantages": advantages}
+
+
+def trl_rloo_loss(arguments: Arguments) -> Outputs:
+    """PPO with the whole response as one action."""
+    logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
+    flat = torch.where(layout.mask, layout.flat(logprobs), 0.0)
+    by_sequence, old = sequence_sums(flat, layout.lengths), arguments.tensor("old_sequence_logps")
+    advantages = arguments.tensor("advantages")
+    rows = torch.ones(len(old), dtype=torch.bool)
+    clip = {"clip_low": arguments.number("epsilon_low"), "clip_high": arguments.number("epsilon_high")}
+    losses = clipped_surrogate(by_sequence, old, advantages, rows, **clip)
+    loss = weighted(losses, Layout(rows[:, None]), "token_mean", num_tokens=len(rows), num_sequences=len(rows))
+    low, high = (f.float() for f in clipped_ratios((by_sequence - old).exp(), advantages, rows, **clip))
+    return {
+        "loss": loss,
+        "grad_logps": gradient(loss, logprobs),
+        "clip_ratio/low_mean": low.mean(),
+        "clip_ratio/low_min": low.min(),
+        "clip_ratio/high_mean": high.mean(),
+        "clip_ratio/high_max": high.max(),
+        "clip_ratio/region_mean": torch.maximum(low, high).mean(),
+    }
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("trl", "GRPOTrainer._generate_and_score_completions"): trl_grpo_advantages,
+    ("trl", "RLOOTrainer._generate_and_score_completions"): trl_rloo_advantages,
+    ("trl", "RLOOTrainer._compute_loss"): trl_rloo_loss,
+}

@@ -1,0 +1,56 @@
+"""From the padded [B, T] arrays of other libraries to flat columns with lengths, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.objectives.masking import to_tokens
+
+
+class Layout:
+    """Where the tokens of a padded batch stand in flat columns. Trailing padding is dropped; holes stay."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.width = mask.shape[1]
+        columns = torch.arange(1, self.width + 1)
+        self.lengths = torch.where(mask, columns, 0).amax(1)
+        self._kept = columns <= self.lengths[:, None]
+        self.mask = mask[self._kept]
+
+    @classmethod
+    def full(cls, shape: torch.Size) -> Layout:
+        """All positions, padding included, as sampled tokens: for sources that do not skip what is masked."""
+        return cls(torch.ones(shape, dtype=torch.bool))
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """[B, T] to [N]."""
+        return padded[self._kept]
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """[B] to [N]."""
+        return to_tokens(per_sequence, self.lengths, num_tokens=len(self.mask))
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """[N] to [B, T], zeros (False) in the padding."""
+        return flat.new_zeros(self._kept.shape).masked_scatter(self._kept, flat)
+
+    def columns(self) -> Tensor:
+        """The column in which each token stood."""
+        return self.flat(torch.arange(self.width).expand(self._kept.shape))
+
+
+def carried_back(padded: Tensor, mask: Tensor) -> Tensor:
+    """Each masked position takes the value of the next sampled one, zero if there is none."""
+    result = padded.clone()
+    following = torch.zeros_like(padded[:, 0])
+    for t in reversed(range(padded.shape[1])):
+        following = torch.where(mask[:, t], padded[:, t], following)
+        result[:, t] = following
+    return result
+
+
+def gradient(loss: Tensor, variable: Tensor) -> Tensor:
+    """d loss / d variable, zeros if it does not depend on it."""
+    (found,) = torch.autograd.grad(loss, variable, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(variable) if found is None else found
