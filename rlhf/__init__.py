@@ -1,0 +1,66 @@
+"""Post-training on Ray. What the command line does, as typed calls; importing this imports nothing heavy.
+
+loaded = rlhf.load_config("configs/ppo_smollm2.yaml", ["train.steps=3"])
+sys.stdout.write(rlhf.plan(loaded))
+folder = rlhf.train(loaded)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from rlhf.config.load import LoadedConfig
+    from rlhf.config.root import Config
+
+__all__ = ["RunError", "UserError", "load_config", "plan", "train"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """The checked configuration of a YAML file with `section.key=value` overrides. UserError names every mistake."""
+    from rlhf.config.load import load
+
+    return load(path, overrides)
+
+
+def plan(
+    config: str | Path | Config | LoadedConfig, overrides: Sequence[str] = (), *, cluster: str | None = None
+) -> str:
+    """What follows from a configuration, as `rlhf plan` prints it. `cluster`: nodes such as `2*cpu=96,gpu=8` to fit it
+    into."""
+    from rlhf.config.plan import render
+
+    return render(_loaded(config, overrides), cluster=cluster)
+
+
+def train(
+    config: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
+
+    UserError: the input is wrong. RunError: something failed at run time.
+    """
+    from rlhf.cli import launch
+
+    loaded = _loaded(config, overrides)
+    launch(loaded, resume=resume, quiet=quiet)
+    return loaded.folder
+
+
+def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:
+    from rlhf.config.load import checked
+    from rlhf.config.root import Config
+
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    if overrides:
+        raise UserError("overrides change a file; build the Config with the values you want instead")
+    return checked(config) if isinstance(config, Config) else config

@@ -6,6 +6,7 @@ bundles of their host, and all who share a bundle get equal parts of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,14 +67,19 @@ def seat(config: Config) -> Seating:
         role: tuple(
             Seat(
                 bundle=b,
-                cpus=bundles[b]["CPU"] / len(tenants[b]),
-                gpus=bundles[b].get("GPU", 0.0) / with_gpu[b] if wishes[role].gpus else 0.0,
+                cpus=_share(bundles[b]["CPU"], len(tenants[b])),
+                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if wishes[role].gpus else 0.0,
             )
             for b in at
         )
         for role, at in places.items()
     }
     return Seating(bundles=tuple(bundles), seats=seats)
+
+
+def _share(amount: float, parts: int) -> float:
+    """Rounded down to what Ray can count, so that the parts are never more than the whole."""
+    return math.floor(amount / parts * 10_000) / 10_000
 
 
 def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:

@@ -1,0 +1,136 @@
+"""docs/configuration.md, written from the schema: `python -m rlhf.config.docs docs/configuration.md`.
+
+The words are the docstrings of the sections and their fields; nothing about a key stands here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlhf.algorithms.section import Section
+from rlhf.config.explain import expected, is_section, members
+from rlhf.config.root import Config
+
+HEAD = """\
+# Configuration
+
+Generated from the schema by `python -m rlhf.config.docs docs/configuration.md`; edit the docstrings in `rlhf/config/`
+and `rlhf/algorithms/`.
+
+One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names its nearest
+relative, and so is a key that would have no effect in the run (a critic with GRPO, `rollouts` with supervised
+fine-tuning, the clip range where one optimizer step is made of each batch). `rlhf plan FILE` checks a file and shows
+what follows from it: batch arithmetic, optimizer steps, placement, the way of the weights. The run folder gets
+`config.resolved.yaml`, with every value that is in effect; `rlhf train` on that file repeats the run.
+
+## On the command line
+
+`rlhf train FILE section.key=value ...` sets any key of the file, also one that it does not have:
+
+```
+rlhf train configs/ppo_smollm2.yaml train.lr=3e-6 rollouts.stop='["\\n"]' policy.lora.rank=8
+```
+
+Values are YAML: `null`, `true`, numbers, quoted or plain strings, `[lists]`, `{mappings: of values}`. A string with
+`: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are truth values, so `tracking.wandb=off` means the
+word. A key given twice is an error.
+
+## Pipelines
+
+A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,
+each as a run of its own in `<run.dir>/<run.name>/<stage>/`.
+
+```yaml
+run: {name: demo}
+policy: {dtype: float32}
+data: {eval: heldout.jsonl}
+rollouts: {prompts_per_step: 64, samples_per_prompt: 4}
+rewards: {correct: {function: math_answer}}
+stages:
+  sft:
+    policy: {model: HuggingFaceTB/SmolLM2-135M-Instruct}
+    algorithm: {name: sft}
+    data: {train: demonstrations.jsonl}
+    train: {steps: 200, lr: 1e-5, sequences_per_update: 32}
+  ppo:
+    policy: {model: stage:sft}
+    algorithm: {name: ppo}
+    data: {train: prompts.jsonl}
+    train: {steps: 100, lr: 1e-6, sequences_per_update: 128}
+```
+
+1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
+2. A shared key that a stage cannot use is not given to that stage (here `rollouts` and `rewards` in `sft`). A shared
+   key that no stage uses, because none can or because every one sets its own, is an error. A stage's own keys are held
+   to the rules of a single run.
+3. `run` stands at the top alone, `algorithm` in each stage alone.
+4. `stage:NAME` as a model is the final model of an earlier stage.
+5. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
+
+## Keys
+
+"Required" keys have no default; the others may be left out.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    shown: dict[type[Section], str] = {}
+    return HEAD + "".join(_key(name, field, shown) for name, field in Config.model_fields.items())
+
+
+def _key(path: str, field: FieldInfo, shown: dict[type[Section], str]) -> str:
+    """The sections that may stand at a key, each followed by the sections inside it. A section is described once."""
+    text = ""
+    for section in _sections(field):
+        tag = f" with `name: {get_args(section.model_fields['name'].annotation)[0]}`" if path == "algorithm" else ""
+        text += f"\n### `{path}`{tag}\n\n{_line(section.__doc__ or '')}"
+        text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
+        if section in shown:
+            text += f"Keys as in `{shown[section]}`.\n"
+            continue
+        shown[section] = path
+        text += "| key | values | default | meaning |\n|---|---|---|---|\n"
+        inner = ""
+        for name, member in sorted(section.model_fields.items(), key=lambda item: item[0] != "name"):
+            cells = (f"`{name}`", _cell(expected(member)), _default(member), _cell(member.description or ""))
+            text += f"| {' | '.join(cells)} |\n"
+            inner += _key(f"{path}.{name}", member, shown)
+        text += inner
+    return text
+
+
+def _sections(field: FieldInfo) -> Iterator[type[Section]]:
+    for member in members(field.annotation):
+        for inner in members(get_args(member)[1]) if get_origin(member) is dict else [member]:
+            if is_section(inner):
+                yield inner
+                break
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Section):
+        changed = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
+        return _cell(f"`{json.dumps(changed)}`") if changed else "see below"
+    return f"`{value}`" if isinstance(value, str | Path) else f"`{json.dumps(value)}`"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(render(), encoding="utf-8")

@@ -1,0 +1,214 @@
+"""What `rlhf plan` prints: the derived numbers and the placement of each run, before anything starts.
+
+Needs neither the models nor the data nor Ray.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rlhf.config.data import DataSource, TaskConfig
+from rlhf.config.derive import Derived, critic_model, derive, eval_sets, reference_model, weight_sync
+from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.config.root import Config
+from rlhf.config.seating import Seating, fit, seat
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+_NODES = re.compile(r"(?:(\d+)\*)?cpu=(\d+(?:\.\d+)?)(?:,gpu=(\d+))?")
+
+
+def parse_cluster(text: str) -> list[dict[str, float]]:
+    """Nodes described as `2*cpu=96,gpu=8+1*cpu=16`. UserError if it says something else."""
+    nodes: list[dict[str, float]] = []
+    for part in text.replace(" ", "").split("+"):
+        match = _NODES.fullmatch(part)
+        if match is None:
+            raise UserError(f"--cluster {text!r}: expected nodes such as `2*cpu=96,gpu=8+1*cpu=16`, got {part!r}")
+        count, cpus, gpus = match.groups(default="")
+        nodes += [{"CPU": float(cpus), "GPU": float(gpus or 0)} for _ in range(int(count or 1))]
+    return nodes
+
+
+def render(loaded: LoadedConfig, *, cluster: str | None = None) -> str:
+    """The plan as text. UserError, with the plan in it, if a run wants more than the described cluster has."""
+    nodes = None if cluster is None else parse_cluster(cluster)
+    text = "\n\n".join(_run(config, nodes) for config in loaded.stages.values()) + "\n"
+    for config in loaded.stages.values():
+        seating = seat(config)
+        if nodes is not None and fit(seating.bundles, nodes) is None:
+            table = _table(
+                [
+                    ["", "CPU", "GPU"],
+                    ["wanted", *(_number(_total(seating.bundles, resource)) for resource in ("CPU", "GPU"))],
+                    ["available", *(_number(_total(nodes, resource)) for resource in ("CPU", "GPU"))],
+                ]
+            )
+            raise UserError(
+                f"{config.run.name} does not fit the cluster {cluster!r}.\n{table}\nBundles: {_sizes(seating)}. Lower "
+                "cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, or use a "
+                "larger cluster."
+            )
+    return text
+
+
+def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
+    derived, seating = derive(config), seat(config)
+    parts = [
+        f"{config.run.name}: {config.algorithm.name} -> {run_folder(config)}",
+        _table(_facts(config, derived)),
+        _table(_roles(config, derived, seating)),
+        _table(_bundles(seating, nodes)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _facts(config: Config, derived: Derived) -> list[list[str]]:
+    train, rollouts = config.train, config.rollouts
+    updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
+    sequences, per_update = derived.sequences_per_step, train.sequences_per_update
+    facts: list[list[str]] = []
+    if rollouts is None:
+        facts.append(["sequences a step", f"{per_update}: {updates}"])
+    else:
+        prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
+        prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
+        passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
+        facts += [
+            ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}"],
+            [
+                "updates a step",
+                f"{sequences} / {per_update} sequences = {derived.updates_per_batch}, {passes}: {updates}",
+            ],
+            ["longest sequence", f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"],
+        ]
+    ranks = f" on {derived.data_parallel_ranks} ranks" if derived.data_parallel_ranks > 1 else ""
+    most = f"a step at most {derived.tokens_per_step:,}" if rollouts else "one longer sequence is an error"
+    facts += [
+        ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{ranks}; {most}"],
+        ["whole run", _whole_run(config, derived)],
+        ["learning rate", _learning_rate(config)],
+        ["training data", _source(config.data.train)],
+    ]
+    sets = eval_sets(config)
+    if sets:
+        first = "before training, " if config.eval.at_start else ""
+        named = ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())
+        facts.append(["evaluation", f"{first}every {config.eval.every} steps and at the end: {named}"])
+    if rollouts is not None:
+        facts.append(["reference", _reference(config, derived)])
+        facts.append(["weight sync", _sync(config)])
+    facts.append(
+        ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
+    )
+    return facts
+
+
+def _whole_run(config: Config, derived: Derived) -> str:
+    text = f"{config.train.steps} steps: {derived.policy_optimizer_steps} optimizer steps of the policy"
+    if derived.critic_optimizer_steps is not None:
+        text += f", {derived.critic_optimizer_steps} of the critic"
+    return text
+
+
+def _learning_rate(config: Config) -> str:
+    train = config.train
+    text = f"{train.lr:g}, {train.lr_schedule}"
+    if train.lr_schedule != "constant":
+        text += f" to {train.lr * train.min_lr_ratio:g}"
+    return text + (f" after {train.warmup_steps} optimizer steps of warm-up" if train.warmup_steps else "")
+
+
+def _reference(config: Config, derived: Derived) -> str:
+    return {
+        "none": "none: algorithm.kl.coef is 0",
+        "adapter off": "the policy with its LoRA adapter off: no second model",
+        "workers": f"{reference_model(config).model} in workers of its own",
+    }[derived.reference]
+
+
+def _sync(config: Config) -> str:
+    cluster = config.cluster
+    one_host = cluster.address is None
+    choice = weight_sync(cluster, one_host=one_host)
+    text = f"{choice.method}: {choice.why}"
+    other = weight_sync(cluster, one_host=not one_host)
+    return text if one_host or other == choice else f"{text}; {other.method} if they are placed on one"
+
+
+def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]]:
+    rows = [["role", "workers", "bundles", "CPUs each", "GPUs each", "threads", "model"]]
+    models: dict[Role, str] = {
+        "policy": config.policy.model,
+        "critic": critic_model(config).model,
+        "reference": reference_model(config).model,
+        "rollout": config.policy.model,
+        "reward": config.reward.model if config.reward else "functions",
+    }
+    for role in derived.needs:
+        section = getattr(config.cluster.roles, role)
+        seats = seating.seats[role]
+        threads = "-" if config.cluster.device == "cuda" else str(section.threads)
+        cpus, gpus = min(s.cpus for s in seats), min(s.gpus for s in seats)
+        places = _ranges(sorted({s.bundle for s in seats}))
+        rows.append([role, str(len(seats)), places, _number(cpus), _number(gpus), threads, models[role]])
+    return rows
+
+
+def _bundles(seating: Seating, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
+    """One row for each run of bundles that are alike."""
+    where = fit(seating.bundles, nodes) if nodes is not None else None
+    rows: list[list[str]] = []
+    for index, bundle in enumerate(seating.bundles):
+        tenants = [role for role, seats in seating.seats.items() if any(s.bundle == index for s in seats)]
+        row = [_number(bundle["CPU"]), _number(bundle.get("GPU", 0.0)), ", ".join(tenants)]
+        if nodes is not None:
+            row.append(f"node {where[index]}" if where else "no room")
+        rows.append(row)
+    header = ["bundle", "CPU", "GPU", "roles", *(["where"] if nodes is not None else [])]
+    table = [header]
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[start]:
+            table.append([_ranges(list(range(start, end))), *rows[start]])
+            start = end
+    return [*table, ["all", _number(seating.total("CPU")), _number(seating.total("GPU"))]]
+
+
+def _sizes(seating: Seating) -> str:
+    sizes = [
+        f"{_number(b['CPU'])} CPU" + (f" + {_number(b['GPU'])} GPU" if "GPU" in b else "") for b in seating.bundles
+    ]
+    return ", ".join(f"{sizes.count(size)} of {size}" for size in dict.fromkeys(sizes))
+
+
+def _source(source: DataSource) -> str:
+    return f"{source.size} rows of {source.task}" if isinstance(source, TaskConfig) else source
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _total(bundles: Sequence[Mapping[str, float]], resource: str) -> float:
+    return sum(bundle.get(resource, 0.0) for bundle in bundles)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)
