@@ -49,13 +49,13 @@ def open_wandb(
     if not id_path.exists():
         write_atomic(id_path, uuid.uuid4().hex[:12] + "\n")
     run_id = id_path.read_text(encoding="utf-8").strip()
-    if mode == "online" and not wandb.login(prompt=False):
-        raise UserError(
-            "tracking.wandb is online, but W&B has no credentials here: set WANDB_API_KEY, run `wandb login`, or set "
-            "tracking.wandb=offline."
-        )
 
     def start() -> wandb.Run:
+        if mode == "online" and not wandb.login(prompt=False):
+            raise UserError(
+                "tracking.wandb is online, but W&B has no credentials here: set WANDB_API_KEY, run `wandb login`, or "
+                "set tracking.wandb=offline."
+            )
         return wandb.init(
             mode=mode,
             dir=folder,
@@ -81,7 +81,7 @@ def open_wandb(
         run = _within(timeout_s + _MARGIN_S, "starting", start)
     except (wandb.errors.Error, TimeoutError, OSError) as error:
         raise RunError(
-            f"tracking: W&B did not start ({mode}): {redact(str(error))}. "
+            f"tracking: W&B did not start ({mode}): {redact(str(error)).rstrip('.')}. "
             "Set tracking.wandb=offline, or off; metrics.jsonl is written in any case."
         ) from error
     run.define_metric("step")
