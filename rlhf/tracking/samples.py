@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.atomic import write_lines
+from rlhf.tracking.atomic import read_lines, write_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,14 @@ def samples_path(folder: Path, step: int) -> Path:
 
 
 def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
-    """Write (or replace) the samples of one step at its `samples_path`; non-finite numbers become null."""
+    """Write samples of one step at its `samples_path`, in place of what is there of the same splits.
+
+    A step's training and evaluation samples may so come in any order. Non-finite numbers become null.
+    """
     path.parent.mkdir(exist_ok=True)
-    write_lines(path, (_finite(asdict(record)) for record in records))
+    splits = {record.split for record in records}
+    others = [row for row in read_lines(path) if row["split"] not in splits]
+    write_lines(path, [*others, *(_finite(asdict(record)) for record in records)])
 
 
 def remove_samples_after(folder: Path, step: int) -> list[int]:

@@ -29,9 +29,9 @@ class Recorder:
         self.closed = failed
 
 
-def sample(response: str, *, score: float = 1.0) -> SampleRecord:
+def sample(response: str, *, score: float = 1.0, split: str = "train") -> SampleRecord:
     return SampleRecord(
-        split="train",
+        split=split,
         group_id=3,
         prompt_id=7,
         sample=0,
@@ -149,6 +149,14 @@ def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
     assert row["score"] is None
     assert row["scores"] == {"correct": None}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_samples_of_other_splits_stay(tmp_path: Path) -> None:
+    path = samples_path(tmp_path, 10)
+    write_samples(path, [sample("a")])
+    write_samples(path, [sample("b", split="heldout"), sample("c", split="heldout")])
+    write_samples(path, [sample("d", split="heldout")])
+    assert [(row["split"], row["response"]) for row in read_lines(path)] == [("train", "a"), ("heldout", "d")]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
