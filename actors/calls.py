@@ -26,8 +26,8 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
             late = [rank for rank, future in enumerate(futures) if future in pending]
             raise RunError(
                 f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
-                f"{time.monotonic() - began:.0f} s (cluster.call_timeout_s). It hangs, or the work is too large for the "
-                "limit. The run can be resumed with --resume auto."
+                f"{time.monotonic() - began:.0f} s (cluster.call_timeout_s). It hangs, or the limit is too "
+                "short for the work. The run can be resumed with --resume auto."
             )
         return [future.result() for future in futures]
     finally:

@@ -13,84 +13,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf.config.cluster import ClusterConfig
+from rlhf.config.root import Config
+from rlhf.config.seating import Seating, fit, seat
 from rlhf.errors import RunError, UserError
 from rlhf.types import Role
 
 logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """One worker's place: a bundle, and the share of it that is the worker's."""
-
-    bundle: int
-    cpus: float
-    gpus: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seating:
-    """Bundles to reserve, and each role's seats in rank order."""
-
-    bundles: tuple[Mapping[str, float], ...]
-    seats: Mapping[Role, tuple[Seat, ...]]
-
-
-def seat(config: ClusterConfig, needs: frozenset[Role]) -> Seating:
-    """Bundles and seats of the needed roles. Pure: `rlhf plan` shows the same."""
-    roles = config.roles
-    gpu = config.device == "cuda"
-    counts: dict[Role, int] = {
-        "policy": roles.policy.workers,
-        "critic": roles.critic.workers,
-        "reference": roles.reference.workers,
-        "reward": roles.reward.workers,
-        "rollout": roles.rollout.engines,
-    }
-    cpus: dict[Role, float] = {
-        "policy": roles.policy.cpus,
-        "critic": roles.critic.cpus,
-        "reference": roles.reference.cpus,
-        "reward": roles.reward.cpus,
-        "rollout": roles.rollout.cpus,
-    }
-    gpus: dict[Role, float] = {role: float(gpu) for role in counts}
-    gpus["rollout"] = float(roles.rollout.tensor_parallel) if gpu else 0.0
-    hosts: dict[Role, Role | None] = {
-        "policy": roles.policy.colocate_with,
-        "critic": roles.critic.colocate_with,
-        "reference": roles.reference.colocate_with,
-        "reward": roles.reward.colocate_with,
-        "rollout": roles.rollout.colocate_with,
-    }
-    order: list[Role] = ["policy", "rollout", "critic", "reference", "reward"]
-    own = [role for role in order if role in needs and (hosts[role] is None or hosts[role] not in needs)]
-    bundles: list[dict[str, float]] = []
-    bundle_of: dict[Role, list[int]] = {}
-    for role in own:
-        bundle_of[role] = list(range(len(bundles), len(bundles) + counts[role]))
-        bundles += [_resources(cpus[role], gpus[role]) for _ in range(counts[role])]
-    for role in order:
-        host = hosts[role]
-        if role in needs and host is not None and role not in bundle_of:
-            while hosts[host] is not None and host not in bundle_of:
-                host = hosts[host] or host
-            bundle_of[role] = [bundle_of[host][i % counts[host]] for i in range(counts[role])]
-    tenants = [sum(places.count(b) for places in bundle_of.values()) for b in range(len(bundles))]
-    seats: dict[Role, tuple[Seat, ...]] = {
-        role: tuple(
-            Seat(bundle=b, cpus=bundles[b]["CPU"] / tenants[b], gpus=bundles[b].get("GPU", 0.0) / tenants[b])
-            for b in places
-        )
-        for role, places in bundle_of.items()
-    }
-    return Seating(bundles=tuple(bundles), seats=seats)
-
-
-def _resources(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,22 +44,35 @@ class Placement:
             "max_concurrency": concurrency,
         }
 
+    def nodes_of(self, role: Role) -> list[str]:
+        """The node of each of a role's workers."""
+        nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return [nodes[place.bundle] for place in self.seating.seats[role]]
+
+    def on_one_host(self) -> bool:
+        """Whether all workers of the run are on one node."""
+        return len(set(placement_group_table(self.group)["bundles_to_node_id"].values())) == 1
+
+    def cores(self, node: str) -> int:
+        """CPUs of a node, as Ray counts them."""
+        return next(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node)
+
     def release(self) -> None:
         """Give the resources back."""
         remove_placement_group(self.group)
 
 
-async def reserve(config: ClusterConfig, needs: frozenset[Role]) -> Placement:
-    """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is."""
-    seating = seat(config, needs)
-    wanted = {key: sum(b.get(key, 0.0) for b in seating.bundles) for key in ("CPU", "GPU")}
-    total = ray.cluster_resources()
+async def reserve(config: Config) -> Placement:
+    """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
+
+    UserError if the cluster could not hold the run even if it were empty.
+    """
+    seating = seat(config)
+    limit_s = config.cluster.start_timeout_s
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    short = [key for key in wanted if wanted[key] > total.get(key, 0.0)]
-    homeless = [b for b in seating.bundles if not any(all(n.get(k, 0.0) >= v for k, v in b.items()) for n in nodes)]
-    if short or homeless:
+    if fit(seating.bundles, nodes) is None:
         raise UserError(
-            f"the run wants more than the cluster has.\n{_table(seating, total)}\n"
+            f"the run wants more than the cluster has.\n{_table(seating, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
@@ -139,7 +81,7 @@ async def reserve(config: ClusterConfig, needs: frozenset[Role]) -> Placement:
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     while not ready.done():
         waited = time.monotonic() - began
-        left = config.start_timeout_s - waited
+        left = limit_s - waited
         if left <= 0:
             state = placement_group_table(group)
             remove_placement_group(group)
@@ -159,7 +101,5 @@ def _table(seating: Seating, have: Mapping[str, float]) -> str:
     for role, seats in seating.seats.items():
         rows.append(f"  {role:<12}{len(seats):>8}{seats[0].cpus:>10.2f}{seats[0].gpus:>10.2f}")
     for key in ("CPU", "GPU"):
-        rows.append(
-            f"  wanted {key}: {sum(b.get(key, 0.0) for b in seating.bundles):g}, there are {have.get(key, 0.0):g}"
-        )
+        rows.append(f"  wanted {key}: {seating.total(key):g}, there are {have.get(key, 0.0):g}")
     return "\n".join(rows)

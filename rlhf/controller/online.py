@@ -44,6 +44,7 @@ from rlhf.roles import (
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Last, Mean, Sum
+from rlhf.tracking.samples import samples_path
 from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, report, advantages, split="train", most=kept)
-            await roles.reward.write_samples(record.folder.path, step, chosen)
+            await roles.reward.write_samples(samples_path(record.folder.path, step), chosen)
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
 
     async def _collect(self, step: int) -> list[ScoredGroup]:
@@ -365,7 +366,7 @@ class OnlineController:
                     raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
                 self._add_evaluation(name, sound)
                 selections += group_samples(sound, None, {}, split=name, most=None)
-            await self.roles.reward.write_samples(self.record.folder.path, step, selections)
+            await self.roles.reward.write_samples(samples_path(self.record.folder.path, step), selections)
 
     def _add_evaluation(self, name: str, groups: Sequence[ScoredGroup]) -> None:
         infos = [info for scored in groups for info in scored.group.infos]

@@ -20,7 +20,7 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import critic_metrics
-from rlhf.workers.place import RankPlace
+from rlhf.workers.place import RankPlace, torch_dtype
 from rlhf.workers.ragged import padded, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -49,13 +49,13 @@ class CriticWorker(TrainedWorker):
         model = self.model_config
         return load_critic(
             model.model,
-            dtype=torch.float32,
+            dtype=torch_dtype(model.dtype),
             trust_remote_code=model.trust_remote_code,
             gradient_checkpointing=model.gradient_checkpointing,
         )
 
-    def values(self, plan: BatchPlan, *parts: Rollouts) -> TokenValues:
-        """Take this rank's share of a batch in and value its tokens. Collective."""
+    def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
+        """Take this rank's share of a batch in and value its tokens: the column, and its size. Collective."""
         ids = plan.sequences_of(self.place.rank)
         self.plan = plan
         self.rollouts = Rollouts.gather(parts, ids)
@@ -81,9 +81,10 @@ class CriticWorker(TrainedWorker):
                         piece.lengths.to(self.device),
                     )
                 self.old_values[piece.tokens] = values.cpu()
-        return TokenValues(
+        column = TokenValues(
             sequence_ids=self.rollouts.sequence_ids, lengths=self.rollouts.lengths, values=self.old_values
         )
+        return column, len(self.old_values)
 
     def prepare(self, *returns: TokenValues) -> None:
         """Take the targets of this rank's share in."""

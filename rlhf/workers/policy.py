@@ -29,7 +29,7 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, experience_metrics, update_metrics
-from rlhf.workers.place import RankPlace
+from rlhf.workers.place import RankPlace, torch_dtype
 from rlhf.workers.ragged import Slice, padded, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -71,7 +71,7 @@ class PolicyWorker(TrainedWorker):
         model = self.config.policy
         return load_causal_lm(
             model.model,
-            dtype=torch.float32,
+            dtype=torch_dtype(model.dtype),
             trust_remote_code=model.trust_remote_code,
             gradient_checkpointing=model.gradient_checkpointing,
         )

@@ -16,7 +16,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.place import RankPlace
+from rlhf.workers.place import RankPlace, torch_dtype
 from rlhf.workers.ragged import Slice, padded, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -41,7 +41,7 @@ class SupervisedWorker(TrainedWorker):
         model = self.config.policy
         return load_causal_lm(
             model.model,
-            dtype=torch.float32,
+            dtype=torch_dtype(model.dtype),
             trust_remote_code=model.trust_remote_code,
             gradient_checkpointing=model.gradient_checkpointing,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ class TrainedWorker:
                 zero_stage=self.resources.zero_stage,
                 offload=frozenset(self.resources.offload),
                 dtype=torch_dtype(self.model_config.dtype),
-                sequence_parallel=self.resources.sequence_parallel,
                 device=self.device,
                 deadline_s=place.deadline_s,
             )
@@ -105,16 +104,8 @@ class TrainedWorker:
         return self.fingerprint
 
     def load_module(self) -> Any:
-        """The model before any adapter, float32 master weights included."""
+        """The model before any adapter."""
         raise NotImplementedError
-
-    def run_microbatches(
-        self, losses: Iterator[Callable[[], Tensor]], *, count: int, tokens: Callable[[int], int], stage: str
-    ) -> None:
-        """Forward and backward of `count` micro-batches, accumulated; the caller steps."""
-        for index, loss in enumerate(losses):
-            with explains_out_of_memory(role=self.role, stage=stage, rank=self.place.rank, tokens=tokens(index)):
-                self.engine.backward(loss(), last=index == count - 1)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """What is shipped and saved: the adapter alone for LoRA, else all weights. Collective."""
@@ -140,7 +131,15 @@ class TrainedWorker:
         elif self.model_config.lora is not None:
             export_adapter(folder, weights, self.engine.module, self.tokenizer)
         else:
-            export_model(folder, weights, self.engine.module.config, self.tokenizer, dtype=dtype)
+            module = self.engine.module
+            export_model(
+                folder,
+                weights,
+                module.config,
+                self.tokenizer,
+                dtype=dtype,
+                generation_config=module.generation_config,
+            )
 
     def offload(self) -> None:
         """Leave the GPU to a colocated engine."""

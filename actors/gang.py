@@ -1,0 +1,236 @@
+"""Gangs of trained ranks: one unit. Any rank's failure or missed deadline ends all of them; nothing is retried."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.calls import wait_all
+from actors.placement import Placement
+from actors.weights.manifest import WeightManifest
+from rlhf.config.root import Config
+from rlhf.errors import RunError, UserError
+from rlhf.roles import AdvantagesReport, MemoryReport, Metrics, PrepareReport, Ref
+from rlhf.tracking.metrics import merge
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Role, Rollouts, TokenValues
+from rlhf.workers.place import RankPlace
+
+logger = logging.getLogger(__name__)
+END_WITHIN_S = 10.0
+
+
+class Gang:
+    """Ranks 0 to n - 1 of one role. What all trained roles can do."""
+
+    def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.role = role
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.ended = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Data-parallel ranks."""
+        return len(self.handles)
+
+    async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
+        """Every rank's result, in rank order. A failure ends the gang."""
+        try:
+            return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
+        except (RunError, UserError):
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """End all ranks at once. Their memory is free when this returns, or END_WITHIN_S have passed."""
+        if self.ended:
+            return
+        self.ended = True
+        for handle in self.handles:
+            ray.kill(handle)
+
+    async def start(self, *, one_host: bool, deadline_s: float) -> list[str]:
+        """Join the ranks and load the model. Returns each rank's architecture fingerprint."""
+        [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
+        return await self.all([h.start.remote(host, port) for h in self.handles], "start", deadline_s=deadline_s)
+
+    async def save(self, folder: Path) -> None:
+        """Every rank's part of a checkpoint."""
+        await self.all([h.save.remote(folder) for h in self.handles], "checkpoint")
+
+    async def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        await self.all([h.load.remote(folder) for h in self.handles], "resume")
+
+    async def export(self, folder: Path) -> None:
+        """A Hugging Face folder, or an adapter folder."""
+        await self.all([h.export.remote(folder) for h in self.handles], "export")
+
+    async def offload(self) -> None:
+        """Give the GPUs to the engines."""
+        await self.all([h.offload.remote() for h in self.handles], "offload")
+
+    async def reload(self) -> None:
+        """Take the GPUs back."""
+        await self.all([h.reload.remote() for h in self.handles], "reload")
+
+    async def memory(self) -> MemoryReport:
+        """Peaks over the ranks."""
+        return largest(await self.all([h.memory.remote() for h in self.handles], "memory"))
+
+    async def stop(self) -> None:
+        """Let the ranks leave in order."""
+        if not self.ended:
+            await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
+            self.end()
+
+
+class PolicyGang(Gang):
+    """The policy of an online run."""
+
+    async def open_weights(self, method: str, settings: Mapping[str, Any]) -> None:
+        """Make the senders of the weights."""
+        await self.all([h.open_weights.remote(method, dict(settings)) for h in self.handles], "weight sync")
+
+    async def prepare(
+        self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
+    ) -> PrepareReport:
+        """Each rank takes its share of the batch."""
+        refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
+        found = await self.all(refs, "experience")
+        return PrepareReport(
+            sequences=tuple(s for sequences, _ in found for s in sequences),
+            metrics=merge(metrics for _, metrics in found),
+        )
+
+    async def set_advantages(
+        self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
+    ) -> AdvantagesReport:
+        """Each rank gives its tokens their advantages; the returns stay references."""
+        pairs = [h.set_advantages.options(num_returns=2).remote(by_sequence, *values) for h in self.handles]
+        found = await self.all([scalars for _, scalars in pairs], "advantages")
+        return AdvantagesReport(
+            mean_advantages={i: value for means, _ in found for i, value in means.items()},
+            metrics=merge(metrics for _, metrics in found),
+            returns=tuple(returns for returns, _ in pairs),
+        )
+
+    async def update(self, minibatch: int) -> Metrics:
+        """One optimizer step."""
+        return merge(await self.all([h.update.remote(minibatch) for h in self.handles], "update"))
+
+    async def publish(self, version: int) -> WeightManifest:
+        """Stage the weights; rank 0 knows where."""
+        manifests = await self.all([h.publish.remote(version) for h in self.handles], "weight sync")
+        manifest: WeightManifest = manifests[0]
+        return manifest
+
+    async def send(self, manifest: WeightManifest) -> None:
+        """Send them while the engines receive."""
+        await self.all([h.send.remote(manifest) for h in self.handles], "weight sync")
+
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """All ranks compute it, since they may hold the weights together."""
+        found = await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
+        logprobs: list[float] = found[0]
+        return logprobs
+
+
+class CriticGang(Gang):
+    """The critic of an online run."""
+
+    async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+        """One column a rank."""
+        refs = [h.values.options(num_returns=2).remote(plan, *rollouts) for h in self.handles]
+        await self.all([done for _, done in refs], "values")
+        return [column for column, _ in refs]
+
+    async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None:
+        """Each rank takes the targets of its share."""
+        await self.all([h.prepare.remote(*returns) for h in self.handles], "advantages")
+
+    async def update(self, minibatch: int) -> Metrics:
+        """One optimizer step."""
+        return merge(await self.all([h.update.remote(minibatch) for h in self.handles], "critic update"))
+
+
+class SupervisedGang(Gang):
+    """A model trained on examples."""
+
+    async def load_examples(self, examples: Sequence[Ref[Examples]]) -> None:
+        """Each rank maps the data sets."""
+        await self.all([h.load_examples.remote(*examples) for h in self.handles], "data")
+
+    async def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step."""
+        return merge(await self.all([h.update_on.remote(plan) for h in self.handles], "update"))
+
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on rows of a data set."""
+        return merge(await self.all([h.evaluate.remote(dataset, name, plan) for h in self.handles], "eval"))
+
+
+def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
+    """The peaks of the largest process."""
+    gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
+    return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
+
+
+def rank_places(config: Config, placement: Placement, role: Role, *, threads: int | str) -> list[RankPlace]:
+    """Where each rank of a role stands. On a GPU a process sees its own device alone."""
+    nodes = placement.nodes_of(role)
+    cuda = config.cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
+    places = []
+    for rank, node in enumerate(nodes):
+        on_node = nodes.count(node)
+        auto = max(1, placement.cores(node) // on_node)
+        places.append(
+            RankPlace(
+                rank=rank,
+                world_size=len(nodes),
+                local_rank=0 if cuda else nodes[:rank].count(node),
+                local_world_size=1 if cuda else on_node,
+                device="cuda" if cuda else "cpu",
+                threads=auto if isinstance(threads, str) else threads,
+                deadline_s=config.cluster.call_timeout_s,
+            )
+        )
+    return places
+
+
+def worker_environment(place: RankPlace) -> dict[str, str]:
+    """Environment of a worker that computes with torch, set before it imports it."""
+    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN") if key in os.environ}
+    return {
+        "OMP_NUM_THREADS": str(place.threads),
+        "DS_ACCELERATOR": place.device,
+        "TOKENIZERS_PARALLELISM": "false",
+        **kept,
+    }
+
+
+def spawn(
+    placement: Placement,
+    role: Role,
+    places: Sequence[RankPlace],
+    arguments: Callable[[RankPlace], tuple[tuple[Any, ...], dict[str, Any]]],
+    cls: Any,
+    *,
+    concurrency: int = 1,
+) -> list[ActorHandle[Any]]:
+    """One actor for each place; `arguments` gives those of its constructor."""
+    remote = ray.remote(cls)
+    handles = []
+    for place in places:
+        args, options = arguments(place)
+        environment = worker_environment(place)
+        settings = placement.options(role, place.rank, environment, concurrency=concurrency)
+        handles.append(remote.options(**settings).remote(*args, **options))
+    return handles

@@ -1,0 +1,208 @@
+"""Everything a run reads, loaded and checked before any actor starts: models' folders, tokenizer, data, rewards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.data import DataSource
+from rlhf.config.derive import critic_model, eval_sets, is_online, needs, reference_model, uses_reward_model
+from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.config.model import ModelConfig
+from rlhf.config.root import Config
+from rlhf.data.examples import Example, load_examples
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row, Source, read_rows
+from rlhf.data.tasks import TaskSource
+from rlhf.errors import UserError
+from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.rewards.loading import check_columns, load_reward
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.types import Prompt
+
+logger = logging.getLogger(__name__)
+TINY = "tiny:llama"
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineInputs:
+    """What an online run reads."""
+
+    prompts: tuple[Prompt, ...]
+    eval_sets: Mapping[str, tuple[Prompt, ...]]
+    rewards: tuple[RewardSpec, ...]
+    max_model_len: int  # tokens of the longest prompt with the longest response
+    probe_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineInputs:
+    """What a supervised run reads."""
+
+    examples: tuple[Example, ...]
+    eval_sets: Mapping[str, tuple[Example, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInputs:
+    """One run, ready to start."""
+
+    config: Config  # model names are those that can be loaded
+    written: Config  # as the user has it: what goes into the run folder
+    inputs: OnlineInputs | OfflineInputs
+    awaits: tuple[str, ...]  # folders of models that earlier stages have yet to make
+
+
+def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
+    """The inputs of every stage. UserError for the first thing that is wrong, whichever stage it is in."""
+    finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
+    stages = []
+    for config in loaded.stages.values():
+        local = _with_tiny(config, loaded.folder)
+        for section, model in _models(local).items():
+            if model.model not in finals:
+                load_config(model.model, trust_remote_code=model.trust_remote_code)
+            elif section == "reward":
+                raise UserError(f"{section}.model: {model.model} will be a language model, not a reward model")
+        source = finals.get(local.policy.model, local.policy.model)
+        awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
+        inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
+        stages.append(StageInputs(config=local, written=config, inputs=inputs, awaits=awaits))
+        finals[str(run_folder(config) / "final")] = source
+    return stages
+
+
+def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
+    """UserError if a checkpoint is of another model than the run's policy."""
+    policy = config.policy
+    ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
+    if state["policy"] != ours:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
+            "differ. Resume with the model that it was made with, or choose another run.name."
+        )
+
+
+def _with_tiny(config: Config, folder: Path) -> Config:
+    """The same run with tiny:llama as a folder, made now if it is not there."""
+    changed: dict[str, Any] = {}
+    for name in ("policy", "reference", "critic"):
+        section: ModelConfig | None = getattr(config, name)
+        if section is not None and section.model == TINY:
+            path = folder / "models" / "tiny-llama"
+            if not path.exists():
+                build_tiny_llama(path, seed=config.run.seed)
+            changed[name] = section.model_copy(update={"model": str(path)})
+    return config.model_copy(update=changed)
+
+
+def _models(config: Config) -> dict[str, ModelConfig]:
+    """The models that the run will load, by section."""
+    roles = needs(config)
+    found: dict[str, ModelConfig] = {"policy": config.policy}
+    if "reference" in roles:
+        found["reference"] = reference_model(config)
+    if "critic" in roles:
+        found["critic"] = critic_model(config)
+    if uses_reward_model(config) and config.reward is not None:
+        found["reward"] = config.reward
+    return found
+
+
+def _source(source: DataSource) -> Source:
+    if isinstance(source, str):
+        return source
+    return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
+
+
+def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
+    assert config.rollouts is not None
+    tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+    data = config.data
+
+    def prompts_of(name: str, source: DataSource) -> tuple[Prompt, ...]:
+        rows = read_rows(_source(source), columns=data.columns)
+        _check_rewards(specs, rows, name)
+        return load_prompts(
+            rows,
+            tokenizer,
+            system_prompt=data.system_prompt,
+            apply_chat_template=data.apply_chat_template,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+
+    specs = _rewards(config, loaded)
+    prompts = prompts_of("data.train", data.train)
+    held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
+    max_model_len = longest + config.rollouts.max_new_tokens
+    _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
+    if max_model_len > config.train.max_tokens_per_microbatch:
+        raise UserError(
+            f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} holds no sequence of "
+            f"{max_model_len} tokens, and the longest prompt ({longest}) with rollouts.max_new_tokens "
+            f"({config.rollouts.max_new_tokens}) can become one."
+        )
+    probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
+    return OnlineInputs(
+        prompts=prompts,
+        eval_sets=held_out,
+        rewards=specs,
+        max_model_len=max_model_len,
+        probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
+    )
+
+
+def _offline(config: Config, source: str) -> OfflineInputs:
+    tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+    data = config.data
+
+    def examples_of(source: DataSource) -> tuple[Example, ...]:
+        return load_examples(
+            read_rows(_source(source), columns=data.columns),
+            tokenizer,
+            system_prompt=data.system_prompt,
+            apply_chat_template=data.apply_chat_template,
+            max_tokens=config.train.max_tokens_per_microbatch,
+        )
+
+    examples = examples_of(data.train)
+    longest = max(len(example.token_ids) for example in examples)
+    _refuse_too_long(source, config, longest=longest, wanted=longest)
+    return OfflineInputs(
+        examples=examples, eval_sets={name: examples_of(one) for name, one in eval_sets(config).items()}
+    )
+
+
+def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
+    """The rewards, their functions imported once in a process of their own."""
+    folders = (Path(loaded.source).resolve().parent, Path.cwd())
+    specs = []
+    for name, reward in config.rewards.items():
+        function = None
+        if reward.function is not None:
+            function = load_reward(reward.function, args=reward.args, folders=folders, key=f"rewards.{name}.function")
+        specs.append(RewardSpec(name=name, weight=reward.weight, function=function))
+    return tuple(specs)
+
+
+def _check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
+    common = set(rows[0].columns).intersection(*(row.columns for row in rows))
+    for spec in specs:
+        if spec.function is not None:
+            check_columns(spec.function, sorted(common), key=f"rewards.{spec.name}.function", data=data)
+
+
+def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
+    limit = load_config(source, trust_remote_code=config.policy.trust_remote_code).max_position_embeddings
+    if wanted > limit:
+        room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
+        raise UserError(
+            f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
+            f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."
+        )

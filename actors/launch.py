@@ -1,0 +1,275 @@
+"""From a checked configuration to a finished run: inputs, cluster, actors, controller, final model.
+
+The composition of the actors with the controllers; the loops themselves are in rlhf.controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import ray
+
+from actors.cluster import connected
+from actors.engine_group import start_engines
+from actors.gang import CriticGang, PolicyGang, SupervisedGang, rank_places, spawn
+from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
+from actors.placement import Placement, reserve
+from actors.ranks import CriticRank, PolicyRank, SupervisedRank
+from actors.services import ReferenceWorkers, RewardWorkers
+from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.config.derive import (
+    critic_model,
+    derive,
+    needs,
+    reference_is_adapter_off,
+    reference_model,
+    uses_reward_model,
+)
+from rlhf.config.dump import dump_yaml
+from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.controller.offline import OfflineController
+from rlhf.controller.online import OnlineController, OnlineRoles
+from rlhf.controller.record import RunRecord
+from rlhf.data.examples import collate
+from rlhf.data.stream import Stream
+from rlhf.errors import RunError
+from rlhf.tracking import logs
+from rlhf.tracking.atomic import write_atomic
+from rlhf.tracking.progress import open_progress
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.tracker import Tracker, TrackerBackend
+from rlhf.tracking.wandb_backend import open_wandb
+from rlhf.workers.reference import ReferenceWorker
+from rlhf.workers.reward import RewardSettings, RewardWorker
+
+logger = logging.getLogger(__name__)
+SHOWN_ONLINE = ("rewards/score/mean", "experience/kl_ref/mean", "rollouts/response_tokens/mean", "time/step_s")
+SHOWN_OFFLINE = ("update/loss/mean", "update/token_accuracy/mean", "update/lr", "time/step_s")
+
+
+class Stoppable(Protocol):
+    """A group of actors."""
+
+    async def stop(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
+    """Run all stages, or with `resume` what is left of them. Returns when the last one's final/ is written."""
+    logs.configure()
+    stages = load_inputs(loaded)
+    cluster = next(iter(loaded.stages.values())).cluster
+    with connected(cluster):
+        for stage in stages:
+            folder = run_folder(stage.written)
+            if resume and (folder / "final").exists():
+                logger.info("%s is finished: %s", stage.written.run.name, folder / "final")
+                continue
+            asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+    if loaded.is_pipeline:
+        write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
+    """One run in its folder, from its last checkpoint if there is one."""
+    config = stage.config
+    with RunFolder.open(config.run.dir, config.run.name, resume=resume) as folder:
+        folder.write_config(dump_yaml(stage.written))
+        folder.write_environment(seed=config.run.seed)
+        step = folder.latest_checkpoint() if resume else None
+        backends: list[TrackerBackend] = []
+        if config.tracking.wandb != "off":
+            backends.append(
+                open_wandb(
+                    folder.path,
+                    mode=config.tracking.wandb,
+                    project=config.tracking.wandb_project,
+                    name=config.run.name,
+                    config=stage.written.model_dump(mode="json"),
+                )
+            )
+        tracker = Tracker(folder.path, backends=backends)
+        timeline = Timeline(folder.timeline)
+        failed = True
+        try:
+            if resume:
+                tracker.truncate_after(step if step is not None else -1)
+            shown = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
+            with open_progress(config.train.steps, done_steps=step or 0, show=shown, quiet=quiet) as progress:
+                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress)
+                if step is not None:
+                    refuse_other_model(config, record.read_state(step), checkpoint=folder.checkpoint(step))
+                progress.stage("starting")
+                if isinstance(stage.inputs, OnlineInputs):
+                    await _run_online(stage, stage.inputs, record, step)
+                else:
+                    await _run_offline(stage, stage.inputs, record, step)
+            failed = False
+        finally:
+            tracker.close(failed=failed)
+            timeline.close()
+
+
+@asynccontextmanager
+async def _ending(groups: list[Stoppable], placement: Placement) -> AsyncIterator[None]:
+    """Stop the groups in order after the block; after a failure end them at once."""
+    try:
+        yield
+        for group in groups:
+            await group.stop()
+    finally:
+        for group in groups:
+            group.end()
+        placement.release()
+
+
+async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:
+    config = stage.config
+    placement = await reserve(config)
+    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
+    steps = config.train.steps
+    gang = SupervisedGang(
+        "policy",
+        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), SupervisedRank),
+        deadline_s=config.cluster.call_timeout_s,
+    )
+    async with _ending([gang], placement):
+        fingerprints = await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
+        sets = [collate(inputs.examples), *(collate(examples) for examples in inputs.eval_sets.values())]
+        await gang.load_examples([ray.put(examples) for examples in sets])
+        controller = OfflineController(
+            config,
+            gang,
+            record,
+            examples=Stream(inputs.examples, seed=config.run.seed, shuffle=config.data.shuffle),
+            eval_sets=inputs.eval_sets,
+            policy_fingerprint=fingerprints[0],
+        )
+        if step is not None:
+            await controller.restore(step)
+        await controller.run()
+        await _finish(gang, record.folder)
+
+
+async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None) -> None:
+    config = stage.config
+    cluster, rollouts = config.cluster, config.rollouts
+    assert rollouts is not None
+    roles, derived = needs(config), derive(config)
+    placement = await reserve(config)
+    deadline_s = cluster.call_timeout_s
+    groups: list[Stoppable] = []
+    async with _ending(groups, placement):
+        policy_options = {
+            "optimizer_steps": derived.policy_optimizer_steps,
+            "reference_is_adapter_off": reference_is_adapter_off(config),
+        }
+        policy = PolicyGang(
+            "policy",
+            spawn(
+                placement,
+                "policy",
+                rank_places(config, placement, "policy", threads=cluster.roles.policy.threads),
+                lambda place: ((config, place), policy_options),
+                PolicyRank,
+            ),
+            deadline_s=deadline_s,
+        )
+        groups.append(policy)
+        critic: CriticGang | None = None
+        if "critic" in roles:
+            critic_options = {"optimizer_steps": derived.critic_optimizer_steps}
+            critic = CriticGang(
+                "critic",
+                spawn(
+                    placement,
+                    "critic",
+                    rank_places(config, placement, "critic", threads=cluster.roles.critic.threads),
+                    lambda place: ((config, critic_model(config), place), critic_options),
+                    CriticRank,
+                ),
+                deadline_s=deadline_s,
+            )
+            groups.append(critic)
+        reference: ReferenceWorkers | None = None
+        if "reference" in roles:
+            reference_options = {
+                "temperature": rollouts.temperature,
+                "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
+            }
+            reference = ReferenceWorkers(
+                spawn(
+                    placement,
+                    "reference",
+                    rank_places(config, placement, "reference", threads=cluster.roles.reference.threads),
+                    lambda place: ((reference_model(config), place), reference_options),
+                    ReferenceWorker,
+                ),
+                deadline_s=deadline_s,
+            )
+            groups.append(reference)
+        settings = RewardSettings(
+            specs=inputs.rewards,
+            tokenizer=config.policy.model,
+            trust_remote_code=config.policy.trust_remote_code,
+            model=config.reward if uses_reward_model(config) else None,
+            timeout_s=config.reward_policy.timeout_s,
+            processes=config.reward_policy.processes,
+            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        )
+        reward = RewardWorkers(
+            spawn(
+                placement,
+                "reward",
+                rank_places(config, placement, "reward", threads=cluster.roles.reward.threads),
+                lambda place: ((settings, place), {}),
+                RewardWorker,
+                concurrency=config.reward_policy.processes + 1,
+            ),
+            deadline_s=deadline_s,
+        )
+        groups.append(reward)
+        engines = start_engines(config, placement, max_model_len=inputs.max_model_len, spool=record.folder.spool)
+        groups.append(engines)
+        limit_s = cluster.start_timeout_s
+        starts = [
+            policy.start(one_host=placement.on_one_host(), deadline_s=limit_s),
+            engines.start(deadline_s=limit_s),
+            reward.start(deadline_s=limit_s),
+        ]
+        if critic is not None:
+            starts.append(critic.start(one_host=placement.on_one_host(), deadline_s=limit_s))
+        if reference is not None:
+            starts.append(reference.start(deadline_s=limit_s))
+        fingerprints, *_ = await asyncio.gather(*starts)
+        await engines.connect(policy)
+        controller = OnlineController(
+            config,
+            ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm),
+            OnlineRoles(policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic),
+            record,
+            prompts=Stream(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
+            eval_sets=inputs.eval_sets,
+            probe_ids=inputs.probe_ids,
+            policy_fingerprint=fingerprints[0],
+        )
+        if step is not None:
+            await controller.restore(step)
+        await controller.run()
+        await _finish(policy, record.folder)
+
+
+async def _finish(gang: PolicyGang | SupervisedGang, folder: RunFolder) -> None:
+    """Write final/."""
+    aside: Path = folder.begin_final()
+    await gang.export(aside)
+    if not any(aside.iterdir()):
+        raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
+    folder.commit_final()

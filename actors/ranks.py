@@ -1,0 +1,69 @@
+"""The trained workers as Ray actors: an address to meet at and, for the policy, the way of its weights to the engines.
+
+Everything else of a rank is in rlhf.workers; here is only what needs the cluster.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import ray.util
+
+from actors.weights import WeightSender, make_sender
+from actors.weights.manifest import WeightManifest
+from rlhf.workers.critic import CriticWorker
+from rlhf.workers.place import torch_dtype
+from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.supervised import SupervisedWorker
+
+
+def free_address(*, one_host: bool) -> tuple[str, int]:
+    """Where the gang meets: this node's address (loopback if all ranks are on it) and a port that is free now."""
+    host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return host, int(probe.getsockname()[1])
+
+
+class PolicyRank(PolicyWorker):
+    """One rank of the policy."""
+
+    def address(self, one_host: bool) -> tuple[str, int]:
+        """Where the other ranks find this one."""
+        return free_address(one_host=one_host)
+
+    def open_weights(self, method: str, settings: dict[str, Any]) -> None:
+        """Make the sender of this rank's weights."""
+        self.sender: WeightSender = make_sender(
+            method, rank=self.place.rank, dtype=torch_dtype(self.model_config.dtype), **settings
+        )
+
+    def publish(self, version: int) -> WeightManifest | None:
+        """Stage the weights of a version; None on ranks other than 0. Collective."""
+        return self.sender.publish(self.weights(torch_dtype(self.model_config.dtype)), version)
+
+    def send(self, manifest: WeightManifest) -> None:
+        """Send them, where the transport needs it. Collective."""
+        self.sender.send(manifest)
+
+    def stop(self) -> None:
+        """Remove what was published and leave the gang."""
+        self.sender.close()
+        super().stop()
+
+
+class CriticRank(CriticWorker):
+    """One rank of the critic."""
+
+    def address(self, one_host: bool) -> tuple[str, int]:
+        """Where the other ranks find this one."""
+        return free_address(one_host=one_host)
+
+
+class SupervisedRank(SupervisedWorker):
+    """One rank of a model trained on examples."""
+
+    def address(self, one_host: bool) -> tuple[str, int]:
+        """Where the other ranks find this one."""
+        return free_address(one_host=one_host)

@@ -1,0 +1,100 @@
+"""Reward and reference workers: independent processes among which groups are dealt out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.calls import wait_all, wait_one
+from actors.gang import END_WITHIN_S, largest
+from rlhf.data.packing import balance
+from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
+from rlhf.types import GroupScores, Rollouts, TokenValues
+
+
+class RewardWorkers:
+    """The reward role."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Start the reward processes and load the models."""
+        await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        """Groups go to the workers in turn."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts)
+        scores: GroupScores = await wait_one(
+            ref, role="reward", rank=worker, stage="rewards", deadline_s=self.deadline_s
+        )
+        return scores
+
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+        """The first worker writes them."""
+        records = [selection.records for selection in selections]
+        rollouts = [selection.rollouts for selection in selections]
+        ref = self.handles[0].write_samples.remote(path, records, *rollouts)
+        await wait_one(ref, role="reward", rank=0, stage="samples", deadline_s=self.deadline_s)
+
+    async def memory(self) -> MemoryReport:
+        """Peaks over the workers."""
+        refs = [h.memory.remote() for h in self.handles]
+        return largest(await wait_all(refs, role="reward", stage="memory", deadline_s=self.deadline_s))
+
+    async def stop(self) -> None:
+        """End the reward processes and the workers."""
+        refs = [h.stop.remote() for h in self.handles]
+        await wait_all(refs, role="reward", stage="stop", deadline_s=END_WITHIN_S)
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once; their reward processes end with them."""
+        for handle in self.handles:
+            ray.kill(handle)
+
+
+class ReferenceWorkers:
+    """The reference role."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load the models."""
+        refs = [h.start.remote() for h in self.handles]
+        await wait_all(refs, role="reference", stage="start", deadline_s=deadline_s)
+
+    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+        """Batches are dealt out evenly; each worker packs its own together."""
+        columns: list[Any] = [None] * len(rollouts)
+        shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
+        waits = []
+        for handle, share in zip(self.handles, shares, strict=False):
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(*[rollouts[i] for i in share])
+            for i, ref in zip(share, found, strict=True):
+                columns[i] = ref
+            waits.append(done)
+        await wait_all(waits, role="reference", stage="reference", deadline_s=self.deadline_s)
+        return columns
+
+    async def memory(self) -> MemoryReport:
+        """Peaks over the workers."""
+        refs = [h.memory.remote() for h in self.handles]
+        return largest(await wait_all(refs, role="reference", stage="memory", deadline_s=self.deadline_s))
+
+    async def stop(self) -> None:
+        """End the workers: they hold nothing to be given back."""
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once."""
+        for handle in self.handles:
+            ray.kill(handle)

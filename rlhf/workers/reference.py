@@ -1,0 +1,70 @@
+"""A worker of the frozen reference model: log-probabilities of what the policy sampled."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.config.model import ReferenceConfig
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import policy_logprobs_only
+from rlhf.roles import MemoryReport
+from rlhf.types import Rollouts, TokenValues
+from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.ragged import slices
+
+
+class ReferenceWorker:
+    """Holds the whole model; batches are dealt out among the workers."""
+
+    def __init__(
+        self, model: ReferenceConfig, place: RankPlace, *, temperature: float, max_tokens_per_microbatch: int
+    ) -> None:
+        self.model_config = model
+        self.place = place
+        self.temperature = temperature
+        self.max_tokens = max_tokens_per_microbatch
+        self.device = place.torch_device()
+        torch.set_num_threads(place.threads)
+
+    def start(self) -> None:
+        """Load the model."""
+        config = self.model_config
+        with explains_out_of_memory(role="reference", stage="start", rank=self.place.rank):
+            model = load_causal_lm(
+                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
+            )
+            self.model = model.to(self.device).eval().requires_grad_(False)
+
+    def logprobs(self, *parts: Rollouts) -> tuple[TokenValues | int, ...]:
+        """One column for each batch, computed packed together over the batches; last, the tokens in all."""
+        ids = [i for part in parts for i in part.sequence_ids.tolist()]
+        rollouts = Rollouts.gather(parts, ids)
+        lengths = rollouts.lengths.tolist()
+        values = torch.zeros(len(rollouts.token_ids))
+        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens):
+            with (
+                torch.no_grad(),
+                explains_out_of_memory(
+                    role="reference", stage="logprobs", rank=self.place.rank, tokens=len(piece.tokens)
+                ),
+            ):
+                logprobs = policy_logprobs_only(
+                    self.model,
+                    rollouts.token_ids[piece.tokens].to(self.device),
+                    piece.lengths.to(self.device),
+                    mask=rollouts.response_mask[piece.tokens].to(self.device),
+                    temperature=self.temperature,
+                )
+            values[piece.tokens] = logprobs.float().cpu()
+        sizes = [len(part.token_ids) for part in parts]
+        columns = [
+            TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
+            for part, column in zip(parts, values.split(sizes), strict=True)
+        ]
+        return (*columns, len(values))
+
+    def memory(self) -> MemoryReport:
+        """Peaks of this process."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)

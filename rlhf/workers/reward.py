@@ -1,0 +1,117 @@
+"""A worker of the reward role: turns responses into scores, and into text for the samples file.
+
+Functions run in processes of their own (rlhf.rewards); the reward model, if the run has one, is held here. The only
+role besides the engines that knows the tokenizer's text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rlhf.config.model import RewardModelConfig
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.models.heads import sequence_scores
+from rlhf.models.loading import load_reward_model, load_tokenizer
+from rlhf.rewards.scoring import RewardSet, RewardSpec
+from rlhf.roles import MemoryReport
+from rlhf.tracking.samples import SampleRecord, write_samples
+from rlhf.types import GroupScores, Prompt, Rollouts
+from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.ragged import slices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """What a reward worker is made of."""
+
+    specs: tuple[RewardSpec, ...]
+    tokenizer: str  # folder or name of the policy's
+    trust_remote_code: bool
+    model: RewardModelConfig | None  # None: no reward uses a model
+    timeout_s: float
+    processes: int
+    max_tokens_per_microbatch: int
+
+
+class RewardWorker:
+    """Scores groups, several at once; groups are dealt out among the workers."""
+
+    def __init__(self, settings: RewardSettings, place: RankPlace) -> None:
+        self.settings = settings
+        self.place = place
+        self.device = place.torch_device()
+        self.model_lock = threading.Lock()
+        torch.set_num_threads(place.threads)
+
+    def start(self) -> None:
+        """Start the reward processes and load the model, if any."""
+        settings = self.settings
+        self.tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+        self.rewards = RewardSet(settings.specs, timeout_s=settings.timeout_s, processes=settings.processes)
+        if settings.model is not None:
+            with explains_out_of_memory(role="reward", stage="start", rank=self.place.rank):
+                model = load_reward_model(
+                    settings.model.model,
+                    dtype=torch_dtype(settings.model.dtype),
+                    trust_remote_code=settings.model.trust_remote_code,
+                )
+                self.model = model.to(self.device).eval().requires_grad_(False)
+
+    def score(self, prompt: Prompt, rollouts: Rollouts) -> GroupScores:
+        """Scores of one group's responses."""
+        models = [spec.name for spec in self.settings.specs if spec.function is None]
+        by_model: Mapping[str, Sequence[float]] = {}
+        if models:
+            numbers = self._model_scores(rollouts)
+            by_model = {name: numbers for name in models}
+        return self.rewards.score(prompt, self.texts(rollouts), model_scores=by_model)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """Each response as text, without the special tokens that end it."""
+        sequences = zip(
+            rollouts.token_ids.split(rollouts.lengths.tolist()),
+            rollouts.response_mask.split(rollouts.lengths.tolist()),
+            strict=True,
+        )
+        decoded: list[str] = self.tokenizer.batch_decode(
+            [ids[mask].tolist() for ids, mask in sequences], skip_special_tokens=True
+        )
+        return decoded
+
+    def _model_scores(self, rollouts: Rollouts) -> list[float]:
+        """The reward model's score of each prompt with its response, as the policy's tokens."""
+        lengths = rollouts.lengths.tolist()
+        scores = [0.0] * len(lengths)
+        with self.model_lock, torch.no_grad():
+            for piece in slices(lengths, range(len(lengths)), max_tokens=self.settings.max_tokens_per_microbatch):
+                with explains_out_of_memory(
+                    role="reward", stage="score", rank=self.place.rank, tokens=len(piece.tokens)
+                ):
+                    found = sequence_scores(
+                        self.model, rollouts.token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
+                    )
+                for row, value in zip(piece.rows, found.tolist(), strict=True):
+                    scores[row] = value
+        return scores
+
+    def write_samples(self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *rollouts: Rollouts) -> None:
+        """Give each group's records their responses and write the step's file."""
+        whole = []
+        for group, columns in zip(records, rollouts, strict=True):
+            texts = self.texts(columns)
+            whole += [replace(record, response=texts[record.sample]) for record in group]
+        write_samples(path, whole)
+
+    def memory(self) -> MemoryReport:
+        """Peaks of this process; the reward processes are not in it."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+    def stop(self) -> None:
+        """End the reward processes."""
+        self.rewards.close()
