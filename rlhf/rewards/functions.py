@@ -1,0 +1,163 @@
+"""Built-in rewards: rules that compare a response with the `answer` column of its data row.
+
+Each is 1.0 for right and 0.0 for wrong, but `reasoning_gym`, which gives its task's partial credit. They run in reward
+processes like a user's own. Keep imports at the top to the standard library: a heavy one belongs in a constructor,
+which runs once a process and outside the limit of a call. An `answer` that a rule cannot read raises: the data is
+wrong then, not the response.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
+from types import FrameType
+from typing import Any, Literal
+
+# A minus sign belongs to the number unless it stands behind a digit, a letter or a closing bracket ("10-3" ends in 3).
+# A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
+_NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def exact_match(prompt: str, response: str, answer: object) -> float:
+    """The response is the answer, white space at both ends apart."""
+    return float(response.strip() == str(answer).strip())
+
+
+def contains(prompt: str, response: str, answer: object) -> float:
+    """The answer stands somewhere in the response."""
+    text = str(answer).strip()
+    if not text:
+        raise ValueError("the answer is empty: every response contains it")
+    return float(text in response)
+
+
+def last_number(prompt: str, response: str, answer: object) -> float:
+    """The last number in the response equals the last one in the answer ("#### 1,234" and "1234.0" are equal)."""
+    expected = _last_number(str(answer))
+    if expected is None:
+        raise ValueError(f"there is no number in the answer {answer!r}")
+    found = _last_number(response)
+    return float(found is not None and Decimal(found) == Decimal(expected))
+
+
+class FormatRegex:
+    """The whole response matches a pattern (`re.fullmatch`; a dot matches line ends too)."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = re.compile(pattern, re.DOTALL)
+
+    def __call__(self, prompt: str, response: str) -> float:
+        return float(self._pattern.fullmatch(response) is not None)
+
+
+class MathAnswer:
+    """The response's final answer equals the `answer` as a mathematical expression (math-verify).
+
+    A response that takes more than `limit_s` to check counts as wrong: a model may well write 9^(9^(9^9)). One that
+    hangs below Python, where no limit reaches, is ended by the pool and is an error.
+    """
+
+    def __init__(self, limit_s: float = 5.0) -> None:
+        import math_verify
+
+        if limit_s <= 0:
+            raise ValueError(f"limit_s must be positive, got {limit_s}")
+        self._library = math_verify
+        self._limit_s = limit_s
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off: ours is on
+
+    def __call__(self, prompt: str, response: str, answer: object) -> float:
+        gold = self._parse(str(answer)) or self._parse(f"${answer}$")
+        if not gold:
+            raise ValueError(f"math-verify finds no expression in the answer {answer!r}")
+        try:
+            with _limit(self._limit_s):
+                return float(self._library.verify(gold, self._parse(response), timeout_seconds=None))
+        except _TooSlow:
+            return 0.0
+
+    def _parse(self, text: str) -> list[Any]:
+        found: list[Any] = self._library.parse(text, parsing_timeout=None)
+        return found
+
+
+class ReasoningGym:
+    """The score that a reasoning-gym task gives to the answer in the response.
+
+    Reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where the
+    data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets 0.
+    """
+
+    def __init__(self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number") -> None:
+        import reasoning_gym
+
+        if extract not in _EXTRACTORS:
+            raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(_EXTRACTORS)}")
+        self._library = reasoning_gym
+        self._extract = _EXTRACTORS[extract]
+        self._score: dict[str, Callable[..., float]] = {}
+
+    def __call__(
+        self, prompt: str, response: str, answer: str, metadata: Mapping[str, Any], question: str | None = None
+    ) -> float:
+        task = metadata["source_dataset"]
+        if task not in self._score:
+            self._score[task] = self._library.get_score_answer_fn(task)
+        extracted = self._extract(response)
+        if extracted is None:
+            return 0.0
+        entry = {"question": prompt if question is None else question, "answer": answer, "metadata": metadata}
+        return float(self._score[task](extracted, entry))
+
+
+BUILT_INS: dict[str, Callable[..., Any]] = {
+    "contains": contains,
+    "exact_match": exact_match,
+    "format_regex": FormatRegex,
+    "last_number": last_number,
+    "math_answer": MathAnswer,
+    "reasoning_gym": ReasoningGym,
+}
+
+
+def _last_number(text: str) -> str | None:
+    """In plain notation: no thousands separators."""
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return found[-1].replace(",", "") if found else None
+
+
+def _last_tagged(text: str) -> str | None:
+    found = _ANSWER_TAG.findall(text)
+    return found[-1].strip() if found else None
+
+
+_EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "last_number": _last_number,
+    "answer_tag": _last_tagged,
+    "whole": str.strip,
+}
+
+
+class _TooSlow(BaseException):
+    """Not an Exception: sympy and math-verify catch those."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """_TooSlow after so many seconds of Python. A reward process calls rewards in its main thread, as signals need."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooSlow
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, earlier)

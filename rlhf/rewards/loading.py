@@ -1,0 +1,93 @@
+"""From the name of a reward in a config to what it is and which columns it reads, before anything starts.
+
+A reward's file is imported in a reward process, never in the caller: a file that hangs, exits or takes a GPU at import
+can do so there. The result is a description that pickles; the pool loads the reward again where it runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.rewards.functions import BUILT_INS
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.worker import LoadError, Signature, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedReward:
+    """A reward that has been imported once, and what it takes."""
+
+    function: str  # as the config has it
+    source: Source
+    signature: Signature
+
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a row's columns, those that the reward is called with. KeyError if it needs one that the row lacks."""
+        fixed = {"prompt", "response", "prompts", "responses", *self.source.args}
+        if self.signature.takes_all:
+            wanted = [*columns, *self.signature.required]
+        else:
+            wanted = [*self.signature.required, *(name for name in self.signature.optional if name in columns)]
+        return {name: columns[name] for name in wanted if name not in fixed}
+
+
+def load_reward(
+    function: str,
+    *,
+    args: Mapping[str, Any],
+    folders: Sequence[Path],
+    key: str,
+    timeout_s: float = 60.0,
+    memory_gib: float = 8.0,
+) -> LoadedReward:
+    """Resolve and load a built-in, or `path/file.py:name` relative to the first of `folders` that has it.
+
+    key: the reward's place in the config, for messages. UserError if there is no such reward or it cannot be used.
+    """
+    source = resolve(function, args=args, folders=folders, key=key)
+    process = RewardProcess([source], memory_gib=memory_gib)
+    try:
+        (signature,) = process.load(timeout_s)
+    except LoadError as error:
+        raise UserError(f"{key}: {error}") from error
+    finally:
+        process.kill()
+    return LoadedReward(function=function, source=source, signature=signature)
+
+
+def resolve(function: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
+    """Where a reward comes from, its code unread. UserError for an unknown built-in or a file that is not there."""
+    path, colon, name = function.rpartition(":")
+    if not colon:
+        if function in BUILT_INS:
+            return Source(path=None, name=function, args=dict(args))
+        if function.endswith(".py"):
+            raise UserError(f"{key}: `{function}` names a file and no reward in it: write `{function}:NAME`")
+        near = difflib.get_close_matches(function, BUILT_INS, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise UserError(
+            f"{key}: there is no built-in reward `{function}`: {hint}"
+            f"There are {', '.join(BUILT_INS)}; your own is `path/file.py:NAME`"
+        )
+    candidates = [(folder / Path(path).expanduser()).resolve() for folder in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return Source(path=str(candidate), name=name, args=dict(args))
+    tried = ", ".join(dict.fromkeys(map(str, candidates)))
+    raise UserError(f"{key}: the reward file `{path}` does not exist (looked for {tried})")
+
+
+def check_columns(reward: LoadedReward, available: Collection[str], *, key: str, data: str) -> None:
+    """UserError if the reward needs a column that the dataset called `data` lacks."""
+    missing = [name for name in reward.signature.required if name not in available]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise UserError(
+            f"{key}: `{reward.function}` needs the column {names}, and {data} has {', '.join(available) or 'none'}. "
+            "Add it to the data, or map it from another one with data.columns"
+        )

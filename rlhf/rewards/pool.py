@@ -1,0 +1,189 @@
+"""Runs rewards in processes of their own, with a hard limit on every call.
+
+A call that raises, hangs, returns no finite number or takes its process with it becomes a Failure of that call,
+never a score; the next call finds a fresh process. What a failure does to the run is the controller's policy.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from rlhf.errors import RunError
+from rlhf.rewards.process import ProcessDied, ProcessTimeout, RewardProcess
+from rlhf.rewards.worker import LoadError, Reply, Request, Signature, Source
+
+START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
+IDLE_TIMEOUT_S = 600.0  # to wait for a process that other threads use
+
+FailureKind = Literal["raised", "timeout", "not_a_number", "died"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why one response has no score."""
+
+    sample: int  # place of the response in its group
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One group by one reward: a score for each response, or failures and no scores."""
+
+    scores: tuple[float, ...]
+    failures: tuple[Failure, ...]
+
+
+class RewardPool:
+    """`processes` processes, each with all of `sources` loaded. Thread-safe: as many groups at once as processes.
+
+    RunError if a reward cannot be loaded: the driver could load it, so this machine differs from the driver's.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
+    ) -> None:
+        self._sources = tuple(sources)
+        self._timeout_s = timeout_s
+        self._memory_gib = memory_gib
+        self._closed = False
+        self.signatures: tuple[Signature, ...] = ()
+        self._slots = [_Slot() for _ in range(processes)]
+        self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        try:
+            started = [slot.hold(self._start()) for slot in self._slots]  # all, before the first is waited for
+            for process in started:
+                self.signatures = self._load(process)
+        except BaseException:
+            for slot in self._slots:
+                slot.discard()
+            raise
+        for slot in self._slots:
+            self._idle.put(slot)
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pids(self) -> list[int]:
+        """Process ids, for a look from outside."""
+        return [slot.process.pid for slot in self._slots if slot.process is not None]
+
+    def close(self) -> None:
+        """End the processes. A group under way in another thread gets a RunError."""
+        self._closed = True
+        for slot in self._slots:
+            if slot.process is not None:
+                slot.process.signal_end()
+        for _ in self._slots:
+            with suppress(queue.Empty):
+                self._idle.get_nowait().discard()
+
+    def score(self, reward: int, prompt: str, responses: Sequence[str], columns: Mapping[str, Any]) -> Outcome:
+        """Scores of one group by sources[reward].
+
+        A hang or a death ends the group: it cannot be used any more, and the rest may hang as well. A death is tried
+        once more in a fresh process before it counts, since a process may also be killed from outside.
+        """
+        pickled = pickle.dumps(dict(columns))
+        replies: list[Reply] = []
+        died_at: int | None = None
+        with self._borrow() as slot:
+            while len(replies) < len(responses):
+                request = Request(
+                    reward=reward, prompt=prompt, responses=tuple(responses[len(replies) :]), columns=pickled
+                )
+                end = self._exchange(self._running(slot), request, replies)
+                if end is None:
+                    break
+                slot.discard()
+                if end.kind == "died" and died_at != len(replies):
+                    died_at = len(replies)
+                    continue
+                replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
+                break
+        failures = tuple(
+            Failure(sample=sample, kind=cast("FailureKind", reply.kind), message=reply.payload)
+            for sample, reply in enumerate(replies)
+            if reply.kind != "value"
+        )
+        return Outcome(scores=() if failures else tuple(reply.payload for reply in replies), failures=failures)
+
+    def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
+        """Append the replies as they come. What ended it before they were all there, or None."""
+        try:
+            process.send(request, self._timeout_s)
+            for _ in request.responses:
+                reply = process.receive(self._timeout_s)
+                if reply.kind == "died":
+                    return Reply("died", f"it {reply.payload}; the limit is {self._memory_gib:g} GiB")
+                replies.append(reply)
+        except ProcessTimeout:
+            place = process.where(self._sources[request.reward].path)
+            return Reply("timeout", f"no answer within {self._timeout_s:g} s{place and ', at ' + place}")
+        except ProcessDied as error:
+            return Reply("died", str(error))
+        process.flush_log()
+        return None
+
+    @contextmanager
+    def _borrow(self) -> Iterator[_Slot]:
+        try:
+            slot = self._idle.get(timeout=IDLE_TIMEOUT_S)
+        except queue.Empty as error:
+            raise RunError(
+                f"waited {IDLE_TIMEOUT_S:g} s for one of {len(self._slots)} reward processes: all are busy. "
+                "Raise reward_policy.processes or lower reward_policy.timeout_s"
+            ) from error
+        try:
+            yield slot
+        except BaseException:
+            slot.discard()  # it may still be answering
+            raise
+        finally:
+            if self._closed:
+                slot.discard()
+            self._idle.put(slot)
+
+    def _running(self, slot: _Slot) -> RewardProcess:
+        if self._closed:
+            raise RunError("the reward pool was closed while a group was being scored")
+        if slot.process is not None:
+            return slot.process
+        process = slot.hold(self._start())
+        self._load(process)
+        return process
+
+    def _start(self) -> RewardProcess:
+        return RewardProcess(self._sources, memory_gib=self._memory_gib)
+
+    def _load(self, process: RewardProcess) -> tuple[Signature, ...]:
+        try:
+            return process.load(START_TIMEOUT_S)
+        except LoadError as error:
+            raise RunError(f"a reward process on {socket.gethostname()} cannot load its rewards: {error}") from error
+
+
+class _Slot:
+    """Room for one process."""
+
+    def __init__(self) -> None:
+        self.process: RewardProcess | None = None
+
+    def hold(self, process: RewardProcess) -> RewardProcess:
+        self.process = process
+        return process
+
+    def discard(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()

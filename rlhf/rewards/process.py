@@ -1,0 +1,219 @@
+"""The parent's side of one reward process: start, ask, find out where it hangs, kill.
+
+Every wait has a deadline. It holds no policy: what a death or a time-out means is the pool's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.errors import RunError
+from rlhf.rewards.worker import Hello, LoadError, Request, Signature, Source, describe_frames, receive_frame, send_frame
+
+logger = logging.getLogger(__name__)
+
+MAX_LOG_LINES = 20  # of a reward's own output, each request
+KILL_WAIT_S = 10.0
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlhf.rewards.worker import main; main({}, {}, {})"
+)
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+
+
+class ProcessTimeout(Exception):
+    """No answer within the limit. The process is still there."""
+
+
+class ProcessDied(Exception):
+    """The process is gone. The message says how."""
+
+
+class RewardProcess:
+    """One process that loads `sources`. For one caller at a time."""
+
+    def __init__(self, sources: Sequence[Source], *, memory_gib: float) -> None:
+        self._sources = tuple(sources)
+        self._connection, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        self._output, output = os.pipe()
+        os.set_blocking(self._output, False)
+        self._faults = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
+        self._log = OutputLog()
+        self._poll = select.poll()
+        self._poll.register(self._connection, select.POLLIN)
+        self._poll.register(self._output, select.POLLIN)
+        fds = (theirs.fileno(), lifeline, self._faults.fileno())
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", _BOOT.format(*fds), json.dumps(sys.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=fds,
+                start_new_session=True,  # a group of its own: killed together with what a reward starts
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # a reward that walks through a set gives one answer
+            )
+        finally:
+            theirs.close()
+            os.close(lifeline)
+            os.close(output)
+        self._hello = Hello(memory_bytes=int(memory_gib * 2**30), sources=self._sources)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self, timeout_s: float) -> tuple[Signature, ...]:
+        """Wait until every reward is loaded. LoadError with the message of the first that is not."""
+        deadline = time.monotonic() + timeout_s
+        signatures: list[Signature] = []
+        try:
+            self.send(self._hello, timeout_s)
+            while len(signatures) < len(self._sources):
+                reply = self.receive(max(deadline - time.monotonic(), 0.0))
+                if reply.kind == "failed":
+                    raise LoadError(reply.payload)
+                signatures.append(reply.payload)
+        except ProcessTimeout as error:
+            source = self._sources[len(signatures)]
+            place = self.where(source.path)
+            raise LoadError(f"loading `{source.name}` took over {timeout_s:g} s{place and ', at ' + place}") from error
+        except ProcessDied as error:
+            source = self._sources[len(signatures)]
+            raise LoadError(f"loading `{source.name}` ended its process: {error}") from error
+        return tuple(signatures)
+
+    def send(self, message: Hello | Request, timeout_s: float) -> None:
+        """Write one message. ProcessTimeout, ProcessDied."""
+        self._log.lines_left = MAX_LOG_LINES
+        self._connection.settimeout(timeout_s)
+        try:
+            send_frame(self._connection, message)
+        except TimeoutError as error:
+            raise ProcessTimeout from error
+        except OSError as error:
+            raise ProcessDied(self._how_it_died()) from error
+
+    def receive(self, timeout_s: float) -> Any:
+        """Read one message, passing the process's output to the log meanwhile. ProcessTimeout, ProcessDied."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            ready = {fd for fd, _ in self._poll.poll(left * 1000)}
+            if self._output in ready and not self._log.read(self._output):
+                self._poll.unregister(self._output)
+            if self._connection.fileno() in ready:
+                break
+            if left == 0.0:
+                raise ProcessTimeout
+        self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
+        try:
+            return receive_frame(self._connection)
+        except TimeoutError as error:
+            raise ProcessTimeout from error
+        except (EOFError, OSError) as error:
+            raise ProcessDied(self._how_it_died()) from error
+
+    def where(self, path: str | None) -> str:
+        """Where in the reward's code the process is now: `file:line in function`, or nothing if it does not say."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 0.5
+        text = ""
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            earlier, text = text, self._read_faults()
+            if text and text == earlier:
+                break
+        return self._place(text, path)
+
+    def signal_end(self) -> None:
+        """Have it killed with all that it started; `kill` must still be called by who uses it. From any thread."""
+        if self._process.returncode is None:  # else it has been reaped, and its id may be another's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kill it with all that it started. Returns when it is gone; RunError if it will not go."""
+        self.signal_end()
+        try:
+            self._process.wait(KILL_WAIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"reward process {self.pid} is still there {KILL_WAIT_S:g} s after SIGKILL") from error
+        finally:
+            self._log.read(self._output)
+            self._connection.close()
+            self._faults.close()
+            for fd in (self._lifeline, self._output):
+                os.close(fd)
+
+    def flush_log(self) -> None:
+        """Pass what it has written so far to the log."""
+        self._log.read(self._output)
+
+    def _how_it_died(self) -> str:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        if code < 0:
+            how = f"it was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += " (by somebody, or by the kernel for want of memory)"
+        else:
+            how = f"it exited with code {code}"
+        self._log.read(self._output)
+        place = self._place(self._read_faults(), None)
+        last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
+        return f"{how}{place and ', at ' + place}{last}"
+
+    def _read_faults(self) -> str:
+        self._faults.seek(0)
+        return self._faults.read().decode(errors="replace")
+
+    def _place(self, text: str, path: str | None) -> str:
+        return describe_frames([(file, int(line), name) for file, line, name in _FRAME.findall(text)][::-1], path)
+
+
+class OutputLog:
+    """Passes what rewards print to the log, whole lines, so many a request."""
+
+    def __init__(self) -> None:
+        self.lines_left = MAX_LOG_LINES
+        self.last_line = ""
+        self._partial = b""
+
+    def read(self, fd: int) -> bool:
+        """Take what a non-blocking pipe holds. False at its end."""
+        while True:
+            try:
+                chunk = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not chunk:
+                return False
+            *lines, self._partial = (self._partial + chunk).split(b"\n")
+            self._partial = self._partial[-(1 << 16) :]
+            for line in lines:
+                self._log(line)
+
+    def _log(self, line: bytes) -> None:
+        self.last_line = line.decode(errors="replace")[:500]
+        self.lines_left -= 1
+        if self.lines_left >= 0:
+            logger.info("reward output: %s", self.last_line)
+        elif self.lines_left == -1:
+            logger.info("reward output: more lines than %d for one group are left out", MAX_LOG_LINES)

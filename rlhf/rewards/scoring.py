@@ -1,0 +1,121 @@
+"""The rewards of a run, combined: one weighted score a response, or why there is none.
+
+Last stage before the experience: function rewards run in the pool, a reward model's numbers come in from its worker.
+A reward that fails is reported and never counted as 0; the controller decides what becomes of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf.rewards.loading import LoadedReward
+from rlhf.rewards.pool import START_TIMEOUT_S, Failure, Outcome, RewardPool
+from rlhf.types import GroupScores, Prompt, RewardError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """One reward of a run."""
+
+    name: str
+    weight: float
+    function: LoadedReward | None  # None: a reward model, whose numbers come to `score`
+
+
+class RewardSet:
+    """All rewards of a run. `score` may be called from as many threads at once as there are `processes`."""
+
+    def __init__(
+        self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
+    ) -> None:
+        if not specs:
+            raise ValueError("a reward set needs at least one reward")
+        self.specs = tuple(specs)
+        self._timeout_s = timeout_s
+        sources = [spec.function.source for spec in self.specs if spec.function is not None]
+        self._pool = (
+            RewardPool(sources, timeout_s=timeout_s, processes=processes, memory_gib=memory_gib) if sources else None
+        )
+
+    def __enter__(self) -> RewardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reward processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def deadline_s(self, num_responses: int) -> float:
+        """The longest that `score` can take once a process is free; for the caller's own deadline."""
+        recovery_s = 2 * (self._timeout_s + START_TIMEOUT_S)  # a death, a fresh process, and once more
+        return len(self.specs) * (num_responses * self._timeout_s + recovery_s)
+
+    def score(
+        self, prompt: Prompt, responses: Sequence[str], *, model_scores: Mapping[str, Sequence[float]]
+    ) -> GroupScores:
+        """Weighted sum of the rewards for each response to one prompt.
+
+        model_scores: by reward name, one number a response, for the specs without a function.
+        """
+        by_name: dict[str, tuple[float, ...]] = {}
+        errors: list[RewardError] = []
+        function_index = 0
+        for spec in self.specs:
+            if spec.function is None:
+                outcome = _check(model_scores[spec.name], len(responses))
+            else:
+                assert self._pool is not None
+                columns = spec.function.select(prompt.columns)
+                outcome = self._pool.score(function_index, prompt.text, responses, columns)
+                function_index += 1
+            by_name[spec.name] = outcome.scores
+            errors += [
+                RewardError(
+                    reward=spec.name, kind=f.kind, message=f.message, prompt_id=prompt.prompt_id, sample=f.sample
+                )
+                for f in outcome.failures
+            ]
+        if errors:
+            return GroupScores(scores=(), by_name={}, errors=tuple(errors))
+        weighted = [[spec.weight * score for score in by_name[spec.name]] for spec in self.specs]
+        return GroupScores(scores=tuple(map(sum, zip(*weighted, strict=True))), by_name=by_name, errors=())
+
+
+def describe(errors: Sequence[RewardError]) -> str:
+    """One line a reward and kind of failure, with the first message of each."""
+    first: dict[tuple[str, str], RewardError] = {}
+    count: dict[tuple[str, str], int] = {}
+    for error in errors:
+        key = (error.reward, error.kind)
+        first.setdefault(key, error)
+        count[key] = count.get(key, 0) + 1
+    return "\n".join(
+        f"reward `{error.reward}` {_WORDS[error.kind]} on response {error.sample} to prompt {error.prompt_id}: "
+        + error.message
+        + (f" (and {count[key] - 1} more like it)" if count[key] > 1 else "")
+        for key, error in first.items()
+    )
+
+
+_WORDS = {
+    "raised": "raised an exception",
+    "timeout": "did not answer in time",
+    "not_a_number": "gave no finite number",
+    "died": "ended its process",
+}
+
+
+def _check(scores: Sequence[float], count: int) -> Outcome:
+    if len(scores) != count:
+        raise ValueError(f"{len(scores)} reward model scores for {count} responses")
+    failures = tuple(
+        Failure(sample=sample, kind="not_a_number", message=f"the reward model gave {score}")
+        for sample, score in enumerate(scores)
+        if not math.isfinite(score)
+    )
+    return Outcome(scores=() if failures else tuple(map(float, scores)), failures=failures)
