@@ -1,0 +1,170 @@
+"""The thread that owns the vLLM engine: it steps it, and runs everything else on it between two steps.
+
+vLLM's core runs in this process, not in one of its own: a weight update cannot meet a running step, a request that
+ends on a stop string leaves the batch before the next step (so a batch depends on nothing but its requests), and an
+engine starts in a third of the time. Nothing outside this thread may touch the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rlhf.errors import RunError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """One sample to draw: vLLM's input, parameters and adapter under an id that is unique in the engine's life."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: Any
+    lora: Any  # None: no adapter
+
+
+class EngineLoop:
+    """Runs until `stop`, or until the engine fails: then every waiting and every later call raises RunError."""
+
+    def __init__(self, build: Callable[[], Any], *, name: str) -> None:
+        self.name = name
+        self.last_step = time.monotonic()
+        self._build = build
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[Any]] = {}
+        self._stopped = False
+        self._failure: RunError | None = None
+        self._engine: Any = None
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the engine."""
+        return len(self._waiting)
+
+    def start(self) -> Future[None]:
+        """Build the engine in its thread."""
+        self._thread.start()
+        return self._started
+
+    def call(self, work: Callable[[Any], T]) -> Future[T]:
+        """Run `work(engine)` between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if self._failure is not None:
+                future.set_exception(self._failure)
+            elif future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(self._engine))
+                except BaseException as error:
+                    future.set_exception(error)
+                    if not isinstance(error, Exception):
+                        raise
+
+        self._commands.put(run)
+        return future
+
+    def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
+        """Start all of them in the same step, in this order. Each future is vLLM's final RequestOutput."""
+        futures: list[Future[Any]] = [Future() for _ in submissions]
+
+        def add(engine: Any) -> None:
+            for sample, future in zip(submissions, futures, strict=True):
+                engine.add_request(
+                    sample.request_id,
+                    {"type": "token", "prompt_token_ids": list(sample.prompt_token_ids)},
+                    sample.params,
+                    lora_request=sample.lora,
+                )
+                self._waiting[sample.request_id] = future
+
+        self.call(add).add_done_callback(lambda done: _fail(futures, done.exception()))
+        return futures
+
+    def abort_all(self) -> Future[int]:
+        """Drop every request; how many there were. Who waits for them gets RunError."""
+
+        def abort(engine: Any) -> int:
+            count = len(self._waiting)
+            engine.abort_request(list(self._waiting))
+            _fail(list(self._waiting.values()), RunError(f"{self.name}: the request was aborted"))
+            self._waiting.clear()
+            return count
+
+        return self.call(abort)
+
+    def stop(self, *, timeout_s: float) -> bool:
+        """End the thread and the engine; whether it ended in time."""
+
+        def shut_down() -> None:
+            self._stopped = True
+
+        self._commands.put(shut_down)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._build()
+        except BaseException as error:
+            self._failure = RunError(f"{self.name} did not start: {_told(error)}")
+            self._failure.__cause__ = error
+            self._started.set_exception(self._failure)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._started.set_result(None)
+        while not self._stopped:
+            self._take_commands()
+            if self._failure is None and self._engine.has_unfinished_requests():
+                self._step()
+        _fail(list(self._waiting.values()), RunError(f"{self.name} was shut down"))
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+
+    def _take_commands(self) -> None:
+        """All that have come; waits for one if there is nothing to step."""
+        if self._failure is not None or not self._engine.has_unfinished_requests():
+            self._commands.get()()
+        with contextlib.suppress(queue.Empty):
+            while not self._stopped:
+                self._commands.get_nowait()()
+
+    def _step(self) -> None:
+        try:
+            outputs = self._engine.step()
+        except BaseException as error:
+            self._failure = RunError(
+                f"{self.name} died with {len(self._waiting)} requests in flight: {_told(error)}. "
+                "The run can be resumed with --resume auto."
+            )
+            self._failure.__cause__ = error
+            _fail(list(self._waiting.values()), self._failure)
+            self._waiting.clear()
+            if not isinstance(error, Exception):
+                raise
+            return
+        self.last_step = time.monotonic()
+        for output in outputs:
+            if output.finished:
+                self._waiting.pop(output.request_id).set_result(output)
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:
+    for future in futures if error is not None else ():
+        if not future.done():
+            future.set_exception(error)

@@ -1,0 +1,55 @@
+"""Finished groups on disk, so that a resumed run trains on the very same rollouts.
+
+One file a group, named by group id and the version of the weights that the group began with, written whole or not at
+all. A file speaks for a request only if prompt and seeds are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts
+
+
+def group_path(folder: Path, group_id: int, version: int) -> Path:
+    """Where a group is spooled."""
+    return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"
+
+
+def write_group(
+    folder: Path, request: GroupRequest, version: int, rollouts: Rollouts, infos: tuple[RolloutInfo, ...]
+) -> None:
+    """Write a finished group aside, then rename it into place."""
+    path = group_path(folder, request.group_id, version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
+    save_file(columns, aside, metadata={**_identity(request), "infos": json.dumps([asdict(info) for info in infos])})
+    aside.replace(path)
+
+
+def read_group(folder: Path, request: GroupRequest, version: int) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
+    """The group, if it is there and answers this very request."""
+    path = group_path(folder, request.group_id, version)
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if any(metadata[key] != value for key, value in _identity(request).items()):
+            return None
+        rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
+    return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
+
+
+def _identity(request: GroupRequest) -> dict[str, str]:
+    return {
+        "prompt_token_ids": json.dumps(request.prompt.token_ids),
+        "seeds": json.dumps(request.seeds),
+        "first_sequence_id": json.dumps(request.first_sequence_id),
+    }

@@ -1,0 +1,69 @@
+"""What a published set of weights is: names, layout, version and checksum. Made by the trainer, read by the engines.
+
+All transports lay the weights out alike: one flat run of bytes, each tensor at a 64-byte boundary, in the order in
+which the trainer named them. The checksum is over that run. This module moves no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; a cache line, and what vectorised loads like
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest:
+    """One published set of weights. Picklable, a few kilobytes, holds no tensor."""
+
+    version: int
+    checksum: str  # xxh3-64 of the nbytes of the flat run, in hexadecimal
+    names: tuple[str, ...]  # Hugging Face names
+    dtypes: tuple[str, ...]  # torch's names, e.g. "bfloat16"
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]  # bytes from the start of the flat run
+    nbytes: int
+    transport: str
+    fields: Mapping[str, Any]  # what this transport's receiver needs besides
+
+    def update_info(self) -> dict[str, Any]:
+        """The same as plain values, as vLLM hands it to its workers."""
+        return {
+            "version": self.version,
+            "checksum": self.checksum,
+            "names": list(self.names),
+            "dtypes": list(self.dtypes),
+            "shapes": [list(shape) for shape in self.shapes],
+            "offsets": list(self.offsets),
+            "nbytes": self.nbytes,
+            **self.fields,
+        }
+
+
+def aligned(nbytes: int) -> int:
+    """The next 64-byte boundary."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def tensor_view(flat: UInt8[Tensor, " bytes"], offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A tensor that shares the flat memory."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return flat[offset : offset + nbytes].view(dtype).view(tuple(shape))
+
+
+def named_views(
+    flat: UInt8[Tensor, " bytes"],
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    offsets: Sequence[int],
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a flat run, without a copy."""
+    for name, dtype, shape, offset in zip(names, dtypes, shapes, offsets, strict=True):
+        yield name, tensor_view(flat, offset, getattr(torch, dtype), shape)

@@ -1,0 +1,60 @@
+"""The engine's end of the shared-memory transport, inside vLLM's workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from actors.weights.manifest import named_views
+from actors.weights.vllm_reload import ReloadEngine
+
+
+@dataclass
+class ShmInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """There is nothing to agree on beforehand."""
+
+
+@dataclass
+class ShmUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """The manifest's fields."""
+
+    version: int
+    checksum: str
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    nbytes: int
+    path: str
+
+
+class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
+    """Reads the file in place. It stays mapped from one sync to the next."""
+
+    init_info_cls = ShmInit
+    update_info_cls = ShmUpdate
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.path = ""
+        self.flat = torch.empty(0, dtype=torch.uint8)
+
+    def init_transfer_engine(self, init_info: ShmInit) -> None:
+        """Nothing."""
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        """Load every tensor out of the mapped file and take the checksum of what was read."""
+        u = update_info
+        if (u.path, u.nbytes) != (self.path, self.flat.numel()):
+            self.flat = torch.from_file(u.path, shared=True, size=u.nbytes, dtype=torch.uint8)
+            self.path = u.path
+        self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
+        self.checksum = xxhash.xxh3_64(self.flat.numpy().data).hexdigest()
+
+    def shutdown(self) -> None:
+        """Let the mapping go."""
+        self.path, self.flat = "", torch.empty(0, dtype=torch.uint8)
