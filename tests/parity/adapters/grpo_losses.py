@@ -51,7 +51,8 @@ class GRPOBatch:
             raise Unsupported("no epsilon")
         self.clip = {"clip_low": float(low), "clip_high": float(low if high is None else high)}
         self.level = arguments.choice("importance_sampling_level", {k: k for k in LEVELS}, "token")
-        self.per_sequence = self.level == "sequence"
+        given = arguments.tensor("advantages")
+        self.per_sequence = self.level == "sequence" and given.numel() == len(given)  # TRL's shape (B, 1)
         arguments.ignore("on_policy", "token_adv")  # they say what the inputs already show
 
     def ratio(self) -> Tensor:
@@ -86,35 +87,41 @@ class GRPOBatch:
         rollout = self.old if sampling is None else self.layout.flat(sampling)
         return trl_on_policy(self.logprobs, rollout, self.advantages, self.layout, threshold)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """TRL's metric over tokens, or over sequences where the ratio has one value a sequence."""
-        if self.per_sequence:
-            return values[self._first()].sum() / len(self.lengths)
-        return masked_mean(values, self.mask)
-
-    def _first(self) -> Tensor:
-        if not bool((self.lengths > 0).all()):
-            raise Unsupported("a fully masked row with a ratio per sequence")
-        return self.lengths.cumsum(0) - self.lengths
-
     def clip_metrics(self, ratio: Tensor) -> dict[str, Tensor]:
-        """Fractions of clipped tokens, in float32 as TRL takes them."""
-        everywhere = torch.ones_like(self.mask) if self.per_sequence else self.mask
-        low, high = (
-            flags.float() for flags in policy_loss.clipped_ratios(ratio, self.advantages, everywhere, **self.clip)
-        )
+        """Fractions of clipped tokens in float32, as TRL takes them; or of clipped sequences, masked ones included."""
         if self.per_sequence:
-            by_sequence = [flags[self._first()] for flags in (low, high)]
+            ratio, advantages = self.by_sequence(ratio), self.arguments.tensor("advantages").flatten()
+            everywhere = torch.ones_like(advantages, dtype=torch.bool)
+            flags = policy_loss.clipped_ratios(ratio, advantages, everywhere, **self.clip)
+            low, high = (flag.to(self.arguments.dtype) for flag in flags)
+            means, by_sequence = (low.mean(), high.mean(), torch.maximum(low, high).mean()), (low, high)
         else:
+            flags = policy_loss.clipped_ratios(ratio, self.advantages, self.mask, **self.clip)
+            low, high = (flag.float() for flag in flags)
+            means = tuple(masked_mean(flag, self.mask) for flag in (low, high, torch.maximum(low, high)))
             sampled = sequence_counts(self.mask, self.lengths) > 0
-            by_sequence = [sequence_means(flags, self.mask, self.lengths)[sampled] for flags in (low, high)]
+            by_sequence = tuple(sequence_means(flag, self.mask, self.lengths)[sampled] for flag in (low, high))
+        names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
         return {
-            "clip_ratio/low_mean": self.mean(low),
-            "clip_ratio/high_mean": self.mean(high),
-            "clip_ratio/region_mean": self.mean(torch.maximum(low, high)),
+            **dict(zip(names, means, strict=True)),
             "clip_ratio/low_min": by_sequence[0].min(),
             "clip_ratio/high_max": by_sequence[1].max(),
         }
+
+    def cispo_clipped(self, ratio: Tensor) -> Tensor:
+        """Fraction whose weight the upper bound holds, counted as in clip_metrics."""
+        cap = self.clip["clip_high"]
+        if self.per_sequence:
+            clipped = (self.by_sequence(ratio) > cap) & (self.arguments.tensor("advantages").flatten() > 0)
+            return clipped.to(self.arguments.dtype).mean()
+        return masked_mean(((ratio > cap) & (self.advantages > 0)).float(), self.mask)
+
+    def by_sequence(self, ratio: Tensor) -> Tensor:
+        """[B] out of a column that is constant over each sequence; 1 for a fully masked row."""
+        found = torch.ones(len(self.lengths), dtype=ratio.dtype)
+        there = self.lengths > 0
+        found[there] = ratio.detach()[(self.lengths.cumsum(0) - self.lengths)[there]]
+        return found
 
     def aggregated(self, losses: Tensor, loss_type: str) -> Tensor:
         """Over the optimizer step, as each loss type counts it."""
@@ -191,14 +198,25 @@ def gamma_parameters(arguments: Arguments, prefix: str) -> dict[str, float]:
     }
 
 
-def vespo_weights(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
-    """On each token, from the log-ratio summed over its sequence and the sampler's, masked or not."""
+def vespo_log_ratio(batch: GRPOBatch) -> Tensor:
+    """[B] log-ratio summed over each sequence, and the sampler's over each row, masked or not."""
     held = (batch.logprobs - batch.old).detach().clamp(-20.0, 20.0)
     log_ratio = sequence_sums(torch.where(batch.mask, held, 0.0), batch.lengths)
     sampler = batch.arguments.maybe("importance_sampling_ratio")
-    if sampler is not None:
-        log_ratio = log_ratio + sampler.log().clamp(math.log(1e-8), 20.0).sum(-1)
-    return weighted_loss.vespo_weights(batch.layout.spread(log_ratio), batch.advantages, **powers)
+    return log_ratio if sampler is None else log_ratio + sampler.log().clamp(math.log(1e-8), 20.0).sum(-1)
+
+
+def vespo_weights(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
+    """On each token."""
+    return weighted_loss.vespo_weights(batch.layout.spread(vespo_log_ratio(batch)), batch.advantages, **powers)
+
+
+def vespo_mean(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
+    """Over sequences if they have one advantage each, else over tokens."""
+    advantages = batch.arguments.tensor("advantages")
+    if advantages.numel() > len(advantages):
+        return masked_mean(vespo_weights(batch, powers), batch.mask)
+    return weighted_loss.vespo_weights(vespo_log_ratio(batch), advantages.flatten(), **powers).mean()
 
 
 def compute_loss(arguments: Arguments, layout: Layout, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -226,11 +244,9 @@ def compute_loss(arguments: Arguments, layout: Layout, logprobs: Tensor) -> tupl
         delta = arguments.optional("delta")
         metrics |= batch.clip_metrics(ratio if delta is None else ratio.clamp(max=delta))
     elif loss_type == "cispo":
-        clipped = (ratio > batch.clip["clip_high"]) & (batch.advantages > 0)
-        metrics["cispo_clip_ratio"] = batch.mean(clipped.float())
+        metrics["cispo_clip_ratio"] = batch.cispo_clipped(ratio)
     elif loss_type == "vespo":
-        batch.per_sequence = arguments.tensor("advantages").ndim == 1
-        metrics["vespo/phi_seq_mean"] = batch.mean(vespo_weights(batch, gamma_parameters(arguments, "vespo_")))
+        metrics["vespo/phi_seq_mean"] = vespo_mean(batch, gamma_parameters(arguments, "vespo_"))
     return loss, metrics
 
 
@@ -246,7 +262,6 @@ def trl_gmpo_loss(arguments: Arguments) -> Outputs:
     logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
     batch = GRPOBatch(arguments, layout, layout.flat(logprobs))
     arguments.ignore("importance_sampling_level", "use_bias_correction_kl", "loss_type", "delta")
-    batch.per_sequence = False
     kept = batch.high_entropy()
     ratio = sequence_ratios.geometric_mean_ratio(
         batch.logprobs, batch.old, batch.advantages, kept, batch.lengths, **batch.clip
