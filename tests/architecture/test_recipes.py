@@ -1,0 +1,29 @@
+"""Every recipe loads, and `rlhf plan` works for it on a machine that has neither the model nor the devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import rlhf
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipe_loads_and_plans(path: Path) -> None:
+    loaded = rlhf.load_config(path)
+    text = rlhf.plan(loaded)
+    assert all(name in text for name in loaded.stages)
+
+
+def test_recipes_have_names_of_their_own() -> None:
+    names = [rlhf.load_config(path).name for path in RECIPES]
+    assert len(set(names)) == len(names) == len(RECIPES) > 0
+
+
+def test_a_cluster_of_the_recipe_s_size_is_enough() -> None:
+    by_name = {path.stem: path for path in RECIPES}
+    assert "8" in rlhf.plan(by_name["ppo_7b_8gpu"], cluster="1*cpu=64,gpu=8")
+    rlhf.plan(by_name["ppo_70b_multinode"], cluster="4*cpu=96,gpu=8")

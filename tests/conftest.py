@@ -1,0 +1,55 @@
+"""What every test runs under: no hub, no telemetry, checked tensor shapes in the mathematics, and one small Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything else is imported: libraries read these once, and processes started by tests inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="agg",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+# Every annotated shape and dtype in the equations is checked at each call, in tests only.
+install_import_hook("rlhf.objectives", "beartype.beartype")
+
+RAY_CPUS = 4  # what Ray may hand out, whatever the machine has: tests place up to four workers
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the quickstart's tiny Llama, seed 0, float32. Tests read it only."""
+    from rlhf.models.tiny import build_tiny_llama
+
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama", seed=0)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of this test session on this machine. Tests end the actors that they start."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=RAY_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
