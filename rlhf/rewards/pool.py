@@ -76,14 +76,14 @@ class RewardPool:
 
     def pids(self) -> list[int]:
         """Process ids, for a look from outside."""
-        return [slot.process.pid for slot in self._slots if slot.process is not None]
+        return [process.pid for process in [slot.process for slot in self._slots] if process is not None]
 
     def close(self) -> None:
         """End the processes. A group under way in another thread gets a RunError."""
         self._closed = True
-        for slot in self._slots:
-            if slot.process is not None:
-                slot.process.signal_end()
+        for process in [slot.process for slot in self._slots]:
+            if process is not None:
+                process.signal_end()
         for _ in self._slots:
             with suppress(queue.Empty):
                 self._idle.get_nowait().discard()
@@ -91,12 +91,12 @@ class RewardPool:
     def score(self, reward: int, prompt: str, responses: Sequence[str], columns: Mapping[str, Any]) -> Outcome:
         """Scores of one group by sources[reward].
 
-        A hang or a death ends the group: it cannot be used any more, and the rest may hang as well. A death is tried
-        once more in a fresh process before it counts, since a process may also be killed from outside.
+        A hang or a death ends the group: it cannot be used any more, and the rest may hang as well. The first
+        death is tried again in a fresh process, since a process may also be killed from outside.
         """
         pickled = pickle.dumps(dict(columns))
         replies: list[Reply] = []
-        died_at: int | None = None
+        retried = False
         with self._borrow() as slot:
             while len(replies) < len(responses):
                 request = Request(
@@ -106,8 +106,8 @@ class RewardPool:
                 if end is None:
                     break
                 slot.discard()
-                if end.kind == "died" and died_at != len(replies):
-                    died_at = len(replies)
+                if end.kind == "died" and not retried:
+                    retried = True
                     continue
                 replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
                 break
@@ -125,13 +125,13 @@ class RewardPool:
             for _ in request.responses:
                 reply = process.receive(self._timeout_s)
                 if reply.kind == "died":
-                    return Reply("died", f"it {reply.payload}; the limit is {self._memory_gib:g} GiB")
+                    return Reply(kind="died", payload=f"it {reply.payload}; the limit is {self._memory_gib:g} GiB")
                 replies.append(reply)
         except ProcessTimeout:
             place = process.where(self._sources[request.reward].path)
-            return Reply("timeout", f"no answer within {self._timeout_s:g} s{place and ', at ' + place}")
+            return Reply(kind="timeout", payload=f"no answer within {self._timeout_s:g} s{place and ', at ' + place}")
         except ProcessDied as error:
-            return Reply("died", str(error))
+            return Reply(kind="died", payload=str(error))
         process.flush_log()
         return None
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.pool import START_TIMEOUT_S, Failure, Outcome, RewardPool
 from rlhf.types import GroupScores, Prompt, RewardError
+
+_NONE: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ class RewardSet:
         return len(self.specs) * (num_responses * self._timeout_s + recovery_s)
 
     def score(
-        self, prompt: Prompt, responses: Sequence[str], *, model_scores: Mapping[str, Sequence[float]]
+        self, prompt: Prompt, responses: Sequence[str], *, model_scores: Mapping[str, Sequence[float]] = _NONE
     ) -> GroupScores:
         """Weighted sum of the rewards for each response to one prompt.
 
@@ -67,23 +70,21 @@ class RewardSet:
         function_index = 0
         for spec in self.specs:
             if spec.function is None:
-                outcome = _check(model_scores[spec.name], len(responses))
+                outcome = _check(model_scores[spec.name], len(responses), "the reward model gave")
             else:
                 assert self._pool is not None
                 columns = spec.function.select(prompt.columns)
                 outcome = self._pool.score(function_index, prompt.text, responses, columns)
                 function_index += 1
             by_name[spec.name] = outcome.scores
-            errors += [
-                RewardError(
-                    reward=spec.name, kind=f.kind, message=f.message, prompt_id=prompt.prompt_id, sample=f.sample
-                )
-                for f in outcome.failures
-            ]
+            errors += _as_errors(spec.name, outcome, prompt)
         if errors:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))
         weighted = [[spec.weight * score for score in by_name[spec.name]] for spec in self.specs]
-        return GroupScores(scores=tuple(map(sum, zip(*weighted, strict=True))), by_name=by_name, errors=())
+        total = _check([sum(row) for row in zip(*weighted, strict=True)], len(responses), "the weighted sum is")
+        if total.failures:
+            errors = _as_errors("weighted sum", total, prompt)
+        return GroupScores(scores=total.scores, by_name={} if errors else by_name, errors=tuple(errors))
 
 
 def describe(errors: Sequence[RewardError]) -> str:
@@ -106,15 +107,22 @@ _WORDS = {
     "raised": "raised an exception",
     "timeout": "did not answer in time",
     "not_a_number": "gave no finite number",
-    "died": "ended its process",
+    "died": "lost its process",
 }
 
 
-def _check(scores: Sequence[float], count: int) -> Outcome:
+def _as_errors(reward: str, outcome: Outcome, prompt: Prompt) -> list[RewardError]:
+    return [
+        RewardError(reward=reward, kind=f.kind, message=f.message, prompt_id=prompt.prompt_id, sample=f.sample)
+        for f in outcome.failures
+    ]
+
+
+def _check(scores: Sequence[float], count: int, what: str) -> Outcome:
     if len(scores) != count:
         raise ValueError(f"{len(scores)} reward model scores for {count} responses")
     failures = tuple(
-        Failure(sample=sample, kind="not_a_number", message=f"the reward model gave {score}")
+        Failure(sample=sample, kind="not_a_number", message=f"{what} {score}")
         for sample, score in enumerate(scores)
         if not math.isfinite(score)
     )

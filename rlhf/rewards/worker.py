@@ -70,7 +70,7 @@ class Request:
     columns: bytes  # a pickled dict, opened afresh for every call: no call sees what another did to it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """kind: `loaded` (payload: Signature), `value` (float), or a failure (its message)."""
 
@@ -154,7 +154,7 @@ class Reward:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         values = list(self._call(prompts=[request.prompt] * count, responses=list(responses), **columns))
         if len(values) != count:
-            return [Reply("not_a_number", f"returned {len(values)} scores for {count} responses")] * count
+            return [Reply(kind="not_a_number", payload=f"returned {len(values)} scores for {count} responses")] * count
         return [_as_reply(value) for value in values]
 
     def _guard(
@@ -167,9 +167,9 @@ class Reward:
         try:
             return score(request, responses)
         except MemoryError:
-            failure = Reply("died", "ran out of memory")
+            failure = Reply(kind="died", payload="ran out of memory")
         except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
-            failure = Reply("raised", summarize(error, self._path))
+            failure = Reply(kind="raised", payload=summarize(error, self._path))
         return [failure] * len(responses)
 
 
@@ -177,12 +177,18 @@ def _as_reply(value: object) -> Reply:
     if not isinstance(value, numbers.Real):
         text = repr(value)
         shown = text if len(text) <= 80 else text[:77] + "..."
-        return Reply("not_a_number", f"returned {shown} of type {type(value).__name__} where a float is expected")
+        return Reply(
+            kind="not_a_number", payload=f"returned {shown} of type {type(value).__name__} where a float is expected"
+        )
     try:
         number = float(value)
     except OverflowError:
-        return Reply("not_a_number", "returned an integer too large for a float")
-    return Reply("value", number) if math.isfinite(number) else Reply("not_a_number", f"returned {number}")
+        return Reply(kind="not_a_number", payload="returned an integer too large for a float")
+    return (
+        Reply(kind="value", payload=number)
+        if math.isfinite(number)
+        else Reply(kind="not_a_number", payload=f"returned {number}")
+    )
 
 
 def _find(source: Source) -> Any:
@@ -194,7 +200,9 @@ def _find(source: Source) -> Any:
         raise LoadError(f"{source.path} defines no `{source.name}`; it defines: {', '.join(own) or 'nothing callable'}")
     target = vars(module)[source.name]
     if not callable(target):
-        raise LoadError(f"`{source.name}` in {source.path} is a {type(target).__name__}, not a function or a class")
+        raise LoadError(
+            f"`{source.name}` in {source.path} is of type {type(target).__name__}, not a function or a class"
+        )
     return target
 
 
@@ -306,8 +314,8 @@ def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
         try:
             rewards.append(Reward(source))
         except LoadError as error:
-            return send_frame(connection, Reply("failed", str(error)))
-        send_frame(connection, Reply("loaded", rewards[-1].signature))
+            return send_frame(connection, Reply(kind="failed", payload=str(error)))
+        send_frame(connection, Reply(kind="loaded", payload=rewards[-1].signature))
     while True:
         try:
             request: Request = receive_frame(connection)

@@ -1,0 +1,107 @@
+"""The built-in rewards by themselves, and the two heavy ones in the pool that they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from rlhf.rewards.functions import BUILT_INS, FormatRegex, contains, exact_match, last_number
+from rlhf.rewards.pool import RewardPool
+from rlhf.rewards.worker import Source
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("11,19,23", "11,19,23", 1.0),
+        ("11,19,23", 23, 1.0),
+        ("11,19,24", 23, 0.0),
+        ("23, then 11", 23, 0.0),
+        ("so it is 1,234.", "1234", 1.0),
+        ("#### 42", "work ... #### 42", 1.0),
+        ("42.0", 42, 1.0),
+        ("0.1", 0.1, 1.0),
+        ("10-3", 3, 1.0),
+        ("x = -3", -3, 1.0),
+        ("x = \N{MINUS SIGN}3", -3, 1.0),
+        ("3", -3, 0.0),
+        ("none", 3, 0.0),
+        ("", 0, 0.0),
+    ],
+)
+def test_last_number(response: str, answer: object, score: float) -> None:
+    assert last_number("p", response, answer) == score
+
+
+def test_last_number_is_exact_beyond_floats() -> None:
+    assert last_number("p", str(2**60 + 1), 2**60) == 0.0
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_and_not_a_wrong_response() -> None:
+    with pytest.raises(ValueError, match="no number in the answer"):
+        last_number("p", "3", "three")
+    with pytest.raises(ValueError, match="empty"):
+        contains("p", "anything", " ")
+
+
+def test_string_rules() -> None:
+    assert exact_match("p", " Paris\n", "Paris") == 1.0
+    assert exact_match("p", "Paris.", "Paris") == 0.0
+    assert contains("p", "It is Paris.", "Paris") == 1.0
+    assert contains("p", "It is Rome.", "Paris") == 0.0
+    tags = FormatRegex(pattern=r"<think>.+</think>\s*<answer>.+</answer>")
+    assert tags("p", "<think>a\nb</think>\n<answer>3</answer>") == 1.0
+    assert tags("p", "<think>a</think><answer>3</answer> and more") == 0.0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    sources = [
+        Source(path=None, name="math_answer", args={"limit_s": 1.0}),
+        Source(path=None, name="reasoning_gym", args={}),
+        Source(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
+    ]
+    with RewardPool(sources, timeout_s=5.0) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("3/4", "so \\boxed{\\frac{3}{4}}", "\\boxed{\\frac{4}{3}}"),
+        ("\\frac{3}{4}", "The answer is 0.75.", "The answer is 0.57."),
+        ("x^2+1", "$1+x^2$", "$x^2$"),
+        ("$(1,2)$", "\\boxed{(1,2)}", "\\boxed{(2,1)}"),
+        ("42", "The answer is 42", "junk"),
+    ],
+)
+def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> None:
+    assert pool.score(0, "p", [right, wrong], {"answer": answer}).scores == (1.0, 0.0)
+
+
+def test_math_answer_without_an_expression_in_the_answer_is_an_error(pool: RewardPool) -> None:
+    (failure,) = pool.score(0, "p", ["3"], {"answer": ""}).failures
+    assert failure.kind == "raised"
+    assert "finds no expression" in failure.message
+
+
+def test_math_answer_bounds_hostile_responses(pool: RewardPool) -> None:
+    began = time.monotonic()
+    hostile = ["$9^{9^{9^9}}$", "$100000000!$", "$\\binom{1000000}{500000}$"]
+    outcome = pool.score(0, "p", [*hostile, "$12$"], {"answer": "12"})
+    assert outcome.scores == (0.0, 0.0, 0.0, 1.0)
+    assert time.monotonic() - began < 6.0  # at most 1 s each
+
+
+ENTRY = {"answer": "12", "metadata": {"source_dataset": "gcd", "numbers": [24, 36]}}
+
+
+def test_reasoning_gym_scores_the_extracted_answer(pool: RewardPool) -> None:
+    assert pool.score(1, "p", ["24 and 36: it is 12.", "24", "no number"], ENTRY).scores == (1.0, 0.0, 0.0)
+    assert pool.score(2, "p", ["<answer> 12 </answer>", "12"], ENTRY).scores == (1.0, 0.0)
+
+
+def test_the_table_is_sorted() -> None:
+    assert list(BUILT_INS) == sorted(BUILT_INS)

@@ -1,0 +1,149 @@
+"""Rewards by name: what is found, what their signatures say, and every way in which a name can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.rewards.loading import LoadedReward, check_columns, load_reward
+from rlhf.rewards.worker import Signature
+
+FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
+
+
+def load(
+    function: str, *, folders: tuple[Path, ...] = (FILES,), timeout_s: float = 60.0, **args: object
+) -> LoadedReward:
+    return load_reward(function, args=args, folders=folders, key="rewards.r.function", timeout_s=timeout_s)
+
+
+def refusal(function: str, *, folder: Path = FILES, timeout_s: float = 60.0, **args: object) -> str:
+    with pytest.raises(UserError) as error:
+        load(function, folders=(folder,), timeout_s=timeout_s, **args)
+    assert str(error.value).startswith("rewards.r.function: ")
+    return str(error.value)
+
+
+def written(folder: Path, text: str) -> str:
+    (folder / "mine.py").write_text(text)
+    return "mine.py:reward"
+
+
+def test_signature_of_a_function() -> None:
+    assert load("simple.py:right").signature == Signature(
+        batched=False, required=("answer",), optional=("tolerance",), takes_all=True
+    )
+    assert load("simple.py:batched").signature.batched
+
+
+def test_args_are_not_columns() -> None:
+    reward = load("simple.py:right", tolerance=0.5)
+    assert reward.signature.optional == ()
+    assert reward.select({"answer": "a", "tolerance": 9, "other": 1}) == {"answer": "a", "other": 1}
+
+
+def test_only_named_columns_are_passed() -> None:
+    row = {"answer": "a", "start": 3, "prompt": "not this one"}
+    assert load("simple.py:length").select(row) == {}
+    assert load("simple.py:batched").select(row) == {"answer": "a"}
+    assert load("simple.py:right").select(row) == {"answer": "a", "start": 3}
+
+
+def test_the_first_folder_that_has_the_file(tmp_path: Path) -> None:
+    reward = load("simple.py:length", folders=(tmp_path, FILES))
+    assert reward.source.path == str(FILES.resolve() / "simple.py")
+
+
+def test_pickles() -> None:
+    reward = load("simple.py:Counting", start=4)
+    assert pickle.loads(pickle.dumps(reward)) == reward
+
+
+def test_unknown_built_in_is_answered_with_the_nearest() -> None:
+    assert "did you mean `math_answer`?" in refusal("math_anwser")
+
+
+def test_file_without_a_name() -> None:
+    assert "`simple.py:NAME`" in refusal("simple.py")
+
+
+def test_missing_file_says_where_it_was_looked_for() -> None:
+    assert str(FILES.resolve() / "absent.py") in refusal("absent.py:reward")
+
+
+def test_missing_name_lists_what_there_is() -> None:
+    message = refusal("simple.py:lenght")
+    assert "defines no `lenght`" in message
+    assert "length" in message.split("it defines:")[1]
+
+
+def test_import_that_raises_names_the_users_line(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path, "TABLE = {'a': 1}\n\nWEIGHT = TABLE['b']\n"), folder=tmp_path)
+    assert "KeyError: 'b'" in message
+    assert f"{tmp_path / 'mine.py'}:3" in message
+
+
+def test_syntax_error_names_the_line(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path, "x = 1\ndef reward(prompt, response)\n    return 1\n"), folder=tmp_path)
+    assert "SyntaxError" in message
+    assert "line 2" in message
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import sys\nsys.exit(4)\n", "raised SystemExit: 4"),
+        ("import os\nos._exit(4)\n", "exited with code 4"),
+        ("import time\ntime.sleep(600)\n", "mine.py:2"),
+    ],
+)
+def test_import_that_ends_or_hangs(code: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refusal(written(tmp_path, code), folder=tmp_path, timeout_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("not_callable", "is of type int, not a function or a class"),
+        ("wrong_names", "must take `prompt, response`"),
+        ("by_position", "arguments are passed by name"),
+        ("asynchronous", "is async"),
+        ("NoCall", "has no __call__"),
+    ],
+)
+def test_what_is_no_reward(name: str, expected: str) -> None:
+    assert expected in refusal(f"simple.py:{name}")
+
+
+def test_args_that_do_not_fit() -> None:
+    assert "cannot be constructed" in refusal("simple.py:Counting", begin=1)
+    assert "has no parameter weight" in refusal("simple.py:length", weight=1)
+    assert "unterminated" in refusal("format_regex", pattern="(")
+
+
+def test_a_file_named_like_a_module_does_not_replace_it(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("import json\n\ndef reward(prompt, response):\n    return json.loads(response)\n")
+    assert load("json.py:reward", folders=(tmp_path,)).function == "json.py:reward"
+
+
+def test_check_columns() -> None:
+    reward = load("last_number")
+    check_columns(reward, ["answer"], key="rewards.r", data="train.jsonl")
+    with pytest.raises(UserError, match=r"needs the column `answer`, and train\.jsonl has text"):
+        check_columns(reward, ["text"], key="rewards.r", data="train.jsonl")
+
+
+def test_loading_leaves_user_code_and_torch_out_of_the_caller() -> None:
+    code = (
+        "import json, sys; from pathlib import Path; from rlhf.rewards.loading import load_reward\n"
+        f"load_reward('simple.py:length', args={{}}, folders=[Path({str(FILES)!r})], key='k')\n"
+        "print(json.dumps([n for n in ('torch', 'neighbour', 'transformers') if n in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,72 @@
+"""Weights, names, and errors of a reward set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.rewards.loading import load_reward
+from rlhf.rewards.scoring import RewardSet, RewardSpec, describe
+from rlhf.types import Prompt, RewardError
+
+FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
+PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", "unused": 1})
+
+
+def spec(name: str, function: str | None, weight: float = 1.0) -> RewardSpec:
+    loaded = None if function is None else load_reward(function, args={}, folders=[FILES], key=name)
+    return RewardSpec(name=name, weight=weight, function=loaded)
+
+
+def test_weighted_sum_by_hand() -> None:
+    specs = [spec("length", "simple.py:length", 0.5), spec("taste", None, -2.0), spec("exact", "exact_match", 10.0)]
+    with RewardSet(specs, timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["ab", "abcd"], model_scores={"taste": [0.25, 3.0]})
+    # 0.5 * 2 - 2 * 0.25 + 10 * 1 = 10.5;   0.5 * 4 - 2 * 3 + 10 * 0 = -4
+    assert scores.scores == (10.5, -4.0)
+    assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
+    assert scores.errors == ()
+
+
+def test_a_model_alone_needs_no_process() -> None:
+    with RewardSet([spec("taste", None, 2.0)], timeout_s=5.0) as rewards:
+        assert rewards.score(PROMPT, ["a"], model_scores={"taste": [1.5]}).scores == (3.0,)
+
+
+def test_errors_of_functions_and_models_leave_no_scores() -> None:
+    specs = [spec("taste", None), spec("strict", "hostile.py:raises"), spec("length", "simple.py:length")]
+    with RewardSet(specs, timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["a", "x"], model_scores={"taste": [float("nan"), 1.0]})
+    assert scores.scores == ()
+    assert scores.by_name == {}
+    assert [(e.reward, e.kind, e.prompt_id, e.sample) for e in scores.errors] == [
+        ("taste", "not_a_number", 7, 0),
+        ("strict", "raised", 7, 1),
+    ]
+
+
+def test_model_scores_must_fit_the_group() -> None:
+    with (
+        RewardSet([spec("taste", None)], timeout_s=5.0) as rewards,
+        pytest.raises(ValueError, match="1 reward model scores for 2 responses"),
+    ):
+        rewards.score(PROMPT, ["a", "b"], model_scores={"taste": [1.0]})
+
+
+def test_weights_that_overflow_are_an_error() -> None:
+    with RewardSet([spec("taste", None, 1e300)], timeout_s=5.0) as rewards:
+        (error,) = rewards.score(PROMPT, ["a"], model_scores={"taste": [1e300]}).errors
+    assert error.kind == "not_a_number"
+
+
+def test_describe_says_each_cause_once() -> None:
+    errors = [
+        RewardError(reward="r", kind="raised", message="ValueError: no, at f.py:3 in r", prompt_id=7, sample=i)
+        for i in (2, 4, 5)
+    ]
+    errors.append(RewardError(reward="q", kind="timeout", message="no answer within 10 s", prompt_id=8, sample=0))
+    assert describe(errors).splitlines() == [
+        "reward `r` raised an exception on response 2 to prompt 7: ValueError: no, at f.py:3 in r (and 2 more like it)",
+        "reward `q` did not answer in time on response 0 to prompt 8: no answer within 10 s",
+    ]
