@@ -23,9 +23,9 @@ def token_weights(
     lengths: Int[Tensor, " B"],
     *,
     mode: Aggregation,
-    num_tokens: float,
-    num_sequences: float,
-    max_new_tokens: float,
+    num_tokens: int | float,
+    num_sequences: int | float,
+    max_new_tokens: int | float,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " N"]:
     """Weight of each token in the loss of the step; zero outside response_mask.

@@ -1,0 +1,137 @@
+"""Our equations return what published libraries returned, and the runner that says so can say no."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.run import Verdict, judge, load, main
+
+CASES = Path(__file__).parent / "cases.json"
+ANSWERED = {
+    "aggregation",
+    "e2e_tiny_llama",
+    "gae",
+    "group_advantage",
+    "grpo_loss",
+    "kl",
+    "logprob_entropy",
+    "offpolicy_correction",
+    "policy_loss",
+    "reward_shaping",
+    "rloo",
+    "sft",
+    "value_loss",
+}
+PREFERENCES = {"trl.e2e.dpo.sigmoid.beta0.1"}  # an end-to-end case of another kind of training
+NO_BASELINE = "a group of one has no baseline"
+NO_SCORE = "needs finite scores"
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Verdict]:
+    return {verdict.name: verdict for verdict in judge(load(CASES))}
+
+
+@pytest.fixture
+def stored() -> dict[str, dict[str, Any]]:
+    return {case["name"]: case for case in json.loads(CASES.read_text())["cases"]}
+
+
+def test_no_value_differs(verdicts: dict[str, Verdict]) -> None:
+    assert [verdict.line() for verdict in verdicts.values() if verdict.kind == "differs"] == []
+
+
+def test_every_case_of_an_answered_category_is_answered(
+    verdicts: dict[str, Verdict], stored: dict[str, dict[str, Any]]
+) -> None:
+    unanswered = [
+        verdict.line(why=True)
+        for verdict in verdicts.values()
+        if stored[verdict.name]["category"] in ANSWERED and verdict.kind == "unsupported"
+    ]
+    assert [line for line in unanswered if line.split()[1] not in PREFERENCES] == []
+
+
+def test_only_groups_of_one_and_missing_scores_are_refused(verdicts: dict[str, Verdict]) -> None:
+    refused = [verdict for verdict in verdicts.values() if verdict.kind == "refused"]
+    assert refused
+    assert all(NO_BASELINE in verdict.detail or NO_SCORE in verdict.detail for verdict in refused)
+
+
+def test_a_case_without_expected_values_is_skipped(verdicts: dict[str, Verdict]) -> None:
+    assert "trl.e2e.weights" not in verdicts
+
+
+def rerun(tmp_path: Path, case: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps({"cases": [case]}))
+    code = main([str(path)])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_a_changed_value_differs(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = copy.deepcopy(stored["verl.ppo_dual_clip3.token-mean"])
+    case["expected"]["grad_log_prob"][1][2] += 1e-6
+    code, lines = rerun(tmp_path, case, capsys)
+    assert code == 1
+    assert lines[0] == "differs verl.ppo_dual_clip3.token-mean max_error=1e-06 (grad_log_prob)"
+    assert lines[1] == "0 ok, 1 differ, 0 refused, 0 unsupported"
+
+
+@pytest.mark.parametrize("change", ["params", "inputs", "expected"])
+def test_whatever_the_answer_would_ignore_is_unsupported(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    case = copy.deepcopy(stored["verl.ppo_dual_clip3.token-mean"])
+    case[change]["never_heard_of"] = 1.0
+    code, lines = rerun(tmp_path, case, capsys)
+    assert code == 0
+    assert lines == ["unsupported verl.ppo_dual_clip3.token-mean", "0 ok, 0 differ, 0 refused, 1 unsupported"]
+
+
+def test_an_unknown_word_is_unsupported(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = copy.deepcopy(stored["trl.grpo.dapo"])
+    case["params"]["loss_type"] = "never_heard_of"
+    assert rerun(tmp_path, case, capsys)[1][0] == "unsupported trl.grpo.dapo"
+
+
+def test_a_parameter_is_used_not_remembered(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = copy.deepcopy(stored["trl.grpo.dapo"])
+    case["params"]["epsilon_high"] = 0.28
+    case["expected"] = stored["trl.grpo.dapo.clip_higher0.28"]["expected"]
+    code, lines = rerun(tmp_path, case, capsys)
+    assert (code, lines[0]) == (0, "ok trl.grpo.dapo")
+
+
+def test_a_refusal_shows_our_message(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines = rerun(tmp_path, stored["verl.adv.grpo.std"], capsys)
+    assert code == 0
+    assert lines[0].startswith("refused verl.adv.grpo.std: group_normalized needs group_size >= 2, got 1")
+    assert lines[1] == "0 ok, 0 differ, 1 refused, 0 unsupported"
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '[{"name": "no source"}]', "[3]"])
+def test_a_file_that_is_no_cases_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
+) -> None:
+    path = tmp_path / "cases.json"
+    if text is not None:
+        path.write_text(text)
+    assert main([str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(str(path))
+    assert captured.err.count("\n") == 1
