@@ -34,7 +34,7 @@ def token_rewards(
     return penalties.index_add(0, last, scores.to(penalties.dtype))
 
 
-def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: float) -> Float[Tensor, " B"]:
+def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int) -> Float[Tensor, " B"]:
     """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
 
     To be added to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.

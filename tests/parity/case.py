@@ -137,6 +137,13 @@ class Arguments:
             raise Unsupported(f"{name} is {value!r}, not a number")
         return as_number(value)
 
+    def whole(self, name: str, default: Any = MISSING) -> int:
+        """A parameter that is a whole number."""
+        value = self.number(name, default)
+        if not value.is_integer():
+            raise Unsupported(f"{name} is {value!r}, not a whole number")
+        return int(value)
+
     def optional(self, name: str, default: Any = None) -> float | None:
         """A numeric parameter that may be null."""
         return None if self.param(name, default) is None else self.number(name, default)

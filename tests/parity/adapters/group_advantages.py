@@ -215,7 +215,7 @@ def openrlhf_pipeline(arguments: Arguments) -> Outputs:
     if estimator not in (*GROUP_BASELINES, "gae", "reinforce"):
         raise Unsupported(f"estimator {estimator!r}")
     mask, scores = arguments.mask("action_mask"), arguments.tensor("rewards")
-    group_size = int(arguments.number("n_samples_per_prompt"))
+    group_size = arguments.whole("n_samples_per_prompt")
     gamma, lam = arguments.number("gamma"), arguments.number("lambd")
     if estimator in GROUP_BASELINES:
         gamma = 1.0

@@ -102,7 +102,7 @@ def trl_chunked(arguments: Arguments) -> Outputs:
         bias=bias,
         **settings,
         entropy_grad=True,
-        chunk_size=int(arguments.number("chunk_size")),
+        chunk_size=arguments.whole("chunk_size"),
     )
     logits = torch.nn.functional.linear(hidden, weight, bias).detach() * settings["logit_scale"]
     if settings["softcap"] is not None:

@@ -13,8 +13,8 @@ def openrlhf_overlong(arguments: Arguments) -> Outputs:
     """The penalty times a factor, added to the rewards."""
     penalty = overlong_penalty(
         arguments.integers("response_lengths"),
-        max_tokens=int(arguments.number("max_new_tokens")),
-        buffer=arguments.number("overlong_buffer_len"),
+        max_tokens=arguments.whole("max_new_tokens"),
+        buffer=arguments.whole("overlong_buffer_len"),
     )
     factor = arguments.number("overlong_penalty_factor", 1.0)
     return {"rewards": arguments.tensor("rewards") + factor * penalty}
@@ -33,8 +33,8 @@ def trl_soft_overlong(arguments: Arguments) -> Outputs:
     """The penalty alone."""
     penalty = overlong_penalty(
         arguments.integers("completion_lengths"),
-        max_tokens=int(arguments.number("max_completion_len")),
-        buffer=arguments.number("soft_punish_cache"),
+        max_tokens=arguments.whole("max_completion_len"),
+        buffer=arguments.whole("soft_punish_cache"),
     )
     return {"rewards": penalty}
 

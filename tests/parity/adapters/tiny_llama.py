@@ -84,7 +84,7 @@ def parameter_gradients(loss: Tensor, model: LlamaForCausalLM) -> dict[str, Tens
 def trl_logps(arguments: Arguments) -> Outputs:
     """The last tokens' log-probabilities and entropies."""
     ids, attended = arguments.integers("input_ids"), arguments.mask("attention_mask")
-    last = int(arguments.number("logits_to_keep"))
+    last = arguments.whole("logits_to_keep")
     policy = token_columns(load(arguments, "policy_state_dict"), ids, attended)
     reference = token_columns(load(arguments, "ref_state_dict"), ids, attended)
     names = {"policy_logps": policy[0], "policy_entropies": policy[1], "ref_logps": reference[0]}

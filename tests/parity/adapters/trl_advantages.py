@@ -45,7 +45,7 @@ def trl_grpo_advantages(arguments: Arguments) -> Outputs:
     if arguments.has("sampling_logps"):
         return trl_sampler_correction(arguments)
     rewards, weights, scores = weighted_scores(arguments)
-    group_size = int(arguments.number("num_generations"))
+    group_size = arguments.whole("num_generations")
     scaling = arguments.param("scale_rewards", "group")
     scaling = {True: "group", False: "none"}.get(scaling, scaling) if isinstance(scaling, bool) else scaling
     order = arguments.param("multi_objective_aggregation", "sum_then_normalize")
@@ -86,7 +86,7 @@ def trl_rloo_advantages(arguments: Arguments) -> Outputs:
         layout = Layout(arguments.mask("mask"))
         kl = kl_k1(layout.flat(arguments.tensor("old_logps")), layout.flat(arguments.tensor("ref_logps")))
         scores = scores - beta * sequence_sums(torch.where(layout.mask, kl, 0.0), layout.lengths)
-    advantages = leave_one_out(scores, group_size=int(arguments.number("num_generations")))
+    advantages = leave_one_out(scores, group_size=arguments.whole("num_generations"))
     if arguments.flag("normalize_advantages", False):
         found = all_moments(advantages)
         advantages = over_std(advantages - found.mean, math.sqrt(found.variance))

@@ -1,0 +1,132 @@
+"""GAE, rewards to go, whitening and group advantages, by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.objectives.advantages import (
+    gae,
+    group_best_margin,
+    group_centered,
+    group_normalized,
+    group_std,
+    leave_one_out,
+    length_weighted_centered,
+    reward_to_go,
+    whiten,
+)
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_gae_of_two_sequences() -> None:
+    # gamma 0.5, lambda 0.5, so gamma * lambda = 0.25
+    # first:  delta_1 = 1 + 0.5 * 0 - 2 = -1;  delta_0 = 0 + 0.5 * 2 - 1 = 0
+    #         A_1 = -1;  A_0 = 0 + 0.25 * -1 = -0.25;  returns = A + V = 0.75, 1
+    # second: delta = 4 - 3 = 1; return 4. Its value must not leak into the first sequence.
+    advantages, returns = gae(
+        column(0, 1, 4),
+        column(1, 2, 3),
+        torch.ones(3, dtype=torch.bool),
+        torch.tensor([2, 1]),
+        gamma=0.5,
+        lam=0.5,
+    )
+    assert advantages.tolist() == [-0.25, -1.0, 1.0]
+    assert returns.tolist() == [0.75, 1.0, 4.0]
+
+
+def test_gae_steps_over_what_was_not_sampled() -> None:
+    mask = torch.tensor([False, True, False, False, True, False])
+    rewards = column(9, 0, 9, math.nan, 1, 9)
+    values = column(7, 1, 7, math.nan, 2, 7)
+    advantages, returns = gae(rewards, values, mask, torch.tensor([6]), gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [0.0, -0.25, 0.0, 0.0, -1.0, 0.0]  # the first sequence above
+    assert returns.tolist() == [0.0, 0.75, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_gae_of_sequences_without_a_sampled_token() -> None:
+    mask = torch.tensor([False, False, True, False])
+    advantages, _ = gae(column(1, 1, 1, 1), column(0, 0, 0, 0), mask, torch.tensor([2, 0, 1, 1]), gamma=1.0, lam=1.0)
+    assert advantages.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_gae_of_nothing() -> None:
+    mask = torch.zeros(2, dtype=torch.bool)
+    advantages, returns = gae(column(1, 1), column(1, 1), mask, torch.tensor([2]), gamma=1.0, lam=1.0)
+    assert advantages.tolist() == returns.tolist() == [0.0, 0.0]
+
+
+def test_reward_to_go() -> None:
+    mask = torch.tensor([True, False, True, True, True])
+    # 4 alone; 2; 1 + 0.5 * 2 = 2 steps over the hole: from token 0, token 2 is one step away
+    sums = reward_to_go(column(1, 100, 2, 0, 4), mask, torch.tensor([3, 2]), gamma=0.5)
+    assert sums.tolist() == [2.0, 0.0, 2.0, 2.0, 4.0]
+
+
+def test_whiten() -> None:
+    whitened = whiten(column(1, 5, 99), torch.tensor([True, True, False]), mean=3.0, variance=4.0, eps=0.0)
+    assert whitened.tolist() == [-1.0, 1.0, 0.0]
+
+
+SCORES = column(0, 1, 2, 5, 5, 8)  # groups (0, 1, 2) and (5, 5, 8)
+
+
+def test_group_centered() -> None:
+    assert group_centered(SCORES, group_size=3).tolist() == [-1.0, 0.0, 1.0, -1.0, -1.0, 2.0]  # means 1 and 6
+
+
+def test_group_normalized() -> None:
+    # stds: sqrt((1 + 0 + 1) / 2) = 1 and sqrt((1 + 1 + 4) / 2) = sqrt 3; eps 1 shows where it is added
+    normalized = group_normalized(SCORES, group_size=3, eps=1.0)
+    root = math.sqrt(3.0) + 1.0
+    torch.testing.assert_close(normalized.tolist(), [-0.5, 0.0, 0.5, -1 / root, -1 / root, 2 / root])
+    torch.testing.assert_close(group_std(SCORES, group_size=3).tolist(), [1.0] * 3 + [math.sqrt(3.0)] * 3)
+
+
+def test_equal_scores_teach_nothing() -> None:
+    assert group_normalized(column(0.1, 0.1, 0.1), group_size=3, eps=1e-4).abs().max() < 1e-9
+
+
+def test_leave_one_out() -> None:
+    # 0 - (1 + 2) / 2, 1 - (0 + 2) / 2, 2 - (0 + 1) / 2
+    assert leave_one_out(SCORES, group_size=3).tolist()[:3] == [-1.5, 0.0, 1.5]
+
+
+def test_best_of_group() -> None:
+    assert group_best_margin(SCORES, group_size=3).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0, 3.0]
+    assert group_best_margin(column(4, 4, 1), group_size=3).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_length_weighted_baseline() -> None:
+    # (2 * 0 + 1 * 1 + 1 * 3) / 4 = 1
+    weighted = length_weighted_centered(column(0, 1, 3), torch.tensor([2, 1, 1]), group_size=3)
+    assert weighted.tolist() == [-1.0, 0.0, 2.0]
+
+
+ESTIMATORS: list[Callable[..., Tensor]] = [
+    group_centered,
+    group_std,
+    leave_one_out,
+    group_best_margin,
+    lambda scores, group_size: group_normalized(scores, group_size=group_size, eps=1e-6),
+    lambda scores, group_size: length_weighted_centered(scores, torch.ones_like(scores).long(), group_size=group_size),
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_has_no_baseline_is_refused(estimator: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="a group of one has no baseline"):
+        estimator(column(1, 2), group_size=1)
+    with pytest.raises(ValueError, match="3 scores are not a multiple of 2"):
+        estimator(column(1, 2, 3), group_size=2)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"finite scores: those at \[1\]"):
+            estimator(column(1, bad), group_size=2)
