@@ -42,13 +42,16 @@ def make_rows(source: TaskSource) -> list[Columns]:
     """`size` distinct rows, the same for the same source. UserError if the task does not have so many.
 
     Every row has `answer` and `task`. running_totals has a string `prompt`, and `completion` in split sft;
-    reasoning_gym has `messages` (in split sft up to the assistant's answer) and `entry`, which its own scorer reads.
+    reasoning_gym has `messages`, in split sft up to the assistant's answer, and the columns that its own scorer reads:
+    `question`, `answer`, `metadata`.
     """
     names = [name.strip() for name in source.task.split(",")]
-    unknown = set(source.args) - set(names)
-    if len(names) > 1 and unknown:
+    if len(set(names)) < len(names):
+        raise UserError(f"Task {source.task} names a task twice: its rows would repeat.")
+    if len(names) > 1 and not all(name in names and isinstance(args, Mapping) for name, args in source.args.items()):
         raise UserError(
-            f"args of several tasks stand under each task's name ({', '.join(names)}); found {', '.join(unknown)}."
+            f"The args of several tasks are objects under each task's name ({', '.join(names)}); "
+            f"found {dict(source.args)}."
         )
     shares = [source.size // len(names) + (i < source.size % len(names)) for i in range(len(names))]
     made = [
@@ -143,9 +146,10 @@ def _reasoning_gym(source: TaskSource) -> list[Columns]:
         rows.append(
             {
                 "messages": messages + (turns if source.split == "sft" else turns[:1]),
-                "answer": entry["answer"],
                 "task": source.task,
-                "entry": entry,
+                "question": entry["question"],
+                "answer": entry["answer"],
+                "metadata": entry["metadata"],
             }
         )
     if len(rows) < source.size:
