@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,11 +13,63 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.calls import explain, wait_all
-from actors.gang import END_WITHIN_S, largest
+from actors.gang import END_WITHIN_S, PolicyGang, largest
+from actors.placement import Placement
+from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.manifest import WeightManifest
+from rlhf.config.derive import WeightSync, weight_sync
+from rlhf.config.root import Config
+from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, MemoryReport
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
+
+logger = logging.getLogger(__name__)
+
+ASKED_AT_ONCE = 10_000  # calls that an engine's actor holds; vLLM has its own queue
+
+
+class RolloutEngine(RolloutWorker):
+    """One engine as a Ray actor."""
+
+    async def memory(self) -> MemoryReport:
+        """Peaks of this process."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+
+def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
+    """The engines' actors, their models not yet loaded."""
+    cluster, role = config.cluster, config.cluster.roles.rollout
+    way = weight_sync(cluster, one_host=placement.on_one_host())
+    nodes = placement.nodes_of("rollout")
+    remote = ray.remote(RolloutEngine)
+    handles = []
+    for rank, node in enumerate(nodes):
+        auto = max(1, placement.cores(node) // nodes.count(node))
+        spec = RolloutSpec(
+            name=f"rollout engine {rank}",
+            model=config.policy.model,
+            dtype=config.policy.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=role.max_num_seqs,
+            transport=way.method,
+            device=cluster.device,
+            threads=auto if role.threads == "auto" else role.threads,
+            kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
+            gpu_memory_utilization=role.gpu_memory_utilization,
+            tensor_parallel=role.tensor_parallel,
+            enforce_eager=role.enforce_eager or cluster.device == "cpu",
+            lora_rank=None if config.policy.lora is None else config.policy.lora.rank,
+            colocated=role.colocate_with is not None,
+            trust_remote_code=config.policy.trust_remote_code,
+            spool=spool,
+            start_timeout_s=cluster.start_timeout_s,
+            call_timeout_s=cluster.call_timeout_s,
+        )
+        options = placement.options("rollout", rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
+        handles.append(remote.options(**options).remote(spec))
+    return RolloutEngines(handles, way, deadline_s=cluster.call_timeout_s)
 
 
 class RolloutEngines:
@@ -25,9 +79,15 @@ class RolloutEngines:
     same requests under the same weights is scheduled, and rounded, alike whenever it is made.
     """
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+    def __init__(self, handles: Sequence[ActorHandle[Any]], way: WeightSync, *, deadline_s: float) -> None:
         self.handles = handles
+        self.way = way
         self.deadline_s = deadline_s
+
+    async def connect(self, policy: PolicyGang) -> None:
+        """Open the way of the weights at both ends."""
+        logger.info("weights go by %s: %s", self.way.method, self.way.why)
+        await policy.open_weights(self.way.method, {})
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         return await wait_all(refs, role="rollout", stage=stage, deadline_s=deadline_s or self.deadline_s)
@@ -70,7 +130,9 @@ class RolloutEngines:
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set; the engines must then have its version and its bytes."""
-        receipts = await self._all([h.update_weights.remote(manifest) for h in self.handles], "weight sync")
+        receipts = await self._all(
+            [h.update_weights.remote(manifest, manifest.version) for h in self.handles], "weight sync"
+        )
         for engine, receipt in enumerate(receipts):
             if (receipt.version, receipt.checksum) != (manifest.version, manifest.checksum):
                 raise RunError(

@@ -15,7 +15,7 @@ from typing import Protocol
 import ray
 
 from actors.cluster import connected
-from actors.engine_group import start_engines
+from actors.engines import start_engines
 from actors.gang import CriticGang, PolicyGang, SupervisedGang, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
 from actors.placement import Placement, reserve

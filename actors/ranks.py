@@ -10,8 +10,8 @@ from typing import Any
 
 import ray.util
 
-from actors.weights import WeightSender, make_sender
-from actors.weights.manifest import WeightManifest
+from actors.weights import WeightManifest, WeightSender
+from actors.weights.shm import ShmSender
 from rlhf.workers.critic import CriticWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
@@ -35,9 +35,7 @@ class PolicyRank(PolicyWorker):
 
     def open_weights(self, method: str, settings: dict[str, Any]) -> None:
         """Make the sender of this rank's weights."""
-        self.sender: WeightSender = make_sender(
-            method, rank=self.place.rank, dtype=torch_dtype(self.model_config.dtype), **settings
-        )
+        self.sender: WeightSender = ShmSender(rank=self.place.rank, dtype=torch_dtype(self.model_config.dtype))
 
     def publish(self, version: int) -> WeightManifest | None:
         """Stage the weights of a version; None on ranks other than 0. Collective."""

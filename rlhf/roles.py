@@ -53,7 +53,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSelection:
-    """Responses of one group for the samples file. Their records lack only the text, which the controller never sees."""
+    """Responses of one group for the samples file. Their records lack only the text, which the controller has not."""
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` names the response within the group
@@ -135,8 +135,8 @@ class RewardRole(Protocol):
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
 
-    async def write_samples(self, folder: Path, step: int, selections: Sequence[SampleSelection]) -> None:
-        """Write the step's file in the run folder."""
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+        """Add the text and write the file."""
         ...
 
     async def memory(self) -> MemoryReport: ...

@@ -43,7 +43,7 @@ from rlhf.roles import (
 )
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.reductions import Last, Mean, Sum
+from rlhf.tracking.reductions import Last, Max, Mean, Sum
 from rlhf.tracking.samples import samples_path
 from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling
 
@@ -315,7 +315,8 @@ class OnlineController:
         roles, record = self.roles, self.record
         if self.takes_turns:
             await roles.rollout.wake()
-        with record.stage("sync"):
+        record.progress.stage("weight_sync")
+        with record.timeline.span("weight_sync", "rollout"):
             report = await sync_weights(
                 roles.policy,
                 roles.rollout,
@@ -328,7 +329,7 @@ class OnlineController:
         record.add(
             {
                 "weight_sync/version": Last(value=report.version),
-                "weight_sync/probe_max_diff": Last(value=report.probe_max_diff),
+                "weight_sync/probe_max_diff": Max(value=report.probe_max_diff),
                 "time/weight_sync_s": Sum(total=report.seconds),
                 "time/probe_s": Sum(total=report.probe_seconds),
             }
