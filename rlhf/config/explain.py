@@ -90,12 +90,13 @@ def _line_of_error(location: Sequence[int | str], error_type: str, given: Any, m
     for part in location:
         if isinstance(part, int):
             break
+        alternatives = [node for node in nodes if node is not types.NoneType]
+        tagged = [node for node in alternatives if _tag(node) == part]
         below, its_field = _descend(nodes, part)
-        tagged = [node for node in nodes if _tag(node) == part]
-        if below:
-            nodes, field, key = below, its_field or field, (*key, part)
-        elif tagged:
+        if tagged and len(alternatives) > 1:
             nodes = tagged
+        elif below:
+            nodes, field, key = below, its_field, (*key, part)
         elif error_type == "extra_forbidden":
             return (*key, part), _unknown(key, part, nodes)
         else:
@@ -148,14 +149,17 @@ def _unknown(section: Key, word: str, nodes: Sequence[Any]) -> str:
 
 
 def _descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:
+    """What may stand at the key `part` of the nodes, and the field that says so."""
     below: list[Any] = []
     field: FieldInfo | None = None
     for node in nodes:
         if is_section(node) and part in node.model_fields:
             field = field or node.model_fields[part]
-            below += members(node.model_fields[part].annotation)
         elif get_origin(node) is dict:
-            below += members(get_args(node)[1])
+            field = field or FieldInfo(annotation=get_args(node)[1])
+        else:
+            continue
+        below += members(field.annotation)
     return below, field
 
 

@@ -40,6 +40,21 @@ class _Stage:
             return problem
         return Problem(key=("stages", self.name, *problem.key), text=problem.text)
 
+    def why_dropped(self, leaf: Key) -> tuple[Key, str] | None:
+        """The shared key (the leaf or a section around it) that the stage cannot use, and why; None: it can."""
+        return next(((key, why) for key, why in self.dropped.items() if leaf[: len(key)] == key), None)
+
+    def uses(self, leaf: Key) -> bool:
+        """Whether the shared leaf stands in the stage's configuration."""
+        node: Any = self.own
+        for part in leaf:
+            if not isinstance(node, dict):
+                return False
+            if part not in node:
+                return self.why_dropped(leaf) is None
+            node = node[part]
+        return False
+
 
 def resolve_stages(tree: Tree) -> dict[str, Config]:
     """Each stage's checked configuration, in order. UserError names every mistake."""
@@ -121,33 +136,14 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[str], names: list[
 def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Problem]:
     named: set[Key] = set()
     for leaf in _leaves(shared):
-        reasons = [
-            _why_unused(leaf, stage) for stage in reversed(stages)
-        ]  # the last stage is the one that matters most
-        if None in reasons:
+        if any(stage.uses(leaf) for stage in stages):
             continue
-        dropped = next((reason for reason in reasons if reason), None)
-        key = next((k for stage in stages for k in stage.dropped if leaf[: len(k)] == k), leaf) if dropped else leaf
-        if key in named:
-            continue
-        named.add(key)
-        own = f"every stage sets its own; write stages.{stages[-1].name}.{'.'.join(leaf)}"
-        yield Problem(key=key, text=f"no stage can use it: {dropped}" if dropped else f"has no effect: {own}")
-
-
-def _why_unused(leaf: Key, stage: _Stage) -> str | None:
-    """None: the stage uses the shared key. Empty: its own value stands there. Else why it cannot use it."""
-    for key, why in stage.dropped.items():
-        if leaf[: len(key)] == key:
-            return why
-    node: Any = stage.own
-    for part in leaf:
-        if not isinstance(node, dict):
-            return ""
-        if part not in node:
-            return None
-        node = node[part]
-    return ""
+        reasons = [reason for stage in stages if (reason := stage.why_dropped(leaf)) is not None]
+        key, why = reasons[-1] if reasons else (leaf, "")  # the last stage's: it is the one that matters most
+        if key not in named:
+            named.add(key)
+            own = f"has no effect: every stage sets its own; write stages.{stages[-1].name}.{'.'.join(leaf)}"
+            yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else own)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""The arithmetic that `rlhf plan` shows, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.config.derive import critic_model, derive, eval_sets, needs, threads, weight_sync
+from rlhf.config.root import Config
+from rlhf.config.seating import fit, seat
+
+
+def config(algorithm: dict[str, Any], **sections: Any) -> Config:
+    tree: dict[str, Any] = {
+        "run": {"name": "demo"},
+        "policy": {"model": "m"},
+        "algorithm": algorithm,
+        "data": {"train": "x.jsonl", "max_prompt_tokens": 100},
+        "rollouts": {"prompts_per_step": 6, "samples_per_prompt": 4, "max_new_tokens": 20},
+        "rewards": {"r": {"function": "f"}},
+        "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "epochs_per_batch": 2},
+    }
+    return Config.model_validate(tree | sections)
+
+
+PPO = {"name": "ppo", "kl": {"coef": 0.1}}
+GRPO = {"name": "grpo"}
+
+
+def test_the_batch_of_an_online_run() -> None:
+    derived = derive(config({**PPO, "critic_warmup_steps": 3}))
+    assert derived.sequences_per_step == 24  # 6 * 4
+    assert derived.updates_per_batch == 3  # 24 / 8
+    assert derived.updates_per_step == 6  # 3 * 2 epochs
+    assert derived.policy_optimizer_steps == 42  # (10 - 3) * 6
+    assert derived.critic_optimizer_steps == 60  # 10 * 6
+    assert derived.longest_sequence == 120  # 100 + 20
+    assert derived.tokens_per_step == 2880  # 24 * 120
+
+
+def test_a_supervised_step_is_an_optimizer_step() -> None:
+    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
+    derived = derive(config({"name": "sft"}, rollouts=None, rewards={}, train=train))
+    assert (derived.sequences_per_step, derived.updates_per_step, derived.policy_optimizer_steps) == (8, 1, 10)
+    assert derived.critic_optimizer_steps is None
+    assert derived.longest_sequence == 64
+
+
+def test_sequence_parallel_ranks_are_not_data_parallel() -> None:
+    cluster = {"device": "cuda", "roles": {"policy": {"workers": 8, "sequence_parallel": 4}}}
+    assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sections", "roles", "reference"),
+    [
+        (PPO, {}, {"policy", "rollout", "critic", "reference", "reward"}, "workers"),
+        ({"name": "ppo", "kl": {"coef": 0.0}}, {}, {"policy", "rollout", "critic", "reward"}, "none"),
+        (GRPO, {}, {"policy", "rollout", "reward"}, "none"),
+        ({"name": "grpo", "kl": {"coef": 0.1}}, {}, {"policy", "rollout", "reward", "reference"}, "workers"),
+        (PPO, {"policy": {"model": "m", "lora": {}}}, {"policy", "rollout", "critic", "reward"}, "adapter off"),
+        (
+            PPO,
+            {"policy": {"model": "m", "lora": {}}, "reference": {"model": "n"}},
+            {"policy", "rollout", "critic", "reference", "reward"},
+            "workers",
+        ),
+        ({"name": "sft"}, {"rollouts": None, "rewards": {}}, {"policy"}, "none"),
+    ],
+)
+def test_roles_that_start(algorithm: dict[str, Any], sections: dict[str, Any], roles: set[str], reference: str) -> None:
+    made = config(algorithm, **sections)
+    assert needs(made) == roles
+    assert derive(made).reference == reference
+
+
+def test_a_critic_that_is_not_named_is_as_the_policy() -> None:
+    made = critic_model(config(PPO, policy={"model": "m", "dtype": "float32", "lora": {"rank": 4}}))
+    assert (made.model, made.dtype, made.lora and made.lora.rank) == ("m", "float32", 4)
+    assert critic_model(config(PPO, critic={"model": "n"})).model == "n"
+
+
+def test_a_single_evaluation_set_is_called_heldout() -> None:
+    assert eval_sets(config(GRPO)) == {}
+    assert eval_sets(config(GRPO, data={"train": "x", "eval": "y"})) == {"heldout": "y"}
+    assert eval_sets(config(GRPO, data={"train": "x", "eval": {"a": "y", "b": "z"}})) == {"a": "y", "b": "z"}
+    task = eval_sets(config(GRPO, data={"train": "x", "eval": {"task": "t", "size": 2}}))
+    assert list(task) == ["heldout"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "one_host", "method"),
+    [
+        ({}, True, "shm"),
+        ({}, False, "gloo"),
+        ({"weight_sync": "gloo"}, True, "gloo"),
+        ({"device": "cuda"}, True, "nccl"),
+        ({"device": "cuda", "roles": {"rollout": {"colocate_with": "policy"}}}, False, "ipc"),
+    ],
+)
+def test_the_way_of_the_weights(cluster: dict[str, Any], one_host: bool, method: str) -> None:
+    assert weight_sync(config(GRPO, cluster=cluster).cluster, one_host=one_host).method == method
+
+
+def test_threads_share_out_the_cores_of_a_node() -> None:
+    assert threads("auto", cores=16, workers_on_node=3) == 5
+    assert threads("auto", cores=2, workers_on_node=4) == 1
+    assert threads(7, cores=2, workers_on_node=1) == 7
+
+
+def test_the_defaults_fit_two_cores() -> None:
+    seating = seat(config(PPO))
+    assert seating.bundles == ({"CPU": 1.0}, {"CPU": 1.0})
+    assert {role: [s.bundle for s in seats] for role, seats in seating.seats.items()} == {
+        "policy": [0],
+        "rollout": [1],
+        "critic": [0],
+        "reference": [0],
+        "reward": [1],
+    }
+    assert [s.cpus for s in seating.seats["policy"]] == [0.3333]  # a third, rounded down to what Ray counts
+    assert [s.cpus for s in seating.seats["reward"]] == [0.5]
+
+
+def test_guests_share_the_gpus_of_their_hosts() -> None:
+    roles = {
+        "policy": {"workers": 2, "cpus": 3.0},
+        "critic": {"workers": 2},
+        "reference": {"colocate_with": None, "cpus": 2.0},
+        "rollout": {"engines": 2, "tensor_parallel": 4, "cpus": 8.0},
+    }
+    seating = seat(config(PPO, cluster={"device": "cuda", "roles": roles}))
+    policy, engine = {"CPU": 3.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}
+    assert seating.bundles == (policy, policy, engine, engine, {"CPU": 2.0, "GPU": 1.0})
+    assert [(s.bundle, s.gpus) for s in seating.seats["critic"]] == [(0, 0.5), (1, 0.5)]
+    assert [(s.bundle, s.gpus) for s in seating.seats["rollout"]] == [(2, 4.0), (3, 4.0)]
+    assert [(s.bundle, s.cpus, s.gpus) for s in seating.seats["reward"]] == [(2, 4.0, 0.0)]  # functions need no GPU
+    assert (seating.total("CPU"), seating.total("GPU")) == (24.0, 11.0)  # 3+3+8+8+2, 1+1+4+4+1
+
+
+def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
+    cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
+    seating = seat(config(GRPO, cluster=cluster))
+    assert len(seating.bundles) == 2
+    assert [s.bundle for s in seating.seats["reward"]] == [0]
+
+
+def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
+    small, large = {"CPU": 1.0}, {"CPU": 4.0, "GPU": 2.0}
+    nodes = [{"CPU": 5.0, "GPU": 2.0}, {"CPU": 2.0}]
+    assert fit([small, large, small], nodes) == [0, 0, 1]
+    assert fit([small, large, small, small], nodes) == [0, 0, 1, 1]
+    assert fit([large, large], nodes) is None
+    assert fit([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6

@@ -1,0 +1,187 @@
+"""Files and arguments: broken YAML, unknown keys, wrong types, and what overrides do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.load import checked, load, run_folder
+from rlhf.config.root import Config
+from rlhf.errors import UserError
+
+BASE = """\
+run: {name: demo, dir: out}
+policy:
+  model: some/model
+algorithm: {name: ppo}
+data: {train: prompts.jsonl}
+rollouts: {max_new_tokens: 50}
+rewards: {correct: {function: math_answer}}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 128}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def config(path: Path, *overrides: str) -> Config:
+    (loaded,) = load(path, overrides).stages.values()
+    return loaded
+
+
+def error(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_a_run_and_its_folder(file: Path) -> None:
+    loaded = load(file)
+    assert (loaded.name, loaded.is_pipeline, loaded.folder) == ("demo", False, Path("out/demo"))
+    assert list(loaded.stages) == ["demo"]
+    assert run_folder(loaded.stages["demo"]) == Path("out/demo")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("- a\n", "must hold a mapping of sections, not ['a']"),
+        (BASE + "run: {name: other}\n", ":9: run is given twice"),
+        (BASE.replace("{name: ppo}", "{name: ppo, name: grpo}"), ":4: algorithm.name is given twice"),
+        ("run: {name: demo\npolicy: {}\n", ":2: not valid YAML: "),
+        ("run:\n\tname: demo\n", ":2: not valid YAML: "),
+        ("1: 2\n", ":1: the key 1 is not a string"),
+        ("run: !!python/name:os.system\n", ":1: not valid YAML: "),
+        ("run: &x {name: *x}\n", "the alias contains itself"),
+        ("run: !!timestamp 2020-01-01\n", ":1: '2020-01-01' as tag:yaml.org,2002:timestamp is no value"),
+    ],
+)
+def test_broken_files_name_their_line(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    assert message in error(file)
+    assert error(file).startswith(str(file))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert error(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: no such config file"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.stepz", "train.steps"),
+        ("algorithm.clip_lo", "algorithm.clip_low"),
+        ("trian.steps", "train"),
+        ("prompts_per_step", "rollouts.prompts_per_step"),  # right word, wrong place
+        ("train.temperature", "rollouts.temperature"),
+        ("cluster.roles.rollouts.engines", "cluster.roles.rollout"),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_relative(file: Path, key: str, meant: str) -> None:
+    parent = key if key.count(".") == 0 else key.removesuffix(".steps").removesuffix(".engines")
+    assert error(file, f"{key}=1") == f"argument '{key}=1': {parent}: unknown key; did you mean {meant}?"
+
+
+def test_an_unknown_key_of_the_file_names_its_line(file: Path) -> None:
+    file.write_text(BASE.replace("  model:", "  modle: x\n  model:"))
+    assert error(file) == f"{file}:3: policy.modle: unknown key; did you mean policy.model?"
+
+
+def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
+    assert error(file, "run.zzz=1") == "argument 'run.zzz=1': run.zzz: unknown key; run has dir, name, seed"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=abc", "train.lr: got 'abc', expected a number > 0"),
+        ("train.lr=-1", "train.lr: got -1, expected a number > 0"),
+        ("train.steps=true", "train.steps: got true, expected an integer >= 1"),
+        ('train.steps="3"', "train.steps: got '3', expected an integer >= 1"),
+        ("train.steps=3.5", "train.steps: got 3.5, expected an integer >= 1"),
+        ("train.lr=.inf", "train.lr: got '.inf', expected a number > 0"),
+        ("train.betas=[0.9]", "train.betas: got too few values, expected a list of 2 numbers >= 0 and < 1"),
+        ("train.lr_schedule=step", "train.lr_schedule: got 'step', expected `constant`, `linear` or `cosine`"),
+        ("policy.model=3", "policy.model: got 3, expected a string"),
+        ("policy=3", "policy: got 3, expected a mapping"),
+        ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
+        ("algorithm.name=pp", "algorithm.name: got 'pp', expected `ppo`, `grpo` or `sft`"),
+        ("algorithm={}", "algorithm.name: is missing: expected `ppo`, `grpo` or `sft`"),
+        ("cluster.roles.policy.threads=0", "cluster.roles.policy.threads: got 0, expected an integer >= 1 or `auto`"),
+        ("data.train={task: t}", "data.train.size: is missing: expected an integer >= 1"),
+        ("data.eval={a: {task: t, size: 0}}", "data.eval.a.size: got 0, expected an integer >= 1"),
+        ("data.eval={task: t, size: 3, wat: 1}", "data.eval.wat: unknown key"),
+        ("data.eval={dict: {task: t, size: 0}}", "data.eval.dict.size: got 0, expected an integer >= 1"),
+        ("data.eval={a: 3}", "data.eval.a: got 3, expected a string or a mapping"),
+        ("data.eval={a b: x}", "data.eval.a b: got 'a b', expected letters, digits"),
+        ("run.name=../up", "run.name: got '../up', expected letters, digits"),
+    ],
+)
+def test_a_wrong_value_says_what_is_expected(file: Path, override: str, message: str) -> None:
+    assert error(file, override).startswith(f"argument {override!r}: {message}")
+
+
+def test_a_missing_section(file: Path) -> None:
+    file.write_text(BASE.replace("data: {train: prompts.jsonl}\n", ""))
+    assert error(file) == f"{file}: data: is missing: expected a mapping"
+
+
+def test_every_mistake_has_a_line(file: Path) -> None:
+    assert len(error(file, "train.lr=x", "train.step=2", "policy.dtype=int8").splitlines()) == 3
+
+
+def test_overrides_are_yaml_values(file: Path) -> None:
+    changed = config(
+        file,
+        "train.lr=3e-6",
+        "rollouts.stop=['a', \"\\n\"]",
+        "tracking.wandb=off",
+        "data.eval={a: x.jsonl}",
+        "policy.lora.rank=8",
+    )
+    assert changed.train.lr == 3e-6
+    assert changed.rollouts is not None
+    assert changed.rollouts.stop == ("a", "\n")
+    assert changed.tracking.wandb == "off"
+    assert changed.data.eval == {"a": "x.jsonl"}
+    assert changed.policy.lora is not None
+    assert changed.policy.lora.rank == 8
+
+
+def test_an_override_replaces_a_whole_section(file: Path) -> None:
+    assert error(file, "policy={dtype: float32}").endswith("policy.model: is missing: expected a string")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lr"], "argument 'train.lr': expected section.key=value"),
+        (["=3"], "argument '=3': expected section.key=value"),
+        (["train..lr=3"], "argument 'train..lr=3': expected section.key=value"),
+        (["train.lr=1", "train.lr=2"], "argument 'train.lr=2': train.lr is given twice"),
+        (["train.lr.x=1"], "argument 'train.lr.x=1': train.lr is 1e-06, not a section with keys"),
+        (["train.lr=[1"], "argument 'train.lr=[1': not valid YAML: "),
+        (["stages.a.train.lr=1"], "has no stage 'a'; its stages: none, it is a single run"),
+    ],
+)
+def test_overrides_that_cannot_be(file: Path, overrides: list[str], message: str) -> None:
+    assert message in error(file, *overrides)
+
+
+def test_a_config_made_in_python_is_checked_too(file: Path) -> None:
+    good = config(file)
+    assert checked(good).stages == {"demo": good}
+    bad = good.model_copy(update={"train": good.train.model_copy(update={"sequences_per_update": 100})})
+    with pytest.raises(UserError, match=r"^config: train\.sequences_per_update: is 100 and must divide"):
+        checked(bad)
+
+
+def test_a_rule_of_a_section_names_its_line(file: Path) -> None:
+    message = f"{file}:7: rewards.correct: give exactly one of `function` and `role`"
+    assert error(file, "rewards.correct.role=reward") == message
