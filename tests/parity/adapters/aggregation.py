@@ -64,10 +64,7 @@ def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: 
     if named not in VERL_MODES:
         raise Unsupported(f"loss_agg_mode {named!r}")
     counts = sequence_counts(layout.mask, layout.lengths)
-    num_tokens = arguments.optional("batch_num_tokens")
-    num_sequences = arguments.optional("global_batch_size")
-    horizon = arguments.optional("loss_scale_factor")
-    ranks = arguments.number("dp_size", 1)
+    num_tokens, num_sequences, horizon, ranks = _step_counts(arguments)
     if ranks > 1 and (num_tokens if named == "token-mean" else num_sequences) is None and named != "token-sum":
         raise Unsupported("several ranks without the counts of the whole batch")
     if named == "seq-mean-token-mean":
@@ -81,6 +78,16 @@ def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: 
         max_new_tokens=_or(horizon, layout.width),
     )
     return loss * ranks
+
+
+def _step_counts(arguments: Arguments) -> tuple[float | None, float | None, float | None, float]:
+    """What verl knows of the whole step: parameters of agg_loss, one object in the configuration of a loss."""
+    nested = arguments.param("global_batch_info", {})
+    names = ("batch_num_tokens", "global_batch_size", "loss_scale_factor", "dp_size")
+    if not isinstance(nested, dict) or not nested.keys() <= set(names):
+        raise Unsupported(f"global_batch_info {nested!r}")
+    num_tokens, num_sequences, horizon, ranks = (arguments.optional(name, nested.get(name)) for name in names)
+    return num_tokens, num_sequences, horizon, 1.0 if ranks is None else ranks
 
 
 def openrlhf_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, per_token: bool | None = None) -> Tensor:

@@ -216,7 +216,7 @@ def verl_geo_mean(arguments: Arguments) -> Outputs:
     """GMPO: a plain mean over the rows, whatever the aggregation says."""
     batch = VerlBatch(arguments)
     arguments.ignore("clip_ratio_c", "loss_agg_mode")
-    arguments.ignore("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")
+    arguments.ignore("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor", "global_batch_info")
     shrink = shrunk(batch.layout, batch.logprobs)  # verl divides each sequence's mean by n + 1e-8
     ratio = sequence_ratios.geometric_mean_ratio(
         batch.logprobs, batch.old, batch.advantages, batch.mask, batch.lengths, **batch.clip
