@@ -27,7 +27,8 @@ class Inert:
 
 
 def is_written(config: Config, key: Key) -> bool:
-    """Whether the user gave the key. A null that is the default as well says nothing and does not count."""
+    """Whether the user gave the key. Null or an empty mapping, where that is the default, says nothing and does not
+    count."""
     node: object = config
     for depth, part in enumerate(key):
         last = depth == len(key) - 1
@@ -36,7 +37,7 @@ def is_written(config: Config, key: Key) -> bool:
                 return False
             field = type(node).model_fields[part]
             node = getattr(node, part)
-            if last and node is None and field.default is None:
+            if last and (node is None or node == {}) and node == field.get_default(call_default_factory=True):
                 return False
         elif isinstance(node, dict):
             if part not in node:

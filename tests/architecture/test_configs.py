@@ -1,0 +1,49 @@
+"""Every recipe loads and plans on any machine, and its resolved form repeats it. Planning imports nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.dump import dump_yaml
+from rlhf.config.load import load
+from rlhf.config.plan import render
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("**/*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    names = {path.name for path in RECIPES}
+    assert names >= {"quickstart.yaml", "quickstart_grpo.yaml", "ppo_smollm2.yaml", "grpo_smollm2.yaml"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_plans_and_resolves(path: Path, tmp_path: Path) -> None:
+    loaded = load(path)
+    assert render(loaded).startswith(loaded.name)
+    resolved = tmp_path / "config.resolved.yaml"
+    resolved.write_text(dump_yaml(loaded))
+    assert dict(load(resolved).stages) == dict(loaded.stages)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "gpu" not in p.name and "multinode" not in p.name])
+def test_a_laptop_recipe_fits_two_cores(path: Path) -> None:
+    render(load(path), cluster="cpu=2")
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, rlhf; light = sorted(m for m in sys.modules if m.startswith('rlhf')); "
+        "rlhf.plan(sys.argv[1]); "
+        "heavy = [m for m in ('torch', 'transformers', 'ray', 'vllm', 'numpy', 'datasets') if m in sys.modules]; "
+        "sys.exit(f'{light} {heavy}' if heavy or light != ['rlhf', 'rlhf.errors'] else 0)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, str(RECIPES[0])], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 10  # half a second on an idle machine

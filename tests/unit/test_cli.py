@@ -1,0 +1,151 @@
+"""Exit codes, messages, and the calls that the command line makes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import rlhf
+from rlhf.cli import RECIPES, main, recipe
+from rlhf.config.load import LoadedConfig
+
+BASE = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: sft}
+data: {train: examples.jsonl}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
+"""
+Launch = Callable[..., None]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return str(path)
+
+
+@pytest.fixture
+def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
+    """Puts a function in the place of actors.launch.launch, which would start Ray."""
+
+    def put(launch: Launch) -> None:
+        module = ModuleType("actors.launch")
+        module.__dict__["launch"] = launch
+        monkeypatch.setitem(sys.modules, "actors.launch", module)
+
+    return put
+
+
+def raising(error: BaseException) -> Launch:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+        raise error
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["frobnicate"], "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'doctor')"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
+        (["train", "x.yaml", "--fast"], "train does not know --fast"),
+        (["doctor", "x=1"], "doctor does not know x=1"),
+        (["quickstart", "--algorithm", "dqn"], "invalid choice: 'dqn' (choose from 'ppo', 'grpo')"),
+        (["plan", "none.yaml"], "none.yaml: no such config file"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rlhf: error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_plan_prints_and_exits_with_0(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    assert main(["plan", file, "--cluster", "cpu=4", "train.steps=7"]) == 0
+    assert "7 steps" in capsys.readouterr().out
+
+
+def test_train_passes_what_it_was_given(file: str, launch_with: Callable[[Launch], None]) -> None:
+    calls = []
+
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+        calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet))
+
+    launch_with(launch)
+    assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet"]) == 0
+    assert main(["train", file]) == 0
+    assert calls == [(3, 5, True, True), (10, 0, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (rlhf.UserError("no such column"), 2, "rlhf: error: no such column\n"),
+        (rlhf.RunError("rank 1 died"), 1, "rlhf: error: rank 1 died\n"),
+        (
+            ExceptionGroup("group", [ExceptionGroup("in", [ValueError("x"), rlhf.RunError("deep")])]),
+            1,
+            "rlhf: error: deep\n",
+        ),
+        (ZeroDivisionError("by 0"), 1, "rlhf: error: ZeroDivisionError: by 0 (unexpected; --debug shows where)\n"),
+    ],
+)
+def test_failures(
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    launch_with: Callable[[Launch], None],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    launch_with(raising(error))
+    assert main(["train", file]) == code
+    assert capsys.readouterr() == ("", message)
+    with pytest.raises(type(error)):
+        main(["train", file, "--debug"])
+
+
+@pytest.mark.parametrize("more", [[], ["--resume", "auto"]])
+def test_an_interrupt_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None], more: list[str]
+) -> None:
+    launch_with(raising(KeyboardInterrupt()))
+    assert main(["train", file, "run.seed=5", *more]) == 130
+    expected = f"rlhf: interrupted; continue with: rlhf train {file} run.seed=5 --resume auto\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("algorithm", RECIPES)
+def test_the_quickstart_recipes_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe(RECIPES[algorithm]).is_file()
+
+
+def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
+    calls = []
+
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+        calls.append((loaded.stages["demo"].train.steps, resume))
+
+    launch_with(launch)
+    loaded = rlhf.load_config(file, ["train.steps=3"])
+    assert rlhf.train(loaded, resume=True) == Path("runs/demo")
+    rlhf.train(file, ["train.steps=4"])
+    rlhf.train(loaded.stages["demo"])
+    assert calls == [(3, True), (4, False), (3, False)]
+    assert "3 steps" in rlhf.plan(loaded)
+    with pytest.raises(rlhf.UserError, match="overrides change a file"):
+        rlhf.plan(loaded, ["train.steps=4"])

