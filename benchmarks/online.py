@@ -76,6 +76,8 @@ def run_ours(model: Path, prompts: Path, steps: int, folder: Path) -> list[str]:
         "policy.dtype=bfloat16",
         f"data.train={prompts}",
         "data.eval=null",
+        "data.shuffle=false",
+        "tracking.wandb=off",
         f'rewards={{"digits": {{"function": "{Path(__file__).resolve()}:digit_share"}}}}',
         f"rollouts.prompts_per_step={PROMPTS}",
         f"rollouts.samples_per_prompt={SAMPLES}",
