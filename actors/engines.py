@@ -104,9 +104,9 @@ class RolloutEngines:
         waits: dict[asyncio.Future[Any], tuple[GroupRequest, int]] = {}
         for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True)):
             for request in share:
-                rollouts, infos = handle.generate.options(num_returns=2).remote(request, sampling)
+                rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling)
                 columns[request.group_id] = rollouts
-                waits[asyncio.wrap_future(infos.future())] = (request, engine)
+                waits[asyncio.wrap_future(scalars.future())] = (request, engine)
         releases = [h.release.remote(len(share)) for h, share in zip(self.handles, shares, strict=True)]
         await self._all(releases, "rollouts")
         try:

@@ -239,16 +239,14 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         engines = start_engines(config, placement, max_model_len=inputs.max_model_len, spool=record.folder.spool)
         groups.append(engines)
         limit_s = cluster.start_timeout_s
-        starts = [
-            policy.start(one_host=placement.on_one_host(), deadline_s=limit_s),
+        one_host = placement.on_one_host()
+        fingerprints, *_ = await asyncio.gather(
+            policy.start(one_host=one_host, deadline_s=limit_s),
             engines.start(deadline_s=limit_s),
             reward.start(deadline_s=limit_s),
-        ]
-        if critic is not None:
-            starts.append(critic.start(one_host=placement.on_one_host(), deadline_s=limit_s))
-        if reference is not None:
-            starts.append(reference.start(deadline_s=limit_s))
-        fingerprints, *_ = await asyncio.gather(*starts)
+            *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
+            *([reference.start(deadline_s=limit_s)] if reference is not None else []),
+        )
         await engines.connect(policy)
         controller = OnlineController(
             config,

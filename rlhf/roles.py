@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rlhf.tracking.reductions import Reduction
 from rlhf.tracking.samples import SampleRecord
@@ -25,6 +25,7 @@ from rlhf.types import (
     TokenValues,
 )
 
+WeightManifest = Any  # names one published set of weights; what is in it is between the transport's two ends
 Metrics = Mapping[str, Reduction]  # declared names; merges over ranks, micro-batches and minibatches
 
 T_co = TypeVar("T_co", covariant=True)
@@ -57,16 +58,6 @@ class SampleSelection:
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` names the response within the group
-
-
-class WeightManifest(Protocol):
-    """Names one published set of weights; its other fields belong to the transport."""
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +149,6 @@ class TrainedRole(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
-    async def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on the prepared batch's minibatch."""
-        ...
-
     async def save(self, folder: Path) -> None:
         """Everything that an exact continuation needs."""
         ...
@@ -196,6 +183,10 @@ class PolicyRole(TrainedRole, Protocol):
         """Give every sampled token its advantage: its sequence's, or (None) estimated from the critic's values."""
         ...
 
+    async def update(self, minibatch: int) -> Metrics:
+        """One optimizer step on the prepared batch's minibatch."""
+        ...
+
     async def publish(self, version: int) -> WeightManifest:
         """Stage the current weights for the engines."""
         ...
@@ -217,6 +208,10 @@ class CriticRole(TrainedRole, Protocol):
         ...
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None: ...
+
+    async def update(self, minibatch: int) -> Metrics:
+        """One optimizer step on the prepared batch's minibatch."""
+        ...
 
 
 class SupervisedRole(TrainedRole, Protocol):

@@ -88,11 +88,13 @@ def clipped_policy_loss(
         max_new_tokens=counts.max_new_tokens,
     )
     columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    low, high = config.clip_low, config.clip_high
     if config.dual_clip is None:
-        surrogate = policy_loss.clipped_surrogate(*columns, **clip)
+        surrogate = policy_loss.clipped_surrogate(*columns, clip_low=low, clip_high=high)
     else:
-        surrogate = policy_loss.dual_clipped_surrogate(*columns, **clip, max_ratio=config.dual_clip)
+        surrogate = policy_loss.dual_clipped_surrogate(
+            *columns, clip_low=low, clip_high=high, max_ratio=config.dual_clip
+        )
     if config.correction is not None:
         gap = (batch.old_logprobs, batch.rollout_logprobs, mask)
         if config.correction.level == "token":
@@ -111,7 +113,7 @@ def clipped_policy_loss(
         loss = loss - config.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
 
     with torch.no_grad():
-        below, above = policy_loss.clipped_tokens(*columns, **clip)
+        below, above = policy_loss.clipped_tokens(*columns, clip_low=low, clip_high=high)
         old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
         ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
         return LossTerms(

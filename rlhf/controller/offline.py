@@ -69,14 +69,14 @@ class OfflineController:
                 await self._evaluate()
             record.memory("policy", await self.role.memory())
             row = record.row()
-            for name in ("throughput/tokens_per_s", "throughput/train_tokens_per_s"):
-                row[name] = row["update/tokens/total"] / row["time/update_s"]
+            rate = Last(value=row["update/tokens/total"] / row["time/update_s"])
+            record.add({"throughput/tokens_per_s": rate, "throughput/train_tokens_per_s": rate})
             self.step = step
             is_best = evaluates and self.best.improves(row, step)
             if last or step % train.checkpoint_every == 0:
-                await self._checkpoint(row, is_best=is_best)
+                await self._checkpoint(is_best=is_best)
             else:
-                record.write_row(step, row)
+                record.write_row(step, record.row())
 
     def _plan(self, examples: Sequence[Example]) -> MinibatchPlan:
         """Rows to ranks, by equal work."""
@@ -100,14 +100,14 @@ class OfflineController:
                     parts.append(await self.role.evaluate(index, name, piece))
                 self.record.add(merge(parts))
 
-    async def _checkpoint(self, row: Mapping[str, float], *, is_best: bool) -> None:
+    async def _checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, make the checkpoint valid."""
         folder = self.record.folder
         with self.record.stage("checkpoint"):
             aside = folder.begin_checkpoint(self.step)
             await self.role.save(aside / "policy")
             self.record.write_state(aside, self._state())
-        self.record.write_row(self.step, row)
+        self.record.write_row(self.step, self.record.row())
         folder.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)

@@ -119,15 +119,13 @@ class OnlineController:
             if evaluates:
                 await self._evaluate(step)
             await self._add_memory()
-            row = record.row()
-            row["throughput/tokens_per_s"] = row["rollouts/tokens/total"] / row["time/step_s"]
-            row["throughput/train_tokens_per_s"] = row["update/tokens/total"] / row["time/update_s"]
+            self._add_throughput()
             self.step = step
-            is_best = evaluates and self.best.improves(row, step)
+            is_best = evaluates and self.best.improves(record.row(), step)
             if last or step % train.checkpoint_every == 0:
-                await self._checkpoint(row, is_best=is_best)
+                await self._checkpoint(is_best=is_best)
             else:
-                record.write_row(step, row)
+                record.write_row(step, record.row())
 
     async def _train_step(self, step: int) -> None:
         """The arrows of the module's first line."""
@@ -386,7 +384,7 @@ class OnlineController:
 
     async def _add_memory(self) -> None:
         roles = self.roles
-        members = {
+        members: dict[str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | CriticRole | None] = {
             "policy": roles.policy,
             "rollout": roles.rollout,
             "reward": roles.reward,
@@ -397,7 +395,23 @@ class OnlineController:
             if role is not None:
                 self.record.memory(name, await role.memory())
 
-    async def _checkpoint(self, row: Mapping[str, float], *, is_best: bool) -> None:
+    def _add_throughput(self) -> None:
+        row = self.record.row()
+        self.record.add(
+            {
+                "throughput/tokens_per_s": Last(value=row["rollouts/tokens/total"] / row["time/step_s"]),
+                "throughput/rollout_tokens_per_s": Last(
+                    value=row["rollouts/response_tokens/mean"]
+                    * self.rollouts.prompts_per_step
+                    * self.rollouts.samples_per_prompt
+                    / row["time/rollouts_s"]
+                ),
+                "throughput/train_tokens_per_s": Last(value=row.get("update/tokens/total", 0.0) / row["time/update_s"]),
+                "data/epoch": Last(value=float(self.prompts.state().epoch)),
+            }
+        )
+
+    async def _checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, make the checkpoint valid."""
         folder, roles = self.record.folder, self.roles
         with self.record.stage("checkpoint"):
@@ -406,7 +420,7 @@ class OnlineController:
             if roles.critic is not None:
                 await roles.critic.save(aside / "critic")
             self.record.write_state(aside, self._state())
-        self.record.write_row(self.step, row)
+        self.record.write_row(self.step, self.record.row())
         folder.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)

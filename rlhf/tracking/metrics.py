@@ -187,7 +187,7 @@ _DECLARATIONS = (
         "Largest |logprob| difference of engine and trainer on the probe after a sync",
     ),
     # time, throughput, memory
-    _metric("time/step_s", "s", Sum, "", "Wall time of the whole step"),
+    _metric("time/step_s", "s", Sum, "", "Wall time of the step, without evaluation and checkpoint"),
     _metric("time/<stage>_s", "s", Sum, "", "Wall time of one stage; stages may overlap"),
     _metric("throughput/tokens_per_s", "tokens/s", Last, "", "Tokens of the step's batch over `time/step_s`"),
     _metric("throughput/rollout_tokens_per_s", "tokens/s", Last, "online", "Sampled tokens over `time/rollouts_s`"),

@@ -1,0 +1,83 @@
+"""Small runs that the integration tests share: the tiny model, a few steps, every role that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ONLINE: Mapping[str, Any] = {
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "data": {
+        "train": {"task": "running_totals", "split": "train", "size": 64},
+        "eval": {"task": "running_totals", "split": "eval", "size": 16},
+        "apply_chat_template": False,
+        "max_prompt_tokens": 16,
+    },
+    "rollouts": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 8},
+    "train": {
+        "steps": 4,
+        "lr": 1e-3,
+        "sequences_per_update": 16,
+        "max_tokens_per_microbatch": 256,
+        "checkpoint_every": 2,
+    },
+    "eval": {"every": 2},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+}
+
+
+def write_config(path: Path, changes: Mapping[str, Any], base: Mapping[str, Any] = ONLINE) -> Path:
+    """A config file: `base` with `changes` merged over it, key by key. None removes a key."""
+    path.write_text(yaml.safe_dump(merge(base, changes)), encoding="utf-8")
+    return path
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes over base."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`rlhf train` in a process group of its own, its output kept beside the config."""
+    log = config.with_suffix(".log").open("a", encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf.cli", "train", str(config), *arguments],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def train(config: Path, *arguments: str, timeout_s: float = 280.0) -> None:
+    """`rlhf train`, to its end; what it said if it failed."""
+    process = start(config, *arguments)
+    code = process.wait(timeout=timeout_s)
+    assert code == 0, f"exit {code}\n{config.with_suffix('.log').read_text(encoding='utf-8')[-4000:]}"
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without times, throughput and memory: what an exact continuation repeats bit for bit."""
+    clocks = ("time", "throughput/", "memory/")
+    return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]
