@@ -56,10 +56,11 @@ class Gang:
         for handle in self.handles:
             ray.kill(handle)
 
-    async def start(self, *, one_host: bool, deadline_s: float) -> list[str]:
-        """Join the ranks and load the model. Returns each rank's architecture fingerprint."""
+    async def start(self, *, one_host: bool, deadline_s: float) -> None:
+        """Join the ranks and load the model, whose architecture's `fingerprint` is known from then on."""
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
-        return await self.all([h.start.remote(host, port) for h in self.handles], "start", deadline_s=deadline_s)
+        starts = [h.start.remote(host, port) for h in self.handles]
+        self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
 
     async def save(self, folder: Path) -> None:
         """Every rank's part of a checkpoint."""

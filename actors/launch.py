@@ -141,7 +141,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         deadline_s=config.cluster.call_timeout_s,
     )
     async with _ending([gang], placement):
-        fingerprints = await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
+        await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
         sets = [collate(inputs.examples), *(collate(examples) for examples in inputs.eval_sets.values())]
         await gang.load_examples([ray.put(examples) for examples in sets])
         controller = OfflineController(
@@ -150,7 +150,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             record,
             examples=Stream(inputs.examples, seed=config.run.seed, shuffle=config.data.shuffle),
             eval_sets=inputs.eval_sets,
-            policy_fingerprint=fingerprints[0],
+            policy_fingerprint=gang.fingerprint,
         )
         if step is not None:
             await controller.restore(step)
@@ -240,7 +240,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         groups.append(engines)
         limit_s = cluster.start_timeout_s
         one_host = placement.on_one_host()
-        fingerprints, *_ = await asyncio.gather(
+        await asyncio.gather(
             policy.start(one_host=one_host, deadline_s=limit_s),
             engines.start(deadline_s=limit_s),
             reward.start(deadline_s=limit_s),
@@ -256,7 +256,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             prompts=Stream(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
             eval_sets=inputs.eval_sets,
             probe_ids=inputs.probe_ids,
-            policy_fingerprint=fingerprints[0],
+            policy_fingerprint=policy.fingerprint,
         )
         if step is not None:
             await controller.restore(step)
