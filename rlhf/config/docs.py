@@ -71,7 +71,8 @@ stages:
    to the rules of a single run.
 3. `run` stands at the top alone, `algorithm` in each stage alone.
 4. `stage:NAME` as a model is the final model of an earlier stage.
-5. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
+5. All stages run in one Ray: `cluster.address` and `cluster.object_store_gib` are the same in each.
+6. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
 
 ## Keys
 

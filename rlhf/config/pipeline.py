@@ -5,6 +5,7 @@ Rules (docs/configuration.md repeats them for users):
 2. A shared key that a stage cannot use is not given to that stage. One that no stage uses is an error.
 3. `run` stands at the top alone; a stage's run is called PIPELINE/STAGE. `algorithm` stands in each stage.
 4. `stage:NAME` as a model is the final model of an earlier stage.
+5. All stages run in one Ray: cluster.address and cluster.object_store_gib are the same in each.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def resolve_stages(tree: Tree) -> dict[str, Config]:
         else:
             found |= {stage.shown(problem, shared): None for problem in config}
         stages.append(stage)
-    refuse(list(found) or list(_unused_by_all(shared, stages)), tree.place)
+    refuse(list(found) or [*_unused_by_all(shared, stages), *_several_clusters(configs)], tree.place)
     return configs
 
 
@@ -131,6 +132,18 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[str], names: list[
         close = nearest(wanted, earlier)
         known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(earlier) or 'none'}"
         yield Problem(key=(section, "model"), text=f"got 'stage:{wanted}', but {rule}; {known}")
+
+
+def _several_clusters(configs: dict[str, Config]) -> Iterator[Problem]:
+    """One command connects to one Ray; device and roles may differ from stage to stage."""
+    first = next(iter(configs.values())).cluster
+    for name, config in configs.items():
+        for key in ("address", "object_store_gib"):
+            value, wanted = getattr(config.cluster, key), getattr(first, key)
+            if value != wanted:
+                differ = f"is {kind(value)} here and {kind(wanted)} in stage {next(iter(configs))}"
+                text = f"{differ}: all stages run in one Ray; write cluster.{key} at the top"
+                yield Problem(key=("stages", name, "cluster", key), text=text)
 
 
 def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Problem]:

@@ -90,6 +90,7 @@ def test_overrides_of_a_stage_and_of_all(file: Path) -> None:
             "cluster.roles.rollout.enforce_eager=true",
             "cluster.roles.rollout.enforce_eager: no stage can use it: cluster.device is cpu",
         ),
+        ("stages.ppo.cluster.object_store_gib=2", "is 2.0 here and 1.0 in stage sft: all stages run in one Ray"),
         ("algorithm.clip_low=0.1", "algorithm: stands in each stage, not at the top: write stages.sft.algorithm"),
         ("stages.sft.run.seed=1", "stages.sft.run: stands at the top"),
         (
