@@ -116,8 +116,8 @@ def _chat_pieces(row: Row, messages: Sequence[Message], tokenizer: Any, special:
     require_template(tokenizer, row.place)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
-        where = "begins with" if turns else "has no"
-        raise UserError(f"{row.place}: the conversation {where} an assistant's turn; it is learnt after a prompt.")
+        fault = "begins with an" if turns else "has no"
+        raise UserError(f"{row.place}: the conversation {fault} assistant's turn, which is learnt after a prompt.")
     pieces: list[_Piece] = []
     text = ""  # rendered so far
     done = 0  # characters of it already in pieces

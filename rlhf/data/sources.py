@@ -106,7 +106,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON at character {error.pos + 1}: {error.msg}.") from error
             yield _object_row(path, number, value)

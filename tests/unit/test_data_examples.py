@@ -1,0 +1,144 @@
+"""rlhf/data/examples.py: exactly the assistant's tokens are learnt, and templates that hide them are refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rlhf.data.examples import Example, collate, load_examples
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row
+from rlhf.errors import UserError
+
+CHATML = (
+    "{%- for m in messages -%}{{- '<|reserved_0|>' + m.role + '\n' + m.content + '<|eos|>' + '\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|reserved_0|>assistant\n' -}}{%- endif -%}"
+)
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "yes"}
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def as_rows(*rows: dict[str, Any]) -> list[Row]:
+    return [Row(file="s.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
+
+
+def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Example, ...]:
+    settings = {"system_prompt": None, "apply_chat_template": True, "max_tokens": 200} | more
+    return load_examples(as_rows(*rows), tokenizer, **settings)
+
+
+def learnt(tokenizer: Any, example: Example) -> str:
+    """The text with brackets around what is learnt."""
+    text, inside = "", False
+    for token, learn in zip(example.token_ids, example.loss_mask, strict=True):
+        text += ("[" if learn and not inside else "]" if inside and not learn else "") + tokenizer.decode([token])
+        inside = learn
+    return text + ("]" if inside else "")
+
+
+def test_a_raw_completion_and_its_end_are_learnt(tokenizer: Any) -> None:
+    (example,) = load(tokenizer, {"prompt": "8+3=", "completion": "11"}, apply_chat_template=False)
+    assert example.token_ids == (*b"8+3=", *b"11", 257)
+    assert example.loss_mask == (False,) * 4 + (True,) * 3
+
+
+def test_strings_become_two_turns_with_a_template(tokenizer: Any) -> None:
+    (example,) = load(tokenizer, {"prompt": "hi", "completion": "yes"}, system_prompt="s")
+    assert learnt(tokenizer, example) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
+
+
+def test_every_assistants_turn_is_learnt_to_its_end_token_and_no_further(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    (example,) = load(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
+    turn = "<|reserved_0|>user\nhi<|eos|>\n<|reserved_0|>assistant\n[yes<|eos|>]"
+    assert learnt(tokenizer, example) == turn + "\n" + turn  # the last line end teaches nothing and is left out
+
+
+def test_what_comes_after_the_last_answer_is_left_out(tokenizer: Any) -> None:
+    long, short = load(tokenizer, {"messages": [USER, ASSISTANT, USER]}, {"messages": [USER, ASSISTANT]})
+    assert long.token_ids == short.token_ids
+
+
+@pytest.mark.parametrize("apply_chat_template", [True, False])
+def test_the_prompt_is_tokenised_as_for_a_rollout(tokenizer: Any, apply_chat_template: bool) -> None:
+    row = {"prompt": "hi\n", "completion": "\nyes"}
+    (example,) = load(tokenizer, row, apply_chat_template=apply_chat_template)
+    (prompt,) = load_prompts(
+        as_rows(row), tokenizer, system_prompt=None, apply_chat_template=apply_chat_template, max_prompt_tokens=99
+    )
+    assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
+    assert example.loss_mask == tuple(i >= len(prompt.token_ids) for i in range(len(example.token_ids)))
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_a_text_does_not_mark_later_pieces() -> None:
+    # SentencePiece's way: a text begins with an unwritten space. `ab` is [▁, a, b] at the beginning, [a, b] inside.
+    backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "b": 2}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    (example,) = load(tokenizer, {"prompt": "ab", "completion": "b a"}, apply_chat_template=False)
+    assert example.token_ids == (0, 1, 2, 2, 0, 1, 3)
+    assert example.loss_mask == (False,) * 3 + (True,) * 4
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}<|{{ m.role }}|>{{- m.content if loop.last or m.role == 'user' else '...' -}}<|eos|>"
+        "{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+    )
+    (single,) = load(tokenizer, {"messages": [USER, ASSISTANT]})
+    assert learnt(tokenizer, single) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
+    with pytest.raises(UserError, match=r"s.jsonl:1: .*writes earlier messages differently once message 4 follows"):
+        load(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
+
+
+def test_a_template_without_an_end_of_turn_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
+    )
+    with pytest.raises(UserError, match="with no special token, so when to stop"):
+        load(tokenizer, {"messages": [USER, ASSISTANT]})
+
+
+def test_an_example_over_the_budget_is_named(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bc"}]  # 3 and 4 tokens with the end
+    with pytest.raises(UserError, match=r"s.jsonl:2: the example has 4 tokens, more than train.max_tokens_per_micro"):
+        load(tokenizer, *rows, apply_chat_template=False, max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "column `completion` is missing"),
+        ({"prompt": "a", "completion": ""}, "`completion` is the string ''"),
+        ({"completion": "a"}, r"column `prompt` \(or `messages`\) is missing"),
+        ({"messages": [USER]}, "has no assistant's turn"),
+        ({"messages": [ASSISTANT, USER]}, "begins with an assistant's turn"),
+    ],
+)
+def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"s.jsonl:1: .*{message}"):
+        load(tokenizer, row)
+
+
+def test_collate_lays_examples_end_to_end(tokenizer: Any) -> None:
+    examples = load(
+        tokenizer, {"prompt": "a", "completion": "b"}, {"prompt": "cd", "completion": "e"}, apply_chat_template=False
+    )
+    batch = pickle.loads(pickle.dumps(collate(examples)))
+    assert batch.sequence_ids.tolist() == [0, 1]
+    assert batch.lengths.tolist() == [3, 4]
+    assert batch.token_ids.tolist() == [97, 98, 257, 99, 100, 101, 257]
+    assert batch.loss_mask.tolist() == [False, True, True, False, False, True, True]

@@ -1,0 +1,45 @@
+"""rlhf/data/packing.py on cases small enough to do by hand; the laws are in tests/property."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.data.packing import balance, pack, sequence_cost
+
+
+def test_the_longest_goes_first_and_each_where_it_fits_tightest() -> None:
+    # 6 -> bin 0 (4 free); 5 -> bin 1 (5 free); 4 -> bin 0, the tighter (0 free); 3 -> bin 1 (2 free); 2 -> bin 1 (0).
+    assert pack([2, 6, 3, 5, 4], max_tokens=10) == [[1, 4], [0, 2, 3]]
+
+
+def test_a_sequence_may_fill_a_bin_but_not_exceed_it() -> None:
+    assert pack([8, 8], max_tokens=8) == [[0], [1]]
+    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, more than the 8"):
+        pack([8, 9], max_tokens=8)
+    assert pack([], max_tokens=8) == []
+
+
+def test_the_costliest_goes_to_the_rank_with_least() -> None:
+    # 7 -> rank 0; 6 -> rank 1; 5 -> rank 1 (6 < 7): 11; 4 -> rank 0: 11; 1 -> rank 0 (as much, fewer... both 2): 12.
+    assert balance([7, 6, 5, 4, 1], 2) == [[0, 3, 4], [1, 2]]
+
+
+def test_every_rank_gets_something_even_when_nothing_costs_anything() -> None:
+    assert balance([0.0, 0.0, 0.0], 3) == [[0], [1], [2]]
+    assert balance([5.0], 2) == [[0], []]
+
+
+@pytest.mark.parametrize("costs", [[-1.0], [float("nan")]])
+def test_balance_refuses_costs_that_are_no_costs(costs: list[float]) -> None:
+    with pytest.raises(ValueError, match="numbers from 0"):
+        balance(costs, 2)
+
+
+def test_balance_refuses_no_ranks() -> None:
+    with pytest.raises(ValueError, match="num_ranks is 0"):
+        balance([1.0], 0)
+
+
+def test_a_sequence_costs_its_products_and_its_attention() -> None:
+    # 10 tokens, 1,000 parameters, 2 layers of width 8: 2 * 1,000 * 10 + 2 * 2 * 8 * 100 = 20,000 + 3,200.
+    assert sequence_cost(10, num_parameters=1000, num_layers=2, hidden_size=8) == 23_200.0
