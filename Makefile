@@ -80,6 +80,10 @@ smollm2: $(SMOLLM2)/config.json
 $(SMOLLM2)/config.json: | setup
 	$(BIN)/python -m rlhf.models.smollm2 $(SMOLLM2)
 
+benchmarks: smollm2
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt --editable ".[benchmarks]"
+	for file in benchmarks/*.py; do $(BIN)/python "$$file"; done
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

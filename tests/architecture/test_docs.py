@@ -1,0 +1,98 @@
+"""The pages name what is there: files, metrics, configuration keys, make targets, and commands that parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+import rlhf
+from rlhf import cli
+from rlhf.config.root import Config
+from rlhf.tracking.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+HAND_WRITTEN = [page for page in PAGES if page.name not in ("configuration.md", "metrics.md")]
+FILE = re.compile(r"(?:rlhf|actors|tests|configs|benchmarks|docs)/[\w./-]*")
+
+
+def quoted(page: Path) -> set[str]:
+    """Everything between single backticks, on one line."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Shell lines of the page's indented and fenced blocks and quoted commands."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"\s+((?:\.venv/bin/)?rlhf|ray job submit|make) [^|]*", line)
+        if match:
+            yield line.split("#")[0].strip()
+    yield from (text for text in quoted(page) if re.match(r"make [a-z]|rlhf [a-z]+ \S", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    named = [text for text in quoted(page) if FILE.fullmatch(text) and "NAME" not in text]
+    metrics = {name for name in named if any(metric.matches(name) for metric in METRICS.values())}
+    missing += [text for text in named if text not in metrics and not (ROOT / text).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
+def test_metrics_are_declared(page: Path) -> None:
+    stages = {name.split("/")[0] for name in METRICS}
+    names = {t for t in quoted(page) if re.fullmatch(r"[a-z_]+(/\w+)+", t) and t.split("/")[0] in stages}
+    assert not {name for name in names if not any(metric.matches(name) for metric in METRICS.values())}
+
+
+def has_key(section: object, key: list[str]) -> bool:
+    """Whether the schema has the key below this annotation."""
+    if not key:
+        return True
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        field = section.model_fields.get(key[0])
+        return field is not None and has_key(field.annotation, key[1:])
+    return any(has_key(part, key) for part in get_args(section))
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
+def test_configuration_keys_exist(page: Path) -> None:
+    words = {re.split(r"[=: ]", text)[0] for text in quoted(page)}
+    files = (".py", ".md", ".json", ".jsonl", ".yaml", ".yml")
+    keys = [word for word in words if "." in word and not word.endswith(files)]
+    keys = [key for key in keys if key.split(".")[0] in Config.model_fields]
+    assert not [key for key in keys if not has_key(Config, key.split("."))]
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
+def test_commands_parse(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for command in commands(page):
+        words = shlex.split(command.replace("$lr", "1e-6"))
+        if words[0] == "make":
+            assert words[1] in targets, command
+            continue
+        if words[0] == "ray":
+            words = words[words.index("--") + 1 :]
+        args = cli._parse(words[1:])
+        config = getattr(args, "config", None)
+        if config is not None and config != "CONFIG":
+            rlhf.load_config(ROOT / config, args.overrides)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in PAGES[1:] if page.name not in text]
