@@ -1,4 +1,4 @@
-"""The loss of one micro-batch, composed from rlhf.objectives by an algorithm's configuration. No mathematics of its own."""
+"""The loss of one micro-batch, composed from rlhf.objectives by an algorithm's configuration. No mathematics here."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def reference_kl(
 def clipped_critic_loss(
     batch: ValueMicrobatch, counts: StepCounts, *, config: OnlineConfig, value_clip: float | None
 ) -> ValueLossTerms:
-    """Squared error of the values, held near the old ones if value_clip is given, aggregated as the policy's loss is."""
+    """Squared error of the values, held near the old ones if value_clip is given; aggregated as the policy's loss."""
     mask = batch.response_mask
     weights = token_weights(
         mask,

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares. Sections hold values; nothing here opens a file or starts a process."""
+"""What every section of the configuration shares. Sections hold values; nothing here opens a file."""
 
 from __future__ import annotations
 

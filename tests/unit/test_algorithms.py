@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.algorithms.grpo import GRPO, GRPOConfig
+from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
+from rlhf.algorithms.ppo import PPO, PPOConfig
+
+COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
+# Two sequences of 3 tokens; the policy sampled the last two of each.
+MASK = torch.tensor([False, True, True, False, True, True])
+LENGTHS = torch.tensor([3, 3])
+
+
+def microbatch(logprobs: Tensor, **columns: Tensor | None) -> PolicyMicrobatch:
+    """Old, rollout and reference log-probabilities are -1, advantages 1, unless given."""
+    whole: dict[str, Any] = {
+        "entropy": torch.zeros(6),
+        "old_logprobs": torch.full((6,), -1.0),
+        "rollout_logprobs": torch.full((6,), -1.0),
+        "ref_logprobs": None,
+        "advantages": torch.ones(6),
+        **columns,
+    }
+    return PolicyMicrobatch(lengths=LENGTHS, response_mask=MASK, logprobs=logprobs, **whole)
+
+
+def grpo_loss(settings: dict[str, Any], logprobs: Tensor, *, kl_coef: float = 0.0, **columns: Tensor) -> LossTerms:
+    algorithm = GRPO(GRPOConfig.model_validate({"name": "grpo", **settings}))
+    return algorithm.policy_loss(microbatch(logprobs, **columns), COUNTS, kl_coef=kl_coef)
+
+
+def test_equal_policies_lose_the_mean_advantage_and_clip_nothing() -> None:
+    terms = grpo_loss({}, torch.full((6,), -1.0))
+    # ratio 1 on four tokens, advantage 1: -(4 * 1) / 4
+    assert float(terms.loss) == pytest.approx(-1.0)
+    assert float(terms.clipped_tokens) == 0.0
+    assert float(terms.kl_old_sum) == pytest.approx(0.0)
+    assert float(terms.ratio_max) == pytest.approx(1.0)
+
+
+def test_a_ratio_above_the_clip_is_held() -> None:
+    logprobs = torch.full((6,), -1.0)
+    logprobs[1] = -1.0 + math.log(1.5)
+    terms = grpo_loss({"clip_high": 0.28}, logprobs)
+    # one token at 1.28, three at 1: -(1.28 + 3) / 4
+    assert float(terms.loss) == pytest.approx(-1.07)
+    assert float(terms.clipped_tokens) == 1.0
+
+
+def test_dual_clip_bounds_what_a_negative_advantage_costs() -> None:
+    logprobs = torch.full((6,), -1.0)
+    logprobs[1] = -1.0 + math.log(5.0)
+    advantages = -torch.ones(6)
+    # without it one token costs 5 and three cost 1: 8 / 4; with it 3 and three 1: 6 / 4
+    assert float(grpo_loss({}, logprobs, advantages=advantages).loss) == pytest.approx(2.0)
+    assert float(grpo_loss({"dual_clip": 3.0}, logprobs, advantages=advantages).loss) == pytest.approx(1.5)
+
+
+def test_the_penalty_in_the_loss_is_weighted_by_the_coefficient_in_force() -> None:
+    reference = torch.full((6,), -1.5)
+    terms = grpo_loss(
+        {"kl": {"coef": 0.5, "estimator": "k2"}}, torch.full((6,), -1.0), kl_coef=0.2, ref_logprobs=reference
+    )
+    # k2 = 0.5 ** 2 / 2 = 0.125 a token: -1 + 0.2 * 0.125
+    assert float(terms.loss) == pytest.approx(-0.975)
+    assert float(terms.kl_loss) == pytest.approx(0.125)
+    assert float(terms.surrogate) == pytest.approx(-1.0)
+
+
+def test_the_entropy_bonus_lowers_the_loss() -> None:
+    terms = grpo_loss({"entropy_coef": 0.1}, torch.full((6,), -1.0), entropy=torch.full((6,), 2.0))
+    assert float(terms.loss) == pytest.approx(-1.2)  # -1 - 0.1 * 2
+    assert float(terms.entropy_sum) == pytest.approx(8.0)  # four tokens of 2
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("token", -(1.5 + 0.5 + 1.0 + 1.0) / 4),  # ratios 3 (held at 1.5), 0.5, 1, 1
+        ("sequence", -(1.5 + 1.5 + 1.0 + 1.0) / 4),  # products 3 * 0.5 = 1.5 and 1
+    ],
+)
+def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, expected: float) -> None:
+    rollout = torch.full((6,), -1.0)
+    rollout[1] -= math.log(3.0)
+    rollout[2] -= math.log(0.5)
+    settings = {"correction": {"level": level, "max_ratio": 1.5}}
+    assert float(grpo_loss(settings, torch.full((6,), -1.0), rollout_logprobs=rollout).loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "mode", ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+)
+def test_the_gradient_is_that_of_the_step_however_it_is_cut(mode: str) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 5, 2])
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    start, old, rollout, advantages = (torch.randn(10) for _ in range(4))
+    counts = StepCounts(num_tokens=int(mask.sum()), num_sequences=3, max_new_tokens=4)
+    algorithm = ONLINE_ALGORITHMS["grpo"](GRPOConfig.model_validate({"name": "grpo", "aggregation": mode}))
+
+    def gradient(pieces: list[list[int]]) -> Tensor:
+        logprobs = start.clone().requires_grad_()
+        borders = [0, *lengths.cumsum(0).tolist()]
+        for rows in pieces:
+            at = torch.cat([torch.arange(borders[row], borders[row + 1]) for row in rows])
+            batch = PolicyMicrobatch(
+                lengths=lengths[rows],
+                response_mask=mask[at],
+                logprobs=logprobs[at],
+                entropy=torch.zeros(len(at)),
+                old_logprobs=old[at],
+                rollout_logprobs=rollout[at],
+                ref_logprobs=None,
+                advantages=advantages[at],
+            )
+            algorithm.policy_loss(batch, counts, kl_coef=0.0).loss.backward()
+        assert logprobs.grad is not None
+        return logprobs.grad
+
+    whole = gradient([[0, 1, 2]])
+    assert whole.abs().sum() > 0
+    torch.testing.assert_close(gradient([[2], [0, 1]]), whole)
+    torch.testing.assert_close(gradient([[1], [0], [2]]), whole)
+
+
+def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
+    algorithm = PPO(PPOConfig.model_validate({"name": "ppo", "gamma": 1.0, "lam": 1.0, "value_clip": None}))
+    rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, -1.0])
+    values = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.0, 0.0])
+    advantages, returns = algorithm.token_advantages(rewards, values, MASK, LENGTHS)
+    # with gamma = lambda = 1 the return is the reward to go: 1, 1 and -1, -1
+    torch.testing.assert_close(returns, torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0]))
+    torch.testing.assert_close(advantages, torch.tensor([0.0, 0.8, 0.5, 0.0, -1.0, -1.0]))
+    batch = ValueMicrobatch(lengths=LENGTHS, response_mask=MASK, values=values, old_values=values, returns=returns)
+    # halved squares of 0.8, 0.5, 1, 1 over four tokens: (0.64 + 0.25 + 1 + 1) / 2 / 4
+    assert float(algorithm.critic_loss(batch, COUNTS).loss) == pytest.approx(0.36125)
+    assert algorithm.sequence_advantages(torch.zeros(4), group_size=2) is None
+
+
+def test_grpo_compares_a_response_with_its_group() -> None:
+    scores = torch.tensor([1.0, 0.0, 3.0, 3.0], dtype=torch.float64)
+    plain = GRPO(GRPOConfig.model_validate({"name": "grpo", "std_normalize": False}))
+    assert plain.sequence_advantages(scores, group_size=2).tolist() == [0.5, -0.5, 0.0, 0.0]
+    scaled = GRPO(GRPOConfig.model_validate({"name": "grpo"}))
+    # unbiased std of (1, 0) is sqrt(0.5): 0.5 / 0.7071
+    assert scaled.sequence_advantages(scores, group_size=2).tolist() == pytest.approx(
+        [0.70710, -0.70710, 0.0, 0.0], abs=1e-4
+    )

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+
+from rlhf.controller.weight_sync import check_probe, sync_weights
+from rlhf.errors import RunError
+
+
+def test_the_largest_difference_is_reported() -> None:
+    found = check_probe([-1.0, -2.0], [-1.0005, -2.001], engine=0, version=1, dtype="float32")
+    assert found == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("theirs", [[-1.0, -2.4], [-1.0, math.nan]])
+def test_other_weights_stop_the_run(theirs: list[float]) -> None:
+    # mean difference 0.2 nats, or none that is a number
+    with pytest.raises(RunError, match="version 3: rollout engine 1 gives other log-probabilities"):
+        check_probe([-1.0, -2.0], theirs, engine=1, version=3, dtype="bfloat16")
+
+
+class Policy:
+    """Publishes; its probe says -1 for each token."""
+
+    async def publish(self, version: int) -> int:
+        return version
+
+    async def send(self, manifest: int) -> None:
+        return None
+
+    async def probe(self, token_ids: list[int]) -> list[float]:
+        return [-1.0] * (len(token_ids) - 1)
+
+
+class Engines:
+    """Two engines, the second of which has the given log-probability for every token."""
+
+    def __init__(self, second: float) -> None:
+        self.second = second
+        self.loaded: list[int] = []
+
+    async def update_weights(self, manifest: int) -> None:
+        self.loaded.append(manifest)
+
+    async def probe(self, token_ids: list[int]) -> list[list[float]]:
+        return [[value] * (len(token_ids) - 1) for value in (-1.0, self.second)]
+
+
+def sync(engines: Any) -> float:
+    policy: Any = Policy()
+    report = asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1, 2, 3], dtype="float32"))
+    assert report.version == 4
+    return report.probe_max_diff
+
+
+def test_a_sync_is_proven_on_every_engine() -> None:
+    engines = Engines(-1.0005)
+    assert sync(engines) == pytest.approx(0.0005)
+    assert engines.loaded == [4]
+    with pytest.raises(RunError, match="rollout engine 1"):
+        sync(Engines(-1.5))
