@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import ObjectRef
@@ -24,6 +25,27 @@ from rlhf.workers.place import RankPlace
 
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
+
+
+class Stoppable(Protocol):
+    """A group of actors."""
+
+    async def stop(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@asynccontextmanager
+async def ending(groups: Sequence[Stoppable], placement: Placement) -> AsyncIterator[None]:
+    """Stop the groups in order after the block; after a failure end them at once."""
+    try:
+        yield
+        for group in groups:
+            await group.stop()
+    finally:
+        for group in groups:
+            group.end()
+        placement.release()
 
 
 class Gang:

@@ -63,7 +63,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
     stages = []
     for config in loaded.stages.values():
-        local = _with_tiny(config, loaded.folder)
+        local = with_tiny(config, loaded.folder)
         for section, model in _models(local).items():
             if model.model not in finals:
                 load_config(model.model, trust_remote_code=model.trust_remote_code)
@@ -88,7 +88,7 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         )
 
 
-def _with_tiny(config: Config, folder: Path) -> Config:
+def with_tiny(config: Config, folder: Path) -> Config:
     """The same run with tiny:llama as a folder, made now if it is not there."""
     changed: dict[str, Any] = {}
     for name in ("policy", "reference", "critic"):

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
-
 import ray
 
 from actors.cluster import connected
 from actors.engines import start_engines
-from actors.gang import CriticGang, PolicyGang, SupervisedGang, rank_places, spawn
+from actors.gang import CriticGang, PolicyGang, Stoppable, SupervisedGang, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
 from actors.placement import Placement, reserve
 from actors.ranks import CriticRank, PolicyRank, SupervisedRank
@@ -51,14 +47,6 @@ from rlhf.workers.reward import RewardSettings, RewardWorker
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE = ("rewards/score/mean", "experience/kl_ref/mean", "rollouts/response_tokens/mean", "time/step_s")
 SHOWN_OFFLINE = ("update/loss/mean", "update/token_accuracy/mean", "update/lr", "time/step_s")
-
-
-class Stoppable(Protocol):
-    """A group of actors."""
-
-    async def stop(self) -> None: ...
-
-    def end(self) -> None: ...
 
 
 def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
@@ -117,19 +105,6 @@ async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
             timeline.close()
 
 
-@asynccontextmanager
-async def _ending(groups: list[Stoppable], placement: Placement) -> AsyncIterator[None]:
-    """Stop the groups in order after the block; after a failure end them at once."""
-    try:
-        yield
-        for group in groups:
-            await group.stop()
-    finally:
-        for group in groups:
-            group.end()
-        placement.release()
-
-
 async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:
     config = stage.config
     placement = await reserve(config)
@@ -140,7 +115,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), SupervisedRank),
         deadline_s=config.cluster.call_timeout_s,
     )
-    async with _ending([gang], placement):
+    async with ending([gang], placement):
         await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
         sets = [collate(inputs.examples), *(collate(examples) for examples in inputs.eval_sets.values())]
         await gang.load_examples([ray.put(examples) for examples in sets])
@@ -166,7 +141,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
     placement = await reserve(config)
     deadline_s = cluster.call_timeout_s
     groups: list[Stoppable] = []
-    async with _ending(groups, placement):
+    async with ending(groups, placement):
         policy_options = {
             "optimizer_steps": derived.policy_optimizer_steps,
             "reference_is_adapter_off": reference_is_adapter_off(config),

@@ -92,12 +92,17 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
     quickstart = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
     quickstart.add_argument("--algorithm", choices=tuple(RECIPES), default="ppo", help="which recipe")
 
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    export.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
+    export.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
+
     doctor = commands.add_parser("doctor", help="what is installed, and what to do about it")
     for command in (train, quickstart):
         command.add_argument("--quiet", action="store_true", help="no progress")
     for command in (train, plan, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", help="set a key of the configuration")
-    for command in (train, plan, quickstart, doctor):
+    for command in (train, plan, quickstart, export, doctor):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser, frozenset({"train", "plan", "quickstart"})
 
@@ -107,6 +112,11 @@ def _run(args: argparse.Namespace) -> int:
         from actors.doctor import doctor
 
         return doctor()
+    if args.command == "export":
+        from actors.export import export_checkpoint
+
+        export_checkpoint(args.run, step=args.step, folder=args.folder)
+        return 0
     from rlhf.config.load import load
 
     if args.command == "quickstart":

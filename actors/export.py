@@ -1,0 +1,66 @@
+"""A checkpoint of any step as a model folder: the policy's ranks come back, load it, and export."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from pathlib import Path
+
+from actors.cluster import connected
+from actors.gang import SupervisedGang, ending, rank_places, spawn
+from actors.inputs import with_tiny
+from actors.placement import reserve
+from actors.ranks import SupervisedRank
+from rlhf.algorithms.sft import SFTConfig
+from rlhf.config.load import load
+from rlhf.config.root import Config
+from rlhf.errors import UserError
+from rlhf.tracking import logs
+
+logger = logging.getLogger(__name__)
+
+
+def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
+    """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder."""
+    logs.configure()
+    resolved = run / "config.resolved.yaml"
+    if not (run / "checkpoints").is_dir() or not resolved.exists():
+        raise UserError(
+            f"{run} is no run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
+        )
+    name = "latest" if step is None else f"step_{step:06d}"
+    checkpoint = run / "checkpoints" / name
+    if not checkpoint.exists():
+        found = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
+        raise UserError(f"{run} has no checkpoint {name}. There are: {found}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a folder that does not")
+    config = next(iter(load(resolved).stages.values()))
+    alone = Config.model_validate(
+        {
+            "run": config.run,
+            "policy": config.policy,
+            "algorithm": SFTConfig(name="sft"),
+            "data": config.data,
+            "train": config.train,
+            "cluster": config.cluster,
+        }
+    )
+    with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
+        asyncio.run(_export(with_tiny(alone, Path(aside)), checkpoint.resolve(), folder))
+    logger.info("exported %s to %s", checkpoint.resolve().name, folder)
+
+
+async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
+    placement = await reserve(config)
+    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
+    gang = SupervisedGang(
+        "policy",
+        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": 1}), SupervisedRank),
+        deadline_s=config.cluster.call_timeout_s,
+    )
+    async with ending([gang], placement):
+        await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
+        await gang.load(checkpoint / "policy")
+        await gang.export(folder.resolve())
