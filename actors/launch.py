@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+
 import ray
 
 from actors.cluster import connected
 from actors.engines import start_engines
 from actors.gang import CriticGang, PolicyGang, Stoppable, SupervisedGang, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
-from actors.placement import Placement, reserve
+from actors.placement import reserve
 from actors.ranks import CriticRank, PolicyRank, SupervisedRank
 from actors.services import ReferenceWorkers, RewardWorkers
 from rlhf.algorithms import ONLINE_ALGORITHMS
