@@ -57,6 +57,6 @@ def geometric_mean_ratio(
     left out (0) if it is zero. Use `-ratio * advantage` with it: there is nothing left to clip.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    sign = torch.where(mask, advantages, 0.0).sign()
+    sign = advantages.sign()
     held = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-clip_low, clip_high))
     return torch.where(mask, to_tokens(sequence_means(held, mask, lengths), lengths, num_tokens=len(mask)), 0.0).exp()
