@@ -11,7 +11,8 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,33 @@ _log = logging.getLogger(__name__)
 def hidden_states(model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "N H"]:
     """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side."""
     body: Any = model.base_model
-    positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths.tolist()])
-    outputs = body(
-        input_ids=token_ids[None],
-        position_ids=positions[None],
-        use_cache=False,
-        **_attention_arguments(body, lengths.tolist(), device=token_ids.device),
-    )
+    sizes: list[int] = lengths.tolist()
+    if token_ids.is_cuda and _has_flash_attention():
+        _set_attention(body, "flash_attention_2")
+        borders = F.pad(lengths.cumsum(0), (1, 0)).to(token_ids.device, torch.int32)
+        return _run(
+            body,
+            token_ids,
+            sizes,
+            cu_seq_lens_q=borders,
+            cu_seq_lens_k=borders,
+            max_length_q=max(sizes),
+            max_length_k=max(sizes),
+        )
+    _set_attention(body, ATTENTION)
+    if sizes == sorted(sizes):
+        return _run(body, token_ids, sizes, sequence_lengths=sizes)
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
+    by_length = [sizes[i] for i in order]
+    hidden = _run(body, token_ids[tokens], by_length, sequence_lengths=by_length)
+    return hidden.index_select(0, tokens.argsort())
+
+
+def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], **attention: Any) -> Float[Tensor, "N H"]:
+    positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths])
+    outputs = body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 
@@ -57,7 +78,7 @@ def policy_logprobs(
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths)
     logprobs, entropy = chunked_logprobs(
-        hidden[before],
+        hidden.index_select(0, before),
         lm_head_weight(model),
         token_ids[chosen],
         temperature=temperature,
@@ -79,7 +100,11 @@ def policy_logprobs_only(
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths)
     logprobs = chunked_logprobs_only(
-        hidden[before], lm_head_weight(model), token_ids[chosen], temperature=temperature, **lm_head_settings(model)
+        hidden.index_select(0, before),
+        lm_head_weight(model),
+        token_ids[chosen],
+        temperature=temperature,
+        **lm_head_settings(model),
     )
     return _spread(logprobs, chosen, len(token_ids))
 
@@ -91,7 +116,7 @@ def supervised_logprobs(
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths)
     logprobs, is_top1 = chunked_logprobs_and_top1(
-        hidden[before], lm_head_weight(model), token_ids[chosen], **lm_head_settings(model)
+        hidden.index_select(0, before), lm_head_weight(model), token_ids[chosen], **lm_head_settings(model)
     )
     return _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
 
@@ -126,22 +151,6 @@ def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
     return values.new_zeros(size).index_copy(0, positions, values)
 
 
-def _attention_arguments(body: Any, lengths: Sequence[int], *, device: torch.device) -> dict[str, Any]:
-    """Choose the attention for this device, and name the sequences' borders in its terms."""
-    if device.type != "cuda" or not _has_flash_attention():
-        _set_attention(body, ATTENTION)
-        return {"sequence_lengths": tuple(lengths)}
-    _set_attention(body, "flash_attention_2")
-    borders = F.pad(torch.tensor(lengths, device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    longest = max(lengths)
-    return {
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-
-
 def _set_attention(body: Any, name: str) -> None:
     if body.config._attn_implementation != name:
         body.set_attn_implementation(name)
@@ -171,25 +180,51 @@ def per_sequence_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N Q D"], None]:
-    """Causal attention inside each sequence, as transformers calls it. Grouped heads and sliding windows included."""
-    if softcap is not None or s_aux is not None or position_bias is not None:
+    """Causal attention inside each sequence, as transformers calls it; neighbours of equal length share a kernel call.
+
+    Grouped heads, sliding windows and capped logits (Gemma 2) are handled, learnt sinks and position biases refused.
+    """
+    if s_aux is not None or position_bias is not None:
         raise UserError(
-            f"{type(module).__name__} caps its attention logits or adds sinks or a position bias to them, which the "
-            "attention used without flash-attn cannot do. Use another model, or a GPU with flash-attn."
+            f"{type(module).__name__} has attention sinks or a position bias, which the attention used without "
+            "flash-attn does not know. Use another model, or a GPU with flash-attn."
         )
     outputs = []
-    sequences = (x.split(list(sequence_lengths), 2) for x in (query, key, value))
-    for q, k, v in zip(*sequences, strict=True):
-        length = q.shape[2]
-        window = None
-        if sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            window = (distance >= 0) & (distance < sliding_window)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, dropout_p=dropout, enable_gqa=True
-        )
-        outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, 1), None
+    start = 0
+    for length, run in groupby(sequence_lengths):
+        count = len(list(run))
+        tokens = slice(start, start + count * length)
+        start = tokens.stop
+        q, k, v = (x[0, :, tokens].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        if softcap is not None:
+            out = _capped_attention(q, k, v, scale=scaling, softcap=softcap, window=sliding_window or length)
+        else:
+            is_plain = sliding_window is None or length <= sliding_window
+            mask = None if is_plain else _causal(length, window=cast(int, sliding_window), device=q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_plain, scale=scaling, dropout_p=dropout, enable_gqa=True
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, softcap: float, window: int
+) -> Float[Tensor, "b Q n D"]:
+    """Attention with logits capped by softcap * tanh(logits / softcap), for which PyTorch has no kernel."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    capped = softcap * torch.tanh(logits.float() / softcap)
+    allowed = _causal(q.shape[2], window=window, device=q.device)
+    return capped.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "n n"]:
+    """True where a token (row) sees another (column): itself and the window - 1 before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, per_sequence_attention)

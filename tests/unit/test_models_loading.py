@@ -1,0 +1,82 @@
+"""What loads, in which state, and what each failure says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.errors import UserError
+from rlhf.models.loading import (
+    architecture_fingerprint,
+    load_causal_lm,
+    load_config,
+    load_critic,
+    load_reward_model,
+    load_tokenizer,
+)
+
+
+def with_config(source: Path, folder: Path, **changes: object) -> str:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_training_mode_without_dropout(tiny_model: Path, tmp_path: Path) -> None:
+    path = with_config(tiny_model, tmp_path / "m", attention_dropout=0.5)
+    model = load_causal_lm(path, dtype=torch.bfloat16, gradient_checkpointing=True)
+    assert model.training
+    assert model.dtype == torch.bfloat16
+    assert model.is_gradient_checkpointing
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.0}
+
+
+def test_a_new_critic_values_everything_at_zero(tiny_model: Path) -> None:
+    critic = load_critic(str(tiny_model), dtype=torch.float32)
+    assert critic.score.weight.shape == (1, critic.config.hidden_size)
+    assert not critic.score.weight.any()
+
+
+def test_a_reward_model_has_a_reward_head(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it has no reward head") as error:
+        load_reward_model(str(tiny_model), dtype=torch.float32)
+    assert str(tiny_model) in str(error.value)
+    head = torch.full((1, load_config(str(tiny_model)).hidden_size), 0.5)
+    model = load_critic(str(tiny_model), dtype=torch.float32)
+    model.score.weight.data.copy_(head)
+    model.save_pretrained(tmp_path / "reward")
+    assert torch.equal(load_reward_model(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
+    assert torch.equal(load_critic(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
+
+
+@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/folder", "a/b/c"])
+def test_a_missing_folder_is_named(path: str) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_causal_lm(path, dtype=torch.float32)
+
+
+def test_an_unreachable_hub_says_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"no-owner/no-such-model .*HF_HUB_OFFLINE"):
+        load_tokenizer("no-owner/no-such-model")
+
+
+def test_weights_other_than_safetensors_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_causal_lm(str(tmp_path / "m"), dtype=torch.float32)
+
+
+def test_fingerprints_tell_models_apart_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
+    own = architecture_fingerprint(load_config(str(tiny_model)))
+    copy = with_config(tiny_model, tmp_path / "copy", use_cache=False, dtype="bfloat16", transformers_version="0")
+    assert architecture_fingerprint(load_config(copy)) == own
+    assert architecture_fingerprint(load_causal_lm(copy, dtype=torch.bfloat16).config) == own
+    other = with_config(tiny_model, tmp_path / "other", num_hidden_layers=2)
+    assert architecture_fingerprint(load_config(other)) != own

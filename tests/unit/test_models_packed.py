@@ -1,0 +1,146 @@
+"""The packed row against each sequence alone: hidden states, logprobs and gradients, for several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.models.packed import hidden_states, policy_logprobs, policy_logprobs_only, supervised_logprobs
+
+VOCABULARY = 61
+LENGTHS = torch.tensor([5, 1, 8])
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "head_dim": transformers.LlamaConfig(**SIZES, head_dim=16),
+    "sliding_window": transformers.MistralConfig(**SIZES, sliding_window=3),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
+    "windows_in_some_layers": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "capped_attention": transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=4),
+    "learnt_positions": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    ),
+}
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+
+
+def some_tokens() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    token_ids = torch.randint(VOCABULARY, (int(LENGTHS.sum()),))
+    mask = torch.rand(len(token_ids)) > 0.4
+    mask[LENGTHS.cumsum(0) - LENGTHS] = False
+    return token_ids, mask
+
+
+def one_by_one(model: Any, token_ids: Tensor, mask: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy) from transformers' own forward pass and attention, a sequence at a time."""
+    model.set_attn_implementation("eager")
+    logprobs, entropies = [], []
+    for ids, counts in zip(token_ids.split(LENGTHS.tolist()), mask.split(LENGTHS.tolist()), strict=True):
+        log_p = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        chosen = log_p.gather(1, ids[1:, None])[:, 0]
+        logprobs += [torch.zeros(1), torch.where(counts[1:], chosen, 0.0)]
+        entropies += [torch.zeros(1), torch.where(counts[1:], -(log_p.exp() * log_p).sum(-1), 0.0)]
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_one_by_one(name: str) -> None:
+    model = make(name)
+    token_ids, mask = some_tokens()
+    got = policy_logprobs(model, token_ids, LENGTHS, mask=mask, temperature=0.7, entropy_grad=True)
+    weights = torch.randn(2, len(token_ids))
+    (got[0] @ weights[0] + got[1] @ weights[1]).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    expected = one_by_one(model, token_ids, mask, temperature=0.7)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    (expected[0] @ weights[0] + expected[1] @ weights[1]).backward()
+    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
+    model = make("llama")
+    token_ids, _ = some_tokens()
+    other = token_ids.clone()
+    other[:6] = (other[:6] + 1) % VOCABULARY  # the first two sequences
+    with torch.no_grad():
+        one, two = hidden_states(model, token_ids, LENGTHS), hidden_states(model, other, LENGTHS)
+    assert torch.equal(one[6:], two[6:])
+    assert not torch.equal(one[:6], two[:6])
+
+
+@pytest.mark.parametrize("lengths", [[14], [2, 2, 2, 2, 2, 2, 2], [3, 5, 3, 3]])
+def test_equal_and_unequal_lengths(lengths: list[int]) -> None:
+    model = make("llama")
+    token_ids, _ = some_tokens()
+    with torch.no_grad():
+        packed = hidden_states(model, token_ids, torch.tensor(lengths))
+        model.set_attn_implementation("sdpa")
+        alone = [model.base_model(ids[None]).last_hidden_state[0] for ids in token_ids.split(lengths)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
+    plain = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], plain)
+
+
+def test_the_three_kinds_of_logprobs_agree() -> None:
+    model = make("windows_in_some_layers")
+    token_ids, mask = some_tokens()
+    with torch.no_grad():
+        logprobs, _ = policy_logprobs(model, token_ids, LENGTHS, mask=mask)
+        supervised, is_top1 = supervised_logprobs(model, token_ids, LENGTHS, mask=mask)
+        assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
+    assert torch.equal(logprobs, supervised)
+    assert not is_top1[~mask].any()
+
+
+def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:
+    """What a rank runs while others still have work: under ZeRO every parameter must take part."""
+    model = make("llama")
+    policy_logprobs(model, torch.tensor([3]), torch.tensor([1]), mask=torch.tensor([False]))[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_the_first_token_has_no_logprob() -> None:
+    token_ids, mask = some_tokens()
+    mask[5] = True
+    with pytest.raises(ValueError, match="first token of a sequence"):
+        policy_logprobs(make("llama"), token_ids, LENGTHS, mask=mask)
+
+
+def test_attention_sinks_are_refused() -> None:
+    from rlhf.models.packed import per_sequence_attention
+
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(UserError, match="sinks or a position bias"):
+        per_sequence_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], s_aux=torch.zeros(1))
