@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf.config.load import LoadedConfig
     from rlhf.config.root import Config
 
-__all__ = ["RunError", "UserError", "load_config", "plan", "train"]
+__all__ = ["RunError", "UserError", "export", "load_config", "plan", "train"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -53,6 +53,13 @@ def train(
     loaded = _loaded(config, overrides)
     launch(loaded, resume=resume, quiet=quiet)
     return loaded.folder
+
+
+def export(run: str | Path, folder: str | Path, *, step: int | None = None) -> None:
+    """Write the checkpoint of a step (the latest if None) of the run in folder `run` as a Hugging Face folder."""
+    from rlhf.cli import export as write
+
+    write(Path(run), Path(folder), step=step)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

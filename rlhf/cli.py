@@ -55,6 +55,13 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
     run(loaded, resume=resume, quiet=quiet)
 
 
+def export(run: Path, folder: Path, *, step: int | None) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder."""
+    from actors.export import export_checkpoint
+
+    export_checkpoint(run, step=step, folder=folder)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. `{self.prog} --help` shows what there is")
@@ -113,9 +120,7 @@ def _run(args: argparse.Namespace) -> int:
 
         return doctor()
     if args.command == "export":
-        from actors.export import export_checkpoint
-
-        export_checkpoint(args.run, step=args.step, folder=args.folder)
+        export(args.run, args.folder, step=args.step)
         return 0
     from rlhf.config.load import load
 

@@ -53,7 +53,10 @@ def raising(error: BaseException) -> Launch:
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["frobnicate"], "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'doctor')"),
+        (
+            ["frobnicate"],
+            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'doctor')",
+        ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
         (["train", "x.yaml", "--fast"], "train does not know --fast"),
@@ -124,6 +127,16 @@ def test_an_interrupt_says_how_to_go_on(
     assert main(["train", file, "run.seed=5", *more]) == 130
     expected = f"rlhf: interrupted; continue with: rlhf train {file} run.seed=5 --resume auto\n"
     assert capsys.readouterr().err == expected
+
+
+def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    module = ModuleType("actors.export")
+    module.__dict__["export_checkpoint"] = lambda run, *, step, folder: calls.append((run, step, folder))
+    monkeypatch.setitem(sys.modules, "actors.export", module)
+    assert main(["export", "runs/a", "out", "--step", "20"]) == 0
+    rlhf.export("runs/a", "out")
+    assert calls == [(Path("runs/a"), 20, Path("out")), (Path("runs/a"), None, Path("out"))]
 
 
 @pytest.mark.parametrize("algorithm", RECIPES)
