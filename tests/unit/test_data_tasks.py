@@ -89,15 +89,23 @@ def test_gym_demonstrations_end_with_the_answer_and_shots_can_be_left_out() -> N
     assert row["messages"][-1]["content"] == row["answer"]
 
 
-def test_gym_splits_share_no_question_whatever_the_seed_and_none_with_the_shots() -> None:
+def test_gym_splits_share_no_question_whatever_the_seed() -> None:
     rows = {split: gym(split, size=60, seed=i) for i, split in enumerate(SPLITS)}
     questions = {split: {row["question"] for row in found} for split, found in rows.items()}
     assert all(len(found) == 60 for found in questions.values())
     assert not questions["sft"] & questions["train"]
     assert not (questions["sft"] | questions["train"]) & questions["eval"]
-    shots = {m["content"] for m in rows["train"][0]["messages"][:-1] if m["role"] == "user"}
+
+
+def test_gym_shots_are_in_no_split() -> None:
+    # 16 questions: 8 of train and 5 of eval are left beside the 3 shots, which would be in eval.
+    task, args = "reasoning_gym/count_bits", {"max_n": 16}
+    rows = gym("train", task=task, args=args, size=8) + gym("eval", task=task, args=args, size=5)
+    shots = {m["content"] for m in rows[0]["messages"][:-1] if m["role"] == "user"}
     assert len(shots) == 3
-    assert not shots & questions["train"]
+    assert not shots & {row["question"] for row in rows}
+    with pytest.raises(UserError, match="about 5 distinct"):
+        gym("eval", task=task, args=args, size=6)
 
 
 def test_gym_rows_repeat_with_the_seed() -> None:
