@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
-from rlhf.objectives.logprobs import chunked_logprobs, chunked_logprobs_and_top1, chunked_logprobs_only
+from rlhf.objectives.logprobs import (
+    chunked_logprobs,
+    chunked_logprobs_and_top1,
+    chunked_logprobs_only,
+    weighted_logprob_sum,
+)
 
 ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functions
 
@@ -119,6 +124,27 @@ def supervised_logprobs(
         hidden.index_select(0, before), lm_head_weight(model), token_ids[chosen], **lm_head_settings(model)
     )
     return _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
+
+
+def supervised_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    token_weight: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """(sum of -token_weight * logprob over the tokens in mask, the logprobs without gradient; 0 elsewhere).
+
+    The same loss as -token_weight * supervised_logprobs(...)[0].sum(), with the head applied once instead of twice.
+    """
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
+    weights = torch.full_like(chosen, -token_weight, dtype=torch.float32)
+    loss, logprobs = weighted_logprob_sum(
+        hidden, lm_head_weight(model), token_ids[chosen], weights, **lm_head_settings(model)
+    )
+    return loss, _spread(logprobs, chosen, len(token_ids))
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:

@@ -10,7 +10,13 @@ import transformers
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.models.packed import hidden_states, policy_logprobs, policy_logprobs_only, supervised_logprobs
+from rlhf.models.packed import (
+    hidden_states,
+    policy_logprobs,
+    policy_logprobs_only,
+    supervised_logprobs,
+    supervised_loss,
+)
 
 VOCABULARY = 61
 LENGTHS = torch.tensor([5, 1, 8])
@@ -122,6 +128,18 @@ def test_the_three_kinds_of_logprobs_agree() -> None:
         assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
     assert torch.equal(logprobs, supervised)
     assert not is_top1[~mask].any()
+
+
+def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    (-0.25 * supervised_logprobs(model, token_ids, LENGTHS, mask=mask)[0].sum()).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    loss, logprobs = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    torch.testing.assert_close(loss, -0.25 * logprobs.sum())
 
 
 def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:

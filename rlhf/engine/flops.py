@@ -1,0 +1,45 @@
+"""Arithmetic of a training pass, and the rate of a large matrix product to hold it against (throughput/mfu).
+
+Called once at the start of a run. An estimate of what the mathematics needs: recomputation does not count as work.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import transformers
+
+_SIDE = 4096  # of the square matrices: far beyond every cache
+
+
+def flops_per_token(config: Any, sequence_length: float) -> float:
+    """Of a forward and backward pass of a dense model over one token of a sequence of that (mean) length.
+
+    6 for each weight that multiplies (Kaplan et al., arXiv:2001.08361, section 2.1), a tied embedding once, as the
+    head; and 6 * layers * heads * head size * length for causal attention, which sees half the sequence on average.
+    """
+    config = config.get_text_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    weights: int = sum(p.numel() for p in model.parameters())
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        weights -= model.get_input_embeddings().weight.numel()  # a look-up
+    heads: int = config.num_attention_heads
+    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * weights + 6.0 * int(config.num_hidden_layers) * heads * head_size * sequence_length
+
+
+def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3) -> float:
+    """Floating-point operations a second of the best of some large matrix products on this device, now."""
+    left, right = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first warms up
+        start = time.perf_counter()
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        del product
+    return 2.0 * _SIDE**3 / best
