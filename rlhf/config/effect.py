@@ -30,22 +30,12 @@ def is_written(config: Config, key: Key) -> bool:
     """Whether the user gave the key. Null or an empty mapping, where that is the default, says nothing and does not
     count."""
     node: object = config
-    for depth, part in enumerate(key):
-        last = depth == len(key) - 1
-        if isinstance(node, BaseModel):
-            if part not in node.model_fields_set:
-                return False
-            field = type(node).model_fields[part]
-            node = getattr(node, part)
-            if last and (node is None or node == {}) and node == field.get_default(call_default_factory=True):
-                return False
-        elif isinstance(node, dict):
-            if part not in node:
-                return False
-            node = node[part]
-        else:
+    for part in key:
+        if not isinstance(node, BaseModel) or part not in node.model_fields_set:
             return False
-    return True
+        field = type(node).model_fields[part]
+        node = getattr(node, part)
+    return not ((node is None or node == {}) and node == field.get_default(call_default_factory=True))
 
 
 def inert_keys(config: Config) -> Iterator[Inert]:

@@ -170,7 +170,7 @@ def test_impossible_relation_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 INERT = {
     "critic.model=a/b": ([GRPO], "algorithm grpo has no critic"),
-    "cluster.roles.critic.workers=1": ([GRPO], "this run starts no critic role"),
+    "cluster.roles.critic.workers=1": ([GRPO], "this run starts no critic role; remove it, or use ppo"),
     "cluster.roles.reference.workers=1": (["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
     "reference.model=a/b": (["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
     "reference={model: some/model}": ([LORA], "the policy with its LoRA adapter off is that very model"),
@@ -252,6 +252,14 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
+        ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
+        [GRPO, "rollouts.samples_per_prompt=2"],
+        ["cluster.roles.policy.workers=16"],  # one sequence each
+        [CUDA, "cluster.roles.policy={workers: 32, sequence_parallel: 2}"],  # 16 data-parallel ranks
+        ["train.warmup_steps=19"],
+        ["algorithm.critic_warmup_steps=9"],
+        ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],
+        ["train.best_metric=-eval/heldout/response_tokens"],
     ],
 )
 def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> None:
@@ -263,3 +271,8 @@ def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> No
 def test_a_section_without_effect_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(tmp_path, capsys, ONLINE, [GRPO, "cluster.roles.critic.cpus=2"])
     assert message.count("no effect") == 1
+
+
+def test_a_role_of_rollouts_in_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(tmp_path, capsys, SFT, ["cluster.roles.reference.workers=2"])
+    assert "this run starts no reference role; remove it, or choose an algorithm that samples responses" in message
