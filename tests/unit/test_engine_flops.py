@@ -1,0 +1,30 @@
+"""Operations of a training pass, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from rlhf.engine.flops import flops_per_token, measure_peak_flops
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_by_hand(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    # a layer: q 64, k 8*4 = 32, v 32, o 64, three of 8*20 = 480, two norms 16; together 688. With the last norm 8 and
+    # the head 800: 2 * 688 + 808 = 2184. Attention: 6 * 2 layers * 4 heads * 2 * 50 tokens = 4800.
+    assert flops_per_token(config, 50) == 6 * 2184 + 4800
+
+
+@pytest.mark.timeout(60)
+def test_the_peak_is_a_rate() -> None:
+    assert measure_peak_flops(torch.float32, torch.device("cpu"), repeats=0) > 1e8

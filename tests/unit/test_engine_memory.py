@@ -1,0 +1,52 @@
+"""A failed allocation names its place and the keys that shrink it; any other error passes through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.errors import RunError
+
+
+def allocate_too_much() -> None:
+    torch.empty(2**55, dtype=torch.uint8)  # 32 PiB: torch's CPU allocator refuses at once
+
+
+def raise_cuda_error() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def raise_memory_error() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [allocate_too_much, raise_cuda_error, raise_memory_error])
+def test_names_place_and_keys(fail: object) -> None:
+    with (
+        pytest.raises(RunError) as caught,
+        explains_out_of_memory(role="critic", stage="update", rank=3, tokens=4096),
+    ):
+        fail()  # type: ignore[operator]
+    message = str(caught.value)
+    assert "critic rank 3 during update with a micro-batch of 4096 tokens" in message
+    for key in (
+        "train.max_tokens_per_microbatch",
+        "critic.gradient_checkpointing",
+        "cluster.roles.critic.zero_stage",
+        "cluster.roles.critic.offload",
+    ):
+        assert key in message
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="mat1"), explains_out_of_memory(role="policy", stage="update", rank=0):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_peak_is_of_this_process() -> None:
+    before = peak_memory().rss_gib
+    block = torch.ones(2**28, dtype=torch.uint8)  # a quarter of a GiB, touched
+    assert peak_memory().rss_gib >= before
+    assert 0.1 < peak_memory().rss_gib < 64
+    del block
