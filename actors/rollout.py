@@ -11,45 +11,32 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from actors.engine_loop import EngineLoop, Submission
 from actors.spool import read_group, write_group
-from actors.weights.manifest import WeightManifest
+from actors.vllm_engine import (
+    RolloutSpec,
+    adapter_request,
+    build_engine,
+    engine_environment,
+    kv_cache_tokens,
+    load_adapter,
+    load_weights,
+    reset_caches,
+    sampling_params,
+)
+from actors.weights import Meeting, WeightManifest
 from rlhf.errors import RunError
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
+__all__ = ["EngineHealth", "EngineInfo", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
+
 T = TypeVar("T")
-PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutSpec:
-    """One engine."""
-
-    name: str  # in messages, e.g. "rollout engine 0"
-    model: str  # Hugging Face folder or name; its weights are replaced at the first sync
-    dtype: Literal["bfloat16", "float16", "float32"]
-    max_model_len: int  # prompt and response, tokens
-    max_num_seqs: int  # samples in one step of the engine
-    transport: str  # shm, gloo, nccl, ipc
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = 1  # CPU only
-    kv_cache_gib: float | None = 1.0  # None (GPU): what gpu_memory_utilization leaves
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel: int = 1
-    enforce_eager: bool = True
-    lora_rank: int | None = None  # adapters alone are synced
-    colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
-    trust_remote_code: bool = False
-    spool: Path | None = None  # finished groups are kept here
-    start_timeout_s: float = 600.0
-    call_timeout_s: float = 1800.0  # of a generate or an update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,24 +66,6 @@ class SyncReceipt:
     checksum: str
 
 
-def engine_environment(spec: RolloutSpec) -> dict[str, str]:
-    """Variables that must be set before vLLM is imported."""
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if Path(spec.model).exists():
-        env["HF_HUB_OFFLINE"] = "1"
-    if spec.device == "cpu":
-        env["OMP_NUM_THREADS"] = str(spec.threads)
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if spec.enforce_eager:
-            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles its logprob gathering even so: 3 to 15 s for nothing
-    return env
-
-
 class RolloutWorker:
     """Started, then synced, then asked. Methods may be called while others are waited for."""
 
@@ -113,8 +82,17 @@ class RolloutWorker:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
         began = time.monotonic()
         await self._wait(self.loop.start(), "its start", self.spec.start_timeout_s)
-        tokens = await self._call(_kv_cache_tokens, "its size", 10.0)
+        tokens = await self._call(kv_cache_tokens, "its size", 10.0)
         return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
+
+    async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
+        """Open the way of the weights. Broadcast transports meet here: first_rank is the rank of the first worker."""
+        settings = {} if meeting is None else {**asdict(meeting), "first_rank": first_rank}
+        await self._call(
+            lambda engine: engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": settings}),
+            "the sender of the weights",
+            self.spec.start_timeout_s,
+        )
 
     async def generate(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
         """Draw one response a seed. A spooled group is on disk before this returns."""
@@ -150,7 +128,7 @@ class RolloutWorker:
         With `release` this makes the composition of every engine step, hence every bit of every log-probability, a
         function of the requests and the weights alone.
         """
-        await self._call(_reset_caches, "the reset of its caches", self.spec.call_timeout_s)
+        await self._call(reset_caches, "the reset of its caches", self.spec.call_timeout_s)
         self._held = []
 
     async def release(self, num_groups: int) -> None:
@@ -181,20 +159,26 @@ class RolloutWorker:
         if manifest.version != version:
             raise RunError(f"{self.spec.name}: asked for version {version}, the manifest holds {manifest.version}")
         self.version = None  # whatever happens: no sample by half-loaded weights
-        checksums = await self._call(
-            lambda engine: _load_weights(engine, manifest),
-            f"version {version} of the weights",
-            self.spec.call_timeout_s,
+        is_adapter = manifest.transport == "adapter"
+        load = load_adapter if is_adapter else load_weights
+        loaded = await self._call(
+            lambda engine: load(engine, manifest), f"version {version} of the weights", self.spec.call_timeout_s
         )
-        wrong = [(rank, found) for rank, found in enumerate(checksums) if found != manifest.checksum]
+        wrong = [(rank, found) for rank, found in enumerate(loaded.checksums) if found != manifest.checksum]
         if wrong:
             raise RunError(
                 f"{self.spec.name}: weight sync to version {version}: worker {wrong[0][0]} read bytes with checksum "
-                f"{wrong[0][1]}, the policy wrote {manifest.checksum}. The weights were damaged on the way."
+                f"{wrong[0][1]}, the policy wrote {manifest.checksum} for version {manifest.version}. The weights "
+                "were damaged on the way."
             )
-        stamp = await self._call(lambda engine: engine.get_weight_version(), "its version", self.spec.call_timeout_s)
-        self.version = int(stamp)
-        return SyncReceipt(version=self.version, checksum=checksums[0])
+        if loaded.cached_blocks:
+            raise RunError(
+                f"{self.spec.name}: weight sync to version {version}: {loaded.cached_blocks} blocks of keys and values "
+                "that earlier weights computed are still cached"
+            )
+        self._lora = adapter_request(manifest) if is_adapter else None
+        self.version = loaded.version
+        return SyncReceipt(version=loaded.version, checksum=loaded.checksums[0])
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:], by the forward pass that rollouts go through, not out of a cache."""
@@ -209,6 +193,25 @@ class RolloutWorker:
         (future,) = self.loop.submit([submission])
         output = await self._wait(future, "the probe", self.spec.call_timeout_s)
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
+
+    async def sleep(self) -> None:
+        """Give the GPU to the trainer: the cache goes, and the weights, which the next sync brings again.
+
+        With LoRA the base weights move to host memory instead, since no sync brings them. On a CPU nothing happens.
+        """
+        if self.spec.device == "cpu":
+            return
+        keeps_weights = self.spec.lora_rank is not None
+        if not keeps_weights:
+            self.version = None
+        await self._call(
+            lambda engine: engine.sleep(level=1 if keeps_weights else 2), "its sleep", self.spec.call_timeout_s
+        )
+
+    async def wake(self) -> None:
+        """Take the GPU back. Without LoRA the engine must be synced before it generates."""
+        if self.spec.device == "cuda":
+            await self._call(lambda engine: engine.wake_up(), "its waking", self.spec.call_timeout_s)
 
     async def abort_all(self) -> int:
         """Drop every request in flight; how many. Their `generate` raises RunError."""
@@ -275,57 +278,6 @@ class RolloutWorker:
             ) from error
 
 
-def build_engine(spec: RolloutSpec) -> Any:
-    """vLLM's engine, with its core in the calling thread."""
-    from vllm import EngineArgs
-    from vllm.config import WeightTransferConfig
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    cpu = spec.device == "cpu"
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=spec.model,
-            dtype=spec.dtype,
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
-            tensor_parallel_size=spec.tensor_parallel,
-            gpu_memory_utilization=spec.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
-            enforce_eager=spec.enforce_eager,
-            enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
-            enable_sleep_mode=spec.colocated and not cpu,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            enable_lora=spec.lora_rank is not None,
-            max_lora_rank=spec.lora_rank or 16,
-            trust_remote_code=spec.trust_remote_code,
-            worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
-            weight_transfer_config=WeightTransferConfig(backend=spec.transport),
-            disable_log_stats=True,
-        )
-    )
-
-
-def sampling_params(sampling: Sampling, seed: int) -> Any:
-    """vLLM's parameters for one sample."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=0 if sampling.top_k is None else sampling.top_k,
-        max_tokens=sampling.max_new_tokens,
-        seed=seed,
-        stop=list(sampling.stop),
-        include_stop_str_in_output=True,
-        detokenize=bool(sampling.stop),  # text is only looked at for stop strings
-        logprobs=0,  # the sampled token's
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
 def assemble(request: GroupRequest, outputs: Sequence[Any]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
     """One group's columns and scalars out of vLLM's final outputs, one a seed."""
     prompt = torch.tensor(request.prompt.token_ids, dtype=torch.int64)
@@ -364,25 +316,3 @@ def assemble(request: GroupRequest, outputs: Sequence[Any]) -> tuple[Rollouts, t
         versions=torch.cat(versions),
     )
     return rollouts, tuple(infos)
-
-
-def _reset_caches(engine: Any) -> None:
-    """Forget every cached prefix. Samples in flight compute theirs again, by the weights of then."""
-    if not engine.reset_prefix_cache(reset_running_requests=True):
-        raise RunError("the engine did not reset its prefix cache")
-
-
-def _load_weights(engine: Any, manifest: WeightManifest) -> list[str]:
-    """Runs between two steps, so nothing is computed by half-loaded weights. The workers' checksums."""
-    engine.collective_rpc("start_weight_update")
-    engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
-    engine.collective_rpc("finish_weight_update")
-    engine.set_weight_version(str(manifest.version))
-    _reset_caches(engine)
-    checksums: list[str] = engine.collective_rpc("received_checksum")
-    return checksums
-
-
-def _kv_cache_tokens(engine: Any) -> int:
-    cache = engine.vllm_config.cache_config
-    return int(cache.num_gpu_blocks * cache.block_size)

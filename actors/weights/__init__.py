@@ -2,22 +2,30 @@
 
 The policy's end is a WeightSender; the engines' end is a vLLM weight-transfer backend of the same name, registered by
 `actors.weights.vllm_extension` in every vLLM worker. Importing this package imports neither vLLM nor Ray.
+
+A new transport is a sender here, a ReloadEngine beside it, and a line in each of the two tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from actors.weights.broadcast import BroadcastSender, Meeting
+from actors.weights.ipc import IpcSender
 from actors.weights.manifest import WeightManifest
+from actors.weights.shm import ShmSender
 
-__all__ = ["WeightManifest", "WeightSender"]
+__all__ = ["Meeting", "Transport", "WeightManifest", "WeightSender", "open_sender"]
+
+Transport = Literal["shm", "gloo", "nccl", "ipc"]
 
 
 class WeightSender(Protocol):
-    """The policy's end of a transport, one on every rank."""
+    """The policy's end of a transport, one on every rank. In a sync: publish, send, settle."""
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Stage the weights. Iterating may be a collective: all ranks call it. None on ranks other than 0."""
@@ -27,6 +35,20 @@ class WeightSender(Protocol):
         """Move the staged bytes, while the engines receive. Nothing where they read them by themselves."""
         ...
 
+    def settle(self) -> None:
+        """The engines have loaded: memory that only served the transfer may go."""
+        ...
+
     def close(self) -> None:
         """Give back what the transport holds."""
         ...
+
+
+def open_sender(transport: Transport, *, rank: int, dtype: torch.dtype, meeting: Meeting | None) -> WeightSender:
+    """A policy rank's sender. The broadcast transports meet their receivers here, and block until all have come."""
+    if transport == "shm":
+        return ShmSender(rank=rank, dtype=dtype)
+    if transport == "ipc":
+        return IpcSender(rank=rank, dtype=dtype)
+    assert meeting is not None, f"{transport} needs a place to meet"
+    return BroadcastSender(transport, meeting, rank=rank, dtype=dtype)

@@ -67,3 +67,18 @@ def named_views(
     """The tensors of a flat run, without a copy."""
     for name, dtype, shape, offset in zip(names, dtypes, shapes, offsets, strict=True):
         yield name, tensor_view(flat, offset, getattr(torch, dtype), shape)
+
+
+def buckets(offsets: Sequence[int], nbytes: int, *, limit: int) -> list[tuple[int, int, int, int]]:
+    """Runs of whole tensors, at most `limit` bytes each unless one tensor is larger.
+
+    Each is (first tensor, one past the last, first byte, one past the last), and together they are the flat run.
+    """
+    ends = [*offsets[1:], nbytes]
+    runs: list[tuple[int, int, int, int]] = []
+    first = 0
+    for index in range(1, len(offsets) + 1):
+        if index == len(offsets) or ends[index] - offsets[first] > limit:
+            runs.append((first, index, offsets[first], ends[index - 1]))
+            first = index
+    return runs

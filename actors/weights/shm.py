@@ -51,6 +51,9 @@ class ShmSender:
     def send(self, manifest: WeightManifest) -> None:
         """Nothing: the engines read the file."""
 
+    def settle(self) -> None:
+        """Nothing: the file is written again at the next sync."""
+
     def close(self) -> None:
         """Remove the file. Engines that have it mapped keep their pages."""
         if self.file is not None:

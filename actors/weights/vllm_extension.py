@@ -9,10 +9,15 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-_TRANSPORTS = {"shm": ("actors.weights.vllm_shm", "ShmEngine")}
-for _name, (_module, _class) in _TRANSPORTS.items():
-    if _name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_name, _module, _class)
+PREFIX = "rlhf_"  # vLLM has backends of its own called nccl and ipc
+_ENGINES = {
+    "shm": ("actors.weights.vllm_shm", "ShmEngine"),
+    "gloo": ("actors.weights.vllm_broadcast", "GlooEngine"),
+    "nccl": ("actors.weights.vllm_broadcast", "NcclEngine"),
+    "ipc": ("actors.weights.vllm_ipc", "IpcEngine"),
+}
+for _name, (_module, _class) in _ENGINES.items():
+    WeightTransferEngineFactory.register_engine(PREFIX + _name, _module, _class)
 
 
 class WorkerExtension:

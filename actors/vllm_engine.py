@@ -1,0 +1,170 @@
+"""Everything that is said to vLLM: one engine's specification, its environment, its arguments, and what is done to it.
+
+Functions that take an engine are called by the engine loop, between two steps. vLLM is imported inside them, so that a
+specification can be made, and its environment set, before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.weights import Transport, WeightManifest
+from actors.weights.adapter import WEIGHTS, file_checksum
+from rlhf.errors import RunError
+from rlhf.types import Sampling
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allocates for
+PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSpec:
+    """One engine."""
+
+    name: str  # in messages, e.g. "rollout engine 0"
+    model: str  # Hugging Face folder or name; its weights are replaced at the first sync
+    dtype: Literal["bfloat16", "float16", "float32"]
+    max_model_len: int  # prompt and response, tokens
+    max_num_seqs: int  # samples in one step of the engine
+    transport: Transport
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1  # CPU only
+    kv_cache_gib: float | None = 1.0  # None (GPU): what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+    lora_rank: int | None = None  # then an adapter is synced, not the weights
+    colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
+    trust_remote_code: bool = False
+    spool: Path | None = None  # finished groups are kept here
+    start_timeout_s: float = 600.0
+    call_timeout_s: float = 1800.0  # of a generate or an update
+
+
+def engine_environment(spec: RolloutSpec) -> dict[str, str]:
+    """Variables that must be set before vLLM is imported."""
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if Path(spec.model).exists():
+        env["HF_HUB_OFFLINE"] = "1"
+    if spec.device == "cpu":
+        env["OMP_NUM_THREADS"] = str(spec.threads)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if spec.enforce_eager:
+            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles its logprob gathering even so: 3 to 15 s for nothing
+    return env
+
+
+def build_engine(spec: RolloutSpec) -> Any:
+    """vLLM's engine, with its core in the calling thread."""
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    cpu = spec.device == "cpu"
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=spec.model,
+            dtype=spec.dtype,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
+            tensor_parallel_size=spec.tensor_parallel,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
+            enforce_eager=spec.enforce_eager,
+            enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
+            async_scheduling=False,  # a step is over when step() returns, so an update never meets one
+            enable_sleep_mode=spec.colocated and not cpu,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            enable_lora=spec.lora_rank is not None,
+            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
+            max_loras=1,
+            trust_remote_code=spec.trust_remote_code,
+            worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
+            disable_log_stats=True,
+        )
+    )
+
+
+def sampling_params(sampling: Sampling, seed: int) -> Any:
+    """vLLM's parameters for one sample."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0 if sampling.top_k is None else sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(sampling.stop),  # text is only looked at for stop strings
+        logprobs=0,  # the sampled token's
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What the engine has after an update, by its own account, before the next step."""
+
+    checksums: tuple[str, ...]  # of the bytes that each worker read
+    version: int
+    cached_blocks: int  # of keys and values that a later prompt might reuse; they would be the old weights'
+
+
+def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
+    """Load a published set of weights and forget what the old ones computed."""
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
+    engine.collective_rpc("finish_weight_update")
+    return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"))
+
+
+def load_adapter(engine: Any, manifest: WeightManifest) -> Loaded:
+    """The same for a LoRA adapter, out of its folder."""
+    checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
+    if not engine.add_lora(adapter_request(manifest)):
+        raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
+    return _finish(engine, manifest.version, [checksum])
+
+
+def adapter_request(manifest: WeightManifest) -> Any:
+    """vLLM's name for the policy's adapter. There is one, loaded over the one before."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, manifest.fields["folder"], load_inplace=True)
+
+
+def reset_caches(engine: Any) -> None:
+    """Forget every cached prefix. Samples in flight compute theirs again, by the weights of then."""
+    if not engine.reset_prefix_cache(reset_running_requests=True):
+        raise RunError("the engine did not reset its prefix cache")
+
+
+def kv_cache_tokens(engine: Any) -> int:
+    """Tokens that fit into the cache."""
+    cache = engine.vllm_config.cache_config
+    return int(cache.num_gpu_blocks * cache.block_size)
+
+
+def _finish(engine: Any, version: int, checksums: Sequence[str]) -> Loaded:
+    engine.set_weight_version(str(version))
+    reset_caches(engine)
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return Loaded(
+        checksums=tuple(checksums),
+        version=int(engine.get_weight_version()),
+        cached_blocks=len(pool.cached_block_hash_to_block),
+    )

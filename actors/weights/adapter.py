@@ -1,0 +1,74 @@
+"""A LoRA adapter to the engines: a small adapter folder, written by the policy and loaded over the one before.
+
+The folder is in shared memory for engines on the policy's host, else on a file system that all hosts share. The base
+model's weights never travel: engines and policy load the same folder at the start.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actors.weights.manifest import WeightManifest
+from rlhf.errors import RunError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
+
+
+class AdapterSender:
+    """The policy's end. `config` is peft's, as in adapter_config.json."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
+        self.folder = folder / f"rlhf-adapter-{secrets.token_hex(8)}" if rank == 0 else None
+        self.dtype = dtype
+        if self.folder is not None:
+            self.folder.mkdir(parents=True)
+            (self.folder / CONFIG).write_text(json.dumps(dict(config)))
+
+    def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
+        """Write the adapter. None on ranks other than 0."""
+        tensors = {name: weight.detach().to("cpu", self.dtype).clone() for name, weight in named_weights}
+        if self.folder is None:
+            return None
+        path, aside = self.folder / WEIGHTS, self.folder / f".{WEIGHTS}"
+        try:
+            save_file(tensors, aside)
+        except OSError as error:
+            raise RunError(f"weight sync: the adapter could not be written to {self.folder}: {error}") from error
+        aside.replace(path)
+        return WeightManifest(
+            version=version,
+            checksum=file_checksum(path),
+            names=tuple(tensors),
+            dtypes=(str(self.dtype).removeprefix("torch."),) * len(tensors),
+            shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
+            offsets=(),
+            nbytes=path.stat().st_size,
+            transport="adapter",
+            fields={"folder": str(self.folder)},
+        )
+
+    def send(self, manifest: WeightManifest) -> None:
+        """Nothing: the engines read the folder."""
+
+    def settle(self) -> None:
+        """Nothing: it is written again at the next sync."""
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-64 of a file."""
+    return xxhash.xxh3_64(path.read_bytes()).hexdigest()

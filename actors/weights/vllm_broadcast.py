@@ -1,0 +1,87 @@
+"""The engine's end of the broadcast transports, inside vLLM's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import xxhash
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from actors.weights.broadcast import Meeting, Method, broadcast, open_group
+from actors.weights.manifest import buckets, named_views
+from actors.weights.vllm_reload import ReloadEngine
+
+
+@dataclass
+class BroadcastInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """Where to meet, and the rank of this engine's first worker there."""
+
+    address: str
+    port: int
+    num_receivers: int
+    timeout_s: float
+    first_rank: int
+
+
+@dataclass
+class BroadcastUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """The manifest's fields."""
+
+    version: int
+    checksum: str
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    nbytes: int
+    bucket_bytes: int
+
+
+class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
+    """Receives bucket after bucket; a bucket's memory goes when the layers in it are loaded."""
+
+    init_info_cls = BroadcastInit
+    update_info_cls = BroadcastUpdate
+    method: ClassVar[Method] = "gloo"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.group: Any = None
+
+    def init_transfer_engine(self, init_info: BroadcastInit) -> None:
+        """Meet the sender. Blocks until all receivers have come."""
+        meeting = Meeting(
+            address=init_info.address,
+            port=init_info.port,
+            num_receivers=init_info.num_receivers,
+            timeout_s=init_info.timeout_s,
+        )
+        self.group = open_group(self.method, meeting, init_info.first_rank + self.parallel_config.rank)
+
+    def receive_weights(self, update_info: BroadcastUpdate) -> None:
+        """Load what comes, in order, and take its checksum."""
+        digest = xxhash.xxh3_64()
+        self.load(self._received(update_info, digest))
+        self.checksum = digest.hexdigest()
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self.group = None
+
+    def _received(self, u: BroadcastUpdate, digest: Any) -> Iterator[tuple[str, Tensor]]:
+        for first, last, begin, end in buckets(u.offsets, u.nbytes, limit=u.bucket_bytes):
+            bucket = torch.empty(end - begin, dtype=torch.uint8, device=self.device)
+            broadcast(self.group, bucket)
+            digest.update(bucket.cpu().numpy().data)
+            within = [offset - begin for offset in u.offsets[first:last]]
+            yield from named_views(bucket, u.names[first:last], u.dtypes[first:last], u.shapes[first:last], within)
+
+
+class NcclEngine(GlooEngine):
+    """The same between GPUs."""
+
+    method: ClassVar[Method] = "nccl"
