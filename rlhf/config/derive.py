@@ -130,14 +130,6 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
     return WeightSync(method="gloo", why="policy and engines are on several CPU hosts")
 
 
-def threads(configured: int | Literal["auto"], *, cores: int, workers_on_node: int) -> int:
-    """Compute threads of one worker: as configured, or the node's cores shared out among its role's workers there.
-
-    Other roles are not counted: with rollouts and training taking turns, they wait meanwhile.
-    """
-    return max(1, cores // workers_on_node) if configured == "auto" else configured
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
     """The arithmetic of one run. None: supervised runs have no such thing."""

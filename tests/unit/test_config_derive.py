@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.derive import critic_model, derive, eval_sets, needs, threads, weight_sync
+from rlhf.config.derive import critic_model, derive, eval_sets, needs, weight_sync
 from rlhf.config.root import Config
 from rlhf.config.seating import fit, seat
 
@@ -101,12 +101,6 @@ def test_a_single_evaluation_set_is_called_heldout() -> None:
 )
 def test_the_way_of_the_weights(cluster: dict[str, Any], one_host: bool, method: str) -> None:
     assert weight_sync(config(GRPO, cluster=cluster).cluster, one_host=one_host).method == method
-
-
-def test_threads_share_out_the_cores_of_a_node() -> None:
-    assert threads("auto", cores=16, workers_on_node=3) == 5
-    assert threads("auto", cores=2, workers_on_node=4) == 1
-    assert threads(7, cores=2, workers_on_node=1) == 7
 
 
 def test_the_defaults_fit_two_cores() -> None:
