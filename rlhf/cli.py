@@ -168,3 +168,7 @@ def _known(error: BaseException) -> UserError | RunError | None:
 def _report(error: object, code: int) -> int:
     sys.stderr.write(f"rlhf: error: {error}\n")
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
