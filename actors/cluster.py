@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +16,9 @@ from rlhf.config.cluster import ClusterConfig
 from rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_WITHIN_S = 10.0  # to a port; Ray itself tries for over ten minutes
+ANSWER_WITHIN_S = 30.0  # of the Ray behind it
 
 
 @contextmanager
@@ -40,16 +46,46 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             configure_logging=False,
         )
     else:
+        _refuse_dead(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-        except (ConnectionError, RuntimeError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS): {error}. Start one with "
-                "`ray start --head`, or leave cluster.address null for a local one. If the cluster uses tokens, set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
-            ) from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _no_cluster(address, " ".join(str(error).split())) from error
         logger.info("connected to the Ray cluster at %s", address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_dead(address: str) -> None:
+    """UserError within seconds if no Ray answers at `[ray://]HOST:PORT`. Other forms are Ray's to look up."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+    if address.startswith("ray://"):
+        return  # Ray's client gives up by itself
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(command, check=True, timeout=ANSWER_WITHIN_S, capture_output=True, text=True)
+    except subprocess.TimeoutExpired as error:
+        raise _no_cluster(
+            address,
+            f"something listens there that does not speak Ray's protocol "
+            f"within {ANSWER_WITHIN_S:.0f} s (the dashboard has another port)",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["its health check failed"])[-1]
+        raise _no_cluster(address, last) from error
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with "
+        "`ray start --head`, or leave cluster.address null for a local one. If the cluster uses tokens, set "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+    )

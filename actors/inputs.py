@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
 from rlhf.config.derive import critic_model, eval_sets, is_online, needs, reference_model, uses_reward_model
 from rlhf.config.load import LoadedConfig, run_folder
@@ -15,7 +20,7 @@ from rlhf.config.model import ModelConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Example, load_examples
 from rlhf.data.prompts import load_prompts
-from rlhf.data.sources import Row, Source, read_rows
+from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
@@ -64,9 +69,13 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     stages = []
     for config in loaded.stages.values():
         local = with_tiny(config, loaded.folder)
+        if _asks_the_hub(local, finals):
+            use_cache_if_silent()
         for section, model in _models(local).items():
             if model.model not in finals:
-                load_config(model.model, trust_remote_code=model.trust_remote_code)
+                with _named(f"{section}.model"):
+                    load_config(model.model, trust_remote_code=model.trust_remote_code)
+                    _refuse_broken_weights(Path(model.model))
             elif section == "reward":
                 raise UserError(f"{section}.model: {model.model} will be a language model, not a reward model")
         source = finals.get(local.policy.model, local.policy.model)
@@ -114,6 +123,43 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     return found
 
 
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the key of the config before what is wrong with its value."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
+    """Whether a model or a data set may be a name on the hub."""
+    models = [model.model for model in _models(config).values() if model.model not in finals]
+    data = [s.partition(":")[0] for s in (config.data.train, *eval_sets(config).values()) if isinstance(s, str)]
+    names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
+    return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
+
+
+def _refuse_broken_weights(folder: Path) -> None:
+    """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        for file in files:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
+        ) from error
+    if not files:
+        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
+
+
 def _source(source: DataSource) -> Source:
     if isinstance(source, str):
         return source
@@ -122,19 +168,22 @@ def _source(source: DataSource) -> Source:
 
 def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     assert config.rollouts is not None
-    tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+    with _named("policy.model"):
+        tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
     def prompts_of(name: str, source: DataSource) -> tuple[Prompt, ...]:
-        rows = read_rows(_source(source), columns=data.columns)
+        with _named(name):
+            rows = read_rows(_source(source), columns=data.columns)
         _check_rewards(specs, rows, name)
-        return load_prompts(
-            rows,
-            tokenizer,
-            system_prompt=data.system_prompt,
-            apply_chat_template=data.apply_chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
+        with _named(name):
+            return load_prompts(
+                rows,
+                tokenizer,
+                system_prompt=data.system_prompt,
+                apply_chat_template=data.apply_chat_template,
+                max_prompt_tokens=data.max_prompt_tokens,
+            )
 
     specs = _rewards(config, loaded)
     prompts = prompts_of("data.train", data.train)
@@ -159,23 +208,26 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
 
 
 def _offline(config: Config, source: str) -> OfflineInputs:
-    tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+    with _named("policy.model"):
+        tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
-    def examples_of(source: DataSource) -> tuple[Example, ...]:
-        return load_examples(
-            read_rows(_source(source), columns=data.columns),
-            tokenizer,
-            system_prompt=data.system_prompt,
-            apply_chat_template=data.apply_chat_template,
-            max_tokens=config.train.max_tokens_per_microbatch,
-        )
+    def examples_of(name: str, source: DataSource) -> tuple[Example, ...]:
+        with _named(name):
+            return load_examples(
+                read_rows(_source(source), columns=data.columns),
+                tokenizer,
+                system_prompt=data.system_prompt,
+                apply_chat_template=data.apply_chat_template,
+                max_tokens=config.train.max_tokens_per_microbatch,
+            )
 
-    examples = examples_of(data.train)
+    examples = examples_of("data.train", data.train)
     longest = max(len(example.token_ids) for example in examples)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return OfflineInputs(
-        examples=examples, eval_sets={name: examples_of(one) for name, one in eval_sets(config).items()}
+        examples=examples,
+        eval_sets={name: examples_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()},
     )
 
 

@@ -29,12 +29,13 @@ from rlhf.config.derive import (
 )
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.config.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController, OnlineRoles
 from rlhf.controller.record import RunRecord
 from rlhf.data.examples import collate
 from rlhf.data.stream import Stream
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.progress import open_progress
@@ -53,6 +54,8 @@ SHOWN_OFFLINE = ("update/loss/mean", "update/token_accuracy/mean", "update/lr", 
 def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
     """Run all stages, or with `resume` what is left of them. Returns when the last one's final/ is written."""
     logs.configure()
+    for config in loaded.stages.values():
+        _refuse_unusable_folder(config, resume=resume)
     stages = load_inputs(loaded)
     cluster = next(iter(loaded.stages.values())).cluster
     with connected(cluster):
@@ -64,6 +67,24 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
             asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+def _refuse_unusable_folder(config: Config, *, resume: bool) -> None:
+    """UserError if the run's folder cannot be written, is in use, or holds what this run would not go on from."""
+    path = run_folder(config)
+    if resume and (path / "final").exists():
+        return
+    try:
+        with RunFolder.open(config.run.dir, config.run.name, resume=resume) as folder:
+            if resume and folder.latest_checkpoint() is None and any(folder.checkpoints.glob("step_*")):
+                raise UserError(
+                    f"--resume: no checkpoint in {folder.checkpoints} is whole, so there is nothing to go on from. "
+                    "Bring one back from a copy, or remove the folder's checkpoints to start from the beginning."
+                )
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
+        ) from error
 
 
 async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
