@@ -124,7 +124,7 @@ def ours(job: Job) -> Measured:
             token_ids = torch.cat([rows[i] for i in chosen])
             mask = torch.ones(len(token_ids), dtype=torch.bool)
             mask[lengths.cumsum(0) - lengths] = False
-            loss, _ = engine.forward(supervised_loss, token_ids, lengths, mask=mask, token_weight=1.0 / num_learnt)
+            loss, *_ = engine.forward(supervised_loss, token_ids, lengths, mask=mask, token_weight=1.0 / num_learnt)
             engine.backward(loss, last=index == len(cut) - 1)
         engine.step()
         seconds.append(time.perf_counter() - start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import KLConfig, OnlineConfig
+from rlhf.algorithms.shared import OnlineConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -20,8 +20,6 @@ class GRPOConfig(OnlineConfig):
 
     name: Literal["grpo"]
     """The algorithm."""
-    kl: KLConfig = KLConfig(coef=0.0, estimator="k3", place="loss")
-    """Penalty towards the reference model."""
     std_normalize: bool = True
     """Divide the centred scores by their group's standard deviation; False is the Dr. GRPO form (arXiv:2503.20783)."""
 

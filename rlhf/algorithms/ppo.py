@@ -15,12 +15,23 @@ if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
 
 
+class PPOKLConfig(KLConfig):
+    """Penalty of PPO towards the reference model: in the reward unless placed elsewhere."""
+
+    coef: float = Field(default=0.01, ge=0.0)
+    """Weight of the penalty (its initial value if adaptive)."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
+    place: Literal["reward", "loss"] = "reward"
+    """reward: subtracted from the rewards; loss: added to the loss."""
+
+
 class PPOConfig(OnlineConfig):
     """PPO with a critic of its own."""
 
     name: Literal["ppo"]
     """The algorithm."""
-    kl: KLConfig = KLConfig(coef=0.01, estimator="k1", place="reward")
+    kl: PPOKLConfig = PPOKLConfig()
     """Penalty towards the reference model."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount per sampled token. 1.0 is usual for one reward at the end of a response."""

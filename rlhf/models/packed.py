@@ -23,7 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf.errors import UserError
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
-    chunked_logprobs_and_top1,
     chunked_logprobs_only,
     weighted_logprob_sum,
 )
@@ -114,18 +113,6 @@ def policy_logprobs_only(
     return _spread(logprobs, chosen, len(token_ids))
 
 
-def supervised_logprobs(
-    model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], *, mask: Bool[Tensor, " N"]
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(logprobs, whether the token is the likeliest) of the tokens in mask; 0 and False elsewhere."""
-    chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths)
-    logprobs, is_top1 = chunked_logprobs_and_top1(
-        hidden.index_select(0, before), lm_head_weight(model), token_ids[chosen], **lm_head_settings(model)
-    )
-    return _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
-
-
 def supervised_loss(
     model: nn.Module,
     token_ids: Int[Tensor, " N"],
@@ -133,18 +120,18 @@ def supervised_loss(
     *,
     mask: Bool[Tensor, " N"],
     token_weight: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """(sum of -token_weight * logprob over the tokens in mask, the logprobs without gradient; 0 elsewhere).
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(sum of -token_weight * logprob over the tokens in mask, the logprobs without gradient, whether the likeliest).
 
-    The same loss as -token_weight * supervised_logprobs(...)[0].sum(), with the head applied once instead of twice.
+    The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
     """
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
     weights = torch.full_like(chosen, -token_weight, dtype=torch.float32)
-    loss, logprobs = weighted_logprob_sum(
+    loss, logprobs, is_top1 = weighted_logprob_sum(
         hidden, lm_head_weight(model), token_ids[chosen], weights, **lm_head_settings(model)
     )
-    return loss, _spread(logprobs, chosen, len(token_ids))
+    return loss, _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:

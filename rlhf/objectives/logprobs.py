@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
-_Extra = Literal["entropy", "entropy_grad", "top1"]  # what a pass computes besides logprobs
+_Extra = Literal["entropy", "entropy_grad"]  # what a pass computes besides logprobs
 _CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
 
 
@@ -72,13 +72,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head: _Head,
         chunk_size: int,
         extras: frozenset[_Extra],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, normaliser = (_widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
-        is_top1 = torch.zeros_like(targets, dtype=torch.bool)
         for rows in _chunks(len(targets), chunk_size):
             logits = head.logits(hidden[rows], weight, bias)
-            if "top1" in extras:
-                is_top1[rows] = logits.argmax(-1) == targets[rows]
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = chosen - normaliser[rows]
@@ -88,12 +85,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.head, ctx.chunk_size = head, chunk_size
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(is_top1, *(() if "entropy_grad" in extras else (entropy,)))
-        return logprobs, entropy, is_top1
+        ctx.mark_non_differentiable(*(() if "entropy_grad" in extras else (entropy,)))
+        return logprobs, entropy
 
     @staticmethod
     def backward(
-        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None, _: None
+        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head: _Head = ctx.head
@@ -129,14 +126,16 @@ class _WeightedLogprobSum(torch.autograd.Function):
         token_weights: Tensor,
         head: _Head,
         chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs = _widened(hidden.new_empty(0)).new_empty(len(targets))
+        is_top1 = torch.empty_like(targets, dtype=torch.bool)
         needed = ctx.needs_input_grad[:3]
         gradients = _ProductGradients(hidden, weight, bias, needed=needed)
         for block in _chunks(len(targets), chunk_size * _CHUNKS_PER_PRODUCT):
             block_grad = hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
             for rows in _chunks(block.stop, chunk_size, start=block.start):
                 logits = head.logits(hidden[rows], weight, bias)
+                is_top1[rows] = logits.argmax(-1) == targets[rows]
                 log_p = logits.log_softmax(-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
                 if block_grad is not None:
@@ -148,12 +147,12 @@ class _WeightedLogprobSum(torch.autograd.Function):
             if block_grad is not None:
                 gradients.add(block, block_grad)
         ctx.save_for_backward(*gradients.totals())
-        ctx.mark_non_differentiable(logprobs)
-        return torch.dot(logprobs, token_weights.to(logprobs.dtype)), logprobs
+        ctx.mark_non_differentiable(logprobs, is_top1)
+        return torch.dot(logprobs, token_weights.to(logprobs.dtype)), logprobs, is_top1
 
     @staticmethod
     def backward(
-        ctx: Any, outer: Tensor, _: Tensor
+        ctx: Any, outer: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
         return hidden, weight, bias, None, None, None, None
@@ -209,7 +208,7 @@ def chunked_logprobs(
     """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
     head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
-    logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
     return logprobs, entropy
 
 
@@ -230,22 +229,6 @@ def chunked_logprobs_only(
     return logprobs
 
 
-def chunked_logprobs_and_top1(
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, " N"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int = CHUNK_ROWS,
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(logprobs with a gradient, whether greedy decoding would choose the target): for token accuracies."""
-    head = _Head(temperature=1.0, softcap=softcap, logit_scale=logit_scale)
-    logprobs, _, is_top1 = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset({"top1"}))
-    return logprobs, is_top1
-
-
 def weighted_logprob_sum(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
@@ -257,15 +240,15 @@ def weighted_logprob_sum(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """(sum of token_weights * logprobs, the logprobs without gradient).
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(sum of token_weights * logprobs, the logprobs without gradient, whether the target is the likeliest).
 
     For losses whose weights are known beforehand, such as the supervised one with token_weights = -1 / num_step_tokens.
     Its head is applied once, not twice as in `chunked_logprobs`: exact all the same, and cheaper by a quarter of the
     head's work. The price is one gradient of the head's weight kept from the forward to the backward pass.
     """
     head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    results: tuple[Tensor, Tensor] = _WeightedLogprobSum.apply(
+    results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
         hidden, weight, bias, targets, token_weights, head, chunk_size
     )
     return results

@@ -24,6 +24,7 @@ from rlhf.models.lora import adapter_disabled
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
+from rlhf.objectives.rewards import token_rewards
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
@@ -236,16 +237,12 @@ class PolicyWorker(TrainedWorker):
         """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
         share, config = self.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
-        rewards = torch.zeros(len(mask))
+        penalty = torch.zeros(len(mask))
         if config.kl.place == "reward" and share.ref_logprobs is not None:
             assert share.old_logprobs is not None
-            rewards -= share.plan.kl_coef * reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
-        positions = torch.where(mask, torch.arange(len(mask)), -1)
-        start = 0
-        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True):
-            rewards[positions[start : start + length].max()] += share.plan.scores[sequence_id]
-            start += length
-        return rewards
+            penalty = reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
+        scores = torch.tensor([share.plan.scores[i] for i in rollouts.sequence_ids.tolist()])
+        return token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
 
     def _moments_over_ranks(self, own: Moments) -> Moments:
         """Moments of all ranks' values together, the same on every rank."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import supervised_logprobs
+from rlhf.models.packed import supervised_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
@@ -56,8 +56,7 @@ class SupervisedWorker(TrainedWorker):
         cut = self._cut(self.examples[0], plan)
         for index, piece in enumerate(cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                logprobs, correct = self._forward(self.examples[0], piece)
-                loss = -logprobs.sum() / plan.num_tokens
+                loss, _, correct = self._forward(self.examples[0], piece, token_weight=1.0 / plan.num_tokens)
                 self.engine.backward(loss, last=index == len(cut) - 1)
             learnt = int(self.examples[0].loss_mask[piece.tokens].sum())
             found: dict[str, Reduction] = {
@@ -80,10 +79,10 @@ class SupervisedWorker(TrainedWorker):
                 torch.no_grad(),
                 explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
             ):
-                logprobs, correct = self._forward(examples, piece)
+                _, logprob_sum, correct = self._forward(examples, piece, token_weight=1.0)
             learnt = int(examples.loss_mask[piece.tokens].sum())
             found: dict[str, Reduction] = {
-                f"eval/{name}/loss": Mean(total=-float(logprobs.sum()), count=learnt),
+                f"eval/{name}/loss": Mean(total=-logprob_sum, count=learnt),
                 f"eval/{name}/token_accuracy": Mean(total=correct, count=learnt),
             }
             parts.append(found)
@@ -94,12 +93,15 @@ class SupervisedWorker(TrainedWorker):
         cut = slices(examples.lengths.tolist(), rows, max_tokens=self.config.train.max_tokens_per_microbatch)
         return padded(cut, self.engine.max_over_ranks(len(cut)))
 
-    def _forward(self, examples: Examples, piece: Slice) -> tuple[Float[Tensor, " n"], float]:
-        """Log-probabilities of the tokens to be learnt (0 elsewhere), and how many of these are the likeliest."""
-        logprobs, correct = self.engine.forward(
-            supervised_logprobs,
+    def _forward(
+        self, examples: Examples, piece: Slice, *, token_weight: float
+    ) -> tuple[Float[Tensor, ""], float, float]:
+        """(weighted loss, sum of log-probabilities, how many are the likeliest) of the tokens to be learnt."""
+        loss, logprobs, is_top1 = self.engine.forward(
+            supervised_loss,
             examples.token_ids[piece.tokens].to(self.device),
             piece.lengths.to(self.device),
             mask=examples.loss_mask[piece.tokens].to(self.device),
+            token_weight=token_weight,
         )
-        return logprobs, float(correct.sum())
+        return loss, float(logprobs.sum()), float(is_top1.sum())

@@ -56,7 +56,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """`rlhf train` in a process group of its own, its output kept beside the config."""
     log = config.with_suffix(".log").open("a", encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf.cli", "train", str(config), *arguments],
+        [str(Path(sys.executable).with_name("rlhf")), "train", str(config), *arguments],
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
-    chunked_logprobs_and_top1,
     chunked_logprobs_only,
     collision_logprob_from_logits,
     entropy_from_logits,
@@ -105,22 +104,22 @@ def test_weighted_sum_equals_plain(head: dict[str, float | None], chunk_size: in
     x = inputs()
     weights = torch.randn(ROWS, dtype=torch.float64)
     expected = logprobs_from_logits(plain_logits(x, head), TARGETS)
-    total, logprobs = weighted_logprob_sum(
+    total, logprobs, is_top1 = weighted_logprob_sum(
         x["hidden"], x["weight"], TARGETS, weights, bias=x["bias"], chunk_size=chunk_size, **head
     )
     torch.testing.assert_close(logprobs, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(is_top1, is_top1_from_logits(plain_logits(x, head), TARGETS))
     torch.testing.assert_close(total, (expected * weights).sum(), rtol=1e-12, atol=1e-12)
     got = gradients(3.0 * total, x)  # an outer factor reaches the gradient that was made in the forward pass
     torch.testing.assert_close(got, gradients(3.0 * (expected * weights).sum(), x), rtol=1e-10, atol=1e-12)
 
 
-def test_top1_and_its_logprobs() -> None:
+def test_top1_of_the_likeliest_and_the_least_likely() -> None:
     x = inputs()
     logits = x["hidden"] @ x["weight"].t()
-    logprobs, is_top1 = chunked_logprobs_and_top1(x["hidden"], x["weight"], logits.argmax(-1), chunk_size=4)
-    assert is_top1.all()
-    torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
-    assert not chunked_logprobs_and_top1(x["hidden"], x["weight"], logits.argmin(-1))[1].any()
+    weights = torch.ones(ROWS, dtype=torch.float64)
+    assert weighted_logprob_sum(x["hidden"], x["weight"], logits.argmax(-1), weights, chunk_size=4)[2].all()
+    assert not weighted_logprob_sum(x["hidden"], x["weight"], logits.argmin(-1), weights)[2].any()
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

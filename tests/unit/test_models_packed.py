@@ -14,7 +14,6 @@ from rlhf.models.packed import (
     hidden_states,
     policy_logprobs,
     policy_logprobs_only,
-    supervised_logprobs,
     supervised_loss,
 )
 
@@ -124,19 +123,19 @@ def test_the_three_kinds_of_logprobs_agree() -> None:
     token_ids, mask = some_tokens()
     with torch.no_grad():
         logprobs, _ = policy_logprobs(model, token_ids, LENGTHS, mask=mask)
-        supervised, is_top1 = supervised_logprobs(model, token_ids, LENGTHS, mask=mask)
+        _, supervised, is_top1 = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=1.0)
         assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
-    assert torch.equal(logprobs, supervised)
+    torch.testing.assert_close(logprobs, supervised)
     assert not is_top1[~mask].any()
 
 
 def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
     model = make("llama")
     token_ids, mask = some_tokens()
-    (-0.25 * supervised_logprobs(model, token_ids, LENGTHS, mask=mask)[0].sum()).backward()
+    (-0.25 * policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum()).backward()
     expected = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
-    loss, logprobs = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
+    loss, logprobs, _ = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
     loss.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], expected)
     torch.testing.assert_close(loss, -0.25 * logprobs.sum())
