@@ -15,8 +15,9 @@ from ray.actor import ActorHandle
 from actors.calls import explain, wait_all
 from actors.gang import END_WITHIN_S, PolicyGang, largest
 from actors.placement import Placement
+from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
-from actors.weights.manifest import WeightManifest
+from actors.weights import WeightManifest
 from rlhf.config.derive import WeightSync, weight_sync
 from rlhf.config.root import Config
 from rlhf.engine.memory import peak_memory
@@ -83,17 +84,38 @@ class RolloutEngines:
         self.handles = handles
         self.way = way
         self.deadline_s = deadline_s
+        self.processes = Processes("rollout", handles)
 
-    async def connect(self, policy: PolicyGang) -> None:
-        """Open the way of the weights at both ends."""
+    async def connect(
+        self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path
+    ) -> None:
+        """Open the way of the weights at both ends.
+
+        An adapter alone travels as a folder: in shared memory, or in `shared`, which policy and engines on several
+        hosts must see.
+        """
+        folder = Path("/dev/shm") if one_host else shared
+        if adapter:
+            logger.info("the adapter goes through %s", folder)
+            await policy.open_weights(self.way.method, None, folder)
+            return
         logger.info("weights go by %s: %s", self.way.method, self.way.why)
-        await policy.open_weights(self.way.method, {})
+        meeting = None
+        if self.way.method in ("gloo", "nccl"):
+            receivers = len(self.handles) * tensor_parallel
+            meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
+        ours = [
+            handle.open_weights.remote(meeting, 1 + engine * tensor_parallel)
+            for engine, handle in enumerate(self.handles)
+        ]
+        await asyncio.gather(policy.open_weights(self.way.method, meeting, folder), self._all(ours, "weight sync"))
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         return await wait_all(refs, role="rollout", stage=stage, deadline_s=deadline_s or self.deadline_s)
 
     async def start(self, *, deadline_s: float) -> None:
         """Start all engines."""
+        await self.processes.found(deadline_s=deadline_s)
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
@@ -164,5 +186,4 @@ class RolloutEngines:
 
     def end(self) -> None:
         """End the engines at once."""
-        for handle in self.handles:
-            ray.kill(handle)
+        self.processes.end()

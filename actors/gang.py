@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,11 @@ from ray.actor import ActorHandle
 
 from actors.calls import wait_all
 from actors.placement import Placement
-from actors.weights.manifest import WeightManifest
+from actors.processes import Processes
+from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
-from rlhf.roles import AdvantagesReport, MemoryReport, Metrics, PrepareReport, Ref
+from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref
 from rlhf.tracking.metrics import merge
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Role, Rollouts, TokenValues
 from rlhf.workers.place import RankPlace
@@ -37,11 +39,14 @@ class Stoppable(Protocol):
 
 @asynccontextmanager
 async def ending(groups: Sequence[Stoppable], placement: Placement) -> AsyncIterator[None]:
-    """Stop the groups in order after the block; after a failure end them at once."""
+    """Stop the groups in order after the block, whose results are on disk then; after a failure end them at once."""
     try:
         yield
         for group in groups:
-            await group.stop()
+            try:
+                await group.stop()
+            except RunError as error:
+                logger.warning("%s It is ended instead.", error)
     finally:
         for group in groups:
             group.end()
@@ -55,7 +60,7 @@ class Gang:
         self.role = role
         self.handles = handles
         self.deadline_s = deadline_s
-        self.ended = False
+        self.processes = Processes(role, handles)
 
     @property
     def num_ranks(self) -> int:
@@ -71,15 +76,12 @@ class Gang:
             raise
 
     def end(self) -> None:
-        """End all ranks at once. Their memory is free when this returns, or END_WITHIN_S have passed."""
-        if self.ended:
-            return
-        self.ended = True
-        for handle in self.handles:
-            ray.kill(handle)
+        """End all ranks at once."""
+        self.processes.end()
 
     async def start(self, *, one_host: bool, deadline_s: float) -> None:
         """Join the ranks and load the model, whose architecture's `fingerprint` is known from then on."""
+        await self.processes.found(deadline_s=deadline_s)
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
@@ -96,6 +98,11 @@ class Gang:
         """A Hugging Face folder, or an adapter folder."""
         await self.all([h.export.remote(folder) for h in self.handles], "export")
 
+    async def arithmetic(self) -> Arithmetic:
+        """The ranks' peaks together, measured at once since they may share a machine."""
+        found: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
+        return replace(found[0], peak_flops=sum(one.peak_flops for one in found))
+
     async def offload(self) -> None:
         """Give the GPUs to the engines."""
         await self.all([h.offload.remote() for h in self.handles], "offload")
@@ -110,7 +117,7 @@ class Gang:
 
     async def stop(self) -> None:
         """Let the ranks leave in order."""
-        if not self.ended:
+        if not self.processes.ended:
             await self.all([h.stop.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
             self.end()
 
@@ -118,9 +125,15 @@ class Gang:
 class PolicyGang(Gang):
     """The policy of an online run."""
 
-    async def open_weights(self, method: str, settings: Mapping[str, Any]) -> None:
-        """Make the senders of the weights."""
-        await self.all([h.open_weights.remote(method, dict(settings)) for h in self.handles], "weight sync")
+    async def meeting(self, *, num_receivers: int, one_host: bool, timeout_s: float) -> Meeting:
+        """Where rank 0 will wait for the receivers of a broadcast."""
+        [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "weight sync")
+        return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
+
+    async def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path) -> None:
+        """Open the ranks' ends of the way to the engines; a broadcast blocks here until all receivers have come."""
+        refs = [h.open_weights.remote(transport, meeting, adapters) for h in self.handles]
+        await self.all(refs, "weight sync")
 
     async def prepare(
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
@@ -158,6 +171,10 @@ class PolicyGang(Gang):
     async def send(self, manifest: WeightManifest) -> None:
         """Send them while the engines receive."""
         await self.all([h.send.remote(manifest) for h in self.handles], "weight sync")
+
+    async def settle(self) -> None:
+        """The engines have loaded what was published."""
+        await self.all([h.settle.remote() for h in self.handles], "weight sync")
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """All ranks compute it, since they may hold the weights together."""

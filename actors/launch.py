@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -58,7 +62,7 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
         _refuse_unusable_folder(config, resume=resume)
     stages = load_inputs(loaded)
     cluster = next(iter(loaded.stages.values())).cluster
-    with connected(cluster):
+    with connected(cluster), _sigterm_interrupts():
         for stage in stages:
             folder = run_folder(stage.written)
             if resume and (folder / "final").exists():
@@ -67,6 +71,19 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
             asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, as batch systems and `ray job stop` send it, ends the run as Ctrl-C does: in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_unusable_folder(config: Config, *, resume: bool) -> None:
@@ -113,14 +130,18 @@ async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
                 tracker.truncate_after(step if step is not None else -1)
             shown = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
             with open_progress(config.train.steps, done_steps=step or 0, show=shown, quiet=quiet) as progress:
-                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress)
+                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
                 if step is not None:
                     refuse_other_model(config, record.read_state(step), checkpoint=folder.checkpoint(step))
                 progress.stage("starting")
-                if isinstance(stage.inputs, OnlineInputs):
-                    await _run_online(stage, stage.inputs, record, step)
-                else:
-                    await _run_offline(stage, stage.inputs, record, step)
+                try:
+                    if isinstance(stage.inputs, OnlineInputs):
+                        await _run_online(stage, stage.inputs, record, step)
+                    else:
+                        await _run_offline(stage, stage.inputs, record, step)
+                except Exception as error:
+                    record.failed(error)
+                    raise
             failed = False
         finally:
             tracker.close(failed=failed)
@@ -244,7 +265,13 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),
         )
-        await engines.connect(policy)
+        await engines.connect(
+            policy,
+            one_host=one_host,
+            tensor_parallel=cluster.roles.rollout.tensor_parallel,
+            adapter=config.policy.lora is not None,
+            shared=record.folder.path,
+        )
         controller = OnlineController(
             config,
             ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm),

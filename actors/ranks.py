@@ -6,12 +6,13 @@ Everything else of a rank is in rlhf.workers; here is only what needs the cluste
 from __future__ import annotations
 
 import socket
-from typing import Any
+from pathlib import Path
 
 import ray.util
 
-from actors.weights import WeightManifest, WeightSender
-from actors.weights.shm import ShmSender
+from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
+from actors.weights.adapter import AdapterSender
+from rlhf.models.export import adapter_config
 from rlhf.workers.critic import CriticWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
@@ -29,13 +30,20 @@ def free_address(*, one_host: bool) -> tuple[str, int]:
 class PolicyRank(PolicyWorker):
     """One rank of the policy."""
 
+    sender: WeightSender
+
     def address(self, one_host: bool) -> tuple[str, int]:
         """Where the other ranks find this one."""
         return free_address(one_host=one_host)
 
-    def open_weights(self, method: str, settings: dict[str, Any]) -> None:
-        """Make the sender of this rank's weights."""
-        self.sender: WeightSender = ShmSender(rank=self.place.rank, dtype=torch_dtype(self.model_config.dtype))
+    def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path) -> None:
+        """Open this rank's end of the way to the engines. For LoRA the adapter alone travels, through `adapters`."""
+        dtype = torch_dtype(self.model_config.dtype)
+        if self.model_config.lora is None:
+            self.sender = open_sender(transport, rank=self.place.rank, dtype=dtype, meeting=meeting)
+            return
+        config = adapter_config(self.engine.module)
+        self.sender = AdapterSender(adapters, config, rank=self.place.rank, dtype=dtype)
 
     def publish(self, version: int) -> WeightManifest | None:
         """Stage the weights of a version; None on ranks other than 0. Collective."""
@@ -44,6 +52,10 @@ class PolicyRank(PolicyWorker):
     def send(self, manifest: WeightManifest) -> None:
         """Send them, where the transport needs it. Collective."""
         self.sender.send(manifest)
+
+    def settle(self) -> None:
+        """The engines have loaded what was published. Collective."""
+        self.sender.settle()
 
     def stop(self) -> None:
         """Remove what was published and leave the gang."""

@@ -95,6 +95,19 @@ class AdvantagesReport:
     returns: tuple[Ref[TokenValues], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """What a trained role's hardware could do, for the share of it that is used (`throughput/mfu`)."""
+
+    flops_per_token: float  # of a forward and backward pass, attention apart
+    flops_per_token_and_length: float  # more of it for each token of the mean sequence length
+    peak_flops: float  # of all ranks, a second, in large matrix products
+
+    def utilisation(self, *, tokens_per_s: float, mean_length: float) -> float:
+        """The share of the peak that this many trained tokens a second are."""
+        return (self.flops_per_token + self.flops_per_token_and_length * mean_length) * tokens_per_s / self.peak_flops
+
+
 class RolloutRole(Protocol):
     """The engines. They refuse to generate until they have been given weights."""
 
@@ -159,6 +172,10 @@ class TrainedRole(Protocol):
         """A Hugging Face folder, or an adapter folder."""
         ...
 
+    async def arithmetic(self) -> Arithmetic:
+        """Measured now: nothing else should run."""
+        ...
+
     async def offload(self) -> None:
         """Give the GPU to the engines (nothing to do on a CPU)."""
         ...
@@ -193,6 +210,10 @@ class PolicyRole(TrainedRole, Protocol):
 
     async def send(self, manifest: WeightManifest) -> None:
         """Send them where the transport needs it, while the engines receive."""
+        ...
+
+    async def settle(self) -> None:
+        """The engines have loaded what was published: memory that only served its way may go."""
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:

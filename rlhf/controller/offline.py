@@ -52,6 +52,7 @@ class OfflineController:
     async def run(self) -> None:
         """Train until the last step. Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
+        arithmetic = await self.role.arithmetic()
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             record.begin_step()
             await self._evaluate()
@@ -69,8 +70,15 @@ class OfflineController:
                 await self._evaluate()
             record.memory("policy", await self.role.memory())
             row = record.row()
-            rate = Last(value=row["update/tokens/total"] / row["time/update_s"])
-            record.add({"throughput/tokens_per_s": rate, "throughput/train_tokens_per_s": rate})
+            rate = row["update/tokens/total"] / row["time/update_s"]
+            length = row["update/tokens/total"] / train.sequences_per_update
+            record.add(
+                {
+                    "throughput/tokens_per_s": Last(value=rate),
+                    "throughput/train_tokens_per_s": Last(value=rate),
+                    "throughput/mfu": Last(value=arithmetic.utilisation(tokens_per_s=rate, mean_length=length)),
+                }
+            )
             self.step = step
             is_best = evaluates and self.best.improves(row, step)
             if last or step % train.checkpoint_every == 0:

@@ -105,6 +105,7 @@ class OnlineController:
         """Train until the last step. Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
         record.begin_step()
+        self.arithmetic = await self.roles.policy.arithmetic()
         await self._sync(self.step)
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             await self._evaluate(0)
@@ -397,16 +398,19 @@ class OnlineController:
 
     def _add_throughput(self) -> None:
         row = self.record.row()
+        responses = self.rollouts.prompts_per_step * self.rollouts.samples_per_prompt
+        trained = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained
+        mean_length = row["rollouts/tokens/total"] / responses
         self.record.add(
             {
                 "throughput/tokens_per_s": Last(value=row["rollouts/tokens/total"] / row["time/step_s"]),
                 "throughput/rollout_tokens_per_s": Last(
-                    value=row["rollouts/response_tokens/mean"]
-                    * self.rollouts.prompts_per_step
-                    * self.rollouts.samples_per_prompt
-                    / row["time/rollouts_s"]
+                    value=row["rollouts/response_tokens/mean"] * responses / row["time/rollouts_s"]
                 ),
-                "throughput/train_tokens_per_s": Last(value=row.get("update/tokens/total", 0.0) / row["time/update_s"]),
+                "throughput/train_tokens_per_s": Last(value=trained),
+                "throughput/mfu": Last(
+                    value=self.arithmetic.utilisation(tokens_per_s=trained, mean_length=mean_length)
+                ),
                 "data/epoch": Last(value=float(self.prompts.state().epoch)),
             }
         )

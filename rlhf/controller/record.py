@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any
 
 from rlhf.errors import RunError, UserError
 from rlhf.roles import MemoryReport, Metrics
+from rlhf.tracking.atomic import write_atomic
+from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import merge, results
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.reductions import Max, Reduction, Sum
@@ -33,6 +37,7 @@ class RunRecord:
     tracker: Tracker
     timeline: Timeline
     progress: Progress
+    step: int = 0  # the last one that is written down
     parts: list[Metrics] = field(default_factory=list)
     began: float = 0.0
 
@@ -71,7 +76,15 @@ class RunRecord:
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
         self.tracker.log(step, row)
+        self.step = step
         self.progress.step(step, row)
+
+    def failed(self, error: Exception) -> None:
+        """Write down what ends the run: in errors.jsonl, and where it came from in traceback.txt."""
+        self.tracker.log_error(
+            ErrorRecord(step=self.step + 1, stage="run", kind=type(error).__name__, message=str(error))
+        )
+        write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
         """The controller's own part of a checkpoint."""

@@ -38,6 +38,7 @@ async def sync_weights(
     began = time.perf_counter()
     manifest = await policy.publish(version)
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
+    await policy.settle()
     synced = time.perf_counter()
     ours, engines = await asyncio.gather(policy.probe(probe_ids), rollout.probe(probe_ids))
     worst = max(check_probe(ours, theirs, engine=i, version=version, dtype=dtype) for i, theirs in enumerate(engines))

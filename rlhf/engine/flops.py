@@ -31,9 +31,9 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
     return 6.0 * weights + 6.0 * int(config.num_hidden_layers) * heads * head_size * sequence_length
 
 
-def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3) -> float:
+def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3, side: int = _SIDE) -> float:
     """Floating-point operations a second of the best of some large matrix products on this device, now."""
-    left, right = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):  # the first warms up
         start = time.perf_counter()
@@ -42,4 +42,4 @@ def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
         del product
-    return 2.0 * _SIDE**3 / best
+    return 2.0 * side**3 / best

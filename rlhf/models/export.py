@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,16 @@ def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], mo
         save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def adapter_config(model: Any) -> dict[str, Any]:
+    """adapter_config.json of a model's adapter, as plain values."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        values: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return values
 
 
 @contextmanager

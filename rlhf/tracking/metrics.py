@@ -192,7 +192,13 @@ _DECLARATIONS = (
     _metric("throughput/tokens_per_s", "tokens/s", Last, "", "Tokens of the step's batch over `time/step_s`"),
     _metric("throughput/rollout_tokens_per_s", "tokens/s", Last, "online", "Sampled tokens over `time/rollouts_s`"),
     _metric("throughput/train_tokens_per_s", "tokens/s", Last, "", "`update/tokens/total` over `time/update_s`"),
-    _metric("throughput/mfu", "1", Last, "gpu", "Model flops of the update over the devices' peak"),
+    _metric(
+        "throughput/mfu",
+        "1",
+        Last,
+        "",
+        "The policy's flops in the update over what its ranks could do in matrix products",
+    ),
     _metric("memory/<role>_rss_gib", "GiB", Max, "", "Resident memory of the role's largest process"),
     _metric("memory/<role>_gpu_gib", "GiB", Max, "gpu", "Peak GPU memory of the role's largest process"),
 )

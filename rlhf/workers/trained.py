@@ -14,11 +14,12 @@ from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.lora import add_lora
-from rlhf.roles import MemoryReport
+from rlhf.roles import Arithmetic, MemoryReport
 from rlhf.types import Role
 from rlhf.workers.place import RankPlace, torch_dtype
 
@@ -140,6 +141,17 @@ class TrainedWorker:
                 dtype=dtype,
                 generation_config=module.generation_config,
             )
+
+    def arithmetic(self) -> Arithmetic:
+        """Of this rank."""
+        config = self.engine.module.config
+        fixed = flops_per_token(config, 0.0)
+        side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second either way
+        return Arithmetic(
+            flops_per_token=fixed,
+            flops_per_token_and_length=flops_per_token(config, 1.0) - fixed,
+            peak_flops=measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side),
+        )
 
     def offload(self) -> None:
         """Leave the GPU to a colocated engine."""

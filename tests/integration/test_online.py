@@ -127,7 +127,7 @@ def test_ranks_zero_and_microbatches_change_nothing_but_rounding(unbroken: Path)
             "cluster": {
                 "roles": {
                     "policy": {"workers": 2, "cpus": 0.5, "zero_stage": 3},
-                    "critic": {"workers": 2, "cpus": 0.5, "zero_stage": 1, "colocate_with": "policy"},
+                    "critic": {"workers": 2, "zero_stage": 1},
                 }
             },
         },
@@ -137,3 +137,44 @@ def test_ranks_zero_and_microbatches_change_nothing_but_rounding(unbroken: Path)
         for key, value in without_clocks([one])[0].items():
             if key not in ("update/tokens/total", "update/lr", "update/critic_lr") and value is not None:
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
+
+
+@pytest.mark.timeout(300)
+def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "lora.yaml",
+        {
+            "run": {"name": "lora", "dir": str(tmp_path)},
+            "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0}},
+            "algorithm": {"name": "grpo", "kl": {"coef": 0.05}},
+            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+            "train": {"steps": 2, "lr": 1e-2},
+        },
+    )
+    train(config)
+    found = rows(tmp_path / "lora")
+    assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
+    assert found[1]["experience/kl_ref/mean"] == 0.0  # the adapter begins as the identity
+    assert found[2]["experience/kl_ref/mean"] > 0.0
+    assert "memory/reference_rss_gib" not in found[2]
+    assert (tmp_path / "lora" / "final" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.timeout(300)
+def test_two_engines_get_the_weights_by_broadcast(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "gloo.yaml",
+        {
+            "run": {"name": "gloo", "dir": str(tmp_path)},
+            "algorithm": {"name": "grpo", "correction": {"level": "token", "max_ratio": 2.0}},
+            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+            "train": {"steps": 2},
+            "cluster": {"weight_sync": "gloo", "roles": {"rollout": {"engines": 2, "cpus": 0.5}}},
+        },
+    )
+    train(config)
+    found = rows(tmp_path / "gloo")
+    assert [row["weight_sync/version"] for row in found] == [0, 1, 2]
+    assert all(row["weight_sync/probe_max_diff"] < 1e-4 for row in found)
+    assert {name for name in expected(["online", "groups", "correction", "eval"]) if "<" not in name} <= set(found[2])

@@ -31,6 +31,9 @@ class Policy:
     async def send(self, manifest: int) -> None:
         return None
 
+    async def settle(self) -> None:
+        return None
+
     async def probe(self, token_ids: list[int]) -> list[float]:
         return [-1.0] * (len(token_ids) - 1)
 
