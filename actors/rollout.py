@@ -95,7 +95,11 @@ class RolloutWorker:
         )
 
     async def generate(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-        """Draw one response a seed. A spooled group is on disk before this returns."""
+        """Draw one response a seed. With a spool the group is on disk before this returns.
+
+        A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
+        others of its batch are then scheduled, and rounded, as they were.
+        """
         version = self._synced_version()
         submissions = self._submissions(request, sampling)
         if self._held is None:
@@ -110,6 +114,9 @@ class RolloutWorker:
             *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
         )
         rollouts, infos = assemble(request, outputs)
+        spooled = await self.read_spooled(request, version)
+        if spooled is not None:
+            return spooled
         if self.spec.spool is not None:
             await asyncio.to_thread(write_group, self.spec.spool, request, version, rollouts, infos)
         return rollouts, infos
