@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
 from actors.calls import wait_all, wait_one
 from actors.gang import END_WITHIN_S, largest
+from actors.processes import Processes
 from rlhf.data.packing import balance
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
 from rlhf.types import GroupScores, Rollouts, TokenValues
@@ -22,9 +22,11 @@ class RewardWorkers:
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles
         self.deadline_s = deadline_s
+        self.processes = Processes("reward", handles)
 
     async def start(self, *, deadline_s: float) -> None:
         """Start the reward processes and load the models."""
+        await self.processes.found(deadline_s=deadline_s)
         await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
@@ -56,8 +58,7 @@ class RewardWorkers:
 
     def end(self) -> None:
         """End the workers at once; their reward processes end with them."""
-        for handle in self.handles:
-            ray.kill(handle)
+        self.processes.end()
 
 
 class ReferenceWorkers:
@@ -66,9 +67,11 @@ class ReferenceWorkers:
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles
         self.deadline_s = deadline_s
+        self.processes = Processes("reference", handles)
 
     async def start(self, *, deadline_s: float) -> None:
         """Load the models."""
+        await self.processes.found(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role="reference", stage="start", deadline_s=deadline_s)
 
@@ -96,5 +99,4 @@ class ReferenceWorkers:
 
     def end(self) -> None:
         """End the workers at once."""
-        for handle in self.handles:
-            ray.kill(handle)
+        self.processes.end()

@@ -1,0 +1,66 @@
+"""The processes behind a group's actors: known while they live, and gone when they have been ended.
+
+ray.kill asks; a process that is stopped stays for seconds, with its memory and its ports, or for ever if Ray itself ends
+meanwhile. On the driver's own host those are killed outright.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from actors.calls import wait_all
+
+logger = logging.getLogger(__name__)
+ASKED_S = 1.0  # for an end that Ray takes for an orderly one
+GONE_WITHIN_S = 10.0
+
+
+class Processes:
+    """Those of one group."""
+
+    def __init__(self, role: str, handles: Sequence[ActorHandle[Any]]) -> None:
+        self.role = role
+        self.handles = handles
+        self.here: list[psutil.Process] = []
+        self.ended = False
+
+    async def found(self, *, deadline_s: float) -> None:
+        """Wait until all actors are made, and remember the processes of those on this host."""
+        asked = [handle.__ray_call__.remote(_identity) for handle in self.handles]
+        node = ray.get_runtime_context().get_node_id()
+        for where, pid in await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s):
+            if where == node:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.here.append(psutil.Process(pid))
+
+    def end(self) -> None:
+        """End all at once. When this returns those of this host are gone, or GONE_WITHIN_S have passed."""
+        if self.ended:
+            return
+        self.ended = True
+        for handle in self.handles:
+            ray.kill(handle)
+        _, alive = psutil.wait_procs(self.here, timeout=ASKED_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(alive, timeout=GONE_WITHIN_S)
+        if alive:
+            logger.warning(
+                "%s: processes %s are still there %.0f s after they were killed",
+                self.role,
+                ", ".join(str(process.pid) for process in alive),
+                GONE_WITHIN_S,
+            )
+
+
+def _identity(actor: object) -> tuple[str, int]:
+    return ray.get_runtime_context().get_node_id(), os.getpid()
