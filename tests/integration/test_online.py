@@ -27,7 +27,7 @@ PPO: dict[str, Any] = {
         "critic_lr": 1e-3,
         "kl": {"coef": 0.05, "estimator": "k1", "place": "reward", "adaptive": {"target": 0.5, "horizon": 64}},
     },
-    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"epochs_per_batch": 2},
 }
 
@@ -78,6 +78,7 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
         "memory/critic_rss_gib",
     ):
         assert key in found[2], key
+    assert all(row["rewards/score/std"] > 0.0 for row in found[1:])  # or nothing below would prove much
     assert [row["weight_sync/version"] for row in found] == [0, 1, 2, 3, 4]
     assert all(row["weight_sync/probe_max_diff"] < 1e-4 for row in found)
     assert all(row["experience/rollout_logprob_diff/max"] < 1e-4 for row in found[1:])
@@ -147,7 +148,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
             "run": {"name": "lora", "dir": str(tmp_path)},
             "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0}},
             "algorithm": {"name": "grpo", "kl": {"coef": 0.05}},
-            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2, "lr": 1e-2},
         },
     )
@@ -168,7 +169,7 @@ def test_two_engines_get_the_weights_by_broadcast(tmp_path: Path) -> None:
         {
             "run": {"name": "gloo", "dir": str(tmp_path)},
             "algorithm": {"name": "grpo", "correction": {"level": "token", "max_ratio": 2.0}},
-            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2},
             "cluster": {"weight_sync": "gloo", "roles": {"rollout": {"engines": 2, "cpus": 0.5}}},
         },
