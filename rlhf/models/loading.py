@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from rlhf.errors import UserError
+from rlhf.models.linear import widen_linear_layers
 
 T = TypeVar("T")
 
@@ -131,6 +132,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
             module.p = 0.0
         elif "attention_dropout" in vars(module):  # attention applies it as a function
             module.attention_dropout = 0.0
+    widen_linear_layers(model)
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:

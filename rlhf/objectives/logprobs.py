@@ -19,9 +19,26 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.objectives.products import widens_products
+
 CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
 _Extra = Literal["entropy", "entropy_grad"]  # what a pass computes besides logprobs
 _CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """Of the product hidden @ weight.T + bias, in the dtype in which it is taken."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Factors:
+        if not widens_products(hidden):
+            return cls(hidden, weight, bias)
+        return cls(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +55,9 @@ class _Head:
         if self.softcap is not None and self.softcap <= 0.0:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Fresh logits that the caller may overwrite."""
-        logits = _widened(F.linear(hidden, weight, bias))
+    def logits(self, factors: _Factors, rows: slice) -> Tensor:
+        """Fresh logits of some rows, that the caller may overwrite."""
+        logits = _widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
         if self.softcap is None:
             scale = self.logit_scale / self.temperature
             return logits if scale == 1.0 else logits.mul_(scale)
@@ -74,8 +91,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         extras: frozenset[_Extra],
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, normaliser = (_widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
+        factors = _Factors.of(hidden, weight, bias)
         for rows in _chunks(len(targets), chunk_size):
-            logits = head.logits(hidden[rows], weight, bias)
+            logits = head.logits(factors, rows)
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = chosen - normaliser[rows]
@@ -94,11 +112,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head: _Head = ctx.head
-        gradients = _ProductGradients(hidden, weight, bias, needed=ctx.needs_input_grad[:3])
+        factors = _Factors.of(hidden, weight, bias)
+        gradients = _ProductGradients(factors, needed=ctx.needs_input_grad[:3])
         for block in _chunks(len(targets), ctx.chunk_size * _CHUNKS_PER_PRODUCT):
-            block_grad = hidden.new_empty(block.stop - block.start, len(weight))
+            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight))
             for rows in _chunks(block.stop, ctx.chunk_size, start=block.start):
-                logits = head.logits(hidden[rows], weight, bias)
+                logits = head.logits(factors, rows)
                 p = (logits - normaliser[rows, None]).exp_()
                 slope = torch.zeros_like(p[:, :1])  # grad = -p * slope, and one more entry at the target
                 if entropy_grad is not None:  # d entropy / d logit_j = -p_j (log p_j + entropy)
@@ -110,7 +129,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
                 block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(grad, logits)
             gradients.add(block, block_grad)
-        return *gradients.totals(), None, None, None, None
+        return *gradients.totals(hidden.dtype, weight.dtype), None, None, None, None
 
 
 class _WeightedLogprobSum(torch.autograd.Function):
@@ -130,11 +149,12 @@ class _WeightedLogprobSum(torch.autograd.Function):
         logprobs = _widened(hidden.new_empty(0)).new_empty(len(targets))
         is_top1 = torch.empty_like(targets, dtype=torch.bool)
         needed = ctx.needs_input_grad[:3]
-        gradients = _ProductGradients(hidden, weight, bias, needed=needed)
+        factors = _Factors.of(hidden, weight, bias)
+        gradients = _ProductGradients(factors, needed=needed)
         for block in _chunks(len(targets), chunk_size * _CHUNKS_PER_PRODUCT):
-            block_grad = hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
+            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
             for rows in _chunks(block.stop, chunk_size, start=block.start):
-                logits = head.logits(hidden[rows], weight, bias)
+                logits = head.logits(factors, rows)
                 is_top1[rows] = logits.argmax(-1) == targets[rows]
                 log_p = logits.log_softmax(-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
@@ -146,7 +166,7 @@ class _WeightedLogprobSum(torch.autograd.Function):
                     )
             if block_grad is not None:
                 gradients.add(block, block_grad)
-        ctx.save_for_backward(*gradients.totals())
+        ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(logprobs, is_top1)
         return torch.dot(logprobs, token_weights.to(logprobs.dtype)), logprobs, is_top1
 
@@ -159,21 +179,19 @@ class _WeightedLogprobSum(torch.autograd.Function):
 
 
 class _ProductGradients:
-    """Gradients of hidden, weight and bias of a linear product, collected over blocks of rows."""
+    """Gradients of a product's factors, collected over blocks of rows."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, needed: tuple[bool, bool, bool]) -> None:
-        self._inputs, self._needed = (hidden, weight), needed
-        self._hidden = torch.zeros_like(hidden) if needed[0] else None
+    def __init__(self, factors: _Factors, *, needed: tuple[bool, bool, bool]) -> None:
+        self._factors, self._needed = factors, needed
+        self._hidden = torch.zeros_like(factors.hidden) if needed[0] else None
         self._weight: Tensor | None = None
-        self._bias = None if bias is None or not needed[2] else _widened(torch.zeros_like(bias))
-        self._bias_dtype = None if bias is None else bias.dtype
+        self._bias = None if factors.bias is None or not needed[2] else _widened(torch.zeros_like(factors.bias))
 
     def add(self, rows: slice, gradient: Tensor) -> None:
-        hidden, weight = self._inputs
         if self._hidden is not None:
-            torch.mm(gradient, weight, out=self._hidden[rows])
+            torch.mm(gradient, self._factors.weight, out=self._hidden[rows])
         if self._needed[1]:
-            product = gradient.t() @ hidden[rows]
+            product = gradient.t() @ self._factors.hidden[rows]
             if self._weight is None:
                 self._weight = product
             else:  # several blocks: sum in float32, or the rounding of each block adds up
@@ -181,12 +199,15 @@ class _ProductGradients:
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
-    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = self._inputs[1]
-        if self._needed[1] and self._weight is None:
-            self._weight = torch.zeros_like(weight)
-        weight_total = None if self._weight is None else self._weight.to(weight.dtype)
-        return self._hidden, weight_total, None if self._bias is None else self._bias.to(self._bias_dtype)
+    def totals(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes in which the factors are stored; the bias is stored like the weight."""
+        if self._needed[1] and self._weight is None:  # there were no rows
+            self._weight = torch.zeros_like(self._factors.weight)
+        return (
+            None if self._hidden is None else self._hidden.to(hidden),
+            None if self._weight is None else self._weight.to(weight),
+            None if self._bias is None else self._bias.to(weight),
+        )
 
 
 def _chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
