@@ -1,0 +1,241 @@
+"""What a user can get wrong before anything runs: exit code 2, the place and the fix in one paragraph, no Ray.
+
+Through the command line's own entry, so that the code and the words are those that a user meets. What can only be
+known with a cluster is in test_failures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import ray
+
+import actors.cluster
+import actors.launch
+from rlhf.cli import main
+from tests.integration.recipes import ONLINE, merge, write_config
+
+ROW = '{"prompt": "1+1+1+1=", "answer": "2,3,4"}\n'
+GRPO: Mapping[str, Any] = {
+    "algorithm": {"name": "grpo"},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+}
+SFT: Mapping[str, Any] = {
+    "algorithm": {"name": "sft"},
+    "rollouts": None,
+    "rewards": None,
+    "eval": None,
+    "data": {"max_prompt_tokens": None, "eval": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that gets as far as the cluster fails the test. Relative paths start at the test's folder."""
+
+    @contextmanager
+    def forbidden(config: object) -> Iterator[NoReturn]:
+        raise AssertionError("the run went on to the cluster")
+        yield
+
+    monkeypatch.setattr(actors.launch, "connected", forbidden)
+    monkeypatch.chdir(tmp_path)
+
+
+def config(folder: Path, *changes: Mapping[str, Any], base: Mapping[str, Any] = GRPO) -> Path:
+    """A small run in the folder, changed by one after the other."""
+    run = {"run": {"name": "r", "dir": "."}}
+    return write_config(folder / "run.yaml", {}, functools.reduce(merge, (base, run, *changes), ONLINE))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `rlhf train` says when it refuses: one paragraph of at most some lines, no traceback."""
+    code = main(["train", *arguments])
+    said = capsys.readouterr().err
+    assert code == 2, said
+    told = [line for line in said.splitlines() if line.startswith("rlhf: error: ")]
+    assert len(told) == 1, said
+    assert "Traceback" not in said
+    assert len(told[0]) < 900
+    return told[0]
+
+
+def with_data(text: str, **data: Any) -> dict[str, Any]:
+    """A run on rows of the user's own."""
+    Path("rows.jsonl").write_text(text, encoding="utf-8")
+    return {"data": {"train": "rows.jsonl", "eval": None, **data}, "eval": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"train": {"step": 1}}, [], ["run.yaml:", "train.step", "did you mean train.steps?"]),
+        ({"train": {"steps": "many"}}, [], ["run.yaml:", "train.steps", "'many'", "integer"]),
+        ({"train": {"sequences_per_update": 24}}, [], ["train.sequences_per_update", "24", "8 * 4 = 32", "16 would"]),
+        ({"train": {"max_tokens_per_microbatch": 12}}, [], ["train.max_tokens_per_microbatch", "12", "16 + 8 = 24"]),
+        ({}, ["train.stps=3"], ["'train.stps=3'", "did you mean train.steps?"]),
+        ({}, ["train.steps"], ["'train.steps'", "section.key=value"]),
+        ({}, ["stages.sft.train.steps=3"], ["'stages.sft.train.steps=3'", "no stage 'sft'"]),
+        ({"policy": {"model": "./nowhere"}}, [], ["policy.model", "./nowhere", "does not exist"]),
+        ({"policy": {"model": "nobody/nothing"}}, [], ["policy.model", "nobody/nothing", "HF_HUB_OFFLINE"]),
+        ({"data": {"train": "nowhere.jsonl"}}, [], ["data.train", "nowhere.jsonl does not exist"]),
+        ({"data": {"eval": "nowhere.jsonl"}}, [], ["data.eval", "nowhere.jsonl does not exist"]),
+        ({"run": {"dir": "/proc/nowhere"}}, [], ["run.dir", "/proc/nowhere/r", "Choose a folder"]),
+        ({"rewards": {"digits": {"function": "format_rgex"}}}, [], ["rewards.digits.function", "`format_regex`?"]),
+        ({"rewards": {"digits": {"function": "no.py:f", "args": None}}}, [], ["rewards.digits.function", "`no.py`"]),
+    ],
+)
+def test_what_the_config_names_is_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], arguments: list[str], words: list[str]
+) -> None:
+    said = refused(capsys, str(config(tmp_path, changes)), *arguments)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ROW + '{"prompt": \n', ["rows.jsonl:2", "not JSON at character"]),
+        (ROW + '{"question": "1+1="}\n', ["rows.jsonl:2", "`prompt`", "found `question`", "data.columns"]),
+        (ROW + '{"prompt": " "}\n', ["rows.jsonl:2", "`prompt`", "' '", "not empty"]),
+        (ROW + '{"prompt": 3}\n', ["rows.jsonl:2", "`prompt`", "the number 3", "expected a string"]),
+        ("", ["rows.jsonl", "no rows"]),
+        (json.dumps({"prompt": "1+" * 20}) + "\n", ["rows.jsonl:1", "40 tokens", "data.max_prompt_tokens: 16"]),
+    ],
+)
+def test_rows_are_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]) -> None:
+    said = refused(capsys, str(config(tmp_path, with_data(text))))
+    assert "data.train: " in said
+    assert all(word in said for word in words), said
+
+
+def test_a_supervised_example_without_its_column_or_too_long(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'
+    said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
+    assert "rows.jsonl:2: column `completion` is missing; found `prompt`" in said
+    rows = json.dumps({"prompt": "a", "completion": "b" * 300}) + "\n"
+    said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
+    assert "rows.jsonl:1: the example has 302 tokens, more than train.max_tokens_per_microbatch: 256" in said
+
+
+def test_sequences_longer_than_the_models_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    longer = {"rollouts": {"max_new_tokens": 2048}, "train": {"max_tokens_per_microbatch": 4096}}
+    said = refused(capsys, str(config(tmp_path, with_data(ROW), longer)))
+    # eight characters of prompt, one token each
+    assert all(word in said for word in ("at most 2048 tokens", "8 tokens", "max_new_tokens 2048", "2056")), said
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import nothing_of_the_sort\n", ["ModuleNotFoundError", "nothing_of_the_sort", "mine.py:1"]),
+        ("def reward(:\n", ["SyntaxError", "mine.py"]),
+        ("def other(prompt, response):\n    return 1.0\n", ["defines no `reward`", "it defines: other"]),
+        ("reward = 3\n", ["of type int, not a function"]),
+        (
+            "def reward(prompt, response, gold):\n    return 1.0\n",
+            ["needs the column `gold`", "data.train has", "answer"],
+        ),
+    ],
+)
+def test_the_reward_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, code: str, words: list[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    reward = {"rewards": {"mine": {"function": "mine.py:reward"}}}
+    said = refused(capsys, str(config(tmp_path, with_data(ROW), reward, base={"algorithm": {"name": "grpo"}})))
+    assert "rewards.mine.function: " in said
+    assert all(word in said for word in words), said
+
+
+def test_a_model_folder_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    def said_of(name: str, **changes: Any) -> str:
+        changed = {"policy": {"model": str(tmp_path / name)}, **changes}
+        return refused(capsys, str(config(tmp_path, with_data(ROW), changed)))
+
+    for name in ("garbage", "cut", "bare", "plain"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    (tmp_path / "garbage" / "model.safetensors").write_bytes(b"\x10garbage" * 10)
+    whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    (tmp_path / "nothing").mkdir()
+    assert "policy.model" in said_of("garbage")
+    assert "damaged, cut or missing" in said_of("cut")
+    assert "no file ends in .safetensors" in said_of("bare")
+    assert "policy.model" in said_of("nothing")
+    no_template = said_of("plain", data={"apply_chat_template": True})
+    assert all(word in no_template for word in ("rows.jsonl:1", "has no chat template", "data.apply_chat_template"))
+
+
+def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(config(tmp_path, {}))
+    folder = tmp_path / "r"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = refused(capsys, run)
+    assert "run.name: r is in use by process 4711" in said
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    said = refused(capsys, run)
+    assert "already holds an unfinished run" in said
+    assert "--resume auto" in said
+    said = refused(capsys, run, "--resume", "auto")
+    assert "no checkpoint in r/checkpoints is whole" in said
+
+
+@pytest.mark.timeout(120)
+def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        began = time.monotonic()
+        found = subprocess.run(
+            [sys.executable, "-m", "rlhf.cli", "train", str(config(tmp_path, {"policy": {"model": "nobody/nothing"}}))],
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+                "HF_HOME": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+    assert found.returncode == 2, found.stderr
+    assert "no hub answers at http://127.0.0.1" in found.stderr
+    assert "policy.model: The model nobody/nothing" in found.stderr
+    assert time.monotonic() - began < 60.0  # most of it imports; the libraries' own retries take minutes
+
+
+def test_an_address_without_a_ray(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actors.launch, "connected", actors.cluster.connected)
+    monkeypatch.setattr(actors.cluster, "ANSWER_WITHIN_S", 3.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", "127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "nonsense"):
+            cluster = {"cluster": {"address": address, "object_store_gib": None}}
+            said = refused(capsys, str(config(tmp_path, cluster)))
+            assert f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS)" in said
