@@ -36,6 +36,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     if address is None:
         # Nothing but this run talks to a Ray of our own, which listens on this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=os.cpu_count(),

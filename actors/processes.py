@@ -1,7 +1,7 @@
 """The processes behind a group's actors: known while they live, and gone when they have been ended.
 
-ray.kill asks; a process that is stopped stays for seconds, with its memory and its ports, or for ever if Ray itself ends
-meanwhile. On the driver's own host those are killed outright.
+ray.kill asks; a process that is stopped stays for seconds, with its memory and its ports, or for ever if Ray itself
+ends meanwhile. On the driver's own host those are killed outright.
 """
 
 from __future__ import annotations
