@@ -26,6 +26,7 @@ from rlhf.objectives.logprobs import (
     chunked_logprobs_only,
     weighted_logprob_sum,
 )
+from rlhf.objectives.products import widens_products
 
 ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functions
 
@@ -202,6 +203,9 @@ def per_sequence_attention(
             f"{type(module).__name__} has attention sinks or a position bias, which the attention used without "
             "flash-attn does not know. Use another model, or a GPU with flash-attn."
         )
+    dtype = query.dtype
+    if widens_products(query):
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     start = 0
     for length, run in groupby(sequence_lengths):
@@ -218,7 +222,7 @@ def per_sequence_attention(
                 q, k, v, attn_mask=mask, is_causal=is_plain, scale=scaling, dropout_p=dropout, enable_gqa=True
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None].to(dtype), None
 
 
 def _capped_attention(
