@@ -183,7 +183,7 @@ class OnlineController:
                 dropped += 1
                 if policy.on_error == "fail" or dropped > policy.max_dropped_fraction * count:
                     raise RunError(
-                        f"rewards, step {step}: {describe(group.scores.errors)} "
+                        f"rewards, step {step}: {describe(group.scores.errors)}. "
                         + (
                             "reward_policy.on_error is fail; drop would replace such a prompt by another."
                             if policy.on_error == "fail"
