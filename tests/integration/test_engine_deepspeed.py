@@ -25,7 +25,7 @@ from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
 
-DEADLINE_S = 60.0
+DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
 CPU = torch.device("cpu")
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
