@@ -121,13 +121,7 @@ def _updates(config: Config) -> Iterator[Problem]:
         if role not in derive.needs(config):
             continue
         section: TrainedRole = getattr(config.cluster.roles, role)
-        if section.workers % section.sequence_parallel:
-            text = (
-                f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
-                "that many ranks share each sequence"
-            )
-            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
-        ranks = section.workers // section.sequence_parallel
+        ranks = section.workers
         if train.sequences_per_update < ranks:
             text = (
                 f"is {train.sequences_per_update}, but {ranks} data-parallel ranks of cluster.roles.{role} need at"
@@ -158,9 +152,6 @@ def _cluster(config: Config) -> Iterator[Problem]:
         elif "parameters" in section.offload and section.zero_stage != 3:
             text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
             yield _problem(f"cluster.roles.{role}.offload", text)
-        if cluster.device == "cpu" and section.sequence_parallel > 1:
-            text = f"is {section.sequence_parallel}, but sequence parallelism needs cluster.device cuda; set 1"
-            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
     if "rollout" not in needed:
         return
     engine = roles.rollout

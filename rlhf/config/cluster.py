@@ -24,8 +24,6 @@ class TrainedRole(Section):
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
     """What DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
-    sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that share one long sequence (DeepSpeed Ulysses); GPU only."""
 
 
 class PolicyRole(TrainedRole):

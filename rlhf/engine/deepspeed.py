@@ -47,13 +47,10 @@ class DeepSpeedEngine:
         device: torch.device,
         deadline_s: float,
         offload: Offload = frozenset(),
-        sequence_parallel: int = 1,
     ) -> None:
         """Wrap a model whose weights have been loaded in dtype (float32 or bfloat16). Collective."""
         if "parameters" in offload and zero_stage != 3:
             raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
-        if sequence_parallel != 1:
-            raise UserError(f"sequence_parallel {sequence_parallel} is not supported by this engine yet: set it to 1.")
         import deepspeed  # after init_distributed, which says on which device
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

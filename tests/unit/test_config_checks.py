@@ -117,14 +117,6 @@ RELATIONS = {
         [CUDA, "cluster.roles.policy.offload=[parameters]"],
         "has `parameters`, which needs cluster.roles.policy.zero_stage 3, not 2",
     ),
-    "sequence parallelism is for GPUs": (
-        ["cluster.roles.policy={workers: 2, sequence_parallel: 2}"],
-        "cluster.roles.policy.sequence_parallel: is 2, but sequence parallelism needs cluster.device cuda",
-    ),
-    "sequence parallelism divides the ranks": (
-        [CUDA, "cluster.roles.policy={workers: 3, sequence_parallel: 2}"],
-        "is 2 and must divide cluster.roles.policy.workers = 3",
-    ),
     "tensor parallelism is for GPUs": (
         ["cluster.roles.rollout.tensor_parallel=2"],
         "cluster.roles.rollout.tensor_parallel: is 2, but tensor parallelism needs cluster.device cuda",
@@ -247,7 +239,7 @@ def test_supervised_runs_take_no_keys_of_rollouts(
     "overrides",
     [
         ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
-        ["cluster.roles.rollout.tensor_parallel=1", "cluster.roles.policy.sequence_parallel=1"],
+        ["cluster.roles.rollout.tensor_parallel=1"],
         [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
@@ -255,7 +247,6 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
         [GRPO, "rollouts.samples_per_prompt=2"],
         ["cluster.roles.policy.workers=16"],  # one sequence each
-        [CUDA, "cluster.roles.policy={workers: 32, sequence_parallel: 2}"],  # 16 data-parallel ranks
         ["train.warmup_steps=19"],
         ["algorithm.critic_warmup_steps=9"],
         ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],

@@ -47,11 +47,6 @@ def test_a_supervised_step_is_an_optimizer_step() -> None:
     assert derived.longest_sequence == 64
 
 
-def test_sequence_parallel_ranks_are_not_data_parallel() -> None:
-    cluster = {"device": "cuda", "roles": {"policy": {"workers": 8, "sequence_parallel": 4}}}
-    assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
-
-
 @pytest.mark.parametrize(
     ("algorithm", "sections", "roles", "reference"),
     [

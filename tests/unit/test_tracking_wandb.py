@@ -86,7 +86,8 @@ def test_a_failure_on_the_way_is_one_warning(monkeypatch: pytest.MonkeyPatch, ca
     backend.log(2, {"update/lr": 1.0})
     backend.close(failed=False)
     assert run.calls == 1
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["W&B failed while logging"]
+    records = list(dict.fromkeys(caplog.records))  # one record, however many loggers hand it to caplog
+    assert [r.getMessage().split(":")[0] for r in records] == ["W&B failed while logging"]
 
 
 def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
