@@ -1,0 +1,301 @@
+"""What fails while a run runs: exit code 1, stage, actor, rank and cause in one paragraph, nothing left behind.
+
+Real runs of the tiny model in this process, on the session's Ray; a second thread kills and stops processes.
+The last tests start the command line with a Ray of its own. Not covered: the death of a whole node.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf.cli import main
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.tracking.run_folder import RunFolder
+from tests.integration.recipes import ONLINE, merge, rows, start, write_config
+
+SHM = Path("/dev/shm")
+MANY = 100_000  # steps: more than there is time for
+
+GRPO: Mapping[str, Any] = {
+    "algorithm": {"name": "grpo"},
+    "data": {"eval": None},
+    "eval": None,
+    "rewards": {"mine": {"function": "mine.py:reward"}},
+    "rollouts": {"prompts_per_step": 4},
+    "train": {"steps": 2, "checkpoint_every": 1},
+    "cluster": {"object_store_gib": 0.25, "call_timeout_s": 60.0, "roles": {"policy": {"cpus": 0.5}}},
+}
+SFT: Mapping[str, Any] = {
+    "algorithm": {"name": "sft"},
+    "data": {"train": {"split": "sft"}, "eval": None, "max_prompt_tokens": None},
+    "eval": None,
+    "rollouts": None,
+    "train": {"steps": MANY, "checkpoint_every": 2},
+    "cluster": {"roles": {"policy": {"workers": 2, "cpus": 0.5, "threads": 1}}},
+}
+FINE = "def reward(prompt, response):\n    return float(len(response) % 3)\n"
+
+
+def write_run(folder: Path, name: str, *changes: Mapping[str, Any], reward: str = FINE) -> Path:
+    """A run's config, with its reward function beside it."""
+    (folder / "mine.py").write_text(reward, encoding="utf-8")
+    run = {"run": {"name": name, "dir": str(folder)}}
+    return write_config(folder / f"{name}.yaml", {}, functools.reduce(merge, (*changes, run), ONLINE))
+
+
+def failed(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str, code: int = 1) -> str:
+    """The one paragraph with which `rlhf train` ends."""
+    found = main(["train", str(config), "--quiet", *arguments])
+    said = capsys.readouterr().err
+    assert found == code, said
+    assert "Traceback" not in said
+    (_, paragraph) = said.split("rlhf: error: ")
+    assert not actor_processes()
+    return paragraph.strip()
+
+
+def actor_processes(role: str = "") -> list[psutil.Process]:
+    """The actors' processes among those that this process has started; Ray names them after their class."""
+    found, named = [], r"\w+(Rank|Worker|Engine)"
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+            if re.match(rf"ray::{role or named}\b", title) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+def steps_done(run: Path) -> int:
+    """The last step that is in metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@contextmanager
+def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Act from another thread as soon as the condition holds; it must during the block."""
+    over, acted = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            if condition():
+                act()
+                acted.set()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert acted.is_set()
+
+
+def last_error(run: Path) -> dict[str, Any]:
+    """The last record of errors.jsonl."""
+    found: dict[str, Any] = json.loads((run / "errors.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return found
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of the checkpoints."""
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_a_failing_reward_ends_the_run(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    raises = "def reward(prompt, response):\n    raise ValueError(f'no score for {prompt}')\n"
+    said = failed(capsys, write_run(tmp_path, "fails", GRPO, reward=raises))
+    words = [
+        "rewards, step 1: reward `mine` raised an exception",
+        "to prompt ",
+        "ValueError: no score for",
+        "mine.py:2",
+    ]
+    assert all(word in said for word in words), said
+    assert "reward_policy.on_error is fail" in said
+    records = [json.loads(line) for line in (tmp_path / "fails" / "errors.jsonl").read_text().splitlines()]
+    assert (records[0]["step"], records[0]["stage"], records[0]["kind"]) == (1, "rewards", "raised")
+    assert records[0]["source"] == "mine"
+    assert records[0]["prompt_id"] is not None
+    assert records[-1]["stage"] == "run"
+    assert not checkpoints(tmp_path / "fails")
+
+
+SOMETIMES = """
+import os, pathlib, signal
+HERE = pathlib.Path(__file__).parent
+
+def reward(prompt, response):
+    if first("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    for name in ("raises", "hangs", "nan"):
+        if prompt == claimed(name, prompt):
+            if name == "raises":
+                raise ValueError("a wrong prompt")
+            while name == "hangs":
+                pass
+            return float("nan")
+    return float(len(response))
+
+def first(name):
+    try:
+        (HERE / name).touch(exist_ok=False)
+        return True
+    except FileExistsError:
+        return False
+
+def claimed(name, prompt):
+    if all((HERE / other).read_text() != prompt for other in ("raises", "hangs", "nan") if (HERE / other).exists()):
+        if first(name):
+            (HERE / name).write_text(prompt)
+    return (HERE / name).read_text()
+"""
+
+
+def test_dropped_groups_are_replaced_counted_and_bounded(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Three prompts fail in three ways; a fourth's process is killed from outside, which a fresh one makes good."""
+    drop = {"reward_policy": {"on_error": "drop", "timeout_s": 1.0, "max_dropped_fraction": 0.75}}
+    assert main(["train", str(write_run(tmp_path, "drops", GRPO, drop, reward=SOMETIMES)), "--quiet"]) == 0
+    run = tmp_path / "drops"
+    assert [row["rollouts/dropped_groups/total"] for row in rows(run)] == [3, 0]
+    records = [json.loads(line) for line in (run / "errors.jsonl").read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"raised", "timeout", "not_a_number"}
+    assert len({record["prompt_id"] for record in records}) == 3
+    assert (tmp_path / "killed").exists()
+    samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 16  # 4 prompts x 4 samples: the batch is whole
+    assert not {row["prompt_id"] for row in samples} & {record["prompt_id"] for record in records}
+
+    hangs = "def reward(prompt, response):\n    while True: pass\n"
+    said = failed(capsys, write_run(tmp_path, "bounded", GRPO, drop, reward=hangs))
+    assert "did not answer in time" in said
+    assert "no answer within 1 s, at " in said
+    assert "4 of 4 groups were dropped, more than reward_policy.max_dropped_fraction 0.75 allows" in said
+
+
+def test_a_killed_engine_is_named_and_the_run_goes_on_from_its_checkpoint(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, run = write_run(tmp_path, "killed", GRPO), tmp_path / "killed"
+    began: list[float] = []
+
+    def kill() -> None:
+        began.append(time.monotonic())
+        actor_processes("RolloutEngine")[0].kill()
+
+    with once(lambda: steps_done(run) >= 2, kill):
+        said = failed(capsys, config, f"train.steps={MANY}")
+    assert time.monotonic() - began[0] < 30.0
+    assert re.search(r"rollout (rank|engine) 0 died", said), said
+    assert "--resume auto" in said
+    assert last_error(run)["stage"] == "run"
+    assert "ray.exceptions" in (run / "traceback.txt").read_text(encoding="utf-8")
+    done = steps_done(run)
+    assert main(["train", str(config), "--quiet", "--resume", "auto", f"train.steps={done + 1}"]) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, done + 2))
+    assert (run / "final").exists()
+    assert not [path for path in SHM.iterdir() if path.name.startswith("rlhf-")]  # of the killed run too
+
+
+def test_killed_and_stopped_ranks_are_named_and_the_gang_ends(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, run = write_run(tmp_path, "gang", SFT), tmp_path / "gang"
+    with once(lambda: steps_done(run) >= 3, lambda: actor_processes("SupervisedRank")[1].kill()):
+        said = failed(capsys, config)
+    assert re.match(r"update: policy rank [01] died \(process \d+ on ", said), said
+    assert "--resume auto" in said
+    assert re.search(r"Its last words are in /\S+/worker-\*-\d+\.err", said)
+    assert last_error(run) == {**last_error(run), "stage": "run", "kind": "RunError"}
+
+    done = steps_done(run)
+    stop = ["--resume", "auto", "cluster.call_timeout_s=6"]
+    began: list[float] = []
+
+    def freeze() -> None:
+        began.append(time.monotonic())
+        actor_processes("SupervisedRank")[1].suspend()
+
+    with once(lambda: steps_done(run) >= done + 3, freeze):
+        said = failed(capsys, config, *stop)  # which also sees that the stopped process is gone
+    assert time.monotonic() - began[0] < 25.0
+    assert re.match(r"(update|memory|checkpoint): policy rank", said), said
+
+    other = build_tiny_llama(tmp_path / "other", seed=0, tied=True)
+    said = failed(capsys, config, "--resume", "auto", f"policy.model={other}", code=2)
+    assert re.search(r"step_\d+ is a checkpoint of another model than policy.model", said), said
+
+
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one = {"train": {"lr": 1e30, "checkpoint_every": 1, "warmup_steps": 0}, "cluster": {"roles": None}}
+    said = failed(capsys, write_run(tmp_path, "diverges", SFT, one))
+    assert re.match(r"update: policy rank 0 failed: The (loss|gradient).* not finite in optimizer step 2", said), said
+    assert checkpoints(tmp_path / "diverges") == ["step_000001"]
+    assert [row["step"] for row in rows(tmp_path / "diverges")] == [1]
+
+
+def test_an_actor_that_cannot_start_is_named(
+    ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    model = build_tiny_llama(tmp_path / "mixed", seed=0)
+    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**shape, "intermediate_size": 8}), encoding="utf-8")
+    said = failed(
+        capsys, write_run(tmp_path, "mixed", SFT, {"policy": {"model": str(model)}, "cluster": {"roles": None}})
+    )
+    assert said.startswith("start: policy rank 0 failed: "), said
+
+
+def test_more_than_the_cluster_has(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    wants = {"cluster": {"roles": {"policy": {"workers": 64, "cpus": 1.0}}}, "train": {"sequences_per_update": 64}}
+    said = failed(capsys, write_run(tmp_path, "large", SFT, wants), code=2)
+    assert "the run wants more than the cluster has" in said
+    assert re.search(r"policy +64 +1\.00", said), said
+    assert "wanted CPU: 64, there are 4" in said
+
+
+@pytest.mark.timeout(240)
+def test_sigterm_ends_a_run_in_order_and_kill_9_of_the_driver_leaves_nothing(tmp_path: Path) -> None:
+    one_rank = {"cluster": {"roles": None}}
+    for name, number in (("asked", signal.SIGTERM), ("killed", signal.SIGKILL)):
+        config = write_run(tmp_path, name, SFT, one_rank)
+        process = start(config)
+        until = time.monotonic() + 100.0
+        while steps_done(tmp_path / name) < 3:
+            assert process.poll() is None, config.with_suffix(".log").read_text(encoding="utf-8")
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
+        os.kill(process.pid, number)
+        assert process.wait(timeout=30) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+        # Two agents of Ray, which hold nothing, notice the sudden death of their parent only after a minute or two.
+        late = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} if number == signal.SIGKILL else set()
+        _, alive = psutil.wait_procs([one for one, title in started.items() if title not in late], timeout=20.0)
+        assert not alive
+        with RunFolder.open(tmp_path, name, resume=True) as folder:  # its lock is free, and it can go on
+            assert folder.latest_checkpoint() is not None
+    log = (tmp_path / "asked.log").read_text(encoding="utf-8")
+    assert "rlhf: interrupted; continue with: rlhf train" in log
+    assert "--resume auto" in log
+    assert "Traceback" not in log
