@@ -36,7 +36,10 @@ class AdapterSender:
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. None on ranks other than 0."""
-        tensors = {name: weight.detach().to("cpu", self.dtype).clone() for name, weight in named_weights}
+        tensors = {
+            name: weight.detach().to("cpu", self.dtype).clone(memory_format=torch.contiguous_format)
+            for name, weight in named_weights
+        }
         if self.folder is None:
             return None
         path, aside = self.folder / WEIGHTS, self.folder / f".{WEIGHTS}"

@@ -1,7 +1,8 @@
 """Loading published weights into a running vLLM model: what all receiving ends share.
 
-vLLM packs weights for its kernels after loading, so they cannot just be copied into the parameters: `initialize_
-layerwise_reload` puts each layer back into its loadable form, and it is packed again once its weights have come.
+vLLM packs weights for its kernels after loading, so they cannot just be copied into the parameters. Plain decoders on a
+CPU are packed anew in one pass. All others go vLLM's way: `initialize_layerwise_reload` puts each layer back into its
+loadable form, and it is packed again once its weights have come.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from actors.weights.vllm_packed import load_packed, loads_packed
+from rlhf.errors import RunError
 
 InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
 UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
@@ -30,7 +35,10 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
 
     def start_weight_update(self) -> None:
         """Put the model into its loadable form."""
-        initialize_layerwise_reload(self.model)
+        self.packs = loads_packed(self.model, device=self.device, num_workers=self.parallel_config.world_size)
+        self.wanted = {name for name, _ in self.model.named_parameters()}
+        if not self.packs:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. The base class waits for an accelerator, which a CPU has not."""
@@ -39,17 +47,28 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
             torch.cuda.synchronize(self.device)
 
     def load(self, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Give the weights to the model, which fuses q, k, v and gate, up."""
-        self.model.load_weights(named_weights)
+        """Give all weights to the model, which fuses q, k, v and gate, up."""
+        if self.packs:
+            load_packed(self.model, dict(named_weights))
+            return
+        loaded = self.model.load_weights(named_weights)
+        if loaded is not None and not self.wanted <= loaded:
+            raise RunError(f"weight sync: no weights were published for the engine's {min(self.wanted - loaded)}")
+        for name, module in self.model.named_modules():
+            info = get_layerwise_info(module)
+            padded = isinstance(module, VocabParallelEmbedding)
+            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
+                raise RunError(f"weight sync: only a part of the engine's {name} was published")
 
     def finish_weight_update(self) -> None:
-        """Pack the model again, the tied head included."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_tied_heads(self.model)
+        """Pack the model again, the head included."""
+        if not self.packs:
+            finalize_layerwise_reload(self.model, self.model_config)
+        repack_heads(self.model)
 
 
-def repack_tied_heads(model: torch.nn.Module) -> None:
-    """On a CPU the head has packed weights of its own. A tied head is not loaded, so it keeps the old embedding's."""
+def repack_heads(model: torch.nn.Module) -> None:
+    """On a CPU the head has packed weights of its own. Nothing is loaded into a tied one, so it would stay the old."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)

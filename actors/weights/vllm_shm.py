@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,15 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         """Nothing."""
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
-        """Load every tensor out of the mapped file and take the checksum of what was read."""
+        """Load every tensor out of the mapped file, and beside it take the checksum of its bytes."""
         u = update_info
         if (u.path, u.nbytes) != (self.path, self.flat.numel()):
             self.flat = torch.from_file(u.path, shared=True, size=u.nbytes, dtype=torch.uint8)
             self.path = u.path
-        self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
-        self.checksum = xxhash.xxh3_64(self.flat.numpy().data).hexdigest()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as beside:
+            checksum = beside.submit(lambda: xxhash.xxh3_64(self.flat.numpy().data).hexdigest())
+            self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
+        self.checksum = checksum.result()
 
     def shutdown(self) -> None:
         """Let the mapping go."""

@@ -1,0 +1,92 @@
+"""Loading weights into a CPU engine in one pass: each matrix is packed straight out of the memory that it came in.
+
+vLLM's general way allocates every layer anew, copies the weights in, packs them, and copies again. Here q, k, v lie
+side by side in the flat run, as do gate and up, so the fused matrix is a view of it. Only plain decoders on one CPU
+worker go this way; it must never guess at a model whose loading does more than rename and fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from rlhf.errors import RunError
+
+PLAIN_DECODERS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
+
+def loads_packed(model: nn.Module, *, device: torch.device, num_workers: int) -> bool:
+    """Whether `load_packed` knows this model."""
+    return (
+        device.type == "cpu"
+        and num_workers == 1
+        and type(model).__name__ in PLAIN_DECODERS
+        and all(
+            isinstance(m.quant_method, UnquantizedLinearMethod) for m in model.modules() if isinstance(m, LinearBase)
+        )
+    )
+
+
+def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Load all weights, by Hugging Face name. RunError if some are missing, unknown or of another shape.
+
+    The head is left to `repack_heads`.
+    """
+    parts_of: Mapping[str, Sequence[str]] = model.packed_modules_mapping
+    unused = dict(weights)
+    for name, parameter in model.named_parameters():
+        prefix, leaf, kind = _split(name)
+        sources = [f"{prefix}{part}.{kind}" for part in parts_of.get(leaf, (leaf,))]
+        missing = [source for source in sources if source not in unused]
+        if missing:
+            raise RunError(f"weight sync: the engine's {name} wants {missing[0]}, which was not published")
+        weight = joined([unused.pop(source) for source in sources])
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, LinearBase) and kind == "weight":
+            _pack(module, parameter, weight)
+        elif isinstance(module, VocabParallelEmbedding):  # the engine fills its vocabulary up; the head is one too
+            parameter.data[: len(weight)].copy_(weight)
+        else:
+            parameter.data.copy_(weight)
+    if unused:
+        raise RunError(f"weight sync: {next(iter(unused))} was published, and the engine has no such weight")
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts on top of each other: a view if that is how they lie in memory."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.numel() * part.element_size()
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """("model.layers.0.mlp.", "gate_up_proj", "weight")"""
+    module, _, kind = name.rpartition(".")
+    prefix, dot, leaf = module.rpartition(".")
+    return prefix + dot, leaf, kind
+
+
+def _pack(module: Any, parameter: nn.Parameter, weight: Tensor) -> None:
+    """Make the layer's packed weight. The parameter keeps its place: empty, or (kernels that do not pack) a copy."""
+    if weight.shape != (module.output_size, module.input_size):
+        raise RunError(
+            f"weight sync: {module.prefix} has the shape {(module.output_size, module.input_size)} in the engine and "
+            f"{tuple(weight.shape)} in the policy"
+        )
+    if parameter.numel():
+        parameter.data.copy_(weight)
+        module.quant_method.process_weights_after_loading(module)
+        return
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.quant_method.process_weights_after_loading(module)
+    module.weight = parameter

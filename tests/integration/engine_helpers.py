@@ -1,0 +1,120 @@
+"""A rollout engine in its own process, and a trainer's model beside it, for the tests of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.weights import WeightManifest
+from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
+
+DEADLINE_S = 120.0
+SAMPLING = Sampling(max_new_tokens=24)
+
+
+class BreakableEngine(RolloutWorker):
+    """An engine in whose process a test may replace one function."""
+
+    async def replace(self, module: str, name: str, by: Callable[..., Any] | None) -> None:
+        """Put `by` in the place of module.name (a class will do); None puts the original back."""
+        import pkgutil
+
+        target = pkgutil.resolve_name(module)
+        originals: dict[tuple[str, str], Any] = self.__dict__.setdefault("originals", {})
+        original = originals.setdefault((module, name), getattr(target, name))
+        setattr(target, name, original if by is None else by)
+
+
+def spec(model: Path, **changes: Any) -> RolloutSpec:
+    """A small float32 engine on one thread."""
+    values: dict[str, Any] = {
+        "name": "rollout engine 0",
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 64,
+        "transport": "shm",
+        "kv_cache_gib": 0.25,
+        "start_timeout_s": DEADLINE_S,
+        "call_timeout_s": 60.0,
+    }
+    return RolloutSpec(**(values | changes))
+
+
+@contextmanager
+def engine(values: RolloutSpec) -> Iterator[Any]:
+    """A started engine's actor handle. It must never share a process with a trainer."""
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    remote = ray.remote(BreakableEngine)
+    handle = remote.options(
+        num_cpus=1, max_concurrency=1000, runtime_env={"env_vars": engine_environment(values)}
+    ).remote(values)
+    call(handle.start.remote())
+    yield handle
+    call(handle.shutdown.remote())
+    ray.kill(handle)
+
+
+def call(*refs: Any) -> Any:
+    """The results; one of them alone is not put in a list."""
+    results = ray.get(list(refs), timeout=DEADLINE_S)
+    return results[0] if len(refs) == 1 else results
+
+
+def model_like(folder: Path, *, seed: int) -> PreTrainedModel:
+    """The model after a large step in a random direction, so that no sync hides in rounding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def request(group_id: int, *, samples: int = 4, prompt_tokens: int = 8) -> GroupRequest:
+    """One prompt of letters; every group has another."""
+    token_ids = tuple(65 + (7 * group_id + 3 * i) % 57 for i in range(prompt_tokens))
+    return GroupRequest(
+        group_id=group_id,
+        prompt=Prompt(prompt_id=group_id, token_ids=token_ids, text="", columns={}),
+        seeds=tuple(1000 * group_id + sample for sample in range(samples)),
+        first_sequence_id=group_id * samples,
+    )
+
+
+def logprobs_of(model: PreTrainedModel, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """The trainer's log-probabilities of one sequence's tokens; 0 for the first."""
+    with torch.no_grad():
+        logits = model(token_ids[None]).logits[0, :-1].float() / temperature
+    chosen = logits.log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]
+    return torch.cat([torch.zeros(1), chosen])
+
+
+def sequences(rollouts: Rollouts) -> Iterator[dict[str, Tensor]]:
+    """Each sequence's columns."""
+    names = ("token_ids", "response_mask", "rollout_logprobs", "versions")
+    columns = [getattr(rollouts, name).split(rollouts.lengths.tolist()) for name in names]
+    for parts in zip(*columns, strict=True):
+        yield dict(zip(names, parts, strict=True))
+
+
+def worst_difference(model: PreTrainedModel, rollouts: Rollouts) -> float:
+    """Largest |trainer - engine| over the sampled tokens, nats."""
+    return max(
+        float((logprobs_of(model, s["token_ids"]) - s["rollout_logprobs"])[s["response_mask"]].abs().max())
+        for s in sequences(rollouts)
+    )
+
+
+def sync(handle: Any, manifest: WeightManifest | None) -> Any:
+    """The engine's receipt."""
+    assert manifest is not None
+    return call(handle.update_weights.remote(manifest, manifest.version))

@@ -1,0 +1,240 @@
+"""The rollout worker with real vLLM in its own process: what it samples, in which order, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from peft import LoraConfig, get_peft_model
+from ray.exceptions import RayTaskError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.weights.adapter import AdapterSender
+from actors.weights.shm import ShmSender
+from rlhf.errors import RunError
+from rlhf.models.weights import adapter_sources
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
+from tests.integration.engine_helpers import (
+    SAMPLING,
+    call,
+    engine,
+    logprobs_of,
+    model_like,
+    request,
+    sequences,
+    spec,
+    sync,
+    worst_difference,
+)
+
+Group = tuple[Rollouts, tuple[RolloutInfo, ...]]
+
+
+@pytest.fixture(scope="module")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spool")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return model_like(tiny_model, seed=1)
+
+
+@pytest.fixture(scope="module")
+def unsynced(tiny_model: Path, spool: Path, ray_local: None) -> Iterator[Any]:
+    with engine(spec(tiny_model, spool=spool)) as handle:
+        yield handle
+
+
+@pytest.fixture(scope="module")
+def synced(unsynced: Any, model: Any) -> Iterator[Any]:
+    with pytest.raises(RunError, match="has not been given the policy's weights, so it does not generate"):
+        call(unsynced.generate.remote(request(0), SAMPLING))
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    sync(unsynced, sender.publish(model.named_parameters(), 1))
+    yield unsynced
+    sender.close()
+
+
+def answer(handle: Any, requests: list[GroupRequest], sampling: Sampling = SAMPLING) -> dict[int, Group]:
+    """All groups, admitted together."""
+    call(handle.hold.remote())
+    refs = [handle.generate.remote(r, sampling) for r in requests]
+    call(handle.release.remote(len(requests)))
+    return {r.group_id: group for r, group in zip(requests, ray.get(refs, timeout=120), strict=True)}
+
+
+def test_rollouts_carry_what_was_sampled(synced: Any, model: Any) -> None:
+    asked = request(3, samples=5)
+    rollouts, infos = call(synced.generate.remote(asked, SAMPLING))
+    assert rollouts.sequence_ids.tolist() == [15, 16, 17, 18, 19]
+    assert worst_difference(model, rollouts) < 1e-4
+    for sequence, info in zip(sequences(rollouts), infos, strict=True):
+        prompt, response = info.num_prompt_tokens, info.num_response_tokens
+        assert sequence["token_ids"][:prompt].tolist() == list(asked.prompt.token_ids)
+        assert sequence["response_mask"].tolist() == [False] * prompt + [True] * response
+        assert sequence["versions"].tolist() == [-1] * prompt + [1] * response
+        assert not sequence["rollout_logprobs"][:prompt].any()
+        assert info.mean_logprob == pytest.approx(float(sequence["rollout_logprobs"][prompt:].mean()))
+
+
+def test_a_sampled_end_of_sequence_is_part_of_the_response(synced: Any, tiny_model: Path) -> None:
+    end = AutoTokenizer.from_pretrained(tiny_model).eos_token_id
+    groups = answer(synced, [request(i, samples=8) for i in range(8)], Sampling(max_new_tokens=64))
+    ended = 0
+    for rollouts, infos in groups.values():
+        for sequence, info in zip(sequences(rollouts), infos, strict=True):
+            response = sequence["token_ids"][sequence["response_mask"]].tolist()
+            assert (response[-1] == end) == (info.finish_reason == "stop")
+            assert end not in response[:-1]
+            assert info.finish_reason == "stop" or len(response) == 64
+            ended += info.finish_reason == "stop"
+    assert ended > 0
+
+
+def test_seeds_name_their_samples(synced: Any) -> None:
+    """The same seed gives the same tokens whatever else is in the batch; other seeds give others."""
+    alone = call(synced.generate.remote(request(5, samples=1), SAMPLING))[0]
+    together = answer(synced, [request(i, samples=6) for i in range(8)])[5][0]
+    first, second, *_ = sequences(together)
+    assert alone.token_ids.tolist() == first["token_ids"].tolist()
+    assert first["token_ids"].tolist() != second["token_ids"].tolist()
+
+
+def test_held_batches_are_bitwise_equal_whatever_the_order_of_arrival(synced: Any) -> None:
+    """The last of three runs has stop strings, which end samples in the middle of the batch."""
+    requests = [request(i, samples=4, prompt_tokens=5 + i) for i in range(12)]
+    for sampling in (SAMPLING, dataclasses.replace(SAMPLING, stop=("a", "7"))):
+        runs = [answer(synced, order, sampling) for order in (requests, requests[::-1], requests[6:] + requests[:6])]
+        for other in runs[1:]:
+            for group_id, (rollouts, infos) in runs[0].items():
+                assert infos == other[group_id][1]
+                assert torch.equal(rollouts.token_ids, other[group_id][0].token_ids)
+                assert torch.equal(rollouts.rollout_logprobs, other[group_id][0].rollout_logprobs)
+
+
+def test_greedy_takes_the_likeliest_token(synced: Any, model: Any) -> None:
+    rollouts, _ = call(synced.generate.remote(request(6, samples=1), Sampling(max_new_tokens=12, temperature=0.0)))
+    (sequence,) = sequences(rollouts)
+    with torch.no_grad():
+        likeliest = model(sequence["token_ids"][None]).logits[0, :-1].argmax(-1)
+    mask = sequence["response_mask"][1:]
+    assert sequence["token_ids"][1:][mask].tolist() == likeliest[mask].tolist()
+
+
+def test_logprobs_are_of_the_distribution_that_was_sampled_from(synced: Any, model: Any) -> None:
+    rollouts, _ = call(synced.generate.remote(request(7), dataclasses.replace(SAMPLING, temperature=0.5)))
+    for sequence in sequences(rollouts):
+        expected = logprobs_of(model, sequence["token_ids"], temperature=0.5)
+        mask = sequence["response_mask"]
+        torch.testing.assert_close(sequence["rollout_logprobs"][mask], expected[mask], atol=1e-4, rtol=0)
+
+
+def test_top_k_samples_among_the_likeliest(synced: Any, model: Any) -> None:
+    rollouts, _ = call(synced.generate.remote(request(8), dataclasses.replace(SAMPLING, top_k=2)))
+    for sequence in sequences(rollouts):
+        with torch.no_grad():
+            best = model(sequence["token_ids"][None]).logits[0, :-1].topk(2).indices
+        inside = (best == sequence["token_ids"][1:, None]).any(-1)
+        assert inside[sequence["response_mask"][1:]].all()
+
+
+def test_stop_strings_end_the_response_and_stay_in_it(synced: Any, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sampling = Sampling(max_new_tokens=200, stop=("e",))
+    rollouts, infos = call(synced.generate.remote(request(9, samples=8), sampling))
+    stopped = 0
+    for sequence, info in zip(sequences(rollouts), infos, strict=True):
+        text = tokenizer.decode(sequence["token_ids"][sequence["response_mask"]], skip_special_tokens=True)
+        assert "e" not in text[:-1]
+        stopped += text.endswith("e") and info.finish_reason == "stop"
+    assert stopped > 0
+
+
+def test_finished_groups_are_spooled_and_speak_for_their_request_alone(synced: Any, spool: Path) -> None:
+    asked = request(20)
+    rollouts, infos = call(synced.generate.remote(asked, SAMPLING))
+    assert (spool / "group_00000020_v000001.safetensors").is_file()
+    assert not list(spool.glob("*.tmp"))
+    read = call(synced.read_spooled.remote(asked, 1))
+    assert read is not None
+    assert read[1] == infos
+    assert torch.equal(read[0].token_ids, rollouts.token_ids)
+    assert torch.equal(read[0].rollout_logprobs, rollouts.rollout_logprobs)
+    assert call(synced.read_spooled.remote(asked, 2)) is None
+    assert call(synced.read_spooled.remote(dataclasses.replace(asked, seeds=(1, 2, 3, 4)), 1)) is None
+
+
+def test_a_prompt_that_does_not_fit_is_named(synced: Any) -> None:
+    with pytest.raises(RunError, match=r"prompt 21 has 500 tokens, with max_new_tokens 24 that is more than .* 512"):
+        call(synced.generate.remote(request(21, prompt_tokens=500), SAMPLING))
+
+
+def test_abort_frees_the_engine(synced: Any) -> None:
+    running = synced.generate.remote(request(22), dataclasses.replace(SAMPLING, max_new_tokens=480))
+    while not call(synced.health.remote()).requests_in_flight:
+        pass
+    assert call(synced.abort_all.remote()) == 4
+    with pytest.raises(RunError, match="aborted"):
+        call(running)
+    health = call(synced.health.remote())
+    assert (health.requests_in_flight, health.version) == (0, 1)
+    call(synced.generate.remote(request(22), SAMPLING))
+
+
+def test_health_answers_while_groups_are_awaited(synced: Any) -> None:
+    call(synced.hold.remote())
+    waiting = synced.generate.remote(request(23), SAMPLING)
+    health = call(synced.health.remote())
+    assert health.requests_in_flight == 0  # held back: not in the engine yet
+    assert health.rss_gib > 0.1
+    call(synced.release.remote(1))
+    call(waiting)
+
+
+def test_an_adapter_is_loaded_over_the_one_before(tiny_model: Path, ray_local: None, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    policy = get_peft_model(base, config).eval()
+    fields = json.loads(json.dumps(config.to_dict(), default=sorted))
+    sender = AdapterSender(tmp_path, fields, rank=0, dtype=torch.float32)
+    with engine(spec(tiny_model, lora_rank=4)) as handle:
+        for version in (1, 2):
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    if "lora_" in name:
+                        parameter.copy_(
+                            0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version))
+                        )
+            weights = ((source.name, source.make()) for source in adapter_sources(policy))
+            receipt = sync(handle, sender.publish(weights, version))
+            assert receipt.version == version
+            rollouts, _ = call(handle.generate.remote(request(version), SAMPLING))
+            assert worst_difference(policy, rollouts) < 1e-4
+            with policy.disable_adapter():
+                assert worst_difference(policy, rollouts) > 1e-2
+    sender.close()
+
+
+def test_a_dead_engine_names_itself_and_its_requests(tiny_model: Path, ray_local: None, model: Any) -> None:
+    """The step raises in the middle of a rollout; everything after says so too."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a broken kernel")
+
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    with engine(spec(tiny_model)) as handle:
+        sync(handle, sender.publish(model.named_parameters(), 1))
+        call(handle.replace.remote("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "execute_model", broken))
+        for _ in range(2):
+            with pytest.raises(RayTaskError) as caught:
+                call(handle.generate.remote(request(1), SAMPLING))
+            assert isinstance(caught.value.cause, RunError)
+            assert "rollout engine 0 died with 4 requests in flight: ValueError: a broken kernel" in str(caught.value)
+    sender.close()

@@ -1,0 +1,195 @@
+"""Weight syncs into a real engine, and the sync broken on purpose: each break must be noticed.
+
+The engine runs in its own process. `check_probe` is the controller's; the checksum, version and cache checks are the
+engine's own.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from actors.weights import Meeting, open_sender
+from actors.weights.broadcast import BroadcastSender
+from actors.weights.shm import ShmSender
+from rlhf.controller.weight_sync import check_probe
+from rlhf.errors import RunError
+from rlhf.models.tiny import build_tiny_llama
+from tests.integration.engine_helpers import (
+    SAMPLING,
+    call,
+    engine,
+    logprobs_of,
+    model_like,
+    request,
+    sequences,
+    spec,
+    sync,
+    worst_difference,
+)
+
+PROBE = [65 + (11 * i) % 57 for i in range(48)]
+RELOAD = "actors.weights.vllm_reload"
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied: the head is the embedding, of which the engine keeps a packed copy."""
+    return build_tiny_llama(tmp_path_factory.mktemp("tied") / "model", seed=0, tied=True)
+
+
+@pytest.fixture(scope="module")
+def tied(folder: Path, ray_local: None) -> Iterator[Any]:
+    with engine(spec(folder)) as handle:
+        yield handle
+
+
+@pytest.fixture
+def sender() -> Iterator[ShmSender]:
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    yield sender
+    sender.close()
+
+
+@pytest.fixture(params=["packed", "general"])
+def way(tied: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways in which weights are loaded on a CPU."""
+    if request.param == "general":
+        call(tied.replace.remote(RELOAD, "loads_packed", lambda model, device, num_workers: False))
+    yield
+    call(tied.replace.remote(RELOAD, "loads_packed", None))
+
+
+def probe_difference(handle: Any, model: Any, *, version: int) -> float:
+    """The controller's check. RunError beyond its tolerance."""
+    ours = logprobs_of(model, torch.tensor(PROBE))[1:].tolist()
+    return check_probe(ours, call(handle.probe.remote(PROBE)), engine=0, version=version, dtype="float32")
+
+
+@pytest.mark.usefixtures("way")
+def test_engine_is_the_trainer_after_every_sync(tied: Any, folder: Path, sender: ShmSender) -> None:
+    for version in (1, 2, 3):
+        model = model_like(folder, seed=version)
+        manifest = sender.publish(model.named_parameters(), version)
+        assert manifest is not None
+        receipt = sync(tied, manifest)
+        assert (receipt.version, receipt.checksum) == (version, manifest.checksum)
+        assert probe_difference(tied, model, version=version) < 1e-4
+        rollouts, infos = call(tied.generate.remote(request(version), SAMPLING))
+        assert worst_difference(model, rollouts) < 1e-4
+        assert {(info.min_version, info.max_version) for info in infos} == {(version, version)}
+
+
+@pytest.mark.usefixtures("way")
+def test_probe_notices_a_stale_tied_head(tied: Any, folder: Path, sender: ShmSender) -> None:
+    model = model_like(folder, seed=10)
+    call(tied.replace.remote(RELOAD, "repack_heads", lambda model: None))
+    try:
+        sync(tied, sender.publish(model.named_parameters(), 10))  # version and checksum are right
+        with pytest.raises(RunError, match="gives other log-probabilities than the policy"):
+            probe_difference(tied, model, version=10)
+    finally:
+        call(tied.replace.remote(RELOAD, "repack_heads", None))
+
+
+def test_probe_notices_old_weights_under_a_new_version(tied: Any, folder: Path, sender: ShmSender) -> None:
+    sync(tied, sender.publish(model_like(folder, seed=20).named_parameters(), 20))
+    with pytest.raises(RunError, match="version 20"):
+        probe_difference(tied, model_like(folder, seed=21), version=20)
+
+
+def test_kept_caches_stop_the_sync(tied: Any, folder: Path, sender: ShmSender) -> None:
+    sync(tied, sender.publish(model_like(folder, seed=30).named_parameters(), 30))
+    call(tied.generate.remote(request(30, prompt_tokens=300), SAMPLING))  # longer than a block, so it is cached
+    call(tied.replace.remote("actors.vllm_engine", "reset_caches", lambda engine: None))
+    try:
+        with pytest.raises(RunError, match="blocks of keys and values that earlier weights computed are still cached"):
+            sync(tied, sender.publish(model_like(folder, seed=31).named_parameters(), 31))
+        with pytest.raises(RunError, match="has not been given the policy's weights"):
+            call(tied.generate.remote(request(31), SAMPLING))
+    finally:
+        call(tied.replace.remote("actors.vllm_engine", "reset_caches", None))
+
+
+def test_a_damaged_byte_stops_the_sync(tied: Any, folder: Path, sender: ShmSender) -> None:
+    manifest = sender.publish(model_like(folder, seed=40).named_parameters(), 40)
+    assert manifest is not None
+    with open(manifest.fields["path"], "r+b") as file:
+        file.seek(manifest.offsets[5] + 1)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(RunError, match=rf"version 40: worker 0 read bytes with checksum .* wrote {manifest.checksum}"):
+        sync(tied, manifest)
+    with pytest.raises(RunError, match="has not been given the policy's weights"):
+        call(tied.generate.remote(request(40), SAMPLING))
+
+
+def test_a_manifest_of_another_version_is_refused(tied: Any, folder: Path, sender: ShmSender) -> None:
+    manifest = sender.publish(model_like(folder, seed=50).named_parameters(), 50)
+    with pytest.raises(RunError, match="asked for version 51, the manifest holds 50"):
+        call(tied.update_weights.remote(manifest, 51))
+
+
+def test_samples_in_flight_go_on_with_the_new_weights(tied: Any, folder: Path, sender: ShmSender) -> None:
+    old, new = model_like(folder, seed=70), model_like(folder, seed=71)
+    sync(tied, sender.publish(old.named_parameters(), 70))
+    longer = replace(SAMPLING, max_new_tokens=400)
+    running = [tied.generate.remote(request(group, samples=8), longer) for group in (70, 71)]
+    ready, _ = ray.wait(running, timeout=0.2)
+    assert not ready
+    sync(tied, sender.publish(new.named_parameters(), 71))
+    spans = 0
+    for rollouts, _ in call(*running):
+        for sequence in sequences(rollouts):
+            for version, model in ((70, old), (71, new)):
+                by_it = sequence["versions"] == version
+                diff = (logprobs_of(model, sequence["token_ids"]) - sequence["rollout_logprobs"])[by_it].abs()
+                assert diff.numel() == 0 or float(diff.max()) < 1e-3
+            assert set(sequence["versions"][sequence["response_mask"]].tolist()) <= {70, 71}
+            spans += set(sequence["versions"].tolist()) == {-1, 70, 71}
+    assert spans > 0
+
+
+def test_gloo_syncs_an_untied_engine(tiny_model: Path, ray_local: None) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    meeting = Meeting(address="127.0.0.1", port=port, num_receivers=1, timeout_s=30.0)
+    with engine(spec(tiny_model, transport="gloo")) as handle:
+        opened = handle.open_weights.remote(meeting, 1)
+        sender = open_sender("gloo", rank=0, dtype=torch.float32, meeting=meeting)
+        assert isinstance(sender, BroadcastSender)
+        call(opened)
+        for version in (1, 2):
+            model = model_like(tiny_model, seed=version)
+            manifest = sender.publish(model.named_parameters(), version)
+            assert manifest is not None
+            updated = handle.update_weights.remote(manifest, version)
+            sender.send(manifest)
+            assert call(updated).checksum == manifest.checksum
+            assert probe_difference(handle, model, version=version) < 1e-4
+        sender.close()
+
+
+def test_errors_are_the_runs_own(tied: Any) -> None:
+    with pytest.raises(RayTaskError) as caught:
+        call(tied.release.remote(1))
+    assert isinstance(caught.value.cause, RunError)
+
+
+@pytest.mark.usefixtures("way")
+def test_missing_weights_stop_the_sync(tied: Any, folder: Path, sender: ShmSender) -> None:
+    # The last test of this engine: what a failed sync leaves behind is not to be sampled from.
+    model = model_like(folder, seed=60)
+    most = [(name, weight) for name, weight in model.named_parameters() if "layers.1.mlp.gate_proj" not in name]
+    with pytest.raises(RunError, match=r"layers\.1\.mlp"):
+        sync(tied, sender.publish(iter(most), 60))

@@ -1,0 +1,165 @@
+"""Weight transports without an engine: layout, checksums, files in shared memory, a real gloo broadcast."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from actors.weights import Meeting, open_sender
+from actors.weights.adapter import AdapterSender
+from actors.weights.broadcast import BroadcastSender, HostMemory, broadcast, open_group
+from actors.weights.manifest import buckets, named_views
+from actors.weights.shm import ShmFile, ShmSender
+from actors.weights.staging import stage
+from rlhf.errors import RunError
+
+
+def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
+    """Odd sizes, a transposed one and a scalar."""
+    yield "a", torch.arange(7.0) + shift
+    yield "b", (torch.arange(12.0).view(3, 4) + shift).T
+    yield "c", torch.tensor(3.0 + shift)
+
+
+def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run() -> None:
+    memory = HostMemory(pinned=False)
+    manifest = stage(weights(), memory, version=4, dtype=torch.bfloat16, transport="x", fields={})
+    # bfloat16: 14, 24 and 2 bytes, each filled up to 64
+    assert manifest.offsets == (0, 64, 128)
+    assert manifest.nbytes == 192
+    assert manifest.shapes == ((7,), (4, 3), ())
+    flat = memory.flat[: manifest.nbytes]
+    assert manifest.checksum == xxhash.xxh3_64(flat.numpy().tobytes()).hexdigest()
+    for (name, seen), (expected_name, expected) in zip(
+        named_views(flat, manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets), weights(), strict=True
+    ):
+        assert name == expected_name
+        assert torch.equal(seen, expected.bfloat16())
+
+
+def test_checksum_depends_on_the_weights_alone_not_on_what_the_memory_held() -> None:
+    fresh, used = HostMemory(pinned=False), HostMemory(pinned=False)
+    used.reserve(4096).fill_(255)
+    first, second = (
+        stage(weights(), memory, version=0, dtype=torch.float32, transport="x", fields={}).checksum
+        for memory in (fresh, used)
+    )
+    assert first == second
+    assert stage(weights(1.0), fresh, version=1, dtype=torch.float32, transport="x", fields={}).checksum != first
+
+
+def test_buckets_hold_whole_tensors_and_make_up_the_run() -> None:
+    # tensors of 64, 128, 64 and 512 bytes; the limit holds the first two, and the last stands alone
+    assert buckets([0, 64, 192, 256], 768, limit=192) == [(0, 2, 0, 192), (2, 3, 192, 256), (3, 4, 256, 768)]
+    assert buckets([0], 64, limit=1) == [(0, 1, 0, 64)]
+
+
+def test_shm_file_is_written_in_place_and_removed_on_close(tmp_path: Path) -> None:
+    sender = ShmSender(rank=0, dtype=torch.float32, folder=tmp_path)
+    first, second = sender.publish(weights(), 1), sender.publish(weights(1.0), 2)
+    assert first is not None
+    assert second is not None
+    assert first.fields == second.fields
+    flat = torch.from_file(second.fields["path"], size=second.nbytes, dtype=torch.uint8)
+    seen = dict(named_views(flat, second.names, second.dtypes, second.shapes, second.offsets))
+    assert torch.equal(seen["a"], torch.arange(7.0) + 1.0)
+    sender.close()
+    sender.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_ranks_take_part_in_the_gathering_and_publish_nothing(tmp_path: Path) -> None:
+    taken = []
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights():
+            taken.append(name)
+            yield name, weight
+
+    assert ShmSender(rank=1, dtype=torch.float32, folder=tmp_path).publish(gathered(), 1) is None
+    assert taken == ["a", "b", "c"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_dead_owners_are_swept_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, torch; from pathlib import Path; from actors.weights.shm import ShmFile\n"
+        "ShmFile(Path(sys.argv[1])).reserve(64); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120, check=False)
+    (left,) = tmp_path.iterdir()
+    mine = ShmFile(tmp_path)
+    assert list(tmp_path.iterdir()) == [mine.path]
+    assert mine.path != left
+    other = ShmFile(tmp_path)
+    assert mine.path.exists()
+    mine.close()
+    other.close()
+
+
+def test_full_shared_memory_is_a_run_error_with_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    sender = ShmSender(rank=0, dtype=torch.float32, folder=tmp_path)
+    with pytest.raises(RunError, match=r"is full.*0\.06 GiB or more"):  # 64 MiB
+        sender.publish(weights(), 1)
+    sender.close()
+
+
+def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=20.0)
+    monkeypatch.setattr("actors.weights.broadcast.BUCKET_BYTES", 64)  # one tensor a bucket
+    with ThreadPoolExecutor(2) as threads:
+        receiver = threads.submit(open_group, "gloo", meeting, 1)
+        sender = threads.submit(open_sender, "gloo", rank=0, dtype=torch.float32, meeting=meeting).result(30)
+        group = receiver.result(30)
+        assert isinstance(sender, BroadcastSender)
+        manifest = sender.publish(weights(), 1)
+        assert manifest is not None
+        sending = threads.submit(sender.send, manifest)
+        received = []
+        for _, _, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=64):
+            received.append(torch.empty(end - begin, dtype=torch.uint8))
+            broadcast(group, received[-1])
+        sending.result(30)
+    assert len(received) == 3
+    assert xxhash.xxh3_64(torch.cat(received).numpy().tobytes()).hexdigest() == manifest.checksum
+    sender.close()
+
+
+def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
+    meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=0.5)
+    with pytest.raises(RunError, match=r"rank 0 of 2 found not all others at 127\.0\.0\.1"):
+        open_sender("gloo", rank=0, dtype=torch.float32, meeting=meeting)
+
+
+def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
+    sender = AdapterSender(tmp_path, {"r": 8}, rank=0, dtype=torch.bfloat16)
+    manifest = sender.publish(weights(), 3)
+    assert manifest is not None
+    folder = Path(manifest.fields["folder"])
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0).bfloat16())
+    sender.close()
+    assert not folder.exists()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
