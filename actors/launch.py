@@ -220,6 +220,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         if "reference" in roles:
             reference_options = {
                 "temperature": rollouts.temperature,
+                "samples_per_prompt": rollouts.samples_per_prompt,
                 "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
             }
             reference = ReferenceWorkers(

@@ -247,10 +247,14 @@ class OnlineController:
         roles, config = self.roles, self.algorithm.config
         rollouts = [scored.group.rollouts for scored in groups]
         reference, critic = roles.reference, roles.critic
-        references, values = await asyncio.gather(
+        asked = [
             reference.logprobs(rollouts) if reference is not None else _nothing(),
             critic.values(plan, rollouts) if critic is not None else _nothing(),
-        )
+        ]
+        if self._share_bundles():
+            references, values = [await one for one in asked]  # they take turns
+        else:
+            references, values = await asyncio.gather(*asked)
         report = await roles.policy.prepare(plan, rollouts, references)
         scores = dict(plan.scores)
         if config.kl.place == "reward" and critic is None:
@@ -272,6 +276,11 @@ class OnlineController:
             flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
             self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
         return report, advantages.mean_advantages
+
+    def _share_bundles(self) -> bool:
+        """Whether reference and critic compute on the same hardware."""
+        placed = self.config.cluster.roles
+        return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
 
     async def _update(self, minibatch: int, step: int) -> None:
         """One optimizer step of each trained role; together where they have their own hardware."""

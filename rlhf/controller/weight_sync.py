@@ -40,7 +40,8 @@ async def sync_weights(
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
-    ours, engines = await asyncio.gather(policy.probe(probe_ids), rollout.probe(probe_ids))
+    ours = await policy.probe(probe_ids)  # one after the other: they may share their cores
+    engines = await rollout.probe(probe_ids)
     worst = max(check_probe(ours, theirs, engine=i, version=version, dtype=dtype) for i, theirs in enumerate(engines))
     return SyncReport(
         version=version,

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlhf.models.branches import Branches, predecessors
 from rlhf.models.packed import hidden_states
 
 
-def token_values(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " N"]:
-    """Value of the state in which each token was chosen, in float32: the head at token t - 1. 0 at a first token."""
-    scalars: Tensor = model.score(hidden_states(model, token_ids, lengths))[:, 0].float()
-    starts = lengths.cumsum(0) - lengths
-    return scalars.roll(1).index_fill(0, starts, 0.0)
+def token_values(
+    model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
+) -> Float[Tensor, " N"]:
+    """Value of the state in which each token was chosen, in float32: the head at the token before. 0 at a first one."""
+    scalars: Tensor = model.score(hidden_states(model, token_ids, lengths, branches))[:, 0].float()
+    before = predecessors(lengths, branches)
+    return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)
 
 
 def sequence_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

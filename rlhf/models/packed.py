@@ -8,11 +8,11 @@ row of N tokens. Positions restart at every sequence. Nothing here computes a lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
-from itertools import groupby
-from typing import Any, cast
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
+from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_only,
@@ -33,10 +34,26 @@ ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functi
 _log = logging.getLogger(__name__)
 
 
-def hidden_states(model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "N H"]:
-    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side."""
+def can_branch(device: torch.device) -> bool:
+    """Whether sequences may share a prompt here: flash attention's kernels know no such thing."""
+    return not (device.type == "cuda" and _has_flash_attention())
+
+
+def hidden_states(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    branches: Branches | None = None,
+) -> Float[Tensor, "N H"]:
+    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side.
+
+    Sequences may be branches of others only where `can_branch`.
+    """
     body: Any = model.base_model
     sizes: list[int] = lengths.tolist()
+    if branches is not None:
+        _set_attention(body, ATTENTION)
+        return _run(body, token_ids, sizes, branches, sequence_lengths=sizes, branches=branches)
     if token_ids.is_cuda and _has_flash_attention():
         _set_attention(body, "flash_attention_2")
         borders = F.pad(lengths.cumsum(0), (1, 0)).to(token_ids.device, torch.int32)
@@ -44,6 +61,7 @@ def hidden_states(model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[T
             body,
             token_ids,
             sizes,
+            None,
             cu_seq_lens_q=borders,
             cu_seq_lens_k=borders,
             max_length_q=max(sizes),
@@ -51,18 +69,20 @@ def hidden_states(model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[T
         )
     _set_attention(body, ATTENTION)
     if sizes == sorted(sizes):
-        return _run(body, token_ids, sizes, sequence_lengths=sizes)
+        return _run(body, token_ids, sizes, None, sequence_lengths=sizes)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
     tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
     by_length = [sizes[i] for i in order]
-    hidden = _run(body, token_ids[tokens], by_length, sequence_lengths=by_length)
+    hidden = _run(body, token_ids[tokens], by_length, None, sequence_lengths=by_length)
     return hidden.index_select(0, tokens.argsort())
 
 
-def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], **attention: Any) -> Float[Tensor, "N H"]:
-    positions = torch.cat([torch.arange(length, device=token_ids.device) for length in lengths])
-    outputs = body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **attention)
+def _run(
+    body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None, **attention: Any
+) -> Float[Tensor, "N H"]:
+    places = positions(lengths, tree, device=token_ids.device)
+    outputs = body(input_ids=token_ids[None], position_ids=places[None], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 
@@ -73,6 +93,7 @@ def policy_logprobs(
     lengths: Int[Tensor, " B"],
     *,
     mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
     temperature: float = 1.0,
     entropy_grad: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
@@ -80,8 +101,8 @@ def policy_logprobs(
 
     The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
-    chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths)
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches)
     logprobs, entropy = chunked_logprobs(
         hidden.index_select(0, before),
         lm_head_weight(model),
@@ -99,11 +120,12 @@ def policy_logprobs_only(
     lengths: Int[Tensor, " B"],
     *,
     mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """`policy_logprobs` without the work of the entropy: for references."""
-    chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths)
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches)
     logprobs = chunked_logprobs_only(
         hidden.index_select(0, before),
         lm_head_weight(model),
@@ -152,13 +174,13 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
     }
 
 
-def _masked_positions(mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
     """(tokens in mask, the tokens before them). ValueError if mask holds a sequence's first token."""
-    starts = lengths.cumsum(0) - lengths
-    if bool(mask[starts].any()):
+    before = predecessors(lengths, branches)
+    if bool(mask[before < 0].any()):
         raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
     chosen = mask.nonzero()[:, 0]
-    return chosen, chosen - 1
+    return chosen, before[chosen]
 
 
 def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
@@ -186,6 +208,7 @@ def per_sequence_attention(
     attention_mask: None,
     *,
     sequence_lengths: Sequence[int],
+    branches: Branches | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -206,34 +229,69 @@ def per_sequence_attention(
     dtype = query.dtype
     if widens_products(query):
         query, key, value = query.float(), key.float(), value.float()
-    outputs = []
+    attend = partial(_attention, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout)
+    if branches is None:
+        parts = _by_sequence(query, key, value, sequence_lengths, attend)
+    else:
+        parts = _by_branch(query, key, value, sequence_lengths, branches, attend)
+    return torch.cat(list(parts))[None].to(dtype), None
+
+
+def _by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], attend: Callable[..., Tensor]
+) -> Iterator[Float[Tensor, "n Q D"]]:
+    """Each run of neighbours of equal length in one kernel call."""
     start = 0
-    for length, run in groupby(sequence_lengths):
+    for length, run in groupby(lengths):
         count = len(list(run))
         tokens = slice(start, start + count * length)
         start = tokens.stop
         q, k, v = (x[0, :, tokens].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-        if softcap is not None:
-            out = _capped_attention(q, k, v, scale=scaling, softcap=softcap, window=sliding_window or length)
-        else:
-            is_plain = sliding_window is None or length <= sliding_window
-            mask = None if is_plain else _causal(length, window=cast(int, sliding_window), device=q.device)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_plain, scale=scaling, dropout_p=dropout, enable_gqa=True
-            )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None].to(dtype), None
+        yield attend(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
-def _capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, softcap: float, window: int
+def _by_branch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    branches: Branches,
+    attend: Callable[..., Tensor],
+) -> Iterator[Float[Tensor, "n Q D"]]:
+    """Each sequence against itself and, if it is a branch, the part of its trunk that it continues."""
+    starts = [0, *accumulate(lengths)]
+    for index, branch in enumerate(branches):
+        own = slice(starts[index], starts[index + 1])
+        q, k, v = (x[:, :, own] for x in (query, key, value))
+        if branch is not None:
+            shared = slice(starts[branch.of], starts[branch.of] + branch.length)
+            k, v = torch.cat([key[:, :, shared], k], 2), torch.cat([value[:, :, shared], v], 2)
+        yield attend(q, k, v).transpose(1, 2)[0]
+
+
+def _attention(
+    q: Float[Tensor, "b Q n D"],
+    k: Float[Tensor, "b K m D"],
+    v: Float[Tensor, "b K m D"],
+    *,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float,
 ) -> Float[Tensor, "b Q n D"]:
-    """Attention with logits capped by softcap * tanh(logits / softcap), for which PyTorch has no kernel."""
+    """Causal attention of the last n of m tokens. softcap: logits become softcap * tanh(logits / softcap) (Gemma 2)."""
+    seen, asking = k.shape[2], q.shape[2]
+    is_plain = softcap is None and seen == asking and (window is None or seen <= window)
+    allowed = None if is_plain else _causal(seen, window=window or seen, device=q.device)[seen - asking :]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=is_plain, scale=scale, dropout_p=dropout, enable_gqa=True
+        )
+    assert allowed is not None
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     capped = softcap * torch.tanh(logits.float() / softcap)
-    allowed = _causal(q.shape[2], window=window, device=q.device)
     return capped.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 

@@ -15,13 +15,14 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import token_values
 from rlhf.models.loading import load_critic
+from rlhf.models.packed import can_branch
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import critic_metrics
 from rlhf.workers.place import RankPlace, torch_dtype
-from rlhf.workers.ragged import padded, slices
+from rlhf.workers.ragged import padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
 
@@ -43,6 +44,7 @@ class CriticWorker(TrainedWorker):
         )
         self.algorithm = PPO(config.algorithm)
         self.max_new_tokens = config.rollouts.max_new_tokens
+        self.samples_per_prompt = config.rollouts.samples_per_prompt
 
     def load_module(self) -> Any:
         """A language model's body with a scalar head."""
@@ -61,10 +63,13 @@ class CriticWorker(TrainedWorker):
         self.rollouts = Rollouts.gather(parts, ids)
         lengths = self.rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
+        prompts = None
+        if can_branch(self.device):
+            prompts = shared_prompts(self.rollouts, samples_per_prompt=self.samples_per_prompt)
         self.microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]
-            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch)
+            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
         self.old_values = torch.zeros(len(self.rollouts.token_ids))
         for minibatch_slices in self.microbatches:
@@ -79,6 +84,7 @@ class CriticWorker(TrainedWorker):
                         token_values,
                         self.rollouts.token_ids[piece.tokens].to(self.device),
                         piece.lengths.to(self.device),
+                        piece.branches,
                     )
                 self.old_values[piece.tokens] = values.cpu()
         column = TokenValues(
@@ -103,7 +109,7 @@ class CriticWorker(TrainedWorker):
             mask = self.rollouts.response_mask[piece.tokens].to(self.device)
             with explains_out_of_memory(role="critic", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
                 values = self.engine.forward(
-                    token_values, self.rollouts.token_ids[piece.tokens].to(self.device), lengths
+                    token_values, self.rollouts.token_ids[piece.tokens].to(self.device), lengths, piece.branches
                 )
                 batch = ValueMicrobatch(
                     lengths=lengths,

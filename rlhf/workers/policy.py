@@ -21,7 +21,7 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only
+from rlhf.models.packed import can_branch, policy_logprobs, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
 from rlhf.objectives.rewards import token_rewards
@@ -31,7 +31,7 @@ from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, experience_metrics, update_metrics
 from rlhf.workers.place import RankPlace, torch_dtype
-from rlhf.workers.ragged import Slice, padded, slices
+from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
 
@@ -92,10 +92,13 @@ class PolicyWorker(TrainedWorker):
         ref_logprobs = TokenValues.gather(references, ids).values if references else None
         lengths = rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
+        prompts = None
+        if can_branch(self.device):
+            prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]
-            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch)
+            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
         self.share = _Share(
             plan=plan,
@@ -228,6 +231,7 @@ class PolicyWorker(TrainedWorker):
                         token_ids,
                         lengths,
                         mask=mask,
+                        branches=piece.branches,
                         temperature=self.rollouts_config.temperature,
                     )
                 result[piece.tokens] = logprobs.float().cpu()
@@ -279,6 +283,7 @@ class PolicyWorker(TrainedWorker):
             token_ids,
             lengths,
             mask=mask,
+            branches=piece.branches,
             temperature=self.rollouts_config.temperature,
             entropy_grad=config.entropy_coef > 0.0,
         )

@@ -1,4 +1,4 @@
-"""Cutting flat columns into micro-batches within a hard token budget."""
+"""Cutting flat columns into micro-batches within a hard token budget, each prompt in it once where that is possible."""
 
 from __future__ import annotations
 
@@ -10,36 +10,96 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf.data.packing import pack
+from rlhf.models.branches import Branch
+from rlhf.types import Rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A micro-batch: rows of a ragged batch and where their tokens stand in its columns."""
+    """A micro-batch: rows of a ragged batch, and where the tokens of its packed row stand in the batch's columns."""
 
     rows: tuple[int, ...]
-    lengths: Int[Tensor, " b"]
+    lengths: Int[Tensor, " b"]  # tokens that stand for each row; of a branch, without the prompt
     tokens: Int[Tensor, " n"]  # indices into the batch's columns
+    branches: tuple[Branch | None, ...] | None  # None: every row holds its own prompt
 
 
-def slices(lengths: Sequence[int], rows: Sequence[int], *, max_tokens: int) -> list[Slice]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrompts:
+    """Which rows of a batch begin with the same tokens."""
+
+    keys: tuple[int, ...]  # by row; equal keys: equal prompts
+    lengths: tuple[int, ...]  # tokens of each row's prompt
+
+
+def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrompts:
+    """A prompt's responses, which are sequences side by side in their step's numbering."""
+    masks = rollouts.response_mask.split(rollouts.lengths.tolist())
+    return SharedPrompts(
+        keys=tuple(i // samples_per_prompt for i in rollouts.sequence_ids.tolist()),
+        lengths=tuple(int(mask.int().argmax()) for mask in masks),
+    )
+
+
+def slices(
+    lengths: Sequence[int], rows: Sequence[int], *, max_tokens: int, prompts: SharedPrompts | None = None
+) -> list[Slice]:
     """The given rows of a batch in micro-batches of at most max_tokens tokens."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
+    if prompts is None:
+        families = [[row] for row in rows]
+        sizes = [lengths[row] for row in rows]
+    else:
+        families, sizes = _families(lengths, rows, prompts, max_tokens=max_tokens)
     found = []
-    for members in pack([lengths[row] for row in rows], max_tokens=max_tokens):
-        chosen = tuple(rows[member] for member in members)
+    for members in pack(sizes, max_tokens=max_tokens):
+        chosen: list[int] = []
+        tokens: list[Tensor] = []
+        branches: list[Branch | None] = []
+        for family in (families[member] for member in members):
+            trunk = len(chosen)
+            for row in family:
+                branch = None
+                if row != family[0]:
+                    assert prompts is not None
+                    branch = Branch(of=trunk, length=prompts.lengths[row])
+                chosen.append(row)
+                branches.append(branch)
+                tokens.append(torch.arange(starts[row] + (branch.length if branch else 0), starts[row + 1]))
         found.append(
             Slice(
-                rows=chosen,
-                lengths=torch.tensor([lengths[row] for row in chosen]),
-                tokens=torch.cat([torch.arange(starts[row], starts[row + 1]) for row in chosen]),
+                rows=tuple(chosen),
+                lengths=torch.tensor([len(one) for one in tokens]),
+                tokens=torch.cat(tokens),
+                branches=tuple(branches) if any(branches) else None,
             )
         )
     return found
 
 
+def _families(
+    lengths: Sequence[int], rows: Sequence[int], prompts: SharedPrompts, *, max_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Rows that will share a prompt, as many as the budget holds, and the tokens of each family."""
+    families: list[list[int]] = []
+    sizes: list[int] = []
+    open_family: dict[int, int] = {}
+    for row in rows:
+        key, own = prompts.keys[row], lengths[row] - prompts.lengths[row]
+        index = open_family.get(key)
+        if index is not None and sizes[index] + own <= max_tokens:
+            families[index].append(row)
+            sizes[index] += own
+        else:
+            open_family[key] = len(families)
+            families.append([row])
+            sizes.append(lengths[row])
+    return families, sizes
+
+
 def padded(found: Sequence[Slice], count: int) -> list[Slice]:
     """As many micro-batches as the other ranks have: what is missing is one token that nothing is learnt from."""
-    empty = Slice(rows=(), lengths=torch.tensor([1]), tokens=torch.tensor([0]))
+    empty = Slice(rows=(), lengths=torch.tensor([1]), tokens=torch.tensor([0]), branches=None)
     return [*found, *[empty] * (count - len(found))]

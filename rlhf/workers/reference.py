@@ -7,22 +7,29 @@ import torch
 from rlhf.config.model import ReferenceConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.packed import can_branch, policy_logprobs_only
 from rlhf.roles import MemoryReport
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.place import RankPlace, torch_dtype
-from rlhf.workers.ragged import slices
+from rlhf.workers.ragged import shared_prompts, slices
 
 
 class ReferenceWorker:
     """Holds the whole model; batches are dealt out among the workers."""
 
     def __init__(
-        self, model: ReferenceConfig, place: RankPlace, *, temperature: float, max_tokens_per_microbatch: int
+        self,
+        model: ReferenceConfig,
+        place: RankPlace,
+        *,
+        temperature: float,
+        samples_per_prompt: int,
+        max_tokens_per_microbatch: int,
     ) -> None:
         self.model_config = model
         self.place = place
         self.temperature = temperature
+        self.samples_per_prompt = samples_per_prompt
         self.max_tokens = max_tokens_per_microbatch
         self.device = place.torch_device()
         torch.set_num_threads(place.threads)
@@ -42,7 +49,10 @@ class ReferenceWorker:
         rollouts = Rollouts.gather(parts, ids)
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
-        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens):
+        prompts = None
+        if can_branch(self.device):
+            prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
+        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
             with (
                 torch.no_grad(),
                 explains_out_of_memory(
@@ -54,6 +64,7 @@ class ReferenceWorker:
                     rollouts.token_ids[piece.tokens].to(self.device),
                     piece.lengths.to(self.device),
                     mask=rollouts.response_mask[piece.tokens].to(self.device),
+                    branches=piece.branches,
                     temperature=self.temperature,
                 )
             values[piece.tokens] = logprobs.float().cpu()
