@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -241,12 +241,11 @@ def _by_sequence(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], attend: Callable[..., Tensor]
 ) -> Iterator[Float[Tensor, "n Q D"]]:
     """Each run of neighbours of equal length in one kernel call."""
-    start = 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        tokens = slice(start, start + count * length)
-        start = tokens.stop
-        q, k, v = (x[0, :, tokens].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    parts = (x[0].split(sizes, 1) for x in (query, key, value))  # one backward for all parts
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
         yield attend(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
@@ -259,13 +258,11 @@ def _by_branch(
     attend: Callable[..., Tensor],
 ) -> Iterator[Float[Tensor, "n Q D"]]:
     """Each sequence against itself and, if it is a branch, the part of its trunk that it continues."""
-    starts = [0, *accumulate(lengths)]
-    for index, branch in enumerate(branches):
-        own = slice(starts[index], starts[index + 1])
-        q, k, v = (x[:, :, own] for x in (query, key, value))
+    queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
+    for q, k, v, branch in zip(queries, keys, values, branches, strict=True):
         if branch is not None:
-            shared = slice(starts[branch.of], starts[branch.of] + branch.length)
-            k, v = torch.cat([key[:, :, shared], k], 2), torch.cat([value[:, :, shared], v], 2)
+            k = torch.cat([keys[branch.of][:, :, : branch.length], k], 2)
+            v = torch.cat([values[branch.of][:, :, : branch.length], v], 2)
         yield attend(q, k, v).transpose(1, 2)[0]
 
 
