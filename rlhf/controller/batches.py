@@ -1,13 +1,19 @@
-"""From scored groups to a batch plan: which sequences make a minibatch, and whose they are. Scalars only."""
+"""From scored groups to a batch plan: which sequences make a minibatch, and whose they are. Scalars only.
+
+A prompt's responses stay together where they can, since a worker computes a prompt once for all of its responses in a
+micro-batch (rlhf.workers.ragged). Minibatches are drawn by the group: as when they are drawn by the sequence, each
+sequence is in exactly one of them and in each with equal chance, so the mean gradient is the same.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, groupby
 
 from rlhf.data.packing import balance
 from rlhf.roles import ScoredGroup
-from rlhf.types import BatchPlan, MinibatchPlan
+from rlhf.types import BatchPlan, MinibatchPlan, RolloutInfo
 
 
 def plan_batch(
@@ -21,21 +27,25 @@ def plan_batch(
 ) -> BatchPlan:
     """Deal a batch's sequences out to minibatches and ranks.
 
-    Which sequences make a minibatch depends on (seed, step) alone. Within a minibatch, ranks get equal work.
+    Which sequences make a minibatch depends on (seed, step) alone: whole groups, but for one that meets the minibatch's
+    end. Within a minibatch, ranks get about equal work.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
-    by_id = {info.sequence_id: info for info in infos}
-    order = sorted(by_id)
-    random.Random(f"minibatches {seed} {step}").shuffle(order)
+    group_of = {info.sequence_id: index for index, scored in enumerate(groups) for info in scored.group.infos}
+    drawn = sorted((list(scored.group.infos) for scored in groups), key=lambda group: group[0].sequence_id)
+    random.Random(f"minibatches {seed} {step}").shuffle(drawn)
+    order = list(chain.from_iterable(drawn))
     minibatches = []
     for start in range(0, len(order), sequences_per_update):
-        chosen = sorted(order[start : start + sequences_per_update])
-        costs = [by_id[i].num_prompt_tokens + by_id[i].num_response_tokens for i in chosen]
+        chosen = order[start : start + sequences_per_update]
         minibatches.append(
             MinibatchPlan(
-                sequences_by_rank=tuple(tuple(chosen[k] for k in sorted(share)) for share in balance(costs, num_ranks)),
-                num_tokens=sum(by_id[i].num_response_tokens for i in chosen),
+                sequences_by_rank=tuple(
+                    tuple(sorted(info.sequence_id for info in share))
+                    for share in share_out(chosen, group_of, num_ranks=num_ranks)
+                ),
+                num_tokens=sum(info.num_response_tokens for info in chosen),
                 num_sequences=len(chosen),
             )
         )
@@ -45,6 +55,33 @@ def plan_batch(
         scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)),
         kl_coef=kl_coef,
     )
+
+
+def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num_ranks: int) -> list[list[RolloutInfo]]:
+    """A share for each rank: of whole groups, or of single sequences where the largest share is smaller that way.
+
+    A group's members stand side by side in `chosen`. No share is empty if there are as many sequences as ranks.
+    """
+    families = [list(members) for _, members in groupby(chosen, key=lambda info: group_of[info.sequence_id])]
+
+    def deal(units: Sequence[Sequence[RolloutInfo]]) -> list[list[RolloutInfo]]:
+        shares = balance([_tokens(unit, group_of) for unit in units], num_ranks)
+        return [[info for index in share for info in units[index]] for share in shares]
+
+    whole, single = deal(families), deal([[info] for info in chosen])
+    if all(whole) and _largest(whole, group_of) <= _largest(single, group_of):
+        return whole
+    return single
+
+
+def _largest(shares: Sequence[Sequence[RolloutInfo]], group_of: Mapping[int, int]) -> int:
+    return max(_tokens(share, group_of) for share in shares)
+
+
+def _tokens(share: Sequence[RolloutInfo], group_of: Mapping[int, int]) -> int:
+    """What a worker computes for these sequences: each prompt once, and the responses."""
+    prompts = {group_of[info.sequence_id]: info.num_prompt_tokens for info in share}
+    return sum(prompts.values()) + sum(info.num_response_tokens for info in share)
 
 
 def visits(num_minibatches: int, *, epochs: int, seed: int, step: int) -> list[int]:

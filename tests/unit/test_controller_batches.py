@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
+
 from rlhf.controller.batches import plan_batch, visits
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
 
 
-def groups(lengths: list[list[int]]) -> list[ScoredGroup]:
-    """Groups of responses of these lengths behind a prompt of two tokens; a response's score is its length."""
+def groups(lengths: Sequence[Sequence[int]], *, prompt: int = 2) -> list[ScoredGroup]:
+    """Groups of responses of these lengths behind a prompt of so many tokens; a response's score is its length."""
     found = []
     for index, one in enumerate(lengths):
         first = index * len(one)
@@ -19,7 +23,7 @@ def groups(lengths: list[list[int]]) -> list[ScoredGroup]:
         infos = tuple(
             RolloutInfo(
                 sequence_id=first + i,
-                num_prompt_tokens=2,
+                num_prompt_tokens=prompt,
                 num_response_tokens=n,
                 finish_reason="stop",
                 min_version=0,
@@ -55,7 +59,63 @@ def test_every_sequence_is_trained_on_once() -> None:
 
 def test_what_makes_a_minibatch_does_not_depend_on_the_ranks() -> None:
     assert members(plan(1)) == members(plan(2)) == members(plan(4))
-    assert members(plan(1)) != members(plan(1, step=2))
+    assert {tuple(map(min, members(plan(1, step=step)))) for step in range(8)} == {(0, 4), (4, 0)}
+
+
+def dealt(
+    lengths: Sequence[Sequence[int]], *, prompt: int = 2, per_update: int | None = None, ranks: int = 1, seed: int = 0
+) -> BatchPlan:
+    """The plan of a batch; by default one minibatch."""
+    return plan_batch(
+        groups(lengths, prompt=prompt),
+        step=1,
+        seed=seed,
+        sequences_per_update=per_update or sum(map(len, lengths)),
+        num_ranks=ranks,
+        kl_coef=0.0,
+    )
+
+
+@pytest.mark.parametrize(("per_update", "split"), [(12, 0), (8, 0), (6, 2), (4, 0), (2, 6)])
+def test_a_minibatch_is_made_of_whole_groups_where_its_size_allows_it(per_update: int, split: int) -> None:
+    """Six groups of four: minibatches of 6 end within every third group, those of 2 within each."""
+    for seed in range(5):
+        found = members(dealt([[3] * 4] * 6, per_update=per_update, seed=seed))
+        assert all(len(ids) == per_update for ids in found)
+        homes = [{k for k, ids in enumerate(found) if not ids.isdisjoint(range(i, i + 4))} for i in range(0, 24, 4)]
+        assert sum(len(home) > 1 for home in homes) == split
+
+
+def test_each_group_is_as_likely_in_one_minibatch_as_in_another() -> None:
+    first = [min(members(dealt([[3] * 2] * 4, per_update=2, seed=seed))[0]) // 2 for seed in range(400)]
+    assert all(60 < first.count(group) < 140 for group in range(4))  # 100 +- 4.6 standard deviations
+
+
+def ranks_of(found: BatchPlan, group: int, size: int) -> set[int]:
+    ids = range(group * size, group * size + size)
+    return {rank for rank, share in enumerate(found.minibatches[0].sequences_by_rank) for i in ids if i in share}
+
+
+def test_ranks_get_whole_groups_where_that_is_no_more_work() -> None:
+    # prompts of 10 tokens; groups cost 10 + 12, 10 + 12, 10 + 8, 10 + 16: ranks get 22 + 18 + ... = 44 and 44
+    found = dealt([[3, 9], [6, 6], [4, 4], [8, 8]], prompt=10, ranks=2)
+    assert all(len(ranks_of(found, group, 2)) == 1 for group in range(4))
+    assert sorted(map(len, found.minibatches[0].sequences_by_rank)) == [4, 4]
+
+
+def test_a_group_is_split_where_that_is_less_work_for_the_busiest_rank() -> None:
+    # whole: 2 + 40 and 2 + 8; split: one of 20 and one or two of 4 on each rank, 2 prompts each, at most 2 * 2 + 24
+    found = dealt([[20, 20], [4, 4]], prompt=2, ranks=2)
+    assert ranks_of(found, 0, 2) == {0, 1}
+    # prompts of 100 tokens: whole 140 and 108; split 2 * 100 + 24
+    found = dealt([[20, 20], [4, 4]], prompt=100, ranks=2)
+    assert [len(ranks_of(found, group, 2)) for group in (0, 1)] == [1, 1]
+
+
+def test_no_rank_is_left_without_a_sequence() -> None:
+    for ranks in (2, 3, 4):
+        found = dealt([[5, 1], [1, 1]], prompt=1000, ranks=ranks)
+        assert all(found.minibatches[0].sequences_by_rank)
 
 
 def test_counts_are_those_of_all_ranks() -> None:
