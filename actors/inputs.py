@@ -238,7 +238,13 @@ def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
     for name, reward in config.rewards.items():
         function = None
         if reward.function is not None:
-            function = load_reward(reward.function, args=reward.args, folders=folders, key=f"rewards.{name}.function")
+            function = load_reward(
+                reward.function,
+                args=reward.args,
+                folders=folders,
+                key=f"rewards.{name}.function",
+                memory_gib=config.reward_policy.memory_gib,
+            )
         specs.append(RewardSpec(name=name, weight=reward.weight, function=function))
     return tuple(specs)
 

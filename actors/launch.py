@@ -241,6 +241,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             model=config.reward if uses_reward_model(config) else None,
             timeout_s=config.reward_policy.timeout_s,
             processes=config.reward_policy.processes,
+            memory_gib=config.reward_policy.memory_gib,
             max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         )
         reward = RewardWorkers(

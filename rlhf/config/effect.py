@@ -108,7 +108,7 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
         why = "reward_policy.on_error is fail: nothing is dropped"
         yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
     if config.rewards and all(reward.function is None for reward in config.rewards.values()):
-        keys = "reward_policy.timeout_s reward_policy.processes"
+        keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
         yield from _all(keys, "no reward is a function", "add a reward with `function`")
 
 

@@ -62,3 +62,5 @@ class RewardPolicy(Section):
     """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
     processes: int = Field(default=1, ge=1)
     """Processes that run reward functions, for each reward worker."""
+    memory_gib: float = Field(default=8.0, ge=0.25)
+    """Memory that one of these processes may map, libraries included. A call that wants more has failed."""

@@ -125,7 +125,8 @@ class RewardPool:
             for _ in request.responses:
                 reply = process.receive(self._timeout_s)
                 if reply.kind == "died":
-                    return Reply(kind="died", payload=f"it {reply.payload}; the limit is {self._memory_gib:g} GiB")
+                    limit = f"the limit is reward_policy.memory_gib: {self._memory_gib:g}"
+                    return Reply(kind="died", payload=f"it {reply.payload}; {limit}")
                 replies.append(reply)
         except ProcessTimeout:
             place = process.where(self._sources[request.reward].path)

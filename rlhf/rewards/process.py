@@ -46,6 +46,7 @@ class RewardProcess:
 
     def __init__(self, sources: Sequence[Source], *, memory_gib: float) -> None:
         self._sources = tuple(sources)
+        self._memory_gib = memory_gib
         self._connection, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         self._output, output = os.pipe()
@@ -85,7 +86,8 @@ class RewardProcess:
             while len(signatures) < len(self._sources):
                 reply = self.receive(max(deadline - time.monotonic(), 0.0))
                 if reply.kind == "failed":
-                    raise LoadError(reply.payload)
+                    limit = f"; the limit is reward_policy.memory_gib: {self._memory_gib:g}"
+                    raise LoadError(reply.payload + (limit if "MemoryError" in reply.payload else ""))
                 signatures.append(reply.payload)
         except ProcessTimeout as error:
             source = self._sources[len(signatures)]

@@ -35,6 +35,7 @@ class RewardSettings:
     model: RewardModelConfig | None  # None: no reward uses a model
     timeout_s: float
     processes: int
+    memory_gib: float
     max_tokens_per_microbatch: int
 
 
@@ -52,7 +53,12 @@ class RewardWorker:
         """Start the reward processes and load the model, if any."""
         settings = self.settings
         self.tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-        self.rewards = RewardSet(settings.specs, timeout_s=settings.timeout_s, processes=settings.processes)
+        self.rewards = RewardSet(
+            settings.specs,
+            timeout_s=settings.timeout_s,
+            processes=settings.processes,
+            memory_gib=settings.memory_gib,
+        )
         if settings.model is not None:
             with explains_out_of_memory(role="reward", stage="start", rank=self.place.rank):
                 model = load_reward_model(

@@ -163,6 +163,15 @@ def test_the_reward_cannot_be_used(
     assert all(word in said for word in words), said
 
 
+def test_a_reward_that_needs_more_memory_than_it_may_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("table = bytes(2**30)\n", encoding="utf-8")
+    reward = {"rewards": {"mine": {"function": "mine.py:reward"}}, "reward_policy": {"memory_gib": 0.5}}
+    said = refused(capsys, str(config(tmp_path, with_data(ROW), reward, base={"algorithm": {"name": "grpo"}})))
+    assert "rewards.mine.function: importing " in said
+    assert "MemoryError" in said
+    assert "the limit is reward_policy.memory_gib: 0.5" in said
+
+
 def test_a_model_folder_that_cannot_be_used(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -177,6 +177,7 @@ INERT = {
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "reward_policy.memory_gib=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "eval.every=2": (["data.eval=null"], "there is no data.eval"),
     "train.best_metric=eval/heldout/score": (["data.eval=null"], "there is no data.eval"),
     "eval.samples_per_prompt=4": ([], "greedy responses to one prompt are all equal"),

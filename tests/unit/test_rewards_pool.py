@@ -75,7 +75,7 @@ def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure
         ("swallows_everything", "timeout", ("in swallows_everything",)),
         ("dies", "died", ("exited with code 3",)),
         ("crashes", "died", ("SIGSEGV", "ctypes")),
-        ("eats_memory", "died", ("ran out of memory; the limit is 8 GiB",)),
+        ("eats_memory", "died", ("ran out of memory; the limit is reward_policy.memory_gib: 8",)),
     ],
 )
 def test_only_the_culprit_fails(hostile: RewardPool, name: str, kind: str, parts: tuple[str, ...]) -> None:
@@ -240,6 +240,14 @@ def test_a_stopped_process_is_replaced() -> None:
         assert pool.score(0, "p", ["a" * 10_000_000], {}).failures[0].kind == "timeout"
         assert pool.score(0, "p", ["a"], {}).scores == (1.0,)
         assert not psutil.pid_exists(pid)
+
+
+def test_a_process_maps_no_more_memory_than_it_may() -> None:
+    for limit, kinds in ((0.5, ["died"]), (4.0, [])):
+        with RewardPool([source("hostile.py:takes_a_gib")], timeout_s=10.0, memory_gib=limit) as pool:
+            failures = pool.score(0, "p", ["x"], {}).failures
+        assert [failure.kind for failure in failures] == kinds
+        assert all("the limit is reward_policy.memory_gib: 0.5" in failure.message for failure in failures)
 
 
 def test_groups_run_side_by_side() -> None:
