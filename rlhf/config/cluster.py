@@ -14,7 +14,7 @@ Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 class TrainedRole(Section):
     """Workers of a trained model: one gang of data-parallel ranks."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=65536)
     """Ranks."""
     cpus: float = Field(default=1.0, gt=0.0)
     """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
@@ -45,7 +45,7 @@ class CriticRole(TrainedRole):
 class ForwardRole(Section):
     """Workers of the reference or the reward role: each holds the whole model; groups are dealt out among them."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=65536)
     """Processes."""
     cpus: float = Field(default=1.0, gt=0.0)
     """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
@@ -70,7 +70,7 @@ class RewardRole(ForwardRole):
 class RolloutRole(Section):
     """vLLM engines."""
 
-    engines: int = Field(default=1, ge=1)
+    engines: int = Field(default=1, ge=1, le=65536)
     """Engines; prompts are dealt out among them."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs of one engine."""
@@ -117,9 +117,9 @@ class ClusterConfig(Section):
     share GPUs, else nccl."""
     object_store_gib: float = Field(default=1.0, gt=0.05)
     """Shared memory of a local Ray."""
-    start_timeout_s: float = Field(default=300.0, gt=0.0)
+    start_timeout_s: float = Field(default=300.0, gt=0.0, le=1_000_000)
     """Limit on placing and starting all workers."""
-    call_timeout_s: float = Field(default=1800.0, gt=0.0)
+    call_timeout_s: float = Field(default=1800.0, gt=0.0, le=1_000_000)
     """Limit on one call of a worker: the longest that a hang can last."""
     roles: Roles = Roles()
     """Resources of each role."""

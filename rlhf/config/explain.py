@@ -114,6 +114,8 @@ def _line_of_error(location: Sequence[int | str], error_type: str, given: Any, m
         return key, message.removeprefix("Value error, ")
     if error_type == "string_pattern_mismatch":
         return key, f"got {kind(given)}, expected letters, digits, `.`, `_` and `-`, starting with a letter or digit"
+    if error_type == "string_too_short":
+        return key, f"got {kind(given)}, expected a string that is not empty"
     return key, f"got {kind(given)}, expected {wanted}"
 
 
@@ -192,7 +194,8 @@ def _describe(annotation: Any, bounds: str = "") -> str:
 def _bounds(metadata: Sequence[Any]) -> str:
     signs = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
     inner = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
-    bounds = [f"{signs[type(m)][1]} {getattr(m, signs[type(m)][0]):g}" for m in inner if type(m) in signs]
+    found = [(signs[type(m)][1], getattr(m, signs[type(m)][0])) for m in inner if type(m) in signs]
+    bounds = [f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}" for sign, bound in found]
     return f" {' and '.join(bounds)}" if bounds else ""
 
 

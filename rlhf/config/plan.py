@@ -19,17 +19,22 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     from rlhf.types import Role
 
-_NODES = re.compile(r"(?:(\d+)\*)?cpu=(\d+(?:\.\d+)?)(?:,gpu=(\d+))?")
+MOST_NODES = 65536
+_NODES = re.compile(r"(?:(\d{1,9})\*)?cpu=(\d+(?:\.\d+)?)(?:,gpu=(\d+))?")
 
 
 def parse_cluster(text: str) -> list[dict[str, float]]:
     """Nodes described as `2*cpu=96,gpu=8+1*cpu=16`. UserError if it says something else."""
     nodes: list[dict[str, float]] = []
+    total = 0
     for part in text.replace(" ", "").split("+"):
         match = _NODES.fullmatch(part)
         if match is None:
             raise UserError(f"--cluster {text!r}: expected nodes such as `2*cpu=96,gpu=8+1*cpu=16`, got {part!r}")
         count, cpus, gpus = match.groups(default="")
+        total += int(count or 1)
+        if total > MOST_NODES:
+            raise UserError(f"--cluster {text!r}: {total} nodes, expected at most {MOST_NODES}")
         nodes += [{"CPU": float(cpus), "GPU": float(gpus or 0)} for _ in range(int(count or 1))]
     return nodes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -12,9 +12,9 @@ from rlhf.algorithms.section import Section
 class RolloutsConfig(Section):
     """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
-    prompts_per_step: int = Field(default=64, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1, le=1_000_000)
     """Prompts answered between two weight syncs."""
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=1, le=10_000)
     """Responses to each prompt: one group."""
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
@@ -24,7 +24,7 @@ class RolloutsConfig(Section):
     """Nucleus sampling; 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
     """Sample among the k likeliest tokens; null keeps all."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response; they stay in it."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
@@ -56,11 +56,11 @@ class RewardPolicy(Section):
 
     on_error: Literal["fail", "drop"] = "fail"
     """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
-    timeout_s: float = Field(default=10.0, gt=0.0)
+    timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
     """Limit of one call."""
     max_dropped_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
     """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=1024)
     """Processes that run reward functions, for each reward worker."""
-    memory_gib: float = Field(default=8.0, ge=0.25)
+    memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
     """Memory that one of these processes may map, libraries included. A call that wants more has failed."""

@@ -17,7 +17,7 @@ class RunConfig(Section):
     """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder of runs."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds data order, sampling, initialisation and dropout."""
 
 

@@ -32,9 +32,9 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     grad_clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of a step's gradient."""
-    sequences_per_update: int = Field(ge=1)
+    sequences_per_update: int = Field(ge=1, le=1_000_000)
     """Sequences of one optimizer step, over all ranks."""
-    epochs_per_batch: int = Field(default=1, ge=1)
+    epochs_per_batch: int = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
     """Hard bound on the tokens of one forward and backward pass. One longer sequence is an error at load time."""

@@ -5,6 +5,7 @@ The scalars are those of YAML 1.2: `off` is a string, `1e-6` a number. Nothing h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,8 +64,10 @@ def read_tree(path: Path) -> Tree:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     places: dict[Key, str] = {}
     values = _parse(text, str(path), places, ())
     if values is None:
@@ -122,10 +125,15 @@ def kind(value: object) -> str:
 
 
 def _parse(text: str, source: str, places: dict[Key, str], at: Key) -> Any:
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{source}: holds the control character {chr(error.character)!r}, which is not YAML") from None
     try:
         node = loader.get_single_node()
         return None if node is None else _convert(loader, node, source, places, at, ())
+    except RecursionError:
+        raise UserError(f"{source}: sections within sections go too deep") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None and not source.startswith("argument") else ""
@@ -145,15 +153,15 @@ def _convert(
     if isinstance(node, yaml.SequenceNode):
         return [_convert(loader, child, source, places, at, parents) for child in node.value]
     if not isinstance(node, yaml.MappingNode):
-        scalar = loader.construct_object(node)
-        if (
-            not isinstance(scalar, str | int | float | None)
-            or scalar in (float("inf"), -float("inf"))
-            or scalar != scalar
-        ):
-            raise UserError(
-                f"{source}:{node.start_mark.line + 1}: {node.value!r} as {node.tag} is no value of a config"
-            )
+        line = "" if source.startswith("argument") else f":{node.start_mark.line + 1}"
+        try:
+            scalar = loader.construct_object(node)
+        except ValueError as error:  # an integer of thousands of digits; a tag that does not fit
+            raise UserError(f"{source}{line}: {kind(node.value)} is no value of a config: {error}") from None
+        if not isinstance(scalar, str | int | float | None):
+            raise UserError(f"{source}{line}: {kind(node.value)} as {node.tag} is no value of a config")
+        if isinstance(scalar, float) and not math.isfinite(scalar):
+            raise UserError(f"{source}{line}: {kind(node.value)} is not a finite number")
         return scalar
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:

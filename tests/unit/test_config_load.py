@@ -59,6 +59,9 @@ def test_a_run_and_its_folder(file: Path) -> None:
         ("1: 2\n", ":1: the key 1 is not a string"),
         ("run: !!python/name:os.system\n", ":1: not valid YAML: "),
         ("run: &x {name: *x}\n", "the alias contains itself"),
+        ("run: {name: a\0b}\n", "holds the control character '\\x00', which is not YAML"),
+        ("{a: " * 3000 + "1" + "}" * 3000, "sections within sections go too deep"),
+        ("run: !!int abc\n", ":1: 'abc' is no value of a config"),
         ("run: !!timestamp 2020-01-01\n", ":1: '2020-01-01' as tag:yaml.org,2002:timestamp is no value"),
     ],
 )
@@ -66,6 +69,12 @@ def test_broken_files_name_their_line(file: Path, text: str, message: str) -> No
     file.write_text(text)
     assert message in error(file)
     assert error(file).startswith(str(file))
+
+
+def test_a_file_that_is_no_text(file: Path) -> None:
+    file.write_bytes(b"run: {name: caf\xe9}\n")
+    assert error(file) == f"{file}: is not UTF-8 text: invalid continuation byte at byte 15"
+    assert error(file.parent) == f"{file.parent}: cannot be read: Is a directory"
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -121,6 +130,14 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("data.eval={a: 3}", "data.eval.a: got 3, expected a string or a mapping"),
         ("data.eval={a b: x}", "data.eval.a b: got 'a b', expected letters, digits"),
         ("run.name=../up", "run.name: got '../up', expected letters, digits"),
+        ("run.seed=4294967296", "run.seed: got 4294967296, expected an integer >= 0 and <= 4294967295"),
+        (
+            "rollouts.prompts_per_step=1000001",
+            "rollouts.prompts_per_step: got 1000001, expected an integer >= 1 and <=",
+        ),
+        ("rollouts.stop=['']", "rollouts.stop: got '', expected a string that is not empty"),
+        ("reward_policy.timeout_s=1e300", "reward_policy.timeout_s: got 1e+300, expected a number > 0 and <= 1000000"),
+        ("cluster.roles.policy.workers=65537", "cluster.roles.policy.workers: got 65537, expected an integer >= 1 and"),
     ],
 )
 def test_a_wrong_value_says_what_is_expected(file: Path, override: str, message: str) -> None:
@@ -167,6 +184,9 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         (["train.lr=1", "train.lr=2"], "argument 'train.lr=2': train.lr is given twice"),
         (["train.lr.x=1"], "argument 'train.lr.x=1': train.lr is 1e-06, not a section with keys"),
         (["train.lr=[1"], "argument 'train.lr=[1': not valid YAML: "),
+        (["train.lr=1e400"], "argument 'train.lr=1e400': '1e400' is not a finite number"),
+        (["train.steps=" + "9" * 5000], "is no value of a config: Exceeds the limit"),
+        (["run.name=a\x00"], "holds the control character '\\x00', which is not YAML"),
         (["stages.a.train.lr=1"], "has no stage 'a'; its stages: none, it is a single run"),
     ],
 )

@@ -88,3 +88,5 @@ def test_the_description_of_a_cluster() -> None:
     assert parse_cluster("2*cpu=96,gpu=8 + cpu=0.5") == [{"CPU": 96.0, "GPU": 8.0}] * 2 + [{"CPU": 0.5, "GPU": 0.0}]
     with pytest.raises(UserError, match=r"--cluster '2x8': expected nodes such as .*, got '2x8'"):
         parse_cluster("2x8")
+    with pytest.raises(UserError, match="99999998 nodes, expected at most 65536"):
+        parse_cluster("8*cpu=1+99999990*cpu=1")
