@@ -76,8 +76,6 @@ def examine() -> Iterator[Finding]:
         yield _engine(gpus)
         for name in ("ray", "deepspeed", "transformers", "peft", "datasets"):
             yield _package(name)
-        if gpus:
-            yield _flash_attention()
         yield from _memory()
         yield _disk()
         yield _open_files()
@@ -193,14 +191,6 @@ def _package(name: str) -> Finding:
     if version is None:
         return Finding(what=name, state="bad", found="not installed", advice=SETUP)
     return Finding(what=name, state="ok", found=version)
-
-
-def _flash_attention() -> Finding:
-    version = _version("flash-attn")
-    if version is None:
-        advice = "packed training on GPUs is faster with it: pip install flash-attn --no-build-isolation"
-        return Finding(what="flash-attn", state="note", found="not installed", advice=advice)
-    return Finding(what="flash-attn", state="ok", found=version)
 
 
 def _memory() -> Iterator[Finding]:

@@ -1,8 +1,8 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
-Called by every worker that holds a model. Attention runs sequence by sequence: through flash attention's
-variable-length kernels on a GPU, through PyTorch's scaled_dot_product_attention elsewhere. The layers between see one
-row of N tokens. Positions restart at every sequence. Nothing here computes a loss.
+Called by every worker that holds a model. Attention runs sequence by sequence: on a GPU all of them in one call of
+flash attention (rlhf.models.varlen), elsewhere one after the other through PyTorch's scaled_dot_product_attention. The
+layers between see one row of N tokens. Positions restart at every sequence. Nothing here computes a loss.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
 from rlhf.models.branches import Branches, positions, predecessors
+from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_only,
@@ -29,14 +29,9 @@ from rlhf.objectives.logprobs import (
 )
 from rlhf.objectives.products import widens_products
 
-ATTENTION = "rlhf_per_sequence"  # its name among transformers' attention functions
+ATTENTION = "rlhf_packed"  # its name among transformers' attention functions
 
 _log = logging.getLogger(__name__)
-
-
-def can_branch(device: torch.device) -> bool:
-    """Whether sequences may share a prompt here: flash attention's kernels know no such thing."""
-    return not (device.type == "cuda" and _has_flash_attention())
 
 
 def hidden_states(
@@ -45,43 +40,27 @@ def hidden_states(
     lengths: Int[Tensor, " B"],
     branches: Branches | None = None,
 ) -> Float[Tensor, "N H"]:
-    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side.
-
-    Sequences may be branches of others only where `can_branch`.
-    """
+    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side."""
     body: Any = model.base_model
     sizes: list[int] = lengths.tolist()
-    if branches is not None:
-        _set_attention(body, ATTENTION)
-        return _run(body, token_ids, sizes, branches, sequence_lengths=sizes, branches=branches)
-    if token_ids.is_cuda and _has_flash_attention():
-        _set_attention(body, "flash_attention_2")
-        borders = F.pad(lengths.cumsum(0), (1, 0)).to(token_ids.device, torch.int32)
-        return _run(
-            body,
-            token_ids,
-            sizes,
-            None,
-            cu_seq_lens_q=borders,
-            cu_seq_lens_k=borders,
-            max_length_q=max(sizes),
-            max_length_k=max(sizes),
-        )
-    _set_attention(body, ATTENTION)
+    if branches is not None or token_ids.is_cuda:
+        return _run(body, token_ids, sizes, branches)
     if sizes == sorted(sizes):
-        return _run(body, token_ids, sizes, None, sequence_lengths=sizes)
+        return _run(body, token_ids, sizes, None)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
     tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
     by_length = [sizes[i] for i in order]
-    hidden = _run(body, token_ids[tokens], by_length, None, sequence_lengths=by_length)
+    hidden = _run(body, token_ids[tokens], by_length, None)
     return hidden.index_select(0, tokens.argsort())
 
 
-def _run(
-    body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None, **attention: Any
-) -> Float[Tensor, "N H"]:
+def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None) -> Float[Tensor, "N H"]:
+    _set_attention(body, ATTENTION)
     places = positions(lengths, tree, device=token_ids.device)
+    attention: dict[str, Any] = {"sequence_lengths": lengths, "branches": tree}
+    if token_ids.is_cuda:
+        attention["borders"] = borders(lengths, tree, device=token_ids.device)
     outputs = body(input_ids=token_ids[None], position_ids=places[None], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
@@ -193,14 +172,11 @@ def _set_attention(body: Any, name: str) -> None:
 
 
 @cache
-def _has_flash_attention() -> bool:
-    found = find_spec("flash_attn") is not None
-    if not found:
-        _log.warning("flash-attn is not installed: attention runs one sequence at a time, which is slower on a GPU")
-    return found
+def _say_slow(why: str) -> None:
+    _log.warning("attention runs one sequence at a time, which is slower on a GPU: %s", why)
 
 
-def per_sequence_attention(
+def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 Q N D"],
     key: Float[Tensor, "1 K N D"],
@@ -209,6 +185,7 @@ def per_sequence_attention(
     *,
     sequence_lengths: Sequence[int],
     branches: Branches | None = None,
+    borders: Borders | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -217,15 +194,22 @@ def per_sequence_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N Q D"], None]:
-    """Causal attention inside each sequence, as transformers calls it; neighbours of equal length share a kernel call.
+    """Causal attention inside each sequence, as transformers calls it.
 
-    Grouped heads, sliding windows and capped logits (Gemma 2) are handled, learnt sinks and position biases refused.
+    With borders (on a GPU) in one kernel call, where that kernel knows the model's attention; else neighbours of equal
+    length share one. Grouped heads, sliding windows and capped logits (Gemma 2) are handled, learnt sinks and position
+    biases refused.
     """
     if s_aux is not None or position_bias is not None:
         raise UserError(
-            f"{type(module).__name__} has attention sinks or a position bias, which the attention used without "
-            "flash-attn does not know. Use another model, or a GPU with flash-attn."
+            f"{type(module).__name__} has attention sinks or a position bias, which the attention of packed sequences "
+            "does not know. Use another model."
         )
+    if borders is not None:
+        why = obstacle(query, softcap=softcap, dropout=dropout)
+        if why is None:
+            return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
+        _say_slow(why)
     dtype = query.dtype
     if widens_products(query):
         query, key, value = query.float(), key.float(), value.float()
@@ -299,4 +283,4 @@ def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "
     return (distance >= 0) & (distance < window)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, per_sequence_attention)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)

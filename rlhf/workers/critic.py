@@ -15,7 +15,6 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import token_values
 from rlhf.models.loading import load_critic
-from rlhf.models.packed import can_branch
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean
@@ -63,9 +62,7 @@ class CriticWorker(TrainedWorker):
         self.rollouts = Rollouts.gather(parts, ids)
         lengths = self.rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
-        prompts = None
-        if can_branch(self.device):
-            prompts = shared_prompts(self.rollouts, samples_per_prompt=self.samples_per_prompt)
+        prompts = shared_prompts(self.rollouts, samples_per_prompt=self.samples_per_prompt)
         self.microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]

@@ -21,7 +21,7 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled
-from rlhf.models.packed import can_branch, policy_logprobs, policy_logprobs_only
+from rlhf.models.packed import policy_logprobs, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
 from rlhf.objectives.rewards import token_rewards
@@ -92,9 +92,7 @@ class PolicyWorker(TrainedWorker):
         ref_logprobs = TokenValues.gather(references, ids).values if references else None
         lengths = rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
-        prompts = None
-        if can_branch(self.device):
-            prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]

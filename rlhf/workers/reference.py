@@ -7,7 +7,7 @@ import torch
 from rlhf.config.model import ReferenceConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import can_branch, policy_logprobs_only
+from rlhf.models.packed import policy_logprobs_only
 from rlhf.roles import MemoryReport
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -49,9 +49,7 @@ class ReferenceWorker:
         rollouts = Rollouts.gather(parts, ids)
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
-        prompts = None
-        if can_branch(self.device):
-            prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
         for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
             with (
                 torch.no_grad(),

@@ -156,8 +156,8 @@ def test_the_first_token_has_no_logprob() -> None:
 
 
 def test_attention_sinks_are_refused() -> None:
-    from rlhf.models.packed import per_sequence_attention
+    from rlhf.models.packed import packed_attention
 
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(UserError, match="sinks or a position bias"):
-        per_sequence_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], s_aux=torch.zeros(1))
+        packed_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], s_aux=torch.zeros(1))
