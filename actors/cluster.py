@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import ray
 
+from actors.address import cluster_to_join
 from rlhf.config.cluster import ClusterConfig
 from rlhf.errors import UserError
 
@@ -26,16 +29,24 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """Ray for the length of the block.
 
     cluster.address null means the cluster of RAY_ADDRESS (which `ray job submit` sets), or else a Ray of our own that
-    ends with the block.
+    ends with the block and that no one else can join.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
         yield
         return
+    address = cluster_to_join(config.address)
     if address is None:
-        # Nothing but this run talks to a Ray of our own, which listens on this machine only.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        memory_gib = psutil.virtual_memory().total / 2**30
+        if config.object_store_gib > memory_gib:
+            raise UserError(
+                f"cluster.object_store_gib: is {config.object_store_gib:g}, more than the {memory_gib:.0f} GiB of "
+                "memory of this machine; 1 or 2 are usual"
+            )
+        # Ray listens on all interfaces: whoever has no token could run code in it. It takes tokens unless RAY_AUTH_MODE
+        # says otherwise, and warns of it; a token of our own keeps other runs of the same user out too.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(

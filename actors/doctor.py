@@ -24,6 +24,8 @@ from typing import Literal
 
 import psutil
 
+from actors.address import started_here
+
 GIB = 2**30
 IMPORT_TIMEOUT_S = 120.0  # the first import after an installation compiles everything
 QUICK_TIMEOUT_S = 10.0
@@ -265,8 +267,7 @@ def _ray_cluster() -> list[Finding]:
             advice="" if mode or address is None else "set token or disabled, the same on the cluster and here",
         )
     ]
-    local = Path("/tmp/ray/ray_current_cluster")
-    target = address or _read(local).strip()
+    target = address or started_here()
     if not target:
         findings.append(Finding(what="Ray cluster", state="ok", found="none: a run starts its own"))
         return findings
@@ -289,7 +290,7 @@ def _ray_cluster() -> list[Finding]:
 
 def _gcs_address(target: str) -> str:
     """`auto` as the address of the cluster on this machine."""
-    return _read(Path("/tmp/ray/ray_current_cluster")).strip() if target == "auto" else target
+    return (started_here() or "") if target == "auto" else target
 
 
 def _hub() -> Finding:

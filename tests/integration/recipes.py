@@ -52,8 +52,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`rlhf train` in a process group of its own, its output kept beside the config."""
+def start(config: Path, *arguments: str, without: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """`rlhf train` in a process group of its own, its output kept beside the config. `without`: variables to unset."""
     log = config.with_suffix(".log").open("a", encoding="utf-8")
     return subprocess.Popen(
         [str(Path(sys.executable).with_name("rlhf")), "train", str(config), *arguments],
@@ -61,7 +61,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**{k: v for k, v in os.environ.items() if k not in without}, "OMP_NUM_THREADS": "1"},
     )
 
 

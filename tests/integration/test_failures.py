@@ -11,10 +11,11 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,10 @@ def reward(prompt, response):
             while name == "hangs":
                 pass
             return float("nan")
+    with (HERE / "good").open("a") as good:
+        while good.tell() == 16:
+            pass
+        good.write(".")
     return float(len(response))
 
 def first(name):
@@ -172,21 +177,23 @@ def claimed(name, prompt):
 def test_dropped_groups_are_replaced_counted_and_bounded(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Three prompts fail in three ways; a fourth's process is killed from outside, which a fresh one makes good."""
+    """Three prompts fail in three ways; a fourth's process is killed from outside, which a fresh one makes good.
+
+    After the first step's 16 responses all calls hang.
+    """
     drop = {"reward_policy": {"on_error": "drop", "timeout_s": 1.0, "max_dropped_fraction": 0.75}}
-    assert main(["train", str(write_run(tmp_path, "drops", GRPO, drop, reward=SOMETIMES)), "--quiet"]) == 0
+    said = failed(capsys, write_run(tmp_path, "drops", GRPO, drop, reward=SOMETIMES))
     run = tmp_path / "drops"
-    assert [row["rollouts/dropped_groups/total"] for row in rows(run)] == [3, 0]
+    assert [row["rollouts/dropped_groups/total"] for row in rows(run)] == [3]
     records = [json.loads(line) for line in (run / "errors.jsonl").read_text().splitlines()]
-    assert {record["kind"] for record in records} == {"raised", "timeout", "not_a_number"}
-    assert len({record["prompt_id"] for record in records}) == 3
+    first = [record for record in records if record["step"] == 1]
+    assert {record["kind"] for record in first} == {"raised", "timeout", "not_a_number"}
+    assert len({record["prompt_id"] for record in first}) == 3
     assert (tmp_path / "killed").exists()
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert len(samples) == 16  # 4 prompts x 4 samples: the batch is whole
-    assert not {row["prompt_id"] for row in samples} & {record["prompt_id"] for record in records}
+    assert not {row["prompt_id"] for row in samples} & {record["prompt_id"] for record in first}
 
-    hangs = "def reward(prompt, response):\n    while True: pass\n"
-    said = failed(capsys, write_run(tmp_path, "bounded", GRPO, drop, reward=hangs))
     assert "did not answer in time" in said
     assert "no answer within 1 s, at " in said
     assert "4 of 4 groups were dropped, more than reward_policy.max_dropped_fraction 0.75 allows" in said
@@ -276,26 +283,61 @@ def test_more_than_the_cluster_has(ray_local: None, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.timeout(240)
-def test_sigterm_ends_a_run_in_order_and_kill_9_of_the_driver_leaves_nothing(tmp_path: Path) -> None:
+def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed_or_asked_to_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked, killed = tmp_path / "asked", tmp_path / "killed"
     one_rank = {"cluster": {"roles": None}}
-    for name, number in (("asked", signal.SIGTERM), ("killed", signal.SIGKILL)):
-        config = write_run(tmp_path, name, SFT, one_rank)
-        process = start(config)
-        until = time.monotonic() + 100.0
-        while steps_done(tmp_path / name) < 3:
-            assert process.poll() is None, config.with_suffix(".log").read_text(encoding="utf-8")
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
-        os.kill(process.pid, number)
-        assert process.wait(timeout=30) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
-        # Two agents of Ray, which hold nothing, notice the sudden death of their parent only after a minute or two.
-        late = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} if number == signal.SIGKILL else set()
-        _, alive = psutil.wait_procs([one for one, title in started.items() if title not in late], timeout=20.0)
-        assert not alive
-        with RunFolder.open(tmp_path, name, resume=True) as folder:  # its lock is free, and it can go on
+    runs = {
+        run: start(write_run(tmp_path, run.name, SFT, one_rank), without=["RAY_AUTH_MODE"]) for run in (asked, killed)
+    }
+    await_steps(runs, {asked: 3, killed: 3})
+    rays = [dict(rays_below(process.pid)) for process in runs.values()]
+    assert [len(one) for one in rays] == [1, 1]
+    assert len({token for one in rays for token in one.values()}) == 2  # whoever has another token cannot join
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # of the session's
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    auto = write_run(tmp_path, "auto", SFT, {"cluster": {"roles": None, "object_store_gib": None, "address": "auto"}})
+    assert main(["train", str(auto), "--quiet"]) == 2
+    assert "no cluster was begun on this machine with `ray start`" in capsys.readouterr().err
+
+    # Two agents of Ray, which hold nothing, notice the sudden death of their parent only after a minute or two.
+    end(runs.pop(killed), signal.SIGKILL, -signal.SIGKILL, late={"ray::DashboardAgent", "ray::RuntimeEnvAgent"})
+    await_steps(runs, {asked: steps_done(asked) + 3})
+    end(runs.pop(asked), signal.SIGTERM, 130)
+    for run in (asked, killed):
+        with RunFolder.open(tmp_path, run.name, resume=True) as folder:  # its lock is free, and it can go on
             assert folder.latest_checkpoint() is not None
-    log = (tmp_path / "asked.log").read_text(encoding="utf-8")
+    log = asked.with_suffix(".log").read_text(encoding="utf-8")
     assert "rlhf: interrupted; continue with: rlhf train" in log
     assert "--resume auto" in log
     assert "Traceback" not in log
+    assert "authentication" not in log
+
+
+def await_steps(runs: Mapping[Path, subprocess.Popen[str]], wanted: Mapping[Path, int]) -> None:
+    """Until the runs, which must not end, have done so many steps."""
+    until = time.monotonic() + 120.0
+    while any(steps_done(run) < steps for run, steps in wanted.items()):
+        for run, process in runs.items():
+            assert process.poll() is None, run.with_suffix(".log").read_text(encoding="utf-8")
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals, code: int, *, late: Collection[str] = ()) -> None:
+    """Send a signal; the process ends with the code, and all that it started are gone but those that come late."""
+    started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
+    os.kill(process.pid, number)
+    assert process.wait(timeout=30) == code
+    _, alive = psutil.wait_procs([one for one, title in started.items() if title not in late], timeout=20.0)
+    assert not alive
+
+
+def rays_below(pid: int) -> Iterator[tuple[str, str]]:
+    """Address and token of the Ray that a driver has started, as its processes were given them."""
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            address = [word.partition("=")[2] for word in process.cmdline() if word.startswith("--gcs-address=")]
+            if any(address):
+                yield address[0], process.environ()["RAY_AUTH_TOKEN"]

@@ -1,0 +1,49 @@
+"""Which Ray a run belongs to. Imports no Ray, so that `rlhf doctor` can ask where Ray is broken."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+
+def cluster_to_join(configured: str | None) -> str | None:
+    """The address of the cluster to join, `auto` looked up; None: the run starts a Ray of its own.
+
+    `auto` is the cluster of RAY_ADDRESS, which `ray job submit` sets, or else the one that `ray start` left word of on
+    this machine. Ray would go on to any Ray that it finds among the processes, also one that another run has started
+    for itself.
+    """
+    named = os.environ.get("RAY_ADDRESS") or None
+    address = configured or named
+    if address == "auto":
+        address = named if named not in (None, "auto") else started_here()
+        if address is None:
+            raise UserError(
+                "cluster.address or RAY_ADDRESS is auto, but no cluster was begun on this machine with `ray start` "
+                f"({word_of_cluster()} does not exist). Start one with `ray start --head`, name a cluster as "
+                "HOST:PORT, or leave cluster.address null for a local Ray."
+            )
+    if address is not None and address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} (cluster.address or RAY_ADDRESS) is the address of a dashboard, which `ray job submit` takes. "
+            "A run needs the cluster's own, HOST:PORT, or on one of its machines cluster.address=auto; unset "
+            "RAY_ADDRESS for a local Ray."
+        )
+    return None if address == "local" else address
+
+
+def started_here() -> str | None:
+    """The address of the cluster that `ray start` last began or joined on this machine; it may have ended since."""
+    try:
+        return word_of_cluster().read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def word_of_cluster() -> Path:
+    """The file in which `ray start` leaves it."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    return Path(folder) / "ray" / "ray_current_cluster"
