@@ -17,6 +17,7 @@ from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
 from rlhf.tracking import logs
+from rlhf.tracking.run_folder import is_sound
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,16 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
     if not checkpoint.exists():
         found = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
         raise UserError(f"{run} has no checkpoint {name}. There are: {found}")
+    if not is_sound(checkpoint, int(checkpoint.resolve().name.removeprefix("step_"))):
+        raise UserError(f"{checkpoint.resolve()} is damaged: files are missing or cut. Name another step.")
     if folder.exists():
         raise UserError(f"{folder} exists already; name a folder that does not")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
     config = next(iter(load(resolved).stages.values()))
     alone = Config.model_validate(
         {

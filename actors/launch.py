@@ -60,6 +60,9 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
     logs.configure()
     for config in loaded.stages.values():
         _refuse_unusable_folder(config, resume=resume)
+    if resume and all((run_folder(config) / "final").exists() for config in loaded.stages.values()):
+        logger.info("%s is finished: nothing is left to do", loaded.name)
+        return
     stages = load_inputs(loaded)
     cluster = next(iter(loaded.stages.values())).cluster
     with connected(cluster), _sigterm_interrupts():

@@ -60,6 +60,8 @@ def _presence(config: Config) -> Iterator[Problem]:
         yield _problem("rewards.score", text)
     if config.rewards and all(reward.weight == 0.0 for reward in config.rewards.values()):
         yield _problem("rewards", "all have weight 0, so every score is 0; give one a weight")
+    if config.data.eval == {}:
+        yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
     best = config.train.best_metric
     sets = derive.eval_sets(config)
     if best is not None and sets and not any(best.removeprefix("-").startswith(f"eval/{name}/") for name in sets):
@@ -142,6 +144,8 @@ def _cluster(config: Config) -> Iterator[Problem]:
     """Devices, colocation and the way of the weights."""
     cluster, roles = config.cluster, config.cluster.roles
     needed = derive.needs(config)
+    if cluster.address == "local":
+        yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
     for role in ("policy", "critic"):
         if role not in needed:
             continue

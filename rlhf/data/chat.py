@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from rlhf.data.sources import Row
+from rlhf.data.sources import Row, refuse_half_characters
 from rlhf.errors import UserError
 
 Message = Mapping[str, Any]
@@ -29,6 +29,8 @@ def read_messages(row: Row, *, system_prompt: str | None) -> list[Message]:
                 f"{row.place}: message {number} of column `messages` is {message!r:.80}, expected an object with "
                 "strings `role` and `content`, neither of them empty."
             )
+        for name in ("role", "content"):
+            refuse_half_characters(message[name], f"{row.place}: message {number} of column `messages`")
     if system_prompt is None:
         return messages
     if messages[0]["role"] == "system":

@@ -44,6 +44,7 @@ class Row:
             raise UserError(f"{self.place}: column `{column}` is {_shown(value)}, expected a string{hint}.")
         if not value.strip():
             raise UserError(f"{self.place}: column `{column}` is {_shown(value)}, expected a string that is not empty.")
+        refuse_half_characters(value, f"{self.place}: column `{column}`")
         return value
 
     def value(self, column: str, *, alternative: str = "") -> Any:
@@ -75,6 +76,15 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     if not rows:
         raise UserError(f"{source if isinstance(source, str) else source.name} has no rows.")
     return [_rename(row, columns) for row in rows] if columns else rows
+
+
+def refuse_half_characters(text: str, what: str) -> None:
+    """UserError for a lone surrogate, which JSON can write (`\\ud800`) and which is no character of any text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise UserError(f"{what} holds `{half}` at character {error.start + 1}, half of a character.") from error
 
 
 def _rename(row: Row, columns: Mapping[str, str]) -> Row:

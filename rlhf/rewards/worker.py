@@ -307,7 +307,9 @@ def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     connection = socket.socket(fileno=connection_fd)
     hello: Hello = receive_frame(connection)
-    resource.setrlimit(resource.RLIMIT_AS, (hello.memory_bytes, hello.memory_bytes))
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # a limit that this user may not raise
+    limit = hello.memory_bytes if allowed == resource.RLIM_INFINITY else min(hello.memory_bytes, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     rewards = []
     for source in hello.sources:

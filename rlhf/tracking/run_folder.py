@@ -62,13 +62,15 @@ class RunFolder:
                 f"run.dir: cannot create {path}: {error.strerror}. Choose a folder you can write."
             ) from error
         lock = _lock(path)
-        state = _state(path)
-        if state is not None and not resume:
+        try:
+            state = _state(path)
+            if state is not None and not resume:
+                raise UserError(
+                    f"run.name: {path} already holds {state} choose another run.name, or remove the folder."
+                )
+        except BaseException:
             os.close(lock)
-            raise UserError(
-                f"run.name: {path} already holds {state}. Continue it with --resume auto, choose another run.name, or "
-                "remove the folder."
-            )
+            raise
         folder = cls(path, lock)
         if not resume:
             folder._clear()
@@ -141,12 +143,12 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the undamaged checkpoints, rising."""
-        return [step for step, path in self._step_folders() if _is_sound(path, step)]
+        return [step for step, path in self._step_folders() if is_sound(path, step)]
 
     def latest_checkpoint(self) -> int | None:
         """Step of the newest undamaged checkpoint; None if there is none. Warns of damaged ones."""
         for step, path in reversed(self._step_folders()):
-            if _is_sound(path, step):
+            if is_sound(path, step):
                 return step
             logger.warning("checkpoint %s is damaged (files missing or cut): passed over", path)
         return None
@@ -217,13 +219,23 @@ def _lock(path: Path) -> int:
 
 
 def _state(path: Path) -> str | None:
-    """What run a folder holds, in words; None: none, or one that did not get as far as its first row."""
+    """What run a folder holds, and what can be done with it; None: none, or one that did not get to its first row.
+
+    UserError if its metrics cannot be read.
+    """
     if (path / "final").exists():
-        return "a finished run"
-    rows = read_metrics(path)
-    if rows:
-        return f"an unfinished run (last step {rows[-1]['step']})"
-    return "an unfinished run" if any((path / "checkpoints").glob("step_*")) else None
+        return "a finished run: its result is in final/;"
+    try:
+        rows = read_metrics(path)
+    except ValueError as error:
+        raise UserError(
+            f"run.name: {error}. The run's metrics are damaged: bring the file back from a copy, remove it, or choose "
+            "another run.name."
+        ) from error
+    if not rows and not any((path / "checkpoints").glob("step_*")):
+        return None
+    last = f" (last step {rows[-1]['step']})" if rows else ""
+    return f"an unfinished run{last}. Continue it with --resume auto,"
 
 
 def _aside(target: Path) -> Path:
@@ -257,7 +269,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _is_sound(path: Path, step: int) -> bool:
+def is_sound(path: Path, step: int) -> bool:
     """Whether every file that was committed is there in its full size."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))

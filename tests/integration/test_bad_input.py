@@ -24,8 +24,10 @@ import pytest
 import ray
 
 import actors.cluster
+import actors.export
 import actors.launch
 from rlhf.cli import main
+from rlhf.tracking.run_folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config
 
 ROW = '{"prompt": "1+1+1+1=", "answer": "2,3,4"}\n'
@@ -211,6 +213,46 @@ def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureF
     assert "--resume auto" in said
     said = refused(capsys, run, "--resume", "auto")
     assert "no checkpoint in r/checkpoints is whole" in said
+
+
+def test_a_finished_run_is_neither_begun_nor_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(config(tmp_path, {}))
+    (tmp_path / "r" / "final").mkdir(parents=True)
+    assert "r already holds a finished run: its result is in final/; choose another run.name" in refused(capsys, run)
+    assert main(["train", run, "--resume", "auto"]) == 0  # without a Ray
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_what_cannot_be_exported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actors.export, "connected", actors.launch.connected)
+
+    def said_of(*arguments: str) -> str:
+        assert main(["export", "r", *arguments]) == 2
+        (_, said) = capsys.readouterr().err.split("rlhf: error: ")
+        return said
+
+    assert "r is no run folder" in said_of("out")
+    with RunFolder.open(tmp_path, "r", resume=False) as folder:
+        shutil.copy(config(tmp_path, {}), folder.config)
+        for step in (1, 2):
+            (folder.begin_checkpoint(step) / "weights").write_text("all of them")
+            folder.commit_checkpoint(step)
+    (tmp_path / "r" / "checkpoints" / "step_000002" / "weights").write_text("some")
+    assert "r has no checkpoint step_000007. There are: step_000001, step_000002" in said_of("out", "--step", "7")
+    assert "step_000002 is damaged: files are missing or cut. Name another step." in said_of("out")
+    assert "r exists already" in said_of("r", "--step", "1")
+    assert "/proc/nowhere/out cannot be made: No such file or directory" in said_of("/proc/nowhere/out", "--step", "1")
+
+
+def test_more_shared_memory_than_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actors.launch, "connected", actors.cluster.connected)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    said = refused(capsys, str(config(tmp_path, {"cluster": {"object_store_gib": 1e6}})))
+    assert "cluster.object_store_gib: is 1e+06, more than the" in said
 
 
 @pytest.mark.timeout(120)

@@ -100,6 +100,7 @@ RELATIONS = {
         "reward: is missing: rewards.taste has `role: reward`",
     ),
     "score is no reward's name": (["rewards.score.function=f"], "rewards.score: is taken"),
+    "a mapping of evaluation sets names one": (["data.eval={}"], "data.eval: is an empty mapping"),
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
         "train.best_metric: got 'eval/other/score', expected a metric of an evaluation: eval/heldout/...",
@@ -108,6 +109,7 @@ RELATIONS = {
         ["policy.model=stage:sft"],
         "policy.model: got 'stage:sft', but this run is no stage",
     ),
+    "a Ray of the run's own is written null": (["cluster.address=local"], "cluster.address: is local; a Ray that is"),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
     "offload is for GPUs": (
         ["cluster.roles.policy.offload=[optimizer]"],

@@ -84,6 +84,11 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
         ({"messages": []}, {}, "expected a list of messages"),
         ({"messages": [USER, {"role": "user"}]}, {}, "message 2 of column `messages`"),
         ({"messages": [USER | {"content": " "}]}, {}, "message 1 of column `messages`"),
+        (
+            {"messages": [USER | {"content": "\udfff"}]},
+            {},
+            r"message 1 of column `messages` holds `\\udfff` at character",
+        ),
         ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
         ({"messages": [{"role": "tool", "content": "x"}]}, {}, "refuses the roles tool: roles are system, user"),

@@ -140,6 +140,7 @@ def test_a_missing_column_is_an_error_with_the_columns_found() -> None:
         (7, "`prompt` is the number 7, expected a string"),
         ("", "`prompt` is the string '', expected a string that is not empty"),
         (" \n", "not empty"),
+        ("ab\ud800", r"`prompt` holds `\\ud800` at character 3, half of a character"),
         ({"a": 1}, "`prompt` is an object, expected a string"),
         (
             [{"role": "user"}],

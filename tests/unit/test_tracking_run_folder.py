@@ -52,9 +52,17 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         (folder.begin_final() / "model.safetensors").write_text("x")
         folder.commit_final()
-    with pytest.raises(UserError, match="a finished run"):
+    with pytest.raises(UserError, match=r"holds a finished run: its result is in final/; choose another"):
         RunFolder.open(tmp_path, "run", resume=False)
     RunFolder.open(tmp_path, "run", resume=True).close()  # the refusal let go of the lock
+
+
+def test_damaged_metrics_are_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"not json\n")
+    for resume in (True, False, True):  # each refusal lets go of the lock
+        with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl:1: not JSON.*are damaged: bring the file back"):
+            RunFolder.open(tmp_path, "run", resume=resume)
 
 
 def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
