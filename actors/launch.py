@@ -9,9 +9,10 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -36,9 +37,9 @@ from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController, OnlineRoles
-from rlhf.controller.record import RunRecord
+from rlhf.controller.record import RunRecord, read_state
 from rlhf.data.examples import collate
-from rlhf.data.stream import Stream
+from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError, UserError
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
@@ -64,6 +65,8 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
         logger.info("%s is finished: nothing is left to do", loaded.name)
         return
     stages = load_inputs(loaded)
+    for stage in stages if resume else ():
+        _refuse_other_checkpoint(stage)
     cluster = next(iter(loaded.stages.values())).cluster
     with connected(cluster), _sigterm_interrupts():
         for stage in stages:
@@ -107,6 +110,32 @@ def _refuse_unusable_folder(config: Config, *, resume: bool) -> None:
         ) from error
 
 
+def _refuse_other_checkpoint(stage: StageInputs) -> None:
+    """UserError if the newest checkpoint in the run's folder is of another model or other data, or of a later step."""
+    config = stage.config
+    if (run_folder(config) / "final").exists():
+        return
+    with RunFolder.open(config.run.dir, config.run.name, resume=True) as folder:
+        step = folder.latest_checkpoint()
+        if step is None:
+            return
+        state = read_state(folder.checkpoint(step))
+        if step > config.train.steps:
+            raise UserError(
+                f"train.steps: is {config.train.steps}, but {folder.checkpoint(step)} has done {step} already. "
+                "Raise it, or write that checkpoint as a model with `rlhf export`."
+            )
+        refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
+        _stream(stage).restore(Cursor(**state["cursor"]))
+
+
+def _stream(stage: StageInputs) -> Stream[Any]:
+    """The training data in the run's order."""
+    config, inputs = stage.config, stage.inputs
+    items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.examples
+    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle)
+
+
 async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     config = stage.config
@@ -134,8 +163,6 @@ async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
             shown = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
             with open_progress(config.train.steps, done_steps=step or 0, show=shown, quiet=quiet) as progress:
                 record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
-                if step is not None:
-                    refuse_other_model(config, record.read_state(step), checkpoint=folder.checkpoint(step))
                 progress.stage("starting")
                 try:
                     if isinstance(stage.inputs, OnlineInputs):
@@ -169,7 +196,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             config,
             gang,
             record,
-            examples=Stream(inputs.examples, seed=config.run.seed, shuffle=config.data.shuffle),
+            examples=_stream(stage),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=gang.fingerprint,
         )
@@ -282,7 +309,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm),
             OnlineRoles(policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic),
             record,
-            prompts=Stream(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
+            prompts=_stream(stage),
             eval_sets=inputs.eval_sets,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,

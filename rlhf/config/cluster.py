@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rlhf.algorithms.section import Section
 
-Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
+Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
 class TrainedRole(Section):

@@ -18,7 +18,7 @@ class RolloutsConfig(Section):
     """Responses to each prompt: one group."""
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
-    temperature: float = Field(default=1.0, gt=0.0, le=10.0)
+    temperature: float = Field(default=1.0, ge=0.01, le=10.0)
     """Sampling temperature; the trainer's log-probabilities are taken at the same one."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling; 1.0 keeps all tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf.algorithms.section import Section
 
@@ -16,9 +16,14 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
-    """Folder of runs."""
+    """Folder of runs. A leading `~` is your home."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds data order, sampling, initialisation and dropout."""
+
+    @field_validator("dir")
+    @classmethod
+    def _at_home(cls, value: Path) -> Path:
+        return value.expanduser()
 
 
 class TrackingConfig(Section):

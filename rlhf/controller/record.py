@@ -92,14 +92,19 @@ class RunRecord:
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The controller's part of the checkpoint of a step. UserError if it is not there."""
-        path = self.folder.checkpoint(step) / STATE_FILE
-        try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path} cannot be read: {error}. Remove that checkpoint to resume from an earlier one."
-            ) from error
-        return state
+        return read_state(self.folder.checkpoint(step))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The controller's part of a checkpoint. UserError if it is not there."""
+    path = checkpoint / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Remove that checkpoint to resume from an earlier one."
+        ) from error
+    return state
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ import actors.cluster
 import actors.export
 import actors.launch
 from rlhf.cli import main
+from rlhf.models.loading import architecture_fingerprint, load_config
+from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.run_folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config
 
@@ -221,6 +223,24 @@ def test_a_finished_run_is_neither_begun_nor_continued(capsys: pytest.CaptureFix
     assert "r already holds a finished run: its result is in final/; choose another run.name" in refused(capsys, run)
     assert main(["train", run, "--resume", "auto"]) == 0  # without a Ray
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(config(tmp_path, with_data(ROW)))
+
+    def resumed_from(*overrides: str, **changes: Any) -> str:
+        model = architecture_fingerprint(load_config(str(tmp_path / "r" / "models" / "tiny-llama")))
+        cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
+        with RunFolder.open(tmp_path, "r", resume=True) as folder:
+            state = {"step": 3, "policy": model, "cursor": cursor, **changes}
+            (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
+            folder.commit_checkpoint(3)
+        return refused(capsys, run, "--resume", "auto", *overrides)
+
+    build_tiny_llama(tmp_path / "r" / "models" / "tiny-llama", seed=0)
+    assert "cursor belongs to other data: the rows, the tokenizer, run.seed or data.shuffle" in resumed_from()
+    assert "is a checkpoint of another model than policy.model" in resumed_from(policy="another")
+    assert "train.steps: is 2, but r/checkpoints/step_000003 has done 3 already" in resumed_from("train.steps=2")
 
 
 def test_what_cannot_be_exported(

@@ -122,7 +122,10 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
         ("algorithm.name=pp", "algorithm.name: got 'pp', expected `ppo`, `grpo` or `sft`"),
         ("algorithm={}", "algorithm.name: is missing: expected `ppo`, `grpo` or `sft`"),
-        ("cluster.roles.policy.threads=0", "cluster.roles.policy.threads: got 0, expected an integer >= 1 or `auto`"),
+        (
+            "cluster.roles.policy.threads=0",
+            "cluster.roles.policy.threads: got 0, expected an integer >= 1 and <= 1024 or",
+        ),
         ("data.train={task: t}", "data.train.size: is missing: expected an integer >= 1"),
         ("data.eval={a: {task: t, size: 0}}", "data.eval.a.size: got 0, expected an integer >= 1"),
         ("data.eval={task: t, size: 3, wat: 1}", "data.eval.wat: unknown key"),
@@ -135,6 +138,8 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
             "rollouts.prompts_per_step=1000001",
             "rollouts.prompts_per_step: got 1000001, expected an integer >= 1 and <=",
         ),
+        ("rollouts.temperature=0.001", "rollouts.temperature: got 0.001, expected a number >= 0.01 and <= 10"),
+        ("eval.temperature=0.001", "eval.temperature: got 0.001, expected 0 or a number from 0.01"),
         ("rollouts.stop=['']", "rollouts.stop: got '', expected a string that is not empty"),
         ("reward_policy.timeout_s=1e300", "reward_policy.timeout_s: got 1e+300, expected a number > 0 and <= 1000000"),
         ("cluster.roles.policy.workers=65537", "cluster.roles.policy.workers: got 65537, expected an integer >= 1 and"),
@@ -169,6 +174,12 @@ def test_overrides_are_yaml_values(file: Path) -> None:
     assert changed.data.eval == {"a": "x.jsonl"}
     assert changed.policy.lora is not None
     assert changed.policy.lora.rank == 8
+
+
+def test_a_folder_of_runs_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config(file, "run.dir=~/runs").run.dir == Path("/home/me/runs")
+    assert config(file, "run.dir=runs").run.dir == Path("runs")
 
 
 def test_an_override_replaces_a_whole_section(file: Path) -> None:
