@@ -51,12 +51,3 @@ def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
         ranks[rank].append(index)
         heapq.heapreplace(loads, (load + costs[index], count + 1, rank))
     return [sorted(members) for members in ranks]
-
-
-def sequence_cost(length: int, *, num_parameters: int, num_layers: int, hidden_size: int) -> float:
-    """Floating-point operations of one forward pass over a sequence (arXiv:2001.08361, section 2.1).
-
-    2 for each parameter and token; in each layer 2 * hidden_size for each of attention's two products and each pair of
-    tokens, of which causality leaves half. A backward pass costs twice as much, so ratios stay the same.
-    """
-    return 2.0 * num_parameters * length + 2.0 * num_layers * hidden_size * length * length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.packing import balance, pack, sequence_cost
+from rlhf.data.packing import balance, pack
 
 
 def test_the_longest_goes_first_and_each_where_it_fits_tightest() -> None:
@@ -38,8 +38,3 @@ def test_balance_refuses_costs_that_are_no_costs(costs: list[float]) -> None:
 def test_balance_refuses_no_ranks() -> None:
     with pytest.raises(ValueError, match="num_ranks is 0"):
         balance([1.0], 0)
-
-
-def test_a_sequence_costs_its_products_and_its_attention() -> None:
-    # 10 tokens, 1,000 parameters, 2 layers of width 8: 2 * 1,000 * 10 + 2 * 2 * 8 * 100 = 20,000 + 3,200.
-    assert sequence_cost(10, num_parameters=1000, num_layers=2, hidden_size=8) == 23_200.0
