@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -24,6 +24,8 @@ from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, Prep
 from rlhf.tracking.metrics import merge
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Role, Rollouts, TokenValues
 from rlhf.workers.place import RankPlace
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
@@ -56,8 +58,11 @@ async def ending(groups: Sequence[Stoppable], placement: Placement) -> AsyncIter
 class Gang:
     """Ranks 0 to n - 1 of one role. What all trained roles can do."""
 
-    def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+    def __init__(
+        self, role: Role, handles: Sequence[ActorHandle[Any]], *, deadline_s: float, sequence_parallel: int = 1
+    ) -> None:
         self.role = role
+        self.sequence_parallel = sequence_parallel
         self.handles = handles
         self.deadline_s = deadline_s
         self.processes = Processes(role, handles)
@@ -65,7 +70,11 @@ class Gang:
     @property
     def num_ranks(self) -> int:
         """Data-parallel ranks."""
-        return len(self.handles)
+        return len(self.handles) // self.sequence_parallel
+
+    def distinct(self, results: Sequence[T]) -> Sequence[T]:
+        """One result of each data-parallel rank: ranks that share micro-batches return the same."""
+        return results[:: self.sequence_parallel]
 
     async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         """Every rank's result, in rank order. A failure ends the gang."""
@@ -140,7 +149,7 @@ class PolicyGang(Gang):
     ) -> PrepareReport:
         """Each rank takes its share of the batch."""
         refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
-        found = await self.all(refs, "experience")
+        found = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
             sequences=tuple(s for sequences, _ in found for s in sequences),
             metrics=merge(metrics for _, metrics in found),
@@ -151,16 +160,16 @@ class PolicyGang(Gang):
     ) -> AdvantagesReport:
         """Each rank gives its tokens their advantages; the returns stay references."""
         pairs = [h.set_advantages.options(num_returns=2).remote(by_sequence, *values) for h in self.handles]
-        found = await self.all([scalars for _, scalars in pairs], "advantages")
+        found = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
         return AdvantagesReport(
             mean_advantages={i: value for means, _ in found for i, value in means.items()},
             metrics=merge(metrics for _, metrics in found),
-            returns=tuple(returns for returns, _ in pairs),
+            returns=tuple(returns for returns, _ in self.distinct(pairs)),
         )
 
     async def update(self, minibatch: int) -> Metrics:
         """One optimizer step."""
-        return merge(await self.all([h.update.remote(minibatch) for h in self.handles], "update"))
+        return merge(self.distinct(await self.all([h.update.remote(minibatch) for h in self.handles], "update")))
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the weights; rank 0 knows where."""
@@ -190,7 +199,7 @@ class CriticGang(Gang):
         """One column a rank."""
         refs = [h.values.options(num_returns=2).remote(plan, *rollouts) for h in self.handles]
         await self.all([done for _, done in refs], "values")
-        return [column for column, _ in refs]
+        return [column for column, _ in self.distinct(refs)]
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None:
         """Each rank takes the targets of its share."""
@@ -198,7 +207,8 @@ class CriticGang(Gang):
 
     async def update(self, minibatch: int) -> Metrics:
         """One optimizer step."""
-        return merge(await self.all([h.update.remote(minibatch) for h in self.handles], "critic update"))
+        found = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
+        return merge(self.distinct(found))
 
 
 class SupervisedGang(Gang):
@@ -210,11 +220,12 @@ class SupervisedGang(Gang):
 
     async def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step."""
-        return merge(await self.all([h.update_on.remote(plan) for h in self.handles], "update"))
+        return merge(self.distinct(await self.all([h.update_on.remote(plan) for h in self.handles], "update")))
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on rows of a data set."""
-        return merge(await self.all([h.evaluate.remote(dataset, name, plan) for h in self.handles], "eval"))
+        found = await self.all([h.evaluate.remote(dataset, name, plan) for h in self.handles], "eval")
+        return merge(self.distinct(found))
 
 
 def largest(reports: Sequence[MemoryReport]) -> MemoryReport:

@@ -24,6 +24,7 @@ from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
+from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
 from rlhf.rewards.scoring import RewardSpec
@@ -74,8 +75,11 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
         for section, model in _models(local).items():
             if model.model not in finals:
                 with _named(f"{section}.model"):
-                    load_config(model.model, trust_remote_code=model.trust_remote_code)
+                    shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
                     _refuse_broken_weights(Path(model.model))
+                if section in ("policy", "critic"):
+                    with _named(f"cluster.roles.{section}"):
+                        refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
             elif section == "reward":
                 raise UserError(f"{section}.model: {model.model} will be a language model, not a reward model")
         source = finals.get(local.policy.model, local.policy.model)

@@ -187,6 +187,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         "policy",
         spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), SupervisedRank),
         deadline_s=config.cluster.call_timeout_s,
+        sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
     async with ending([gang], placement):
         await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
@@ -229,6 +230,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 PolicyRank,
             ),
             deadline_s=deadline_s,
+            sequence_parallel=cluster.roles.policy.sequence_parallel,
         )
         groups.append(policy)
         critic: CriticGang | None = None
@@ -244,6 +246,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                     CriticRank,
                 ),
                 deadline_s=deadline_s,
+                sequence_parallel=cluster.roles.critic.sequence_parallel,
             )
             groups.append(critic)
         reference: ReferenceWorkers | None = None

@@ -123,7 +123,14 @@ def _updates(config: Config) -> Iterator[Problem]:
         if role not in derive.needs(config):
             continue
         section: TrainedRole = getattr(config.cluster.roles, role)
-        ranks = section.workers
+        if section.workers % section.sequence_parallel:
+            text = (
+                f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
+                "that many ranks share each micro-batch"
+            )
+            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
+            continue
+        ranks = section.data_parallel_ranks
         if train.sequences_per_update < ranks:
             text = (
                 f"is {train.sequences_per_update}, but {ranks} data-parallel ranks of cluster.roles.{role} need at"

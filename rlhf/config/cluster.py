@@ -12,7 +12,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
 class TrainedRole(Section):
-    """Workers of a trained model: one gang of data-parallel ranks."""
+    """Workers of a trained model: one gang of ranks."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Ranks."""
@@ -24,6 +24,14 @@ class TrainedRole(Section):
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
     """What DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each micro-batch, a part of its tokens each (DeepSpeed Ulysses): for sequences that are too long
+    for one. It divides workers and the model's attention heads."""
+
+    @property
+    def data_parallel_ranks(self) -> int:
+        """Among how many the sequences of an optimizer step are dealt out: the ranks that share count as one."""
+        return self.workers // self.sequence_parallel
 
 
 class PolicyRole(TrainedRole):

@@ -159,7 +159,7 @@ def derive(config: Config) -> Derived:
         updates_per_step=updates_per_step(config),
         policy_optimizer_steps=policy_optimizer_steps(config),
         critic_optimizer_steps=train.steps * updates_per_step(config) if has_critic(config) else None,
-        data_parallel_ranks=policy.workers,
+        data_parallel_ranks=policy.data_parallel_ranks,
         longest_sequence=longest,
         tokens_per_step=sequences * longest,
         reference="workers" if "reference" in needed else "adapter off" if uses_kl(config) else "none",

@@ -91,10 +91,13 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
             ],
             ["longest sequence", f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"],
         ]
-    ranks = f" on {derived.data_parallel_ranks} ranks" if derived.data_parallel_ranks > 1 else ""
+    ranks, shared = derived.data_parallel_ranks, config.cluster.roles.policy.sequence_parallel
+    on = f" on {ranks} ranks" if ranks > 1 else ""
+    if shared > 1:
+        on = f" on {shared} ranks together" if ranks == 1 else f" on each {shared} of {ranks * shared} ranks"
     most = f"a step at most {derived.tokens_per_step:,}" if rollouts else "one longer sequence is an error"
     facts += [
-        ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{ranks}; {most}"],
+        ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"],
         ["whole run", _whole_run(config, derived)],
         ["learning rate", _learning_rate(config)],
         ["training data", _source(config.data.train)],

@@ -40,6 +40,7 @@ from rlhf.roles import (
     RolloutRole,
     SampleSelection,
     ScoredGroup,
+    TrainedRole,
 )
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
@@ -137,14 +138,7 @@ class OnlineController:
         if self.takes_turns:
             await roles.rollout.sleep()
             await roles.policy.reload()
-        plan = plan_batch(
-            groups,
-            step=step,
-            seed=self.config.run.seed,
-            sequences_per_update=self.config.train.sequences_per_update,
-            num_ranks=roles.policy.num_ranks,
-            kl_coef=self.kl_coef,
-        )
+        plan = self._plan(groups, step, roles.policy)
         with record.stage("experience", role="policy"):
             report, advantages = await self._experience(plan, groups)
         with record.stage("update", role="policy"):
@@ -240,6 +234,17 @@ class OnlineController:
         self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
         return ScoredGroup(group=group, scores=scores)
 
+    def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
+        """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
+        return plan_batch(
+            groups,
+            step=step,
+            seed=self.config.run.seed,
+            sequences_per_update=self.config.train.sequences_per_update,
+            num_ranks=role.num_ranks,
+            kl_coef=self.kl_coef,
+        )
+
     async def _experience(
         self, plan: BatchPlan, groups: Sequence[ScoredGroup]
     ) -> tuple[PrepareReport, Mapping[int, float]]:
@@ -249,7 +254,7 @@ class OnlineController:
         reference, critic = roles.reference, roles.critic
         asked = [
             reference.logprobs(rollouts) if reference is not None else _nothing(),
-            critic.values(plan, rollouts) if critic is not None else _nothing(),
+            critic.values(self._plan(groups, plan.step, critic), rollouts) if critic is not None else _nothing(),
         ]
         if self._share_bundles():
             references, values = [await one for one in asked]  # they take turns

@@ -1,7 +1,9 @@
 """The training engine on DeepSpeed: ZeRO 0-3 in float32, or bfloat16 with float32 master weights.
 
 One instance a rank, after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are shares of a sum,
-so `backward` undoes it. Nothing here knows an algorithm, and no op is compiled at run time: AdamW is PyTorch's own.
+so `backward` undoes it. Ranks that share micro-batches (sequence_parallel) evaluate the same loss, and each has the
+part of its gradient that goes through its own tokens. Nothing here knows an algorithm, and no op is compiled at run
+time: AdamW is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
+from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
 from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
 
 P = ParamSpec("P")
@@ -47,10 +50,15 @@ class DeepSpeedEngine:
         device: torch.device,
         deadline_s: float,
         offload: Offload = frozenset(),
+        sequence_parallel: int = 1,
     ) -> None:
-        """Wrap a model whose weights have been loaded in dtype (float32 or bfloat16). Collective."""
+        """Wrap a model whose weights have been loaded in dtype (float32 or bfloat16). Collective.
+
+        sequence_parallel: ranks that share each micro-batch; it divides their number, and they are neighbours.
+        """
         if "parameters" in offload and zero_stage != 3:
             raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
+        refuse_uneven_heads(module.config, sequence_parallel)
         import deepspeed  # after init_distributed, which says on which device
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -60,6 +68,8 @@ class DeepSpeedEngine:
         self._steps = 0
         self._nonfinite_losses = 0
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
+        self._sequence_parallel = sequence_parallel
+        self._sequence_group = make_group(sequence_parallel)
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             parameters,
@@ -113,7 +123,8 @@ class DeepSpeedEngine:
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """function(module, ...) where DeepSpeed sees it: it gathers sharded weights around it."""
-        result: T = self._engine(function, *args, **kwargs)
+        with rows_shared_by(self._sequence_group):
+            result: T = self._engine(function, *args, **kwargs)
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -129,6 +140,7 @@ class DeepSpeedEngine:
         self._nonfinite_losses = 0
         if nonfinite:
             raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
+            nonfinite //= self._sequence_parallel  # each was counted by all who share it
         lr = self._settings.lr * lr_factor(self._schedule, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr

@@ -53,6 +53,6 @@ def _explanation(error: BaseException, *, role: str, stage: str, rank: int, toke
     return (
         f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). What shrinks it, mildest first: a lower "
         f"train.max_tokens_per_microbatch, {role}.gradient_checkpointing=true, a higher "
-        f"cluster.roles.{role}.zero_stage (2 or 3) with more workers, cluster.roles.{role}.offload=[optimizer] or "
-        "[optimizer, parameters]."
+        f"cluster.roles.{role}.zero_stage (2 or 3) with more workers, cluster.roles.{role}.sequence_parallel, "
+        f"cluster.roles.{role}.offload=[optimizer] or [optimizer, parameters]."
     )

@@ -14,19 +14,21 @@ from torch import Tensor
 
 from rlhf.models.branches import Branches, predecessors
 from rlhf.models.packed import hidden_states
+from rlhf.models.sequence_parallel import whole_row
 
 
 def token_values(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " N"]:
     """Value of the state in which each token was chosen, in float32: the head at the token before. 0 at a first one."""
-    scalars: Tensor = model.score(hidden_states(model, token_ids, lengths, branches))[:, 0].float()
+    hidden = hidden_states(model, token_ids, lengths, branches)
+    scalars = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
     before = predecessors(lengths, branches)
     return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)
 
 
 def sequence_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Score of each sequence, in float32: the head at its last token, as transformers' own forward pass has it."""
-    last = lengths.cumsum(0) - 1
-    scores: Tensor = model.score(hidden_states(model, token_ids, lengths)[last])[:, 0].float()
-    return scores
+    hidden = hidden_states(model, token_ids, lengths)
+    scores = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
+    return scores[lengths.cumsum(0) - 1]

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import UserError
 from rlhf.models.branches import Branches, positions, predecessors
+from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
@@ -40,12 +41,16 @@ def hidden_states(
     lengths: Int[Tensor, " B"],
     branches: Branches | None = None,
 ) -> Float[Tensor, "N H"]:
-    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side."""
+    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side.
+
+    Of a row that ranks share, those of this rank's `own_part`.
+    """
     body: Any = model.base_model
+    token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
     sizes: list[int] = lengths.tolist()
     if branches is not None or token_ids.is_cuda:
         return _run(body, token_ids, sizes, branches)
-    if sizes == sorted(sizes):
+    if sizes == sorted(sizes) or current_group() is not None:
         return _run(body, token_ids, sizes, None)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
@@ -56,12 +61,16 @@ def hidden_states(
 
 
 def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None) -> Float[Tensor, "N H"]:
-    _set_attention(body, ATTENTION)
+    group = current_group()
+    _set_attention(body, ATTENTION if group is None else ULYSSES)
     places = positions(lengths, tree, device=token_ids.device)
     attention: dict[str, Any] = {"sequence_lengths": lengths, "branches": tree}
     if token_ids.is_cuda:
         attention["borders"] = borders(lengths, tree, device=token_ids.device)
-    outputs = body(input_ids=token_ids[None], position_ids=places[None], use_cache=False, **attention)
+    if group is not None:
+        attention |= {"within": ATTENTION, "group": group}
+    own = own_part(len(token_ids))
+    outputs = body(input_ids=token_ids[None, own], position_ids=places[None, own], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 
@@ -133,7 +142,8 @@ def supervised_loss(
     loss, logprobs, is_top1 = weighted_logprob_sum(
         hidden, lm_head_weight(model), token_ids[chosen], weights, **lm_head_settings(model)
     )
-    return loss, _spread(logprobs, chosen, len(token_ids)), _spread(is_top1, chosen, len(token_ids))
+    likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
+    return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
@@ -154,16 +164,22 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
 
 
 def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
-    """(tokens in mask, the tokens before them). ValueError if mask holds a sequence's first token."""
+    """(tokens in mask, the tokens before them) of which this rank holds the latter, counted from its part's first.
+
+    ValueError if mask holds a sequence's first token.
+    """
     before = predecessors(lengths, branches)
     if bool(mask[before < 0].any()):
         raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
+    own = own_part(len(mask))
+    mask = mask & (before >= own.start) & (before < own.stop)
     chosen = mask.nonzero()[:, 0]
-    return chosen, before[chosen]
+    return chosen, before[chosen] - own.start
 
 
 def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
-    return values.new_zeros(size).index_copy(0, positions, values)
+    """The whole column, 0 elsewhere; of a row that ranks share, with what they have found."""
+    return summed(values.new_zeros(size).index_copy(0, positions, values))
 
 
 def _set_attention(body: Any, name: str) -> None:

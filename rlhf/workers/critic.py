@@ -57,7 +57,7 @@ class CriticWorker(TrainedWorker):
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
         """Take this rank's share of a batch in and value its tokens: the column, and its size. Collective."""
-        ids = plan.sequences_of(self.place.rank)
+        ids = plan.sequences_of(self.data_rank)
         self.plan = plan
         self.rollouts = Rollouts.gather(parts, ids)
         lengths = self.rollouts.lengths.tolist()
@@ -65,7 +65,7 @@ class CriticWorker(TrainedWorker):
         prompts = shared_prompts(self.rollouts, samples_per_prompt=self.samples_per_prompt)
         self.microbatches = []
         for minibatch in plan.minibatches:
-            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
         self.old_values = torch.zeros(len(self.rollouts.token_ids))

@@ -86,7 +86,7 @@ class PolicyWorker(TrainedWorker):
         updates, or a KL penalty in the reward. They are computed in the micro-batches of the update, so that the ratio
         of the first update is exactly 1.
         """
-        ids = plan.sequences_of(self.place.rank)
+        ids = plan.sequences_of(self.data_rank)
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
         references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
         ref_logprobs = TokenValues.gather(references, ids).values if references else None
@@ -95,7 +95,7 @@ class PolicyWorker(TrainedWorker):
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         microbatches = []
         for minibatch in plan.minibatches:
-            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.place.rank]]
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
         self.share = _Share(
@@ -249,7 +249,8 @@ class PolicyWorker(TrainedWorker):
     def _moments_over_ranks(self, own: Moments) -> Moments:
         """Moments of all ranks' values together, the same on every rank."""
         table = torch.zeros(self.place.world_size, 3, dtype=torch.float64)
-        table[self.place.rank] = torch.tensor([own.count, own.mean, own.squared_deviation], dtype=torch.float64)
+        if self.place.rank % self.resources.sequence_parallel == 0:  # of those with the same sequences, one
+            table[self.data_rank] = torch.tensor([own.count, own.mean, own.squared_deviation], dtype=torch.float64)
         rows = self.engine.all_reduce_sum(table.to(self.device)).tolist()
         return merge_moments(
             [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]

@@ -89,7 +89,7 @@ class SupervisedWorker(TrainedWorker):
         return merge(parts)
 
     def _cut(self, examples: Examples, plan: MinibatchPlan) -> list[Slice]:
-        rows = plan.sequences_by_rank[self.place.rank]
+        rows = plan.sequences_by_rank[self.data_rank]
         cut = slices(examples.lengths.tolist(), rows, max_tokens=self.config.train.max_tokens_per_microbatch)
         return padded(cut, self.engine.max_over_ranks(len(cut)))
 

@@ -25,7 +25,10 @@ from rlhf.workers.place import RankPlace, torch_dtype
 
 
 class TrainedWorker:
-    """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order."""
+    """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
+
+    Ranks that share micro-batches all return what one would return alone: callers keep the results of the first.
+    """
 
     role: Role
 
@@ -45,6 +48,7 @@ class TrainedWorker:
         self.place = place
         self.lr = lr
         self.optimizer_steps = optimizer_steps
+        self.data_rank = place.rank // resources.sequence_parallel  # whose share of a batch is this rank's
         self.device = place.torch_device()
         torch.set_num_threads(place.threads)
         torch.manual_seed(config.run.seed + place.rank)
@@ -98,6 +102,7 @@ class TrainedWorker:
                 dtype=torch_dtype(self.model_config.dtype),
                 device=self.device,
                 deadline_s=place.deadline_s,
+                sequence_parallel=self.resources.sequence_parallel,
             )
         self.tokenizer: Any = load_tokenizer(
             self.model_config.model, trust_remote_code=self.model_config.trust_remote_code

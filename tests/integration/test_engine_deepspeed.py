@@ -5,11 +5,7 @@ The gradient is that of a sum over the optimizer step, so ranks and micro-batche
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
-from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
 
-DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
-CPU = torch.device("cpu")
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
 LENGTHS = (5, 2, 7, 4)
@@ -162,66 +156,6 @@ def load_with_other_stage(rank: int, world_size: int, *, folder: Path) -> str:
     finally:
         engine.close()
     return "loaded"
-
-
-# The gang: one process a rank, spawned once and given many tasks.
-
-
-def serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    init_distributed(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        master_addr="127.0.0.1",
-        master_port=port,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-    )
-    while (task := connection.recv()) is not None:
-        function, options = task
-        try:
-            connection.send((None, function(rank, world_size, **options)))
-        except Exception:
-            connection.send((traceback.format_exc(), None))
-            raise
-    leave_distributed()
-
-
-class Gang:
-    def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pipes = [context.Pipe() for _ in range(world_size)]
-        self.connections = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(target=serve, args=(theirs, rank, world_size, port), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
-        for connection in self.connections:
-            connection.send((function, options))
-        results = []
-        for rank, connection in enumerate(self.connections):
-            assert connection.poll(DEADLINE_S), f"rank {rank} did not finish {function.__name__} in {DEADLINE_S:g} s"
-            error, result = connection.recv()
-            assert error is None, f"rank {rank}: {error}"
-            results.append(result)
-        return results
-
-    def close(self) -> None:
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive():
-                connection.send(None)
-        for process in self.processes:
-            process.join(DEADLINE_S)
-            process.kill()
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}rank")

@@ -73,6 +73,10 @@ RELATIONS = {
         ["cluster.roles.critic={workers: 17, colocate_with: null}"],
         "17 data-parallel ranks of cluster.roles.critic",
     ),
+    "ranks that share micro-batches divide the workers": (
+        ["cluster.roles.policy={workers: 3, sequence_parallel: 2}"],
+        "cluster.roles.policy.sequence_parallel: is 2 and must divide cluster.roles.policy.workers = 3",
+    ),
     "a group has two responses": (
         [GRPO, "rollouts.samples_per_prompt=1", "train.sequences_per_update=4"],
         "rollouts.samples_per_prompt: is 1, but grpo compares a prompt's responses",
@@ -250,6 +254,8 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
         [GRPO, "rollouts.samples_per_prompt=2"],
         ["cluster.roles.policy.workers=16"],  # one sequence each
+        ["cluster.roles.policy={workers: 32, sequence_parallel: 2}"],  # 16 data-parallel ranks
+        ["cluster.roles.policy.workers=2", "cluster.roles.critic={workers: 2, sequence_parallel: 2}"],
         ["train.warmup_steps=19"],
         ["algorithm.critic_warmup_steps=9"],
         ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],

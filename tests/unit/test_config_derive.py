@@ -47,6 +47,11 @@ def test_a_supervised_step_is_an_optimizer_step() -> None:
     assert derived.longest_sequence == 64
 
 
+def test_ranks_that_share_micro_batches_count_as_one() -> None:
+    cluster = {"roles": {"policy": {"workers": 8, "sequence_parallel": 4}}}
+    assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
+
+
 @pytest.mark.parametrize(
     ("algorithm", "sections", "roles", "reference"),
     [

@@ -1,0 +1,161 @@
+"""One packed row spread over the ranks of a group: Ulysses sequence parallelism (arXiv:2309.14509) by DeepSpeed.
+
+The row is cut into equal parts, one a rank. Attention alone needs whole sequences: around it, DeepSpeed's all-to-all
+turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns that leave a
+forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss; its gradient is what
+its own part of the row contributes, and the sum over the ranks is the gradient. Without a group all this is a no-op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf.errors import UserError
+from rlhf.models.branches import Branches
+
+ULYSSES = "rlhf_ulysses"  # its name among transformers' attention functions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceGroup:
+    """Ranks that hold each row together, as one of them sees it."""
+
+    handle: Any  # torch's process group
+    rank: int  # in the group
+    size: int
+
+
+_current: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", default=None)
+
+
+def make_group(size: int) -> SequenceGroup | None:
+    """This rank's group of `size` neighbours; None for 1. Collective over all ranks, whose number size divides."""
+    if size == 1:
+        return None
+    handle, _ = dist.new_subgroups(size)
+    return SequenceGroup(handle=handle, rank=dist.get_rank() % size, size=size)
+
+
+@contextmanager
+def rows_shared_by(group: SequenceGroup | None) -> Iterator[None]:
+    """Forward passes inside take one part of every row each."""
+    token = _current.set(group)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_group() -> SequenceGroup | None:
+    """Who shares the rows of the forward pass that is going on."""
+    return _current.get()
+
+
+def refuse_uneven_heads(config: Any, size: int) -> None:
+    """UserError if a model's attention heads cannot be shared out among `size` ranks."""
+    heads: int = config.get_text_config().num_attention_heads
+    if heads % size:
+        raise UserError(f"sequence_parallel is {size} and must divide the model's {heads} attention heads.")
+
+
+def filled_up(
+    token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " b"], Branches | None]:
+    """A row that splits evenly: with one more sequence, of fewer tokens than there are ranks, that nobody reads."""
+    group = current_group()
+    missing = 0 if group is None else -len(token_ids) % group.size
+    if missing == 0:
+        return token_ids, lengths, branches
+    return F.pad(token_ids, (0, missing)), F.pad(lengths, (0, 1), value=missing), branches and (*branches, None)
+
+
+def own_part(num_tokens: int) -> slice:
+    """Where this rank's part stands in a row of so many tokens; the last may reach past them."""
+    group = current_group()
+    if group is None:
+        return slice(0, num_tokens)
+    size = -(-num_tokens // group.size)
+    return slice(group.rank * size, (group.rank + 1) * size)
+
+
+def whole_row(part: Float[Tensor, " n"], num_tokens: int) -> Float[Tensor, " N"]:
+    """The row, from every rank's own part."""
+    group = current_group()
+    if group is None:
+        return part
+    own = own_part(num_tokens)
+    return summed(F.pad(part, (own.start, len(part) * group.size - own.stop)))[:num_tokens]
+
+
+def summed(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
+    """The sum over the group. Every rank gets all of the sum's gradient."""
+    group = current_group()
+    if group is None:
+        return values
+    total: Tensor = _Sum.apply(values, group)
+    return total
+
+
+class _Sum(Function):
+    """d sum / d values is 1, and the same loss on the other ranks is not counted again."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: SequenceGroup) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group.handle)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def ulysses_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 Q n D"],
+    key: Float[Tensor, "1 K n D"],
+    value: Float[Tensor, "1 K n D"],
+    attention_mask: None,
+    *,
+    within: str,
+    group: SequenceGroup,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Float[Tensor, "1 n Q D"], None]:
+    """The attention function called `within`, on whole sequences and this rank's share of the heads.
+
+    Key-value heads that the ranks cannot share out evenly are repeated until they can. UserError if each head has
+    parameters of its own (sinks, position biases).
+    """
+    from deepspeed.sequence.layer import DistributedAttention  # after init_distributed
+
+    if s_aux is not None or position_bias is not None:
+        raise UserError(
+            f"{type(module).__name__} has attention sinks or a position bias, which sequence_parallel does not share "
+            "out. Set it to 1, or use another model."
+        )
+    repeats = math.lcm(key.shape[1], group.size) // key.shape[1]
+
+    def attend(*row: Float[Tensor, "1 N h D"]) -> Float[Tensor, "1 N h D"]:
+        q, k, v = (x.transpose(1, 2) for x in row)
+        result: Tensor = ALL_ATTENTION_FUNCTIONS[within](module, q, k, v, attention_mask, **settings)[0]
+        return result
+
+    parts = (x.transpose(1, 2) for x in (query, *(x.repeat_interleave(repeats, 1) for x in (key, value))))
+    return DistributedAttention(attend, group.handle, scatter_idx=2, gather_idx=1)(*parts, 0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ULYSSES, ulysses_attention)

@@ -1,0 +1,74 @@
+"""A gang for tests of the engine: one process a rank, spawned once and given many tasks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from rlhf.engine.distributed import init_distributed, leave_distributed
+
+DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
+CPU = torch.device("cpu")
+
+
+def serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    init_distributed(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        master_addr="127.0.0.1",
+        master_port=port,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+    while (task := connection.recv()) is not None:
+        function, options = task
+        try:
+            connection.send((None, function(rank, world_size, **options)))
+        except Exception:
+            connection.send((traceback.format_exc(), None))
+            raise
+    leave_distributed()
+
+
+class Gang:
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.connections = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=serve, args=(theirs, rank, world_size, port), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, options))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            assert connection.poll(DEADLINE_S), f"rank {rank} did not finish {function.__name__} in {DEADLINE_S:g} s"
+            error, result = connection.recv()
+            assert error is None, f"rank {rank}: {error}"
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if process.is_alive():
+                connection.send(None)
+        for process in self.processes:
+            process.join(DEADLINE_S)
+            process.kill()

@@ -1,0 +1,184 @@
+"""Ulysses for real, on gloo: four ranks that share each micro-batch, or two by two, against plain torch on one.
+
+Logprobs, entropies, values, losses, gradients and trained weights must be those of whole rows: with sequences of uneven
+lengths, rows that do not split evenly, shared prompts, parts without a token to learn from, fewer key-value heads than
+ranks, recomputed layers, and weights that are sharded (ZeRO-3) or not. Not covered: nccl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.errors import UserError
+from rlhf.models.branches import Branch, Branches
+from rlhf.models.heads import sequence_scores, token_values
+from rlhf.models.packed import policy_logprobs, policy_logprobs_only, supervised_loss
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+
+WORLD = 4
+STEPS = 2
+LR = 0.01
+EPS = 1e-3  # of Adam: a step then follows the gradient, also where that is near 0 and rounding has its say
+# (lengths, branches, tokens that are learnt from). 14 and 11 tokens: neither splits into four, one not into two.
+ROWS: list[tuple[list[int], Branches | None, list[int]]] = [
+    ([5, 3, 4, 2], (None, Branch(of=0, length=3), None, Branch(of=2, length=3)), [3, 4, 5, 6, 11, 12, 13]),
+    ([6, 1, 4], None, [9, 10]),
+]
+Found = tuple[Tensor, list[Tensor]]  # the loss, and the columns it was made from
+
+
+def model_of(kind: str, *, checkpointing: bool) -> Any:
+    """Four heads for four ranks, but two key-value heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        num_labels=1,
+        pad_token_id=None,
+    )
+    loader = AutoModelForSequenceClassification if kind == "critic" else AutoModelForCausalLM
+    model = loader.from_config(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def forward(model: Any, kind: str, step: int, index: int) -> Found:
+    lengths, branches, learnt = ROWS[index]
+    generator = torch.Generator().manual_seed(10 * step + index)
+    tokens = torch.randint(40, (sum(lengths),), generator=generator)
+    weights = torch.randn(len(tokens), generator=generator) / 10
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask[learnt] = True
+    sizes = torch.tensor(lengths)
+    if kind == "policy":
+        logprobs, entropy = policy_logprobs(
+            model, tokens, sizes, mask=mask, branches=branches, temperature=0.7, entropy_grad=True
+        )
+        with torch.no_grad():
+            again = policy_logprobs_only(model, tokens, sizes, mask=mask, branches=branches, temperature=0.7)
+        return (weights * logprobs).sum() - (weights * entropy).square().sum(), [logprobs, entropy, again]
+    if kind == "supervised":
+        mask &= torch.tensor([i not in (0, 5, 8) for i in range(len(tokens))])
+        if branches is not None:
+            sizes = torch.tensor([5, 9])  # such rows have no branches
+        loss, logprobs, likeliest = supervised_loss(model, tokens, sizes, mask=mask, token_weight=0.1)
+        return loss, [logprobs, likeliest]
+    values = token_values(model, tokens, sizes, branches)
+    scores = sequence_scores(model, tokens, sizes)
+    return (values - weights).square()[mask].sum() + (weights[: len(scores)] * scores).sum(), [values, scores]
+
+
+Trained = tuple[list[list[Tensor]], list[Tensor], dict[str, Tensor], list[float], dict[str, Tensor]]
+
+
+def plainly(kind: str) -> Trained:
+    """(columns, losses, the last gradient, its norms, weights) of plain torch on whole rows."""
+    model = model_of(kind, checkpointing=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)
+    columns, losses, norms = [], [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for index in range(len(ROWS)):
+            loss, found = forward(model, kind, step, index)
+            loss.backward()
+            losses.append(loss.detach())
+            columns.append([x.detach() for x in found])
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+        optimizer.step()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return columns, losses, gradients, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def in_parts(rank: int, world_size: int, *, kind: str, shared: int, stage: int, checkpointing: bool) -> Trained:
+    """The same of one rank among `shared` that hold a row together. The rows are dealt out among the groups."""
+    engine = make_engine(model_of(kind, checkpointing=checkpointing), shared=shared, stage=stage)
+    groups = world_size // shared
+    mine = range(len(ROWS))[rank // shared :: groups]
+    columns, losses, norms = [], [], []
+    for step in range(STEPS):
+        for index in mine:
+            loss, found = engine.forward(forward, kind, step, index)
+            engine.backward(loss, last=index == mine[-1])
+            losses.append(loss.detach())
+            columns.append([x.detach() for x in found])
+        gradients = {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
+        norms.append(engine.step().grad_norm)
+    weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+    engine.close()
+    return columns, losses, gradients, norms, weights
+
+
+def make_engine(model: Any, *, shared: int, stage: int) -> DeepSpeedEngine:
+    return DeepSpeedEngine(
+        model,
+        optimizer=OptimizerSettings(lr=LR, eps=EPS, weight_decay=0.01, grad_clip=None),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=STEPS),
+        zero_stage=stage,  # type: ignore[arg-type]
+        dtype=torch.float32,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+        sequence_parallel=shared,
+    )
+
+
+def refusal(rank: int, world_size: int) -> str:
+    try:
+        make_engine(model_of("policy", checkpointing=False), shared=3, stage=0)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Gang]:
+    gang = Gang(WORLD)
+    yield gang
+    gang.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "stage", "checkpointing"),
+    [
+        ("policy", 4, 0, False),
+        ("policy", 2, 0, True),
+        ("policy", 4, 3, True),
+        ("supervised", 2, 3, False),
+        ("critic", 4, 0, False),
+        ("critic", 2, 2, False),
+    ],
+)
+def test_ranks_that_share_rows_equal_one_that_does_not(
+    gang: Gang, kind: str, shared: int, stage: int, checkpointing: bool
+) -> None:
+    columns, losses, gradients, norms, weights = plainly(kind)
+    assert norms[0] > 0.05
+    found = gang.run(in_parts, kind=kind, shared=shared, stage=stage, checkpointing=checkpointing)
+    groups = WORLD // shared
+    for rank, (own_columns, own_losses, own_gradients, own_norms, own_weights) in enumerate(found):
+        rows = [i for step in range(STEPS) for i in range(2 * step, 2 * step + 2)[rank // shared :: groups]]
+        for row, got, loss in zip(rows, own_columns, own_losses, strict=True):
+            torch.testing.assert_close(got, columns[row], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(loss, losses[row], rtol=1e-4, atol=1e-5)
+        assert own_norms == pytest.approx(norms, rel=1e-4)
+        if stage == 0:
+            torch.testing.assert_close(own_gradients, gradients, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own_weights, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(gang: Gang) -> None:
+    for message in gang.run(refusal):
+        assert message == "sequence_parallel is 3 and must divide the model's 4 attention heads."
