@@ -41,6 +41,7 @@ from rlhf.controller.record import RunRecord, read_state
 from rlhf.data.examples import collate
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError, UserError
+from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.progress import open_progress
@@ -316,6 +317,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             eval_sets=inputs.eval_sets,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
+            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
         )
         if step is not None:
             await controller.restore(step)

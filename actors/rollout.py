@@ -114,20 +114,20 @@ class RolloutWorker:
             *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
         )
         rollouts, infos = assemble(request, outputs)
-        spooled = await self.read_spooled(request, version)
+        spooled = await self.read_spooled(request, sampling, version)
         if spooled is not None:
             return spooled
         if self.spec.spool is not None:
-            await asyncio.to_thread(write_group, self.spec.spool, request, version, rollouts, infos)
+            await asyncio.to_thread(write_group, self.spec.spool, request, sampling, version, rollouts, infos)
         return rollouts, infos
 
     async def read_spooled(
-        self, request: GroupRequest, version: int
+        self, request: GroupRequest, sampling: Sampling, version: int
     ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
         """The group as these weights answered it before, if it was finished. None: it was not."""
         if self.spec.spool is None:
             return None
-        return await asyncio.to_thread(read_group, self.spec.spool, request, version)
+        return await asyncio.to_thread(read_group, self.spec.spool, request, sampling, version)
 
     async def hold(self) -> None:
         """Let the requests that come from now on wait, and forget cached prefixes.

@@ -1,7 +1,7 @@
 """Finished groups on disk, so that a resumed run trains on the very same rollouts.
 
 One file a group, named by group id and the version of the weights that the group began with, written whole or not at
-all. A file speaks for a request only if prompt and seeds are the same.
+all. A file speaks for a request only if prompt, seeds and sampling are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlhf.types import GroupRequest, RolloutInfo, Rollouts
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
@@ -23,32 +23,41 @@ def group_path(folder: Path, group_id: int, version: int) -> Path:
 
 
 def write_group(
-    folder: Path, request: GroupRequest, version: int, rollouts: Rollouts, infos: tuple[RolloutInfo, ...]
+    folder: Path,
+    request: GroupRequest,
+    sampling: Sampling,
+    version: int,
+    rollouts: Rollouts,
+    infos: tuple[RolloutInfo, ...],
 ) -> None:
     """Write a finished group aside, then rename it into place."""
     path = group_path(folder, request.group_id, version)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
-    save_file(columns, aside, metadata={**_identity(request), "infos": json.dumps([asdict(info) for info in infos])})
+    told = json.dumps([asdict(info) for info in infos])
+    save_file(columns, aside, metadata={**_identity(request, sampling), "infos": told})
     aside.replace(path)
 
 
-def read_group(folder: Path, request: GroupRequest, version: int) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
+def read_group(
+    folder: Path, request: GroupRequest, sampling: Sampling, version: int
+) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
     """The group, if it is there and answers this very request."""
     path = group_path(folder, request.group_id, version)
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        if any(metadata[key] != value for key, value in _identity(request).items()):
+        if any(metadata.get(key) != value for key, value in _identity(request, sampling).items()):
             return None
         rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
     return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
 
 
-def _identity(request: GroupRequest) -> dict[str, str]:
+def _identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
     return {
+        "sampling": json.dumps(asdict(sampling)),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
         "seeds": json.dumps(request.seeds),
         "first_sequence_id": json.dumps(request.first_sequence_id),

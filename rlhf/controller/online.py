@@ -76,6 +76,7 @@ class OnlineController:
         eval_sets: Mapping[str, Sequence[Prompt]],
         probe_ids: Sequence[int],
         policy_fingerprint: str,
+        rewards_fingerprint: str,
     ) -> None:
         assert config.rollouts is not None
         self.config = config
@@ -99,7 +100,7 @@ class OnlineController:
         self.kl_coef = algorithm.config.kl.coef
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.by(config.train.best_metric, f"eval/{first_set}/score", default_lower=False)
-        self.ledger = ScoreLedger(record.folder.spool)
+        self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
     async def run(self) -> None:
@@ -176,6 +177,7 @@ class OnlineController:
                     continue
                 dropped += 1
                 if policy.on_error == "fail" or dropped > policy.max_dropped_fraction * count:
+                    self.ledger.forget_failures()
                     raise RunError(
                         f"rewards, step {step}: {describe(group.scores.errors)}. "
                         + (
@@ -374,9 +376,11 @@ class OnlineController:
                 groups = await self._answer(requests, sampling, step=step)
                 failed = [group for group in groups if group.scores.errors]
                 if failed and self.config.reward_policy.on_error == "fail":
+                    self.ledger.forget_failures()
                     raise RunError(f"eval {name}, step {step}: {describe(failed[0].scores.errors)}")
                 sound = [group for group in groups if not group.scores.errors]
                 if not sound:
+                    self.ledger.forget_failures()
                     raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
                 self._add_evaluation(name, sound)
                 selections += group_samples(sound, None, {}, split=name, most=None)

@@ -6,9 +6,11 @@ A reward that fails is reported and never counted as 0; the controller decides w
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from rlhf.rewards.loading import LoadedReward
@@ -25,6 +27,17 @@ class RewardSpec:
     name: str
     weight: float
     function: LoadedReward | None  # None: a reward model, whose numbers come to `score`
+
+
+def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
+    """Of the rewards as they are now: their configuration and the text of their files, not of what those import."""
+    digest = hashlib.blake2b(model.encode(), digest_size=16)
+    for spec in specs:
+        source = spec.function.source if spec.function is not None else None
+        digest.update(repr((spec.name, spec.weight, source)).encode())
+        if source is not None and source.path is not None:
+            digest.update(Path(source.path).read_bytes())
+    return digest.hexdigest()
 
 
 class RewardSet:

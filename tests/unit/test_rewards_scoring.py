@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.rewards.loading import load_reward
-from rlhf.rewards.scoring import RewardSet, RewardSpec, describe
+from rlhf.rewards.scoring import RewardSet, RewardSpec, describe, fingerprint
 from rlhf.types import Prompt, RewardError
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
@@ -27,6 +27,18 @@ def test_weighted_sum_by_hand() -> None:
     assert scores.scores == (10.5, -4.0)
     assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
     assert scores.errors == ()
+
+
+def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+
+    def found(code: str = "return 1.0", weight: float = 1.0, model: str = "") -> str:
+        file.write_text(f"def f(prompt, response):\n    {code}\n")
+        loaded = load_reward("mine.py:f", args={}, folders=[tmp_path], key="mine")
+        return fingerprint([RewardSpec(name="mine", weight=weight, function=loaded)], model=model)
+
+    assert found() == found()
+    assert len({found(), found("return 2.0"), found(weight=0.5), found(model="other")}) == 4
 
 
 def test_a_model_alone_needs_no_process() -> None:
