@@ -22,7 +22,7 @@ from rlhf.config.derive import WeightSync, weight_sync
 from rlhf.config.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup, MemoryReport
+from rlhf.roles import CompletedGroup, EnginePart, MemoryReport
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,8 @@ class RolloutEngine(RolloutWorker):
     """One engine as a Ray actor."""
 
     async def memory(self) -> MemoryReport:
-        """Peaks of this process."""
-        peak = peak_memory()
-        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+        """Peaks of this process and, on GPUs, of the engine's workers, which are others with tensor parallelism."""
+        return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
 
 
 def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
@@ -95,20 +94,23 @@ class RolloutEngines:
         hosts must see.
         """
         folder = Path("/dev/shm") if one_host else shared
+        engines = len(self.handles)
         if adapter:
             logger.info("the adapter goes through %s", folder)
-            await policy.open_weights(self.way.method, None, folder)
+            await policy.open_weights(self.way.method, None, folder, num_engines=engines)
             return
         logger.info("weights go by %s: %s", self.way.method, self.way.why)
         meeting = None
         if self.way.method in ("gloo", "nccl"):
-            receivers = len(self.handles) * tensor_parallel
+            receivers = engines * tensor_parallel
             meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
         ours = [
             handle.open_weights.remote(meeting, 1 + engine * tensor_parallel)
             for engine, handle in enumerate(self.handles)
         ]
-        await asyncio.gather(policy.open_weights(self.way.method, meeting, folder), self._all(ours, "weight sync"))
+        await asyncio.gather(
+            policy.open_weights(self.way.method, meeting, folder, num_engines=engines), self._all(ours, "weight sync")
+        )
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
         return await wait_all(refs, role="rollout", stage=stage, deadline_s=deadline_s or self.deadline_s)
@@ -167,13 +169,13 @@ class RolloutEngines:
         """Each engine's log-probabilities of token_ids[1:]."""
         return await self._all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
 
-    async def sleep(self) -> None:
+    async def sleep(self, *, keep_weights: bool) -> None:
         """Give the GPUs to the trainers."""
-        await self._all([h.sleep.remote() for h in self.handles], "sleep")
+        await self._all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
 
-    async def wake(self) -> None:
-        """Take the GPUs back."""
-        await self._all([h.wake.remote() for h in self.handles], "wake")
+    async def wake(self, part: EnginePart) -> None:
+        """Take a part of the GPUs' memory back: the weights', then the cache's."""
+        await self._all([h.wake.remote(part) for h in self.handles], "wake")
 
     async def memory(self) -> MemoryReport:
         """Peaks over the engines."""

@@ -139,9 +139,11 @@ class PolicyGang(Gang):
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "weight sync")
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
 
-    async def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path) -> None:
+    async def open_weights(
+        self, transport: Transport, meeting: Meeting | None, adapters: Path, *, num_engines: int
+    ) -> None:
         """Open the ranks' ends of the way to the engines; a broadcast blocks here until all receivers have come."""
-        refs = [h.open_weights.remote(transport, meeting, adapters) for h in self.handles]
+        refs = [h.open_weights.remote(transport, meeting, adapters, num_engines) for h in self.handles]
         await self.all(refs, "weight sync")
 
     async def prepare(

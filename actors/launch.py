@@ -294,9 +294,14 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         groups.append(engines)
         limit_s = cluster.start_timeout_s
         one_host = placement.on_one_host()
+        engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
+        if engines_first:  # an engine measures what its GPU has free, while nothing else may come or go
+            await engines.start(deadline_s=limit_s)
+        if cluster.device == "cuda" and cluster.roles.rollout.colocate_with is not None:
+            await engines.sleep(keep_weights=False)
         await asyncio.gather(
             policy.start(one_host=one_host, deadline_s=limit_s),
-            engines.start(deadline_s=limit_s),
+            *([] if engines_first else [engines.start(deadline_s=limit_s)]),
             reward.start(deadline_s=limit_s),
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),

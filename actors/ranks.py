@@ -36,14 +36,18 @@ class PolicyRank(PolicyWorker):
         """Where the other ranks find this one."""
         return free_address(one_host=one_host)
 
-    def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path) -> None:
-        """Open this rank's end of the way to the engines. For LoRA the adapter alone travels, through `adapters`."""
-        dtype = torch_dtype(self.model_config.dtype)
+    def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
+        """Open this rank's end of the way to the engines. For LoRA the adapter alone travels, through `adapters`.
+
+        Engines that are colocated stand beside the first ranks, one each.
+        """
+        dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
         if self.model_config.lora is None:
-            self.sender = open_sender(transport, rank=self.place.rank, dtype=dtype, meeting=meeting)
+            beside = rank < num_engines
+            self.sender = open_sender(transport, rank=rank, dtype=dtype, meeting=meeting, beside_engine=beside)
             return
         config = adapter_config(self.engine.module)
-        self.sender = AdapterSender(adapters, config, rank=self.place.rank, dtype=dtype)
+        self.sender = AdapterSender(adapters, config, rank=rank, dtype=dtype)
 
     def publish(self, version: int) -> WeightManifest | None:
         """Stage the weights of a version; None on ranks other than 0. Collective."""

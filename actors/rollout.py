@@ -32,6 +32,7 @@ from actors.vllm_engine import (
 )
 from actors.weights import Meeting, WeightManifest
 from rlhf.errors import RunError
+from rlhf.roles import EnginePart
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
 __all__ = ["EngineHealth", "EngineInfo", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
@@ -201,24 +202,33 @@ class RolloutWorker:
         output = await self._wait(future, "the probe", self.spec.call_timeout_s)
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
-    async def sleep(self) -> None:
-        """Give the GPU to the trainer: the cache goes, and the weights, which the next sync brings again.
+    async def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU to the trainer: the cache goes, and the weights, unless they are to be kept in host memory.
 
-        With LoRA the base weights move to host memory instead, since no sync brings them. On a CPU nothing happens.
+        Weights that go are brought again by the next sync. With LoRA the base weights are kept always, since no sync
+        brings them. On a CPU nothing happens.
         """
         if self.spec.device == "cpu":
             return
-        keeps_weights = self.spec.lora_rank is not None
-        if not keeps_weights:
+        keeps = keep_weights or self.spec.lora_rank is not None
+        if not keeps:
             self.version = None
-        await self._call(
-            lambda engine: engine.sleep(level=1 if keeps_weights else 2), "its sleep", self.spec.call_timeout_s
-        )
+        await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep", self.spec.call_timeout_s)
 
-    async def wake(self) -> None:
-        """Take the GPU back. Without LoRA the engine must be synced before it generates."""
+    async def wake(self, part: EnginePart) -> None:
+        """Take a part of the GPU's memory back: first that of the weights, which a sync may fill, then the cache's."""
         if self.spec.device == "cuda":
-            await self._call(lambda engine: engine.wake_up(), "its waking", self.spec.call_timeout_s)
+            tag = {"weights": "weights", "cache": "kv_cache"}[part]
+            await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake", self.spec.call_timeout_s)
+
+    async def gpu_peak_gib(self) -> float | None:
+        """The most GPU memory that the allocator of one of the engine's workers has held. None on a CPU."""
+        if self.spec.device == "cpu":
+            return None
+        peaks: list[float] = await self._call(
+            lambda engine: engine.collective_rpc("gpu_peak_gib"), "its memory", self.spec.call_timeout_s
+        )
+        return max(peaks)
 
     async def abort_all(self) -> int:
         """Drop every request in flight; how many. Their `generate` raises RunError."""

@@ -77,6 +77,8 @@ def build_engine(spec: RolloutSpec) -> Any:
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
             tensor_parallel_size=spec.tensor_parallel,
+            # Left to itself vLLM would place actors of its own in the run's placement group.
+            distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
             gpu_memory_utilization=spec.gpu_memory_utilization,
             kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
             enforce_eager=spec.enforce_eager,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf.tracking.reductions import Reduction
 from rlhf.tracking.samples import SampleRecord
@@ -108,6 +108,9 @@ class Arithmetic:
         return (self.flops_per_token + self.flops_per_token_and_length * mean_length) * tokens_per_s / self.peak_flops
 
 
+EnginePart = Literal["weights", "cache"]
+
+
 class RolloutRole(Protocol):
     """The engines. They refuse to generate until they have been given weights."""
 
@@ -123,12 +126,12 @@ class RolloutRole(Protocol):
         """Each engine's log-probabilities of token_ids[1:]."""
         ...
 
-    async def sleep(self) -> None:
-        """Give the GPU to the trainers (nothing to do on a CPU)."""
+    async def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU to the trainers (nothing to do on a CPU). Weights that are not kept come with the next sync."""
         ...
 
-    async def wake(self) -> None:
-        """Take the GPU back."""
+    async def wake(self, part: EnginePart) -> None:
+        """Take a part of the GPU's memory back: the weights', then the cache's, without which it does not generate."""
         ...
 
     async def memory(self) -> MemoryReport: ...

@@ -44,11 +44,16 @@ class WeightSender(Protocol):
         ...
 
 
-def open_sender(transport: Transport, *, rank: int, dtype: torch.dtype, meeting: Meeting | None) -> WeightSender:
-    """A policy rank's sender. The broadcast transports meet their receivers here, and block until all have come."""
+def open_sender(
+    transport: Transport, *, rank: int, dtype: torch.dtype, meeting: Meeting | None, beside_engine: bool = True
+) -> WeightSender:
+    """A policy rank's sender. The broadcast transports meet their receivers here, and block until all have come.
+
+    beside_engine: an engine shares this rank's GPU, as one always does rank 0's (ipc only).
+    """
     if transport == "shm":
         return ShmSender(rank=rank, dtype=dtype)
     if transport == "ipc":
-        return IpcSender(rank=rank, dtype=dtype)
+        return IpcSender(rank=rank, dtype=dtype, beside_engine=beside_engine)
     assert meeting is not None, f"{transport} needs a place to meet"
     return BroadcastSender(transport, meeting, rank=rank, dtype=dtype)

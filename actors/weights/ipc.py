@@ -1,7 +1,8 @@
 """Weights between processes that share GPUs: the engine's worker opens the trainer rank's memory by its CUDA handles.
 
-Every rank lays all weights out on its own GPU, so an engine's worker finds them on its GPU whichever rank it shares it
-with. That memory is given back once the engines have loaded: training wants it.
+Every rank beside an engine lays all weights out on its own GPU, so the engine's worker finds them there. That memory is
+given back once the engines have loaded: training wants it. CUDA gives back only what its receiver has opened and let
+go, so a rank without an engine must not offer any.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from actors.weights.manifest import WeightManifest, aligned, tensor_view
 class IpcSender:
     """A policy rank's end."""
 
-    def __init__(self, *, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, *, rank: int, dtype: torch.dtype, beside_engine: bool) -> None:
         self.rank = rank
         self.dtype = dtype
+        self.beside_engine = beside_engine
         self.parts: list[UInt8[Tensor, " bytes"]] = []
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Lay the weights out on this rank's GPU and exchange handles. None on ranks other than 0."""
+        handles: list[Any] = [None] * dist.get_world_size()
+        if not self.beside_engine:
+            for _ in named_weights:
+                pass
+            dist.all_gather_object(handles, None)
+            return None
         device = torch.device("cuda", torch.cuda.current_device())
         names: list[str] = []
         shapes: list[tuple[int, ...]] = []
@@ -44,7 +52,6 @@ class IpcSender:
             offsets.append(end)
             end += part.numel()
         torch.cuda.synchronize()
-        handles: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(handles, (gpu_uuid(device), [reduce_tensor(part)[1] for part in self.parts]))
         if self.rank != 0:
             return None
@@ -57,7 +64,7 @@ class IpcSender:
             offsets=tuple(offsets),
             nbytes=end,
             transport="ipc",
-            fields={"handles": dict(handles)},
+            fields={"handles": dict(handle for handle in handles if handle is not None)},
         )
 
     def send(self, manifest: WeightManifest) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from rlhf.engine.memory import peak_memory
+
 PREFIX = "rlhf_"  # vLLM has backends of its own called nccl and ipc
 _ENGINES = {
     "shm": ("actors.weights.vllm_shm", "ShmEngine"),
@@ -29,3 +31,7 @@ class WorkerExtension:
         """Of the bytes that this worker read in its last weight update."""
         checksum: str = self.weight_transfer_engine.checksum
         return checksum
+
+    def gpu_peak_gib(self) -> float | None:
+        """The most GPU memory that this worker's allocator has held."""
+        return peak_memory().gpu_gib

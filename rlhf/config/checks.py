@@ -170,6 +170,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
         text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
         yield _problem("cluster.roles.rollout.tensor_parallel", text)
     yield from _colocation(config)
+    yield from _turns(config)
     yield from _weight_sync(config)
 
 
@@ -205,6 +206,28 @@ def _colocation(config: Config) -> Iterator[Problem]:
                 f" each; lower it, or set cluster.roles.{role}.colocate_with to null"
             )
             yield _problem(f"cluster.roles.{role}.workers", text)
+
+
+def _turns(config: Config) -> Iterator[Problem]:
+    """On a GPU that an engine shares, a trained role's states must be able to leave it."""
+    cluster, roles, needed = config.cluster, config.cluster.roles, derive.needs(config)
+    if cluster.device == "cpu" or roles.rollout.colocate_with is None:
+        return
+    rule = "an engine takes turns with it on its GPU (cluster.roles.rollout.colocate_with)"
+    models = {"policy": config.policy, "critic": derive.critic_model(config)}
+    for role in ("policy", "critic"):
+        section: TrainedRole = getattr(roles, role)
+        if role not in needed or (role == "critic" and roles.critic.colocate_with is None):
+            continue
+        if section.zero_stage < 2:
+            text = f"is {section.zero_stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+        if section.zero_stage == 3 and models[role].lora is not None:
+            text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+        if "parameters" in section.offload:
+            text = f"has `parameters`, but {rule}, and DeepSpeed does not move offloaded parameters; remove it"
+            yield _problem(f"cluster.roles.{role}.offload", text)
 
 
 def _weight_sync(config: Config) -> Iterator[Problem]:

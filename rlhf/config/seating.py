@@ -38,6 +38,12 @@ class Seating:
         """What all bundles together reserve."""
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
+    def shares_gpus(self, role: Role) -> bool:
+        """Whether a worker of another role stands on one of the role's GPUs."""
+        own = {seat.bundle for seat in self.seats[role]}
+        others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
+        return any(seat.bundle in own and seat.gpus > 0.0 for seat in others)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wish:

@@ -129,6 +129,7 @@ class OnlineController:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
+        await self._to_trainers(keep_weights=False)  # for the export
 
     async def _train_step(self, step: int) -> None:
         """The arrows of the module's first line."""
@@ -136,9 +137,7 @@ class OnlineController:
         with record.stage("rollouts", role="rollout"):
             groups = await self._collect(step)
         record.add(rollout_metrics(groups, version=step - 1))
-        if self.takes_turns:
-            await roles.rollout.sleep()
-            await roles.policy.reload()
+        await self._to_trainers(keep_weights=False)
         plan = self._plan(groups, step, roles.policy)
         with record.stage("experience", role="policy"):
             report, advantages = await self._experience(plan, groups)
@@ -329,7 +328,7 @@ class OnlineController:
         """Weights to the engines, proven; then the engines have the GPU."""
         roles, record = self.roles, self.record
         if self.takes_turns:
-            await roles.rollout.wake()
+            await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
         with record.timeline.span("weight_sync", "rollout"):
             report = await sync_weights(
@@ -338,9 +337,8 @@ class OnlineController:
                 version=version,
                 probe_ids=self.probe_ids,
                 dtype=self.config.policy.dtype,
+                hand_over=self._to_engines,
             )
-        if self.takes_turns:
-            await roles.policy.offload()
         record.add(
             {
                 "weight_sync/version": Last(value=report.version),
@@ -349,6 +347,24 @@ class OnlineController:
                 "time/probe_s": Sum(total=report.probe_seconds),
             }
         )
+
+    async def _to_trainers(self, *, keep_weights: bool) -> None:
+        """Where they share GPUs: the engines sleep, and the trained roles take their states back."""
+        if self.takes_turns:
+            await self.roles.rollout.sleep(keep_weights=keep_weights)
+            await asyncio.gather(*(role.reload() for role in self._beside_engines()))
+
+    async def _to_engines(self) -> None:
+        """The other way, with the engines' weights there already: their caches come last, and take what is free."""
+        if self.takes_turns:
+            await asyncio.gather(*(role.offload() for role in self._beside_engines()))
+            await self.roles.rollout.wake("cache")
+
+    def _beside_engines(self) -> list[TrainedRole]:
+        """Trained roles on the engines' GPUs: the policy, and a critic that is colocated with it."""
+        critic = self.roles.critic
+        shares = critic is not None and self.config.cluster.roles.critic.colocate_with is not None
+        return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
         """Score held-out prompts under the current weights; the values stand in the step's row."""
@@ -438,9 +454,13 @@ class OnlineController:
         folder, roles = self.record.folder, self.roles
         with self.record.stage("checkpoint"):
             aside = folder.begin_checkpoint(self.step)
+            await self._to_trainers(keep_weights=True)
             await roles.policy.save(aside / "policy")
             if roles.critic is not None:
                 await roles.critic.save(aside / "critic")
+            if self.takes_turns:
+                await roles.rollout.wake("weights")
+            await self._to_engines()
             self.record.write_state(aside, self._state())
         self.record.write_row(self.step, self.record.row())
         folder.commit_checkpoint(self.step)

@@ -2,14 +2,15 @@
 
 publish (trainer) -> send and receive, together -> probe. Three checks, each of which stops the run: the engines'
 version is the published one, the checksum of the bytes they read is that of the bytes written (both by the rollout
-role), and trainer and engine give the same log-probabilities to a fixed probe.
+role), and trainer and engine give the same log-probabilities to a fixed probe. Where they share a GPU it changes hands
+between the two probes: the trainer's needs its weights there, the engine's its cache.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf.errors import RunError
@@ -32,15 +33,25 @@ class SyncReport:
 
 
 async def sync_weights(
-    policy: PolicyRole, rollout: RolloutRole, *, version: int, probe_ids: Sequence[int], dtype: str
+    policy: PolicyRole,
+    rollout: RolloutRole,
+    *,
+    version: int,
+    probe_ids: Sequence[int],
+    dtype: str,
+    hand_over: Callable[[], Awaitable[None]],
 ) -> SyncReport:
-    """Bring the policy's weights to the engines and prove it. RunError if the engines have others afterwards."""
+    """Bring the policy's weights to the engines and prove it. RunError if the engines have others afterwards.
+
+    hand_over: called when the policy no longer needs a GPU that it shares.
+    """
     began = time.perf_counter()
     manifest = await policy.publish(version)
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
     ours = await policy.probe(probe_ids)  # one after the other: they may share their cores
+    await hand_over()
     engines = await rollout.probe(probe_ids)
     worst = max(check_probe(ours, theirs, engine=i, version=version, dtype=dtype) for i, theirs in enumerate(engines))
     return SyncReport(

@@ -65,6 +65,7 @@ class DeepSpeedEngine:
         self.device = device
         self._settings, self._schedule = optimizer, schedule
         self._zero_stage, self._dtype = zero_stage, dtype
+        self._offload = offload
         self._steps = 0
         self._nonfinite_losses = 0
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
@@ -232,13 +233,49 @@ class DeepSpeedEngine:
     def offload_to_host(self) -> None:
         """Move all states to host memory, so that another process can use the GPU."""
         if self.device.type == "cuda":
-            self._engine.offload_states()
+            self.put_aside()
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:
         """Move them back."""
         if self.device.type == "cuda":
-            self._engine.reload_states()
+            self.take_back()
+
+    def put_aside(self) -> None:
+        """`offload_to_host` whatever the device. Stages 2 and 3, and parameters that DeepSpeed has not offloaded."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        host = torch.device("cpu")
+        if self._zero_stage == 3:  # where DeepSpeed refuses to move the states of any Adam but its own
+            self._engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
+            self._move_adam(host)
+        else:
+            self._engine.offload_states()
+            self._move_frozen(host)
+
+    def take_back(self) -> None:
+        """What `put_aside` moved."""
+        self._engine.reload_states()
+        if self._zero_stage == 3:
+            self._move_adam(self.device)
+        else:
+            self._move_frozen(self.device)
+
+    def _move_adam(self, device: torch.device) -> None:
+        """The master weights and moments of this rank's share, unless they live on the host."""
+        if "optimizer" in self._offload:
+            return
+        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
+            flat.data = flat.data.to(device)
+        for state in self._optimizer.state.values():
+            for key, value in state.items():
+                state[key] = value.to(device)
+
+    def _move_frozen(self, device: torch.device) -> None:
+        """Weights without a gradient (LoRA's base), which DeepSpeed leaves where they are."""
+        for parameter in self.module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

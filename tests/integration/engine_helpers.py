@@ -50,12 +50,15 @@ def spec(model: Path, **changes: Any) -> RolloutSpec:
 
 
 @contextmanager
-def engine(values: RolloutSpec) -> Iterator[Any]:
+def engine(values: RolloutSpec, *, num_gpus: float = 0.0) -> Iterator[Any]:
     """A started engine's actor handle. It must never share a process with a trainer."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     remote = ray.remote(BreakableEngine)
     handle = remote.options(
-        num_cpus=1, max_concurrency=1000, runtime_env={"env_vars": engine_environment(values)}
+        num_cpus=1,
+        num_gpus=num_gpus,
+        max_concurrency=1000,
+        runtime_env={"env_vars": engine_environment(values)},
     ).remote(values)
     call(handle.start.remote())
     yield handle

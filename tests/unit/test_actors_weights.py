@@ -156,6 +156,23 @@ def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_rank_without_an_engine_offers_no_gpu_memory() -> None:
+    taken: list[str] = []
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights():  # gathering a weight may be a collective, so all are asked for
+            taken.append(name)
+            yield name, weight
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sender = open_sender("ipc", rank=1, dtype=torch.float32, meeting=None, beside_engine=False)
+        assert sender.publish(gathered(), 1) is None
+    finally:
+        torch.distributed.destroy_process_group()
+    assert taken == ["a", "b", "c"]
+
+
 @pytest.fixture
 def unused_port() -> int:
     import socket

@@ -268,6 +268,33 @@ def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> No
     assert main(["plan", str(path), *overrides]) == 0
 
 
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("cluster.roles.policy.zero_stage=0", "cluster.roles.policy.zero_stage: is 0, but an engine takes turns"),
+        ("cluster.roles.critic.zero_stage=1", "cluster.roles.critic.zero_stage: is 1, but an engine takes turns"),
+        (
+            "cluster.roles.policy={zero_stage: 3, offload: [parameters]}",
+            "cluster.roles.policy.offload: has `parameters`, but an engine takes turns",
+        ),
+    ],
+)
+def test_beside_an_engine_states_must_be_movable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, text: str
+) -> None:
+    beside = "cluster.roles.rollout.colocate_with=policy"
+    assert text in refusal(tmp_path, capsys, ONLINE, [CUDA, beside, override])
+    path = tmp_path / "apart.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), CUDA, override]) == 0
+
+
+def test_beside_an_engine_zero_3_takes_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside = "cluster.roles.rollout.colocate_with=policy"
+    message = refusal(tmp_path, capsys, ONLINE, [CUDA, LORA, beside, "cluster.roles.policy.zero_stage=3"])
+    assert "cluster.roles.policy.zero_stage: is 3, but an engine takes turns" in message
+
+
 def test_a_section_without_effect_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(tmp_path, capsys, ONLINE, [GRPO, "cluster.roles.critic.cpus=2"])
     assert message.count("no effect") == 1

@@ -131,6 +131,7 @@ def test_guests_share_the_gpus_of_their_hosts() -> None:
     assert [(s.bundle, s.gpus) for s in seating.seats["rollout"]] == [(2, 4.0), (3, 4.0)]
     assert [(s.bundle, s.cpus, s.gpus) for s in seating.seats["reward"]] == [(2, 4.0, 0.0)]  # functions need no GPU
     assert (seating.total("CPU"), seating.total("GPU")) == (24.0, 11.0)  # 3+3+8+8+2, 1+1+4+4+1
+    assert [role for role in seating.seats if seating.shares_gpus(role)] == ["policy", "critic"]
 
 
 def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:

@@ -25,16 +25,21 @@ def test_other_weights_stop_the_run(theirs: list[float]) -> None:
 class Policy:
     """Publishes; its probe says -1 for each token."""
 
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
     async def publish(self, version: int) -> int:
+        self.calls.append("publish")
         return version
 
     async def send(self, manifest: int) -> None:
         return None
 
     async def settle(self) -> None:
-        return None
+        self.calls.append("settle")
 
     async def probe(self, token_ids: list[int]) -> list[float]:
+        self.calls.append("policy's probe")
         return [-1.0] * (len(token_ids) - 1)
 
 
@@ -42,19 +47,28 @@ class Engines:
     """Two engines, the second of which has the given log-probability for every token."""
 
     def __init__(self, second: float) -> None:
+        self.calls: list[str] = []
         self.second = second
         self.loaded: list[int] = []
 
     async def update_weights(self, manifest: int) -> None:
+        self.calls.append("load")
         self.loaded.append(manifest)
 
     async def probe(self, token_ids: list[int]) -> list[list[float]]:
+        self.calls.append("engines' probe")
         return [[value] * (len(token_ids) - 1) for value in (-1.0, self.second)]
 
 
 def sync(engines: Any) -> float:
-    policy: Any = Policy()
-    report = asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1, 2, 3], dtype="float32"))
+    policy: Any = Policy(engines.calls)
+
+    async def hand_over() -> None:
+        engines.calls.append("hand over")
+
+    report = asyncio.run(
+        sync_weights(policy, engines, version=4, probe_ids=[1, 2, 3], dtype="float32", hand_over=hand_over)
+    )
     assert report.version == 4
     return report.probe_max_diff
 
@@ -63,5 +77,6 @@ def test_a_sync_is_proven_on_every_engine() -> None:
     engines = Engines(-1.0005)
     assert sync(engines) == pytest.approx(0.0005)
     assert engines.loaded == [4]
+    assert engines.calls == ["publish", "load", "settle", "policy's probe", "hand over", "engines' probe"]
     with pytest.raises(RunError, match="rollout engine 1"):
         sync(Engines(-1.5))

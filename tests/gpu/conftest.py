@@ -1,0 +1,12 @@
+"""One condition for all tests here: a GPU that this build of torch can use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and a CUDA build of torch; torch.cuda.is_available() is False here")

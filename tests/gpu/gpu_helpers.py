@@ -1,0 +1,146 @@
+"""Processes on a GPU for the tests of this folder: a rank of the engine, and a policy's end of a weight sync."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.rollout import RolloutSpec
+from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
+from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
+from tests.integration.engine_helpers import call, logprobs_of, model_like, spec
+
+DEADLINE_S = 240.0
+GPU = torch.device("cuda", 0)
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+THREE_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def build_model(folder: Path, *, tied: bool) -> Path:
+    """A small Llama with heads of 64, for which vLLM has an attention in float32; the quickstart's are too small."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=tied,
+        )
+    )
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _serve(connection: Connection, port: int, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    try:
+        init_distributed(
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            local_world_size=1,
+            master_addr="127.0.0.1",
+            master_port=port,
+            device=GPU,
+            deadline_s=DEADLINE_S,
+        )
+        connection.send((None, function(**options)))
+        leave_distributed()
+    except Exception:
+        connection.send((traceback.format_exc(), None))
+        raise
+
+
+def on_one_rank(function: Callable[..., Any], **options: Any) -> Any:
+    """function(**options) in a process of its own, which is a gang of one on the GPU. It returns no GPU tensors."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, free_port(), function, options), daemon=True)
+    process.start()
+    try:
+        assert ours.poll(DEADLINE_S), f"{function.__name__} did not finish in {DEADLINE_S:g} s"
+        error, result = ours.recv()
+        assert error is None, error
+        return result
+    finally:
+        process.join(10.0)
+        process.kill()
+
+
+class Trainer:
+    """The policy's end: a model in host memory for the probe, a copy on the GPU, and a sender."""
+
+    sender: WeightSender
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def open(self, transport: Transport, meeting: Meeting | None) -> None:
+        self.sender = open_sender(transport, rank=0, dtype=torch.float32, meeting=meeting)
+
+    def publish(self, version: int) -> WeightManifest | None:
+        self.model = model_like(self.folder, seed=version)
+        weights = {name: weight.to(GPU) for name, weight in self.model.named_parameters()}
+        return self.sender.publish(iter(weights.items()), version)
+
+    def send(self, manifest: WeightManifest) -> None:
+        self.sender.send(manifest)
+
+    def settle(self) -> int:
+        """Bytes that are still allocated on the GPU when all is over."""
+        self.sender.settle()
+        return torch.cuda.memory_allocated()
+
+    def probe(self, token_ids: list[int]) -> list[float]:
+        logprobs: list[float] = logprobs_of(self.model, torch.tensor(token_ids))[1:].tolist()
+        return logprobs
+
+
+@contextmanager
+def trainer(folder: Path, *, num_gpus: float) -> Iterator[Any]:
+    """The actor's handle."""
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["Trainer"]))
+    ray.cloudpickle.register_pickle_by_value(__import__("tests.integration.engine_helpers", fromlist=["spec"]))
+    handle = ray.remote(Trainer).options(num_cpus=1, num_gpus=num_gpus).remote(folder)
+    yield handle
+    ray.kill(handle)
+
+
+def gpu_spec(model: Path, **changes: Any) -> RolloutSpec:
+    """A small float32 engine on a third of a GPU."""
+    values = {"device": "cuda", "kv_cache_gib": None, "gpu_memory_utilization": 0.3, "call_timeout_s": 120.0}
+    return spec(model, **(values | changes))
+
+
+def sync(engine: Any, policy: Any, version: int) -> int:
+    """A sync as the controller makes it. Bytes that the policy's process holds on its GPU afterwards."""
+    manifest = call(policy.publish.remote(version))
+    updated = engine.update_weights.remote(manifest, version)
+    receipt, _ = call(updated, policy.send.remote(manifest))
+    assert (receipt.version, receipt.checksum) == (version, manifest.checksum)
+    held: int = call(policy.settle.remote())
+    return held

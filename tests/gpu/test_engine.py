@@ -1,0 +1,106 @@
+"""DeepSpeed on a GPU: a rank alone against plain torch on a CPU, and its states put aside and taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.models.packed import policy_logprobs
+from tests.gpu.gpu_helpers import DEADLINE_S, GPU, on_one_rank
+from tests.integration.test_engine_deepspeed import (
+    LENGTHS,
+    OPTIMIZER,
+    SCHEDULE,
+    STEPS,
+    batch,
+    plain_training,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+def loss_of(model: Any, sequences: list[Tensor]) -> Tensor:
+    """The mean negative log-probability over the step's sampled tokens."""
+    lengths = torch.tensor([len(s) for s in sequences], device=GPU)
+    mask = torch.cat([torch.arange(len(s)) > 0 for s in sequences]).to(GPU)
+    logprobs, _ = policy_logprobs(model, torch.cat(sequences).to(GPU), lengths, mask=mask)
+    return -logprobs.float().sum() / (sum(LENGTHS) - len(LENGTHS))
+
+
+def make_engine(stage: Any, dtype: torch.dtype, offload: frozenset[Any] = frozenset()) -> DeepSpeedEngine:
+    return DeepSpeedEngine(
+        tiny_model(dtype),
+        optimizer=OPTIMIZER,
+        schedule=SCHEDULE,
+        zero_stage=stage,
+        dtype=dtype,
+        device=GPU,
+        deadline_s=DEADLINE_S,
+        offload=offload,
+    )
+
+
+def step(engine: DeepSpeedEngine, number: int) -> float:
+    engine.backward(engine.forward(loss_of, batch(number)), last=True)
+    return engine.step().grad_norm
+
+
+def weights_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    return {name: weight.cpu().clone() for name, weight in engine.named_weights(torch.float32)}
+
+
+def train(stage: int, dtype: torch.dtype, offload: frozenset[Any] = frozenset()) -> dict[str, Tensor]:
+    engine = make_engine(stage, dtype, offload)
+    for number in range(1, STEPS + 1):
+        step(engine, number)
+    weights = weights_of(engine)
+    engine.close()
+    return weights
+
+
+def train_with_a_rest(stage: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[int]]:
+    """Weights after three steps with a rest after each, and the bytes allocated before, during and after the first."""
+    engine = make_engine(stage, dtype)
+    allocated = []
+    for number in range(1, STEPS + 1):
+        step(engine, number)
+        allocated.append(torch.cuda.memory_allocated())
+        engine.offload_to_host()
+        allocated.append(torch.cuda.memory_allocated())
+        engine.reload_to_device()
+        allocated.append(torch.cuda.memory_allocated())
+    weights = weights_of(engine)
+    engine.close()
+    return weights, allocated
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_float32_equals_plain_adamw_on_a_cpu(stage: int) -> None:
+    found = on_one_rank(train, stage=stage, dtype=torch.float32)
+    torch.testing.assert_close(found, plain_training(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("offload", [frozenset(), frozenset({"optimizer"})], ids=["on_gpu", "offload"])
+def test_bfloat16_is_near_it(stage: int, offload: frozenset[Any]) -> None:
+    found, expected = on_one_rank(train, stage=stage, dtype=torch.bfloat16, offload=offload), plain_training()
+    start = {name: weight.detach() for name, weight in tiny_model().named_parameters()}
+    moved = torch.cat([(expected[name] - start[name]).flatten() for name in expected])
+    apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    assert float(apart.norm() / moved.norm()) < 0.3  # Adam turns a gradient's rounding into whole steps near 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_leave_the_gpu_and_come_back(stage: int, dtype: torch.dtype) -> None:
+    weights, (before, during, after, *_) = on_one_rank(train_with_a_rest, stage=stage, dtype=dtype)
+    assert during < 0.5 * before
+    assert after > 0.8 * before
+    expected = on_one_rank(train, stage=stage, dtype=dtype)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
+    torch.testing.assert_close(weights, expected, **tolerance)
