@@ -82,6 +82,7 @@ def build_engine(spec: RolloutSpec) -> Any:
             gpu_memory_utilization=spec.gpu_memory_utilization,
             kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
             enforce_eager=spec.enforce_eager,
+            block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
             enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
             async_scheduling=False,  # a step is over when step() returns, so an update never meets one
             enable_sleep_mode=spec.colocated and not cpu,
