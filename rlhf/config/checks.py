@@ -214,7 +214,7 @@ def _turns(config: Config) -> Iterator[Problem]:
     if cluster.device == "cpu" or roles.rollout.colocate_with is None:
         return
     rule = "an engine takes turns with it on its GPU (cluster.roles.rollout.colocate_with)"
-    models = {"policy": config.policy, "critic": derive.critic_model(config)}
+    adapters = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
     for role in ("policy", "critic"):
         section: TrainedRole = getattr(roles, role)
         if role not in needed or (role == "critic" and roles.critic.colocate_with is None):
@@ -222,7 +222,7 @@ def _turns(config: Config) -> Iterator[Problem]:
         if section.zero_stage < 2:
             text = f"is {section.zero_stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
-        if section.zero_stage == 3 and models[role].lora is not None:
+        if section.zero_stage == 3 and adapters[role] is not None:
             text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
         if "parameters" in section.offload:
