@@ -40,7 +40,7 @@ class Seating:
 
     def shares_gpus(self, role: Role) -> bool:
         """Whether a worker of another role stands on one of the role's GPUs."""
-        own = {seat.bundle for seat in self.seats[role]}
+        own = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
         others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
         return any(seat.bundle in own and seat.gpus > 0.0 for seat in others)
 
