@@ -116,25 +116,30 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     assert samples[0] == samples[1]
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "two_ranks": {
+        "policy": {"workers": 2, "cpus": 0.5, "zero_stage": 3},
+        "critic": {"workers": 2, "zero_stage": 1, "sequence_parallel": 2},
+    },
+    "one_row": {"policy": {"workers": 2, "cpus": 0.5, "sequence_parallel": 2}},
+}
+
+
 @pytest.mark.timeout(400)
-def test_ranks_zero_and_microbatches_change_nothing_but_rounding(unbroken: Path) -> None:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_zero_and_microbatches_change_nothing_but_rounding(unbroken: Path, name: str) -> None:
     folder = unbroken.parent
     config = write_config(
-        folder / "two_ranks.yaml",
+        folder / f"{name}.yaml",
         {
             **PPO,
-            "run": {"name": "two_ranks", "dir": str(folder), "seed": 3},
+            "run": {"name": name, "dir": str(folder), "seed": 3},
             "train": {**PPO["train"], "steps": 2, "max_tokens_per_microbatch": 64},
-            "cluster": {
-                "roles": {
-                    "policy": {"workers": 2, "cpus": 0.5, "zero_stage": 3},
-                    "critic": {"workers": 2, "zero_stage": 1},
-                }
-            },
+            "cluster": {"roles": LAYOUTS[name]},
         },
     )
     train(config)
-    for one, two in zip(rows(unbroken)[:3], rows(folder / "two_ranks"), strict=True):
+    for one, two in zip(rows(unbroken)[:3], rows(folder / name), strict=True):
         for key, value in without_clocks([one])[0].items():
             if key not in ("update/tokens/total", "update/lr", "update/critic_lr") and value is not None:
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
