@@ -68,9 +68,9 @@ class DeepSpeedEngine:
         self._offload = offload
         self._steps = 0
         self._nonfinite_losses = 0
-        self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
+        self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             parameters,
@@ -84,7 +84,7 @@ class DeepSpeedEngine:
             model=_Caller(module),
             optimizer=self._optimizer,
             model_parameters=parameters,
-            config=self._deepspeed_config(offload, num_parameters=sum(p.numel() for p in parameters)),
+            config=self._deepspeed_config(offload, num_parameters=sum(map(_numel, parameters))),
             dist_init_required=False,
         )
         set_deadline(deadline_s)
@@ -140,8 +140,8 @@ class DeepSpeedEngine:
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
         if nonfinite:
-            raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
             nonfinite //= self._sequence_parallel  # each was counted by all who share it
+            raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
         lr = self._settings.lr * lr_factor(self._schedule, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -293,11 +293,17 @@ class _Caller(nn.Module):
         return function(self.module, *args, **kwargs)
 
 
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole, also of a share."""
+    numel: int = getattr(parameter, "ds_numel", parameter.numel())
+    return numel
+
+
 def _buckets(sources: list[WeightSource]) -> Iterator[list[WeightSource]]:
     bucket: list[WeightSource] = []
     nbytes = 0
     for source in sources:
-        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters)
+        size = sum(_numel(p) * p.element_size() for p in source.parameters)
         if bucket and nbytes + size > _GATHER_BYTES:
             yield bucket
             bucket, nbytes = [], 0

@@ -1,13 +1,15 @@
 """Models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
 
-The first thing a worker does. Nothing here moves a model to a device, wraps it for training or shards it.
+The first thing a worker does. Nothing here moves a model to a device, wraps it for training or shards it; inside
+`rlhf.engine.sharded_loading` transformers does, as it loads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +77,8 @@ def load_critic(
     has_head = _has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
     model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if not has_head:
-        nn.init.zeros_(model.score.weight)
+        with whole([model.score.weight]):
+            nn.init.zeros_(model.score.weight)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -92,6 +95,16 @@ def load_reward_model(
         )
     model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Parameters that a rank may hold a share of, whole inside. What rank 0 changes is kept. Collective."""
+    if not any(hasattr(p, "ds_id") for p in parameters):  # DeepSpeed's mark
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return gathered
 
 
 def architecture_fingerprint(config: Any) -> str:

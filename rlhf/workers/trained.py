@@ -16,6 +16,7 @@ from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.lora import add_lora
@@ -69,9 +70,15 @@ class TrainedWorker:
         from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
 
         with explains_out_of_memory(role=self.role, stage="start", rank=place.rank):
-            module = self.load_module()
+            dtype = torch_dtype(self.model_config.dtype)
+            offload = frozenset(self.resources.offload)
+            with shards_as_it_loads(
+                zero_stage=self.resources.zero_stage,
+                dtype=dtype,
+                offload_parameters=self.device.type == "cuda" and "parameters" in offload,
+            ):
+                module = self.load_module()
             self.fingerprint = architecture_fingerprint(module.config)
-            self.vocab_size = int(module.get_input_embeddings().weight.shape[0])
             lora = self.model_config.lora
             if lora is not None:
                 module = add_lora(
@@ -98,8 +105,8 @@ class TrainedWorker:
                     min_ratio=train.min_lr_ratio,
                 ),
                 zero_stage=self.resources.zero_stage,
-                offload=frozenset(self.resources.offload),
-                dtype=torch_dtype(self.model_config.dtype),
+                offload=offload,
+                dtype=dtype,
                 device=self.device,
                 deadline_s=place.deadline_s,
                 sequence_parallel=self.resources.sequence_parallel,

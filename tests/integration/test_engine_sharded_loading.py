@@ -1,0 +1,138 @@
+"""ZeRO-3 shards a model while it loads: two ranks on gloo hold half each, and train as they do from plain loading.
+
+In float32 that is ZeRO-0; in bfloat16, where the stages round differently, ZeRO-3 that shards afterwards, bit for bit.
+For the policy (tied and untied), the critic with a new head, the reward model with its own, and LoRA. Not covered:
+GPUs; that a model larger than a rank's memory loads, for which the counts of elements stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.sharded_loading import shards_as_it_loads
+from rlhf.models.heads import token_values
+from rlhf.models.loading import load_causal_lm, load_critic, load_reward_model
+from rlhf.models.lora import add_lora
+from rlhf.models.packed import policy_logprobs
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+
+WORLD = 2
+LENGTHS = torch.tensor([5, 3])
+LOADERS = {"tied": load_causal_lm, "untied": load_causal_lm, "lora": load_causal_lm, "critic": load_critic}
+
+
+def config(*, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=41,  # odd: halves are padded
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        num_labels=1,
+        pad_token_id=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(3)
+    LlamaForCausalLM(config(tied=True)).save_pretrained(folder / "tied")
+    LlamaForCausalLM(config(tied=False)).save_pretrained(folder / "untied", max_shard_size="20KB")  # several files
+    LlamaForSequenceClassification(config(tied=False)).save_pretrained(folder / "reward")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Gang]:
+    gang = Gang(WORLD)
+    yield gang
+    gang.close()
+
+
+# What a rank does.
+
+
+def load(kind: str, folder: Path, dtype: torch.dtype) -> Any:
+    if kind == "reward":
+        return load_reward_model(str(folder / "reward"), dtype=dtype)
+    return LOADERS[kind](str(folder / ("untied" if kind == "untied" else "tied")), dtype=dtype)
+
+
+def loss_of(model: Any, rank: int, kind: str) -> Tensor:
+    tokens = torch.arange(rank, rank + 16, 2)
+    if kind in ("critic", "reward"):
+        return (token_values(model, tokens, LENGTHS) - 1.0).square().sum() / 16
+    mask = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    return -policy_logprobs(model, tokens, LENGTHS, mask=mask)[0].sum() / 12
+
+
+def train(
+    rank: int, world_size: int, *, kind: str, folder: Path, stage: int, sharded: bool, dtype: torch.dtype
+) -> tuple[int, int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
+    """(elements held after loading, of how many; weights and buffers then, weights after a step; its gradient norm)."""
+    torch.manual_seed(rank)  # what is drawn anew must not depend on it
+    with shards_as_it_loads(zero_stage=3 if sharded else 0, dtype=dtype):
+        module = load(kind, folder, dtype)
+    held = sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_id") else 0) for p in module.parameters())
+    whole = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in module.parameters())
+    if kind == "lora":
+        torch.manual_seed(rank)  # the same at every stage
+        module = add_lora(module, rank=4, alpha=8.0, dropout=0.0)
+    engine = DeepSpeedEngine(
+        module,
+        optimizer=OptimizerSettings(lr=0.01, eps=1e-3),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
+        zero_stage=stage,  # type: ignore[arg-type]
+        dtype=dtype,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+    )
+    named = engine.named_adapter_weights if kind == "lora" else engine.named_weights
+    before = {name: weight.clone() for name, weight in engine.named_weights(dtype)}
+    engine.backward(engine.forward(loss_of, rank, kind), last=True)
+    norm = engine.step().grad_norm
+    after = {name: weight.clone() for name, weight in named(dtype)}
+    buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    engine.close()
+    return held, whole, before, buffers, after, norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "critic", "reward", "lora"])
+def test_a_rank_loads_its_share_and_trains_as_with_the_whole(
+    gang: Gang, models: Path, kind: str, dtype: torch.dtype
+) -> None:
+    plain = load(kind, models, dtype)
+    weights = {name: p.detach() for name, p in plain.named_parameters()}
+    count = sum(p.numel() for p in plain.parameters())
+    other = 0 if dtype == torch.float32 else 3
+    expected = gang.run(train, kind=kind, folder=models, stage=other, sharded=False, dtype=dtype)
+    found = gang.run(train, kind=kind, folder=models, stage=3, sharded=True, dtype=dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        held, whole, before, buffers, after, norm = ours
+        assert (theirs[0], theirs[1]) == (count, count)
+        assert whole == count
+        assert count / 2 <= held <= count / 2 + len(weights)  # an odd parameter's halves are padded
+        assert before.keys() == weights.keys()
+        assert all(torch.equal(before[name], weights[name]) for name in weights)  # LoRA starts as the identity
+        assert all(torch.equal(buffers[name], theirs[3][name]) for name in theirs[3])
+        assert {b.dtype for b in buffers.values()} == {b.dtype for b in theirs[3].values()}
+        assert after.keys() == theirs[4].keys()
+        if dtype == torch.float32:
+            torch.testing.assert_close(after, theirs[4], rtol=1e-4, atol=1e-6)
+            assert norm == pytest.approx(theirs[5], rel=1e-4)
+        else:
+            torch.testing.assert_close(after, theirs[4], rtol=0.0, atol=0.0)
+            assert norm == theirs[5]
