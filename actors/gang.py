@@ -260,11 +260,15 @@ def rank_places(config: Config, placement: Placement, role: Role, *, threads: in
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
     """Environment of a worker that computes with torch, set before it imports it."""
+    # On a CPU, memory that one micro-batch frees is kept for the next one, instead of given back to the kernel and
+    # faulted in again page by page: a fifth of an update's time. Other C libraries than glibc ignore these.
+    keeps_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
     kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN") if key in os.environ}
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
         "TOKENIZERS_PARALLELISM": "false",
+        **(keeps_memory if place.device == "cpu" else {}),
         **kept,
     }
 
