@@ -30,6 +30,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
 
+# Memory that a micro-batch frees on a CPU is kept for the next one, instead of given back to the kernel and faulted in
+# again page by page, a fifth of an update's time. Read by glibc at a process's start; other C libraries ignore it.
+KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
+
 
 class Stoppable(Protocol):
     """A group of actors."""
@@ -260,15 +264,12 @@ def rank_places(config: Config, placement: Placement, role: Role, *, threads: in
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
     """Environment of a worker that computes with torch, set before it imports it."""
-    # On a CPU, memory that one micro-batch frees is kept for the next one, instead of given back to the kernel and
-    # faulted in again page by page: a fifth of an update's time. Other C libraries than glibc ignore these.
-    keeps_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
     kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN") if key in os.environ}
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
         "TOKENIZERS_PARALLELISM": "false",
-        **(keeps_memory if place.device == "cpu" else {}),
+        **(KEEPS_MEMORY if place.device == "cpu" else {}),
         **kept,
     }
 

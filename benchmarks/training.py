@@ -1,12 +1,13 @@
 """The training pass: packed sequences through this project's engine, beside TRL's SFTTrainer, padded and packed.
 
-    python benchmarks/training.py --model models/SmolLM2-135M-Instruct
+    python benchmarks/training.py
 
 Both sides train on the same sequences of uneven length, every token but a sequence's first counting in the loss, one
 optimizer step over all of them: forward, backward, AdamW. Each side and dtype runs alone in a process of its own, one
 after the other, on all cores; the first step warms up and is not counted. Tokens are real tokens, padding apart. The
 last column is 6 x parameters x tokens / time, over the rate of a large matrix product measured in the same run.
 TRL's side holds its weights in the dtype itself, which is the fastest of its ways; ours keeps float32 master weights.
+Our process has the allocator settings of our workers (actors.gang.KEEPS_MEMORY), TRL's the C library's own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from actors.gang import KEEPS_MEMORY
 
 SEED, LR = 0, 1e-6
 SHORTEST, LONGEST = 16, 512
@@ -222,7 +225,12 @@ def apart(function: Callable[..., Any], argument: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_in_process, args=(results, function, argument))
+    inherited = dict(os.environ)
+    if function is ours:
+        os.environ.update(KEEPS_MEMORY)  # as our workers are started
     process.start()
+    os.environ.clear()
+    os.environ.update(inherited)
     try:
         deadline = time.monotonic() + DEADLINE_S
         while True:

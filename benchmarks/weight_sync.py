@@ -1,6 +1,6 @@
 """Seconds of one warm weight sync, probe apart, against one memcpy of the same bytes.
 
-    python benchmarks/weight_sync.py --model PATH [--syncs 20] [--threads 2]
+    python benchmarks/weight_sync.py [--syncs 20] [--threads 2]
 
 A trainer's model in this process publishes over shared memory; a rollout engine in a process of its own loads, as in a
 run. Every sync is proven by checksum and version. memcpy is one call of the C library's on warm pages, in one thread.
@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.shm import ShmSender
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DEADLINE_S = 300.0
 PROBE_TOKENS = 64
@@ -61,7 +63,7 @@ HEADER = (
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct", help="model folder")
     parser.add_argument("--syncs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2, help="of the engine")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
