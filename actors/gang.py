@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from actors.calls import wait_all
 from actors.placement import Placement
-from actors.processes import Processes
+from actors.processes import KEEPS_MEMORY, Processes
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
@@ -29,10 +29,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 END_WITHIN_S = 10.0
-
-# Memory that a micro-batch frees on a CPU is kept for the next one, instead of given back to the kernel and faulted in
-# again page by page, a fifth of an update's time. Read by glibc at a process's start; other C libraries ignore it.
-KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
 
 
 class Stoppable(Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.processes import KEEPS_MEMORY
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.errors import RunError
@@ -55,6 +56,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
     if Path(spec.model).exists():
         env["HF_HUB_OFFLINE"] = "1"
     if spec.device == "cpu":
+        env |= KEEPS_MEMORY
         env["OMP_NUM_THREADS"] = str(spec.threads)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if spec.enforce_eager:
