@@ -293,6 +293,8 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
 ) -> None:
     asked, killed = tmp_path / "asked", tmp_path / "killed"
     one_rank = {"cluster": {"roles": None}}
+    at_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells have it for commands in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, at_ctrl_c))
     runs = {
         run: start(write_run(tmp_path, run.name, SFT, one_rank), without=["RAY_AUTH_MODE"]) for run in (asked, killed)
     }
