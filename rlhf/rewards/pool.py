@@ -10,7 +10,7 @@ import pickle
 import queue
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -57,14 +57,13 @@ class RewardPool:
         self.signatures: tuple[Signature, ...] = ()
         self._slots = [_Slot() for _ in range(processes)]
         self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
-        try:
+        with ExitStack() as after_failure:
+            for slot in self._slots:
+                after_failure.callback(slot.discard)
             started = [slot.hold(self._start()) for slot in self._slots]  # all, before the first is waited for
             for process in started:
                 self.signatures = self._load(process)
-        except BaseException:
-            for slot in self._slots:
-                slot.discard()
-            raise
+            after_failure.pop_all()
         for slot in self._slots:
             self._idle.put(slot)
 
@@ -145,13 +144,12 @@ class RewardPool:
                 f"waited {IDLE_TIMEOUT_S:g} s for one of {len(self._slots)} reward processes: all are busy. "
                 "Raise reward_policy.processes or lower reward_policy.timeout_s"
             ) from error
+        answered = False
         try:
             yield slot
-        except BaseException:
-            slot.discard()  # it may still be answering
-            raise
+            answered = True
         finally:
-            if self._closed:
+            if self._closed or not answered:  # else it may still be answering when the next group comes
                 slot.discard()
             self._idle.put(slot)
 

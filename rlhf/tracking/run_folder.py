@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -62,15 +63,14 @@ class RunFolder:
                 f"run.dir: cannot create {path}: {error.strerror}. Choose a folder you can write."
             ) from error
         lock = _lock(path)
-        try:
+        with ExitStack() as after_failure:
+            after_failure.callback(os.close, lock)
             state = _state(path)
             if state is not None and not resume:
                 raise UserError(
                     f"run.name: {path} already holds {state} choose another run.name, or remove the folder."
                 )
-        except BaseException:
-            os.close(lock)
-            raise
+            after_failure.pop_all()
         folder = cls(path, lock)
         if not resume:
             folder._clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rlhf.types import Role
 from rlhf.workers.place import RankPlace, torch_dtype
 
 
-class TrainedWorker:
+class TrainedWorker(ABC):
     """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
 
     Ranks that share micro-batches all return what one would return alone: callers keep the results of the first.
@@ -116,9 +117,9 @@ class TrainedWorker:
         )
         return self.fingerprint
 
+    @abstractmethod
     def load_module(self) -> Any:
         """The model before any adapter."""
-        raise NotImplementedError
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """What is shipped and saved: the adapter alone for LoRA, else all weights. Collective."""

@@ -9,4 +9,6 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def a_gpu() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU and a CUDA build of torch; torch.cuda.is_available() is False here")
+        pytest.fail(
+            "needs an NVIDIA GPU and a CUDA build of torch: torch.cuda.is_available() is False here", pytrace=False
+        )

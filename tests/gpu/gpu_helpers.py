@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.rollout import RolloutSpec
 from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
-from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
 from tests.integration.engine_helpers import call, logprobs_of, model_like, spec
+from tests.integration.rank_gang import Gang
 
-DEADLINE_S = 240.0
 GPU = torch.device("cuda", 0)
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 THREE_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def build_model(folder: Path, *, tied: bool) -> Path:
@@ -55,39 +44,17 @@ def build_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def _serve(connection: Connection, port: int, function: Callable[..., Any], options: dict[str, Any]) -> None:
-    try:
-        init_distributed(
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            local_world_size=1,
-            master_addr="127.0.0.1",
-            master_port=port,
-            device=GPU,
-            deadline_s=DEADLINE_S,
-        )
-        connection.send((None, function(**options)))
-        leave_distributed()
-    except Exception:
-        connection.send((traceback.format_exc(), None))
-        raise
+def _alone(rank: int, world_size: int, *, function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return function(**options)
 
 
 def on_one_rank(function: Callable[..., Any], **options: Any) -> Any:
     """function(**options) in a process of its own, which is a gang of one on the GPU. It returns no GPU tensors."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, free_port(), function, options), daemon=True)
-    process.start()
+    gang = Gang(1, GPU)
     try:
-        assert ours.poll(DEADLINE_S), f"{function.__name__} did not finish in {DEADLINE_S:g} s"
-        error, result = ours.recv()
-        assert error is None, error
-        return result
+        return gang.run(_alone, function=function, options=options)[0]
     finally:
-        process.join(10.0)
-        process.kill()
+        gang.close()
 
 
 class Trainer:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.models.packed import policy_logprobs
-from tests.gpu.gpu_helpers import DEADLINE_S, GPU, on_one_rank
+from tests.gpu.gpu_helpers import GPU, on_one_rank
+from tests.integration.rank_gang import DEADLINE_S
 from tests.integration.test_engine_deepspeed import (
     LENGTHS,
     OPTIMIZER,

@@ -12,8 +12,9 @@ import torch
 from actors.weights import Meeting
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
-from tests.gpu.gpu_helpers import TWO_GPUS, build_model, free_port, gpu_spec, sync, trainer
+from tests.gpu.gpu_helpers import TWO_GPUS, build_model, gpu_spec, sync, trainer
 from tests.integration.engine_helpers import SAMPLING, call, engine, request
+from tests.integration.rank_gang import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

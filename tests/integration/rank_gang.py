@@ -17,7 +17,13 @@ DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine tha
 CPU = torch.device("cpu")
 
 
-def serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def serve(connection: Connection, rank: int, world_size: int, port: int, device: torch.device) -> None:
     torch.set_num_threads(1)
     init_distributed(
         rank=rank,
@@ -26,7 +32,7 @@ def serve(connection: Connection, rank: int, world_size: int, port: int) -> None
         local_world_size=world_size,
         master_addr="127.0.0.1",
         master_port=port,
-        device=CPU,
+        device=device,
         deadline_s=DEADLINE_S,
     )
     while (task := connection.recv()) is not None:
@@ -40,15 +46,13 @@ def serve(connection: Connection, rank: int, world_size: int, port: int) -> None
 
 
 class Gang:
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, device: torch.device = CPU) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.connections = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=serve, args=(theirs, rank, world_size, port), daemon=True)
+            context.Process(target=serve, args=(theirs, rank, world_size, port, device), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
