@@ -21,32 +21,30 @@ import torch
 
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.config.root import Config
+from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.evaluation import evaluate
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.weight_sync import sync_weights
-from rlhf.data.prompts import rollout_seed
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.rewards.scoring import describe
 from rlhf.roles import (
-    CompletedGroup,
     CriticRole,
     PolicyRole,
     PrepareReport,
+    Ref,
     ReferenceRole,
     RewardRole,
     RolloutRole,
-    SampleSelection,
     ScoredGroup,
     TrainedRole,
 )
-from rlhf.rollouts.ledger import ScoreLedger
-from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Last, Max, Mean, Sum
 from rlhf.tracking.samples import samples_path
-from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling
+from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling, TokenValues
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class OnlineController:
         self.kl_coef = algorithm.config.kl.coef
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.by(config.train.best_metric, f"eval/{first_set}/score", default_lower=False)
-        self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
     async def run(self) -> None:
@@ -169,14 +167,14 @@ class OnlineController:
                 self._request(prompt, epoch, first_sequence_id=index * per_prompt)
                 for index, (epoch, prompt) in zip(empty, self.prompts.next(len(empty)), strict=True)
             ]
-            scored = await self._answer(requests, self.sampling, step=step)
+            scored = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
             for index, group in zip(empty, scored, strict=True):
                 if not group.scores.errors:
                     slots[index] = group
                     continue
                 dropped += 1
                 if policy.on_error == "fail" or dropped > policy.max_dropped_fraction * count:
-                    self.ledger.forget_failures()
+                    self.answers.ledger.forget_failures()
                     raise RunError(
                         f"rewards, step {step}: {describe(group.scores.errors)}. "
                         + (
@@ -190,50 +188,16 @@ class OnlineController:
         return [slot for slot in slots if slot is not None]
 
     def _request(self, prompt: Prompt, epoch: int, *, first_sequence_id: int) -> GroupRequest:
-        group = GroupRequest(
+        group = request_for(
+            prompt,
             group_id=self.next_group,
-            prompt=prompt,
-            seeds=tuple(
-                rollout_seed(self.config.run.seed, epoch, prompt.prompt_id, sample)
-                for sample in range(self.rollouts.samples_per_prompt)
-            ),
             first_sequence_id=first_sequence_id,
+            samples=self.rollouts.samples_per_prompt,
+            run_seed=self.config.run.seed,
+            epoch=epoch,
         )
         self.next_group += 1
         return group
-
-    async def _answer(self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int) -> list[ScoredGroup]:
-        """Responses and scores for all requests, in their order. Each group is scored while others still generate."""
-        tasks: dict[int, asyncio.Task[ScoredGroup]] = {}
-        try:
-            async for group in self.roles.rollout.generate(requests, sampling):
-                tasks[group.request.group_id] = asyncio.create_task(self._score(group, step=step))
-                self.record.progress.stage("rollouts", len(tasks), len(requests))
-            return [await tasks[request.group_id] for request in requests]
-        finally:
-            for task in tasks.values():
-                task.cancel()
-
-    async def _score(self, group: CompletedGroup, *, step: int) -> ScoredGroup:
-        group_id = group.request.group_id
-        scores = self.ledger.get(group_id, self.step)
-        if scores is None:
-            scores = await self.roles.reward.score(group)
-            self.ledger.put(group_id, self.step, scores)
-        for error in scores.errors:
-            self.record.tracker.log_error(
-                ErrorRecord(
-                    step=step,
-                    stage="rewards",
-                    kind=error.kind,
-                    message=error.message,
-                    source=error.reward,
-                    prompt_id=error.prompt_id,
-                    sample=error.sample,
-                )
-            )
-        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
-        return ScoredGroup(group=group, scores=scores)
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
         """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
@@ -253,14 +217,17 @@ class OnlineController:
         roles, config = self.roles, self.algorithm.config
         rollouts = [scored.group.rollouts for scored in groups]
         reference, critic = roles.reference, roles.critic
-        asked = [
-            reference.logprobs(rollouts) if reference is not None else _nothing(),
-            critic.values(self._plan(groups, plan.step, critic), rollouts) if critic is not None else _nothing(),
-        ]
-        if self._share_bundles():
-            references, values = [await one for one in asked]  # they take turns
-        else:
-            references, values = await asyncio.gather(*asked)
+        in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
+
+        async def logprobs() -> Sequence[Ref[TokenValues]]:
+            async with in_turn:
+                return [] if reference is None else await reference.logprobs(rollouts)
+
+        async def old_values() -> Sequence[Ref[TokenValues]]:
+            async with in_turn:
+                return [] if critic is None else await critic.values(self._plan(groups, plan.step, critic), rollouts)
+
+        references, values = await asyncio.gather(logprobs(), old_values())
         report = await roles.policy.prepare(plan, rollouts, references)
         scores = dict(plan.scores)
         if config.kl.place == "reward" and critic is None:
@@ -367,55 +334,7 @@ class OnlineController:
         return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
-        """Score held-out prompts under the current weights; the values stand in the step's row."""
-        settings = self.config.eval
-        sampling = Sampling(
-            max_new_tokens=self.rollouts.max_new_tokens, temperature=settings.temperature, stop=self.rollouts.stop
-        )
-        selections: list[SampleSelection] = []
-        with self.record.stage("eval", role="rollout"):
-            offset = 0
-            for name, prompts in self.eval_sets.items():
-                requests = [
-                    GroupRequest(
-                        group_id=-1 - offset - index,  # no place in the prompt stream
-                        prompt=prompt,
-                        seeds=tuple(
-                            rollout_seed(self.config.run.seed, 0, prompt.prompt_id, sample)
-                            for sample in range(settings.samples_per_prompt)
-                        ),
-                        first_sequence_id=index * settings.samples_per_prompt,
-                    )
-                    for index, prompt in enumerate(prompts)
-                ]
-                offset += len(requests)
-                groups = await self._answer(requests, sampling, step=step)
-                failed = [group for group in groups if group.scores.errors]
-                if failed and self.config.reward_policy.on_error == "fail":
-                    self.ledger.forget_failures()
-                    raise RunError(f"eval {name}, step {step}: {describe(failed[0].scores.errors)}")
-                sound = [group for group in groups if not group.scores.errors]
-                if not sound:
-                    self.ledger.forget_failures()
-                    raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
-                self._add_evaluation(name, sound)
-                selections += group_samples(sound, None, {}, split=name, most=None)
-            await self.roles.reward.write_samples(samples_path(self.record.folder.path, step), selections)
-
-    def _add_evaluation(self, name: str, groups: Sequence[ScoredGroup]) -> None:
-        infos = [info for scored in groups for info in scored.group.infos]
-        scores = [score for scored in groups for score in scored.scores.scores]
-        self.record.add(
-            {
-                f"eval/{name}/score": Mean.of(scores),
-                f"eval/{name}/truncated": Mean.of([float(info.finish_reason == "length") for info in infos]),
-                f"eval/{name}/response_tokens": Mean.of([float(info.num_response_tokens) for info in infos]),
-                **{
-                    f"eval/{name}/{reward}": Mean.of([v for scored in groups for v in scored.scores.by_name[reward]])
-                    for reward in groups[0].scores.by_name
-                },
-            }
-        )
+        await evaluate(self.eval_sets, self.config, self.answers, self.roles.reward, self.record, step=step)
 
     async def _add_memory(self) -> None:
         roles = self.roles
@@ -467,7 +386,7 @@ class OnlineController:
         if is_best:
             folder.mark_best(self.step)
         folder.prune(self.config.train.keep_checkpoints)
-        self.ledger.clear()
+        self.answers.ledger.clear()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -490,7 +409,3 @@ class OnlineController:
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")
         logger.info("resumed from the checkpoint of step %d", step)
-
-
-async def _nothing() -> list[Any]:
-    return []

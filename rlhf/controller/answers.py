@@ -1,0 +1,76 @@
+"""From requests to scored groups: what a training step and an evaluation have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from rlhf.controller.record import RunRecord
+from rlhf.data.prompts import rollout_seed
+from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
+from rlhf.rollouts.ledger import ScoreLedger
+from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.reductions import Sum
+from rlhf.types import GroupRequest, Prompt, Sampling
+
+
+def request_for(
+    prompt: Prompt, *, group_id: int, first_sequence_id: int, samples: int, run_seed: int, epoch: int = 0
+) -> GroupRequest:
+    """So many samples of a prompt. Their seeds are the prompt's own, whenever and wherever it is answered."""
+    return GroupRequest(
+        group_id=group_id,
+        prompt=prompt,
+        seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
+        first_sequence_id=first_sequence_id,
+    )
+
+
+class Answers:
+    """Responses with their scores, written down so that a resumed run takes up the same ones."""
+
+    def __init__(
+        self, rollout: RolloutRole, reward: RewardRole, record: RunRecord, *, rewards_fingerprint: str
+    ) -> None:
+        self.rollout = rollout
+        self.reward = reward
+        self.record = record
+        self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
+
+    async def to(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
+    ) -> list[ScoredGroup]:
+        """Responses and scores for all requests, in their order. Each group is scored while others still generate.
+
+        step: whose row and errors these are. version: of the weights that answer.
+        """
+        tasks: dict[int, asyncio.Task[ScoredGroup]] = {}
+        try:
+            async for group in self.rollout.generate(requests, sampling):
+                tasks[group.request.group_id] = asyncio.create_task(self._score(group, step=step, version=version))
+                self.record.progress.stage("rollouts", len(tasks), len(requests))
+            return [await tasks[request.group_id] for request in requests]
+        finally:
+            for task in tasks.values():
+                task.cancel()
+
+    async def _score(self, group: CompletedGroup, *, step: int, version: int) -> ScoredGroup:
+        group_id = group.request.group_id
+        scores = self.ledger.get(group_id, version)
+        if scores is None:
+            scores = await self.reward.score(group)
+            self.ledger.put(group_id, version, scores)
+        for error in scores.errors:
+            self.record.tracker.log_error(
+                ErrorRecord(
+                    step=step,
+                    stage="rewards",
+                    kind=error.kind,
+                    message=error.message,
+                    source=error.reward,
+                    prompt_id=error.prompt_id,
+                    sample=error.sample,
+                )
+            )
+        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
+        return ScoredGroup(group=group, scores=scores)

@@ -1,0 +1,86 @@
+"""What a resumed run takes up again: a group's scores by the weights that answered it, and by no others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.controller.answers import Answers, request_for
+from rlhf.controller.evaluation import evaluate
+from rlhf.roles import CompletedGroup
+from rlhf.types import GroupRequest, GroupScores, Prompt, Sampling
+
+PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={}) for i in range(2)]
+
+
+class Engines:
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        for request in reversed(requests):
+            yield CompletedGroup(request=request, rollouts=None, infos=())  # type: ignore[arg-type]
+
+
+class Reward:
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        self.asked.append(group.request.group_id)
+        return GroupScores(scores=(1.0,), by_name={"one": (1.0,)}, errors=())
+
+    async def write_samples(self, *_: Any) -> None:
+        pass
+
+
+def begun(folder: Path) -> tuple[Answers, Reward, Any]:
+    """A run on that folder, as each start of it makes them."""
+    reward = Reward()
+    record: Any = SimpleNamespace(
+        folder=SimpleNamespace(spool=folder, path=folder),
+        progress=SimpleNamespace(stage=lambda *_: None),
+        add=lambda metrics: None,
+        stage=lambda *_, **__: nullcontext(),
+    )
+    return Answers(Engines(), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
+
+
+def ask(answers: Answers, *, version: int) -> list[int]:
+    requests = [
+        request_for(prompt, group_id=i, first_sequence_id=i, samples=1, run_seed=0) for i, prompt in enumerate(PROMPTS)
+    ]
+    scored = asyncio.run(answers.to(requests, Sampling(max_new_tokens=4), step=1, version=version))
+    return [one.group.request.group_id for one in scored]
+
+
+def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_path: Path) -> None:
+    first, reward, _ = begun(tmp_path)
+    assert ask(first, version=0) == [0, 1]
+    assert sorted(reward.asked) == [0, 1]
+    again, reward, _ = begun(tmp_path)
+    assert ask(again, version=0) == [0, 1]
+    assert reward.asked == []
+    assert ask(again, version=1) == [0, 1]
+    assert sorted(reward.asked) == [0, 1]
+
+
+@pytest.mark.parametrize(("before", "asks"), [(1, True), (0, False)])
+def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path, before: int, asks: bool) -> None:
+    config: Any = SimpleNamespace(
+        rollouts=SimpleNamespace(max_new_tokens=4, stop=()),
+        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1),
+        run=SimpleNamespace(seed=0),
+        reward_policy=SimpleNamespace(on_error="fail"),
+    )
+
+    def evaluated(step: int) -> Reward:
+        answers, reward, record = begun(tmp_path)
+        asyncio.run(evaluate({"heldout": PROMPTS}, config, answers, reward, record, step=step))  # type: ignore[arg-type]
+        return reward
+
+    assert len(evaluated(before).asked) == 2
+    assert bool(evaluated(0).asked) is asks
