@@ -10,11 +10,28 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from transformers import LlamaConfig
 
 from rlhf.engine.distributed import init_distributed, leave_distributed
 
 DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
 CPU = torch.device("cpu")
+
+
+def small_config(**changes: Any) -> LlamaConfig:
+    """Two layers, four heads, two key-value heads."""
+    values: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "num_labels": 1,
+        "pad_token_id": None,
+    }
+    return LlamaConfig(**(values | changes))
 
 
 def free_port() -> int:

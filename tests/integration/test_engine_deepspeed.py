@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
@@ -29,16 +29,7 @@ STEPS = 3
 
 def tiny_model(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).to(dtype).train()
+    return LlamaForCausalLM(small_config(tie_word_embeddings=tied)).to(dtype).train()
 
 
 def batch(step: int) -> list[Tensor]:

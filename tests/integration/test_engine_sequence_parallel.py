@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
@@ -21,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.models.branches import Branch, Branches
 from rlhf.models.heads import sequence_scores, token_values
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only, supervised_loss
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 WORLD = 4
 STEPS = 2
@@ -38,17 +38,7 @@ Found = tuple[Tensor, list[Tensor]]  # the loss, and the columns it was made fro
 def model_of(kind: str, *, checkpointing: bool) -> Any:
     """Four heads for four ranks, but two key-value heads."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        num_labels=1,
-        pad_token_id=None,
-    )
+    config = small_config()
     loader = AutoModelForSequenceClassification if kind == "critic" else AutoModelForCausalLM
     model = loader.from_config(config).train()
     if checkpointing:

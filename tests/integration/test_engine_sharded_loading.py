@@ -23,7 +23,7 @@ from rlhf.models.heads import token_values
 from rlhf.models.loading import load_causal_lm, load_critic, load_reward_model
 from rlhf.models.lora import add_lora
 from rlhf.models.packed import policy_logprobs
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 WORLD = 2
 LENGTHS = torch.tensor([5, 3])
@@ -31,17 +31,7 @@ LOADERS = {"tied": load_causal_lm, "untied": load_causal_lm, "lora": load_causal
 
 
 def config(*, tied: bool) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=41,  # odd: halves are padded
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        num_labels=1,
-        pad_token_id=None,
-    )
+    return small_config(vocab_size=41, tie_word_embeddings=tied)  # odd: halves are padded
 
 
 @pytest.fixture(scope="module")
