@@ -16,7 +16,7 @@ import ray
 
 from actors.address import cluster_to_join
 from rlhf.config.cluster import ClusterConfig
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,21 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            object_store_memory=int(config.object_store_gib * 2**30),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                object_store_memory=int(config.object_store_gib * 2**30),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except Exception as error:  # of no narrower type where a node is slow to start
+            raise RunError(
+                f"start: the local Ray did not come up: {' '.join(str(error).split())} The machine may be short of "
+                "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
+            ) from error
     else:
         _refuse_dead(address)
         try:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rlhf.engine.memory import is_out_of_memory, what_shrinks
 from rlhf.errors import RunError
 
 T = TypeVar("T")
@@ -161,7 +162,16 @@ class EngineLoop:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """What vLLM says and, where memory was the matter, the keys of ours that change it."""
+    text = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return f"{text} {what_shrinks('rollout')}"
+    if isinstance(error, ValueError) and "KV cache" in text:  # its cache does not hold one sequence
+        return (
+            f"{text} Here that is a higher cluster.roles.rollout.kv_cache_gib (on a CPU) or gpu_memory_utilization (on "
+            "a GPU), or a lower rollouts.max_new_tokens."
+        )
+    return text
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.errors import RunError
+from rlhf.types import Role
 
 _GIB = 2**30
 
@@ -35,24 +36,40 @@ def peak_memory() -> PeakMemory:
 
 
 @contextmanager
-def explains_out_of_memory(*, role: str, stage: str, rank: int, tokens: int | None = None) -> Iterator[None]:
+def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | None = None) -> Iterator[None]:
     """Turn a failed allocation inside into a RunError. `tokens`: of the micro-batch at work, where there is one."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(_explanation(error, role=role, stage=stage, rank=rank, tokens=tokens)) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise RunError(_explanation(error, role=role, stage=stage, rank=rank, tokens=tokens)) from error
+        batch = "" if tokens is None else f" with a micro-batch of {tokens} tokens"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). {what_shrinks(role)}"
+        ) from error
 
 
-def _explanation(error: BaseException, *, role: str, stage: str, rank: int, tokens: int | None) -> str:
-    batch = "" if tokens is None else f" with a micro-batch of {tokens} tokens"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). What shrinks it, mildest first: a lower "
-        f"train.max_tokens_per_microbatch, {role}.gradient_checkpointing=true, a higher "
-        f"cluster.roles.{role}.zero_stage (2 or 3) with more workers, cluster.roles.{role}.sequence_parallel, "
-        f"cluster.roles.{role}.offload=[optimizer] or [optimizer, parameters]."
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, a GPU's, or torch's on a CPU, which is told by its text alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def what_shrinks(role: Role) -> str:
+    """The keys that make a role smaller, as a sentence."""
+    at = f"cluster.roles.{role}"
+    if role == "rollout":
+        keys = (
+            f"a lower {at}.max_num_seqs, a lower {at}.kv_cache_gib (on a CPU) or {at}.gpu_memory_utilization, a higher "
+            f"{at}.tensor_parallel (on GPUs)"
+        )
+    elif role in ("reference", "reward"):
+        keys = f"a lower train.max_tokens_per_microbatch, {role}.dtype=bfloat16, {at}.colocate_with=null (on GPUs)"
+    else:
+        keys = (
+            f"a lower train.max_tokens_per_microbatch, {role}.gradient_checkpointing=true, a higher {at}.zero_stage (2 "
+            f"or 3) with more workers, {at}.sequence_parallel, {at}.offload=[optimizer] or [optimizer, parameters]"
+        )
+    return f"What shrinks it, mildest first: {keys}."

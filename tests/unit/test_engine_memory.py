@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any, get_args
+
 import pytest
 import torch
+from pydantic import BaseModel
 
-from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from actors.engine_loop import EngineLoop
+from rlhf.config.root import Config
+from rlhf.engine.memory import explains_out_of_memory, peak_memory, what_shrinks
 from rlhf.errors import RunError
+from rlhf.types import Role
 
 
 def allocate_too_much() -> None:
@@ -37,6 +44,27 @@ def test_names_place_and_keys(fail: object) -> None:
         "cluster.roles.critic.offload",
     ):
         assert key in message
+
+
+@pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward", "rollout"])
+def test_every_key_that_a_role_is_told_exists(role: Role) -> None:
+    """A message that names an unknown key sends its reader into the next error."""
+    named = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", what_shrinks(role))
+    assert len(named) >= 3
+    for key in named:
+        section: Any = Config
+        for part in key.split("."):
+            fields = section.model_fields
+            assert part in fields, f"{key}: {section.__name__} has no {part}"
+            kinds = [fields[part].annotation, *get_args(fields[part].annotation)]
+            section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def test_an_engine_names_its_own_keys() -> None:
+    loop = EngineLoop(allocate_too_much, name="rollout engine 0")
+    with pytest.raises(RunError, match=r"did not start: .*cluster\.roles\.rollout\.max_num_seqs"):
+        loop.start().result(timeout=60)
+    loop.stop(timeout_s=60)
 
 
 def test_other_errors_pass() -> None:
