@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 from actors.cluster import connected
-from actors.gang import SupervisedGang, ending, rank_places, spawn
+from actors.gang import OfflineGang, ending, rank_places, spawn
 from actors.inputs import with_tiny
 from actors.placement import reserve
-from actors.ranks import SupervisedRank
+from actors.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
+from rlhf.config.derive import offline_kind
 from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
@@ -50,7 +51,8 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
         {
             "run": config.run,
             "policy": config.policy,
-            "algorithm": SFTConfig(name="sft"),
+            # the same model and optimizer as any policy's; a reward model has a head besides
+            "algorithm": config.algorithm if offline_kind(config) == "reward_model" else SFTConfig(name="sft"),
             "data": config.data,
             "train": config.train,
             "cluster": config.cluster,
@@ -64,9 +66,10 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
 async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
     placement = await reserve(config)
     places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
-    gang = SupervisedGang(
+    rank = OFFLINE_RANKS[offline_kind(config)]
+    gang = OfflineGang(
         "policy",
-        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": 1}), SupervisedRank),
+        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": 1}), rank),
         deadline_s=config.cluster.call_timeout_s,
     )
     async with ending([gang], placement):

@@ -22,7 +22,7 @@ from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref
 from rlhf.tracking.metrics import merge
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Role, Rollouts, TokenValues
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Role, Rollouts, TokenValues
 from rlhf.workers.place import RankPlace
 
 T = TypeVar("T")
@@ -213,12 +213,12 @@ class CriticGang(Gang):
         return merge(self.distinct(found))
 
 
-class SupervisedGang(Gang):
-    """A model trained on examples."""
+class OfflineGang(Gang):
+    """A model trained on fixed data."""
 
-    async def load_examples(self, examples: Sequence[Ref[Examples]]) -> None:
+    async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Each rank maps the data sets."""
-        await self.all([h.load_examples.remote(*examples) for h in self.handles], "data")
+        await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
     async def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step."""
@@ -228,6 +228,25 @@ class SupervisedGang(Gang):
         """Loss and accuracy on rows of a data set."""
         found = await self.all([h.evaluate.remote(dataset, name, plan) for h in self.handles], "eval")
         return merge(self.distinct(found))
+
+    async def reference_key(self, dataset: int) -> str:
+        """All ranks gather the weights; the first one's name for them."""
+        keys: list[str] = await self.all([h.reference_key.remote(dataset) for h in self.handles], "reference")
+        return keys[0]
+
+    async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
+        """One column a data-parallel rank."""
+        refs = [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles]
+        await self.all([done for _, done in refs], "reference")
+        return [column for column, _ in self.distinct(refs)]
+
+    async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
+        """Every rank takes up all columns."""
+        await self.all([h.keep_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
+
+    async def read_reference(self, dataset: int, path: Path) -> bool:
+        """Whether every rank could."""
+        return all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
 
 
 def largest(reports: Sequence[MemoryReport]) -> MemoryReport:

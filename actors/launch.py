@@ -19,16 +19,18 @@ import ray
 
 from actors.cluster import connected
 from actors.engines import start_engines
-from actors.gang import CriticGang, PolicyGang, Stoppable, SupervisedGang, ending, rank_places, spawn
+from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
 from actors.placement import reserve
-from actors.ranks import CriticRank, PolicyRank, SupervisedRank
+from actors.ranks import OFFLINE_RANKS, CriticRank, PolicyRank
 from actors.services import ReferenceWorkers, RewardWorkers
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.config.derive import (
     critic_model,
     derive,
     needs,
+    needs_reference_logprobs,
+    offline_kind,
     reference_is_adapter_off,
     reference_model,
     uses_reward_model,
@@ -39,7 +41,6 @@ from rlhf.config.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController, OnlineRoles
 from rlhf.controller.record import RunRecord, read_state
-from rlhf.data.examples import collate
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError, UserError
 from rlhf.rewards.scoring import fingerprint
@@ -55,7 +56,13 @@ from rlhf.workers.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE = ("rewards/score/mean", "experience/kl_ref/mean", "rollouts/response_tokens/mean", "time/step_s")
-SHOWN_OFFLINE = ("update/loss/mean", "update/token_accuracy/mean", "update/lr", "time/step_s")
+SHOWN_OFFLINE = (
+    "update/loss/mean",
+    "update/token_accuracy/mean",
+    "preference/accuracy/mean",
+    "update/lr",
+    "time/step_s",
+)
 
 
 def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
@@ -140,7 +147,7 @@ def _refuse_other_checkpoint(stage: StageInputs) -> None:
 def _stream(stage: StageInputs) -> Stream[Any]:
     """The training data in the run's order."""
     config, inputs = stage.config, stage.inputs
-    items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.examples
+    items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle)
 
 
@@ -191,24 +198,28 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
     placement = await reserve(config)
     places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
     steps = config.train.steps
-    gang = SupervisedGang(
+    rank = OFFLINE_RANKS[offline_kind(config)]
+    gang = OfflineGang(
         "policy",
-        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), SupervisedRank),
+        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), rank),
         deadline_s=config.cluster.call_timeout_s,
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
     async with ending([gang], placement):
         await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
-        sets = [collate(inputs.examples), *(collate(examples) for examples in inputs.eval_sets.values())]
-        await gang.load_examples([ray.put(examples) for examples in sets])
+        collate = COLLATE[offline_kind(config)]
+        await gang.load_data([ray.put(collate(rows)) for rows in (inputs.rows, *inputs.eval_sets.values())])
         controller = OfflineController(
             config,
             gang,
             record,
-            examples=_stream(stage),
+            train_set=inputs.rows,
+            rows=_stream(stage),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=gang.fingerprint,
         )
+        if needs_reference_logprobs(config):
+            await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
         await controller.run()
@@ -337,7 +348,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         await _finish(policy, record.folder)
 
 
-async def _finish(gang: PolicyGang | SupervisedGang, folder: RunFolder) -> None:
+async def _finish(gang: PolicyGang | OfflineGang, folder: RunFolder) -> None:
     """Write final/."""
     aside: Path = folder.begin_final()
     await gang.export(aside)

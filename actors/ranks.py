@@ -6,17 +6,22 @@ Everything else of a rank is in rlhf.workers; here is only what needs the cluste
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray.util
 
 from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
 from actors.weights.adapter import AdapterSender
+from rlhf.config.derive import OfflineKind
 from rlhf.models.export import adapter_config
 from rlhf.workers.critic import CriticWorker
+from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
 from rlhf.workers.supervised import SupervisedWorker
+from rlhf.workers.trained import TrainedWorker
+from rlhf.workers.unpaired import UnpairedWorker
 
 
 def free_address(*, one_host: bool) -> tuple[str, int]:
@@ -27,14 +32,18 @@ def free_address(*, one_host: bool) -> tuple[str, int]:
         return host, int(probe.getsockname()[1])
 
 
-class PolicyRank(PolicyWorker):
-    """One rank of the policy."""
-
-    sender: WeightSender
+class Meets:
+    """What every rank has besides its worker."""
 
     def address(self, one_host: bool) -> tuple[str, int]:
         """Where the other ranks find this one."""
         return free_address(one_host=one_host)
+
+
+class PolicyRank(Meets, PolicyWorker):
+    """One rank of the policy."""
+
+    sender: WeightSender
 
     def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
         """Open this rank's end of the way to the engines. For LoRA the adapter alone travels, through `adapters`.
@@ -67,17 +76,29 @@ class PolicyRank(PolicyWorker):
         super().stop()
 
 
-class CriticRank(CriticWorker):
+class CriticRank(Meets, CriticWorker):
     """One rank of the critic."""
 
-    def address(self, one_host: bool) -> tuple[str, int]:
-        """Where the other ranks find this one."""
-        return free_address(one_host=one_host)
 
-
-class SupervisedRank(SupervisedWorker):
+class SupervisedRank(Meets, SupervisedWorker):
     """One rank of a model trained on examples."""
 
-    def address(self, one_host: bool) -> tuple[str, int]:
-        """Where the other ranks find this one."""
-        return free_address(one_host=one_host)
+
+class PreferenceRank(Meets, PreferenceWorker):
+    """One rank of a policy trained on pairs."""
+
+
+class RewardModelRank(Meets, RewardModelWorker):
+    """One rank of a reward model trained on pairs."""
+
+
+class UnpairedRank(Meets, UnpairedWorker):
+    """One rank of a policy trained on labelled responses."""
+
+
+OFFLINE_RANKS: Mapping[OfflineKind, type[TrainedWorker]] = {
+    "supervised": SupervisedRank,
+    "preference": PreferenceRank,
+    "reward_model": RewardModelRank,
+    "unpaired": UnpairedRank,
+}

@@ -19,6 +19,7 @@ from rlhf.types import (
     GroupRequest,
     GroupScores,
     MinibatchPlan,
+    Pairs,
     RolloutInfo,
     Rollouts,
     Sampling,
@@ -238,15 +239,33 @@ class CriticRole(TrainedRole, Protocol):
         ...
 
 
-class SupervisedRole(TrainedRole, Protocol):
-    """A model trained on fixed examples."""
+class OfflineRole(TrainedRole, Protocol):
+    """A model trained on fixed data. A plan's sequence ids are rows of a data set."""
 
-    async def load_examples(self, examples: Sequence[Ref[Examples]]) -> None:
-        """Train set first, then the evaluation sets; sequence ids are rows."""
+    async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
+        """Train set first, then the evaluation sets."""
         ...
 
-    async def update_on(self, plan: MinibatchPlan) -> Metrics: ...
+    async def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on rows of the training set."""
+        ...
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set, without an update."""
+        ...
+
+    async def reference_key(self, dataset: int) -> str:
+        """Names what the weights, as they are now, say of a data set."""
+        ...
+
+    async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
+        """Log-probabilities of the named rows by the weights as they are now, one column a rank."""
+        ...
+
+    async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
+        """Take up the columns of a whole data set as the reference's, and write them down."""
+        ...
+
+    async def read_reference(self, dataset: int, path: Path) -> bool:
+        """Take up what was written down; False if it is damaged or not what these weights say."""
         ...

@@ -70,6 +70,14 @@ class Ragged:
             **taken,
         )
 
+    def take(self, places: Sequence[int]) -> Self:
+        """The sequences at these places, in that order."""
+        at = torch.tensor(places, dtype=torch.int64)
+        starts, lengths = (self.lengths.cumsum(0) - self.lengths)[at].tolist(), self.lengths[at]
+        tokens = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths.tolist(), strict=True)])
+        taken = {name: getattr(self, name)[tokens] for name in self.columns()}
+        return type(self)(sequence_ids=self.sequence_ids[at], lengths=lengths, **taken)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Ragged):
@@ -87,6 +95,20 @@ class Examples(Ragged):
 
     token_ids: Int[Tensor, " N"]
     loss_mask: Bool[Tensor, " N"]  # True where the token is to be learnt; never on token 0 of a sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """P pairs of sequences: pair i is sequences 2i and 2i + 1 of `examples`, which begin with the same tokens.
+
+    Of preferences they are the chosen and the rejected response. Of unpaired feedback the first is the response, and
+    the second its prompt with the response of another row, by which the divergence from the reference is estimated.
+    """
+
+    examples: Examples
+    prompt_tokens: Int[Tensor, " P"]  # that both sequences begin with; none of them is learnt
+    margins: Float[Tensor, " P"]  # of preferences, by the data; 0 where it names none
+    labels: Bool[Tensor, " P"]  # of unpaired feedback: whether the response is desirable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.algorithms.cpo import CPO, CPOConfig
+from rlhf.algorithms.dpo import DPO, DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
+from rlhf.algorithms.kto import KTO, KTOConfig
+from rlhf.algorithms.orpo import ORPO, ORPOConfig
+from rlhf.algorithms.pairs import PairAlgorithm
 from rlhf.algorithms.ppo import PPO, PPOConfig
+from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.simpo import SimPO, SimPOConfig
 
-AlgorithmConfig = PPOConfig | GRPOConfig | SFTConfig
+AlgorithmConfig = (
+    PPOConfig
+    | GRPOConfig
+    | SFTConfig
+    | RewardModelingConfig
+    | DPOConfig
+    | SimPOConfig
+    | CPOConfig
+    | ORPOConfig
+    | KTOConfig
+)
 
-ONLINE_ALGORITHMS: dict[str, Callable[[Any], OnlineAlgorithm]] = {
+ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
     "ppo": PPO,
     "grpo": GRPO,
 }
+PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
+    "reward_model": RewardModeling,
+    "dpo": DPO,
+    "simpo": SimPO,
+    "cpo": CPO,
+    "orpo": ORPO,
+}
+UNPAIRED_ALGORITHMS: Mapping[str, Callable[[Any], KTO]] = {"kto": KTO}

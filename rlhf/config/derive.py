@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.algorithms import ONLINE_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
+OfflineKind = Literal["supervised", "preference", "reward_model", "unpaired"]
 
 # Bundles are laid out in this order, so that a role follows the one that it may be colocated with.
 ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "reward")
@@ -31,6 +32,24 @@ ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "rew
 def is_online(config: Config) -> bool:
     """Whether the algorithm learns from rollouts."""
     return config.algorithm.name in ONLINE_ALGORITHMS
+
+
+def offline_kind(config: Config) -> OfflineKind:
+    """How a run without rollouts is trained, which says which worker trains it on which form of data."""
+    name = config.algorithm.name
+    if name in UNPAIRED_ALGORITHMS:
+        return "unpaired"
+    if name in PAIR_ALGORITHMS:
+        return "reward_model" if name == "reward_model" else "preference"
+    return "supervised"
+
+
+def needs_reference_logprobs(config: Config) -> bool:
+    """Whether the losses of a run without rollouts read what the policy said before training."""
+    name = config.algorithm.name
+    return name in UNPAIRED_ALGORITHMS or (
+        name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_reference
+    )
 
 
 def has_critic(config: Config) -> bool:

@@ -57,11 +57,16 @@ def _of_method(config: Config) -> Iterator[Inert]:
     name = config.algorithm.name
     if not derive.is_online(config):
         yield from _all(
-            "rollouts rewards reward_policy reference reward critic cluster.weight_sync data.max_prompt_tokens "
+            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens "
             "eval.temperature eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",
             "choose an algorithm that does",
         )
+        if derive.needs_reference_logprobs(config):
+            why = f"the reference of algorithm {name} is the policy before training"
+            yield from _all("reference", why, "start from the model that you want as policy.model")
+        else:
+            yield from _all("reference", f"algorithm {name} has no reference", "use dpo")
     elif not derive.has_critic(config):
         yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
     if derive.is_online(config) and not derive.uses_reward_model(config):

@@ -1,6 +1,6 @@
-"""The loop of training on fixed examples.
+"""The loop of training on fixed data: examples, pairs of responses, or responses with labels.
 
-    examples -> minibatches -> update
+    rows -> reference logprobs -> minibatches -> update
 
 The data sets are handed to the trained role once, as columns; a step names rows. As online, a checkpoint is written
 aside, its row is logged, and only then is it made valid.
@@ -11,19 +11,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.config.root import Config
 from rlhf.controller.record import Best, RunRecord
-from rlhf.data.examples import Example
+from rlhf.controller.reference import provide_reference
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
-from rlhf.roles import SupervisedRole
+from rlhf.roles import OfflineRole
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last
 from rlhf.types import MinibatchPlan
 
 logger = logging.getLogger(__name__)
+
+REFERENCE_MICROBATCHES = 64  # of each rank, in one call
+
+
+class DataRow(Protocol):
+    """What the loop reads of a row."""
+
+    @property
+    def example_id(self) -> int: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens that a mean over tokens counts."""
+        ...
 
 
 class OfflineController:
@@ -32,17 +49,19 @@ class OfflineController:
     def __init__(
         self,
         config: Config,
-        role: SupervisedRole,
+        role: OfflineRole,
         record: RunRecord,
         *,
-        examples: Stream[Example],
-        eval_sets: Mapping[str, Sequence[Example]],
+        train_set: Sequence[DataRow],
+        rows: Stream[DataRow],
+        eval_sets: Mapping[str, Sequence[DataRow]],
         policy_fingerprint: str,
     ) -> None:
         self.config = config
         self.role = role
         self.record = record
-        self.examples = examples
+        self.train_set = train_set
+        self.rows = rows
         self.eval_sets = eval_sets
         self.fingerprint = policy_fingerprint
         self.step = 0
@@ -61,8 +80,8 @@ class OfflineController:
             step = self.step + 1
             record.begin_step()
             with record.stage("step"), record.stage("update", role="policy"):
-                taken = self.examples.next(train.sequences_per_update)
-                record.add(await self.role.update_on(self._plan([example for _, example in taken])))
+                taken = self.rows.next(train.sequences_per_update)
+                record.add(await self.role.update_on(self._plan([row for _, row in taken])))
             record.add({"data/epoch": Last(value=float(taken[-1][0]))})
             last = step == train.steps
             evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
@@ -86,25 +105,36 @@ class OfflineController:
             else:
                 record.write_row(step, record.row())
 
-    def _plan(self, examples: Sequence[Example]) -> MinibatchPlan:
+    async def provide_reference(self) -> None:
+        """Have the role know what the policy said before training. Called before `restore`."""
+        await provide_reference(
+            self.role,
+            [self.train_set, *self.eval_sets.values()],
+            self.record,
+            folder=self.config.run.dir / "reference_logprobs",
+            plan=self._plan,
+            tokens_at_once=REFERENCE_MICROBATCHES * self.config.train.max_tokens_per_microbatch * self.role.num_ranks,
+        )
+
+    def _plan(self, rows: Sequence[DataRow]) -> MinibatchPlan:
         """Rows to ranks, by equal work."""
-        lengths = [len(example.token_ids) for example in examples]
+        lengths = [len(row.token_ids) for row in rows]
         return MinibatchPlan(
             sequences_by_rank=tuple(
-                tuple(examples[i].example_id for i in sorted(share)) for share in balance(lengths, self.role.num_ranks)
+                tuple(rows[i].example_id for i in sorted(share)) for share in balance(lengths, self.role.num_ranks)
             ),
-            num_tokens=sum(sum(example.loss_mask) for example in examples),
-            num_sequences=len(examples),
+            num_tokens=sum(row.num_learnt for row in rows),
+            num_sequences=len(rows),
         )
 
     async def _evaluate(self) -> None:
         """Loss and accuracy on the held-out sets, in pieces of one optimizer step's size."""
         size = self.config.train.sequences_per_update
         with self.record.stage("eval", role="policy"):
-            for index, (name, examples) in enumerate(self.eval_sets.items(), start=1):
+            for index, (name, rows) in enumerate(self.eval_sets.items(), start=1):
                 parts = []
-                for start in range(0, len(examples), size):
-                    piece = self._plan(examples[start : start + size])
+                for start in range(0, len(rows), size):
+                    piece = self._plan(rows[start : start + size])
                     parts.append(await self.role.evaluate(index, name, piece))
                 self.record.add(merge(parts))
 
@@ -124,7 +154,7 @@ class OfflineController:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "cursor": asdict(self.examples.state()),
+            "cursor": asdict(self.rows.state()),
             "best": self.best.state(),
             "policy": self.fingerprint,
         }
@@ -132,7 +162,7 @@ class OfflineController:
     async def restore(self, step: int) -> None:
         """Continue from the checkpoint of a step."""
         state = self.record.read_state(step)
-        self.examples.restore(Cursor(**state["cursor"]))
+        self.rows.restore(Cursor(**state["cursor"]))
         self.step = state["step"]
         self.best.restore(state["best"])
         await self.role.load(self.record.folder.checkpoint(step) / "policy")

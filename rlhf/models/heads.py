@@ -27,8 +27,10 @@ def token_values(
     return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)
 
 
-def sequence_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+def sequence_scores(
+    model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
+) -> Float[Tensor, " B"]:
     """Score of each sequence, in float32: the head at its last token, as transformers' own forward pass has it."""
-    hidden = hidden_states(model, token_ids, lengths)
+    hidden = hidden_states(model, token_ids, lengths, branches)
     scores = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
     return scores[lengths.cumsum(0) - 1]

@@ -175,6 +175,16 @@ _DECLARATIONS = (
     # preference
     _metric("preference/accuracy/mean", "1", Mean, "preference", "Pairs whose chosen response is preferred"),
     _metric("preference/margin/mean", "1", Mean, "preference", "Chosen minus rejected (implicit) reward"),
+    _metric("preference/chosen_reward/mean", "1", Mean, "preference", "(Implicit) reward of a chosen response"),
+    _metric("preference/rejected_reward/mean", "1", Mean, "preference", "(Implicit) reward of a rejected response"),
+    _metric(
+        "preference/mismatched_kl",
+        "nats",
+        Last,
+        "preference",
+        "KTO's estimate of the divergence from the reference, summed over a response",
+        always=False,
+    ),
     # evaluation
     _metric("eval/<set>/<metric>", "1", Mean, "eval", "A value on a held-out set, before training at step 0"),
     # weight sync

@@ -8,33 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import supervised_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
-from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
+from rlhf.tracking.reductions import Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.offline import OfflineWorker
+from rlhf.workers.place import torch_dtype
 from rlhf.workers.ragged import Slice, padded, slices
-from rlhf.workers.trained import TrainedWorker
 
 
-class SupervisedWorker(TrainedWorker):
+class SupervisedWorker(OfflineWorker):
     """Cross-entropy on the tokens to be learnt, as a mean over those of the whole optimizer step."""
-
-    role = "policy"
-
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
-        super().__init__(
-            config,
-            config.policy,
-            config.cluster.roles.policy,
-            place,
-            lr=config.train.lr,
-            optimizer_steps=optimizer_steps,
-        )
 
     def load_module(self) -> Any:
         """The language model."""
@@ -46,35 +33,33 @@ class SupervisedWorker(TrainedWorker):
             gradient_checkpointing=model.gradient_checkpointing,
         )
 
-    def load_examples(self, *examples: Examples) -> None:
+    def load_data(self, *sets: Examples) -> None:
         """The data sets: the training set first. A plan's sequence ids are rows of the set it is used on."""
-        self.examples = examples
+        self.sets = sets
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step on the named rows of the training set. Collective."""
         parts: list[Metrics] = []
-        cut = self._cut(self.examples[0], plan)
+        examples, cut = self._cut(0, plan)
         for index, piece in enumerate(cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, _, correct = self._forward(self.examples[0], piece, token_weight=1.0 / plan.num_tokens)
+                loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens)
                 self.engine.backward(loss, last=index == len(cut) - 1)
-            learnt = int(self.examples[0].loss_mask[piece.tokens].sum())
+            learnt = int(examples.loss_mask[piece.tokens].sum())
             found: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/token_accuracy/mean": Mean(total=correct, count=learnt),
                 "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
             }
             parts.append(found)
-        report = self.engine.step()
-        if self.place.rank == 0:
-            parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
+        parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set. Collective."""
         parts: list[Metrics] = []
-        examples = self.examples[dataset]
-        for piece in self._cut(examples, plan):
+        examples, cut = self._cut(dataset, plan)
+        for piece in cut:
             with (
                 torch.no_grad(),
                 explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
@@ -88,10 +73,13 @@ class SupervisedWorker(TrainedWorker):
             parts.append(found)
         return merge(parts)
 
-    def _cut(self, examples: Examples, plan: MinibatchPlan) -> list[Slice]:
+    def _cut(self, dataset: int, plan: MinibatchPlan) -> tuple[Examples, list[Slice]]:
+        """This rank's examples, and their micro-batches. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
-        cut = slices(examples.lengths.tolist(), rows, max_tokens=self.config.train.max_tokens_per_microbatch)
-        return padded(cut, self.engine.max_over_ranks(len(cut)))
+        examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        lengths = examples.lengths.tolist()
+        cut = slices(lengths, range(len(rows)), max_tokens=self.config.train.max_tokens_per_microbatch)
+        return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
 
     def _forward(
         self, examples: Examples, piece: Slice, *, token_weight: float

@@ -1,0 +1,56 @@
+"""CPO (arXiv:2401.08417): DPO's loss with a uniform reference, and a supervised term that keeps the chosen likely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.pairs import PairScores, PreferenceConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class CPOConfig(PreferenceConfig):
+    """Contrastive preference optimisation."""
+
+    name: Literal["cpo"]
+    """The algorithm."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of a pair's log-probabilities."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Factor of the log-probabilities."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of pairs whose preference is taken to be wrong; `sigmoid` alone reads it."""
+    sft_coef: float = Field(default=1.0, ge=0.0)
+    """Weight of the mean negative log-probability of the chosen responses' tokens."""
+
+
+class CPO:
+    """A loss of summed log-probabilities (`ipo`: averaged ones, as in TRL)."""
+
+    needs_reference = False
+    couples = False
+    length_alpha = 1.0
+
+    def __init__(self, config: CPOConfig) -> None:
+        self.config = config
+        self.sft_coef = config.sft_coef
+
+    def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
+        """One a pair."""
+        from rlhf.objectives import preference_loss as of
+
+        beta = self.config.beta
+        if self.config.loss == "hinge":
+            return of.hinge(scores.chosen, scores.rejected, beta=beta)
+        if self.config.loss == "ipo":
+            chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
+            return of.ipo(chosen, rejected, beta=beta)
+        return of.dpo(scores.chosen, scores.rejected, beta=beta, label_smoothing=self.config.label_smoothing)
+
+    def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """beta times the log-probabilities."""
+        return self.config.beta * scores.chosen, self.config.beta * scores.rejected

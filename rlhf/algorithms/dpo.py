@@ -1,0 +1,165 @@
+"""DPO (arXiv:2305.18290) and its family: losses of the log-ratios of a chosen and a rejected response to a reference.
+
+The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.algorithms.pairs import PairScores, PreferenceConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Loss = Callable[..., Float[Tensor, " B"]]
+
+DPOLoss = Literal[
+    "sigmoid",
+    "robust",
+    "ipo",
+    "hinge",
+    "exo",
+    "nca",
+    "bco",
+    "sppo",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+SMOOTHED = frozenset({"sigmoid", "robust", "exo", "aot", "aot_unpaired"})  # losses that read label_smoothing
+COUPLED = frozenset({"aot", "aot_unpaired"})  # that sort over the pairs of a step
+OF_MARGINS = frozenset(
+    {"sigmoid", "robust", "ipo", "hinge", "discopop"}
+)  # that another divergence may replace log u in
+
+
+class DPOConfig(PreferenceConfig):
+    """Direct preference optimisation."""
+
+    name: Literal["dpo"]
+    """The algorithm."""
+    loss: DPOLoss | dict[DPOLoss, Annotated[float, Field(gt=0.0)]] = "sigmoid"
+    """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442); docs/algorithms.md has the equations."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Strength of the bond to the reference: the implicit reward is beta times the log-ratio."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of pairs whose preference is taken to be wrong (cDPO with `sigmoid`; `robust` needs less than 0.5; `exo`
+    more than 0)."""
+    length_normalize: bool = False
+    """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as its authors ran it)."""
+    length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Weight of the tokens by which the longer response of a pair exceeds the shorter (LD-DPO, arXiv:2409.06411)."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
+    """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
+    divergence_alpha: float = Field(default=0.5, ge=0.0, lt=1.0)
+    """Of the alpha-divergence: 0 is the forward KL, towards 1 it becomes the reverse KL."""
+
+    @property
+    def losses(self) -> Mapping[DPOLoss, float]:
+        """Each loss with its weight."""
+        return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = set(self.losses)
+        if not names:
+            raise ValueError("`loss` is an empty mapping; name a loss")
+        if "robust" in names and self.label_smoothing >= 0.5:
+            raise ValueError(f"`label_smoothing` is {self.label_smoothing:g}, and `loss: robust` needs less than 0.5")
+        if "exo" in names and self.label_smoothing == 0.0:
+            raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
+        if self.label_smoothing and not names & SMOOTHED:
+            raise ValueError(f"`label_smoothing` has no effect with {_named(names)}; it has with {_named(SMOOTHED)}")
+        if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
+            raise ValueError(f"`divergence` is for {_named(OF_MARGINS)}, not for {_named(names - OF_MARGINS)}")
+        if "divergence_alpha" in self.model_fields_set and self.divergence != "alpha":
+            raise ValueError(f"`divergence_alpha` has no effect with `divergence: {self.divergence}`; set it to alpha")
+        return self
+
+
+def _named(losses: set[DPOLoss] | frozenset[str] | set[str]) -> str:
+    return f"loss {', '.join(sorted(losses))}"
+
+
+class DPO:
+    """Weighted losses of a pair's log-ratios."""
+
+    needs_reference = True
+
+    def __init__(self, config: DPOConfig) -> None:
+        self.config = config
+        self.sft_coef = config.sft_coef
+        self.length_alpha = config.length_alpha
+
+    @property
+    def couples(self) -> bool:
+        """Whether a loss sorts over the pairs of a step."""
+        return bool(COUPLED & set(self.config.losses))
+
+    def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
+        """One a pair."""
+        chosen, rejected = self._log_ratios(scores)
+        functions = self._functions(scores)
+        total = chosen.new_zeros(len(chosen))
+        for name, weight in self.config.losses.items():
+            total = total + weight * functions[name](chosen, rejected, beta=self.config.beta)
+        return total
+
+    def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """beta times the log-ratios."""
+        chosen, rejected = self._log_ratios(scores)
+        return self.config.beta * chosen, self.config.beta * rejected
+
+    def _functions(self, scores: PairScores) -> Mapping[str, Loss]:
+        from rlhf.objectives import preference_loss as of
+
+        smoothing = self.config.label_smoothing
+        return {
+            "sigmoid": partial(of.dpo, label_smoothing=smoothing),
+            "robust": partial(of.robust_dpo, label_smoothing=smoothing),
+            "ipo": of.ipo,
+            "hinge": of.hinge,
+            "exo": partial(of.exo_pair, label_smoothing=smoothing),
+            "nca": of.nca_pair,
+            "bco": partial(of.bco_pair, delta=0.0),
+            "sppo": of.sppo_hard,
+            "aot": lambda c, r, *, beta: of.aot(
+                *self._margins(scores), beta=beta, label_smoothing=smoothing
+            ),  # of policy and reference each, not of their difference
+            "aot_unpaired": partial(of.aot_unpaired, label_smoothing=smoothing),
+            "apo_zero": of.apo_zero,
+            "apo_down": of.apo_down,
+            "discopop": of.discopop,
+        }
+
+    def _log_ratios(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        from rlhf.objectives import divergences
+
+        assert scores.ref_chosen is not None
+        assert scores.ref_rejected is not None
+        chosen, rejected = scores.chosen - scores.ref_chosen, scores.rejected - scores.ref_rejected
+        if self.config.length_normalize:
+            chosen, rejected = chosen / scores.chosen_tokens, rejected / scores.rejected_tokens
+        if self.config.divergence == "forward_kl":
+            return divergences.forward_kl_scores(chosen), divergences.forward_kl_scores(rejected)
+        if self.config.divergence == "jensen_shannon":
+            return divergences.jensen_shannon_scores(chosen), divergences.jensen_shannon_scores(rejected)
+        if self.config.divergence == "alpha":
+            transform = partial(divergences.alpha_divergence_scores, alpha=self.config.divergence_alpha)
+            return transform(chosen), transform(rejected)
+        return chosen, rejected
+
+    def _margins(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """log pi(chosen) - log pi(rejected), and the reference's."""
+        assert scores.ref_chosen is not None
+        assert scores.ref_rejected is not None
+        c, r = (scores.chosen_tokens, scores.rejected_tokens) if self.config.length_normalize else (1.0, 1.0)
+        return scores.chosen / c - scores.rejected / r, scores.ref_chosen / c - scores.ref_rejected / r

@@ -1,0 +1,59 @@
+"""KTO (arXiv:2402.01306) and its like: single responses with a label instead of pairs.
+
+The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+class KTOConfig(Section):
+    """Kahneman-Tversky optimisation."""
+
+    name: Literal["kto"]
+    """The algorithm."""
+    loss: Literal["kto", "apo_zero"] = "kto"
+    """`kto` compares with an estimate of the divergence from the reference; `apo_zero` (arXiv:2408.06266) with 0."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Strength of the bond to the reference."""
+    desirable_weight: float = Field(default=1.0, gt=0.0)
+    """Weight of a desirable response's loss. With few of them raise it, so that weight times count are about equal."""
+    undesirable_weight: float = Field(default=1.0, gt=0.0)
+    """Weight of an undesirable response's loss."""
+
+
+class KTO:
+    """Losses of log-ratios with labels.
+
+    Deviation from the paper: the divergence is estimated over the whole optimizer step, from each row's prompt with the
+    response of the row after it in the data.
+    """
+
+    def __init__(self, config: KTOConfig) -> None:
+        self.config = config
+
+    @property
+    def compares_with_kl(self) -> bool:
+        """Whether the losses read the divergence from the reference."""
+        return self.config.loss == "kto"
+
+    def losses(self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, kl: float) -> Float[Tensor, " B"]:
+        """One a response, weighed by its label."""
+        from rlhf.objectives import unpaired_loss as of
+
+        config = self.config
+        weights = of.label_weights(
+            labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype
+        )
+        if config.loss == "kto":
+            return weights * of.kto(log_ratios, labels, beta=config.beta, kl=kl)
+        return weights * of.apo_zero_unpaired(log_ratios, labels, beta=config.beta)

@@ -1,0 +1,99 @@
+"""What the ranks that train on fixed data share: the data sets, and an optimizer step's rows in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.config.root import Config
+from rlhf.engine.base import StepReport
+from rlhf.roles import Metrics
+from rlhf.tracking.reductions import Last, Mean
+from rlhf.types import MinibatchPlan, Pairs, TokenValues
+from rlhf.workers.place import RankPlace
+from rlhf.workers.ragged import SharedPrompts, Slice, padded, slices
+from rlhf.workers.trained import TrainedWorker
+
+BOTH = (0, 1)  # sides of a pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A rank's rows of one optimizer step: one sequence a row for each side that was asked for."""
+
+    rows: tuple[int, ...]  # of the data set
+    pairs: Pairs  # of these rows, in this order; of their sequences, those of the sides
+    num_sides: int
+    cut: tuple[Slice, ...]  # over the pairs' columns; the sides of a row are never split
+    reference: TokenValues | None  # aligned to them; None: there is none
+
+    def places(self, piece: Slice) -> list[int]:
+        """Which of `rows` a micro-batch holds."""
+        return [place // self.num_sides for place in piece.rows[:: self.num_sides]]
+
+    def data_rows(self, piece: Slice) -> list[int]:
+        """The data set's rows that a micro-batch holds."""
+        return [self.rows[place] for place in self.places(piece)]
+
+
+class OfflineWorker(TrainedWorker):
+    """One rank of the trained model of a run without rollouts. A plan's sequence ids are rows of a data set."""
+
+    role = "policy"
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        super().__init__(
+            config,
+            config.policy,
+            config.cluster.roles.policy,
+            place,
+            lr=config.train.lr,
+            optimizer_steps=optimizer_steps,
+        )
+
+    def step_metrics(self, report: StepReport) -> Metrics:
+        """Of the optimizer step itself, told by the first rank alone."""
+        if self.place.rank != 0:
+            return {}
+        return {"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)}
+
+
+class PairsWorker(OfflineWorker):
+    """One whose data are pairs of sequences."""
+
+    references: dict[int, TokenValues]  # by data set; empty: the losses read none
+
+    def load_data(self, *sets: Pairs) -> None:
+        """The data sets: the training set first."""
+        self.sets = sets
+        self.references = {}
+
+    def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] = BOTH) -> Batch:
+        """This rank's rows of a plan. Collective."""
+        rows = plan.sequences_by_rank[self.data_rank]
+        some = torch.tensor(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        sequences = [2 * row + side for row in some.tolist() for side in sides]
+        whole = self.sets[dataset]
+        pairs = Pairs(
+            examples=whole.examples.take(sequences),
+            prompt_tokens=whole.prompt_tokens[some],
+            margins=whole.margins[some],
+            labels=whole.labels[some],
+        )
+        prompts = SharedPrompts(
+            keys=tuple(place // len(sides) for place in range(len(sequences))),
+            lengths=tuple(pairs.prompt_tokens.repeat_interleave(len(sides)).tolist()),
+        )
+        budget = self.config.train.max_tokens_per_microbatch
+        lengths = pairs.examples.lengths.tolist()
+        cut = slices(lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts)
+        reference = self.references.get(dataset)
+        return Batch(
+            rows=rows,
+            pairs=pairs,
+            num_sides=len(sides),
+            cut=tuple(padded(cut, self.engine.max_over_ranks(len(cut)))),
+            reference=None if reference is None else reference.take(sequences),
+        )

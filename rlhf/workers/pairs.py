@@ -1,0 +1,208 @@
+"""One rank of a model that is trained on pairs of responses: a policy by preferences, or a reward model.
+
+A pair is one row: its two sequences are always in the same micro-batch, and compute the prompt that they share once.
+Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms import PAIR_ALGORITHMS
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.config.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import sequence_scores
+from rlhf.models.loading import load_critic
+from rlhf.objectives.masking import sequence_counts, sequence_sums
+from rlhf.objectives.sequence_logprobs import length_desensitized_total
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics import merge
+from rlhf.tracking.reductions import Mean, Sum
+from rlhf.types import MinibatchPlan
+from rlhf.workers.offline import Batch, PairsWorker
+from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.ragged import Slice
+from rlhf.workers.referenced import ReferencedPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slopes:
+    """The step's losses and their derivatives, one entry a pair: what a coupled loss is to each of its pairs."""
+
+    places: dict[int, int]  # row: entry
+    losses: Float[Tensor, " P"]
+    chosen: Float[Tensor, " P"]
+    rejected: Float[Tensor, " P"]
+
+    def losses_of(self, scores: PairScores, rows: Sequence[int]) -> Float[Tensor, " B"]:
+        """The losses of these rows, with the gradient that the coupled loss has in them."""
+        at = torch.tensor([self.places[row] for row in rows], device=self.losses.device)
+        linear = self.chosen[at] * scores.chosen + self.rejected[at] * scores.rejected
+        return self.losses[at] + linear - linear.detach()
+
+
+class PairWorker(PairsWorker):
+    """Rows to numbers, numbers to losses, losses to updates and metrics."""
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        self.algorithm: PairAlgorithm = PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
+
+    @abstractmethod
+    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
+        """One number for each sequence of a micro-batch, by which pairs are compared: the model's and, where there is
+        one, the reference's. Collective."""
+
+    def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on the named pairs of the training set. Collective."""
+        parts: list[Metrics] = []
+        batch = self.batch(0, plan)
+        slopes = self._slopes(batch, plan) if self.algorithm.couples else None
+        for index, piece in enumerate(batch.cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                scores, loss = self._loss(batch, piece, plan, slopes)
+                self.engine.backward(loss, last=index == len(batch.cut) - 1)
+            if piece.rows:
+                count = len(scores.chosen)
+                parts.append({"update/loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)})
+                parts.append({"update/tokens/total": Sum(total=len(piece.tokens))})
+                parts.append(self._metrics(scores, "preference/{}/mean"))
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on the named pairs of a data set; losses that couple pairs, over these. Collective."""
+        parts: list[Metrics] = []
+        with torch.no_grad():
+            batch = self.batch(dataset, plan)
+            slopes = self._slopes(batch, plan) if self.algorithm.couples else None
+            for piece in batch.cut:
+                with explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
+                ):
+                    scores, loss = self._loss(batch, piece, plan, slopes)
+                if piece.rows:
+                    total = Mean(total=float(loss) * plan.num_sequences, count=len(scores.chosen))
+                    parts += [{f"eval/{name}/loss": total}, self._metrics(scores, f"eval/{name}/{{}}")]
+        return merge(parts)
+
+    def _scores(self, batch: Batch, piece: Slice) -> PairScores:
+        """A micro-batch's pairs as numbers. One without rows has one pair of zeros, with a gradient of zeros."""
+        numbers, reference = self.numbers(batch, piece)
+        counts = sequence_counts(batch.pairs.examples.loss_mask[piece.tokens], piece.lengths).to(self.device).float()
+        margins = batch.pairs.margins[batch.places(piece)].to(self.device)
+        if not piece.rows:
+            numbers, counts = numbers.expand(2) * 0.0, counts.expand(2) * 0.0
+            reference, margins = None if reference is None else counts, counts[:1]
+        return PairScores(
+            chosen=numbers[0::2],
+            rejected=numbers[1::2],
+            chosen_tokens=counts[0::2],
+            rejected_tokens=counts[1::2],
+            ref_chosen=None if reference is None else reference[0::2],
+            ref_rejected=None if reference is None else reference[1::2],
+            margins=margins,
+        )
+
+    def _loss(
+        self, batch: Batch, piece: Slice, plan: MinibatchPlan, slopes: _Slopes | None
+    ) -> tuple[PairScores, Float[Tensor, ""]]:
+        """A micro-batch's numbers, and its share of the step's loss."""
+        scores = self._scores(batch, piece)
+        if not piece.rows:
+            return scores, (scores.chosen + scores.rejected).sum()
+        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.data_rows(piece))
+        loss = losses.sum() / plan.num_sequences
+        if self.algorithm.sft_coef:
+            loss = loss - self.algorithm.sft_coef * scores.chosen.sum() / plan.num_tokens
+        return scores, loss
+
+    def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
+        """Look at all pairs of the step, on all ranks, and derive their coupled loss. Collective."""
+        order = sorted(row for rows in plan.sequences_by_rank for row in rows)
+        places = {row: place for place, row in enumerate(order)}
+        names = [field.name for field in fields(PairScores)]
+        table = torch.zeros(len(order), len(names), dtype=torch.float64)
+        alone = self.place.rank % self.resources.sequence_parallel == 0  # of those with the same pairs, one tells
+        with torch.no_grad():
+            for piece in batch.cut:
+                scores = self._scores(batch, piece)
+                if piece.rows and alone:
+                    columns = [getattr(scores, name) for name in names]
+                    told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
+                    table[[places[row] for row in batch.data_rows(piece)]] = torch.stack(told, 1).double().cpu()
+        seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
+        whole = PairScores(**dict(zip(names, seen, strict=True)))
+        if batch.reference is None:
+            whole = replace(whole, ref_chosen=None, ref_rejected=None)
+        with torch.enable_grad():
+            leaves = replace(
+                whole,
+                chosen=whole.chosen.detach().requires_grad_(),
+                rejected=whole.rejected.detach().requires_grad_(),
+            )
+            losses = self.algorithm.losses(leaves)
+            chosen, rejected = torch.autograd.grad(losses.sum(), [leaves.chosen, leaves.rejected])
+        return _Slopes(places=places, losses=losses.detach(), chosen=chosen, rejected=rejected)
+
+    def _metrics(self, scores: PairScores, name: str) -> Metrics:
+        """How the pairs of a micro-batch compare. `name` has a place for the quantity's."""
+        with torch.no_grad():
+            chosen, rejected = self.algorithm.rewards(scores)
+            sums = torch.stack([(chosen > rejected).float(), chosen - rejected, chosen, rejected]).sum(1).tolist()
+        quantities = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+        return {
+            name.format(quantity): Mean(total=total, count=len(chosen))
+            for quantity, total in zip(quantities, sums, strict=True)
+        }
+
+
+class PreferenceWorker(PairWorker, ReferencedPolicy):
+    """A policy that learns which of two responses is preferred: pairs are compared by their log-probabilities."""
+
+    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
+        """Summed log-probabilities of each sequence's learnt tokens."""
+        mask, lengths = batch.pairs.examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
+        ours = self._totals(self.logprobs(batch.pairs.examples, piece), mask, lengths)
+        if batch.reference is None:
+            return ours, None
+        return ours, self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+
+    def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
+        alpha = self.algorithm.length_alpha
+        if alpha == 1.0 or len(lengths) < 2:
+            return sequence_sums(torch.where(mask, values, 0.0), lengths)
+        shared = sequence_counts(mask, lengths).unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
+        return length_desensitized_total(values, mask, lengths, shared, alpha=alpha)
+
+
+class RewardModelWorker(PairWorker):
+    """A language model's body with a scalar head, which learns to score the chosen response higher."""
+
+    def load_module(self) -> Any:
+        """The language model with a head of zeros, or a checkpoint that has a head already."""
+        model = self.config.policy
+        return load_critic(
+            model.model,
+            dtype=torch_dtype(model.dtype),
+            trust_remote_code=model.trust_remote_code,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+
+    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], None]:
+        """The head's score at each sequence's last token."""
+        scores = self.engine.forward(
+            sequence_scores,
+            batch.pairs.examples.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            piece.branches,
+        )
+        return scores, None
