@@ -11,69 +11,23 @@ softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.products import widens_products
+from rlhf.objectives.vocabulary_head import (
+    CHUNK_ROWS,
+    CHUNKS_PER_PRODUCT,
+    Factors,
+    Head,
+    ProductGradients,
+    chunks,
+    widened,
+)
 
-CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
 _Extra = Literal["entropy", "entropy_grad"]  # what a pass computes besides logprobs
-_CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
-
-
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """Of the product hidden @ weight.T + bias, in the dtype in which it is taken."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Factors:
-        if not widens_products(hidden):
-            return cls(hidden, weight, bias)
-        return cls(hidden.float(), weight.float(), None if bias is None else bias.float())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Head:
-    """From the product hidden @ weight.T + bias to the logits of the distribution."""
-
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}: greedy choice has no logprobs")
-        if self.softcap is not None and self.softcap <= 0.0:
-            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
-
-    def logits(self, factors: _Factors, rows: slice) -> Tensor:
-        """Fresh logits of some rows, that the caller may overwrite."""
-        logits = _widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
-        if self.softcap is None:
-            scale = self.logit_scale / self.temperature
-            return logits if scale == 1.0 else logits.mul_(scale)
-        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-
-    def product_gradient_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Chain rule from the logits back to the product, in place."""
-        if self.softcap is not None:
-            tanh = logits.mul_(self.temperature / self.softcap)
-            gradient.mul_(tanh.square_().neg_().add_(1.0))
-        scale = self.logit_scale / self.temperature
-        return gradient if scale == 1.0 else gradient.mul_(scale)
-
-
-def _widened(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -86,13 +40,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: Head,
         chunk_size: int,
         extras: frozenset[_Extra],
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, normaliser = (_widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
-        factors = _Factors.of(hidden, weight, bias)
-        for rows in _chunks(len(targets), chunk_size):
+        logprobs, entropy, normaliser = (widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
+        factors = Factors.of(hidden, weight, bias)
+        for rows in chunks(len(targets), chunk_size):
             logits = head.logits(factors, rows)
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
@@ -111,12 +65,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
-        head: _Head = ctx.head
-        factors = _Factors.of(hidden, weight, bias)
-        gradients = _ProductGradients(factors, needed=ctx.needs_input_grad[:3])
-        for block in _chunks(len(targets), ctx.chunk_size * _CHUNKS_PER_PRODUCT):
+        head: Head = ctx.head
+        factors = Factors.of(hidden, weight, bias)
+        gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
+        for block in chunks(len(targets), ctx.chunk_size * CHUNKS_PER_PRODUCT):
             block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight))
-            for rows in _chunks(block.stop, ctx.chunk_size, start=block.start):
+            for rows in chunks(block.stop, ctx.chunk_size, start=block.start):
                 logits = head.logits(factors, rows)
                 p = (logits - normaliser[rows, None]).exp_()
                 slope = torch.zeros_like(p[:, :1])  # grad = -p * slope, and one more entry at the target
@@ -143,17 +97,17 @@ class _WeightedLogprobSum(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         token_weights: Tensor,
-        head: _Head,
+        head: Head,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs = _widened(hidden.new_empty(0)).new_empty(len(targets))
+        logprobs = widened(hidden.new_empty(0)).new_empty(len(targets))
         is_top1 = torch.empty_like(targets, dtype=torch.bool)
         needed = ctx.needs_input_grad[:3]
-        factors = _Factors.of(hidden, weight, bias)
-        gradients = _ProductGradients(factors, needed=needed)
-        for block in _chunks(len(targets), chunk_size * _CHUNKS_PER_PRODUCT):
+        factors = Factors.of(hidden, weight, bias)
+        gradients = ProductGradients(factors, needed=needed)
+        for block in chunks(len(targets), chunk_size * CHUNKS_PER_PRODUCT):
             block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
-            for rows in _chunks(block.stop, chunk_size, start=block.start):
+            for rows in chunks(block.stop, chunk_size, start=block.start):
                 logits = head.logits(factors, rows)
                 is_top1[rows] = logits.argmax(-1) == targets[rows]
                 log_p = logits.log_softmax(-1)
@@ -178,42 +132,6 @@ class _WeightedLogprobSum(torch.autograd.Function):
         return hidden, weight, bias, None, None, None, None
 
 
-class _ProductGradients:
-    """Gradients of a product's factors, collected over blocks of rows."""
-
-    def __init__(self, factors: _Factors, *, needed: tuple[bool, bool, bool]) -> None:
-        self._factors, self._needed = factors, needed
-        self._hidden = torch.zeros_like(factors.hidden) if needed[0] else None
-        self._weight: Tensor | None = None
-        self._bias = None if factors.bias is None or not needed[2] else _widened(torch.zeros_like(factors.bias))
-
-    def add(self, rows: slice, gradient: Tensor) -> None:
-        if self._hidden is not None:
-            torch.mm(gradient, self._factors.weight, out=self._hidden[rows])
-        if self._needed[1]:
-            product = gradient.t() @ self._factors.hidden[rows]
-            if self._weight is None:
-                self._weight = product
-            else:  # several blocks: sum in float32, or the rounding of each block adds up
-                self._weight = _widened(self._weight).add_(product)
-        if self._bias is not None:
-            self._bias += gradient.sum(0, dtype=self._bias.dtype)
-
-    def totals(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes in which the factors are stored; the bias is stored like the weight."""
-        if self._needed[1] and self._weight is None:  # there were no rows
-            self._weight = torch.zeros_like(self._factors.weight)
-        return (
-            None if self._hidden is None else self._hidden.to(hidden),
-            None if self._weight is None else self._weight.to(weight),
-            None if self._bias is None else self._bias.to(weight),
-        )
-
-
-def _chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
-
-
 def chunked_logprobs(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
@@ -227,7 +145,7 @@ def chunked_logprobs(
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
-    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
     logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
     return logprobs, entropy
@@ -245,7 +163,7 @@ def chunked_logprobs_only(
     chunk_size: int = CHUNK_ROWS,
 ) -> Float[Tensor, " N"]:
     """`chunked_logprobs` without the work of the entropy."""
-    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset())[0]
     return logprobs
 
@@ -268,7 +186,7 @@ def weighted_logprob_sum(
     Its head is applied once, not twice as in `chunked_logprobs`: exact all the same, and cheaper by a quarter of the
     head's work. The price is one gradient of the head's weight kept from the forward to the backward pass.
     """
-    head = _Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
         hidden, weight, bias, targets, token_weights, head, chunk_size
     )
@@ -278,18 +196,18 @@ def weighted_logprob_sum(
 def logprobs_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """log softmax(logits)[target], for callers that have whole logits. Divide by the temperature beforehand."""
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return _widened(chosen) - _widened(logits).logsumexp(-1)
+    return widened(chosen) - widened(logits).logsumexp(-1)
 
 
 def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """Entropy of softmax(logits), in nats. A logit of -inf is a token that cannot be drawn and adds nothing."""
-    log_p = _widened(logits).log_softmax(-1)
+    log_p = widened(logits).log_softmax(-1)
     return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
 
 
 def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """log sum_v p_v^2: the log-probability that two independent draws agree (minus the order-2 Renyi entropy)."""
-    return (2.0 * _widened(logits).log_softmax(-1)).logsumexp(-1)
+    return (2.0 * widened(logits).log_softmax(-1)).logsumexp(-1)
 
 
 def is_top1_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:

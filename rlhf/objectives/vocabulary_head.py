@@ -1,0 +1,172 @@
+"""The vocabulary head a few hundred rows at a time, so that no [rows, vocabulary] matrix ever exists.
+
+logprobs.py computes log-probabilities and entropies with it, distillation.py divergences; rows_of_logits any other
+function of single rows. Logits are computed again in the backward pass. Products are taken in the dtype of their
+factors, reductions in float32 (float64 for float64 input). Nothing here knows what a row stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.objectives.products import widens_products
+
+CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
+CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Of the product hidden @ weight.T + bias, in the dtype in which it is taken."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Factors:
+        if not widens_products(hidden):
+            return cls(hidden, weight, bias)
+        return cls(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """From the product hidden @ weight.T + bias to the logits of the distribution."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: greedy choice has no logprobs")
+        if self.softcap is not None and self.softcap <= 0.0:
+            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+
+    def logits(self, factors: Factors, rows: slice) -> Tensor:
+        """Fresh logits of some rows, that the caller may overwrite."""
+        logits = widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
+        if self.softcap is None:
+            scale = self.logit_scale / self.temperature
+            return logits if scale == 1.0 else logits.mul_(scale)
+        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def product_gradient_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Chain rule from the logits back to the product, in place."""
+        if self.softcap is not None:
+            tanh = logits.mul_(self.temperature / self.softcap)
+            gradient.mul_(tanh.square_().neg_().add_(1.0))
+        scale = self.logit_scale / self.temperature
+        return gradient if scale == 1.0 else gradient.mul_(scale)
+
+
+def widened(values: Tensor) -> Tensor:
+    """In float32, or float64 if it is that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class ProductGradients:
+    """Gradients of a product's factors, collected over blocks of rows."""
+
+    def __init__(self, factors: Factors, *, needed: tuple[bool, bool, bool]) -> None:
+        self._factors, self._needed = factors, needed
+        self._hidden = torch.zeros_like(factors.hidden) if needed[0] else None
+        self._weight: Tensor | None = None
+        self._bias = None if factors.bias is None or not needed[2] else widened(torch.zeros_like(factors.bias))
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        """The gradient of the product in a block of rows, each block once."""
+        if self._hidden is not None:
+            torch.mm(gradient, self._factors.weight, out=self._hidden[rows])
+        if self._needed[1]:
+            product = gradient.t() @ self._factors.hidden[rows]
+            if self._weight is None:
+                self._weight = product
+            else:  # several blocks: sum in float32, or the rounding of each block adds up
+                self._weight = widened(self._weight).add_(product)
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=self._bias.dtype)
+
+    def totals(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes in which the factors are stored; the bias is stored like the weight."""
+        if self._needed[1] and self._weight is None:  # there were no rows
+            self._weight = torch.zeros_like(self._factors.weight)
+        return (
+            None if self._hidden is None else self._hidden.to(hidden),
+            None if self._weight is None else self._weight.to(weight),
+            None if self._bias is None else self._bias.to(weight),
+        )
+
+
+def chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
+    """Slices of at most `size` that cover [start, stop)."""
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+class _RowsOfLogits(torch.autograd.Function):
+    """Saves the factors alone; the backward pass computes logits and function again, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        chunk_size: int,
+        function: Callable[[Tensor, slice], Tensor],
+    ) -> Tensor:
+        factors = Factors.of(hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.head, ctx.chunk_size, ctx.function = head, chunk_size, function
+        ranges = chunks(len(hidden), chunk_size) or [slice(0, 0)]
+        return torch.cat([function(head.logits(factors, rows), rows) for rows in ranges])
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, bias = ctx.saved_tensors
+        head: Head = ctx.head
+        factors = Factors.of(hidden, weight, bias)
+        gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
+        for block in chunks(len(hidden), ctx.chunk_size * CHUNKS_PER_PRODUCT):
+            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight))
+            for rows in chunks(block.stop, ctx.chunk_size, start=block.start):
+                logits = head.logits(factors, rows).requires_grad_()
+                with torch.enable_grad():
+                    values = ctx.function(logits, rows)
+                (grad,) = torch.autograd.grad(values, logits, outer[rows])
+                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
+                    grad, logits.detach()
+                )
+            gradients.add(block, block_grad)
+        return *gradients.totals(hidden.dtype, weight.dtype), None, None, None
+
+
+def rows_of_logits(
+    function: Callable[[Tensor, slice], Tensor],
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> Float[Tensor, "N ..."]:
+    """function(logits of some rows, which rows), row by row the same, over all rows in chunks.
+
+    The logits are those of logprobs.py: softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. The gradient
+    reaches hidden, weight and bias; whatever else the function reads is data. It must not change its argument, and
+    must depend on the logits in a way that autograd can follow.
+    """
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    rows: Tensor = _RowsOfLogits.apply(hidden, weight, bias, head, chunk_size, function)
+    return rows
