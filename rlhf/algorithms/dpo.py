@@ -47,7 +47,7 @@ class DPOConfig(PreferenceConfig):
     name: Literal["dpo"]
     """The algorithm."""
     loss: DPOLoss | dict[DPOLoss, Annotated[float, Field(gt=0.0)]] = "sigmoid"
-    """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442); docs/algorithms.md has the equations."""
+    """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the bond to the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rlhf.algorithms.section import Section
 
 
@@ -12,3 +14,7 @@ class SFTConfig(Section):
 
     name: Literal["sft"]
     """The algorithm."""
+    loss: Literal["nll", "dft"] = "nll"
+    """`nll`: cross-entropy. `dft`: each token's, times its probability (dynamic fine-tuning, arXiv:2508.05629)."""
+    neftune_alpha: float | None = Field(default=None, gt=0.0)
+    """Noise on the input embeddings while training (NEFTune, arXiv:2310.05914); 5 is usual, null: none."""

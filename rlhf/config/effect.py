@@ -119,7 +119,8 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
 
 def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.data.eval is None:
-        yield from _all("eval train.best_metric", "there is no data.eval", "name a held-out set as data.eval")
+        keys = "eval train.best_metric train.early_stopping"
+        yield from _all(keys, "there is no data.eval", "name a held-out set as data.eval")
     elif derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
         yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")

@@ -11,6 +11,15 @@ from rlhf.algorithms.section import Section
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class EarlyStopping(Section):
+    """Ends a run whose evaluation no longer improves; final/ is then the best checkpoint's model."""
+
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without a new best."""
+    min_delta: float = Field(default=0.0, ge=0.0)
+    """How much better than the best so far an evaluation must be to count."""
+
+
 class TrainConfig(Section):
     """The optimizer and the batch. `steps` counts controller steps: for RL a step is one batch of rollouts."""
 
@@ -44,7 +53,9 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the best one is kept beside them."""
     best_metric: str | None = None
     """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
-    first evaluation set's score (loss for supervised runs)."""
+    first evaluation set's score (loss for runs without rollouts)."""
+    early_stopping: EarlyStopping | None = None
+    """null: the run does all its steps."""
 
 
 class EvalConfig(Section):

@@ -66,7 +66,7 @@ class OfflineController:
         self.fingerprint = policy_fingerprint
         self.step = 0
         first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.by(config.train.best_metric, f"eval/{first_set}/loss", default_lower=True)
+        self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
 
     async def run(self) -> None:
         """Train until the last step. Continues from `step` if a checkpoint has been restored."""
@@ -76,7 +76,7 @@ class OfflineController:
             record.begin_step()
             await self._evaluate()
             record.write_row(0, record.row())
-        while self.step < train.steps:
+        while self.step < train.steps and not self.best.is_over:
             step = self.step + 1
             record.begin_step()
             with record.stage("step"), record.stage("update", role="policy"):
@@ -100,10 +100,18 @@ class OfflineController:
             )
             self.step = step
             is_best = evaluates and self.best.improves(row, step)
-            if last or step % train.checkpoint_every == 0:
+            if last or is_best or self.best.is_over or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
+        await self._take_best()
+
+    async def _take_best(self) -> None:
+        """After an early stop, the weights of the best checkpoint: for the export."""
+        best = self.best.step
+        if self.config.train.early_stopping is not None and best is not None and best != self.step:
+            logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
+            await self.role.load(self.record.folder.checkpoint(best) / "policy")
 
     async def provide_reference(self) -> None:
         """Have the role know what the policy said before training. Called before `restore`."""

@@ -97,7 +97,7 @@ class OnlineController:
         self.next_group = 0
         self.kl_coef = algorithm.config.kl.coef
         first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.by(config.train.best_metric, f"eval/{first_set}/score", default_lower=False)
+        self.best = Best.of(config.train, f"eval/{first_set}/score", default_lower=False)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
@@ -110,7 +110,7 @@ class OnlineController:
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             await self._evaluate(0)
             record.write_row(0, record.row())
-        while self.step < train.steps:
+        while self.step < train.steps and not self.best.is_over:
             step = self.step + 1
             record.begin_step()
             with record.stage("step"):
@@ -123,11 +123,15 @@ class OnlineController:
             self._add_throughput()
             self.step = step
             is_best = evaluates and self.best.improves(record.row(), step)
-            if last or step % train.checkpoint_every == 0:
+            if last or is_best or self.best.is_over or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
         await self._to_trainers(keep_weights=False)  # for the export
+        best = self.best.step
+        if train.early_stopping is not None and best is not None and best != self.step:
+            logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
+            await self.roles.policy.load(record.folder.checkpoint(best) / "policy")
 
     async def _train_step(self, step: int) -> None:
         """The arrows of the module's first line."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, UserError
 from rlhf.roles import MemoryReport, Metrics
 from rlhf.tracking.atomic import write_atomic
@@ -109,19 +110,24 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Best:
-    """The best evaluation so far."""
+    """The best evaluation so far, and for how long there has been no better one."""
 
     metric: str  # name; lower_is_better turns its sense
     lower_is_better: bool
+    stopping: EarlyStopping | None
     value: float | None = None
     step: int | None = None
+    stale: int = 0  # evaluations since the last one that counted as better
 
     @classmethod
-    def by(cls, setting: str | None, default: str, *, default_lower: bool) -> Best:
+    def of(cls, train: TrainConfig, default: str, *, default_lower: bool) -> Best:
         """By the configured metric (a leading - means lower is better), or the run's usual one."""
-        if setting is None:
-            return cls(metric=default, lower_is_better=default_lower)
-        return cls(metric=setting.removeprefix("-"), lower_is_better=setting.startswith("-"))
+        setting = train.best_metric
+        return cls(
+            metric=default if setting is None else setting.removeprefix("-"),
+            lower_is_better=default_lower if setting is None else setting.startswith("-"),
+            stopping=train.early_stopping,
+        )
 
     def improves(self, row: Mapping[str, float], step: int) -> bool:
         """Whether this step's row is the best so far; remembers it then. UserError if the metric is not in it."""
@@ -129,15 +135,25 @@ class Best:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
         value = row[self.metric]
-        if self.value is not None and (value >= self.value if self.lower_is_better else value <= self.value):
+        gain = math.inf
+        if self.value is not None:
+            gain = self.value - value if self.lower_is_better else value - self.value
+        needed = 0.0 if self.stopping is None else self.stopping.min_delta
+        if not gain > needed:
+            self.stale += 1
             return False
-        self.value, self.step = value, step
+        self.value, self.step, self.stale = value, step, 0
         return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has waited long enough for a better one."""
+        return self.stopping is not None and self.stale >= self.stopping.patience
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"value": self.value, "step": self.step}
+        return {"value": self.value, "step": self.step, "stale": self.stale}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """From the checkpoint."""
-        self.value, self.step = state["value"], state["step"]
+        self.value, self.step, self.stale = state["value"], state["step"], state["stale"]

@@ -40,27 +40,31 @@ def hidden_states(
     token_ids: Int[Tensor, " N"],
     lengths: Int[Tensor, " B"],
     branches: Branches | None = None,
+    *,
+    noise_alpha: float | None = None,
 ) -> Float[Tensor, "N H"]:
     """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side.
 
-    Of a row that ranks share, those of this rank's `own_part`.
+    Of a row that ranks share, those of this rank's `own_part`. noise_alpha: of `embedding_noise`; None: none.
     """
     body: Any = model.base_model
     token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
     sizes: list[int] = lengths.tolist()
     if branches is not None or token_ids.is_cuda:
-        return _run(body, token_ids, sizes, branches)
+        return _run(body, token_ids, sizes, branches, noise_alpha)
     if sizes == sorted(sizes) or current_group() is not None:
-        return _run(body, token_ids, sizes, None)
+        return _run(body, token_ids, sizes, None, noise_alpha)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
     tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
     by_length = [sizes[i] for i in order]
-    hidden = _run(body, token_ids[tokens], by_length, None)
+    hidden = _run(body, token_ids[tokens], by_length, None, noise_alpha)
     return hidden.index_select(0, tokens.argsort())
 
 
-def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None) -> Float[Tensor, "N H"]:
+def _run(
+    body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | None, noise_alpha: float | None
+) -> Float[Tensor, "N H"]:
     group = current_group()
     _set_attention(body, ATTENTION if group is None else ULYSSES)
     places = positions(lengths, tree, device=token_ids.device)
@@ -70,9 +74,23 @@ def _run(body: Any, token_ids: Tensor, lengths: Sequence[int], tree: Branches | 
     if group is not None:
         attention |= {"within": ATTENTION, "group": group}
     own = own_part(len(token_ids))
-    outputs = body(input_ids=token_ids[None, own], position_ids=places[None, own], use_cache=False, **attention)
+    given: dict[str, Tensor] = {"input_ids": token_ids[None, own]}
+    if noise_alpha is not None:
+        embedded = body.get_input_embeddings()(token_ids[None, own])
+        sizes = torch.tensor(lengths, device=embedded.device)
+        of_tokens = sizes.repeat_interleave(sizes)[own]
+        given = {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
+    outputs = body(**given, position_ids=places[None, own], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
+
+
+def embedding_noise(
+    embedded: Float[Tensor, "1 N H"], lengths: Int[Tensor, " N"], *, alpha: float
+) -> Float[Tensor, "1 N H"]:
+    """Uniform in +- alpha / sqrt(L H), with L the length of the token's sequence (NEFTune, arXiv:2310.05914, eq. 1)."""
+    bound = alpha / (lengths * embedded.shape[-1]).to(embedded.dtype).sqrt()
+    return torch.empty_like(embedded).uniform_(-1.0, 1.0) * bound[None, :, None]
 
 
 def policy_logprobs(
@@ -131,16 +149,24 @@ def supervised_loss(
     *,
     mask: Bool[Tensor, " N"],
     token_weight: float,
+    by_probability: bool = False,
+    noise_alpha: float | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """(sum of -token_weight * logprob over the tokens in mask, the logprobs without gradient, whether the likeliest).
 
     The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
+    by_probability: each term times its token's probability, held constant (DFT). noise_alpha: NEFTune's.
     """
     chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
+    hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
     weights = torch.full_like(chosen, -token_weight, dtype=torch.float32)
     loss, logprobs, is_top1 = weighted_logprob_sum(
-        hidden, lm_head_weight(model), token_ids[chosen], weights, **lm_head_settings(model)
+        hidden,
+        lm_head_weight(model),
+        token_ids[chosen],
+        weights,
+        by_probability=by_probability,
+        **lm_head_settings(model),
     )
     likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
     return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest

@@ -99,8 +99,10 @@ class _WeightedLogprobSum(torch.autograd.Function):
         token_weights: Tensor,
         head: Head,
         chunk_size: int,
+        by_probability: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs = widened(hidden.new_empty(0)).new_empty(len(targets))
+        token_weights = token_weights.to(logprobs.dtype, copy=True)
         is_top1 = torch.empty_like(targets, dtype=torch.bool)
         needed = ctx.needs_input_grad[:3]
         factors = Factors.of(hidden, weight, bias)
@@ -112,8 +114,10 @@ class _WeightedLogprobSum(torch.autograd.Function):
                 is_top1[rows] = logits.argmax(-1) == targets[rows]
                 log_p = logits.log_softmax(-1)
                 logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
+                if by_probability:
+                    token_weights[rows] *= logprobs[rows].exp()
                 if block_grad is not None:
-                    outer = token_weights[rows, None].to(log_p.dtype)
+                    outer = token_weights[rows, None]
                     grad = log_p.exp_().mul_(-outer).scatter_add_(-1, targets[rows, None], outer)
                     block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
                         grad, logits
@@ -122,14 +126,14 @@ class _WeightedLogprobSum(torch.autograd.Function):
                 gradients.add(block, block_grad)
         ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(logprobs, is_top1)
-        return torch.dot(logprobs, token_weights.to(logprobs.dtype)), logprobs, is_top1
+        return torch.dot(logprobs, token_weights), logprobs, is_top1
 
     @staticmethod
     def backward(
         ctx: Any, outer: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None
 
 
 def chunked_logprobs(
@@ -179,8 +183,12 @@ def weighted_logprob_sum(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
+    by_probability: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """(sum of token_weights * logprobs, the logprobs without gradient, whether the target is the likeliest).
+
+    by_probability: each weight is multiplied by its token's probability, which carries no gradient: with negative
+    weights that is supervised.dynamic_fine_tuning.
 
     For losses whose weights are known beforehand, such as the supervised one with token_weights = -1 / num_step_tokens.
     Its head is applied once, not twice as in `chunked_logprobs`: exact all the same, and cheaper by a quarter of the
@@ -188,7 +196,7 @@ def weighted_logprob_sum(
     """
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
-        hidden, weight, bias, targets, token_weights, head, chunk_size
+        hidden, weight, bias, targets, token_weights, head, chunk_size, by_probability
     )
     return results
 

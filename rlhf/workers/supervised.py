@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.algorithms.sft import SFTConfig
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import supervised_loss
@@ -43,7 +44,7 @@ class SupervisedWorker(OfflineWorker):
         examples, cut = self._cut(0, plan)
         for index, piece in enumerate(cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens)
+                loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens, trains=True)
                 self.engine.backward(loss, last=index == len(cut) - 1)
             learnt = int(examples.loss_mask[piece.tokens].sum())
             found: dict[str, Reduction] = {
@@ -82,14 +83,18 @@ class SupervisedWorker(OfflineWorker):
         return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
 
     def _forward(
-        self, examples: Examples, piece: Slice, *, token_weight: float
+        self, examples: Examples, piece: Slice, *, token_weight: float, trains: bool = False
     ) -> tuple[Float[Tensor, ""], float, float]:
         """(weighted loss, sum of log-probabilities, how many are the likeliest) of the tokens to be learnt."""
+        config = self.config.algorithm
+        assert isinstance(config, SFTConfig)
         loss, logprobs, is_top1 = self.engine.forward(
             supervised_loss,
             examples.token_ids[piece.tokens].to(self.device),
             piece.lengths.to(self.device),
             mask=examples.loss_mask[piece.tokens].to(self.device),
             token_weight=token_weight,
+            by_probability=trains and config.loss == "dft",
+            noise_alpha=config.neftune_alpha if trains else None,
         )
         return loss, float(logprobs.sum()), float(is_top1.sum())
