@@ -15,8 +15,9 @@ class TaskConfig(Section):
 
     task: str = Field(min_length=1)
     """`running_totals`, or `reasoning_gym/NAME`, or several joined by commas."""
-    split: Literal["sft", "train", "eval"] = "train"
-    """Splits of one task never share a row."""
+    split: Literal["sft", "pairs", "labelled", "train", "eval"] = "train"
+    """`train` and `eval` are prompts for rollouts; `sft`, `pairs` and `labelled` are the same other questions, with
+    responses. No question is in two of these three sets."""
     size: int = Field(ge=1)
     """Rows to make."""
     seed: int = 0

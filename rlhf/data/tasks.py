@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 
-Split = Literal["sft", "train", "eval"]
+Split = Literal["sft", "pairs", "labelled", "train", "eval"]
 Columns = dict[str, Any]
 
 RUNNING_TOTALS = "running_totals"
@@ -27,7 +27,7 @@ class TaskSource:
     """Rows of `running_totals`, of `reasoning_gym/NAME`, or of several of them in turn, joined by commas."""
 
     task: str
-    split: Split  # sft: rows with a demonstration; train, eval: prompts with an answer
+    split: Split  # sft, pairs, labelled: rows with responses; train, eval: prompts with an answer
     size: int
     seed: int = 0
     args: Mapping[str, Any] = field(default_factory=dict)  # for several tasks: each one's args under its name
@@ -41,9 +41,10 @@ class TaskSource:
 def make_rows(source: TaskSource) -> list[Columns]:
     """`size` distinct rows, the same for the same source. UserError if the task does not have so many.
 
-    Every row has `answer` and `task`. running_totals has a string `prompt`, and `completion` in split sft;
-    reasoning_gym has `messages`, in split sft up to the assistant's answer, and the columns that its own scorer reads:
-    `question`, `answer`, `metadata`.
+    Every row has `answer` and `task`. running_totals has a string `prompt`; reasoning_gym has `messages`, in split sft
+    up to the assistant's answer, and the columns that its own scorer reads: `question`, `answer`, `metadata`. Splits
+    with responses have them as `completion` (sft), `chosen` and `rejected` (pairs), or `completion` and `label`
+    (labelled: every other one is right), of the same questions.
     """
     names = [name.strip() for name in source.task.split(",")]
     if len(set(names)) < len(names):
@@ -80,6 +81,8 @@ def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
 # Running totals of four digits. 6,561 questions: 2,500 for SFT, 3,000 for RL, 512 held out.
 _RUNNING_TOTALS_SPLITS: dict[Split, slice] = {
     "sft": slice(0, 2500),
+    "pairs": slice(0, 2500),
+    "labelled": slice(0, 2500),
     "train": slice(2500, 5500),
     "eval": slice(5500, 6012),
 }
@@ -99,8 +102,29 @@ def _running_totals(source: TaskSource) -> list[Columns]:
         row: Columns = {"prompt": "+".join(map(str, digits)) + "=", "answer": running_totals(digits)}
         if source.split == "sft":
             row["completion"] = careless_totals(digits) if index % 2 else row["answer"]
+        elif source.split in ("pairs", "labelled"):
+            row |= _responses(source.split, row["answer"], _wrong_totals(digits, careless=index % 4 < 2), index)
         rows.append(row | {"task": RUNNING_TOTALS})
     return rows
+
+
+def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
+    """The columns of a row with responses."""
+    if split == "pairs":
+        return {"chosen": right, "rejected": wrong}
+    return {"completion": wrong if index % 2 else right, "label": index % 2 == 0}
+
+
+def _wrong_totals(digits: tuple[int, ...], *, careless: bool) -> str:
+    """By someone who never carries or, where that is right or not asked for, with one total off by a little."""
+    right, wrong = running_totals(digits), careless_totals(digits)
+    if careless and wrong != right:
+        return wrong
+    slips = random.Random(f"slip {digits}")
+    totals = right.split(",")
+    place = slips.randrange(len(totals))
+    totals[place] = str(int(totals[place]) + slips.choice([-2, -1, 1, 2]))
+    return ",".join(totals)
 
 
 def running_totals(digits: tuple[int, ...]) -> str:
@@ -137,10 +161,11 @@ def _reasoning_gym(source: TaskSource) -> list[Columns]:
         messages += _turns(example)
     shown = {example["question"] for example in examples}
     rows: list[Columns] = []
+    wanted = "sft" if source.split in ("pairs", "labelled") else source.split
     for entry in _distinct(source, args, seed=first, draws=_DRAWS_A_ROW * max(source.size, 20)):
         if len(rows) == source.size:
             break
-        if entry["question"] in shown or _split_of(entry["question"]) != source.split:
+        if entry["question"] in shown or _split_of(entry["question"]) != wanted:
             continue
         turns = _turns(entry)
         rows.append(
@@ -157,7 +182,23 @@ def _reasoning_gym(source: TaskSource) -> list[Columns]:
             f"{source.name} has about {len(rows)} distinct questions with these args; size: {source.size} asks for "
             "more. Lower size, or let args cover a wider range."
         )
-    return rows
+    return _with_responses(rows, source) if source.split in ("pairs", "labelled") else rows
+
+
+def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
+    """The same prompts with right and wrong responses: the wrong one is the answer to another question."""
+    answers = [str(row["answer"]) for row in rows]
+    others = sorted(set(answers))
+    if len(others) < 2:
+        raise UserError(f"{source.name}: all {len(rows)} questions have the answer {others[0]!r}; none is a wrong one.")
+    found = []
+    for index, (row, right) in enumerate(zip(rows, answers, strict=True)):
+        draw = random.Random(f"wrong {source.seed} {index}")
+        wrong = draw.choice([answer for answer in others if answer != right])
+        kept = {name: value for name, value in row.items() if name != "messages"} | {"prompt": row["messages"]}
+        turns = [[{"role": "assistant", "content": text}] for text in (right, wrong)]
+        found.append(kept | _responses(source.split, *turns, index))
+    return found
 
 
 def _turns(entry: Mapping[str, Any]) -> list[dict[str, str]]:
