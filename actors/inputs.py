@@ -14,14 +14,25 @@ from safetensors import SafetensorError, safe_open
 
 from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
-from rlhf.config.derive import critic_model, eval_sets, is_online, needs, reference_model, uses_reward_model
+from rlhf.config.derive import (
+    critic_model,
+    eval_sets,
+    is_online,
+    max_sequence_tokens,
+    needs,
+    reference_model,
+    train_sets,
+    uses_reward_model,
+)
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.model import ModelConfig
 from rlhf.config.root import Config
-from rlhf.data.examples import Example, load_examples
+from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
+from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
+from rlhf.data.usable import Unusable
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
 from rlhf.models.sequence_parallel import refuse_uneven_heads
@@ -39,7 +50,8 @@ PROBE_TOKENS = 64
 class OnlineInputs:
     """What an online run reads."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
+    shares: tuple[Share, ...]
     eval_sets: Mapping[str, tuple[Prompt, ...]]
     rewards: tuple[RewardSpec, ...]
     max_model_len: int  # tokens of the longest prompt with the longest response
@@ -50,8 +62,10 @@ class OnlineInputs:
 class OfflineInputs:
     """What a supervised run reads."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...]  # of all training sets, one behind the other
+    shares: tuple[Share, ...]
     eval_sets: Mapping[str, tuple[Example, ...]]
+    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +153,8 @@ def _named(key: str) -> Iterator[None]:
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Whether a model or a data set may be a name on the hub."""
     models = [model.model for model in _models(config).values() if model.model not in finals]
-    data = [s.partition(":")[0] for s in (config.data.train, *eval_sets(config).values()) if isinstance(s, str)]
+    sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
+    data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
 
@@ -176,7 +191,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
-    def prompts_of(name: str, source: DataSource) -> tuple[Prompt, ...]:
+    def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
         with _named(name):
             rows = read_rows(_source(source), columns=data.columns)
         _check_rewards(specs, rows, name)
@@ -187,10 +202,16 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
                 system_prompt=data.system_prompt,
                 apply_chat_template=data.apply_chat_template,
                 max_prompt_tokens=data.max_prompt_tokens,
+                first_id=first_id,
             )
 
     specs = _rewards(config, loaded)
-    prompts = prompts_of("data.train", data.train)
+    prompts: tuple[Prompt, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = prompts_of(name, one.source, len(prompts))
+        prompts += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = longest + config.rollouts.max_new_tokens
@@ -204,6 +225,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(
         prompts=prompts,
+        shares=tuple(shares),
         eval_sets=held_out,
         rewards=specs,
         max_model_len=max_model_len,
@@ -215,23 +237,37 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     with _named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
+    reading = Reading(
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+        max_tokens=max_sequence_tokens(config),
+        too_long=data.too_long,
+        max_unusable_fraction=data.max_unusable_fraction,
+    )
+    unusable: list[Unusable] = []
 
-    def examples_of(name: str, source: DataSource) -> tuple[Example, ...]:
+    def examples_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Example, ...]:
         with _named(name):
-            return load_examples(
-                read_rows(_source(source), columns=data.columns),
-                tokenizer,
-                system_prompt=data.system_prompt,
-                apply_chat_template=data.apply_chat_template,
-                max_tokens=config.train.max_tokens_per_microbatch,
-            )
+            rows = read_rows(_source(source), columns=data.columns)
+            loaded = load_examples(rows, tokenizer, reading, first_id=first_id)
+        if loaded.unusable:
+            logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
+        unusable.extend(loaded.unusable)
+        return loaded.items
 
-    examples = examples_of("data.train", data.train)
+    examples: tuple[Example, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = examples_of(name, one.source, len(examples))
+        examples += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
     longest = max(len(example.token_ids) for example in examples)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return OfflineInputs(
         examples=examples,
+        shares=tuple(shares),
         eval_sets={name: examples_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()},
+        unusable=tuple(unusable),
     )
 
 

@@ -1,0 +1,63 @@
+"""Unpaired feedback: one answer to a prompt, and whether it is a good one. Tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
+from rlhf.data.pieces import Tokens, Writer
+from rlhf.data.sources import Row
+from rlhf.data.usable import Loaded
+from rlhf.types import Examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """An answer with a label.
+
+    Example: prompt `ab`, completion `c`, one token a letter:
+        example.token_ids = (a, b, c, eos)   prompt_tokens = 2   label = True
+    """
+
+    example_id: int  # its place among what was loaded, and that of its sequence in `collate_labelled`
+    example: Example
+    label: bool  # True: the answer is desirable
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return self.example.token_ids
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first learnt one."""
+        return num_prompt_tokens(self.example)
+
+
+def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Labelled]:
+    """One labelled answer a row; `example_id` counts from `first_id` through the rows that can be used.
+
+    Columns `prompt` and `completion`, both strings or both lists of messages, and `label`: true or false, in CSV the
+    words. UserError for any other label.
+    """
+    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+
+    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Labelled:
+        label = row.truth("label")
+        example = fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
+        return Labelled(example_id=example.example_id, example=example, label=label)
+
+    return load_sequences(
+        rows,
+        tokenizer,
+        write=lambda row: [writer.answer(row, "completion")],
+        build=build,
+        max_unusable_fraction=reading.max_unusable_fraction,
+    )
+
+
+def collate_labelled(labelled: Sequence[Labelled]) -> Examples:
+    """Flat columns of several answers: answer i is sequence i."""
+    return collate([one.example for one in labelled])
