@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,52 @@ from safetensors import SafetensorError, safe_open
 
 from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
-from rlhf.config.derive import critic_model, eval_sets, is_online, needs, reference_model, uses_reward_model
+from rlhf.config.derive import (
+    OfflineKind,
+    critic_model,
+    eval_sets,
+    is_online,
+    max_sequence_tokens,
+    needs,
+    offline_kind,
+    reference_model,
+    train_sets,
+    uses_reward_model,
+)
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.model import ModelConfig
 from rlhf.config.root import Config
-from rlhf.data.examples import Example, load_examples
+from rlhf.data.examples import Example, Reading, collate, load_examples
+from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
+from rlhf.data.preferences import Pair, collate_pairs, load_pairs
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
+from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
+from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.types import Prompt
+from rlhf.types import Examples, Pairs, Prompt
+
+OfflineRow = Example | Pair | Labelled
 
 logger = logging.getLogger(__name__)
+LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
+    "supervised": load_examples,
+    "preference": load_pairs,
+    "reward_model": load_pairs,
+    "unpaired": load_labelled,
+}
+COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
+    "supervised": collate,
+    "preference": collate_pairs,
+    "reward_model": collate_pairs,
+    "unpaired": collate_labelled,
+}
 TINY = "tiny:llama"
 PROBE_TOKENS = 64
 
@@ -39,7 +68,8 @@ PROBE_TOKENS = 64
 class OnlineInputs:
     """What an online run reads."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
+    shares: tuple[Share, ...]
     eval_sets: Mapping[str, tuple[Prompt, ...]]
     rewards: tuple[RewardSpec, ...]
     max_model_len: int  # tokens of the longest prompt with the longest response
@@ -48,10 +78,12 @@ class OnlineInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineInputs:
-    """What a supervised run reads."""
+    """What a run without rollouts reads."""
 
-    examples: tuple[Example, ...]
-    eval_sets: Mapping[str, tuple[Example, ...]]
+    rows: tuple[OfflineRow, ...]  # of all training sets, one behind the other
+    shares: tuple[Share, ...]
+    eval_sets: Mapping[str, tuple[OfflineRow, ...]]
+    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +171,8 @@ def _named(key: str) -> Iterator[None]:
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Whether a model or a data set may be a name on the hub."""
     models = [model.model for model in _models(config).values() if model.model not in finals]
-    data = [s.partition(":")[0] for s in (config.data.train, *eval_sets(config).values()) if isinstance(s, str)]
+    sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
+    data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
 
@@ -176,7 +209,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
-    def prompts_of(name: str, source: DataSource) -> tuple[Prompt, ...]:
+    def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
         with _named(name):
             rows = read_rows(_source(source), columns=data.columns)
         _check_rewards(specs, rows, name)
@@ -187,10 +220,16 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
                 system_prompt=data.system_prompt,
                 apply_chat_template=data.apply_chat_template,
                 max_prompt_tokens=data.max_prompt_tokens,
+                first_id=first_id,
             )
 
     specs = _rewards(config, loaded)
-    prompts = prompts_of("data.train", data.train)
+    prompts: tuple[Prompt, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = prompts_of(name, one.source, len(prompts))
+        prompts += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = longest + config.rollouts.max_new_tokens
@@ -204,6 +243,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(
         prompts=prompts,
+        shares=tuple(shares),
         eval_sets=held_out,
         rewards=specs,
         max_model_len=max_model_len,
@@ -215,23 +255,40 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     with _named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
+    reading = Reading(
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+        max_tokens=max_sequence_tokens(config),
+        too_long=data.too_long,
+        max_unusable_fraction=data.max_unusable_fraction,
+    )
+    unusable: list[Unusable] = []
 
-    def examples_of(name: str, source: DataSource) -> tuple[Example, ...]:
+    load = LOADERS[offline_kind(config)]
+
+    def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
         with _named(name):
-            return load_examples(
-                read_rows(_source(source), columns=data.columns),
-                tokenizer,
-                system_prompt=data.system_prompt,
-                apply_chat_template=data.apply_chat_template,
-                max_tokens=config.train.max_tokens_per_microbatch,
-            )
+            rows = read_rows(_source(source), columns=data.columns)
+            loaded = load(rows, tokenizer, reading, first_id=first_id)
+        if loaded.unusable:
+            logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
+        unusable.extend(loaded.unusable)
+        return loaded.items
 
-    examples = examples_of("data.train", data.train)
-    longest = max(len(example.token_ids) for example in examples)
+    rows: tuple[OfflineRow, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = rows_of(name, one.source, len(rows))
+        rows += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return OfflineInputs(
-        examples=examples,
-        eval_sets={name: examples_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()},
+        rows=rows,
+        shares=tuple(shares),
+        eval_sets=held_out,
+        unusable=tuple(unusable),
     )
 
 

@@ -20,7 +20,7 @@ import ray
 from actors.cluster import connected
 from actors.engines import start_engines
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
-from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
+from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, PolicyRank
 from actors.services import ReferenceWorkers, RewardWorkers
@@ -46,6 +46,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
+from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.progress import open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
@@ -148,7 +149,7 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     """The training data in the run's order."""
     config, inputs = stage.config, stage.inputs
     items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
-    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle)
+    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
 async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
@@ -195,6 +196,11 @@ async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
 
 async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:
     config = stage.config
+    if step is None:
+        for row in inputs.unusable:
+            record.tracker.log_error(
+                ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
+            )
     placement = await reserve(config)
     places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
     steps = config.train.steps

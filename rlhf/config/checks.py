@@ -26,6 +26,8 @@ def problems(config: Config) -> tuple[Problem, ...]:
     found = [*unused(config), *_presence(config), *_cluster(config), *_secrets(config)]
     if config.rollouts is not None and isinstance(config.algorithm, OnlineConfig):
         found += _batch(config, config.rollouts, config.algorithm)
+    if not derive.is_online(config):
+        found += _offline(config)
     found += _updates(config)
     return tuple(found)
 
@@ -60,6 +62,8 @@ def _presence(config: Config) -> Iterator[Problem]:
         yield _problem("rewards.score", text)
     if config.rewards and all(reward.weight == 0.0 for reward in config.rewards.values()):
         yield _problem("rewards", "all have weight 0, so every score is 0; give one a weight")
+    if config.data.train == {}:
+        yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
         yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
     best = config.train.best_metric
@@ -114,6 +118,20 @@ def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) ->
             "trained"
         )
         yield _problem("algorithm.critic_warmup_steps", text)
+
+
+def _offline(config: Config) -> Iterator[Problem]:
+    """The limits of fixed examples."""
+    data, train = config.data, config.train
+    if data.max_sequence_tokens is not None and data.max_sequence_tokens > train.max_tokens_per_microbatch:
+        text = (
+            f"is {data.max_sequence_tokens} and must be at most train.max_tokens_per_microbatch = "
+            f"{train.max_tokens_per_microbatch}, which holds a sequence whole; lower it, or raise that"
+        )
+        yield _problem("data.max_sequence_tokens", text)
+    if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
+        text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
+        yield _problem("data.too_long", text)
 
 
 def _updates(config: Config) -> Iterator[Problem]:

@@ -46,12 +46,29 @@ EvalSource = Annotated[
 ]
 
 
+class WeightedSource(Section):
+    """One of several data sets that are mixed."""
+
+    source: DataSource
+    """As `data.train` of a single set."""
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Its rows are this share of all, among the weights of all sets, whatever its size."""
+
+
+TrainSource = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[TaskConfig, Tag("TaskConfig")]
+    | Annotated[dict[SetName, WeightedSource], Tag("dict")],
+    Discriminator(_kind),
+]
+
+
 class DataConfig(Section):
     """Datasets of one run. A string is a JSONL, JSON, CSV or Parquet file, a saved dataset folder, or a Hugging Face
     name with an optional `:split`."""
 
-    train: DataSource
-    """What is trained on."""
+    train: TrainSource
+    """What is trained on; several sets by name are mixed by weight."""
     eval: EvalSource | None = None
     """Held-out sets by name; a single one is called `heldout`."""
     shuffle: bool = True
@@ -63,4 +80,12 @@ class DataConfig(Section):
     apply_chat_template: bool = True
     """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error at load time. Supervised sequences are bound by train.max_tokens_per_microbatch."""
+    """A longer prompt is an error at load time. Offline sequences are bound by max_sequence_tokens."""
+    max_sequence_tokens: int | None = Field(default=None, ge=2)
+    """Offline: tokens of the longest sequence, prompt and completion. null: train.max_tokens_per_microbatch."""
+    too_long: Literal["error", "skip", "cut"] = "error"
+    """Offline, a longer sequence: stops the run, is left out, or loses the end of its completion (never of its
+    prompt)."""
+    max_unusable_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Offline: share of a set's rows that may be left out because they are well formed but cannot be used (an empty
+    completion, chosen equal to rejected, no assistant turn, too long). More of them stop the run."""

@@ -14,7 +14,7 @@ from rlhf.algorithms import ONLINE_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORIT
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
-from rlhf.config.data import DataSource
+from rlhf.config.data import DataSource, WeightedSource
 from rlhf.config.model import CriticConfig, ReferenceConfig
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
@@ -97,6 +97,20 @@ def critic_model(config: Config) -> CriticConfig:
     return CriticConfig(**{name: getattr(policy, name) for name in CriticConfig.model_fields})
 
 
+def train_sets(config: Config) -> Mapping[str, WeightedSource]:
+    """Training sets by the key of their source; a single one has all the weight."""
+    train = config.data.train
+    if isinstance(train, dict):
+        return {f"data.train.{name}.source": one for name, one in train.items()}
+    return {"data.train": WeightedSource(source=train)}
+
+
+def max_sequence_tokens(config: Config) -> int:
+    """Tokens of the longest offline sequence."""
+    limit = config.data.max_sequence_tokens
+    return config.train.max_tokens_per_microbatch if limit is None else limit
+
+
 def eval_sets(config: Config) -> Mapping[str, DataSource]:
     """Held-out sets by name; a single one is called `heldout`."""
     held_out = config.data.eval
@@ -169,7 +183,7 @@ def derive(config: Config) -> Derived:
     """What `rlhf plan` shows of a configuration that passed its checks."""
     train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
     sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
-    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens if rollouts else train.max_tokens_per_microbatch
+    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens if rollouts else max_sequence_tokens(config)
     needed = needs(config)
     return Derived(
         needs=tuple(role for role in ROLE_ORDER if role in needed),

@@ -31,6 +31,9 @@ def is_written(config: Config, key: Key) -> bool:
     count."""
     node: object = config
     for part in key:
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+            continue
         if not isinstance(node, BaseModel) or part not in node.model_fields_set:
             return False
         field = type(node).model_fields[part]
@@ -67,8 +70,14 @@ def _of_method(config: Config) -> Iterator[Inert]:
             yield from _all("reference", why, "start from the model that you want as policy.model")
         else:
             yield from _all("reference", f"algorithm {name} has no reference", "use dpo")
-    elif not derive.has_critic(config):
-        yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
+    else:
+        yield from _all(
+            "data.max_sequence_tokens data.too_long data.max_unusable_fraction",
+            f"algorithm {name} samples what it trains on",
+            "choose an algorithm that learns from given answers",
+        )
+        if not derive.has_critic(config):
+            yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
     if derive.is_online(config) and not derive.uses_reward_model(config):
         yield from _all("reward", "no reward uses it", "add a reward with `role: reward` to rewards")
     for role in derive.ROLE_ORDER:
@@ -124,6 +133,9 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     elif derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
         yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")
+    if isinstance(config.data.train, dict) and len(config.data.train) == 1:
+        key = ("data", "train", next(iter(config.data.train)), "weight")
+        yield Inert(key=key, why="there is no other set to be mixed with", fix="name another one beside it")
     if not config.data.apply_chat_template:
         why = "data.apply_chat_template is false: nothing puts it before the prompts"
         yield from _all("data.system_prompt", why, "apply the chat template, or write it into the prompts")

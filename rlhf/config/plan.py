@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.config.data import DataSource, TaskConfig
-from rlhf.config.derive import Derived, critic_model, derive, eval_sets, reference_model, weight_sync
+from rlhf.config.derive import Derived, critic_model, derive, eval_sets, reference_model, train_sets, weight_sync
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
@@ -95,12 +95,14 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
     on = f" on {ranks} ranks" if ranks > 1 else ""
     if shared > 1:
         on = f" on {shared} ranks together" if ranks == 1 else f" on each {shared} of {ranks * shared} ranks"
-    most = f"a step at most {derived.tokens_per_step:,}" if rollouts else "one longer sequence is an error"
+    fate = {"error": "is an error", "skip": "is left out", "cut": "loses its end"}[config.data.too_long]
+    longer = f"a sequence of more than {derived.longest_sequence:,} {fate}"
+    most = f"a step at most {derived.tokens_per_step:,}" if rollouts else longer
     facts += [
         ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"],
         ["whole run", _whole_run(config, derived)],
         ["learning rate", _learning_rate(config)],
-        ["training data", _source(config.data.train)],
+        ["training data", _mixture(config)],
     ]
     sets = eval_sets(config)
     if sets:
@@ -192,6 +194,13 @@ def _sizes(seating: Seating) -> str:
         f"{_number(b['CPU'])} CPU" + (f" + {_number(b['GPU'])} GPU" if "GPU" in b else "") for b in seating.bundles
     ]
     return ", ".join(f"{sizes.count(size)} of {size}" for size in dict.fromkeys(sizes))
+
+
+def _mixture(config: Config) -> str:
+    sets = train_sets(config).values()
+    total = sum(one.weight for one in sets)
+    shown = [(f"{one.weight / total:.1%} " if len(sets) > 1 else "") + _source(one.source) for one in sets]
+    return ", ".join(shown)
 
 
 def _source(source: DataSource) -> str:

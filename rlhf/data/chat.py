@@ -6,38 +6,131 @@ it is tokenised; a raw text gets the tokenizer's beginning-of-sequence token if 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from rlhf.data.sources import Row, refuse_half_characters
+from rlhf.data.usable import NotUsable
 from rlhf.errors import UserError
 
 Message = Mapping[str, Any]
 
+ASSISTANT = "assistant"
 
-def read_messages(row: Row, *, system_prompt: str | None) -> list[Message]:
-    """The row's conversation, with the system prompt first. UserError names the message that is not one."""
-    messages = row.value("messages", alternative="prompt")
+
+def read_messages(
+    row: Row, *, system_prompt: str | None, column: str = "messages", alternative: str = "prompt"
+) -> list[Message]:
+    """A column's conversation, with the system prompt first. UserError names the message that is not one.
+
+    A message has strings `role` and `content`. An assistant's may have `tool_calls` in place of content, and a tool's
+    content may be empty. Other fields go on to the template; those that are null (Parquet fills them in) do not.
+    `arguments` of a tool call that are JSON text become the object, as the engine's own server makes them.
+    NotUsable if an assistant's message is empty.
+    """
+    messages = row.value(column, alternative=alternative)
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{row.place}: column `messages` is {messages!r:.60}, expected a list of messages, not empty.")
-    for number, message in enumerate(messages, start=1):
-        fields = message if isinstance(message, Mapping) else {}
-        if not all(isinstance(fields.get(name), str) and fields[name].strip() for name in ("role", "content")):
-            raise UserError(
-                f"{row.place}: message {number} of column `messages` is {message!r:.80}, expected an object with "
-                "strings `role` and `content`, neither of them empty."
-            )
-        for name in ("role", "content"):
-            refuse_half_characters(message[name], f"{row.place}: message {number} of column `messages`")
-    if system_prompt is None:
-        return messages
-    if messages[0]["role"] == "system":
+        raise UserError(f"{row.place}: column `{column}` is {messages!r:.60}, expected a list of messages, not empty.")
+    read = [_message(row, column, number, message) for number, message in enumerate(messages, start=1)]
+    if system_prompt is not None and read[0]["role"] == "system":
         raise UserError(
             f"{row.place}: the conversation has a system message of its own and data.system_prompt is set: remove one."
         )
-    return with_system_prompt(messages, system_prompt)
+    return with_system_prompt(read, system_prompt)
+
+
+def _message(row: Row, column: str, number: int, message: object) -> Message:
+    where = f"message {number} of column `{column}`"
+    fields: dict[str, Any] = {}
+    if isinstance(message, Mapping):
+        fields = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if not fields.get("tool_calls"):
+        fields.pop("tool_calls", None)
+    role, content, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls")
+    if not isinstance(role, str) or not role.strip() or not isinstance(content, str | None):
+        raise _no_message(row, where, message)
+    if calls and role == ASSISTANT:
+        fields["tool_calls"] = _tool_calls(row, where, calls)
+    elif content is None:
+        raise _no_message(row, where, message)
+    elif not content.strip() and role != "tool":
+        if role == ASSISTANT:
+            raise NotUsable(row.place, f"{where}, the assistant's, is empty")
+        raise _no_message(row, where, message)
+    if not isinstance(fields.get("train", True), bool):
+        raise UserError(f"{row.place}: `train` of {where} is {fields['train']!r:.40}, expected true or false.")
+    if fields.get("train") and role != ASSISTANT:
+        raise UserError(
+            f"{row.place}: {where} has `train: true`, but its role is {role}: only the assistant is learnt."
+        )
+    for text in (role, content or ""):
+        refuse_half_characters(text, f"{row.place}: {where}")
+    return fields
+
+
+def _no_message(row: Row, where: str, message: object) -> UserError:
+    return UserError(
+        f"{row.place}: {where} is {message!r:.80}, expected an object with strings `role` and `content`, neither of "
+        "them empty (an assistant's may have `tool_calls` in place of content)."
+    )
+
+
+def _tool_calls(row: Row, where: str, calls: object) -> list[Message]:
+    read: list[Message] = []
+    for call in calls if isinstance(calls, list) else [None]:
+        fields = {k: v for k, v in call.items() if v is not None} if isinstance(call, Mapping) else {}
+        function = fields.get("function", fields)
+        arguments = function.get("arguments", {}) if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            arguments = _json(arguments)
+        if not isinstance(arguments, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise UserError(
+                f"{row.place}: `tool_calls` of {where} is {calls!r:.80}, expected a list of objects "
+                '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
+            )
+        function = {**function, "arguments": arguments}
+        read.append({**fields, "function": function} if "function" in fields else function)
+    return read
+
+
+def _json(text: str) -> Any:
+    """The value that a text is, or None."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+def read_tools(row: Row) -> list[Message] | None:
+    """Column `tools`: the tools that the conversation may call, as objects or as JSON text of their list (Parquet).
+
+    None: the row has none. UserError if it is anything else.
+    """
+    value = row.columns.get("tools")
+    tools = _json(value) if isinstance(value, str) else value
+    if value is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and _name(tool) for tool in tools):
+        raise UserError(
+            f"{row.place}: column `tools` is {value!r:.80}, expected a list of objects "
+            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}.'
+        )
+    return tools
+
+
+def _name(tool: Message) -> str:
+    """The name of a tool or of a call to it; empty: it has none."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def names(tools: Sequence[Message]) -> list[str]:
+    """The names of tools, or of calls to them, in order."""
+    return [_name(tool) for tool in tools]
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -55,11 +148,21 @@ def require_template(tokenizer: Any, place: str) -> None:
         )
 
 
-def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str) -> str:
+def render(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool,
+    place: str,
+    tools: Sequence[Message] | None = None,
+) -> str:
     """The conversation as text, special tokens written out. UserError if the template refuses it."""
+    shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
+        text = tokenizer.apply_chat_template(
+            shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"{place}: the chat template of {tokenizer.name_or_path} refuses the roles {roles}: {error}."
@@ -80,12 +183,11 @@ def raw_prefix(tokenizer: Any) -> str:
     return tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[0] == bos else ""
 
 
-def raw_prompt(row: Row, *, system_prompt: str | None, prefix: str) -> str:
-    """Column `prompt` as it goes to the model without a template. UserError if a system prompt would be lost."""
+def raw_prompt(text: str, *, place: str, system_prompt: str | None, prefix: str) -> str:
+    """A text as it goes to the model without a template. UserError if a system prompt would be lost."""
     if system_prompt is not None:
         raise UserError(
-            f"{row.place}: data.system_prompt has no effect on a string prompt with data.apply_chat_template: false. "
-            "Remove one of the two."
+            f"{place}: data.system_prompt has no effect on a string that no chat template is applied to. Remove it, "
+            "or write it into the data."
         )
-    text = row.text("prompt", alternative="messages")
     return text if text.startswith(prefix) else prefix + text

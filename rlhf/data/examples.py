@@ -1,33 +1,40 @@
 """Supervised examples: rows tokenised once, with the tokens to be learnt marked.
 
-First arrow of the offline flow. The prompt of an example is tokenised just as `rlhf.data.prompts` does it, so that
-what is learnt is what will be sampled after it. It never cuts an example: one that is too long is an error.
+First arrow of the offline flow, and the way from rows to sequences that every form of offline data shares. The prompt
+of an example is tokenised just as `rlhf.data.prompts` does it, so that what is learnt is what will be sampled after it.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from rlhf.data.chat import (
-    Message,
-    encode,
-    raw_prefix,
-    raw_prompt,
-    read_messages,
-    render,
-    require_template,
-    with_system_prompt,
-)
+from rlhf.data.chat import read_messages
+from rlhf.data.pieces import Piece, Tokens, Writer, answer_text, encode_pieces
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
+from rlhf.data.usable import Loaded, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
 from rlhf.types import Examples
+
+T = TypeVar("T")
+
+TooLong = Literal["error", "skip", "cut"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a run reads its offline data."""
+
+    system_prompt: str | None
+    apply_chat_template: bool
+    max_tokens: int  # of one sequence: data.max_sequence_tokens, or train.max_tokens_per_microbatch where that is null
+    too_long: TooLong = "error"  # cut: the completion loses its end; a prompt is never cut
+    max_unusable_fraction: float = 0.0  # share of the rows of one data set that may be left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,58 +45,113 @@ class Example:
         token_ids = (a, b, c, eos)   loss_mask = (False, False, True, True)
     """
 
-    example_id: int  # row in the data
+    example_id: int  # its place among what was loaded
     token_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]  # True where the token is to be learnt
+    loss_mask: tuple[bool, ...]  # True where the token is to be learnt; never the first
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.token_ids)
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens to be learnt."""
+        return sum(self.loss_mask)
 
 
 ExampleSource: TypeAlias = Stream[Example]
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A stretch of text that is tokenised on its own."""
+def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Example]:
+    """One example a row; `example_id` counts from `first_id` through the rows that can be used.
 
-    text: str
-    learn: bool
+    A row has the first of these forms whose columns it holds: `messages`; `prompt` and `completion`, both strings or
+    both messages; Alpaca's `instruction`, `input`, `output`; `text`. Learnt are the assistant's turns (of a completion
+    alone, if there is one), each with the token that ends it; without the chat template the completion or output, and
+    the end-of-sequence token; of `text` every token that has one before it. UserError names the row that is wrong.
+    """
+    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+
+    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Example:
+        return fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
+
+    return load_sequences(
+        rows,
+        tokenizer,
+        write=lambda row: [_pieces(row, writer)],
+        build=build,
+        max_unusable_fraction=reading.max_unusable_fraction,
+    )
 
 
-def load_examples(
+def load_sequences(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    system_prompt: str | None,
-    apply_chat_template: bool,
-    max_tokens: int,
-) -> tuple[Example, ...]:
-    """One example a row, from `prompt` and `completion` or from `messages`; `example_id` is the row's index.
+    write: Callable[[Row], Sequence[Sequence[Piece]]],
+    build: Callable[[int, Row, Sequence[Sequence[Tokens]]], T],
+    max_unusable_fraction: float,
+) -> Loaded[T]:
+    """What `build` makes of each row's tokenised sequences (`write`), numbered from 0, and the rows left out.
 
-    Learnt are the assistant's turns of a conversation, each with the token that ends it, or the completion and the
-    end-of-sequence token. Strings are turned into a conversation if `apply_chat_template`. UserError names the row
-    that is wrong, or longer than `max_tokens`, which is train.max_tokens_per_microbatch.
+    Both may raise NotUsable, which leaves the row out. UserError if more rows are left out than may be.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to be learnt.")
-    prefix = raw_prefix(tokenizer)
-    special = _special_tokens(tokenizer)
-    pieces_by_row = []
-    for row in rows:
-        if "messages" in row.columns:
-            pieces = _chat_pieces(row, read_messages(row, system_prompt=system_prompt), tokenizer, special)
-        elif apply_chat_template:
-            turns = [
-                {"role": "user", "content": row.text("prompt", alternative="messages")},
-                {"role": "assistant", "content": row.text("completion")},
-            ]
-            pieces = _chat_pieces(row, with_system_prompt(turns, system_prompt), tokenizer, special)
-        else:
-            pieces = _raw_pieces(row, tokenizer, system_prompt=system_prompt, prefix=prefix)
-        pieces_by_row.append(pieces)
-    encoded = iter(_encode_pieces(pieces_by_row, tokenizer))
-    return tuple(
-        _example(index, row, pieces, list(itertools.islice(encoded, len(pieces))), max_tokens=max_tokens)
-        for index, (row, pieces) in enumerate(zip(rows, pieces_by_row, strict=True))
+    unusable: dict[int, Unusable] = {}
+    written: dict[int, Sequence[Sequence[Piece]]] = {}
+    for index, row in enumerate(rows):
+        try:
+            written[index] = write(row)
+        except NotUsable as fault:
+            unusable[index] = fault.unusable
+    encoded = encode_pieces(list(itertools.chain.from_iterable(written.values())), tokenizer)
+    items: list[T] = []
+    for index, sequences in written.items():
+        tokens = list(itertools.islice(encoded, len(sequences)))
+        try:
+            items.append(build(len(items), rows[index], tokens))
+        except NotUsable as fault:
+            unusable[index] = fault.unusable
+    left_out = tuple(unusable[index] for index in sorted(unusable))
+    refuse_too_many(left_out, num_rows=len(rows), max_unusable_fraction=max_unusable_fraction)
+    return Loaded(items=tuple(items), unusable=left_out)
+
+
+def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
+    """The pieces' tokens in a row. UserError if the prompt has none."""
+    if not pieces[0].ids:
+        raise UserError(f"{place}: the prompt has no tokens.")
+    loss_mask = [piece.learn for piece in pieces for _ in piece.ids]
+    return Example(
+        example_id=example_id,
+        token_ids=tuple(itertools.chain.from_iterable(piece.ids for piece in pieces)),
+        loss_mask=(False, *loss_mask[1:]),  # nothing comes before the first token, so nothing predicts it
     )
+
+
+def fit(example: Example, reading: Reading, *, place: str) -> Example:
+    """The example within the limit, cut if that is wished, or NotUsable. UserError if a long one is an error."""
+    length, limit = len(example.token_ids), reading.max_tokens
+    if length <= limit:
+        return example
+    rule = f"data.max_sequence_tokens (null: train.max_tokens_per_microbatch): {limit}"
+    if reading.too_long == "error":
+        raise UserError(
+            f"{place}: the example has {length} tokens, more than {rule}. Raise it, shorten the example, or set "
+            "data.too_long to cut or skip."
+        )
+    if reading.too_long == "skip":
+        raise NotUsable(place, f"the example has {length} tokens, more than {rule}")
+    prompt = num_prompt_tokens(example)
+    if prompt >= limit:
+        raise NotUsable(place, f"the prompt of {prompt} tokens leaves the completion none of {rule}")
+    end = max(i for i in range(limit) if example.loss_mask[i]) + 1
+    return Example(example_id=example.example_id, token_ids=example.token_ids[:end], loss_mask=example.loss_mask[:end])
+
+
+def num_prompt_tokens(example: Example) -> int:
+    """Tokens before the first learnt one."""
+    return example.loss_mask.index(True)
 
 
 def collate(examples: Sequence[Example]) -> Examples:
@@ -102,76 +164,31 @@ def collate(examples: Sequence[Example]) -> Examples:
     )
 
 
-def _raw_pieces(row: Row, tokenizer: Any, *, system_prompt: str | None, prefix: str) -> list[_Piece]:
-    prompt = raw_prompt(row, system_prompt=system_prompt, prefix=prefix)
-    return [_Piece(prompt, False), _Piece(row.text("completion") + tokenizer.eos_token, True)]
+def _pieces(row: Row, writer: Writer) -> list[Piece]:
+    columns = row.columns
+    if "messages" in columns:
+        return writer.conversation(row, read_messages(row, system_prompt=writer.system_prompt))
+    if "prompt" in columns and "completion" in columns:
+        return writer.answer(row, "completion")
+    if "instruction" in columns and "output" in columns:
+        return writer.strings(row, _alpaca_prompt(row, writer), answer_text(row, "output"))
+    if "text" in columns:
+        return writer.text(row, answer_text(row, "text"))
+    if "prompt" in columns or "completion" in columns:
+        return writer.answer(row, "completion")  # says which of the two is missing
+    found = ", ".join(f"`{name}`" for name in columns) or "nothing"
+    raise UserError(
+        f"{row.place}: found {found}, expected the columns `messages`, or `prompt` and `completion`, or `instruction` "
+        "and `output`, or `text`. If yours have other names, set data.columns: {completion: ITS_NAME}."
+    )
 
 
-def _chat_pieces(row: Row, messages: Sequence[Message], tokenizer: Any, special: re.Pattern[str]) -> list[_Piece]:
-    """The conversation in stretches: up to an assistant's turn, that turn to its last special token, and so on.
-
-    A turn is what the template adds to the text before it. That is exact only if each longer rendering begins with
-    the shorter one; a template that rewrites earlier turns is refused.
-    """
-    require_template(tokenizer, row.place)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        fault = "begins with an" if turns else "has no"
-        raise UserError(f"{row.place}: the conversation {fault} assistant's turn, which is learnt after a prompt.")
-    pieces: list[_Piece] = []
-    text = ""  # rendered so far
-    done = 0  # characters of it already in pieces
-    for index in turns:
-        before = render(messages[:index], tokenizer, add_generation_prompt=True, place=row.place)
-        after = render(messages[: index + 1], tokenizer, add_generation_prompt=False, place=row.place)
-        if not before.startswith(text) or not after.startswith(before):
-            raise UserError(
-                f"{row.place}: the chat template of {tokenizer.name_or_path} writes earlier messages differently once "
-                f"message {index + 1} follows, so what the assistant says cannot be told apart exactly. Use another "
-                "template, or rows with one assistant turn."
-            )
-        end = max((match.end() for match in special.finditer(after, len(before))), default=0)
-        if not end or after[end:].strip():
-            raise UserError(
-                f"{row.place}: the chat template of {tokenizer.name_or_path} ends the assistant's turn with no special "
-                "token, so when to stop cannot be learnt. Use another template."
-            )
-        pieces += [_Piece(before[done:], False), _Piece(after[len(before) : end], True)]
-        text, done = after, end
-    return pieces
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
-
-
-def _encode_pieces(pieces_by_row: Sequence[Sequence[_Piece]], tokenizer: Any) -> list[list[int]]:
-    """Token ids of every piece as a continuation of the one before it.
-
-    Some tokenizers mark the beginning of a text (SentencePiece's leading space). To them a later piece is shown behind
-    an end-of-sequence token, which is taken off again.
-    """
-    alone, behind = encode(["a", tokenizer.eos_token + "a"], tokenizer)
-    anchor = "" if [tokenizer.eos_token_id, *alone] == behind else tokenizer.eos_token
-    texts = [(anchor if i else "") + piece.text for pieces in pieces_by_row for i, piece in enumerate(pieces)]
-    encoded = encode(texts, tokenizer)
-    if not anchor:
-        return encoded
-    later = (i > 0 for pieces in pieces_by_row for i in range(len(pieces)))
-    return [token_ids[1:] if is_later else token_ids for token_ids, is_later in zip(encoded, later, strict=True)]
-
-
-def _example(
-    index: int, row: Row, pieces: Sequence[_Piece], encoded: Sequence[Sequence[int]], *, max_tokens: int
-) -> Example:
-    token_ids = tuple(itertools.chain.from_iterable(encoded))
-    if not encoded[0]:
-        raise UserError(f"{row.place}: the prompt {pieces[0].text!r:.40} has no tokens.")
-    if len(token_ids) > max_tokens:
-        raise UserError(
-            f"{row.place}: the example has {len(token_ids)} tokens, more than train.max_tokens_per_microbatch: "
-            f"{max_tokens}. Raise it, or shorten the example."
-        )
-    loss_mask = tuple(piece.learn for piece, ids in zip(pieces, encoded, strict=True) for _ in ids)
-    return Example(example_id=index, token_ids=token_ids, loss_mask=loss_mask)
+def _alpaca_prompt(row: Row, writer: Writer) -> str:
+    """Instruction and input, a blank line between them; without a chat template under Alpaca's headings."""
+    instruction = row.text("instruction")
+    given = "" if row.columns.get("input") in (None, "") else row.text("input")
+    if writer.apply_chat_template:
+        return f"{instruction}\n\n{given}" if given else instruction
+    parts = {"Instruction": instruction, "Input": given, "Response": ""}
+    shown = [f"### {name}:\n{text}" for name, text in parts.items() if text or name == "Response"]
+    return "\n\n".join(shown)

@@ -28,8 +28,9 @@ def load_prompts(
     system_prompt: str | None,
     apply_chat_template: bool,
     max_prompt_tokens: int,
+    first_id: int = 0,
 ) -> tuple[Prompt, ...]:
-    """One prompt a row, from column `messages` or `prompt`; `prompt_id` is the row's index.
+    """One prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id`.
 
     Conversations always go through the chat template, string prompts if `apply_chat_template`; either ends where the
     assistant's turn begins. All columns but `prompt` go on to the rewards. UserError names the row that is wrong.
@@ -42,7 +43,8 @@ def load_prompts(
         for row in rows
     ]
     prompts = []
-    for index, (row, text, token_ids) in enumerate(zip(rows, texts, encode(texts, tokenizer), strict=True)):
+    encoded = zip(rows, texts, encode(texts, tokenizer), strict=True)
+    for prompt_id, (row, text, token_ids) in enumerate(encoded, start=first_id):
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {text!r:.40} has no tokens.")
         if len(token_ids) > max_prompt_tokens:
@@ -51,7 +53,7 @@ def load_prompts(
                 f"{max_prompt_tokens}. Raise it, or shorten the prompt."
             )
         columns = {name: value for name, value in row.columns.items() if name != "prompt"}
-        prompts.append(Prompt(prompt_id=index, token_ids=tuple(token_ids), text=text, columns=columns))
+        prompts.append(Prompt(prompt_id=prompt_id, token_ids=tuple(token_ids), text=text, columns=columns))
     return tuple(prompts)
 
 
@@ -74,7 +76,8 @@ def _prompt_text(row: Row, tokenizer: Any, *, system_prompt: str | None, apply_c
         user = {"role": "user", "content": row.text("prompt", alternative="messages")}
         messages = with_system_prompt([user], system_prompt)
     else:
-        return raw_prompt(row, system_prompt=system_prompt, prefix=prefix)
+        text = row.text("prompt", alternative="messages")
+        return raw_prompt(text, place=row.place, system_prompt=system_prompt, prefix=prefix)
     require_template(tokenizer, row.place)
     return render(messages, tokenizer, add_generation_prompt=True, place=row.place)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,31 @@ class Row:
             hint = ""
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 hint = "; for chat messages set data.columns: {messages: " + column + "}"
-            raise UserError(f"{self.place}: column `{column}` is {_shown(value)}, expected a string{hint}.")
+            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a string{hint}.")
         if not value.strip():
-            raise UserError(f"{self.place}: column `{column}` is {_shown(value)}, expected a string that is not empty.")
+            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a string that is not empty.")
         refuse_half_characters(value, f"{self.place}: column `{column}`")
         return value
+
+    def truth(self, column: str) -> bool:
+        """A boolean, or the word `true` or `false` in any case, as CSV has it. UserError if it is anything else."""
+        value = self.value(column)
+        words = {"true": True, "false": False}
+        found = words.get(value.strip().lower()) if isinstance(value, str) else value
+        if not isinstance(found, bool):
+            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected true or false.")
+        return found
+
+    def number(self, column: str) -> float:
+        """A finite number, or its digits as text, as CSV has it. UserError if it is anything else."""
+        value = self.value(column)
+        try:
+            found = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+        except (ValueError, OverflowError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a finite number.")
+        return found
 
     def value(self, column: str, *, alternative: str = "") -> Any:
         """The column's value, whatever it is. UserError if it is missing; `alternative` is what would do as well."""
@@ -128,14 +149,14 @@ def _read_json(path: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}.") from error
     if not isinstance(value, list):
-        raise UserError(f"{path} holds {_shown(value)}, expected a list of objects; one object a line is .jsonl.")
+        raise UserError(f"{path} holds {shown(value)}, expected a list of objects; one object a line is .jsonl.")
     for number, item in enumerate(value, start=1):
         yield _object_row(path, number, item)
 
 
 def _object_row(path: Path, number: int, value: object) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f'{path}:{number}: found {_shown(value)}, expected an object such as {{"prompt": "..."}}.')
+        raise UserError(f'{path}:{number}: found {shown(value)}, expected an object such as {{"prompt": "..."}}.')
     return Row(file=str(path), line=number, columns=value)
 
 
@@ -202,7 +223,8 @@ def _one_split(name: str, split: str, loaded: Any) -> Sequence[Mapping[str, Any]
     return loaded[wanted].to_list()  # type: ignore[no-any-return]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value from a file as error messages write it."""
     kinds = {str: "the string", int: "the number", float: "the number", bool: "the truth value", list: "a list"}
     if value is None:
         return "null"

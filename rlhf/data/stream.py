@@ -1,4 +1,4 @@
-"""An endless, shuffled, resumable stream over a data set: the one order in which data is used.
+"""An endless, shuffled, resumable stream over one data set or several: the one order in which data is used.
 
 Feeds the controllers with prompts or examples. The order depends on (seed, epoch) alone, and the cursor is all its
 state, so a resumed run continues with the next item. It holds no tensor and reads no file.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from rlhf.data.mixing import Turns
 from rlhf.errors import UserError
 
 
@@ -28,68 +29,90 @@ T = TypeVar("T", bound=Tokenized)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where a stream stands; belongs in a checkpoint."""
+    """Where a stream stands; belongs in a checkpoint. Of several sets, as if their items together made an epoch."""
 
     epoch: int  # from 0
     position: int  # items of this epoch already given out
     fingerprint: str  # of the data and its order, so that a cursor is not used on others
 
 
-class Stream(Generic[T]):
-    """Items over and over, in a new order each epoch. An item comes once an epoch, whatever the sizes asked for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One of several data sets that are mixed."""
 
-    def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool) -> None:
+    name: str
+    weight: float  # its share of the stream is this among all weights, whatever its size
+    size: int  # its items; the sets' items stand one set behind the other
+
+
+class Stream(Generic[T]):
+    """Items over and over, in a new order each epoch. An item comes once an epoch, whatever the sizes asked for.
+
+    Of several data sets (`shares`), each is gone through in epochs of its own, in an order of its own; they take turns
+    by weight (`rlhf.data.mixing`), so that a small set with a large weight begins anew before a large one is through.
+    """
+
+    def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[Share] = ()) -> None:
         if not items:
             raise ValueError("a stream needs at least one item")
+        if shares and sum(share.size for share in shares) != len(items):
+            raise ValueError(f"shares of {[share.size for share in shares]} items do not make {len(items)}")
         self._items = items
-        self._seed = seed
         self._shuffle = shuffle
-        self._fingerprint = _fingerprint(items, seed, shuffle)
-        self._epoch = 0
-        self._position = 0
-        self._order = self._order_of(0)
+        self._fingerprint = _fingerprint(items, seed, shuffle, shares)
+        sizes = [share.size for share in shares] if len(shares) > 1 else [len(items)]
+        self._sizes = sizes
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        # Sets that are mixed are shuffled independently; a single one needs no name.
+        self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
+        self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
+        self._given = 0
+        self._orders = [self._order_of(i, 0) for i in range(len(sizes))]
+        self._epochs = [0] * len(sizes)  # those that the orders are of
 
     def __len__(self) -> int:
-        """Items of one epoch."""
+        """Items of one epoch; of several sets, of all together."""
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
-        """The next `count` items, each with its epoch; goes on into later epochs as needed."""
-        taken: list[tuple[int, T]] = []
-        while len(taken) < count:
-            if self._position == len(self._items):
-                self._epoch += 1
-                self._position = 0
-                self._order = self._order_of(self._epoch)
-            stop = min(len(self._items), self._position + count - len(taken))
-            taken += [(self._epoch, self._items[i]) for i in self._order[self._position : stop]]
-            self._position = stop
-        return tuple(taken)
+        """The next `count` items, each with its (set's) epoch; goes on into later epochs as needed."""
+        return tuple(self._next() for _ in range(count))
 
     def state(self) -> Cursor:
         """Where the next item stands."""
-        return Cursor(epoch=self._epoch, position=self._position, fingerprint=self._fingerprint)
+        epoch, position = divmod(self._given, len(self._items))
+        return Cursor(epoch=epoch, position=position, fingerprint=self._fingerprint)
 
     def restore(self, cursor: Cursor) -> None:
         """Continue where `cursor` was taken. UserError if that was another data set, seed or order."""
         if cursor.fingerprint != self._fingerprint:
             raise UserError(
-                "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, run.seed or data.shuffle "
-                "differ from when it was written. Resume with the same ones, or start a new run."
+                "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, the weights of data sets,"
+                " run.seed or data.shuffle differ from when it was written. Resume with the same ones, or start a new "
+                "run."
             )
-        self._epoch = cursor.epoch
-        self._position = cursor.position
-        self._order = self._order_of(cursor.epoch)
+        self._given = cursor.epoch * len(self._items) + cursor.position
+        self._turns.go_to(self._given)
 
-    def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self._items)))
+    def _next(self) -> tuple[int, T]:
+        index = self._turns.next()
+        self._given += 1
+        epoch, position = divmod(self._turns.counts[index] - 1, self._sizes[index])
+        if self._epochs[index] != epoch:
+            self._orders[index] = self._order_of(index, epoch)
+            self._epochs[index] = epoch
+        return epoch, self._items[self._starts[index] + self._orders[index][position]]
+
+    def _order_of(self, index: int, epoch: int) -> list[int]:
+        order = list(range(self._sizes[index]))
         if self._shuffle:
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            random.Random(f"{self._seeds[index]}/{epoch}").shuffle(order)
         return order
 
 
-def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool) -> str:
-    digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}".encode(), digest_size=16)
+def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[Share]) -> str:
+    mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
+    digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}".encode(), digest_size=16)
     for item in items:
         digest.update(array.array("q", [len(item.token_ids), *item.token_ids]))
     return digest.hexdigest()

@@ -1,0 +1,95 @@
+"""Unpaired feedback: one answer to a prompt, and whether it is a good one. Tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
+from rlhf.data.pieces import Tokens, Writer
+from rlhf.data.sources import Row
+from rlhf.data.usable import Loaded
+from rlhf.types import Pairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """An answer with a label.
+
+    Example: prompt `ab`, completion `c`, one token a letter:
+        example.token_ids = (a, b, c, eos)   prompt_tokens = 2   label = True
+    """
+
+    example_id: int  # its place among what was loaded, and that of its row in `collate_labelled`
+    example: Example
+    label: bool  # True: the answer is desirable
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return self.example.token_ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.token_ids)
+
+    @property
+    def num_learnt(self) -> int:
+        """Learnt tokens of the answer."""
+        return self.example.num_learnt
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first learnt one."""
+        return num_prompt_tokens(self.example)
+
+
+def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Labelled]:
+    """One labelled answer a row; `example_id` counts from `first_id` through the rows that can be used.
+
+    Columns `prompt` and `completion`, both strings or both lists of messages, and `label`: true or false, in CSV the
+    words. UserError for any other label.
+    """
+    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+
+    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Labelled:
+        label = row.truth("label")
+        example = fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
+        return Labelled(example_id=example.example_id, example=example, label=label)
+
+    return load_sequences(
+        rows,
+        tokenizer,
+        write=lambda row: [writer.answer(row, "completion")],
+        build=build,
+        max_unusable_fraction=reading.max_unusable_fraction,
+    )
+
+
+def collate_labelled(labelled: Sequence[Labelled]) -> Pairs:
+    """Flat columns of several answers: answer i is sequence 2i; 2i + 1 is its prompt with the answer to the next one's.
+
+    The mismatched answer loses its end where the sequence would be longer than the longest of the data.
+    """
+    longest = max(len(one.token_ids) for one in labelled)
+    sequences: list[Example] = []
+    for index, one in enumerate(labelled):
+        other, prompt = labelled[(index + 1) % len(labelled)].example, one.prompt_tokens
+        answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
+        learnt = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
+        mismatched = Example(
+            example_id=2 * index + 1,
+            token_ids=one.token_ids[:prompt] + answer,
+            loss_mask=(False,) * prompt + learnt,
+        )
+        sequences += [one.example, mismatched]
+    return Pairs(
+        examples=collate(sequences),
+        prompt_tokens=torch.tensor([one.prompt_tokens for one in labelled], dtype=torch.int64),
+        margins=torch.zeros(len(labelled)),
+        labels=torch.tensor([one.label for one in labelled], dtype=torch.bool),
+    )

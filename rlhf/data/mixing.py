@@ -1,0 +1,46 @@
+"""Which of several data sets has its turn: weighted interleaving, as even as whole items allow.
+
+Used by the stream. Pure arithmetic on weights: it knows no item, and draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+
+class Turns:
+    """The endless order in which sets take turns.
+
+    Of any first n turns, a set with share w (its weight among all weights) has n * w, by less than one turn more or
+    less. Turn j of a set is due by (j + 1) / w and not given before j / w; the one that is due first goes first, and
+    of equals the earlier set. That is earliest deadline first, which meets all deadlines of unit jobs on one processor
+    (Liu and Layland, 1973).
+
+    Example: weights 2 and 1 give 0 1 0, 0 1 0, ...
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, as it was written
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        whole = [int(weight * scale) for weight in exact]
+        common = math.gcd(*whole)
+        self._weights = [weight // common for weight in whole]
+        self._period = sum(self._weights)
+        self.counts = [0] * len(whole)  # turns that each set has had
+
+    def next(self) -> int:
+        """The set whose turn it is; counts it."""
+        turn = sum(self.counts)
+        ready = (i for i, weight in enumerate(self._weights) if self.counts[i] * self._period < weight * (turn + 1))
+        chosen = min(ready, key=lambda i: Fraction(self.counts[i] + 1, self._weights[i]))
+        self.counts[chosen] += 1
+        return chosen
+
+    def go_to(self, turn: int) -> None:
+        """Stand where `turn` turns have been given. After whole periods each set has had exactly its share."""
+        periods, rest = divmod(turn, self._period)
+        self.counts = [weight * periods for weight in self._weights]
+        for _ in range(rest):
+            self.next()

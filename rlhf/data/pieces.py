@@ -1,0 +1,207 @@
+"""A row's text in stretches, each tokenised on its own, with those marked that are learnt.
+
+Between rows and examples: what a prompt is, what its completion, and where each turn of the assistant begins and ends.
+A boundary between two stretches is a boundary between two tokens, as it is when a response is sampled after a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.chat import (
+    ASSISTANT,
+    Message,
+    encode,
+    names,
+    raw_prefix,
+    raw_prompt,
+    read_messages,
+    read_tools,
+    render,
+    require_template,
+    with_system_prompt,
+)
+from rlhf.data.sources import Row
+from rlhf.data.usable import NotUsable
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that is tokenised on its own."""
+
+    text: str
+    learn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A piece as token ids."""
+
+    ids: tuple[int, ...]
+    learn: bool
+
+
+class Writer:
+    """Columns of a row as the text that the model is given, in pieces: the prompt first, and what is learnt."""
+
+    def __init__(self, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to be learnt.")
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.apply_chat_template = apply_chat_template
+        self._prefix = raw_prefix(tokenizer)
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._special = re.compile("|".join(re.escape(name) for name in sorted(special, key=len, reverse=True)))
+
+    def answer(self, row: Row, column: str) -> list[Piece]:
+        """Column `prompt` and its answer in `column`: two strings, or two lists of messages.
+
+        NotUsable if the answer is empty. UserError if the columns are of different kinds.
+        """
+        prompt, answer = row.value("prompt"), row.value(column)
+        if not isinstance(prompt, list) and not isinstance(answer, list):
+            return self.strings(row, row.text("prompt"), answer_text(row, column))
+        if not isinstance(prompt, list) or not isinstance(answer, list):
+            listed, other = ("prompt", column) if isinstance(prompt, list) else (column, "prompt")
+            raise UserError(
+                f"{row.place}: column `{listed}` is a list of messages and column `{other}` is not: both are strings, "
+                "or both are messages. If another column holds the prompt, rename this one: data.columns: "
+                f"{{other: {other}}}."
+            )
+        if not answer:
+            raise NotUsable(row.place, f"column `{column}` has no message")
+        asked = read_messages(row, column="prompt", system_prompt=self.system_prompt)
+        answered = read_messages(row, column=column, system_prompt=None)
+        if answered[0]["role"] != ASSISTANT:
+            raise UserError(
+                f"{row.place}: column `{column}` begins with a message of the {answered[0]['role']}; beside column "
+                "`prompt` it holds the answer alone."
+            )
+        return self.conversation(row, [*asked, *answered], first=len(asked))
+
+    def strings(self, row: Row, prompt: str, answer: str) -> list[Piece]:
+        """A prompt and its answer, as two turns of a conversation or as they stand."""
+        if self.apply_chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
+            messages = with_system_prompt(turns, self.system_prompt)
+            return self.conversation(row, messages, first=len(messages) - 1)
+        prompt = raw_prompt(prompt, place=row.place, system_prompt=self.system_prompt, prefix=self._prefix)
+        return [Piece(prompt, False), Piece(self._ended(answer), True)]
+
+    def text(self, row: Row, text: str) -> list[Piece]:
+        """A text to be learnt as it stands, and its end."""
+        text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, prefix=self._prefix)
+        return [Piece(self._ended(text), True)]
+
+    def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Piece]:
+        """A conversation up to its last learnt turn: the assistant's from message `first` on, but for `train: false`.
+
+        A turn begins where the generation prompt ends, which is where sampling would begin, and ends with the last
+        special token that the template writes for it. Both are exact only if each longer rendering begins with the
+        shorter one, so a template that rewrites what comes before a learnt turn is refused, and so is one that leaves
+        out a part of it. NotUsable if no turn is learnt, or nothing comes before it.
+        """
+        require_template(self.tokenizer, row.place)
+        tools = read_tools(row)
+        turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == ASSISTANT and m.get("train", True)]
+        if not turns:
+            raise NotUsable(row.place, "the conversation has no assistant's turn to be learnt")
+        if turns[0] == 0:
+            raise NotUsable(
+                row.place, "the conversation begins with an assistant's turn, which is learnt after a prompt"
+            )
+        pieces: list[Piece] = []
+        text = ""  # rendered so far
+        done = 0  # characters of it already in pieces
+        for index in turns:
+            before = self._render(row, messages[:index], tools, add_generation_prompt=True)
+            if not before.startswith(text):
+                raise self._refusal(
+                    row,
+                    f"writes earlier messages differently once message {index + 1} follows, so what the assistant says "
+                    "cannot be told apart exactly. Use another template, or learn the last turn alone: `train: false` "
+                    "in the assistant's earlier messages",
+                )
+            text = self._render(row, messages[: index + 1], tools, add_generation_prompt=False)
+            turn = self._turn(row, messages, index, before, text)
+            pieces += [Piece(before[done:], False), Piece(turn, True)]
+            done = len(before) + len(turn)
+        missing = [name for name in names(tools or ()) if name not in pieces[0].text]
+        if missing:
+            raise self._refusal(row, f"does not tell the model of tool `{missing[0]}` of column `tools`")
+        return pieces
+
+    def _turn(self, row: Row, messages: Sequence[Message], index: int, before: str, after: str) -> str:
+        """What the assistant's message adds to the text before it, up to the last special token. UserError if the
+        template does not write it whole and to an end."""
+        if not after.startswith(before):
+            raise self._refusal(
+                row,
+                f"does not begin message {index + 1} as it asks the assistant to begin (a tag for reasoning, perhaps, "
+                "that the message lacks), so what would be sampled is not what would be learnt. Use another template, "
+                "or messages that have what it asks for",
+            )
+        ends = [match.end() for match in self._special.finditer(after, len(before))]
+        if not ends or after[ends[-1] :].strip():
+            raise self._refusal(
+                row,
+                "ends the assistant's turn with no special token, so when to stop cannot be learnt. Use another "
+                "template",
+            )
+        turn = after[len(before) : ends[-1]]
+        lost = _lost(messages[index], turn)
+        if lost:
+            raise self._refusal(row, f"leaves out {lost} of message {index + 1}, which is to be learnt")
+        return turn
+
+    def _render(
+        self, row: Row, messages: Sequence[Message], tools: Sequence[Message] | None, *, add_generation_prompt: bool
+    ) -> str:
+        return render(
+            messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=row.place, tools=tools
+        )
+
+    def _refusal(self, row: Row, what: str) -> UserError:
+        return UserError(f"{row.place}: the chat template of {self.tokenizer.name_or_path} {what}.")
+
+    def _ended(self, text: str) -> str:
+        end: str = self.tokenizer.eos_token
+        return text if text.endswith(end) else text + end
+
+
+def answer_text(row: Row, column: str) -> str:
+    """A string that the model would answer. NotUsable if it is empty; UserError if it is no string."""
+    value = row.value(column)
+    if isinstance(value, str) and not value.strip():
+        raise NotUsable(row.place, f"column `{column}` is the string {value!r:.40}, which is empty")
+    return row.text(column)
+
+
+def _lost(message: Message, turn: str) -> str:
+    """What of an assistant's message the template has not written, white space apart; empty: nothing."""
+    written = "".join(turn.split())
+    for field in ("content", "reasoning_content"):
+        if "".join((message.get(field) or "").split()) not in written:
+            return f"`{field}`"
+    return next((f"the call of `{name}`" for name in names(message.get("tool_calls", ())) if name not in turn), "")
+
+
+def encode_pieces(sequences: Sequence[Sequence[Piece]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
+    """Token ids of every piece of every sequence, each as a continuation of the piece before it, in one call.
+
+    Some tokenizers mark the beginning of a text (SentencePiece's leading space). To them a later piece is shown behind
+    an end-of-sequence token, which is taken off again.
+    """
+    alone, behind = encode(["a", tokenizer.eos_token + "a"], tokenizer)
+    anchor = "" if [tokenizer.eos_token_id, *alone] == behind else tokenizer.eos_token
+    texts = [(anchor if i else "") + piece.text for pieces in sequences for i, piece in enumerate(pieces)]
+    encoded = iter(encode(texts, tokenizer))
+    for pieces in sequences:
+        yield tuple(
+            Tokens(tuple(next(encoded)[1 if anchor and i else 0 :]), piece.learn) for i, piece in enumerate(pieces)
+        )

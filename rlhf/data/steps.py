@@ -1,0 +1,129 @@
+"""Answers in steps, each step right or wrong: what a process reward model learns from. Tokenised once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf.data.chat import ASSISTANT, read_messages
+from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
+from rlhf.data.pieces import Piece, Tokens, Writer
+from rlhf.data.sources import Row, refuse_half_characters, shown
+from rlhf.data.usable import Loaded, NotUsable
+from rlhf.errors import UserError
+from rlhf.types import Examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLabelled:
+    """An answer whose steps have labels.
+
+    Example: prompt `ab`, steps `c` and `de`, one token a letter, separated by a line end:
+        token_ids = (a, b, c, \\n, d, e, eos)   step_ends = (3, 6)   labels = (True, False)
+    """
+
+    example_id: int  # its place among what was loaded, and that of its sequence in `collate_steps`
+    token_ids: tuple[int, ...]
+    step_ends: tuple[int, ...]  # index of the token that ends each step, ascending: there its label is predicted
+    labels: tuple[bool, ...]  # one a step; True: the step is right
+
+
+def load_step_labelled(
+    rows: Sequence[Row], tokenizer: Any, reading: Reading, *, step_separator: str = "\n", first_id: int = 0
+) -> Loaded[StepLabelled]:
+    """One answer in steps a row; `example_id` counts from `first_id` through the rows that can be used.
+
+    Columns `prompt` (a string or messages), `completions` (strings, one a step) and `labels` (true or false, one a
+    step). A step ends with the separator's last token, which is added where it is missing, and the last step with the
+    token that ends the answer. Too long an answer, where that is cut, loses whole steps from its end.
+    """
+    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+
+    def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> StepLabelled:
+        labels = _labels(row)
+        example = mark(first_id + index, sequences[0], place=row.place)
+        ends = list(itertools.accumulate(len(piece.ids) for piece in sequences[0]))[-len(labels) :]
+        at_ends = replace(example, loss_mask=_mask(len(example.token_ids), [end - 1 for end in ends]))
+        fitted = fit(at_ends, reading, place=row.place)
+        kept = tuple(i for i, learn in enumerate(fitted.loss_mask) if learn)
+        return StepLabelled(
+            example_id=example.example_id,
+            token_ids=fitted.token_ids,
+            step_ends=kept,
+            labels=tuple(labels[: len(kept)]),
+        )
+
+    return load_sequences(
+        rows,
+        tokenizer,
+        write=lambda row: [_pieces(row, writer, step_separator)],
+        build=build,
+        max_unusable_fraction=reading.max_unusable_fraction,
+    )
+
+
+def collate_steps(items: Sequence[StepLabelled]) -> Examples:
+    """Flat columns of several answers: answer i is sequence i, and `loss_mask` is True where a step ends."""
+    return collate(
+        [
+            Example(
+                example_id=item.example_id,
+                token_ids=item.token_ids,
+                loss_mask=_mask(len(item.token_ids), item.step_ends),
+            )
+            for item in items
+        ]
+    )
+
+
+def _mask(length: int, places: Sequence[int]) -> tuple[bool, ...]:
+    true = set(places)
+    return tuple(i in true for i in range(length))
+
+
+def _steps(row: Row) -> list[str]:
+    steps = row.value("completions")
+    if not isinstance(steps, list):
+        raise UserError(f"{row.place}: column `completions` is {shown(steps)}, expected a list of strings, one a step.")
+    if not steps:
+        raise NotUsable(row.place, "column `completions` has no step")
+    for number, step in enumerate(steps, start=1):
+        if not isinstance(step, str):
+            raise UserError(f"{row.place}: step {number} of column `completions` is {shown(step)}, expected a string.")
+        if not step.strip():
+            raise NotUsable(row.place, f"step {number} of column `completions` is empty")
+        refuse_half_characters(step, f"{row.place}: step {number} of column `completions`")
+    return steps
+
+
+def _labels(row: Row) -> list[bool]:
+    labels, steps = row.value("labels"), row.value("completions")
+    if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
+        raise UserError(f"{row.place}: column `labels` is {labels!r:.60}, expected a list of true and false.")
+    if len(labels) != len(steps):
+        raise UserError(f"{row.place}: {len(labels)} in column `labels` for {len(steps)} steps in `completions`.")
+    return labels
+
+
+def _pieces(row: Row, writer: Writer, separator: str) -> list[Piece]:
+    """The prompt, then each step with its separator; the last has the end of the answer."""
+    steps = _steps(row)
+    steps = [step if step.endswith(separator) else step + separator for step in steps[:-1]] + steps[-1:]
+    in_turns = isinstance(row.value("prompt"), list)
+    if in_turns or writer.apply_chat_template:  # some templates strip a message, so that all are stripped
+        steps[0] = steps[0].lstrip()
+        steps[-1] = steps[-1].rstrip()
+    text = "".join(steps)
+    if in_turns:
+        asked = read_messages(row, column="prompt", system_prompt=writer.system_prompt)
+        pieces = writer.conversation(row, [*asked, {"role": ASSISTANT, "content": text}], first=len(asked))
+    else:
+        pieces = writer.strings(row, row.text("prompt"), text)
+    answer_piece = pieces[-1].text
+    start = answer_piece.find(text)
+    if start < 0:
+        raise UserError(f"{row.place}: the chat template changes the white space of the steps, so their ends are lost.")
+    cuts = [0, *(start + cut for cut in itertools.accumulate(len(step) for step in steps[:-1])), len(answer_piece)]
+    return [*pieces[:-1], *(Piece(answer_piece[one:other], True) for one, other in itertools.pairwise(cuts))]
