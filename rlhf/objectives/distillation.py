@@ -1,0 +1,152 @@
+"""Divergences between a student's and a teacher's next-token distributions.
+
+forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis: the vocabulary, or a
+top-k support made by with_tail or renormalized. chunked_divergence applies one of them to two models' hidden states,
+with the logits of a few hundred rows alive at a time. One value a row; the caller masks, weighs and sums. The gradient
+goes to the student alone.
+
+On-policy distillation from one sampled token a position (arXiv:2306.08543; TRL's sampled_token) needs none of these:
+it is policy_loss.reinforce with advantages teacher_logprobs - logprobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits
+
+Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
+
+
+def forward_kl(student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """KL(teacher || student): the student covers all that the teacher says (arXiv:1503.02531)."""
+    return _kl(teacher_logprobs, student_logprobs)
+
+
+def reverse_kl(student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """KL(student || teacher): the student says only what the teacher would (MiniLLM, arXiv:2306.08543)."""
+    return _kl(student_logprobs, teacher_logprobs)
+
+
+def generalized_jsd(
+    student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"], *, beta: float
+) -> Float[Tensor, "*B"]:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+
+    GKD, arXiv:2306.13649, eq. 1; between 0 and the entropy of beta, also where one says what the other never would.
+    ValueError unless 0 < beta < 1: at both ends it vanishes. TRL takes beta 0 for forward_kl and beta 1 for
+    reverse_kl, to which JSD / beta and JSD / (1 - beta) tend.
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"generalized_jsd needs 0 < beta < 1, got {beta}: take forward_kl or reverse_kl at the ends")
+    shares = torch.tensor([beta, 1.0 - beta], dtype=student_logprobs.dtype, device=student_logprobs.device).log()
+    lowest = torch.finfo(student_logprobs.dtype).min / 2  # of two -inf logaddexp has no gradient
+    mixture = torch.logaddexp(teacher_logprobs.clamp(lowest) + shares[0], student_logprobs.clamp(lowest) + shares[1])
+    return beta * _kl(teacher_logprobs, mixture) + (1.0 - beta) * _kl(student_logprobs, mixture)
+
+
+def _kl(logprobs: Float[Tensor, "*B V"], others: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """What has no probability adds nothing, whatever the other gives it."""
+    difference = torch.where(logprobs == -torch.inf, 0.0, logprobs - others)
+    return (logprobs.exp() * difference).sum(-1)
+
+
+def with_tail(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K+1"]:
+    """Log-probabilities of K tokens and, last, of all others together: a distribution over K + 1.
+
+    Divergences of it are at most those over the vocabulary. The tail is held above 1e-7, without gradient below.
+    """
+    inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)
+
+
+def renormalized(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
+    """Log-probabilities of K tokens given that it is one of them: nothing is learnt about the others."""
+    return logprobs - logprobs.logsumexp(-1, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherStates:
+    """A teacher's rows: the states in which it predicts the same tokens as the student's, and its vocabulary head."""
+
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+def chunked_divergence(
+    divergence: Divergence,
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    teacher: TeacherStates,
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> Float[Tensor, " N"]:
+    """divergence(student, teacher) of each row, over the whole vocabulary.
+
+    Both models' logits are divided by temperature (GKD does not multiply the loss by its square). ValueError if rows
+    or vocabularies differ: cut both heads to the tokens they share.
+    """
+    if (len(hidden), len(weight)) != (len(teacher.hidden), len(teacher.weight)):
+        raise ValueError(
+            f"chunked_divergence needs one teacher row a student row and one vocabulary, got {len(hidden)} and "
+            f"{len(teacher.hidden)} rows over {len(weight)} and {len(teacher.weight)} tokens"
+        )
+    head = Head(temperature=temperature, softcap=teacher.softcap, logit_scale=teacher.logit_scale)
+    with torch.no_grad():
+        factors = Factors.of(teacher.hidden, teacher.weight, teacher.bias)
+
+    def of_rows(logits: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            teacher_logprobs = head.logits(factors, rows).log_softmax(-1).to(logits.dtype)
+        return divergence(logits.log_softmax(-1), teacher_logprobs)
+
+    return rows_of_logits(
+        of_rows,
+        hidden,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_size=chunk_size,
+    )
+
+
+def chunked_logprobs_of(
+    tokens: Int[Tensor, "N K"],
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> Float[Tensor, "N K"]:
+    """Log-probabilities of K tokens a row, such as those a teacher's top-k were stored for."""
+
+    def of_rows(logits: Tensor, rows: slice) -> Tensor:
+        return logits.gather(-1, tokens[rows]) - logits.logsumexp(-1, keepdim=True)
+
+    return rows_of_logits(
+        of_rows,
+        hidden,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_size=chunk_size,
+    )

@@ -1,0 +1,212 @@
+"""Losses of a pair of responses of which one is preferred: DPO and its family.
+
+Each returns one loss a pair, never reduced: the caller divides by the pairs of the whole optimizer step. Inputs are one
+number a response, made by sequence_logprobs.py:
+
+- log-ratios log pi - log pi_ref, summed over the response, where there is a reference;
+- plain log-probabilities where there is none: dpo of summed ones is CPO (arXiv:2401.08417, eq. 3) and TPO
+  (arXiv:2405.16681), simpo of averaged ones SimPO and TPO-L;
+- averaged log-ratios for length-normalised DPO (Tulu 3, arXiv:2411.15124) and for IPO as its authors run it.
+
+A supervised term on the chosen response (CPO's, RPO's, ORPO's, TPO's on its gold response) is negative_logprob of
+supervised.py, weighed and added by the caller, as are mixtures of several losses. With d = chosen - rejected and
+s = log sigmoid, most are functions of beta * d alone. aot and aot_unpaired sort over the pairs given to them and thus
+couple these. ValueError for a beta that is not positive and for a label_smoothing outside [0, 0.5).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def dpo(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
+) -> Float[Tensor, " B"]:
+    """-(1 - e) s(beta d) - e s(-beta d): DPO (arXiv:2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
+
+    Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3) takes each preference to be wrong
+    with probability e; its minimum is at a finite margin. TRL ignores label_smoothing here, OpenRLHF does not.
+    """
+    _check("dpo", beta=beta, label_smoothing=label_smoothing)
+    return _smoothed(beta * (chosen - rejected), label_smoothing)
+
+
+def robust_dpo(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float
+) -> Float[Tensor, " B"]:
+    """(-(1 - e) s(beta d) + e s(-beta d)) / (1 - 2e) (arXiv:2403.00409): unbiased when labels flip at the rate e.
+
+    Its gradient is that of dpo with clean labels in expectation.
+    """
+    _check("robust_dpo", beta=beta, label_smoothing=label_smoothing)
+    margin = beta * (chosen - rejected)
+    kept, flipped = (1.0 - label_smoothing) * logsigmoid(margin), label_smoothing * logsigmoid(-margin)
+    return (flipped - kept) / (1.0 - 2.0 * label_smoothing)
+
+
+def ipo(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """(d - 1 / (2 beta))^2 (IPO, arXiv:2310.12036, eq. 17, whose tau is beta): a margin to reach, not to exceed.
+
+    Of averaged log-ratios it is what the authors ran and TRL does; of summed ones what the paper writes and OpenRLHF
+    does. The target 1 / (2 beta) is then per token or per response: a beta does not carry over.
+    """
+    _check("ipo", beta=beta)
+    return (chosen - rejected - 0.5 / beta).square()
+
+
+def hinge(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """max(0, 1 - beta d) (SLiC, arXiv:2305.10425; on log-ratios, arXiv:2309.06657): no gradient once d > 1 / beta."""
+    _check("hinge", beta=beta)
+    return torch.relu(1.0 - beta * (chosen - rejected))
+
+
+def exo_pair(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float
+) -> Float[Tensor, " B"]:
+    """KL from sigmoid(beta d) to the preference 1 - e (EXO, arXiv:2402.00856, eq. 16).
+
+    The reverse of the KL that cDPO minimises. ValueError for e = 0, where it is infinite.
+    """
+    _check("exo_pair", beta=beta, label_smoothing=label_smoothing)
+    if label_smoothing == 0.0:
+        raise ValueError("exo_pair needs label_smoothing > 0, got 0: the KL to a certain preference is infinite")
+    margin = beta * (chosen - rejected)
+    wanted = torch.tensor([1.0 - label_smoothing, label_smoothing], dtype=margin.dtype, device=margin.device).log()
+    win = margin.sigmoid() * (logsigmoid(margin) - wanted[0])
+    loss = (-margin).sigmoid() * (logsigmoid(-margin) - wanted[1])
+    return win + loss
+
+
+def nca_pair(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """-s(beta c) - s(-beta c) / 2 - s(-beta r) / 2 (NCA, arXiv:2402.05369): keeps the chosen log-ratio c from falling.
+
+    It reads c and r each, not their difference.
+    """
+    _check("nca_pair", beta=beta)
+    return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
+
+
+def bco_pair(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, delta: float
+) -> Float[Tensor, " B"]:
+    """-s(beta c - delta) - s(delta - beta r) (BCO, arXiv:2404.04656): a classifier of good and bad.
+
+    delta is the running mean of beta c and beta r over the steps so far; TRL's bco_pair has 0.
+    """
+    _check("bco_pair", beta=beta)
+    return -logsigmoid(beta * chosen - delta) - logsigmoid(delta - beta * rejected)
+
+
+def sppo_hard(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2 (SPPO, arXiv:2405.00675, eq. 4.7, with certain preferences)."""
+    _check("sppo_hard", beta=beta)
+    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+
+
+def aot(
+    margins: Float[Tensor, " B"], ref_margins: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
+) -> Float[Tensor, " B"]:
+    """dpo of margins and reference margins, both sorted over the batch (AOT, arXiv:2406.05882, paired).
+
+    Margins are log pi(chosen) - log pi(rejected), ref_margins the same under the reference. Result b belongs to the
+    pair with the b-th smallest margin, not to pair b, and depends on all pairs given: a mean over micro-batches is
+    another loss than that of the whole.
+    """
+    _check("aot", beta=beta, label_smoothing=label_smoothing)
+    return _smoothed(beta * (margins.sort().values - ref_margins.sort().values), label_smoothing)
+
+
+def aot_unpaired(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
+) -> Float[Tensor, " B"]:
+    """dpo of chosen and rejected log-ratios, both sorted over the batch (AOT, arXiv:2406.05882, unpaired).
+
+    Result b belongs to the b-th smallest of each, and depends on all given, as in aot.
+    """
+    _check("aot_unpaired", beta=beta, label_smoothing=label_smoothing)
+    return _smoothed(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
+
+
+def apo_zero(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """1 - sigmoid(beta c) + sigmoid(beta r) (APO, arXiv:2408.06266, eq. 7): raises chosen, lowers rejected.
+
+    For chosen responses better than what the policy says by itself.
+    """
+    _check("apo_zero", beta=beta)
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
+    """sigmoid(beta c) + 1 - sigmoid(beta d) (APO, arXiv:2408.06266, eq. 8): lowers both, rejected further.
+
+    For chosen responses worse than what the policy says by itself.
+    """
+    _check("apo_down", beta=beta)
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
+
+
+def discopop(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, temperature: float = 0.05
+) -> Float[Tensor, " B"]:
+    """-(1 - g) s(x) + g exp(-x) with x = beta d and the gate g = sigmoid(x / temperature) (arXiv:2406.08414, eq. 5).
+
+    Not convex: dpo for x far below 0, exponential for x above. ValueError unless 0 < temperature <= 1; above 1 the
+    exponential would win where it overflows.
+    """
+    _check("discopop", beta=beta)
+    if not 0.0 < temperature <= 1.0:
+        raise ValueError(f"discopop needs temperature in (0, 1], got {temperature}")
+    margin = beta * (chosen - rejected)
+    exponential = (logsigmoid(margin / temperature) - margin).exp()  # the gate within: 0 * inf cannot arise
+    return exponential - torch.sigmoid(-margin / temperature) * logsigmoid(margin)
+
+
+def simpo(
+    chosen: Float[Tensor, " B"],
+    rejected: Float[Tensor, " B"],
+    *,
+    beta: float,
+    gamma: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " B"]:
+    """dpo with gamma subtracted from beta d: a margin to exceed (SimPO, arXiv:2405.14734, eq. 6).
+
+    Of averaged log-probabilities, no reference; of divergences.alphapo_scores it is AlphaPO. gamma is in units of
+    beta d, as in the paper.
+    """
+    _check("simpo", beta=beta, label_smoothing=label_smoothing)
+    return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
+
+
+def log_odds(logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """log(p / (1 - p)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 4).
+
+    A p that rounds to 1 is held one rounding step below it, without gradient.
+    """
+    held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    far = held < -0.6931471805599453  # below log 1/2 log1p keeps the digits of 1 - p, above expm1 does
+    return held - torch.where(far, torch.log1p(-held.exp()), torch.log(-held.expm1()))
+
+
+def odds_ratio(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """-s(log_odds(chosen) - log_odds(rejected)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 7).
+
+    ORPO adds it, times its lambda (TRL: beta), to the chosen response's negative_logprob.
+    """
+    return -logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def _smoothed(margin: Float[Tensor, " B"], label_smoothing: float) -> Float[Tensor, " B"]:
+    return -(1.0 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def _check(name: str, *, beta: float, label_smoothing: float = 0.0) -> None:
+    if not beta > 0.0:
+        raise ValueError(f"{name} needs beta > 0, got {beta}")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"{name} needs label_smoothing in [0, 0.5), got {label_smoothing}: at 0.5 nothing is preferred"
+        )

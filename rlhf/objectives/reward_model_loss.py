@@ -1,0 +1,76 @@
+"""Losses of reward models: of responses by pairs, of steps by labels; and whether their margins are calibrated.
+
+One loss a pair or a token; the caller divides by the counts of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+
+def bradley_terry(
+    chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, margin: Float[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
+    """-log sigmoid(chosen - rejected - margin) of two scores (InstructGPT, arXiv:2203.02155, eq. 1).
+
+    A margin asks for more distance where the preference was clear (Llama 2, arXiv:2307.09288, eq. 2). Without one it
+    is OpenRLHF's LogExpLoss, log(1 + exp(rejected - chosen)), too.
+    """
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    return -logsigmoid(difference)
+
+
+def centering(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """(chosen + rejected)^2, to be added times a small factor: pairs alone leave the scores' zero open.
+
+    arXiv:2312.09244; TRL's center_rewards_coefficient.
+    """
+    return (chosen + rejected).square()
+
+
+def step_cross_entropy(
+    scores: Float[Tensor, " N"], labels: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Cross-entropy of sigmoid(score) with the label at the end of each step, zero where mask is False.
+
+    Process supervision (arXiv:2305.20050): mask is True at the token that ends a step; labels are 0 or 1, or the
+    share of continuations that came out right (arXiv:2312.08935). With a head of two classes pass the difference of
+    their logits. ValueError for a label outside [0, 1] that counts.
+    """
+    kept = torch.where(mask, labels, 0.0)
+    if not bool(((kept >= 0.0) & (kept <= 1.0)).all()):
+        raise ValueError(f"step_cross_entropy needs labels in [0, 1], got {kept.min().item()} to {kept.max().item()}")
+    losses = binary_cross_entropy_with_logits(torch.where(mask, scores, 0.0), kept, reduction="none")
+    return torch.where(mask, losses, 0.0)
+
+
+def calibration_bins(margins: Float[Tensor, " B"], *, num_bins: int) -> Float[Tensor, "num_bins 3"]:
+    """(pairs, summed confidence, correct pairs) in equal bins of the confidence sigmoid(|margin|), from 1/2 to 1.
+
+    margins are chosen - rejected. A pair is correct if its margin is positive, half correct if it is 0. Bins of several
+    ranks or batches add up. ValueError for num_bins below 1 and for a margin that is not a number.
+    """
+    if num_bins < 1:
+        raise ValueError(f"calibration_bins needs num_bins >= 1, got {num_bins}")
+    if bool(margins.isnan().any()):
+        raise ValueError("calibration_bins needs margins that are numbers, got nan")
+    margins = margins.detach().double()
+    confidence = margins.abs().sigmoid()
+    place = ((confidence - 0.5) * 2.0 * num_bins).long().clamp(max=num_bins - 1)
+    correct = 0.5 * (margins.sign() + 1.0)
+    rows = torch.stack([torch.ones_like(confidence), confidence, correct], dim=1)
+    return rows.new_zeros(num_bins, 3).index_add(0, place, rows)
+
+
+def expected_calibration_error(bins: Float[Tensor, "num_bins 3"]) -> Float[Tensor, ""]:
+    """Mean over pairs of |accuracy - mean confidence| of their bin (arXiv:1706.04599, eq. 3), from calibration_bins.
+
+    0 if scores are log-odds of preference. ValueError for bins without a pair.
+    """
+    pairs, confidence, correct = bins.unbind(1)
+    if not bool(pairs.sum() > 0):
+        raise ValueError("expected_calibration_error needs at least 1 pair, got 0")
+    return (correct - confidence).abs().sum() / pairs.sum()

@@ -1,0 +1,78 @@
+"""From a response's token columns to the one number a preference loss reads, and the weight of its pair.
+
+Preference losses take log-ratios log pi - log pi_ref, or plain log-probabilities where there is no reference, one a
+response. Three ways to make them, of any column (`logprobs`, `ref_logprobs` or their difference): sequence_total
+(DPO), sequence_average (SimPO, ORPO, IPO by its authors' account), length_desensitized_total (LD-DPO). None of them
+knows which sequence is chosen: chosen and rejected stand in one batch, in the caller's order.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.objectives.masking import sequence_counts, sequence_means, sequence_sums, to_tokens
+
+
+def sequence_total(
+    values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Sum over each response's tokens that count. ValueError for a response without any: it is not a response."""
+    _counts(mask, lengths, needed_by="sequence_total")
+    return sequence_sums(torch.where(mask, values, 0.0), lengths)
+
+
+def sequence_average(
+    values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Mean over each response's tokens that count. ValueError for a response without any."""
+    _counts(mask, lengths, needed_by="sequence_average")
+    return sequence_means(values, mask, lengths)
+
+
+def length_desensitized_total(
+    values: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    shared: Int[Tensor, " B"],
+    *,
+    alpha: float,
+) -> Float[Tensor, " B"]:
+    """The first `shared` tokens that count in full, those after them times alpha (LD-DPO, arXiv:2409.06411).
+
+    `shared` is the smaller number of counted tokens of a pair, the same for both of its responses. alpha 1 is
+    sequence_total, alpha 0 leaves the surplus of the longer response out. ValueError for an alpha outside [0, 1] and
+    for a response without a counted token.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"length_desensitized_total needs alpha in [0, 1], got {alpha}")
+    counts = _counts(mask, lengths, needed_by="length_desensitized_total")
+    position = mask.cumsum(0) - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))  # from 1
+    surplus = position > to_tokens(shared, lengths, num_tokens=len(mask))
+    kept = torch.where(mask, values, 0.0)
+    return sequence_sums(torch.where(surplus, alpha * kept, kept), lengths)
+
+
+def on_policy_weights(
+    logprobs: Float[Tensor, " N"],
+    collision_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """exp of a response's mean of logprob - log sum_v p_v^2, without gradient (WPO, arXiv:2406.11827, eq. 2).
+
+    About 1 for a response that the policy itself would sample, less for one it would not. The loss of a pair is
+    multiplied by the weights of both. collision_logprobs come from logprobs.collision_logprob_from_logits. ValueError
+    for a response without a counted token.
+    """
+    _counts(mask, lengths, needed_by="on_policy_weights")
+    return sequence_means((logprobs - collision_logprobs).detach(), mask, lengths).exp()
+
+
+def _counts(mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], *, needed_by: str) -> Int[Tensor, " B"]:
+    counts = sequence_counts(mask, lengths)
+    if bool((counts == 0).any()):
+        empty = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"{needed_by}: sequences {empty[:8]} have no token that counts, hence no log-probability")
+    return counts

@@ -1,0 +1,77 @@
+"""Preference losses of single responses labelled good or bad: KTO, APO-zero and BCO without pairs.
+
+Each returns one loss a response; the caller weighs it and divides by the responses of the whole optimizer step.
+`log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py), `labels` True for a good one.
+What they compare with (KTO's KL, BCO's running mean) is data that the caller merges over ranks and passes in.
+ValueError for a beta that is not positive.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float, kl: float) -> Float[Tensor, " B"]:
+    """1 - sigmoid(beta (c - kl)) if good, 1 - sigmoid(beta (kl - c)) if bad (KTO, arXiv:2402.01306, section 4.1).
+
+    kl is the paper's z0, max(0, mean log-ratio) of completions paired with other prompts of the batch: mismatched_kl.
+    It carries no gradient. ValueError if it is negative. Use label_weights for lambda_D and lambda_U.
+    """
+    _check_beta("kto", beta)
+    if not kl >= 0.0:
+        raise ValueError(f"kto needs kl >= 0, got {kl}: hold the estimate at 0")
+    return torch.sigmoid(_towards_label(beta * (kl - log_ratios), labels))
+
+
+def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
+    """KTO's z0: the mean log-ratio of completions under prompts they do not answer, held at 0 from below.
+
+    The sum and the count are those of all ranks. ValueError for no sequences.
+    """
+    if num_sequences < 1:
+        raise ValueError("mismatched_kl needs at least 1 sequence, got 0: a batch without a KL estimate")
+    return max(0.0, log_ratio_sum / num_sequences)
+
+
+def apo_zero_unpaired(
+    log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float
+) -> Float[Tensor, " B"]:
+    """kto with kl 0: each half of apo_zero by itself (APO, arXiv:2408.06266, eq. 7)."""
+    _check_beta("apo_zero_unpaired", beta)
+    return torch.sigmoid(_towards_label(-beta * log_ratios, labels))
+
+
+def bco(
+    log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float, delta: float
+) -> Float[Tensor, " B"]:
+    """Cross-entropy of the label with sigmoid(beta c - delta) (BCO, arXiv:2404.04656).
+
+    delta is the running mean of beta c over all responses so far, this step's included: masking.merge_moments of
+    masking.moments.
+    """
+    _check_beta("bco", beta)
+    return -logsigmoid(_towards_label(beta * log_ratios - delta, labels))
+
+
+def label_weights(
+    labels: Bool[Tensor, " B"], *, desirable: float, undesirable: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " B"]:
+    """The weight of each response by its label.
+
+    KTO's section 4.2 wants weight times count of the good over that of the bad in [1, 4/3].
+    """
+    weights = torch.tensor([undesirable, desirable], dtype=dtype, device=labels.device)
+    return weights[labels.long()]
+
+
+def _towards_label(values: Float[Tensor, " B"], labels: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Negated where the label is bad."""
+    return torch.where(labels, values, -values)
+
+
+def _check_beta(name: str, beta: float) -> None:
+    if not beta > 0.0:
+        raise ValueError(f"{name} needs beta > 0, got {beta}")

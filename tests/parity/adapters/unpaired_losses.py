@@ -1,0 +1,85 @@
+"""Losses of single labelled responses: TRL's KTO with APO-zero, and BCO."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.objectives import unpaired_loss
+from rlhf.objectives.masking import Moments, masked_mean, merge_moments, moments
+from rlhf.objectives.sequence_logprobs import sequence_total
+from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.layout import Layout, gradient
+
+FIXED_RUNNING_MEAN = 0.37  # of BCO's cases that do not update it; they say so in their `how`, not in `params`
+
+
+def trl_kto(arguments: Arguments) -> Outputs:
+    """Good responses and bad ones in one batch, in any order."""
+    variable, labels = arguments.variable("policy_per_token_logps"), arguments.mask("label")
+    arguments.ignore("policy_logps", "completion_mask")  # the sums of the same columns; where they are not zero
+    everything = Layout.full(variable.shape)
+    logprobs = sequence_total(everything.flat(variable), everything.mask, everything.lengths)
+    log_ratios = logprobs - arguments.tensor("ref_logps")
+    beta, name = arguments.number("beta", 0.1), arguments.param("loss_type", "kto")
+    shares = {
+        "desirable": arguments.number("desirable_weight", 1.0),
+        "undesirable": arguments.number("undesirable_weight", 1.0),
+    }
+    weights = unpaired_loss.label_weights(labels, **shares, dtype=log_ratios.dtype)
+    arguments.ignore("KL_policy_logps", "KL_ref_logps")
+    if name == "kto":
+        mismatched = arguments.tensor("KL_policy_logps") - arguments.tensor("KL_ref_logps")
+        kl = unpaired_loss.mismatched_kl(mismatched.sum().item(), len(mismatched))
+        losses = weights * unpaired_loss.kto(log_ratios, labels, beta=beta, kl=kl)
+    elif name == "apo_zero_unpaired":
+        kl = 0.0
+        losses = weights * unpaired_loss.apo_zero_unpaired(log_ratios, labels, beta=beta)
+    else:
+        raise Unsupported(f"loss_type {name!r}")
+    loss = losses.mean()
+    outputs: dict[str, Tensor | float] = {
+        "loss": loss,
+        "per_example_loss": losses,
+        "grad_policy_per_token_logps": gradient(loss, variable),
+        "kl": kl,
+    }
+    rewards = beta * log_ratios
+    for kind, rows in (("chosen", labels), ("rejected", ~labels)):
+        if bool(rows.any()):
+            outputs[f"rewards/{kind}"] = masked_mean(rewards, rows)
+            outputs[f"logps/{kind}"] = masked_mean(logprobs, rows)
+    if bool(labels.any()) and not bool(labels.all()):
+        outputs["rewards/margins"] = masked_mean(rewards, labels) - masked_mean(rewards, ~labels)
+    return outputs
+
+
+def trl_bco(arguments: Arguments) -> Outputs:
+    """Good ones first. The running mean is kept in float32."""
+    chosen, rejected = arguments.variable("chosen_logps"), arguments.variable("rejected_logps")
+    ratios = chosen - arguments.tensor("ref_chosen_logps"), rejected - arguments.tensor("ref_rejected_logps")
+    log_ratios, beta = torch.cat(ratios), arguments.number("beta", 0.1)
+    labels = torch.arange(len(log_ratios)) < len(chosen)
+    rewards = beta * log_ratios
+    if arguments.flag("do_train", True):
+        before = Moments(count=0, mean=0.0, squared_deviation=0.0)
+        mean = merge_moments([before, moments(rewards, torch.ones_like(labels))]).mean
+    else:
+        mean = FIXED_RUNNING_MEAN
+    delta = float(torch.tensor(mean))
+    losses = unpaired_loss.bco(log_ratios, labels, beta=beta, delta=delta)
+    loss = losses.mean()
+    return {
+        "losses": losses,
+        "delta": delta,
+        "chosen_rewards": rewards[labels],
+        "rejected_rewards": rewards[~labels],
+        "grad_chosen": gradient(loss, chosen),
+        "grad_rejected": gradient(loss, rejected),
+    }
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("trl", "KTOTrainer._compute_loss"): trl_kto,
+    ("trl_snap", "BCOTrainer.bco_loss"): trl_bco,
+}
