@@ -123,10 +123,13 @@ def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) ->
 def _offline(config: Config) -> Iterator[Problem]:
     """The limits of fixed examples."""
     data, train = config.data, config.train
-    if data.max_sequence_tokens is not None and data.max_sequence_tokens > train.max_tokens_per_microbatch:
+    count = derive.sequences_per_row(config)
+    if data.max_sequence_tokens is not None and count * data.max_sequence_tokens > train.max_tokens_per_microbatch:
+        whole = "a sequence" if count == 1 else "both sequences of a pair"
         text = (
-            f"is {data.max_sequence_tokens} and must be at most train.max_tokens_per_microbatch = "
-            f"{train.max_tokens_per_microbatch}, which holds a sequence whole; lower it, or raise that"
+            f"is {data.max_sequence_tokens} and must be at most {train.max_tokens_per_microbatch // count}: "
+            f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole} whole; lower it, or "
+            "raise that"
         )
         yield _problem("data.max_sequence_tokens", text)
     if data.too_long == "skip" and data.max_unusable_fraction == 0.0:

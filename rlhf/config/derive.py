@@ -106,9 +106,14 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def max_sequence_tokens(config: Config) -> int:
-    """Tokens of the longest offline sequence."""
-    limit = config.data.max_sequence_tokens
-    return config.train.max_tokens_per_microbatch if limit is None else limit
+    """Tokens of the longest offline sequence. A micro-batch holds at least one row, of pairs both sequences."""
+    limit, budget = config.data.max_sequence_tokens, config.train.max_tokens_per_microbatch
+    return budget // sequences_per_row(config) if limit is None else limit
+
+
+def sequences_per_row(config: Config) -> int:
+    """Sequences of an offline row that pass the model together."""
+    return 2 if config.algorithm.name in PAIR_ALGORITHMS else 1
 
 
 def eval_sets(config: Config) -> Mapping[str, DataSource]:

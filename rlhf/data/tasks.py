@@ -196,8 +196,8 @@ def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
         draw = random.Random(f"wrong {source.seed} {index}")
         wrong = draw.choice([answer for answer in others if answer != right])
         kept = {name: value for name, value in row.items() if name != "messages"} | {"prompt": row["messages"]}
-        turns = [[{"role": "assistant", "content": text}] for text in (right, wrong)]
-        found.append(kept | _responses(source.split, *turns, index))
+        turn, other = ([{"role": "assistant", "content": text}] for text in (right, wrong))
+        found.append(kept | _responses(source.split, turn, other, index))
     return found
 
 
