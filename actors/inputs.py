@@ -38,7 +38,7 @@ from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
-from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
+from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, require_reward_head
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
@@ -99,6 +99,7 @@ class StageInputs:
 def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     """The inputs of every stage. UserError for the first thing that is wrong, whichever stage it is in."""
     finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
+    reward_models: set[str] = set()  # those of the folders that will have a scalar head
     stages = []
     for config in loaded.stages.values():
         local = with_tiny(config, loaded.folder)
@@ -112,13 +113,20 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                 if section in ("policy", "critic"):
                     with _named(f"cluster.roles.{section}"):
                         refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
-            elif section == "reward":
-                raise UserError(f"{section}.model: {model.model} will be a language model, not a reward model")
+                if section == "reward":
+                    with _named("reward.model"):
+                        require_reward_head(model.model, shape)
+            elif (section == "reward") != (model.model in reward_models) and section != "critic":
+                will = "reward" if model.model in reward_models else "language"
+                wanted = "a reward model" if section == "reward" else "a language model"
+                raise UserError(f"{section}.model: {model.model} will be a {will} model, expected {wanted}")
         source = finals.get(local.policy.model, local.policy.model)
         awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
         inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
         stages.append(StageInputs(config=local, written=config, inputs=inputs, awaits=awaits))
         finals[str(run_folder(config) / "final")] = source
+        if config.algorithm.name == "reward_model":
+            reward_models.add(str(run_folder(config) / "final"))
     return stages
 
 

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.config.data import DataSource, TaskConfig
-from rlhf.config.derive import Derived, critic_model, derive, eval_sets, reference_model, train_sets, weight_sync
+from rlhf.config.derive import (
+    Derived,
+    critic_model,
+    derive,
+    eval_sets,
+    needs_reference_logprobs,
+    reference_model,
+    train_sets,
+    weight_sync,
+)
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
@@ -109,6 +118,9 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         first = "before training, " if config.eval.at_start else ""
         named = ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())
         facts.append(["evaluation", f"{first}every {config.eval.every} steps and at the end: {named}"])
+    if needs_reference_logprobs(config):
+        where = config.run.dir / "reference_logprobs"
+        facts.append(["reference", f"the policy before training: computed once, then taken from {where}"])
     if rollouts is not None:
         facts.append(["reference", _reference(config, derived)])
         facts.append(["weight sync", _sync(config)])

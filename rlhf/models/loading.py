@@ -86,15 +86,19 @@ def load_reward_model(
     path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
 ) -> Any:
     """A sequence-classification model with one label. UserError if the checkpoint has no such head."""
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    require_reward_head(path, load_config(path, trust_remote_code=trust_remote_code))
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def require_reward_head(path: str, config: Any) -> None:
+    """UserError if a checkpoint with this config has no scalar head."""
     if not _has_scalar_head(config):
         raise UserError(
             f"The reward model {path} is a {', '.join(config.architectures or ['model of unknown class'])} with "
             f"{config.num_labels} labels: it has no reward head. A reward model is a sequence-classification "
-            "checkpoint with one label; train one first, or name another model."
+            "checkpoint with one label; train one first (algorithm reward_model), or name another model."
         )
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -1,0 +1,278 @@
+"""Workers that train on pairs and on labelled responses, without Ray: against plain torch, and over layouts.
+
+The law: a step does not depend on ranks or micro-batches, also where a loss couples the pairs of a step. One process a
+rank is started for each layout and serves all tests.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.algorithms.dpo import DPO, DPOConfig
+from rlhf.config.load import checked
+from rlhf.config.root import Config
+from rlhf.data.examples import Reading
+from rlhf.data.labelled import collate_labelled, load_labelled
+from rlhf.data.packing import balance
+from rlhf.data.preferences import collate_pairs, load_pairs
+from rlhf.data.sources import read_rows
+from rlhf.data.tasks import TaskSource
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.objectives.preference_loss import dpo
+from rlhf.objectives.unpaired_loss import kto
+from rlhf.tracking.metrics import results
+from rlhf.types import MinibatchPlan, Pairs
+from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
+from rlhf.workers.place import RankPlace
+from rlhf.workers.unpaired import UnpairedWorker
+from tests.integration.rank_gang import DEADLINE_S, free_port
+
+ROWS, STEPS, LR = 12, 2, 1e-3
+WORKERS = {"dpo": PreferenceWorker, "reward_model": RewardModelWorker, "kto": UnpairedWorker}
+
+
+def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int) -> Config:
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": folder},
+            "policy": {"model": model, "dtype": "float32"},
+            "algorithm": algorithm,
+            "data": {"train": "pairs.jsonl", "apply_chat_template": False},
+            "train": {
+                "steps": STEPS,
+                "lr": LR,
+                "sequences_per_update": ROWS // STEPS,
+                "max_tokens_per_microbatch": tokens,
+                "grad_clip": 100.0,
+            },
+            "cluster": {"roles": {"policy": {"workers": workers}}},
+        }
+    )
+    return next(iter(checked(config).stages.values()))
+
+
+def data_of(name: str, model: str) -> Pairs:
+    split = "labelled" if name == "kto" else "pairs"
+    rows = read_rows(TaskSource(task="running_totals", split=split, size=ROWS))
+    reading = Reading(system_prompt=None, apply_chat_template=False, max_tokens=64)
+    tokenizer = load_tokenizer(model)
+    if name == "kto":
+        return collate_labelled(load_labelled(rows, tokenizer, reading).items)
+    return collate_pairs(load_pairs(rows, tokenizer, reading).items)
+
+
+def plan_of(pairs: Pairs, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
+    return MinibatchPlan(
+        sequences_by_rank=tuple(tuple(rows[i] for i in share) for share in balance([1.0] * len(rows), ranks)),
+        num_tokens=int(pairs.examples.take([2 * row for row in rows]).loss_mask.sum()),
+        num_sequences=len(rows),
+    )
+
+
+def serve(connection: Connection, rank: int, world_size: int, port: int, settings: dict[str, Any]) -> None:
+    """One rank: a worker for each algorithm, whose weights are those of the model folder."""
+    torch.set_num_threads(1)
+    place = RankPlace(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        device="cpu",
+        threads=1,
+        deadline_s=DEADLINE_S,
+    )
+    while (algorithm := connection.recv()) is not None:
+        name = algorithm["name"]
+        config = config_of(
+            algorithm, settings["model"], settings["folder"], workers=world_size, tokens=settings["tokens"]
+        )
+        worker = WORKERS[name](config, place, optimizer_steps=STEPS)
+        worker.start("127.0.0.1", port)
+        pairs = data_of(name, settings["model"])
+        worker.load_data(pairs)
+        everything = plan_of(pairs, range(ROWS), ranks=world_size)
+        if name != "reward_model":
+            column, _ = worker.reference_logprobs(0, everything)
+            connection.send(column)
+            worker.keep_reference(0, Path(settings["folder"], f"{world_size}.safetensors"), *connection.recv())
+        found = []
+        for step in range(STEPS):
+            rows = range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS)
+            found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
+        found.append(worker.evaluate(0, "all", everything))
+        connection.send(found)
+        worker.stop()
+        port += 1
+
+
+class Ranks:
+    """The ranks of one layout."""
+
+    def __init__(self, settings: dict[str, Any], *, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.connections = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=serve, args=(theirs, rank, world_size, port, settings), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def receive(self) -> list[Any]:
+        found = []
+        for rank, connection in enumerate(self.connections):
+            assert connection.poll(DEADLINE_S), f"rank {rank} did not answer in {DEADLINE_S:g} s"
+            found.append(connection.recv())
+        return found
+
+    def train(self, algorithm: Mapping[str, Any]) -> list[dict[str, float]]:
+        """Metrics of each step, then of an evaluation."""
+        from rlhf.tracking.metrics import merge
+
+        for connection in self.connections:
+            connection.send(dict(algorithm))
+        if algorithm["name"] != "reward_model":
+            columns = self.receive()
+            for connection in self.connections:
+                connection.send(columns)
+        return [results(merge(parts)) for parts in zip(*self.receive(), strict=True)]
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(None)
+        for process in self.processes:
+            process.join(30.0)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", seed=3))
+
+
+@pytest.fixture(scope="module")
+def layouts(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ranks, Ranks]]:
+    """One rank with all in one micro-batch, and two ranks with about a pair in each."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    one = Ranks({"model": model, "folder": folder, "tokens": 4096}, world_size=1)
+    two = Ranks({"model": model, "folder": folder, "tokens": 64}, world_size=2)
+    yield one, two
+    one.close()
+    two.close()
+
+
+ALGORITHMS = [
+    {"name": "dpo"},
+    {"name": "dpo", "loss": {"ipo": 0.7, "bco": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
+    {"name": "dpo", "loss": "aot", "length_alpha": 0.5},
+    {"name": "reward_model", "centering": 0.01},
+    {"name": "kto", "undesirable_weight": 1.5},
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: "-".join([a["name"], str(a.get("loss", ""))[:3]]))
+def test_a_step_depends_on_neither_ranks_nor_microbatches(
+    layouts: tuple[Ranks, Ranks], algorithm: dict[str, Any]
+) -> None:
+    one, two = (layout.train(algorithm) for layout in layouts)
+    assert one[0]["update/grad_norm"] > 0
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for key in first:
+            if key != "update/tokens/total":  # ranks without rows pass one token
+                assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+def sequence_logprobs(model: Any, pairs: Pairs) -> Tensor:
+    """Plain torch: each sequence by itself, whole logits."""
+    examples, totals = pairs.examples, []
+    for ids, mask in zip(
+        examples.token_ids.split(examples.lengths.tolist()),
+        examples.loss_mask.split(examples.lengths.tolist()),
+        strict=True,
+    ):
+        logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        totals.append(logprobs[mask[1:]].sum())
+    return torch.stack(totals)
+
+
+@pytest.mark.timeout(600)
+def test_dpo_is_that_of_plain_torch(layouts: tuple[Ranks, Ranks], model: str) -> None:
+    ours = layouts[0].train({"name": "dpo", "beta": 0.3})
+    plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    with torch.no_grad():
+        reference = sequence_logprobs(plain, pairs)
+    for step in range(STEPS):
+        at = slice(step * 2 * ROWS // STEPS, (step + 1) * 2 * ROWS // STEPS)
+        ratios = (sequence_logprobs(plain, pairs) - reference)[at]
+        loss = dpo(ratios[0::2], ratios[1::2], beta=0.3).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 100.0)
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+        assert ours[step]["update/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    ratios = sequence_logprobs(plain, pairs) - reference
+    margins = 0.3 * (ratios[0::2] - ratios[1::2])
+    assert ours[STEPS]["eval/all/margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
+    assert ours[STEPS]["eval/all/accuracy"] == (margins > 0).float().mean().item()
+
+
+@pytest.mark.timeout(600)
+def test_kto_compares_with_mismatched_responses(layouts: tuple[Ranks, Ranks], model: str) -> None:
+    ours = layouts[0].train({"name": "kto", "beta": 0.3, "undesirable_weight": 2.0})
+    plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("kto", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    with torch.no_grad():
+        reference = sequence_logprobs(plain, rows)
+    for step in range(STEPS):
+        at = slice(step * 2 * ROWS // STEPS, (step + 1) * 2 * ROWS // STEPS)
+        ratios = (sequence_logprobs(plain, rows) - reference)[at]
+        labels = rows.labels[step * ROWS // STEPS : (step + 1) * ROWS // STEPS]
+        kl = max(0.0, ratios[1::2].mean().item())
+        weights = torch.where(labels, 1.0, 2.0)
+        loss = (weights * kto(ratios[0::2], labels, beta=0.3, kl=kl)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+        assert ours[step]["preference/mismatched_kl"] == pytest.approx(kl, abs=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_a_reward_model_scores_as_transformers_has_it(layouts: tuple[Ranks, Ranks], model: str) -> None:
+    """Its head begins at zero, so the first loss is log 2 and only the head moves; the second is plain torch's."""
+    ours = layouts[0].train({"name": "reward_model"})
+    pairs = data_of("reward_model", model)
+    plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    torch.nn.init.zeros_(plain.score.weight)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    for step in range(STEPS):
+        scores = torch.stack(
+            [plain(ids[None]).logits[0, 0] for ids in pairs.examples.token_ids.split(pairs.examples.lengths.tolist())]
+        )
+        at = slice(step * 2 * ROWS // STEPS, (step + 1) * 2 * ROWS // STEPS)
+        loss = -torch.nn.functional.logsigmoid(scores[at][0::2] - scores[at][1::2]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_dpo_loss_that_couples_is_told_apart() -> None:
+    assert DPO(DPOConfig(name="dpo", loss="aot")).couples
+    assert not DPO(DPOConfig(name="dpo", loss={"sigmoid": 1.0, "ipo": 0.5})).couples
