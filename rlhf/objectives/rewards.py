@@ -34,15 +34,15 @@ def token_rewards(
     return penalties.index_add(0, last, scores.to(penalties.dtype))
 
 
-def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int) -> Float[Tensor, " B"]:
+def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
     """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
 
     To be added to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
-    excess = (num_tokens - (max_tokens - buffer)).clamp(0, buffer)
-    return -excess.double() / buffer
+    excess = (num_tokens.double() - (max_tokens - buffer)).clamp(0.0, buffer)
+    return -excess / buffer
 
 
 def scale_truncated(

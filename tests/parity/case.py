@@ -122,6 +122,11 @@ class Arguments:
             raise Unsupported(f"{name} is a mask with other values than 0 and 1")
         return values.bool()
 
+    def mask_or_all(self, name: str, shape: torch.Size) -> Tensor:
+        """A mask that may be absent: all positions count then."""
+        self._read.add(f"inputs.{name}")
+        return self.mask(name) if self.has(name) else torch.ones(shape, dtype=torch.bool)
+
     def param(self, name: str, default: Any = MISSING) -> Any:
         """A parameter as stored; `default` is the source function's own."""
         self._read.add(f"params.{name}")

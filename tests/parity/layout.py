@@ -9,12 +9,13 @@ from rlhf.objectives.masking import to_tokens
 
 
 class Layout:
-    """Where the tokens of a padded batch stand in flat columns. Trailing padding is dropped; holes stay."""
+    """Where the tokens of a padded batch stand in flat columns. Trailing padding is dropped or kept; holes stay."""
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, *, keep_padding: bool = False) -> None:
         self.width = mask.shape[1]
         columns = torch.arange(1, self.width + 1)
-        self.lengths = torch.where(mask, columns, 0).amax(1)
+        there = torch.ones_like(mask) if keep_padding else mask
+        self.lengths = torch.where(there, columns, 0).amax(1) if self.width else mask.sum(1)
         self._kept = columns <= self.lengths[:, None]
         self.mask = mask[self._kept]
 

@@ -114,6 +114,42 @@ def test_a_parameter_is_used_not_remembered(
     assert (code, lines[0]) == (0, "ok trl.grpo.dapo")
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("trl.grpo.dapo", ["epsilon", "epsilon_high", "loss_type", "importance_sampling_level", "delta"]),
+        ("trl.grpo.grpo.kl0.04", ["use_bias_correction_kl"]),
+        ("trl.rloo.loss.eps0.2_0.2", ["epsilon_low", "epsilon_high"]),
+        ("trl.grpo.vllm_is.sequence_mask.cmax1.3_cmin0.7", ["vllm_importance_sampling_mode"]),
+        ("verl.ppo_dual_clip3.token-mean", ["loss_agg_mode", "clip_ratio", "clip_ratio_low", "clip_ratio_c"]),
+        ("verl.adv.grpo_vectorized.std", ["norm_adv_by_std_in_grpo", "epsilon"]),
+    ],
+)
+def test_a_parameter_left_out_takes_the_default_of_its_source(
+    tmp_path: Path,
+    stored: dict[str, dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    left_out: list[str],
+) -> None:
+    case = copy.deepcopy(stored[name])
+    for parameter in left_out:
+        del case["params"][parameter]
+    whole, without = (rerun(tmp_path, each, capsys)[1][0].split(":")[0] for each in (stored[name], case))
+    assert without == whole
+
+
+def test_a_row_that_starts_with_a_masked_token_shows_the_ratio_of_its_sampled_ones(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One more masked column in front changes nothing that TRL's sequence-level loss returns."""
+    case = copy.deepcopy(stored["trl.grpo.grpo.seq_level"])
+    for name in ("logps", "old_logps", "entropies", "mask"):
+        case["inputs"][name] = [[0, *row] for row in case["inputs"][name]]
+    case["expected"]["grad_logps"] = [[0, *row] for row in case["expected"]["grad_logps"]]
+    assert rerun(tmp_path, case, capsys)[1][0] == "ok trl.grpo.grpo.seq_level"
+
+
 def test_a_refusal_shows_our_message(
     tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

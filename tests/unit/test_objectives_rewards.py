@@ -26,6 +26,8 @@ def test_a_score_that_no_token_could_carry_is_refused() -> None:
 def test_overlong_penalty() -> None:
     penalty = overlong_penalty(torch.tensor([1, 15, 16, 18, 20, 25]), max_tokens=20, buffer=5)
     assert penalty.tolist() == pytest.approx([0.0, 0.0, -0.2, -0.6, -1.0, -1.0])
+    halves = overlong_penalty(torch.tensor([17, 18, 20]), max_tokens=20, buffer=2.5)
+    assert halves.tolist() == pytest.approx([0.0, -0.2, -1.0])  # from 17.5 on: (18 - 17.5) / 2.5
     with pytest.raises(ValueError, match="0 < buffer <= max_tokens, got 0 and 20"):
         overlong_penalty(torch.tensor([1]), max_tokens=20, buffer=0)
 

@@ -69,12 +69,13 @@ def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: 
         raise Unsupported("several ranks without the counts of the whole batch")
     if named == "seq-mean-token-mean":
         losses = losses * shrunk(layout, losses)
+    by_token = named in ("token-mean", "token-sum")
     loss = weighted(
         losses,
         layout,
         VERL_MODES[named],
-        num_tokens=1.0 if named == "token-sum" else _or(num_tokens, float(layout.mask.sum())),
-        num_sequences=_or(num_sequences, float((counts > 0).sum())),
+        num_tokens=_or(num_tokens, float(layout.mask.sum())) if named == "token-mean" else 1.0,
+        num_sequences=1.0 if by_token else _or(num_sequences, float((counts > 0).sum())),
         max_new_tokens=_or(horizon, layout.width),
     )
     return loss * ranks
@@ -105,8 +106,8 @@ def openrlhf_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, pe
         losses,
         layout,
         "token_mean" if token_level else "sequence_mean_token_mean",
-        num_tokens=_or(num_tokens, float(layout.mask.sum())),
-        num_sequences=_or(num_sequences, float((counts > 0).sum())),
+        num_tokens=_or(num_tokens, float(layout.mask.sum())) if token_level else 1.0,
+        num_sequences=1.0 if token_level else _or(num_sequences, float((counts > 0).sum())),
     )
     return loss if given is None else loss * ranks
 

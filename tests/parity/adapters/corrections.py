@@ -161,8 +161,8 @@ def trl_sampler_correction(arguments: Arguments) -> Outputs:
     """Weights of TRL's four modes. A token that the sampler could not score (nan) has ratio 1."""
     mask = arguments.mask("mask")
     old, sampling = arguments.tensor("old_logps"), arguments.tensor("sampling_logps")
-    mode = arguments.param("vllm_importance_sampling_mode")
-    upper, lower = arguments.optional("clip_max"), arguments.optional("clip_min")
+    mode = arguments.param("vllm_importance_sampling_mode", "sequence_mask")
+    upper, lower = arguments.optional("clip_max", 3.0), arguments.optional("clip_min")
     bounds = {"min_ratio": 0.0 if lower is None else lower, "max_ratio": math.inf if upper is None else upper}
     scored = mask & ~sampling.isnan()
     # TRL gives masked tokens the log-ratio 0 and weighs them too: all positions count, with 0 where masked.
@@ -179,7 +179,7 @@ def trl_sampler_correction(arguments: Arguments) -> Outputs:
         weights = layout.padded(corrections.sequence_masked(*columns, layout.lengths, **bounds))[:, :1]
     else:
         raise Unsupported(f"vllm_importance_sampling_mode {mode!r}")
-    shown = weights[mask] if weights.shape == mask.shape else weights.flatten()
+    shown = weights[mask] if mode.startswith("token") else weights.flatten()
     gaps = kl_k1(old, sampling).abs()[scored]
     return {
         "importance_sampling_ratio": weights,

@@ -158,8 +158,6 @@ def optimal_token_baseline(*, by_column: bool) -> Adapter:
 
     def adapter(arguments: Arguments) -> Outputs:
         mask, rewards = arguments.mask("response_mask"), arguments.tensor("token_level_rewards")
-        if not arguments.flag("handle_zero_tail", True):
-            raise Unsupported("handle_zero_tail False")
         groups = groups_of(arguments)
         group = torch.zeros(len(mask), dtype=torch.int64)
         for number, rows in enumerate(groups):
@@ -175,7 +173,7 @@ def optimal_token_baseline(*, by_column: bool) -> Adapter:
             layout.lengths,
             rollout_weights=None if weights is None else layout.flat(weights),
         )
-        steps = layout.columns() if by_column else layout.flat(mask.cumsum(1) - 1)
+        steps = layout.columns() if by_column else layout.flat((mask.cumsum(1) - 1).clamp(min=0))
         baseline, alone = step_baseline(
             layout.flat(returns),
             energy,
@@ -183,7 +181,10 @@ def optimal_token_baseline(*, by_column: bool) -> Adapter:
             layout.spread(group) * layout.width + steps,
             eps=arguments.number("epsilon", EPS),
         )
-        tail = alone if not by_column else layout.mask & layout.flat(_tails(mask, groups))
+        if not arguments.flag("handle_zero_tail", True):
+            tail = torch.zeros_like(alone) if by_column else layout.mask & layout.flat(_only_rows(mask, groups))
+        else:
+            tail = layout.mask & layout.flat(_tails(mask, groups)) if by_column else alone
         advantages = layout.flat(returns) - torch.where(tail, 0.0, baseline)
         return {"advantages": torch.where(mask, layout.padded(advantages), 0.0), "returns": returns}
 
@@ -199,6 +200,16 @@ def _tails(mask: Tensor, groups: list[Tensor]) -> Tensor:
         if longest > second:
             tails[rows[counts[rows].argmax()], second:] = True
     return tails
+
+
+def _only_rows(mask: Tensor, groups: list[Tensor]) -> Tensor:
+    """The rows that have a group's only tokens: nothing is left to compare them with."""
+    counts = mask.sum(-1)
+    only = torch.zeros_like(mask)
+    for rows in groups:
+        if int((counts[rows] > 0).sum()) == 1:
+            only[rows] = True
+    return only
 
 
 GROUP_BASELINES: dict[str, Callable[..., Tensor]] = {
@@ -224,7 +235,9 @@ def openrlhf_pipeline(arguments: Arguments) -> Outputs:
         scores = scores.clamp(*clip)
     layout = Layout(mask)
     coef = max(arguments.number("kl_coef"), 0.0)
-    flat = token_rewards(scores, layout.flat(arguments.tensor("kl")), layout.mask, layout.lengths, kl_coef=coef)
+    there = layout.lengths > 0  # a fully masked row earns nothing: OpenRLHF masks the reward that it puts there
+    kl, lengths = layout.flat(arguments.tensor("kl")), layout.lengths[there]
+    flat = token_rewards(scores[there], kl, layout.mask, lengths, kl_coef=coef)
     rewards = layout.padded(flat)
     if estimator == "gae":
         advantages, returns = zeroing_gae(rewards, arguments.tensor("values"), mask, gamma=gamma, lam=lam)

@@ -11,12 +11,20 @@ from torch import Tensor
 from rlhf.objectives import corrections, entropy, policy_loss, sequence_ratios, weighted_loss
 from rlhf.objectives.aggregation import Aggregation
 from rlhf.objectives.kl import kl_k3
-from rlhf.objectives.masking import masked_mean, sequence_counts, sequence_means, sequence_sums, to_tokens
+from rlhf.objectives.masking import (
+    masked_mean,
+    sequence_counts,
+    sequence_maxima,
+    sequence_means,
+    sequence_sums,
+    to_tokens,
+)
 from tests.parity.adapters.aggregation import weighted
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+PER_STEP = ("dapo", "cispo", "vespo")  # divided by the tokens of the step, not by the micro-batches
 MODES: dict[str, Aggregation] = {
     "grpo": "sequence_mean_token_mean",
     "sapo": "sequence_mean_token_mean",
@@ -39,27 +47,37 @@ def spread(layout: Layout, values: Tensor) -> Tensor:
 class GRPOBatch:
     """Columns, loss settings and results of one `_compute_loss`. Log-probabilities may come from a model."""
 
-    def __init__(self, arguments: Arguments, layout: Layout, logprobs: Tensor) -> None:
+    def __init__(self, arguments: Arguments, layout: Layout, logprobs: Tensor, entropies: Tensor | None) -> None:
         self.arguments, self.layout, self.logprobs = arguments, layout, logprobs
         self.mask, self.lengths = layout.mask, layout.lengths
         self.advantages = spread(layout, arguments.tensor("advantages"))
         old = arguments.maybe("old_logps")
         self.old = logprobs.detach() if old is None else layout.flat(old)
-        low = arguments.param("epsilon_low", arguments.param("epsilon", None))
-        high = arguments.param("epsilon_high", None)
-        if low is None:
-            raise Unsupported("no epsilon")
-        self.clip = {"clip_low": float(low), "clip_high": float(low if high is None else high)}
+        low = arguments.number("epsilon_low", arguments.param("epsilon", 0.2))
+        high = arguments.optional("epsilon_high")
+        self.clip = {"clip_low": low, "clip_high": low if high is None else high}
         self.level = arguments.choice("importance_sampling_level", {k: k for k in LEVELS}, "token")
+        self.entropies = entropies
         given = arguments.tensor("advantages")
-        self.per_sequence = self.level == "sequence" and given.numel() == len(given)  # TRL's shape (B, 1)
+        self.one_column = layout.width == 1
+        self.per_sequence = self.one_column or (self.level == "sequence" and given.numel() == len(given))
         arguments.ignore("on_policy", "token_adv")  # they say what the inputs already show
 
-    def ratio(self) -> Tensor:
+    def mean(self, values: Tensor) -> Tensor:
+        """TRL's mean for metrics. It takes one column for one value a sequence, and averages over masked rows too."""
+        return values.mean() if self.one_column else masked_mean(values, self.mask)
+
+    def shown_ratio(self) -> Tensor:
+        """The ratio that metrics see: in one column, that of masked tokens too."""
+        everywhere = torch.ones_like(self.mask) if self.one_column and self.level == "token" else self.mask
+        return self.ratio(everywhere)
+
+    def ratio(self, mask: Tensor | None = None) -> Tensor:
         """The importance ratio of the level."""
+        mask = self.mask if mask is None else mask
         if self.level == "token":
-            return policy_loss.importance_ratio(self.logprobs, self.old, self.mask)
-        return LEVELS[self.level](self.logprobs, self.old, self.mask, self.lengths)
+            return policy_loss.importance_ratio(self.logprobs, self.old, mask)
+        return LEVELS[self.level](self.logprobs, self.old, mask, self.lengths)
 
     def kl(self) -> Tensor | None:
         """k3 to the reference, if beta weighs it."""
@@ -75,8 +93,9 @@ class GRPOBatch:
         quantile = self.arguments.number("top_entropy_quantile", 1.0)
         if quantile >= 1.0:
             return self.mask
-        entropies = self.layout.flat(self.arguments.tensor("entropies"))
-        return trl_high_entropy(entropies, self.mask, 1.0 - quantile)
+        if self.entropies is None:
+            raise Unsupported("top_entropy_quantile without entropies")
+        return trl_high_entropy(self.entropies.detach(), self.mask, 1.0 - quantile)
 
     def on_policy(self) -> Tensor:
         """Tokens that the off-policy mask keeps."""
@@ -104,8 +123,8 @@ class GRPOBatch:
         names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
         return {
             **dict(zip(names, means, strict=True)),
-            "clip_ratio/low_min": by_sequence[0].min(),
-            "clip_ratio/high_max": by_sequence[1].max(),
+            "clip_ratio/low_min": by_sequence[0].min() if len(by_sequence[0]) else torch.tensor(math.nan),
+            "clip_ratio/high_max": by_sequence[1].max() if len(by_sequence[1]) else torch.tensor(math.nan),
         }
 
     def cispo_clipped(self, ratio: Tensor) -> Tensor:
@@ -118,22 +137,22 @@ class GRPOBatch:
 
     def by_sequence(self, ratio: Tensor) -> Tensor:
         """[B] out of a column that is constant over each sequence; 1 for a fully masked row."""
-        found = torch.ones(len(self.lengths), dtype=ratio.dtype)
-        there = self.lengths > 0
-        found[there] = ratio.detach()[(self.lengths.cumsum(0) - self.lengths)[there]]
-        return found
+        if self.one_column:
+            return ratio.detach()
+        largest = sequence_maxima(ratio.detach().masked_fill(~self.mask, -math.inf), self.lengths)
+        return largest.where(sequence_counts(self.mask, self.lengths) > 0, 1.0)
 
     def aggregated(self, losses: Tensor, loss_type: str) -> Tensor:
         """Over the optimizer step, as each loss type counts it."""
         arguments, rows = self.arguments, len(self.lengths)
         accumulation = arguments.number("grad_accum", 1)
         num_tokens = float(self.mask.sum()) or 1.0
-        if loss_type in ("dapo", "cispo", "vespo"):
+        if loss_type in PER_STEP:
             items = arguments.tensor("num_items_in_batch") if arguments.has("num_items_in_batch") else None
             num_tokens = num_tokens if items is None else max(float(items), 1.0)
             num_tokens /= arguments.number("steps_per_generation", 1) * arguments.number("num_processes", 1)
         arguments.ignore("num_items_in_batch", "steps_per_generation", "num_processes")
-        horizon = arguments.number("max_completion_length", 1)
+        horizon = arguments.number("max_completion_length", 512)
         return weighted(
             losses,
             self.layout,
@@ -156,8 +175,7 @@ def trl_high_entropy(entropies: Tensor, mask: Tensor, quantile: float) -> Tensor
     if entropies.dtype == torch.float32:
         return entropy.high_entropy_tokens(entropies, mask, quantile=quantile)
     exact = entropy.high_entropy_tokens(entropies, mask, quantile=quantile)
-    rounded = entropy.high_entropy_tokens(entropies.float(), mask, quantile=quantile)
-    if not torch.equal(exact, rounded):
+    if bool(mask.any()) and not torch.equal(exact, mask & (entropies >= entropies[mask].float().quantile(quantile))):
         raise Unsupported("a float64 entropy within float32 rounding of the quantile")
     return exact
 
@@ -219,69 +237,88 @@ def vespo_mean(batch: GRPOBatch, powers: Mapping[str, float]) -> Tensor:
     return weighted_loss.vespo_weights(vespo_log_ratio(batch), advantages.flatten(), **powers).mean()
 
 
-def compute_loss(arguments: Arguments, layout: Layout, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of TRL's `GRPOTrainer._compute_loss`."""
-    batch = GRPOBatch(arguments, layout, logprobs)
+def compute_loss(
+    arguments: Arguments, layout: Layout, logprobs: Tensor, entropies: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of TRL's `GRPOTrainer._compute_loss`; the columns are flat."""
+    batch = GRPOBatch(arguments, layout, logprobs, entropies)
     loss_type = arguments.choice("loss_type", {k: k for k in MODES}, "dapo")
     ratio, kl = batch.ratio(), batch.kl()
     losses = surrogate(batch, ratio, loss_type)
-    losses = torch.where(batch.on_policy() & batch.high_entropy(), losses, 0.0)
+    high_entropy = batch.high_entropy()
+    losses = torch.where(batch.on_policy() & high_entropy, losses, 0.0)
     sampler = arguments.maybe("importance_sampling_ratio")
     if arguments.flag("use_is", sampler is not None) and loss_type != "vespo":
         if sampler is None:
             raise Unsupported("use_is without importance_sampling_ratio")
         losses = losses * spread(layout, sampler)
     metrics: dict[str, Tensor] = {}
-    biased = not arguments.flag("use_bias_correction_kl", batch.level != "sequence_token")
+    biased = not arguments.flag("use_bias_correction_kl", arguments.case.peer != "trl_snap")
     if kl is not None:
-        kl = kl if biased else kl * ratio
-        losses = losses + torch.where(batch.mask, arguments.number("beta") * kl, 0.0)
-        metrics["kl"] = masked_mean(kl, batch.mask)
+        penalty = kl if biased else kl * ratio
+        losses = losses + torch.where(batch.mask, arguments.number("beta") * penalty, 0.0)
+        metrics["kl"] = batch.mean(kl if biased else kl * batch.shown_ratio())
     loss = batch.aggregated(losses, loss_type)
-    if arguments.has("entropies"):
-        metrics["entropy"] = masked_mean(layout.flat(arguments.tensor("entropies")), batch.mask)
+    if entropies is not None:
+        coef, accumulation = arguments.number("entropy_coef", 0.0), arguments.number("grad_accum", 1)
+        metrics["entropy"], metrics["entropy_coef"] = batch.mean(entropies), torch.tensor(coef, dtype=torch.float64)
+        metrics["policy_loss"] = loss if loss_type in PER_STEP else loss * accumulation
+        loss = loss - coef * masked_mean(entropies, high_entropy) / accumulation
     if loss_type in CLIPPED:
         delta = arguments.optional("delta")
-        metrics |= batch.clip_metrics(ratio if delta is None else ratio.clamp(max=delta))
+        metrics |= batch.clip_metrics(batch.shown_ratio().clamp(max=math.inf if delta is None else delta))
     elif loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = batch.cispo_clipped(ratio)
+        metrics["cispo_clip_ratio"] = batch.cispo_clipped(batch.shown_ratio())
     elif loss_type == "vespo":
         metrics["vespo/phi_seq_mean"] = vespo_mean(batch, gamma_parameters(arguments, "vespo_"))
     return loss, metrics
 
 
+def trl_layout(arguments: Arguments) -> Layout:
+    """Of the mask. In a batch of one column the masked rows stay, for the metrics see them."""
+    mask = arguments.mask("mask")
+    return Layout(mask, keep_padding=mask.shape[1] == 1)
+
+
+def trl_entropies(arguments: Arguments, layout: Layout) -> Tensor | None:
+    """Flat, if given."""
+    entropies = arguments.maybe("entropies")
+    return None if entropies is None else layout.flat(entropies)
+
+
 def trl_grpo_loss(arguments: Arguments) -> Outputs:
     """With the log-probabilities given."""
-    logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
-    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs))
+    logprobs, layout = arguments.variable("logps"), trl_layout(arguments)
+    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs), trl_entropies(arguments, layout))
     return {"loss": loss, "grad_logps": gradient(loss, logprobs), **metrics}
 
 
 def trl_gmpo_loss(arguments: Arguments) -> Outputs:
     """GMPO: the geometric mean of clipped ratios; the clip metrics are those of the log-ratio."""
-    logprobs, layout = arguments.variable("logps"), Layout(arguments.mask("mask"))
-    batch = GRPOBatch(arguments, layout, layout.flat(logprobs))
+    logprobs, layout = arguments.variable("logps"), trl_layout(arguments)
+    batch = GRPOBatch(arguments, layout, layout.flat(logprobs), trl_entropies(arguments, layout))
+    batch.per_sequence = batch.one_column
     arguments.ignore("importance_sampling_level", "use_bias_correction_kl", "loss_type", "delta")
     kept = batch.high_entropy()
     ratio = sequence_ratios.geometric_mean_ratio(
         batch.logprobs, batch.old, batch.advantages, kept, batch.lengths, **batch.clip
     )
-    if not torch.equal(kept, batch.mask):
-        raise Unsupported("GMPO over part of the tokens")
-    losses = torch.where(batch.mask, -ratio * batch.advantages, 0.0)
+    # A sequence's one term stands on each of its kept tokens, or on all of them if none is kept (the ratio is then 1).
+    counts = [sequence_counts(mask, batch.lengths).to(ratio.dtype) for mask in (batch.mask, kept)]
+    share = torch.where(counts[1] > 0, counts[0] / counts[1].clamp(min=1.0), 1.0)
+    carries = kept | layout.spread(counts[1] == 0)
+    losses = torch.where(batch.mask & carries, -ratio * batch.advantages * layout.spread(share), 0.0)
     kl, metrics = batch.kl(), {}
     if kl is not None:
         losses = losses + torch.where(batch.mask, arguments.number("beta") * kl, 0.0)
-        metrics["kl"] = masked_mean(kl, batch.mask)
-    loss = batch.aggregated(losses, "grpo")
-    log_ratio = torch.where(batch.mask, batch.logprobs - batch.old, 0.0)
-    return {
-        "loss": loss,
-        "grad_logps": gradient(loss, logprobs),
-        "entropy": masked_mean(layout.flat(arguments.tensor("entropies")), batch.mask),
-        **batch.clip_metrics(1.0 + log_ratio),
-        **metrics,
-    }
+        metrics["kl"] = batch.mean(kl)
+    # TRL counts a fully masked row with the ratio 1: a constant.
+    idle = arguments.tensor("advantages").flatten()[counts[0] == 0].sum()
+    loss = batch.aggregated(losses, "grpo") - idle / (len(counts[0]) * arguments.number("grad_accum", 1))
+    if batch.entropies is not None:
+        metrics["entropy"] = batch.mean(batch.entropies)
+    log_ratio = torch.where(batch.mask | batch.one_column, batch.logprobs - batch.old, 0.0)
+    return {"loss": loss, "grad_logps": gradient(loss, logprobs), **batch.clip_metrics(1.0 + log_ratio), **metrics}
 
 
 def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
@@ -289,24 +326,24 @@ def trl_async_grpo_loss(arguments: Arguments) -> Outputs:
     logprobs, old = arguments.variable("flat_logps"), arguments.tensor("flat_old_logps")
     advantages, mask = arguments.tensor("flat_advantages"), torch.ones(len(logprobs), dtype=torch.bool)
     lengths = arguments.integers("segment_id").unique_consecutive(return_counts=True)[1]
-    high = arguments.number("epsilon_high", arguments.number("epsilon_low"))
-    clip = {"clip_low": arguments.number("epsilon_low"), "clip_high": high}
+    low, high = arguments.number("epsilon_low", 0.2), arguments.optional("epsilon_high")
+    clip = {"clip_low": low, "clip_high": low if high is None else high}
     losses = policy_loss.clipped_surrogate(logprobs, old, advantages, mask, **clip)
     tokens = max(arguments.number("global_n_tokens") / arguments.number("num_processes", 1), 1.0)
     accumulation = arguments.number("grad_accum", 1)
     layout = Layout(mask[None])
     loss = weighted(losses, layout, "token_mean", num_tokens=tokens * accumulation, num_sequences=1)
-    low, high_flags = (f.float() for f in policy_loss.clipped_tokens(logprobs, old, advantages, mask, **clip))
+    low_flags, high_flags = (f.float() for f in policy_loss.clipped_tokens(logprobs, old, advantages, mask, **clip))
     return {
         "loss": loss,
         "grad_flat_logps": gradient(loss, logprobs),
         "ratio": policy_loss.importance_ratio(logprobs, old, mask).mean(),
         "kl": kl_k3(old, logprobs).mean(),
         "entropy": arguments.tensor("flat_entropies").mean(),
-        "clip_ratio/low_mean": low.mean(),
+        "clip_ratio/low_mean": low_flags.mean(),
         "clip_ratio/high_mean": high_flags.mean(),
-        "clip_ratio/region_mean": torch.maximum(low, high_flags).mean(),
-        "clip_ratio/low_min": sequence_means(low, mask, lengths).min(),
+        "clip_ratio/region_mean": torch.maximum(low_flags, high_flags).mean(),
+        "clip_ratio/low_min": sequence_means(low_flags, mask, lengths).min(),
         "clip_ratio/high_max": sequence_means(high_flags, mask, lengths).max(),
     }
 
@@ -338,16 +375,17 @@ def trl_off_policy_mask(arguments: Arguments) -> Outputs:
     if advantages.numel() != len(mask):
         raise Unsupported("one flag a sequence needs one advantage a sequence")
     layout = Layout(mask)
-    if not bool((layout.lengths > 0).all()):
-        raise Unsupported("a fully masked row")
+    threshold = arguments.number("off_policy_threshold")
     kept = trl_on_policy(
         layout.flat(arguments.tensor("logps")),
         layout.flat(arguments.tensor("sampling_logps")),
         to_tokens(advantages.flatten(), layout.lengths, num_tokens=len(layout.mask)),
         layout,
-        arguments.number("off_policy_threshold"),
+        threshold,
     )
-    return {"keep_mask": (sequence_counts(kept, layout.lengths) > 0)[:, None]}
+    # A fully masked row has no tokens to keep; TRL gives it the divergence 0.
+    empty = (sequence_counts(layout.mask, layout.lengths) == 0) & ((advantages.flatten() >= 0) | (threshold >= 0))
+    return {"keep_mask": (empty | (sequence_counts(kept, layout.lengths) > 0))[:, None]}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {

@@ -12,7 +12,7 @@ from rlhf.objectives.logprobs import (
     is_top1_from_logits,
     logprobs_from_logits,
 )
-from rlhf.objectives.masking import sequence_means, sequence_sums
+from rlhf.objectives.masking import sequence_counts, sequence_sums
 from tests.parity.adapters.aggregation import verl_aggregated
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
@@ -79,10 +79,9 @@ def trl_batch_logps(arguments: Arguments) -> Outputs:
     variable, labels = arguments.variable("logits"), arguments.integers("labels")[:, 1:]
     layout = Layout(labels != IGNORED)
     flat = logprobs_from_logits(layout.flat(variable[:, :-1]), layout.flat(labels).clamp(min=0))
+    logps = sequence_sums(torch.where(layout.mask, flat, 0.0), layout.lengths)
     if arguments.flag("average_log_prob", False):
-        logps = sequence_means(flat, layout.mask, layout.lengths)
-    else:
-        logps = sequence_sums(torch.where(layout.mask, flat, 0.0), layout.lengths)
+        logps = logps / sequence_counts(layout.mask, layout.lengths)  # nan without labels, as in TRL
     return {"logps": logps, "grad_logits_of_sum": gradient(logps.sum(), variable)}
 
 
@@ -90,6 +89,7 @@ def trl_chunked(arguments: Arguments) -> Outputs:
     """From hidden states; the statistics without a gradient come from the whole logits."""
     hidden, weight = arguments.variable("hidden"), arguments.variable("weight")
     targets, bias = arguments.integers("targets"), arguments.maybe("bias")
+    bias = None if bias is None else bias.requires_grad_()
     settings = {
         "temperature": arguments.number("temperature"),
         "softcap": arguments.optional("final_logit_softcapping"),
@@ -109,7 +109,9 @@ def trl_chunked(arguments: Arguments) -> Outputs:
         logits = settings["softcap"] * (logits / settings["softcap"]).tanh()
     logits = logits / settings["temperature"]
     objective = (logps + 0.1 * entropies).sum()
+    of_bias = {} if bias is None else {"grad_bias_of_lp+0.1ent": gradient(objective, bias)}
     return {
+        **of_bias,
         "logps": logps,
         "entropy": entropies,
         "log_sum_sq_probs": collision_logprob_from_logits(logits),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ class Batch:
     """The arguments that all policy losses of one library share, flat."""
 
     def __init__(self, arguments: Arguments, *, logprobs: str, old: str, mask: str) -> None:
-        self.layout = Layout(arguments.mask(mask))
-        self.mask, self.lengths = self.layout.mask, self.layout.lengths
         self.variable = arguments.variable(logprobs)
+        self.layout = Layout(arguments.mask_or_all(mask, self.variable.shape))
+        self.mask, self.lengths = self.layout.mask, self.layout.lengths
         self.logprobs = self.layout.flat(self.variable)
         self.old = self.layout.flat(arguments.tensor(old))
         self.advantages = self.layout.flat(arguments.tensor("advantages"))
@@ -186,7 +186,7 @@ def verl_kl_cov(arguments: Arguments) -> Outputs:
     """The unclipped objective, with a KL penalty on the tokens of largest covariance."""
     batch = VerlBatch(arguments)
     arguments.ignore("clip_ratio_c")
-    nested = Nested(arguments, "policy_loss", {"kl_cov_ratio": 0.0002, "ppo_kl_coef": 0.1})
+    nested = Nested(arguments, "policy_loss", {"kl_cov_ratio": 0.0002, "ppo_kl_coef": 0.1}, nulls={"ppo_kl_coef": 1.0})
     ratio = policy_loss.importance_ratio(batch.logprobs, batch.old, batch.mask)
     losses = policy_loss.clipped_loss(ratio, batch.advantages, batch.mask, clip_low=math.inf, clip_high=math.inf)
     covariance = entropy.advantage_covariance(batch.logprobs, batch.advantages, batch.mask)
@@ -197,13 +197,16 @@ def verl_kl_cov(arguments: Arguments) -> Outputs:
 
 
 class Nested:
-    """A parameter that is an object of numbers."""
+    """A parameter that is an object of numbers: `defaults` for those left out, `nulls` (else defaults) for null."""
 
-    def __init__(self, arguments: Arguments, name: str, defaults: dict[str, float]) -> None:
+    def __init__(
+        self, arguments: Arguments, name: str, defaults: dict[str, float], nulls: Mapping[str, float] | None = None
+    ) -> None:
         given = arguments.param(name, {})
         if not isinstance(given, dict) or not given.keys() <= defaults.keys():
             raise Unsupported(f"{name} is {given!r}")
-        self._values = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+        of_null = {**defaults, **(nulls or {})}
+        self._values = {**defaults, **{key: of_null[key] if value is None else value for key, value in given.items()}}
 
     def __getitem__(self, key: str) -> float:
         value = self._values[key]
@@ -279,8 +282,8 @@ def verl_value_loss(arguments: Arguments) -> Outputs:
 
 def openrlhf_value_loss(arguments: Arguments) -> Outputs:
     """Without clip_eps the plain squared error."""
-    layout = Layout(arguments.mask("action_mask"))
     values = arguments.variable("values")
+    layout = Layout(arguments.mask_or_all("action_mask", values.shape))
     flat, returns = layout.flat(values), layout.flat(arguments.tensor("returns"))
     old_values = layout.flat(arguments.tensor("old_values"))
     clip = arguments.optional("clip_eps")
@@ -320,10 +323,11 @@ def openrlhf_policy_loss(arguments: Arguments) -> Outputs:
         metrics["vllm_kl"] = masked_mean(kl_k1(flat_rollout, batch.old), batch.mask)
     loss = openrlhf_aggregated(arguments, losses, batch.layout, per_token=False if kind == "gspo" else None)
     low, high = policy_loss.clipped_ratios(*columns, **clip)
+    flags = (low | high).to(torch.float64 if arguments.has("action_mask") else torch.float32)
     return {
         "loss": loss,
         "grad_log_probs": gradient(loss, batch.variable),
-        "clip_ratio": masked_mean((low | high).double(), batch.mask),
+        "clip_ratio": masked_mean(flags, batch.mask),
         "ppo_kl": masked_mean(-batch.log_ratio, batch.mask),
         **metrics,
     }

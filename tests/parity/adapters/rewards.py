@@ -14,7 +14,7 @@ def openrlhf_overlong(arguments: Arguments) -> Outputs:
     penalty = overlong_penalty(
         arguments.integers("response_lengths"),
         max_tokens=arguments.whole("max_new_tokens"),
-        buffer=arguments.whole("overlong_buffer_len"),
+        buffer=arguments.number("overlong_buffer_len"),
     )
     factor = arguments.number("overlong_penalty_factor", 1.0)
     return {"rewards": arguments.tensor("rewards") + factor * penalty}
@@ -34,7 +34,7 @@ def trl_soft_overlong(arguments: Arguments) -> Outputs:
     penalty = overlong_penalty(
         arguments.integers("completion_lengths"),
         max_tokens=arguments.whole("max_completion_len"),
-        buffer=arguments.whole("soft_punish_cache"),
+        buffer=arguments.number("soft_punish_cache"),
     )
     return {"rewards": penalty}
 

@@ -98,8 +98,7 @@ def trl_grpo(arguments: Arguments) -> Outputs:
     model = load(arguments, "policy_state_dict")
     logprobs, entropies, _ = (columns[:, start:] for columns in token_columns(model, ids, attended))
     layout = Layout(attended[:, start:])
-    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs))
-    metrics["entropy"] = masked_mean(layout.flat(entropies), layout.mask)
+    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs), layout.flat(entropies))
     return {"loss": loss, **parameter_gradients(loss, model), **metrics}
 
 
@@ -111,11 +110,13 @@ def trl_sft(arguments: Arguments) -> Outputs:
     learnt[:, 0] = False
     if not torch.equal(labels[learnt], ids[learnt]):
         raise Unsupported("labels that are not the tokens")
+    if bool((learnt[:, 1:] & ~attended[:, :-1]).any()):
+        raise Unsupported("a label after a token that is not attended to")
     objective = arguments.choice("loss_type", {"nll": negative_logprob, "dft": dynamic_fine_tuning}, "nll")
     model = load(arguments, "policy_state_dict")
     logprobs, entropies, top1 = token_columns(model, ids, attended)
     layout = Layout(learnt)
-    num_tokens = float(layout.mask.sum())
+    num_tokens = arguments.number("num_items_in_batch", float(layout.mask.sum())) or 1.0
     losses = objective(layout.flat(logprobs), layout.mask)
     loss = weighted(losses, layout, "token_mean", num_tokens=num_tokens, num_sequences=1)
     return {

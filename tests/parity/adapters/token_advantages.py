@@ -68,8 +68,8 @@ def verl_masked_whiten(arguments: Arguments) -> Outputs:
 
 def openrlhf_gae(arguments: Arguments) -> Outputs:
     """Not whitened."""
-    mask = arguments.mask("action_mask")
     rewards, values = arguments.tensor("rewards"), arguments.tensor("values")
+    mask = arguments.mask_or_all("action_mask", rewards.shape)
     gamma, lam = arguments.number("gamma"), arguments.number("lambd")
     advantages, returns = zeroing_gae(rewards, values, mask, gamma=gamma, lam=lam)
     return {"advantages": advantages, "returns": returns}
@@ -77,8 +77,9 @@ def openrlhf_gae(arguments: Arguments) -> Outputs:
 
 def openrlhf_cumulative_returns(arguments: Arguments) -> Outputs:
     """Discounted rewards to go."""
-    mask = arguments.mask("action_mask")
-    return {"returns": zeroing_returns(arguments.tensor("rewards"), mask, gamma=arguments.number("gamma"))}
+    rewards = arguments.tensor("rewards")
+    mask = arguments.mask_or_all("action_mask", rewards.shape)
+    return {"returns": zeroing_returns(rewards, mask, gamma=arguments.number("gamma"))}
 
 
 def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.objectives.advantages import group_centered, group_normalized, group_std, leave_one_out, whiten
 from rlhf.objectives.kl import kl_k1
-from rlhf.objectives.masking import Moments, moments, sequence_sums
+from rlhf.objectives.masking import Moments, masked_mean, moments, sequence_sums
 from rlhf.objectives.policy_loss import clipped_ratios, clipped_surrogate
 from tests.parity.adapters.aggregation import weighted
 from tests.parity.adapters.corrections import trl_sampler_correction
@@ -80,7 +80,7 @@ def trl_rloo_advantages(arguments: Arguments) -> Outputs:
     _, _, scores = weighted_scores(arguments)
     if clip := arguments.param("reward_clip_range", None):
         scores = scores.clamp(*clip)
-    beta = arguments.number("beta", 0.0)
+    beta = arguments.number("beta", 0.05 if arguments.has("old_logps") else 0.0)
     arguments.ignore("mask", "old_logps", "ref_logps")
     if beta != 0.0:
         layout = Layout(arguments.mask("mask"))
@@ -100,11 +100,15 @@ def trl_rloo_loss(arguments: Arguments) -> Outputs:
     by_sequence, old = sequence_sums(flat, layout.lengths), arguments.tensor("old_sequence_logps")
     advantages = arguments.tensor("advantages")
     rows = torch.ones(len(old), dtype=torch.bool)
-    clip = {"clip_low": arguments.number("epsilon_low"), "clip_high": arguments.number("epsilon_high")}
+    epsilon_low, epsilon_high = arguments.number("epsilon_low", 0.2), arguments.optional("epsilon_high")
+    clip = {"clip_low": epsilon_low, "clip_high": epsilon_low if epsilon_high is None else epsilon_high}
     losses = clipped_surrogate(by_sequence, old, advantages, rows, **clip)
     loss = weighted(losses, Layout(rows[:, None]), "token_mean", num_tokens=len(rows), num_sequences=len(rows))
     low, high = (f.float() for f in clipped_ratios((by_sequence - old).exp(), advantages, rows, **clip))
+    entropies = arguments.maybe("entropies")
+    metrics = {} if entropies is None else {"entropy": masked_mean(layout.flat(entropies), layout.mask)}
     return {
+        **metrics,
         "loss": loss,
         "grad_logps": gradient(loss, logprobs),
         "clip_ratio/low_mean": low.mean(),
