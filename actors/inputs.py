@@ -314,7 +314,9 @@ def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
                 key=f"rewards.{name}.function",
                 memory_gib=config.reward_policy.memory_gib,
             )
-        specs.append(RewardSpec(name=name, weight=reward.weight, function=function))
+        specs.append(
+            RewardSpec(name=name, weight=reward.weight, function=function, truncated_score=reward.truncated_score)
+        )
     return tuple(specs)
 
 

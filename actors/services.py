@@ -32,7 +32,8 @@ class RewardWorkers:
     async def score(self, group: CompletedGroup) -> GroupScores:
         """Groups go to the workers in turn."""
         worker = group.request.group_id % len(self.handles)
-        ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts)
+        truncated = tuple(info.finish_reason == "length" for info in group.infos)
+        ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts, truncated)
         scores: GroupScores = await wait_one(
             ref, role="reward", rank=worker, stage="rewards", deadline_s=self.deadline_s
         )

@@ -39,6 +39,8 @@ class RewardConfig(Section):
     """The reward model of the `reward` section."""
     weight: float = 1.0
     """Its factor in the response's score."""
+    truncated_score: float | None = None
+    """What a response gets that was cut at rollouts.max_new_tokens, before the weight; null: what the reward says."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the class's constructor."""
 

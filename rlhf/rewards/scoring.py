@@ -27,6 +27,7 @@ class RewardSpec:
     name: str
     weight: float
     function: LoadedReward | None  # None: a reward model, whose numbers come to `score`
+    truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
 
 
 def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
@@ -34,7 +35,7 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
-        digest.update(repr((spec.name, spec.weight, source)).encode())
+        digest.update(repr((spec.name, spec.weight, source, spec.truncated_score)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -72,11 +73,17 @@ class RewardSet:
         return len(self.specs) * (num_responses * self._timeout_s + recovery_s)
 
     def score(
-        self, prompt: Prompt, responses: Sequence[str], *, model_scores: Mapping[str, Sequence[float]] = _NONE
+        self,
+        prompt: Prompt,
+        responses: Sequence[str],
+        *,
+        truncated: Sequence[bool],
+        model_scores: Mapping[str, Sequence[float]] = _NONE,
     ) -> GroupScores:
         """Weighted sum of the rewards for each response to one prompt.
 
-        model_scores: by reward name, one number a response, for the specs without a function.
+        truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs without
+        a function.
         """
         by_name: dict[str, tuple[float, ...]] = {}
         errors: list[RewardError] = []
@@ -90,6 +97,9 @@ class RewardSet:
                 outcome = self._pool.score(function_index, prompt.text, responses, columns)
                 function_index += 1
             by_name[spec.name] = outcome.scores
+            if spec.truncated_score is not None and not outcome.failures:
+                told = zip(outcome.scores, truncated, strict=True)
+                by_name[spec.name] = tuple(spec.truncated_score if cut else score for score, cut in told)
             errors += _as_errors(spec.name, outcome, prompt)
         if errors:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))

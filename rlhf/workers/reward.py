@@ -68,14 +68,14 @@ class RewardWorker:
                 )
                 self.model = model.to(self.device).eval().requires_grad_(False)
 
-    def score(self, prompt: Prompt, rollouts: Rollouts) -> GroupScores:
-        """Scores of one group's responses."""
+    def score(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> GroupScores:
+        """Scores of one group's responses, of which some may have been cut."""
         models = [spec.name for spec in self.settings.specs if spec.function is None]
         by_model: Mapping[str, Sequence[float]] = {}
         if models:
             numbers = self._model_scores(rollouts)
             by_model = {name: numbers for name in models}
-        return self.rewards.score(prompt, self.texts(rollouts), model_scores=by_model)
+        return self.rewards.score(prompt, self.texts(rollouts), truncated=truncated, model_scores=by_model)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""

@@ -68,8 +68,13 @@ class TrainedWorker(ABC):
             device=self.device,
             deadline_s=place.deadline_s,
         )
+        return self.build()
+
+    def build(self) -> str:
+        """Load the model and wrap it for training, in the gang that this process has joined."""
         from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
 
+        place = self.place
         with explains_out_of_memory(role=self.role, stage="start", rank=place.rank):
             dtype = torch_dtype(self.model_config.dtype)
             offload = frozenset(self.resources.offload)

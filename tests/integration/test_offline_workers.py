@@ -6,14 +6,13 @@ rank is started for each layout and serves all tests.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -30,12 +29,13 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import dpo
 from rlhf.objectives.unpaired_loss import kto
-from rlhf.tracking.metrics import results
+from rlhf.tracking.metrics import merge, results
 from rlhf.types import MinibatchPlan, Pairs
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import RankPlace
+from rlhf.workers.referenced import ReferencedPolicy
 from rlhf.workers.unpaired import UnpairedWorker
-from tests.integration.rank_gang import DEADLINE_S, free_port
+from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3
 WORKERS = {"dpo": PreferenceWorker, "reward_model": RewardModelWorker, "kto": UnpairedWorker}
@@ -79,9 +79,10 @@ def plan_of(pairs: Pairs, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
     )
 
 
-def serve(connection: Connection, rank: int, world_size: int, port: int, settings: dict[str, Any]) -> None:
-    """One rank: a worker for each algorithm, whose weights are those of the model folder."""
-    torch.set_num_threads(1)
+def train_rank(
+    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
+) -> list[Any]:
+    """One rank: the metrics of its steps and of an evaluation after them, from the weights of the model folder."""
     place = RankPlace(
         rank=rank,
         world_size=world_size,
@@ -91,70 +92,23 @@ def serve(connection: Connection, rank: int, world_size: int, port: int, setting
         threads=1,
         deadline_s=DEADLINE_S,
     )
-    while (algorithm := connection.recv()) is not None:
-        name = algorithm["name"]
-        config = config_of(
-            algorithm, settings["model"], settings["folder"], workers=world_size, tokens=settings["tokens"]
-        )
-        worker = WORKERS[name](config, place, optimizer_steps=STEPS)
-        worker.start("127.0.0.1", port)
-        pairs = data_of(name, settings["model"])
-        worker.load_data(pairs)
-        everything = plan_of(pairs, range(ROWS), ranks=world_size)
-        if name != "reward_model":
-            column, _ = worker.reference_logprobs(0, everything)
-            connection.send(column)
-            worker.keep_reference(0, Path(settings["folder"], f"{world_size}.safetensors"), *connection.recv())
-        found = []
-        for step in range(STEPS):
-            rows = range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS)
-            found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
-        found.append(worker.evaluate(0, "all", everything))
-        connection.send(found)
-        worker.stop()
-        port += 1
-
-
-class Ranks:
-    """The ranks of one layout."""
-
-    def __init__(self, settings: dict[str, Any], *, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
-        pipes = [context.Pipe() for _ in range(world_size)]
-        self.connections = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(target=serve, args=(theirs, rank, world_size, port, settings), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def receive(self) -> list[Any]:
-        found = []
-        for rank, connection in enumerate(self.connections):
-            assert connection.poll(DEADLINE_S), f"rank {rank} did not answer in {DEADLINE_S:g} s"
-            found.append(connection.recv())
-        return found
-
-    def train(self, algorithm: Mapping[str, Any]) -> list[dict[str, float]]:
-        """Metrics of each step, then of an evaluation."""
-        from rlhf.tracking.metrics import merge
-
-        for connection in self.connections:
-            connection.send(dict(algorithm))
-        if algorithm["name"] != "reward_model":
-            columns = self.receive()
-            for connection in self.connections:
-                connection.send(columns)
-        return [results(merge(parts)) for parts in zip(*self.receive(), strict=True)]
-
-    def close(self) -> None:
-        for connection in self.connections:
-            connection.send(None)
-        for process in self.processes:
-            process.join(30.0)
-            process.kill()
+    name = algorithm["name"]
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    worker = WORKERS[name](config, place, optimizer_steps=STEPS)
+    worker.build()
+    pairs = data_of(name, model)
+    worker.load_data(pairs)
+    everything = plan_of(pairs, range(ROWS), ranks=world_size)
+    if isinstance(worker, ReferencedPolicy):
+        columns: list[Any] = [None] * world_size
+        dist.all_gather_object(columns, worker.reference_logprobs(0, everything)[0])
+        worker.keep_reference(0, Path(folder, f"{world_size}.safetensors"), *columns)
+    found = []
+    for step in range(STEPS):
+        rows = range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS)
+        found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
+    found.append(worker.evaluate(0, "all", everything))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +116,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", seed=3))
 
 
+Train = Callable[..., list[dict[str, float]]]
+
+
 @pytest.fixture(scope="module")
-def layouts(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ranks, Ranks]]:
-    """One rank with all in one micro-batch, and two ranks with about a pair in each."""
+def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Metrics of each step, then of an evaluation, by 1 rank with all rows in a micro-batch or by 2 with about one."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    one = Ranks({"model": model, "folder": folder, "tokens": 4096}, world_size=1)
-    two = Ranks({"model": model, "folder": folder, "tokens": 64}, world_size=2)
-    yield one, two
-    one.close()
-    two.close()
+    gangs = {1: Gang(1), 2: Gang(2)}
+
+    def run(algorithm: dict[str, Any], *, ranks: int) -> list[dict[str, float]]:
+        tokens = 4096 if ranks == 1 else 64
+        found = gangs[ranks].run(train_rank, algorithm=algorithm, model=model, folder=folder, tokens=tokens)
+        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+
+    yield run
+    for gang in gangs.values():
+        gang.close()
 
 
 ALGORITHMS = [
@@ -184,10 +146,8 @@ ALGORITHMS = [
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: "-".join([a["name"], str(a.get("loss", ""))[:3]]))
-def test_a_step_depends_on_neither_ranks_nor_microbatches(
-    layouts: tuple[Ranks, Ranks], algorithm: dict[str, Any]
-) -> None:
-    one, two = (layout.train(algorithm) for layout in layouts)
+def test_a_step_depends_on_neither_ranks_nor_microbatches(train: Train, algorithm: dict[str, Any]) -> None:
+    one, two = (train(algorithm, ranks=ranks) for ranks in (1, 2))
     assert one[0]["update/grad_norm"] > 0
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
@@ -210,8 +170,8 @@ def sequence_logprobs(model: Any, pairs: Pairs) -> Tensor:
 
 
 @pytest.mark.timeout(600)
-def test_dpo_is_that_of_plain_torch(layouts: tuple[Ranks, Ranks], model: str) -> None:
-    ours = layouts[0].train({"name": "dpo", "beta": 0.3})
+def test_dpo_is_that_of_plain_torch(train: Train, model: str) -> None:
+    ours = train({"name": "dpo", "beta": 0.3}, ranks=1)
     plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
     with torch.no_grad():
@@ -233,8 +193,8 @@ def test_dpo_is_that_of_plain_torch(layouts: tuple[Ranks, Ranks], model: str) ->
 
 
 @pytest.mark.timeout(600)
-def test_kto_compares_with_mismatched_responses(layouts: tuple[Ranks, Ranks], model: str) -> None:
-    ours = layouts[0].train({"name": "kto", "beta": 0.3, "undesirable_weight": 2.0})
+def test_kto_compares_with_mismatched_responses(train: Train, model: str) -> None:
+    ours = train({"name": "kto", "beta": 0.3, "undesirable_weight": 2.0}, ranks=1)
     plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("kto", model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
     with torch.no_grad():
@@ -254,9 +214,9 @@ def test_kto_compares_with_mismatched_responses(layouts: tuple[Ranks, Ranks], mo
 
 
 @pytest.mark.timeout(600)
-def test_a_reward_model_scores_as_transformers_has_it(layouts: tuple[Ranks, Ranks], model: str) -> None:
+def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) -> None:
     """Its head begins at zero, so the first loss is log 2 and only the head moves; the second is plain torch's."""
-    ours = layouts[0].train({"name": "reward_model"})
+    ours = train({"name": "reward_model"}, ranks=1)
     pairs = data_of("reward_model", model)
     plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     torch.nn.init.zeros_(plain.score.weight)

@@ -22,7 +22,7 @@ def spec(name: str, function: str | None, weight: float = 1.0) -> RewardSpec:
 def test_weighted_sum_by_hand() -> None:
     specs = [spec("length", "simple.py:length", 0.5), spec("taste", None, -2.0), spec("exact", "exact_match", 10.0)]
     with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["ab", "abcd"], model_scores={"taste": [0.25, 3.0]})
+        scores = rewards.score(PROMPT, ["ab", "abcd"], truncated=[False, False], model_scores={"taste": [0.25, 3.0]})
     # 0.5 * 2 - 2 * 0.25 + 10 * 1 = 10.5;   0.5 * 4 - 2 * 3 + 10 * 0 = -4
     assert scores.scores == (10.5, -4.0)
     assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
@@ -43,13 +43,15 @@ def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path
 
 def test_a_model_alone_needs_no_process() -> None:
     with RewardSet([spec("taste", None, 2.0)], timeout_s=5.0) as rewards:
-        assert rewards.score(PROMPT, ["a"], model_scores={"taste": [1.5]}).scores == (3.0,)
+        assert rewards.score(PROMPT, ["a"], truncated=[False], model_scores={"taste": [1.5]}).scores == (3.0,)
 
 
 def test_errors_of_functions_and_models_leave_no_scores() -> None:
     specs = [spec("taste", None), spec("strict", "hostile.py:raises"), spec("length", "simple.py:length")]
     with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["a", "x"], model_scores={"taste": [float("nan"), 1.0]})
+        scores = rewards.score(
+            PROMPT, ["a", "x"], truncated=[False, False], model_scores={"taste": [float("nan"), 1.0]}
+        )
     assert scores.scores == ()
     assert scores.by_name == {}
     assert [(e.reward, e.kind, e.prompt_id, e.sample) for e in scores.errors] == [
@@ -63,12 +65,12 @@ def test_model_scores_must_fit_the_group() -> None:
         RewardSet([spec("taste", None)], timeout_s=5.0) as rewards,
         pytest.raises(ValueError, match="1 reward model scores for 2 responses"),
     ):
-        rewards.score(PROMPT, ["a", "b"], model_scores={"taste": [1.0]})
+        rewards.score(PROMPT, ["a", "b"], truncated=[False, False], model_scores={"taste": [1.0]})
 
 
 def test_weights_that_overflow_are_an_error() -> None:
     with RewardSet([spec("taste", None, 1e300)], timeout_s=5.0) as rewards:
-        (error,) = rewards.score(PROMPT, ["a"], model_scores={"taste": [1e300]}).errors
+        (error,) = rewards.score(PROMPT, ["a"], truncated=[False], model_scores={"taste": [1e300]}).errors
     assert error.kind == "not_a_number"
 
 
@@ -82,3 +84,14 @@ def test_describe_says_each_cause_once() -> None:
         "reward `r` raised an exception on response 2 to prompt 7: ValueError: no, at f.py:3 in r (and 2 more like it)",
         "reward `q` did not answer in time on response 0 to prompt 8: no answer within 10 s",
     ]
+
+
+def test_a_cut_response_gets_what_the_configuration_says() -> None:
+    cut = RewardSpec(name="taste", weight=0.5, function=None, truncated_score=-2.0)
+    with RewardSet([cut, spec("other", None)], timeout_s=5.0) as rewards:
+        scores = rewards.score(
+            PROMPT, ["a", "b"], truncated=[True, False], model_scores={"taste": [3.0, 4.0], "other": [1.0, 1.0]}
+        )
+    assert scores.by_name == {"taste": (-2.0, 4.0), "other": (1.0, 1.0)}
+    assert scores.scores == (0.0, 3.0)  # 0.5 * -2 + 1 and 0.5 * 4 + 1
+    assert fingerprint([cut], model="") != fingerprint([spec("taste", None, 0.5)], model="")
