@@ -1,0 +1,119 @@
+"""Real runs without rollouts, and the road to those with: imitation, a reward model, PPO on it, as stages of one run.
+
+A pipeline that is killed in its second stage and resumed equals the one that never was. The reward model that it made
+is one for transformers too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.models.heads import sequence_scores
+from rlhf.models.loading import load_reward_model
+from rlhf.tracking.metrics import expected
+from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.test_online import kill_all, wait_for
+
+TRAIN = {"sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3, "checkpoint_every": 3}
+PIPELINE: dict[str, Any] = {
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "data": {"apply_chat_template": False, "max_prompt_tokens": 16},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+    "stages": {
+        "dpo": {
+            "algorithm": {"name": "dpo", "loss": {"sigmoid": 1.0, "aot": 0.5}},
+            "data": {
+                "train": {"task": "running_totals", "split": "pairs", "size": 64},
+                "eval": {"task": "running_totals", "split": "pairs", "size": 16, "seed": 5},
+            },
+            "train": {**TRAIN, "steps": 4},
+            "eval": {"every": 2},
+        },
+        "reward": {
+            "policy": {"model": "stage:dpo"},
+            "algorithm": {"name": "reward_model", "centering": 0.01},
+            "data": {"train": {"task": "running_totals", "split": "pairs", "size": 64}},
+            "train": {**TRAIN, "steps": 40, "checkpoint_every": 5},
+        },
+        "ppo": {
+            "policy": {"model": "stage:dpo"},
+            "reward": {"model": "stage:reward", "dtype": "float32"},
+            "algorithm": {"name": "ppo", "critic_lr": 1e-3},
+            "data": {"train": {"task": "running_totals", "split": "train", "size": 64}},
+            "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8},
+            "rewards": {"preference": {"role": "reward", "truncated_score": -1.0}},
+            "train": {**TRAIN, "steps": 1},
+        },
+    },
+}
+
+
+def config(folder: Path, name: str, *, stages: tuple[str, ...] = ("dpo", "reward", "ppo")) -> Path:
+    chosen = {**PIPELINE, "stages": {stage: PIPELINE["stages"][stage] for stage in stages}}
+    return write_config(folder / f"{name}.yaml", {"run": {"name": name, "dir": str(folder), "seed": 3}}, chosen)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline that was never interrupted."""
+    folder = tmp_path_factory.mktemp("offline")
+    train(config(folder, "unbroken"))
+    return folder / "unbroken"
+
+
+@pytest.mark.timeout(600)
+def test_every_stage_has_its_metrics_and_its_model(unbroken: Path) -> None:
+    for stage, steps in (("dpo", 4), ("reward", 40), ("ppo", 1)):
+        found = rows(unbroken / stage)
+        assert found[-1]["step"] == steps
+        assert (unbroken / stage / "final" / "model.safetensors").exists()
+    always = {name for name in expected(["preference"]) if "<" not in name}
+    assert always <= set(rows(unbroken / "dpo")[-1])
+    assert always <= set(rows(unbroken / "reward")[-1])
+    assert rows(unbroken / "dpo")[0]["eval/heldout/margin"] == 0.0  # the policy is its own reference still
+    assert rows(unbroken / "dpo")[-1]["eval/heldout/margin"] > 0.0
+    assert rows(unbroken / "reward")[-1]["preference/accuracy/mean"] > 0.7
+    assert rows(unbroken / "ppo")[-1]["rewards/preference/mean"] == rows(unbroken / "ppo")[-1]["rewards/score/mean"]
+    cached = list((unbroken.parent / "reference_logprobs").iterdir())
+    assert len(cached) == 2  # training and evaluation set
+
+
+@pytest.mark.timeout(600)
+def test_the_reward_model_is_one_for_transformers(unbroken: Path) -> None:
+    folder = unbroken / "reward" / "final"
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["8+3+8+4=11,19,23", "2+1=3"]
+    ids = [torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    with torch.no_grad():
+        scores = theirs(batch, attention_mask=(batch != tokenizer.pad_token_id).long()).logits[:, 0]
+        ours = sequence_scores(
+            load_reward_model(str(folder), dtype=torch.float32), torch.cat(ids), torch.tensor([len(i) for i in ids])
+        )
+    torch.testing.assert_close(ours, scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_a_pipeline_killed_in_its_second_stage_equals_an_unbroken_one(unbroken: Path) -> None:
+    folder = unbroken.parent
+    again = config(folder, "killed", stages=("dpo", "reward"))
+    process = start(again)
+    wait_for(folder / "killed" / "reward" / "metrics.jsonl", 8, timeout_s=200)
+    kill_all(process.pid)
+    cached = {file: os.stat(file).st_mtime_ns for file in (folder / "reference_logprobs").iterdir()}
+    train(again, "--resume", "auto")
+    for stage in ("dpo", "reward"):
+        assert without_clocks(rows(folder / "killed" / stage)) == without_clocks(rows(unbroken / stage))
+        ours, theirs = (load_file(f / stage / "final" / "model.safetensors") for f in (folder / "killed", unbroken))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert cached == {file: os.stat(file).st_mtime_ns for file in (folder / "reference_logprobs").iterdir()}
+    assert json.loads((folder / "killed" / "reward" / "environment.json").read_text())
