@@ -46,7 +46,7 @@ class TrainConfig(Section):
     epochs_per_batch: int = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
-    """Hard bound on the tokens of one forward and backward pass. One longer sequence is an error at load time."""
+    """Hard bound on the tokens of one forward and backward pass. No sequence may be longer."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -18,7 +18,7 @@ class Turns:
     of equals the earlier set. That is earliest deadline first, which meets all deadlines of unit jobs on one processor
     (Liu and Layland, 1973).
 
-    Example: weights 2 and 1 give 0 1 0, 0 1 0, ...
+    Example: weights 2 and 1 give 0 0 1, 0 0 1, ...
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

@@ -102,9 +102,9 @@ class Writer:
         """A conversation up to its last learnt turn: the assistant's from message `first` on, but for `train: false`.
 
         A turn begins where the generation prompt ends, which is where sampling would begin, and ends with the last
-        special token that the template writes for it. Both are exact only if each longer rendering begins with the
-        shorter one, so a template that rewrites what comes before a learnt turn is refused, and so is one that leaves
-        out a part of it. NotUsable if no turn is learnt, or nothing comes before it.
+        special token that the template writes for it, whatever follows. Both are exact only if a longer rendering
+        begins with the shorter one up to there, so a template that rewrites a learnt turn, or what comes before it, is
+        refused, and so is one that leaves out a part of it. NotUsable if no turn is learnt, or nothing comes before it.
         """
         require_template(self.tokenizer, row.place)
         tools = read_tools(row)
@@ -115,30 +115,29 @@ class Writer:
             raise NotUsable(
                 row.place, "the conversation begins with an assistant's turn, which is learnt after a prompt"
             )
+        befores = [self._render(row, messages[:i], tools, add_generation_prompt=True) for i in turns]
+        afters = [self._render(row, messages[: i + 1], tools, add_generation_prompt=False) for i in turns]
         pieces: list[Piece] = []
-        text = ""  # rendered so far
-        done = 0  # characters of it already in pieces
-        for index in turns:
-            before = self._render(row, messages[:index], tools, add_generation_prompt=True)
-            if not before.startswith(text):
-                raise self._refusal(
-                    row,
-                    f"writes earlier messages differently once message {index + 1} follows, so what the assistant says "
-                    "cannot be told apart exactly. Use another template, or learn the last turn alone: `train: false` "
-                    "in the assistant's earlier messages",
-                )
-            text = self._render(row, messages[: index + 1], tools, add_generation_prompt=False)
-            turn = self._turn(row, messages, index, before, text)
+        done = 0  # characters that are in pieces already
+        laters = zip([*befores[1:], afters[-1]], [*turns[1:], turns[-1]], strict=True)
+        for index, before, after, (later, following) in zip(turns, befores, afters, laters, strict=True):
+            end = self._end_of_turn(row, index, before, after, later, following)
+            turn = after[len(before) : end]
+            lost = _lost(messages[index], turn)
+            if lost:
+                raise self._refusal(row, f"leaves out {lost} of message {index + 1}, which is to be learnt")
             pieces += [Piece(before[done:], False), Piece(turn, True)]
-            done = len(before) + len(turn)
+            done = end
         missing = [name for name in names(tools or ()) if name not in pieces[0].text]
         if missing:
             raise self._refusal(row, f"does not tell the model of tool `{missing[0]}` of column `tools`")
         return pieces
 
-    def _turn(self, row: Row, messages: Sequence[Message], index: int, before: str, after: str) -> str:
-        """What the assistant's message adds to the text before it, up to the last special token. UserError if the
-        template does not write it whole and to an end."""
+    def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
+        """Where the last special token of a turn ends that stands there too when the next learnt turn follows.
+
+        before, after: the text without and with the turn; later: the text before the turn `following`, or `after`.
+        """
         if not after.startswith(before):
             raise self._refusal(
                 row,
@@ -153,11 +152,16 @@ class Writer:
                 "ends the assistant's turn with no special token, so when to stop cannot be learnt. Use another "
                 "template",
             )
-        turn = after[len(before) : ends[-1]]
-        lost = _lost(messages[index], turn)
-        if lost:
-            raise self._refusal(row, f"leaves out {lost} of message {index + 1}, which is to be learnt")
-        return turn
+        kept = _shared(after, later)
+        end = max((end for end in ends if end <= kept), default=0)
+        if not end or self._special.sub("", after[end:]).strip():
+            raise self._refusal(
+                row,
+                f"writes message {index + 1} or those before it differently once message {following + 1} "
+                "follows, so what the assistant says cannot be told apart exactly. Use another template, or learn the "
+                "last turn alone: `train: false` in the assistant's earlier messages",
+            )
+        return end
 
     def _render(
         self, row: Row, messages: Sequence[Message], tools: Sequence[Message] | None, *, add_generation_prompt: bool
@@ -180,6 +184,14 @@ def answer_text(row: Row, column: str) -> str:
     if isinstance(value, str) and not value.strip():
         raise NotUsable(row.place, f"column `{column}` is the string {value!r:.40}, which is empty")
     return row.text(column)
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters at the beginning that both have."""
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _lost(message: Message, turn: str) -> str:

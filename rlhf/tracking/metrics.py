@@ -67,7 +67,9 @@ def _metric(
 
 
 _DECLARATIONS = (
-    _metric("data/epoch", "epochs", Last, "", "Passes over the training data so far"),
+    _metric(
+        "data/epoch", "epochs", Last, "", "Passes over the training data so far; of several sets, over the last row's"
+    ),
     # rollouts
     _metric("rollouts/response_tokens/mean", "tokens", Mean, "online", "Length of a response"),
     _metric("rollouts/response_tokens/max", "tokens", Max, "online", "Longest response"),

@@ -134,7 +134,8 @@ def test_a_supervised_example_without_its_column_or_too_long(
     assert "rows.jsonl:2: column `completion` is missing; found `prompt`" in said
     rows = json.dumps({"prompt": "a", "completion": "b" * 300}) + "\n"
     said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
-    assert "rows.jsonl:1: the example has 302 tokens, more than train.max_tokens_per_microbatch: 256" in said
+    assert "rows.jsonl:1: the example has 302 tokens, more than data.max_sequence_tokens (null: " in said
+    assert "train.max_tokens_per_microbatch): 256." in said
 
 
 def test_sequences_longer_than_the_models_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -195,6 +195,10 @@ INERT = {
     "cluster.roles.rollout.enforce_eager=true": ([], "cluster.device is cpu"),
     "cluster.roles.rollout.kv_cache_gib=2": ([CUDA], "cluster.device is cuda"),
     "cluster.roles.policy.threads=2": ([CUDA], "cluster.device is cuda"),
+    "data.max_sequence_tokens=100": ([], "algorithm ppo samples what it trains on"),
+    "data.too_long=cut": ([], "algorithm ppo samples what it trains on"),
+    "data.max_unusable_fraction=0.1": ([], "algorithm ppo samples what it trains on"),
+    "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to be mixed with"),
     "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
     "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
 }
@@ -240,6 +244,38 @@ def test_supervised_runs_take_no_keys_of_rollouts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
 ) -> None:
     assert "has no effect here: " in refusal(tmp_path, capsys, SFT, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["data.max_sequence_tokens=8193"],
+            "data.max_sequence_tokens: is 8193 and must be at most train.max_tokens_per_microbatch = 8192",
+        ),
+        (["data.too_long=skip"], "data.too_long: is skip, but data.max_unusable_fraction is 0"),
+        (["data.train={}"], "data.train: is an empty mapping"),
+    ],
+)
+def test_the_limits_of_offline_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], text: str
+) -> None:
+    assert text in refusal(tmp_path, capsys, SFT, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.max_sequence_tokens=8192", "data.too_long=cut", "data.max_unusable_fraction=0.99"],
+        ["data.too_long=skip", "data.max_unusable_fraction=0.01"],
+        ["data.train={a: {source: a.jsonl}, b.c: {source: {task: running_totals, size: 3}, weight: 0.5}}"],
+        ["data.train={only: {source: a.jsonl}}"],
+    ],
+)
+def test_offline_data_that_can_be_read(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(SFT)
+    assert main(["plan", str(path), *overrides]) == 0
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def reload(tmp_path: Path, text: str) -> LoadedConfig:
         [],
         ["algorithm={name: grpo}"],
         ["algorithm={name: sft}", "rollouts=null", "rewards={}"],
+        ["data.train={a: {source: x, weight: 3}, b: {source: {task: t, size: 3}}}"],
+        ["data.train={a: {source: x}}"],
         ["policy.lora={}", "algorithm.kl.coef=0.2"],
         ["algorithm.kl={coef: 0}"],
         ["train.sequences_per_update=256"],

@@ -50,6 +50,19 @@ def test_the_facts(tmp_path: Path) -> None:
     assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
 
 
+def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
+    text = plan(tmp_path, "data.train={a: {source: x.jsonl, weight: 3}, b: {source: {task: running_totals, size: 9}}}")
+    assert fact(text, "training data") == "75.0% x.jsonl, 25.0% 9 rows of running_totals"
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        "run: {name: demo}\npolicy: {model: a/b}\nalgorithm: {name: sft}\n"
+        "data: {train: x.jsonl, max_sequence_tokens: 4000, too_long: cut}\n"
+        "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
+    )
+    text = render(load(path))
+    assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
+
+
 def test_the_roles_and_the_bundles(tmp_path: Path) -> None:
     text = plan(tmp_path)
     assert fact(text, "rollout").split() == ["1", "2", "0.5", "0", "auto", "some/model"]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row
+from rlhf.data.usable import Loaded
 from rlhf.errors import UserError
 
 CHATML = (
@@ -99,7 +100,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     )
     (single,) = load(tokenizer, {"messages": [USER, ASSISTANT]})
     assert learnt(tokenizer, single) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
-    with pytest.raises(UserError, match=r"s.jsonl:1: .*writes earlier messages differently once message 4 follows"):
+    with pytest.raises(
+        UserError, match=r"s.jsonl:1: .*writes message 2 or those before it differently once message 4 follows"
+    ):
         load(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
 
 
@@ -131,6 +134,107 @@ def test_an_example_over_the_budget_is_named(tokenizer: Any) -> None:
 def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"s.jsonl:1: .*{message}"):
         load(tokenizer, row)
+
+
+def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> Loaded[Example]:
+    settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
+    return load_examples(as_rows(*rows), tokenizer, Reading(**settings), first_id=first_id)
+
+
+def test_every_token_of_a_text_is_learnt_but_the_first(tokenizer: Any) -> None:
+    first, ended = read_all(tokenizer, {"text": "abc"}, {"text": "abc<|eos|>"}).items
+    assert first.token_ids == ended.token_ids == (*b"abc", 257)
+    assert first.loss_mask == ended.loss_mask == (False, True, True, True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|reserved_0|> $A", special_tokens=[("<|reserved_0|>", 261)]
+    )
+    tokenizer.bos_token = "<|reserved_0|>"
+    (marked,) = read_all(tokenizer, {"text": "ab"}, apply_chat_template=True).items  # a text has no turns
+    assert (marked.token_ids, marked.loss_mask) == ((261, 97, 98, 257), (False, True, True, True))
+
+
+def test_alpacas_columns_with_and_without_a_template(tokenizer: Any) -> None:
+    row = {"instruction": "add", "input": "1 2", "output": "3", "text": "another form, which comes after"}
+    plain, bare = load(tokenizer, row, row | {"input": ""})
+    assert learnt(tokenizer, plain) == "<|user|>add\n\n1 2<|eos|><|assistant|>[3<|eos|>]"
+    assert learnt(tokenizer, bare) == "<|user|>add<|eos|><|assistant|>[3<|eos|>]"
+    raw, short = read_all(tokenizer, row, row | {"input": None}).items
+    assert learnt(tokenizer, raw) == "### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n[3<|eos|>]"
+    assert learnt(tokenizer, short) == "### Instruction:\nadd\n\n### Response:\n[3<|eos|>]"
+
+
+def test_of_a_prompt_and_a_completion_in_messages_the_completions_turns_are_learnt(tokenizer: Any) -> None:
+    (example,) = read_all(
+        tokenizer, {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, USER, ASSISTANT]}
+    ).items
+    asked = "<|user|>hi<|eos|><|assistant|>"
+    assert learnt(tokenizer, example) == f"{asked}yes<|eos|>{asked}[yes<|eos|>]{asked}[yes<|eos|>]"
+
+
+def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any) -> None:
+    rows = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcde", "completion": "f"}]
+    loaded = read_all(tokenizer, *rows, max_tokens=5, too_long="cut", max_unusable_fraction=0.5)
+    (example,) = loaded.items
+    assert (example.token_ids, example.loss_mask) == ((*b"abcde",), (False,) * 3 + (True,) * 2)
+    assert [row.place for row in loaded.unusable] == ["s.jsonl:2"]
+    assert loaded.unusable[0].reason.startswith(
+        "the prompt of 5 tokens leaves the completion none of data.max_sequence"
+    )
+    # The 9 tokens of the first turn fit, and one of what follows, which teaches nothing alone.
+    (chat,) = read_all(tokenizer, {"messages": [USER, ASSISTANT] * 2}, max_tokens=10, too_long="cut").items
+    assert learnt(tokenizer, chat) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
+
+
+GOOD = {"prompt": "a", "completion": "b"}
+EMPTY = {"prompt": "a", "completion": " "}
+
+
+def test_ids_count_through_what_is_left(tokenizer: Any) -> None:
+    loaded = read_all(tokenizer, EMPTY, GOOD, EMPTY, GOOD, first_id=10, max_unusable_fraction=0.5)
+    assert [example.example_id for example in loaded.items] == [10, 11]
+    assert [row.place for row in loaded.unusable] == ["s.jsonl:1", "s.jsonl:3"]
+
+
+@pytest.mark.parametrize(("fraction", "refused"), [(0.0, True), (0.24, True), (0.25, False), (0.99, False)])
+def test_a_quarter_of_the_rows_may_be_left_out_if_that_is_the_limit(
+    tokenizer: Any, fraction: float, refused: bool
+) -> None:
+    rows = [EMPTY, GOOD, GOOD, GOOD]
+    if refused:
+        with pytest.raises(
+            UserError, match=r"1 of 4 rows cannot be used, and data.max_unusable_fraction: .* lets 0 be"
+        ):
+            read_all(tokenizer, *rows, max_unusable_fraction=fraction)
+    else:
+        assert len(read_all(tokenizer, *rows, max_unusable_fraction=fraction).items) == 3
+
+
+def test_the_first_few_rows_are_named_and_the_others_counted(tokenizer: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        read_all(tokenizer, GOOD, *[EMPTY] * 5)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[1] for line in lines[:3]] == ["2", "3", "4"]
+    assert all("column `completion` is the string ' ', which is empty." in line for line in lines[:3])
+    assert lines[3:] == [
+        "and 2 more.",
+        "5 of 6 rows cannot be used, and data.max_unusable_fraction: 0 lets 0 be left out. Repair them, or raise it.",
+    ]
+
+
+def test_no_row_left_is_an_error_whatever_the_limit(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used"):
+        read_all(tokenizer, EMPTY, max_unusable_fraction=0.99)
+
+
+def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"s.jsonl:2: column `completion` is null, expected a string"):
+        read_all(tokenizer, GOOD, GOOD | {"completion": None}, max_unusable_fraction=0.99)
+    with pytest.raises(
+        UserError, match=r"s.jsonl:1: found `question`, expected the columns `messages`, or `prompt` and"
+    ):
+        read_all(tokenizer, {"question": "a"}, max_unusable_fraction=0.99)
+    with pytest.raises(UserError, match=r"s.jsonl:1: data.system_prompt has no effect on a string"):
+        read_all(tokenizer, {"text": "a"}, system_prompt="s")
 
 
 def test_collate_lays_examples_end_to_end(tokenizer: Any) -> None:

@@ -1,0 +1,201 @@
+"""rlhf/data/preferences.py and labelled.py: pairs share their prompt's tokens exactly, and labels are booleans."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rlhf.data.examples import Reading
+from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
+from rlhf.data.preferences import Pair, collate_pairs, load_pairs
+from rlhf.data.sources import Row, read_rows
+from rlhf.data.stream import Stream
+from rlhf.data.usable import Loaded
+from rlhf.errors import UserError
+
+USER = {"role": "user", "content": "hi"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+EOS = 257
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def as_rows(*rows: dict[str, Any]) -> list[Row]:
+    return [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
+
+
+def reading(**more: Any) -> Reading:
+    return Reading(**({"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more))
+
+
+def load(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> Loaded[Pair]:
+    return load_pairs(as_rows(*rows), tokenizer, reading(**more), first_id=first_id)
+
+
+def load_labels(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> Loaded[Labelled]:
+    return load_labelled(as_rows(*rows), tokenizer, reading(**more))
+
+
+def test_a_pair_of_strings_token_by_token(tokenizer: Any) -> None:
+    (pair,) = load(tokenizer, {"prompt": "ab", "chosen": "c", "rejected": "cd", "margin": 2}).items
+    assert pair.chosen.token_ids == (*b"abc", EOS)
+    assert pair.rejected.token_ids == (*b"abcd", EOS)
+    assert pair.chosen.loss_mask == (False, False, True, True)
+    assert pair.rejected.loss_mask == (False, False, True, True, True)
+    assert pair.prompt_tokens == 2  # `c` is in both, but it is learnt
+    assert pair.margin == 2.0
+    assert pair.token_ids == (*b"abc", EOS, *b"abcd", EOS)
+
+
+def test_pair_i_is_sequences_2i_and_2i_plus_1(tokenizer: Any) -> None:
+    one = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = load(tokenizer, one, one | {"chosen": "de"}).items
+    batch = pickle.loads(pickle.dumps(collate_pairs(pairs)))
+    assert batch.sequence_ids.tolist() == [0, 1, 2, 3]
+    assert batch.lengths.tolist() == [3, 3, 4, 3]
+    assert batch.token_ids.tolist() == [97, 98, EOS, 97, 99, EOS, 97, 100, 101, EOS, 97, 99, EOS]
+    assert batch.loss_mask.tolist() == [i not in (0, 3, 6, 10) for i in range(13)]
+    assert [(p.example_id, p.chosen.example_id, p.rejected.example_id) for p in pairs] == [(0, 0, 1), (1, 2, 3)]
+    (later,) = load(tokenizer, one, first_id=7).items
+    assert (later.example_id, later.chosen.example_id, later.rejected.example_id) == (7, 14, 15)
+
+
+def test_messages_strings_and_whole_conversations_say_the_same(tokenizer: Any) -> None:
+    strings = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    messages = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+    whole = {"chosen": [USER, YES], "rejected": [USER, NO]}
+    first, second, third = load(tokenizer, strings, messages, whole, apply_chat_template=True, system_prompt="s").items
+    assert tokenizer.decode(first.chosen.token_ids) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>yes<|eos|>"
+    assert first.prompt_tokens == 8  # system s eos user h i eos assistant
+    assert first.chosen.token_ids == second.chosen.token_ids == third.chosen.token_ids
+    assert first.rejected.token_ids == second.rejected.token_ids == third.rejected.token_ids
+    assert first.chosen.loss_mask == second.chosen.loss_mask == third.chosen.loss_mask
+    assert first.prompt_tokens == second.prompt_tokens == third.prompt_tokens
+
+
+def test_an_earlier_turn_that_both_have_is_prompt_and_not_learnt(tokenizer: Any) -> None:
+    (pair,) = load(tokenizer, {"chosen": [USER, YES, USER, YES, USER, NO], "rejected": [USER, YES, USER, NO]}).items
+    turn = "<|user|>hi<|eos|><|assistant|>yes<|eos|>"
+    assert tokenizer.decode(pair.chosen.token_ids) == turn + turn + turn.replace("yes", "no")
+    # <|user|> h i <|eos|> <|assistant|> y e s <|eos|> = 9 tokens; then 5 up to the second answer
+    assert pair.prompt_tokens == 14
+    learnt = [t for t, learn in zip(pair.chosen.token_ids, pair.chosen.loss_mask, strict=True) if learn]
+    assert tokenizer.decode(learnt) == "yes<|eos|>no<|eos|>"
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_returned(tokenizer: Any) -> None:
+    good = {"prompt": "a", "chosen": "bcd", "rejected": "bce"}
+    loaded = load(
+        tokenizer,
+        good | {"rejected": "bcd"},
+        good,
+        good | {"rejected": " "},
+        {"chosen": [USER, YES], "rejected": [USER, YES]},
+        {"chosen": [USER, YES], "rejected": [USER]},
+        {"chosen": [USER, YES], "rejected": [USER, USER, NO]},
+        good | {"chosen": "bcdefg"},
+        max_unusable_fraction=0.9,
+        max_tokens=6,
+        too_long="skip",
+    )
+    assert [pair.example_id for pair in loaded.items] == [0]
+    assert loaded.items[0].chosen.token_ids == (*b"abcd", EOS)
+    expected = {
+        1: "chosen and rejected are equal",
+        3: "column `rejected` is the string ' ', which is empty",
+        4: "chosen and rejected are equal",
+        5: "nothing follows in column `rejected` on the 1 messages with which chosen and rejected both begin",
+        6: "a message of the user follows in column `rejected` on the 1 messages with which",
+        7: "the example has 8 tokens, more than data.max_sequence_tokens",
+    }
+    assert [row.place for row in loaded.unusable] == [f"p.jsonl:{line}" for line in expected]
+    assert all(row.reason.startswith(e) for row, e in zip(loaded.unusable, expected.values(), strict=True))
+
+
+def test_a_pair_that_is_equal_once_cut_cannot_be_used(tokenizer: Any) -> None:
+    row = {"prompt": "a", "chosen": "bcd", "rejected": "bce"}
+    (pair,) = load(tokenizer, row, max_tokens=4, too_long="cut").items
+    assert (pair.chosen.token_ids, pair.rejected.token_ids) == ((*b"abcd",), (*b"abce",))
+    with pytest.raises(UserError, match=r"p.jsonl:1: chosen and rejected are equal once cut to 3 tokens."):
+        load(tokenizer, row, max_tokens=3, too_long="cut")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "column `rejected` is missing"),
+        ({"chosen": "a", "rejected": "b"}, "column `prompt` is missing and column `chosen` is no list of messages"),
+        (
+            {"prompt": "hi", "chosen": [YES], "rejected": [NO]},
+            "column `chosen` is a list of messages and column `prompt`",
+        ),
+        (
+            {"prompt": [USER], "chosen": "b", "rejected": "c"},
+            "column `prompt` is a list of messages and column `chosen`",
+        ),
+        ({"prompt": [USER], "chosen": [USER, YES], "rejected": [NO]}, "`chosen` begins with a message of the user"),
+        ({"prompt": "a", "chosen": "b", "rejected": 1}, "column `rejected` is the number 1"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"},
+            "`margin` is the string 'x', expected a finite",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` is the truth value True"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")}, "`margin` is the number inf"),
+    ],
+)
+def test_faults_of_structure_stop_at_once(tokenizer: Any, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"p.jsonl:1: .*{message}"):
+        load(tokenizer, row, max_unusable_fraction=0.99)
+
+
+def test_a_margin_may_be_missing_null_or_text_as_csv_has_it(tokenizer: Any) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = load(tokenizer, row, row | {"margin": None}, row | {"margin": "0.5"}).items
+    assert [pair.margin for pair in pairs] == [None, None, 0.5]
+
+
+def test_a_stream_holds_pairs_and_tells_them_apart(tokenizer: Any) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    stream = Stream(load(tokenizer, row).items, seed=0, shuffle=True)
+    swapped = Stream(load(tokenizer, row | {"chosen": "c", "rejected": "b"}).items, seed=0, shuffle=True)
+    with pytest.raises(UserError, match="belongs to other data"):
+        swapped.restore(stream.state())
+
+
+def test_labelled_answers_token_by_token(tokenizer: Any) -> None:
+    items = load_labels(
+        tokenizer,
+        {"prompt": "ab", "completion": "c", "label": True},
+        {"prompt": [USER], "completion": [YES], "label": False},
+    ).items
+    assert [item.label for item in items] == [True, False]
+    assert items[0].token_ids == (*b"abc", EOS)
+    assert (items[0].prompt_tokens, items[1].prompt_tokens) == (2, 5)
+    batch = collate_labelled(items)
+    assert batch.lengths.tolist() == [4, 9]
+    assert batch.loss_mask.tolist() == [False] * 2 + [True] * 2 + [False] * 5 + [True] * 4
+
+
+def test_labels_in_csv_are_the_words(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("prompt,completion,label\na,b,true\na,c,False\n")
+    loaded = load_labelled(read_rows(str(tmp_path / "l.csv")), tokenizer, reading())
+    assert [item.label for item in loaded.items] == [True, False]
+
+
+@pytest.mark.parametrize("label", [1, 0, "1", "yes", "", None, 1.0])
+def test_a_label_that_is_no_boolean_is_an_error(tokenizer: Any, label: Any) -> None:
+    with pytest.raises(UserError, match=r"p.jsonl:1: column `label` is .*, expected true or false"):
+        load_labels(tokenizer, {"prompt": "a", "completion": "b", "label": label}, max_unusable_fraction=0.9)
+
+
+def test_a_missing_label_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"p.jsonl:1: column `label` is missing; found `prompt`, `completion`"):
+        load_labels(tokenizer, {"prompt": "a", "completion": "b"})

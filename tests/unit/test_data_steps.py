@@ -1,0 +1,82 @@
+"""rlhf/data/steps.py: each step's label stands at the token that ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rlhf.data.examples import Reading
+from rlhf.data.sources import Row
+from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
+from rlhf.data.usable import Loaded
+from rlhf.errors import UserError
+
+EOS = 257
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def load(tokenizer: Any, *rows: dict[str, Any], step_separator: str = "\n", **more: Any) -> Loaded[StepLabelled]:
+    settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
+    placed = [Row(file="s.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
+    return load_step_labelled(placed, tokenizer, Reading(**settings), step_separator=step_separator)
+
+
+ROW = {"prompt": "ab", "completions": ["c", "de"], "labels": [True, False]}
+
+
+def test_a_step_ends_with_its_separator_and_the_last_with_the_answer(tokenizer: Any) -> None:
+    (item,) = load(tokenizer, ROW).items
+    assert item.token_ids == (*b"abc\nde", EOS)
+    assert item.step_ends == (3, 6)
+    assert item.labels == (True, False)
+    # a separator that is there already is not doubled
+    assert load(tokenizer, ROW | {"completions": ["c\n", "de"]}).items == (item,)
+    (spaced,) = load(tokenizer, ROW, step_separator="##").items
+    assert (spaced.token_ids, spaced.step_ends) == ((*b"abc##de", EOS), (4, 7))
+
+
+def test_with_the_chat_template_the_answer_is_one_turn(tokenizer: Any) -> None:
+    (item,) = load(tokenizer, ROW | {"completions": [" c", "de\n"]}, apply_chat_template=True).items
+    assert tokenizer.decode(item.token_ids) == "<|user|>ab<|eos|><|assistant|>c\nde<|eos|>"
+    assert [tokenizer.decode([item.token_ids[i]]) for i in item.step_ends] == ["\n", "<|eos|>"]
+    messages = ROW | {"prompt": [{"role": "user", "content": "ab"}]}
+    assert load(tokenizer, messages, apply_chat_template=True).items == (item,)
+
+
+def test_a_long_answer_loses_whole_steps(tokenizer: Any) -> None:
+    three = ROW | {"completions": ["c", "de", "f"], "labels": [True, False, True]}
+    assert load(tokenizer, three).items[0].token_ids == (*b"abc\nde\nf", EOS)
+    (item,) = load(tokenizer, three, max_tokens=6, too_long="cut").items
+    assert (item.token_ids, item.step_ends, item.labels) == ((*b"abc\n",), (3,), (True,))
+    with pytest.raises(UserError, match=r"s.jsonl:1: the prompt of 3 tokens leaves the completion none"):
+        load(tokenizer, three, max_tokens=3, too_long="cut")
+
+
+def test_collate_marks_the_ends(tokenizer: Any) -> None:
+    batch = collate_steps(load(tokenizer, ROW, ROW).items)
+    assert batch.lengths.tolist() == [7, 7]
+    assert batch.loss_mask.tolist() == [False, False, False, True, False, False, True] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [True]}, "1 in column `labels` for 2 steps"),
+        ({"labels": [True, 1]}, r"column `labels` is \[True, 1\], expected a list of true and false"),
+        ({"labels": None}, "column `labels` is None"),
+        ({"completions": "c"}, "column `completions` is the string 'c', expected a list of strings"),
+        ({"completions": ["c", 2]}, "step 2 of column `completions` is the number 2"),
+        ({"completions": []}, "column `completions` has no step"),
+        ({"completions": ["c", " "]}, "step 2 of column `completions` is empty"),
+    ],
+)
+def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"s.jsonl:1: {message}"):
+        load(tokenizer, ROW | change)
