@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rlhf.models.linear
-import rlhf.objectives.logprobs
+import rlhf.objectives.vocabulary_head
 from rlhf.models.linear import widen_linear_layers
 from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
 
@@ -15,7 +15,7 @@ from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
 @pytest.fixture(autouse=True)
 def _slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without AMX, whatever this one has."""
-    for module in (rlhf.models.linear, rlhf.objectives.logprobs):
+    for module in (rlhf.models.linear, rlhf.objectives.vocabulary_head):
         monkeypatch.setattr(module, "widens_products", lambda tensor: tensor.dtype == torch.bfloat16)
 
 

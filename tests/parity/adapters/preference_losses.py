@@ -108,7 +108,8 @@ class DPOSettings:
     def padding(self, values: Tensor, completion: Tensor, shared: Tensor) -> Tensor:
         """TRL's LD-DPO weighs the padding after a completion too: zeros, but the gradient shows it."""
         position = completion.cumsum(1)
-        weights = torch.where(position <= shared[:, None], 1.0, self.ld_alpha or 0.0).to(values.dtype)
+        kept, surplus = values.new_tensor([1.0, self.ld_alpha or 0.0])
+        weights = torch.where(position <= shared[:, None], kept, surplus)
         return torch.where((position > 0) & ~completion, weights * values, 0.0).sum(1)
 
     def pairs(self, columns: Columns) -> Pairs:
@@ -175,10 +176,13 @@ def of_ratios(loss: Callable[..., Tensor]) -> DPOTerm:
 
 
 def exo_pair(settings: DPOSettings, pairs: Pairs) -> Tensor:
-    """TRL keeps the smoothing in float32."""
-    epsilon = float(torch.tensor(settings.label_smoothing))
-    scores = pairs.chosen_scores, pairs.rejected_scores
-    return preference_loss.exo_pair(*scores, beta=settings.beta, label_smoothing=epsilon)
+    """TRL takes the logarithms of the preference in float32: their rounding is added."""
+    scores, epsilon = (pairs.chosen_scores, pairs.rejected_scores), torch.tensor(settings.label_smoothing)
+    rounded, smoothing = torch.stack([torch.log1p(-epsilon), torch.log(epsilon)]), epsilon.item()
+    exact = scores[0].new_tensor([1.0 - smoothing, smoothing]).log()
+    loss = preference_loss.exo_pair(*scores, beta=settings.beta, label_smoothing=smoothing)
+    chosen = (settings.beta * (scores[0] - scores[1])).sigmoid()
+    return loss + chosen * (exact - rounded)[0] + (1.0 - chosen) * (exact - rounded)[1]
 
 
 def smoothed(loss: Callable[..., Tensor], first: str, second: str) -> DPOTerm:
