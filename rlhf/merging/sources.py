@@ -197,7 +197,7 @@ def _local(key: str, model: str) -> Path:
         return folder
     if model.startswith("stage:"):
         raise UserError(f"{key}: got {model!r}, but this merge is no stage of a pipeline; name a folder.")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{key}: the folder {model} does not exist.")
     from huggingface_hub import snapshot_download
 
@@ -223,16 +223,8 @@ def _read_adapter(key: str, folder: Path) -> Adapter:
 
 def _read_shapes(key: str, folder: Path) -> Shapes:
     """Names and shapes of the weights in a folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(named - {file.name for file in files}):
-            raise UserError(f"{key}: {folder} lacks {missing[0]}, which its index names; copy or download it again.")
-    if not files:
-        raise UserError(f"{key}: {folder} has no safetensors file; no other format is read.")
     shapes: Shapes = {}
-    for file in files:
+    for file in _weight_files(key, folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
@@ -240,3 +232,17 @@ def _read_shapes(key: str, folder: Path) -> Shapes:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{key}: {file} cannot be read ({error}); copy or download it again.") from error
     return shapes
+
+
+def _weight_files(key: str, folder: Path) -> list[Path]:
+    """Those that an index names, or the one file that transformers or peft reads."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        if missing := sorted(file.name for file in files if not file.is_file()):
+            raise UserError(f"{key}: {folder} lacks {missing[0]}, which its index names; copy or download it again.")
+        return sorted(files)
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{key}: {folder} has no safetensors file; no other format is read.")

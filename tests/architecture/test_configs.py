@@ -1,5 +1,4 @@
-"""Every recipe loads, and what is a run plans, on any machine, and its resolved form repeats it. Planning imports nothing
-heavy."""
+"""Every recipe loads, and those of runs plan on any machine and repeat themselves. Planning imports nothing heavy."""
 
 from __future__ import annotations
 

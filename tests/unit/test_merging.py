@@ -88,7 +88,7 @@ def test_a_changed_model_is_read_again(tmp_path: Path, models: Path) -> None:
     shutil.copytree(models / "base", tmp_path / "b")
     first = weights(merge(tmp_path / "one", tmp_path, ["a", "b"], method="linear"))
     (tmp_path / "a" / "model.safetensors").unlink()
-    shutil.copyfile(models / "b" / "model.safetensors", tmp_path / "a" / "model.safetensors")
+    AutoModelForCausalLM.from_pretrained(models / "b").save_pretrained(tmp_path / "a", max_shard_size="500KB")
     second = weights(merge(tmp_path / "two", tmp_path, ["a", "b"], method="linear"))
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
@@ -207,6 +207,9 @@ def broken(models: Path, folder: Path, change: str) -> None:
     elif change == "cut":
         data = (b / "model.safetensors").read_bytes()
         (b / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif change == "part":
+        AutoModelForCausalLM.from_pretrained(b).save_pretrained(b, max_shard_size="500KB")
+        (b / "model-00002-of-00004.safetensors").unlink()
     elif change == "pickle":
         (b / "model.safetensors").rename(b / "pytorch_model.bin")
     elif change == "architecture":
@@ -224,6 +227,7 @@ def broken(models: Path, folder: Path, change: str) -> None:
         ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; say in merge\.tokenizer"),
         ("size", r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
         ("cut", r"merge\.models\.b: .*model\.safetensors cannot be read \(.*\); copy or download it again"),
+        ("part", r"merge\.models\.b: .* lacks model-00002-of-00004\.safetensors, which its index names"),
         ("pickle", r"merge\.models\.b: .* has no safetensors file"),
         ("architecture", "architecture is LlamaForCausalLM in the one and MistralForCausalLM in the other"),
     ],
