@@ -15,9 +15,10 @@ from rlhf.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rlhf.config.load import LoadedConfig
+    from rlhf.config.merge import MergeRun
     from rlhf.config.root import Config
 
-__all__ = ["RunError", "UserError", "export", "load_config", "plan", "train"]
+__all__ = ["RunError", "UserError", "export", "load_config", "load_merge", "merge", "plan", "train"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -60,6 +61,28 @@ def export(run: str | Path, folder: str | Path, *, step: int | None = None) -> N
     from rlhf.cli import export as write
 
     write(Path(run), Path(folder), step=step)
+
+
+def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
+    """The checked merge of a YAML file with `merge.key=value` overrides. UserError names every mistake."""
+    from rlhf.config.merge import load_merge as load
+
+    return load(path, overrides)
+
+
+def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet: bool = False) -> Path:
+    """Merge models or adapters. Returns the folder that was made.
+
+    UserError: the input is wrong. RunError: something failed at run time.
+    """
+    from rlhf.cli import merge as run
+
+    if isinstance(config, str | Path):
+        config = load_merge(config, overrides)
+    elif overrides:
+        raise UserError("overrides change a file; build the MergeRun with the values you want instead")
+    run(config, quiet=quiet)
+    return config.out
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

@@ -18,6 +18,7 @@ from rlhf.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rlhf.config.load import LoadedConfig
+    from rlhf.config.merge import MergeRun
 
 RECIPES = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 
@@ -62,6 +63,13 @@ def export(run: Path, folder: Path, *, step: int | None) -> None:
     export_checkpoint(run, step=step, folder=folder)
 
 
+def merge(config: MergeRun, *, quiet: bool) -> None:
+    """Merge models or adapters into the folder that the section names."""
+    from rlhf.merging.merge import merge_models
+
+    merge_models(config, config.out, quiet=quiet)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. `{self.prog} --help` shows what there is")
@@ -104,14 +112,17 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
     export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
     export.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
 
+    merge = commands.add_parser("merge", help="merge models or adapters into one")
+    merge.add_argument("config", metavar="CONFIG", help="YAML file with a merge section")
+
     doctor = commands.add_parser("doctor", help="what is installed, and what to do about it")
-    for command in (train, quickstart):
+    for command in (train, quickstart, merge):
         command.add_argument("--quiet", action="store_true", help="no progress")
-    for command in (train, plan, quickstart):
+    for command in (train, plan, quickstart, merge):
         command.add_argument("overrides", metavar="key=value", nargs="*", help="set a key of the configuration")
-    for command in (train, plan, quickstart, export, doctor):
+    for command in (train, plan, quickstart, export, merge, doctor):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser, frozenset({"train", "plan", "quickstart"})
+    return parser, frozenset({"train", "plan", "quickstart", "merge"})
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -121,6 +132,13 @@ def _run(args: argparse.Namespace) -> int:
         return doctor()
     if args.command == "export":
         export(args.run, args.folder, step=args.step)
+        return 0
+    if args.command == "merge":
+        from rlhf.config.merge import load_merge
+
+        merging = load_merge(args.config, args.overrides)
+        merge(merging, quiet=args.quiet)
+        sys.stdout.write(f"done: {merging.out}\n")
         return 0
     from rlhf.config.load import load
 

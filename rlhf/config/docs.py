@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf.algorithms.section import Section
 from rlhf.config.explain import expected, is_section, members
+from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
 
 HEAD = """\
@@ -80,10 +81,21 @@ stages:
 """
 
 
+MERGE = """
+## Keys of a merge
+
+A file for `rlhf merge` has this one section. [merging](merging.md) says which method takes which keys.
+"""
+
+
 def render() -> str:
     """The whole page."""
+    return HEAD + _keys(Config) + MERGE + _keys(MergeFile)
+
+
+def _keys(root: type[Section]) -> str:
     shown: dict[type[Section], str] = {}
-    return HEAD + "".join(_key(name, field, shown) for name, field in Config.model_fields.items())
+    return "".join(_key(name, field, shown) for name, field in root.model_fields.items())
 
 
 def _key(path: str, field: FieldInfo, shown: dict[type[Section], str]) -> str:

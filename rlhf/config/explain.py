@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
@@ -22,6 +22,8 @@ from rlhf.algorithms.section import Section
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.errors import UserError
+
+S = TypeVar("S", bound=Section)
 
 _SCALARS: dict[object, str] = {
     int: "an integer",
@@ -42,14 +44,19 @@ class Problem:
 
 
 def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
+    """The tree as the configuration of a run, or everything that is wrong with it."""
+    return parse_as(Config, values)
+
+
+def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     """The tree as typed values, or everything that is wrong with its keys and types. Nothing is converted: a number in
     quotes is a string."""
     try:
-        return Config.model_validate_json(json.dumps(values), strict=True)
+        return root.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         found: dict[Key, Problem] = {}
         for item in error.errors(include_url=False):
-            key, text = _line_of_error(item["loc"], item["type"], item["input"], item["msg"])
+            key, text = _line_of_error(root, item["loc"], item["type"], item["input"], item["msg"])
             found.setdefault(key, Problem(key=key, text=text))  # each member of a union reports the same key
         return tuple(found.values())
 
@@ -82,14 +89,20 @@ def is_section(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _line_of_error(location: Sequence[int | str], error_type: str, given: Any, message: str) -> tuple[Key, str]:
+def _line_of_error(
+    root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
+) -> tuple[Key, str]:
     """One of pydantic's errors as (key, what is wrong with it)."""
-    nodes: list[Any] = [Config]
+    nodes: list[Any] = [root]
     key: Key = ()
     field: FieldInfo | None = None
     for part in location:
         if isinstance(part, int):
-            break
+            nodes = [item for node in nodes for item in get_args(node)[:1] if is_section(item)]
+            if not nodes:
+                break  # a scalar in a list: the list is to blame
+            key = (*key, str(part))
+            continue
         alternatives = [node for node in nodes if node is not types.NoneType]
         tagged = [node for node in alternatives if _tag(node) == part]
         below, its_field = _descend(nodes, part)
@@ -98,7 +111,7 @@ def _line_of_error(location: Sequence[int | str], error_type: str, given: Any, m
         elif below:
             nodes, field, key = below, its_field, (*key, part)
         elif error_type == "extra_forbidden":
-            return (*key, part), _unknown(key, part, nodes)
+            return (*key, part), _unknown(root, key, part, nodes)
         else:
             break  # a member of a union of scalars
     if error_type == "union_tag_not_found":
@@ -138,12 +151,12 @@ def all_keys(root: type[Section], at: Key = ()) -> Iterator[Key]:
                 yield from all_keys(inner, below)
 
 
-def _unknown(section: Key, word: str, nodes: Sequence[Any]) -> str:
+def _unknown(root: type[Section], section: Key, word: str, nodes: Sequence[Any]) -> str:
     names = [name for node in nodes if is_section(node) for name in node.model_fields]
     here = nearest(word, names)
     if here:
         return f"unknown key; did you mean {'.'.join((*section, here))}?"
-    everywhere = {key[-1]: ".".join(key) for key in reversed(list(all_keys(Config)))}
+    everywhere = {key[-1]: ".".join(key) for key in reversed(list(all_keys(root)))}
     there = word if word in everywhere else nearest(word, list(everywhere))
     if there:
         return f"unknown key; did you mean {everywhere[there]}?"

@@ -31,6 +31,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tree = read_tree(Path(path))
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
+    if "merge" in tree.values and "stages" not in tree.values:
+        raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
     if "stages" in tree.values:
         stages = resolve_stages(tree)
         run = next(iter(stages.values())).run

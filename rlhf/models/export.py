@@ -41,7 +41,7 @@ def export_model(
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.use_cache = True  # off while training
-    with _appearing(folder) as partial:
+    with appearing(folder) as partial:
         _write_shards(partial, ((name, weight.to(dtype)) for name, weight in named_weights), shard_bytes=shard_bytes)
         config.save_pretrained(partial)
         if generation_config is not None:
@@ -53,7 +53,7 @@ def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], mo
     """A folder that peft (and vLLM) loads onto the base model. `named_weights` under the names that peft saves."""
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
-    with _appearing(folder) as partial:
+    with appearing(folder) as partial:
         weights = {name: _owned(weight) for name, weight in named_weights}
         save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
@@ -71,7 +71,7 @@ def adapter_config(model: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside the final one, renamed to it at the end, removed if anything fails."""
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")

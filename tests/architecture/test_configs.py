@@ -1,4 +1,4 @@
-"""Every recipe loads and plans on any machine, and its resolved form repeats it. Planning imports nothing heavy."""
+"""Every recipe loads, and those of runs plan on any machine and repeat themselves. Planning imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import pytest
 
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import load
+from rlhf.config.merge import load_merge
 from rlhf.config.plan import render
+from rlhf.config.yaml_tree import read_tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(CONFIGS.glob("**/*.yaml"))
+FILES = sorted(CONFIGS.glob("**/*.yaml"))
+MERGES = [path for path in FILES if "merge" in read_tree(path).values]
+RECIPES = [path for path in FILES if path not in MERGES]
 
 
 def test_there_are_recipes() -> None:
     names = {path.name for path in RECIPES}
     assert names >= {"quickstart.yaml", "quickstart_grpo.yaml", "ppo_smollm2.yaml", "grpo_smollm2.yaml"}
+    assert "merge_ties.yaml" in {path.name for path in MERGES}
+
+
+@pytest.mark.parametrize("path", MERGES, ids=lambda path: path.name)
+def test_a_merge_loads(path: Path) -> None:
+    assert load_merge(path).out
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf import cli
+from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
 from rlhf.tracking.metrics import METRICS
 
@@ -69,8 +70,9 @@ def test_configuration_keys_exist(page: Path) -> None:
     words = {re.split(r"[=: ]", text)[0] for text in quoted(page)}
     files = (".py", ".md", ".json", ".jsonl", ".yaml", ".yml")
     keys = [word for word in words if "." in word and not word.endswith(files)]
-    keys = [key for key in keys if key.split(".")[0] in Config.model_fields]
-    assert not [key for key in keys if not has_key(Config, key.split("."))]
+    roots = {section: root for root in (Config, MergeFile) for section in root.model_fields}
+    keys = [key for key in keys if key.split(".")[0] in roots]
+    assert not [key for key in keys if not has_key(roots[key.split(".")[0]], key.split("."))]
 
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
@@ -86,7 +88,8 @@ def test_commands_parse(page: Path) -> None:
         args = cli._parse(words[1:])
         config = getattr(args, "config", None)
         if config is not None and config != "CONFIG":
-            rlhf.load_config(ROOT / config, args.overrides)
+            load = rlhf.load_merge if args.command == "merge" else rlhf.load_config
+            load(ROOT / config, args.overrides)
 
 
 def test_the_readme_is_short() -> None:

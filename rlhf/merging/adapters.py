@@ -1,0 +1,131 @@
+"""Adapters through peft: one added to its base, or several combined into one.
+
+Both hold the base model in memory, in float32: peft makes a new adapter in the type of its base, and adds an update in
+the type of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from rlhf.errors import UserError
+from rlhf.merging.sources import Source
+
+COMBINED = "combined"
+
+_ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
+
+
+def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
+    """W + the adapter's update, in float32, for every layer that it adapts; saved as whole weights in dtype."""
+    assert source.adapter is not None
+    model = _load_base(source)
+    model = peft.PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload(safe_merge=True)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)
+
+
+def combine_adapters(
+    sources: Sequence[Source],
+    weights: Mapping[str, float],
+    folder: Path,
+    *,
+    method: str,
+    density: float | None,
+    rank: int | None,
+    seed: int | None,
+    dtype: torch.dtype,
+) -> None:
+    """One adapter from several of one base (peft's add_weighted_adapter), saved in dtype. `weights` by name of the
+    source."""
+    model: Any = None
+    given = {f"adapter_{index}": source for index, source in enumerate(sources)}  # no user's name: peft forbids some
+    for name, source in given.items():
+        assert source.adapter is not None
+        if model is None:
+            model = peft.PeftModel.from_pretrained(_load_base(source), str(source.adapter.folder), adapter_name=name)
+        else:
+            model.load_adapter(str(source.adapter.folder), adapter_name=name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        model.add_weighted_adapter(
+            list(given),
+            [weights[source.name] for source in given.values()],
+            COMBINED,
+            combination_type=method,
+            svd_rank=rank,
+            svd_full_matrices=False,
+            density=density,
+        )
+    for name, parameter in model.named_parameters():
+        if f".{COMBINED}." in name:
+            parameter.data = parameter.data.to(dtype)
+    model.peft_config[COMBINED].inference_mode = True
+    model.save_pretrained(str(folder), selected_adapters=[COMBINED])
+    for file in (folder / COMBINED).iterdir():  # peft saves an adapter in a folder of its name
+        file.rename(folder / file.name)
+    (folder / COMBINED).rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # a model card to be filled in
+
+
+def check_combinable(sources: Sequence[Source], *, method: str, rank: int | None) -> None:
+    """All are plain adapters of one base, and of one rank where the method adds their factors. UserError names two that
+    do not fit."""
+    for source in sources:
+        _check_plain(source, rank)
+    first, *others = sources
+    for other in others:
+        if first.folder.resolve() != other.folder.resolve():
+            raise UserError(
+                f"{first.key} and {other.key} are adapters of different bases, {first.folder} and {other.folder}; set "
+                "merge.output to model, or combine adapters of one base."
+            )
+        ranks = [_ranks(source) for source in (first, other)]
+        if method in _ADDS_FACTORS and ranks[0] != ranks[1]:
+            able = "cat or svd" if method == "linear" else f"cat, svd or {method}_svd"
+            raise UserError(
+                f"{first.key} and {other.key} are adapters of ranks {ranks[0]} and {ranks[1]}, and {method} needs "
+                f"equal ones; use {able}."
+            )
+
+
+def _check_plain(source: Source, rank: int | None) -> None:
+    if source.adapter is None:
+        raise UserError(
+            f"{source.key}: {source.folder} is a whole model, and merge.output is adapter; name an adapter, or set "
+            "merge.output to model."
+        )
+    for key in ("use_dora", "use_rslora", "modules_to_save"):
+        if source.adapter.settings.get(key):
+            raise UserError(
+                f"{source.key}: the adapter {source.adapter.folder} has {key}, and such adapters cannot be combined; "
+                "set merge.output to model."
+            )
+    narrowest = min(max(shape) for shape in source.adapter.shapes.values())
+    if rank is not None and rank > narrowest:
+        raise UserError(f"merge.rank: {rank} is more than the {narrowest} of the narrowest layer of {source.key}.")
+
+
+def _ranks(source: Source) -> str:
+    """The rank, and those of single layers where they differ."""
+    assert source.adapter is not None
+    settings = source.adapter.settings
+    pattern = settings.get("rank_pattern") or {}
+    return f"{settings['r']}" + (f" {pattern}" if pattern else "")
+
+
+def _load_base(source: Source) -> Any:
+    """The model under an adapter: a language model, or one with a scalar head if the adapter is of such a one."""
+    assert source.adapter is not None
+    folder = str(source.folder)
+    if source.adapter.settings.get("task_type") == "SEQ_CLS":
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, num_labels=1
+        )
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)

@@ -1,0 +1,173 @@
+"""The one entry point: a merge section and a folder to make."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.explain import refuse
+from rlhf.config.merge import MergeConfig, in_effect, merge_problems
+from rlhf.config.yaml_tree import to_yaml
+from rlhf.errors import RunError, UserError
+from rlhf.merging.adapters import check_combinable, combine_adapters, fold_adapter
+from rlhf.merging.sources import (
+    Source,
+    check_distinct,
+    check_layers,
+    check_same_tokenizer,
+    check_same_weights,
+    check_space,
+    check_stackable,
+    find_source,
+    num_bytes,
+    weight_shapes,
+)
+from rlhf.merging.whole import require_mergekit, run_mergekit
+from rlhf.models.export import appearing
+from rlhf.models.loading import load_config
+
+RECORD = "merge.yaml"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None:
+    """Make the folder `out`: weights, config, tokenizer with chat template, and merge.yaml, which says how it was made.
+
+    All inputs are checked before a weight is loaded, and the folder appears whole or not at all. UserError: a model is
+    missing, unreadable or does not fit the others; `out` exists; the disk is too small. RunError: mergekit failed.
+    """
+    refuse(merge_problems(config), lambda key: "config")
+    if out.exists():
+        raise UserError(f"merge.out: {out} exists; remove it or name another folder.")
+    if config.output == "model" and config.method != "fold":
+        require_mergekit(config.method)
+    sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
+    if config.base is not None:
+        sources.append(find_source("merge.base", "base", config.base))
+    _check(config, sources, out)
+    with appearing(out) as partial:
+        if config.output == "adapter":
+            _combine(config, sources, partial)
+        elif config.method == "fold":
+            fold_adapter(sources[0], partial, dtype=_DTYPES[config.dtype], shard_bytes=_shard_bytes(config))
+        else:
+            with tempfile.TemporaryDirectory(prefix=f".{out.name}.folded-", dir=out.absolute().parent) as scratch:
+                _merge_whole(config, sources, partial, Path(scratch), quiet=quiet)
+        _add_tokenizer(config, sources, partial)
+        (partial / RECORD).write_text(_record(config, out), encoding="utf-8")
+
+
+def _check(config: MergeConfig, sources: Sequence[Source], out: Path) -> None:
+    if config.output == "adapter":
+        check_combinable(sources, method=config.method, rank=config.rank)
+    elif config.method == "passthrough":
+        check_stackable(sources)
+        by_name = {source.name: source for source in sources}
+        for part in config.slices:
+            check_layers(by_name[part.model], *part.layers)
+    elif config.method == "fold" and sources[0].adapter is None:
+        raise UserError(f"{sources[0].key}: {sources[0].folder} is no adapter, and fold adds one to its base.")
+    else:
+        check_same_weights(sources)
+    if len(sources) > 1:
+        check_distinct(sources)
+        check_same_tokenizer(sources, chosen=config.tokenizer)
+    check_space(out, _needed_bytes(config, sources))
+
+
+def _needed_bytes(config: MergeConfig, sources: Sequence[Source]) -> int:
+    """At most, on the disk of the result: the result, and the models that are folded for it."""
+    if config.output == "adapter":
+        return sum(num_bytes(source.adapter.shapes, "float32") for source in sources if source.adapter is not None)
+    result = num_bytes(sources[0].shapes, config.dtype)
+    if config.method == "passthrough":
+        layers = sum(end - first for first, end in (part.layers for part in config.slices))
+        result = result * max(1, -(-layers // sources[0].config.num_hidden_layers))
+    if config.method == "fold":
+        return result
+    return result + sum(num_bytes(source.shapes, "float32") for source in sources if source.adapter is not None)
+
+
+def _combine(config: MergeConfig, sources: Sequence[Source], folder: Path) -> None:
+    model = config.models[sources[0].name]
+    combine_adapters(
+        sources,
+        {name: model.weight for name, model in config.models.items()},
+        folder,
+        method=config.method,
+        density=model.density if "ties" in config.method or "dare" in config.method else None,
+        rank=config.rank,
+        seed=config.seed if "dare" in config.method else None,
+        dtype=_DTYPES[config.dtype],
+    )
+
+
+def _merge_whole(config: MergeConfig, sources: Sequence[Source], folder: Path, scratch: Path, *, quiet: bool) -> None:
+    folders: dict[str, Path] = {}
+    for source in sources:
+        folders[source.name] = source.folder
+        if source.adapter is not None:
+            folders[source.name] = scratch / source.name
+            fold_adapter(source, folders[source.name], dtype=torch.float32, shard_bytes=_shard_bytes(config))
+    run_mergekit(config, folders, folder, shard_bytes=_shard_bytes(config), quiet=quiet)
+    donor = _donor(config, sources)
+    result = load_config(str(folders[donor.name]))
+    if config.method == "passthrough":
+        _set_layers(config, sources, result)
+    result.dtype = _DTYPES[config.dtype]
+    result.save_pretrained(folder)
+    if config.method != "passthrough":
+        _check_complete(folders[donor.name], folder, result)
+
+
+def _shard_bytes(config: MergeConfig) -> int:
+    return int(config.shard_gib * 2**30)
+
+
+def _set_layers(config: MergeConfig, sources: Sequence[Source], result: Any) -> None:
+    """The number of layers, and the kind of each where the architecture has several."""
+    by_name = {source.name: source.config for source in sources}
+    layers = [(by_name[part.model], layer) for part in config.slices for layer in range(*part.layers)]
+    kinds = [own.layer_types[layer] for own, layer in layers if getattr(own, "layer_types", None)]
+    result.num_hidden_layers = len(layers)
+    if kinds:
+        result.layer_types = kinds
+
+
+def _check_complete(donor: Path, folder: Path, config: Any) -> None:
+    """mergekit merges the weights that it knows of the architecture; one that it does not know must not get lost."""
+    expected, merged = (weight_shapes("merge.out", place, config) for place in (donor, folder))
+    if lost := sorted(expected.keys() - merged.keys()):
+        kind = ", ".join(config.architectures)
+        raise RunError(
+            f"mergekit left out {len(lost)} weights of the {kind}, the first {lost[0]}: it does not know this "
+            "architecture well enough."
+        )
+
+
+def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path) -> None:
+    donor = _donor(config, sources)
+    donor.tokenizer().save_pretrained(folder)
+    file = donor.folder / "generation_config.json"
+    if config.output == "model" and file.is_file():
+        shutil.copyfile(file, folder / file.name)
+
+
+def _donor(config: MergeConfig, sources: Sequence[Source]) -> Source:
+    """Whose config and tokenizer the result gets."""
+    return next((source for source in sources if source.name == config.tokenizer), sources[0])
+
+
+def _record(config: MergeConfig, out: Path) -> str:
+    """The section as it was in effect: `rlhf merge merge.yaml merge.out=ELSEWHERE` repeats it."""
+    names = ["ray-rlhf", "torch", "transformers", "peft"]
+    if config.output == "model" and config.method != "fold":
+        names.append("mergekit")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"# made by {versions}\n" + to_yaml({"merge": {**in_effect(config), "out": str(out)}})

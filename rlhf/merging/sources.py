@@ -1,0 +1,248 @@
+"""The models of a merge as folders on this machine, and whether they fit together. No weight is loaded here: names,
+shapes and sizes come from the headers of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.errors import UserError
+from rlhf.models.loading import load_config, load_tokenizer
+
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter as peft saves it."""
+
+    folder: Path
+    settings: dict[str, Any]  # adapter_config.json
+    shapes: Shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One model: whole weights, and an adapter that belongs on them if the model is one."""
+
+    key: str  # as the configuration has it, for messages: merge.models.math
+    name: str  # math, or base
+    folder: Path  # of the whole weights
+    config: Any  # of transformers
+    shapes: Shapes  # a tied head is left out
+    adapter: Adapter | None
+
+    @property
+    def own_folder(self) -> Path:
+        """The folder that the configuration names: the adapter's, if it is one."""
+        return self.folder if self.adapter is None else self.adapter.folder
+
+    def tokenizer(self) -> Any:
+        """The adapter's own where it brings one."""
+        own = self.own_folder
+        return load_tokenizer(str(own if (own / "tokenizer_config.json").is_file() else self.folder))
+
+
+def find_source(key: str, name: str, model: str) -> Source:
+    """The model `model`, downloaded if it is a hub name. UserError if it is not there or cannot be read."""
+    folder = _local(key, model)
+    adapter: Adapter | None = None
+    if (folder / "adapter_config.json").is_file():
+        adapter = _read_adapter(key, folder)
+        base = adapter.settings.get("base_model_name_or_path")
+        if not base:
+            raise UserError(
+                f"{key}: the adapter {folder} does not say which model it belongs on; set "
+                "base_model_name_or_path in its adapter_config.json."
+            )
+        folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
+    config = load_config(str(folder))
+    shapes = weight_shapes(key, folder, config)
+    return Source(key=key, name=name, folder=folder, config=config, shapes=shapes, adapter=adapter)
+
+
+def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
+    """Of a folder with whole weights. A tied head is left out: some files have it, some do not."""
+    shapes = _read_shapes(key, folder)
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def check_distinct(sources: Sequence[Source]) -> None:
+    """No model twice: its weights would count once only, and a task vector to itself is zero."""
+    seen: dict[Path, Source] = {}
+    for source in sources:
+        place = source.own_folder.resolve()
+        if place in seen:
+            raise UserError(
+                f"{source.key}: is the same model as {seen[place].key} ({source.own_folder}); name it once."
+            )
+        seen[place] = source
+
+
+def check_same_weights(sources: Sequence[Source]) -> None:
+    """One architecture, with the same weights of the same shapes. UserError names two models that differ, and how."""
+    first = sources[0]
+    for other in sources[1:]:
+        _check_same_kind(first, other)
+        both = f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder})"
+        if missing := sorted(first.shapes.keys() ^ other.shapes.keys()):
+            owner = first if missing[0] in first.shapes else other
+            raise UserError(
+                f"{both} do not have the same weights: only {owner.key} has {missing[0]} "
+                f"({len(missing)} differ). A merge needs models of one architecture and size."
+            )
+        for weight, shape in first.shapes.items():
+            if other.shapes[weight] != shape:
+                raise UserError(
+                    f"{both} differ in size: {weight} is {list(shape)} in the one and "
+                    f"{list(other.shapes[weight])} in the other. A merge needs models of one architecture "
+                    "and size."
+                )
+
+
+def check_stackable(sources: Sequence[Source]) -> None:
+    """One architecture, as wide in each; the number of layers may differ."""
+    first = sources[0]
+    for other in sources[1:]:
+        _check_same_kind(first, other)
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            a, b = getattr(first.config, key, None), getattr(other.config, key, None)
+            if a != b:
+                raise UserError(
+                    f"{first.key} and {other.key} cannot be stacked: {key} is {a} in {first.folder} and {b} "
+                    f"in {other.folder}."
+                )
+
+
+def check_same_tokenizer(sources: Sequence[Source], *, chosen: str | None) -> None:
+    """One vocabulary; and one chat template, unless `chosen` says whose. UserError names two models that differ."""
+    tokenizers = {source.key: source.tokenizer() for source in sources}
+    first, *others = sources
+    for other in others:
+        a, b = (tokenizers[source.key].get_vocab() for source in (first, other))
+        if a != b:
+            token = min(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+            raise UserError(
+                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) have different vocabularies of "
+                f"{len(a)} and {len(b)} tokens: {token!r} is {a.get(token, 'no token')} in the one and "
+                f"{b.get(token, 'no token')} in the other. A merge needs models with the same tokenizer."
+            )
+    templates = {source.key: tokenizers[source.key].chat_template for source in sources if source.name != "base"}
+    if chosen is None and len({json.dumps(template) for template in templates.values()}) > 1:
+        first_key = next(iter(templates))
+        other_key = next(key for key, template in templates.items() if template != templates[first_key])
+        raise UserError(
+            f"{first_key} and {other_key} have different chat templates; say in merge.tokenizer whose the result gets."
+        )
+
+
+def check_layers(source: Source, first: int, end: int) -> None:
+    """The model has these layers."""
+    has = getattr(source.config, "num_hidden_layers", None)
+    if has is None:
+        raise UserError(
+            f"{source.key}: {source.folder} is a {source.config.model_type} without num_hidden_layers; its "
+            "layers cannot be stacked."
+        )
+    if end > has:
+        raise UserError(f"merge.slices: layers [{first}, {end}] of {source.name}, but it has {has} layers.")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Enough free disk where `out` will be."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"merge.out: the merge writes {needed / 1e9:.1f} GB to {parent}, which has {free / 1e9:.1f} GB "
+            "free. Free some, or name another folder."
+        )
+
+
+def num_bytes(shapes: Shapes, dtype: str) -> int:
+    """Of all weights."""
+    return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _check_same_kind(first: Source, other: Source) -> None:
+    for what, a, b in (
+        ("architecture", first.config.architectures, other.config.architectures),
+        ("tie_word_embeddings", first.config.tie_word_embeddings, other.config.tie_word_embeddings),
+    ):
+        if a != b:
+            shown = [", ".join(value) if isinstance(value, list) else value for value in (a, b)]
+            raise UserError(
+                f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder}) do not fit: {what} is "
+                f"{shown[0]} in the one and {shown[1]} in the other."
+            )
+
+
+def _local(key: str, model: str) -> Path:
+    """The folder of a model, downloaded if it is a hub name."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith("stage:"):
+        raise UserError(f"{key}: got {model!r}, but this merge is no stage of a pipeline; name a folder.")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{key}: the folder {model} does not exist.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}: {model} is neither a folder here nor could it be obtained from the hub "
+            f"({' '.join(str(error).split())})"
+        ) from error
+
+
+def _read_adapter(key: str, folder: Path) -> Adapter:
+    file = folder / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} cannot be read: {error}") from error
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{key}: {folder} is a {settings.get('peft_type')} adapter; only LoRA adapters can be merged.")
+    return Adapter(folder=folder, settings=settings, shapes=_read_shapes(key, folder))
+
+
+def _read_shapes(key: str, folder: Path) -> Shapes:
+    """Names and shapes of the weights in a folder's safetensors files."""
+    shapes: Shapes = {}
+    for file in _weight_files(key, folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{key}: {file} cannot be read ({error}); copy or download it again.") from error
+    return shapes
+
+
+def _weight_files(key: str, folder: Path) -> list[Path]:
+    """Those that an index names, or the one file that transformers or peft reads."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        if missing := sorted(file.name for file in files if not file.is_file()):
+            raise UserError(f"{key}: {folder} lacks {missing[0]}, which its index names; copy or download it again.")
+        return sorted(files)
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{key}: {folder} has no safetensors file; no other format is read.")

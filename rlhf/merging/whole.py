@@ -1,0 +1,89 @@
+"""Whole models through mergekit: our section in its words, run through its Python API.
+
+mergekit reads one weight of every model at a time from the mapped files, and writes a file when it is full: memory
+holds a weight of each model and one file of the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.merge import MODEL_METHODS, RANDOM, MergeConfig, MergeInput
+from rlhf.errors import RunError, UserError
+
+PER_MODEL = ("weight", "density", "epsilon")
+
+
+def require_mergekit(method: str) -> None:
+    """UserError where it is not installed."""
+    if importlib.util.find_spec("mergekit") is None:
+        raise UserError(
+            f"merge.method: {method} needs mergekit, which is not installed: pip install 'ray-rlhf[merging]'"
+        )
+
+
+def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, Any]:
+    """The section as mergekit's configuration. `folders`: of whole weights, by name of the model and `base`."""
+    tree: dict[str, Any] = {"merge_method": config.method, "dtype": "float32", "out_dtype": config.dtype}
+    models = {name: {"model": {"path": str(folder)}} for name, folder in folders.items()}
+    if config.method == "passthrough":
+        tree["slices"] = [
+            {"sources": [{"model": models[part.model], "layer_range": list(part.layers)}]} for part in config.slices
+        ]
+        return tree
+    if config.base is not None:
+        tree["base_model"] = models["base"]
+    tree["parameters"] = _shared(config)
+    tree["models"] = [
+        {"model": models[name], "parameters": _of_model(config, model)} for name, model in config.models.items()
+    ]
+    return tree
+
+
+def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, shard_bytes: int, quiet: bool) -> None:
+    """Weights and config.json into the folder `out`. RunError if mergekit fails."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(
+        out_shard_size=shard_bytes,
+        copy_tokenizer=False,
+        write_model_card=False,
+        clone_tensors=config.method == "passthrough",  # a layer may be there twice
+        quiet=quiet,
+    )
+    logs = [logging.getLogger(name) for name in ("mergekit", "transformers")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)  # their warnings are about names of options, and what is checked here
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if config.method in RANDOM:
+                torch.manual_seed(config.seed)
+            run_merge(MergeConfiguration.model_validate(mergekit_config(config, folders)), str(out), options)
+    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise RunError(f"mergekit could not merge: {' '.join(str(error).split())}") from error
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+        cache = LoaderCache()  # by path, for the life of the process: a later merge would read these files again
+        cache.flush_all()
+        cache.loaders.clear()
+
+
+def _shared(config: MergeConfig) -> dict[str, Any]:
+    if config.method == "slerp":
+        return {"t": config.t}
+    shared: dict[str, Any] = {} if config.normalize is None else {"normalize": config.normalize}
+    return shared if config.method == "linear" else {**shared, "lambda": config.scale}
+
+
+def _of_model(config: MergeConfig, model: MergeInput) -> dict[str, float]:
+    return {key: getattr(model, key) for key in PER_MODEL if key in MODEL_METHODS[config.method].per_model}

@@ -1,0 +1,42 @@
+"""Tiny models and adapters for the tests of merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.models.tiny import build_tiny_llama
+
+
+def make_models(folder: Path) -> Path:
+    """`base`, `a`, `b` with a head of their own, and `tied_base`, `tied_a`, `tied_b`."""
+    for seed, name in enumerate(("base", "a", "b")):
+        build_tiny_llama(folder / name, seed=seed)
+        build_tiny_llama(folder / f"tied_{name}", seed=seed, tied=True)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, seed: int, rank: int = 4, **settings: Any) -> Path:
+    """A LoRA adapter on two layers of each block, with weights as after training."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    values: dict[str, Any] = {"r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **(values | settings)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.05, generator=generator)
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Of all its files."""
+    return {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}

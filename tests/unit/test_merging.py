@@ -1,0 +1,290 @@
+"""What a merge makes, and what it refuses before it loads a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import rlhf
+from rlhf.cli import main
+from rlhf.config.merge import MergeConfig, MergeRun, load_merge
+from rlhf.merging import merge as merging
+from rlhf.merging.merge import merge_models
+from tests.merging_models import make_adapter, make_models, weights
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_models(tmp_path_factory.mktemp("merging"))
+    make_adapter(folder / "lora_a", folder / "base", seed=1)
+    make_adapter(folder / "lora_b", folder / "base", seed=2)
+    make_adapter(folder / "lora_rank8", folder / "base", seed=3, rank=8)
+    make_adapter(folder / "lora_of_a", folder / "a", seed=3)
+    return folder
+
+
+def merge(out: Path, models: Path, names: dict[str, dict[str, Any]] | list[str], **values: Any) -> Path:
+    """Merge folders of `models`; `base` is a name too."""
+    if isinstance(names, list):
+        names = {name: {} for name in names}
+    inputs = {name: {"model": str(models / name), **keys} for name, keys in names.items()}
+    base = {"base": str(models / values.pop("base"))} if "base" in values else {}
+    merge_models(MergeConfig.model_validate({"models": inputs, **base, **values}), out, quiet=True)
+    return out
+
+
+def update(adapter: Path, layer: str = "layers.1.mlp.down_proj") -> torch.Tensor:
+    """The change of a layer's weight: alpha / rank * B A."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    found = weights(adapter)
+    a, b = (found[f"base_model.model.model.{layer}.lora_{side}.weight"] for side in "AB")
+    return settings["lora_alpha"] / settings["r"] * b @ a
+
+
+@pytest.mark.parametrize("tied", ["", "tied_"])
+def test_the_result_is_a_model_folder(tmp_path: Path, models: Path, tied: str) -> None:
+    names = {f"{tied}a": {"density": 0.5}, f"{tied}b": {"density": 0.5}}
+    out = merge(tmp_path / "merged" / "it", models, names, method="ties", base=f"{tied}base")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is bool(tied)
+    assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (out, models / "a")]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert model.generation_config.eos_token_id == tokenizers[1].eos_token_id
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["it"]
+
+
+def test_the_record_repeats_the_merge(tmp_path: Path, models: Path) -> None:
+    names = {"a": {"density": 0.5, "weight": 0.2}, "b": {}}
+    out = merge(tmp_path / "first", models, names, method="dare_linear", base="base", seed=5)
+    text = (out / "merge.yaml").read_text()
+    assert text.startswith("# made by ray-rlhf ")
+    assert "mergekit 0.1.5" in text
+    assert load_merge(out / "merge.yaml").models["a"].weight == 0.2
+    again = rlhf.merge(out / "merge.yaml", [f"merge.out={tmp_path / 'second'}"], quiet=True)
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_random_methods_leave_the_random_state_alone(tmp_path: Path, models: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    merge(tmp_path / "out", models, {"a": {"density": 0.5}}, method="dare_linear", base="base")
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_changed_model_is_read_again(tmp_path: Path, models: Path) -> None:
+    shutil.copytree(models / "a", tmp_path / "a")
+    shutil.copytree(models / "base", tmp_path / "b")
+    first = weights(merge(tmp_path / "one", tmp_path, ["a", "b"], method="linear"))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(models / "b").save_pretrained(tmp_path / "a", max_shard_size="500KB")
+    second = weights(merge(tmp_path / "two", tmp_path, ["a", "b"], method="linear"))
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+
+def test_reward_models(tmp_path: Path, models: Path) -> None:
+    """Averaging of reward models (arXiv:2401.12187): heads too."""
+    heads = []
+    for name in ("a", "b"):
+        model = AutoModelForSequenceClassification.from_pretrained(models / name, num_labels=1)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(models / name).save_pretrained(tmp_path / name)
+        heads.append(model.score.weight)
+    merged = AutoModelForSequenceClassification.from_pretrained(
+        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", dtype="float32")
+    )
+    torch.testing.assert_close(merged.score.weight, (heads[0] + heads[1]) / 2)
+
+
+def test_fold(tmp_path: Path, models: Path) -> None:
+    out = weights(merge(tmp_path / "out", models, ["lora_a"], method="fold", dtype="float32"))
+    base = weights(models / "base")
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(out[name], base[name] + update(models / "lora_a"))
+    assert torch.equal(out["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    assert out.keys() == base.keys()
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_exact_combinations_of_adapters(tmp_path: Path, models: Path, method: str) -> None:
+    """cat and svd of full rank: the weighted sum of the updates. Ranks 4 + 8 = 12."""
+    rank = {"rank": 12} if method == "svd" else {}
+    inputs = {
+        "v1.5": {"model": str(models / "lora_a"), "weight": 0.5},
+        "combined": {"model": str(models / "lora_rank8"), "weight": -2.0},
+    }
+    values = {"method": method, "output": "adapter", "models": inputs, "dtype": "float32", **rank}
+    out = tmp_path / "out"
+    merge_models(MergeConfig.model_validate(values), out)
+    expected = 0.5 * update(models / "lora_a") - 2.0 * update(models / "lora_rank8")
+    torch.testing.assert_close(update(out), expected, rtol=1e-4, atol=1e-6)
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["r"], settings["base_model_name_or_path"]) == (12, str(models / "base"))
+    assert AutoTokenizer.from_pretrained(out).chat_template is not None
+
+
+def test_linear_combination_adds_factors(tmp_path: Path, models: Path) -> None:
+    """A = sum sqrt(w s) A_i, B likewise, with w = 1 and s = alpha / rank = 2: sqrt(2) each."""
+    out = merge(tmp_path / "out", models, ["lora_a", "lora_b"], method="linear", output="adapter", dtype="float32")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    a, b = (weights(models / adapter)[name] for adapter in ("lora_a", "lora_b"))
+    torch.testing.assert_close(weights(out)[name], 2**0.5 * (a + b))
+
+
+@pytest.mark.parametrize("method", ["ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"])
+def test_other_combinations_of_adapters(tmp_path: Path, models: Path, method: str) -> None:
+    names = {name: {"density": 0.5} for name in ("lora_a", "lora_b")}
+    kept = update(merge(tmp_path / "out", models, names, method=method, output="adapter"))
+    assert kept.dtype == torch.bfloat16
+    assert torch.isfinite(kept).all()
+    assert kept.any()
+    again = update(merge(tmp_path / "again", models, names, method=method, output="adapter"))
+    assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        (["a", "none"], {"method": "linear"}, r"merge\.models\.none: the folder .*none does not exist"),
+        (
+            ["a", "tied_b"],
+            {"method": "linear"},
+            r"merge\.models\.a .* and merge\.models\.tied_b .* tie_word_embeddings",
+        ),
+        (["a", "lora_a"], {"method": "fold"}, "takes one model"),
+        (["a"], {"method": "fold"}, r"merge\.models\.a: .* is no adapter"),
+        (["base"], {"method": "slerp", "base": "base"}, r"merge\.base: is the same model as merge\.models\.base"),
+        (["a"], {"method": "cat", "output": "adapter"}, "is a whole model, and merge.output is adapter"),
+        (["lora_a", "lora_rank8"], {"method": "linear", "output": "adapter"}, "ranks 4 and 8, .* use cat or svd"),
+        (["lora_a", "lora_of_a"], {"method": "cat", "output": "adapter"}, "adapters of different bases"),
+        (["lora_a"], {"method": "svd", "output": "adapter", "rank": 97}, r"97 is more than the 96"),
+        (
+            ["a"],
+            {"method": "passthrough", "slices": [{"model": "a", "layers": [0, 4]}]},
+            r"layers \[0, 4\] of a, but it has 3 layers",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[str, Any], message: str) -> None:
+    if names == ["base"]:
+        names_given: Any = {"other": {}}
+        shutil.copytree(models / "base", tmp_path / "base")
+        (tmp_path / "other").symlink_to(tmp_path / "base")
+        models, message = tmp_path, message.replace(r"models\.base", r"models\.other")
+    else:
+        names_given = names
+    with pytest.raises(rlhf.UserError, match=message):
+        merge(tmp_path / "out", models, names_given, **values)
+    assert not (tmp_path / "out").exists()
+
+
+def broken(models: Path, folder: Path, change: str) -> None:
+    """Model a in `folder`/a as it is, and a changed model b."""
+    shutil.copytree(models / "a", folder / "a")
+    shutil.copytree(models / "b", folder / "b")
+    b = folder / "b"
+    if change == "vocabulary":
+        tokenizer = AutoTokenizer.from_pretrained(b)
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(b)
+    elif change == "template":
+        (b / "chat_template.jinja").write_text("{{ messages }}")
+    elif change == "size":
+        model = AutoModelForCausalLM.from_pretrained(b)
+        model.resize_token_embeddings(352)
+        model.save_pretrained(b)
+    elif change == "cut":
+        data = (b / "model.safetensors").read_bytes()
+        (b / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif change == "part":
+        AutoModelForCausalLM.from_pretrained(b).save_pretrained(b, max_shard_size="500KB")
+        (b / "model-00002-of-00004.safetensors").unlink()
+    elif change == "pickle":
+        (b / "model.safetensors").rename(b / "pytorch_model.bin")
+    elif change == "architecture":
+        config = json.loads((b / "config.json").read_text())
+        (b / "config.json").write_text(json.dumps({**config, "architectures": ["MistralForCausalLM"]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "vocabulary",
+            r"models\.a .* and merge\.models\.b .* different vocabularies of 320 and 321 tokens: '<new>' is no",
+        ),
+        ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; say in merge\.tokenizer"),
+        ("size", r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
+        ("cut", r"merge\.models\.b: .*model\.safetensors cannot be read \(.*\); copy or download it again"),
+        ("part", r"merge\.models\.b: .* lacks model-00002-of-00004\.safetensors, which its index names"),
+        ("pickle", r"merge\.models\.b: .* has no safetensors file"),
+        ("architecture", "architecture is LlamaForCausalLM in the one and MistralForCausalLM in the other"),
+    ],
+)
+def test_models_that_do_not_fit(tmp_path: Path, models: Path, change: str, message: str) -> None:
+    broken(models, tmp_path, change)
+    with pytest.raises(rlhf.UserError, match=message):
+        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear")
+
+
+def test_the_named_tokenizer_wins(tmp_path: Path, models: Path) -> None:
+    broken(models, tmp_path, "template")
+    out = merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", tokenizer="b")
+    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+
+
+def test_without_mergekit(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mergekit", None)
+    with pytest.raises(rlhf.UserError, match=r"linear needs mergekit, .*: pip install 'ray-rlhf\[merging\]'"):
+        merge(tmp_path / "out", models, ["a", "b"], method="linear")
+    merge(tmp_path / "folded", models, ["lora_a"], method="fold")
+
+
+def test_a_full_disk(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(rlhf.UserError, match=r"writes 0\.0 GB to .*, which has 0\.0 GB free"):
+        merge(tmp_path / "deep" / "out", models, ["a", "b"], method="linear")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: MergeConfig, folders: dict[str, Path], out: Path, *, shard_bytes: int, quiet: bool) -> None:
+        (out / "model.safetensors").write_text("half")
+        raise rlhf.RunError("broke")
+
+    monkeypatch.setattr(merging, "run_mergekit", fail)
+    with pytest.raises(rlhf.RunError, match="broke"):
+        merge(tmp_path / "out", models, ["a", "lora_b"], method="linear")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "merge.yaml", tmp_path / "out"
+    inputs = f"a: {{model: {models / 'a'}}}, b: {{model: {models / 'b'}}}"
+    file.write_text(f"merge: {{method: linear, models: {{{inputs}}}, out: {out}}}\n")
+    assert main(["merge", str(file), "merge.dtype=float32", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"done: {out}\n"
+    assert weights(out)["lm_head.weight"].dtype == torch.float32
+    assert main(["merge", str(file)]) == 2
+    assert capsys.readouterr().err == f"rlhf: error: merge.out: {out} exists; remove it or name another folder.\n"
+    assert main(["merge", str(file), "merge.method=fold"]) == 2
+    assert "merge.models: has 2, but method fold takes one model" in capsys.readouterr().err
+
+
+def test_the_python_call(tmp_path: Path, models: Path) -> None:
+    inputs = {name: {"model": str(models / name)} for name in ("a", "b")}
+    run = MergeRun.model_validate({"method": "linear", "models": inputs, "out": tmp_path / "out"})
+    assert rlhf.merge(run, quiet=True) == tmp_path / "out"
+    with pytest.raises(rlhf.UserError, match="overrides change a file"):
+        rlhf.merge(run, ["merge.t=1"])
