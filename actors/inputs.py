@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
 from rlhf.config.derive import critic_model, eval_sets, is_online, needs, reference_model, uses_reward_model
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.model import ModelConfig
+from rlhf.config.rollouts import RewardConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Example, load_examples
 from rlhf.data.prompts import load_prompts
@@ -24,6 +22,7 @@ from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer
+from rlhf.models.on_disk import refuse_broken_weights
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
@@ -74,11 +73,11 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
             use_cache_if_silent()
         for section, model in _models(local).items():
             if model.model not in finals:
-                with _named(f"{section}.model"):
+                with named(f"{section}.model"):
                     shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
-                    _refuse_broken_weights(Path(model.model))
+                    refuse_broken_weights(Path(model.model))
                 if section in ("policy", "critic"):
-                    with _named(f"cluster.roles.{section}"):
+                    with named(f"cluster.roles.{section}"):
                         refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
             elif section == "reward":
                 raise UserError(f"{section}.model: {model.model} will be a language model, not a reward model")
@@ -128,7 +127,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
 
 
 @contextmanager
-def _named(key: str) -> Iterator[None]:
+def named(key: str) -> Iterator[None]:
     """Put the key of the config before what is wrong with its value."""
     try:
         yield
@@ -144,27 +143,8 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
 
 
-def _refuse_broken_weights(folder: Path) -> None:
-    """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        for file in files:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
-        ) from error
-    if not files:
-        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
-
-
-def _source(source: DataSource) -> Source:
+def source_of(source: DataSource) -> Source:
+    """What the readers of data take."""
     if isinstance(source, str):
         return source
     return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
@@ -172,15 +152,15 @@ def _source(source: DataSource) -> Source:
 
 def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     assert config.rollouts is not None
-    with _named("policy.model"):
+    with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
     def prompts_of(name: str, source: DataSource) -> tuple[Prompt, ...]:
-        with _named(name):
-            rows = read_rows(_source(source), columns=data.columns)
-        _check_rewards(specs, rows, name)
-        with _named(name):
+        with named(name):
+            rows = read_rows(source_of(source), columns=data.columns)
+        check_rewards(specs, rows, name)
+        with named(name):
             return load_prompts(
                 rows,
                 tokenizer,
@@ -189,7 +169,9 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
                 max_prompt_tokens=data.max_prompt_tokens,
             )
 
-    specs = _rewards(config, loaded)
+    specs = load_rewards(
+        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
+    )
     prompts = prompts_of("data.train", data.train)
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
@@ -212,14 +194,14 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
 
 
 def _offline(config: Config, source: str) -> OfflineInputs:
-    with _named("policy.model"):
+    with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
     def examples_of(name: str, source: DataSource) -> tuple[Example, ...]:
-        with _named(name):
+        with named(name):
             return load_examples(
-                read_rows(_source(source), columns=data.columns),
+                read_rows(source_of(source), columns=data.columns),
                 tokenizer,
                 system_prompt=data.system_prompt,
                 apply_chat_template=data.apply_chat_template,
@@ -235,25 +217,31 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     )
 
 
-def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
-    """The rewards, their functions imported once in a process of their own."""
-    folders = (Path(loaded.source).resolve().parent, Path.cwd())
+def load_rewards(
+    rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = "rewards.{}.function"
+) -> tuple[RewardSpec, ...]:
+    """The rewards, their functions imported once in a process of their own.
+
+    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
+    """
+    folders = (beside, Path.cwd())
     specs = []
-    for name, reward in config.rewards.items():
+    for name, reward in rewards.items():
         function = None
         if reward.function is not None:
             function = load_reward(
                 reward.function,
                 args=reward.args,
                 folders=folders,
-                key=f"rewards.{name}.function",
-                memory_gib=config.reward_policy.memory_gib,
+                key=key.format(name),
+                memory_gib=memory_gib,
             )
         specs.append(RewardSpec(name=name, weight=reward.weight, function=function))
     return tuple(specs)
 
 
-def _check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
+def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
+    """UserError if a reward needs a column that not every row has."""
     common = set(rows[0].columns).intersection(*(row.columns for row in rows))
     for spec in specs:
         if spec.function is not None:

@@ -86,6 +86,13 @@ def load_reward_model(
     path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
 ) -> Any:
     """A sequence-classification model with one label. UserError if the checkpoint has no such head."""
+    refuse_without_head(path, trust_remote_code=trust_remote_code)
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
+    """UserError if a model has no reward head. Reads its config alone."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     if not _has_scalar_head(config):
         raise UserError(
@@ -93,8 +100,6 @@ def load_reward_model(
             f"{config.num_labels} labels: it has no reward head. A reward model is a sequence-classification "
             "checkpoint with one label; train one first, or name another model."
         )
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
