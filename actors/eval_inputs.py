@@ -43,8 +43,8 @@ class Candidate:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
-        return max(len(prompt.token_ids) for one in self.prompts.values() for prompt in one)
+        """Tokens; 0 without prompts."""
+        return max((len(prompt.token_ids) for one in self.prompts.values() for prompt in one), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,12 +199,14 @@ def _inputs(
     max_tokens_per_microbatch: int,
     cluster: ClusterConfig,
 ) -> EvalInputs:
+    """The whole, its reward model looked at and its marks decided."""
     if reward_model is not None:
         if not Path(reward_model.model).exists():
             use_cache_if_silent()
         with named("reward.model"):
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
+    longest = max(candidate.longest_prompt for candidate in candidates)
     return EvalInputs(
         candidates=tuple(candidates),
         decoding=decoding,
@@ -212,7 +214,7 @@ def _inputs(
         rewards=rewards,
         reward_model=reward_model,
         reward_policy=reward_policy,
-        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        max_tokens_per_microbatch=max(max_tokens_per_microbatch, longest + decoding.max_new_tokens),
         cluster=cluster,
     )
 

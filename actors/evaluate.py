@@ -37,7 +37,7 @@ from rlhf.evaluation.results import (
 from rlhf.rewards.scoring import describe
 from rlhf.roles import CompletedGroup
 from rlhf.tracking.atomic import write_atomic, write_lines
-from rlhf.types import GroupRequest, GroupScores
+from rlhf.types import GroupScores
 from rlhf.workers.likelihood import LikelihoodWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -65,10 +65,9 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
     with connected(inputs.cluster), sigterm_interrupts():
         if inputs.rewards:
             answers = [asyncio.run(_answers(candidate, inputs)) for candidate in inputs.candidates]
-            sets, rows = _prompt_reports(inputs, answers)
         else:
             measured = asyncio.run(_measured(inputs.candidates[0], inputs))
-            sets, rows = _example_reports(inputs, measured)
+    sets, rows = _prompt_reports(inputs, answers) if inputs.rewards else _example_reports(inputs, measured)
     names = [candidate.model.name for candidate in inputs.candidates]
     found = Evaluation(
         model=names[0],
@@ -145,6 +144,8 @@ async def _answers(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[P
             errors = [scores.errors for _, scores, _ in judged if scores.errors]
             if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
                 raise RunError(f"eval {name}: {describe(errors[0])}")
+            for failed in errors:
+                logger.warning("%s: left out, since %s", name, describe(failed))
             found[name] = [_result(group, scores, texts) for group, scores, texts in judged if not scores.errors]
     return found
 
@@ -175,10 +176,10 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
 
 
 def _result(group: CompletedGroup, scores: GroupScores, texts: Sequence[str]) -> PromptResult:
-    request: GroupRequest = group.request
+    prompt = group.request.prompt
     return PromptResult(
-        prompt_id=request.prompt.prompt_id,
-        prompt=request.prompt.text,
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
         responses=tuple(texts),
         scores=scores.scores,
         by_name=scores.by_name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.calls import wait_one
@@ -24,7 +23,7 @@ from rlhf.controller.answers import answered, request_for
 from rlhf.data.sources import Row
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
-from rlhf.models.on_disk import ModelOnDisk, find_model
+from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.texts import response_texts
 from rlhf.types import Prompt, Rollouts, Sampling
@@ -100,8 +99,8 @@ def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) ->
 
 
 def found_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
-    """The model that a user names, the hub asked whether it answers if it may be a name there."""
-    if not Path(name).expanduser().exists():
+    """The model that a user names. Whether the hub answers is asked before anything is loaded from it."""
+    if may_ask_the_hub(name):
         use_cache_if_silent()
     return find_model(name, trust_remote_code=trust_remote_code)
 

@@ -61,6 +61,14 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
     )
 
 
+def may_ask_the_hub(name: str) -> bool:
+    """Whether the model, or the base of its adapter, may be a name on the hub."""
+    folder = _of_run(Path(name).expanduser())
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return folder is None
+    return not Path(_base_of(folder)[0]).exists()
+
+
 def refuse_broken_weights(folder: Path) -> None:
     """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
     if not folder.is_dir():

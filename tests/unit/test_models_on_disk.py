@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.models.on_disk import ModelOnDisk, find_model
+from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub
 
 
 def find(path: Path) -> ModelOnDisk:
@@ -77,6 +77,13 @@ def test_a_wrong_adapter_says_why(tmp_path: Path, config: dict[str, object], mes
     (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match=message):
         find(folder)
+
+
+def test_a_name_that_is_no_folder_may_be_the_hubs(tiny_model: Path, tmp_path: Path) -> None:
+    assert may_ask_the_hub("owner/name")
+    assert not may_ask_the_hub(str(tiny_model))
+    assert may_ask_the_hub(str(adapter(tmp_path / "a", base_model_name_or_path="owner/name")))
+    assert not may_ask_the_hub(str(adapter(tmp_path / "b", base_model_name_or_path=str(tiny_model))))
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
