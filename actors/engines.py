@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from actors.placement import Placement
 from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import WeightManifest
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import WeightSync, weight_sync
 from rlhf.config.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
+from rlhf.models.on_disk import ModelOnDisk
 from rlhf.roles import CompletedGroup, EnginePart, MemoryReport
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
@@ -39,47 +42,74 @@ class RolloutEngine(RolloutWorker):
 
 
 def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
-    """The engines' actors, their models not yet loaded."""
-    cluster, role = config.cluster, config.cluster.roles.rollout
-    way = weight_sync(cluster, one_host=placement.on_one_host())
-    nodes = placement.nodes_of("rollout")
+    """The engines' actors, their models not yet loaded. They wait for the policy's weights."""
+    policy, role = config.policy, config.cluster.roles.rollout
+    way = weight_sync(config.cluster, one_host=placement.on_one_host())
+    spec = RolloutSpec(
+        name="rollout engine",
+        model=policy.model,
+        dtype=policy.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=role.max_num_seqs,
+        transport=way.method,
+        lora_rank=None if policy.lora is None else policy.lora.rank,
+        colocated=role.colocate_with is not None,
+        trust_remote_code=policy.trust_remote_code,
+        spool=spool,
+    )
+    return RolloutEngines(_spawn(spec, config.cluster, placement), way, deadline_s=config.cluster.call_timeout_s)
+
+
+def serve_engines(
+    model: ModelOnDisk, cluster: ClusterConfig, placement: Placement, *, max_model_len: int
+) -> RolloutEngines:
+    """Engines that answer with a model as it lies on disk, not yet started. No weights can be synced into them."""
+    spec = RolloutSpec(
+        name="rollout engine",
+        model=model.base,
+        dtype=model.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=cluster.roles.rollout.max_num_seqs,
+        transport=None,
+        adapter=model.adapter,
+        lora_rank=model.lora_rank,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return RolloutEngines(_spawn(spec, cluster, placement), None, deadline_s=cluster.call_timeout_s)
+
+
+def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) -> list[ActorHandle[Any]]:
+    """One actor for each seat, with what the cluster and the seat decide added to what the engines have in common."""
+    role, nodes = cluster.roles.rollout, placement.nodes_of("rollout")
     remote = ray.remote(RolloutEngine)
     handles = []
     for rank, node in enumerate(nodes):
         auto = max(1, placement.cores(node) // nodes.count(node))
-        spec = RolloutSpec(
-            name=f"rollout engine {rank}",
-            model=config.policy.model,
-            dtype=config.policy.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=role.max_num_seqs,
-            transport=way.method,
+        spec = replace(
+            common,
+            name=f"{common.name} {rank}",
             device=cluster.device,
             threads=auto if role.threads == "auto" else role.threads,
             kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
             gpu_memory_utilization=role.gpu_memory_utilization,
             tensor_parallel=role.tensor_parallel,
             enforce_eager=role.enforce_eager or cluster.device == "cpu",
-            lora_rank=None if config.policy.lora is None else config.policy.lora.rank,
-            colocated=role.colocate_with is not None,
-            trust_remote_code=config.policy.trust_remote_code,
-            spool=spool,
             start_timeout_s=cluster.start_timeout_s,
             call_timeout_s=cluster.call_timeout_s,
         )
         options = placement.options("rollout", rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
         handles.append(remote.options(**options).remote(spec))
-    return RolloutEngines(handles, way, deadline_s=cluster.call_timeout_s)
+    return handles
 
 
 class RolloutEngines:
-    """All engines of a run.
+    """All engines of a run. `way`: of the policy's weights to them; None: they are frozen.
 
     Requests are dealt out by their place in the list and admitted to an engine together, in order: so a batch of the
     same requests under the same weights is scheduled, and rounded, alike whenever it is made.
     """
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], way: WeightSync, *, deadline_s: float) -> None:
+    def __init__(self, handles: Sequence[ActorHandle[Any]], way: WeightSync | None, *, deadline_s: float) -> None:
         self.handles = handles
         self.way = way
         self.deadline_s = deadline_s
@@ -93,6 +123,7 @@ class RolloutEngines:
         An adapter alone travels as a folder: in shared memory, or in `shared`, which policy and engines on several
         hosts must see.
         """
+        assert self.way is not None, "frozen engines are not connected to a policy"
         folder = Path("/dev/shm") if one_host else shared
         engines = len(self.handles)
         if adapter:

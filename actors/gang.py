@@ -18,6 +18,7 @@ from actors.calls import wait_all
 from actors.placement import Placement
 from actors.processes import KEEPS_MEMORY, Processes
 from actors.weights import Meeting, Transport, WeightManifest
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref
@@ -256,9 +257,14 @@ def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
 
 
 def rank_places(config: Config, placement: Placement, role: Role, *, threads: int | str) -> list[RankPlace]:
+    """Where each rank of a role of a run stands."""
+    return places_of(config.cluster, placement, role, threads=threads)
+
+
+def places_of(cluster: ClusterConfig, placement: Placement, role: Role, *, threads: int | str) -> list[RankPlace]:
     """Where each rank of a role stands. On a GPU a process sees its own device alone."""
     nodes = placement.nodes_of(role)
-    cuda = config.cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
+    cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
     places = []
     for rank, node in enumerate(nodes):
         on_node = nodes.count(node)
@@ -271,7 +277,7 @@ def rank_places(config: Config, placement: Placement, role: Role, *, threads: in
                 local_world_size=1 if cuda else on_node,
                 device="cuda" if cuda else "cpu",
                 threads=auto if isinstance(threads, str) else threads,
-                deadline_s=config.cluster.call_timeout_s,
+                deadline_s=cluster.call_timeout_s,
             )
         )
     return places

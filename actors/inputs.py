@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
@@ -28,6 +25,7 @@ from rlhf.config.derive import (
 )
 from rlhf.config.load import LoadedConfig, run_folder
 from rlhf.config.model import ModelConfig
+from rlhf.config.rollouts import RewardConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
@@ -38,7 +36,8 @@ from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
-from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, require_reward_head
+from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, refuse_without_head
+from rlhf.models.on_disk import refuse_broken_weights
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
@@ -107,15 +106,15 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
             use_cache_if_silent()
         for section, model in _models(local).items():
             if model.model not in finals:
-                with _named(f"{section}.model"):
+                with named(f"{section}.model"):
                     shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
-                    _refuse_broken_weights(Path(model.model))
+                    refuse_broken_weights(Path(model.model))
                 if section in ("policy", "critic"):
-                    with _named(f"cluster.roles.{section}"):
+                    with named(f"cluster.roles.{section}"):
                         refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
                 if section == "reward":
-                    with _named("reward.model"):
-                        require_reward_head(model.model, shape)
+                    with named("reward.model"):
+                        refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
             elif (section == "reward") != (model.model in reward_models) and section != "critic":
                 will = "reward" if model.model in reward_models else "language"
                 wanted = "a reward model" if section == "reward" else "a language model"
@@ -168,7 +167,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
 
 
 @contextmanager
-def _named(key: str) -> Iterator[None]:
+def named(key: str) -> Iterator[None]:
     """Put the key of the config before what is wrong with its value."""
     try:
         yield
@@ -185,27 +184,8 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
 
 
-def _refuse_broken_weights(folder: Path) -> None:
-    """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        for file in files:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
-        ) from error
-    if not files:
-        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
-
-
-def _source(source: DataSource) -> Source:
+def source_of(source: DataSource) -> Source:
+    """What the readers of data take."""
     if isinstance(source, str):
         return source
     return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
@@ -213,15 +193,15 @@ def _source(source: DataSource) -> Source:
 
 def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     assert config.rollouts is not None
-    with _named("policy.model"):
+    with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
 
     def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
-        with _named(name):
-            rows = read_rows(_source(source), columns=data.columns)
-        _check_rewards(specs, rows, name)
-        with _named(name):
+        with named(name):
+            rows = read_rows(source_of(source), columns=data.columns)
+        check_rewards(specs, rows, name)
+        with named(name):
             return load_prompts(
                 rows,
                 tokenizer,
@@ -231,7 +211,9 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
                 first_id=first_id,
             )
 
-    specs = _rewards(config, loaded)
+    specs = load_rewards(
+        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
+    )
     prompts: tuple[Prompt, ...] = ()
     shares = []
     for name, one in train_sets(config).items():
@@ -260,7 +242,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
 
 
 def _offline(config: Config, source: str) -> OfflineInputs:
-    with _named("policy.model"):
+    with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
     reading = Reading(
@@ -275,8 +257,8 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     load = LOADERS[offline_kind(config)]
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
-        with _named(name):
-            rows = read_rows(_source(source), columns=data.columns)
+        with named(name):
+            rows = read_rows(source_of(source), columns=data.columns)
             loaded = load(rows, tokenizer, reading, first_id=first_id)
         if loaded.unusable:
             logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
@@ -300,19 +282,24 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     )
 
 
-def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
-    """The rewards, their functions imported once in a process of their own."""
-    folders = (Path(loaded.source).resolve().parent, Path.cwd())
+def load_rewards(
+    rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = "rewards.{}.function"
+) -> tuple[RewardSpec, ...]:
+    """The rewards, their functions imported once in a process of their own.
+
+    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
+    """
+    folders = (beside, Path.cwd())
     specs = []
-    for name, reward in config.rewards.items():
+    for name, reward in rewards.items():
         function = None
         if reward.function is not None:
             function = load_reward(
                 reward.function,
                 args=reward.args,
                 folders=folders,
-                key=f"rewards.{name}.function",
-                memory_gib=config.reward_policy.memory_gib,
+                key=key.format(name),
+                memory_gib=memory_gib,
             )
         specs.append(
             RewardSpec(name=name, weight=reward.weight, function=function, truncated_score=reward.truncated_score)
@@ -320,7 +307,8 @@ def _rewards(config: Config, loaded: LoadedConfig) -> tuple[RewardSpec, ...]:
     return tuple(specs)
 
 
-def _check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
+def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
+    """UserError if a reward needs a column that not every row has."""
     common = set(rows[0].columns).intersection(*(row.columns for row in rows))
     for spec in specs:
         if spec.function is not None:

@@ -78,7 +78,7 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
     for stage in stages if resume else ():
         _refuse_other_checkpoint(stage)
     cluster = next(iter(loaded.stages.values())).cluster
-    with connected(cluster), _sigterm_interrupts():
+    with connected(cluster), sigterm_interrupts():
         for stage in stages:
             folder = run_folder(stage.written)
             if resume and (folder / "final").exists():
@@ -90,7 +90,7 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM, as batch systems and `ray job stop` send it, ends the run as Ctrl-C does: in order."""
     if threading.current_thread() is not threading.main_thread():
         yield

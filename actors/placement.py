@@ -63,12 +63,15 @@ class Placement:
 
 
 async def reserve(config: Config) -> Placement:
+    """Reserve what the run needs: `reserve_seats` of its roles."""
+    return await reserve_seats(seat(config), limit_s=config.cluster.start_timeout_s)
+
+
+async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
 
-    UserError if the cluster could not hold the run even if it were empty.
+    UserError if the cluster could not hold them even if it were empty.
     """
-    seating = seat(config)
-    limit_s = config.cluster.start_timeout_s
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if fit(seating.bundles, nodes) is None:
         raise UserError(

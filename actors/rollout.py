@@ -2,6 +2,9 @@
 
 Token ids in, sampled token ids out with their log-probabilities and the version of the weights that sampled them. A
 plain async class: Ray wraps it elsewhere. It never generates before it has been synced, and never tokenises.
+
+A frozen engine, which answers with the weights of its own folder, can never be synced: training, whose every rollout
+follows a sync, cannot use one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from actors.vllm_engine import (
     load_weights,
     reset_caches,
     sampling_params,
+    serve_own_weights,
 )
 from actors.weights import Meeting, WeightManifest
 from rlhf.errors import RunError
@@ -68,7 +72,7 @@ class SyncReceipt:
 
 
 class RolloutWorker:
-    """Started, then synced, then asked. Methods may be called while others are waited for."""
+    """Started, then synced (unless it is frozen), then asked. Methods may be called while others are waited for."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
@@ -84,10 +88,16 @@ class RolloutWorker:
         began = time.monotonic()
         await self._wait(self.loop.start(), "its start", self.spec.start_timeout_s)
         tokens = await self._call(kv_cache_tokens, "its size", 10.0)
+        if self.spec.is_frozen:
+            self._lora = await self._call(
+                lambda engine: serve_own_weights(engine, self.spec), "its adapter", self.spec.start_timeout_s
+            )
+            self.version = 0
         return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
 
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
         """Open the way of the weights. Broadcast transports meet here: first_rank is the rank of the first worker."""
+        self._refuse_frozen()
         settings = {} if meeting is None else {**asdict(meeting), "first_rank": first_rank}
         await self._call(
             lambda engine: engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": settings}),
@@ -162,8 +172,9 @@ class RolloutWorker:
     async def update_weights(self, manifest: WeightManifest, version: int) -> SyncReceipt:
         """Load a published set of weights between two steps. Samples in flight go on with the new ones.
 
-        RunError if the weights that arrived are not the published ones.
+        RunError if the weights that arrived are not the published ones, or the engine is frozen.
         """
+        self._refuse_frozen()
         if manifest.version != version:
             raise RunError(f"{self.spec.name}: asked for version {version}, the manifest holds {manifest.version}")
         self.version = None  # whatever happens: no sample by half-loaded weights
@@ -247,6 +258,12 @@ class RolloutWorker:
         """End the engine."""
         if not await asyncio.to_thread(self.loop.stop, timeout_s=30.0):
             raise RunError(f"{self.spec.name}: a step did not end in 30 s, so the engine could not be shut down")
+
+    def _refuse_frozen(self) -> None:
+        if self.spec.is_frozen:
+            raise RunError(
+                f"{self.spec.name} is frozen: it answers with the weights of {self.spec.model} and no others."
+            )
 
     def _synced_version(self) -> int:
         if self.version is None:

@@ -11,7 +11,9 @@ from ray.actor import ActorHandle
 from actors.calls import wait_all, wait_one
 from actors.gang import END_WITHIN_S, largest
 from actors.processes import Processes
+from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
+from rlhf.evaluation.results import ExampleResult
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
 from rlhf.types import GroupScores, Rollouts, TokenValues
 
@@ -38,6 +40,13 @@ class RewardWorkers:
             ref, role="reward", rank=worker, stage="rewards", deadline_s=self.deadline_s
         )
         return scores
+
+    async def texts(self, group: CompletedGroup) -> list[str]:
+        """The responses as text."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].texts.remote(group.rollouts)
+        texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
+        return texts
 
     async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
         """The first worker writes them."""
@@ -93,6 +102,44 @@ class ReferenceWorkers:
         """Peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]
         return largest(await wait_all(refs, role="reference", stage="memory", deadline_s=self.deadline_s))
+
+    async def stop(self) -> None:
+        """End the workers: they hold nothing to be given back."""
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once."""
+        self.processes.end()
+
+
+class LikelihoodWorkers:
+    """Workers that measure supervised examples, for an evaluation outside of a run."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.processes = Processes("policy", handles)
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load the models."""
+        await self.processes.found(deadline_s=deadline_s)
+        await wait_all([h.start.remote() for h in self.handles], role="policy", stage="start", deadline_s=deadline_s)
+
+    async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
+        """One result for each example, in order; they are dealt out by equal work."""
+        shares = balance([len(example.token_ids) for example in examples], len(self.handles))
+        shares = [share for share in shares if share]
+        refs = [
+            handle.measure.remote(collate([examples[i] for i in share]))
+            for handle, share in zip(self.handles, shares, strict=False)
+        ]
+        found = await wait_all(refs, role="policy", stage="eval", deadline_s=self.deadline_s)
+        by_row = {
+            i: result
+            for share, results in zip(shares, found, strict=True)
+            for i, result in zip(share, results, strict=True)
+        }
+        return [by_row[i] for i in range(len(examples))]
 
     async def stop(self) -> None:
         """End the workers: they hold nothing to be given back."""

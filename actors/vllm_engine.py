@@ -26,11 +26,12 @@ class RolloutSpec:
     """One engine."""
 
     name: str  # in messages, e.g. "rollout engine 0"
-    model: str  # Hugging Face folder or name; its weights are replaced at the first sync
+    model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int  # prompt and response, tokens
     max_num_seqs: int  # samples in one step of the engine
-    transport: Transport
+    transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
+    adapter: str | None = None  # a LoRA folder that a frozen engine puts on its model
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1  # CPU only
     kv_cache_gib: float | None = 1.0  # None (GPU): what gpu_memory_utilization leaves
@@ -43,6 +44,15 @@ class RolloutSpec:
     spool: Path | None = None  # finished groups are kept here
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0  # of a generate or an update
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and not (self.is_frozen and self.lora_rank):
+            raise ValueError("an adapter of its own needs a frozen engine and the adapter's lora_rank")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it answers with the weights of its own folder, as version 0, and refuses all others."""
+        return self.transport is None
 
 
 def engine_environment(spec: RolloutSpec) -> dict[str, str]:
@@ -94,7 +104,7 @@ def build_engine(spec: RolloutSpec) -> Any:
             max_loras=1,
             trust_remote_code=spec.trust_remote_code,
             worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
-            weight_transfer_config=WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
+            weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
             disable_log_stats=True,
         )
     )
@@ -127,6 +137,19 @@ class Loaded:
     checksums: tuple[str, ...]  # of the bytes that each worker read
     version: int
     cached_blocks: int  # of keys and values that a later prompt might reuse; they would be the old weights'
+
+
+def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
+    """Stamp a frozen engine's weights as version 0 and put its adapter on; vLLM's name for it, None without one."""
+    from vllm.lora.request import LoRARequest
+
+    engine.set_weight_version("0")
+    if spec.adapter is None:
+        return None
+    request = LoRARequest("adapter", 1, spec.adapter)
+    if not engine.add_lora(request):
+        raise RunError(f"{spec.name}: vLLM did not load the adapter in {spec.adapter}")
+    return request
 
 
 def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:

@@ -3,13 +3,15 @@
 loaded = rlhf.load_config("configs/ppo_smollm2.yaml", ["train.steps=3"])
 sys.stdout.write(rlhf.plan(loaded))
 folder = rlhf.train(loaded)
+rlhf.evaluate(loaded, model=str(folder)).sets[0].metrics["score"]
+rlhf.generate(str(folder), ["What is 7 times 8?"])[0].response
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.errors import RunError, UserError
 
@@ -17,8 +19,21 @@ if TYPE_CHECKING:
     from rlhf.config.load import LoadedConfig
     from rlhf.config.merge import MergeRun
     from rlhf.config.root import Config
+    from rlhf.evaluation.decoding import Decoding, Generation
+    from rlhf.evaluation.results import Evaluation, Marks
 
-__all__ = ["RunError", "UserError", "export", "load_config", "load_merge", "merge", "plan", "train"]
+__all__ = [
+    "RunError",
+    "UserError",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "load_merge",
+    "merge",
+    "plan",
+    "train",
+]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -83,6 +98,66 @@ def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet
         raise UserError("overrides change a file; build the MergeRun with the values you want instead")
     run(config, quiet=quiet)
     return config.out
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str] | Path,
+    *,
+    decoding: Decoding | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    trust_remote_code: bool = False,
+) -> list[Generation]:
+    """Responses to prompts, or to those of a file or dataset (a Path), in order. decoding None: one at temperature 1.
+
+    model: a hub name, a model folder, a LoRA adapter's folder, or a run's folder.
+    """
+    from rlhf.cli import generate as run
+    from rlhf.evaluation.decoding import Decoding
+
+    return run(str(model), prompts, decoding or Decoding(), device=device, trust_remote_code=trust_remote_code)
+
+
+def evaluate(
+    target: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    against: str | None = None,
+    data: Sequence[str] = (),
+    rewards: Sequence[str] = (),
+    reward_model: str | None = None,
+    decoding: Decoding | None = None,
+    marks: Marks | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+) -> Evaluation:
+    """Measure a model on held-out data; eval.json and samples.jsonl go to `out`, or to evals/NAME.
+
+    target: a configuration (or its YAML), whose data.eval and rewards measure its policy.model or `model`; or a model,
+    measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: one greedy response.
+    """
+    from rlhf.cli import evaluate as run
+    from rlhf.evaluation.results import Marks
+
+    is_model = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
+    if is_model and overrides:
+        raise UserError(f"overrides change a configuration, and {target} is a model")
+    found, _ = run(
+        str(target) if is_model else _loaded(target, overrides),
+        model=model,
+        against=against,
+        data=data,
+        rewards=rewards,
+        reward_model=reward_model,
+        decoding=decoding,
+        marks=marks or Marks(),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        out=out,
+    )
+    return found
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

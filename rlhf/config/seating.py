@@ -7,10 +7,11 @@ bundles of their host, and all who share a bundle get equal parts of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import ROLE_ORDER, needs, uses_reward_model
 from rlhf.config.root import Config
 
@@ -57,7 +58,12 @@ class _Wish:
 
 def seat(config: Config) -> Seating:
     """Bundles and seats of the roles that the run needs. The configuration has passed its checks."""
-    wishes = _wishes(config)
+    return seats_of(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
+
+
+def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Seating:
+    """Bundles and seats of these roles. One whose host is not among them has bundles of its own."""
+    wishes = _wishes(roles, cluster, with_reward_model=with_reward_model)
     bundles: list[dict[str, float]] = []
     places: dict[Role, list[int]] = {}
     for role, wish in wishes.items():
@@ -108,18 +114,22 @@ def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, flo
     return where
 
 
-def _wishes(config: Config) -> dict[Role, _Wish]:
+def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
     """In an order in which each role follows its host."""
-    roles, gpu = config.cluster.roles, 1.0 if config.cluster.device == "cuda" else 0.0
+    roles, gpu = cluster.roles, 1.0 if cluster.device == "cuda" else 0.0
     engine = roles.rollout
+
+    def host(wanted: Role | None) -> Role | None:
+        return wanted if wanted in needed else None
+
     wishes: dict[Role, _Wish] = {
         "policy": _Wish(count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, host=None),
         "rollout": _Wish(
-            count=engine.engines, cpus=engine.cpus, gpus=gpu * engine.tensor_parallel, host=engine.colocate_with
+            count=engine.engines, cpus=engine.cpus, gpus=gpu * engine.tensor_parallel, host=host(engine.colocate_with)
         ),
     }
     for role in ("critic", "reference", "reward"):
         section = getattr(roles, role)
-        gpus = 0.0 if role == "reward" and not uses_reward_model(config) else gpu
-        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, host=section.colocate_with)
-    return {role: wishes[role] for role in ROLE_ORDER if role in needs(config)}
+        gpus = 0.0 if role == "reward" and not with_reward_model else gpu
+        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, host=host(section.colocate_with))
+    return {role: wishes[role] for role in ROLE_ORDER if role in needed}

@@ -1,9 +1,10 @@
-"""From requests to scored groups: what a training step and an evaluation have in common."""
+"""From requests to scored groups: what training steps and evaluations have in common."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
 from rlhf.data.prompts import rollout_seed
@@ -12,6 +13,8 @@ from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Sum
 from rlhf.types import GroupRequest, Prompt, Sampling
+
+T = TypeVar("T")
 
 
 def request_for(
@@ -24,6 +27,25 @@ def request_for(
         seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
         first_sequence_id=first_sequence_id,
     )
+
+
+async def answered(
+    rollout: RolloutRole,
+    requests: Sequence[GroupRequest],
+    sampling: Sampling,
+    then: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
+) -> list[T]:
+    """What `then` makes of each answered request, in their order. It is begun while other requests are still answered;
+    it gets the group and how many are answered by now."""
+    tasks: dict[int, asyncio.Task[T]] = {}
+
+    try:
+        async for group in rollout.generate(requests, sampling):
+            tasks[group.request.group_id] = asyncio.create_task(then(group, len(tasks) + 1))
+        return [await tasks[request.group_id] for request in requests]
+    finally:
+        for task in tasks.values():
+            task.cancel()
 
 
 class Answers:
@@ -44,15 +66,12 @@ class Answers:
 
         step: whose row and errors these are. version: of the weights that answer.
         """
-        tasks: dict[int, asyncio.Task[ScoredGroup]] = {}
-        try:
-            async for group in self.rollout.generate(requests, sampling):
-                tasks[group.request.group_id] = asyncio.create_task(self._score(group, step=step, version=version))
-                self.record.progress.stage("rollouts", len(tasks), len(requests))
-            return [await tasks[request.group_id] for request in requests]
-        finally:
-            for task in tasks.values():
-                task.cancel()
+
+        async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
+            self.record.progress.stage("rollouts", num_done, len(requests))
+            return await self._score(group, step=step, version=version)
+
+        return await answered(self.rollout, requests, sampling, score)
 
     async def _score(self, group: CompletedGroup, *, step: int, version: int) -> ScoredGroup:
         group_id = group.request.group_id

@@ -86,13 +86,14 @@ def load_reward_model(
     path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
 ) -> Any:
     """A sequence-classification model with one label. UserError if the checkpoint has no such head."""
-    require_reward_head(path, load_config(path, trust_remote_code=trust_remote_code))
+    refuse_without_head(path, trust_remote_code=trust_remote_code)
     model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
-def require_reward_head(path: str, config: Any) -> None:
-    """UserError if a checkpoint with this config has no scalar head."""
+def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
+    """UserError if a model has no reward head. Reads its config alone."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if not _has_scalar_head(config):
         raise UserError(
             f"The reward model {path} is a {', '.join(config.architectures or ['model of unknown class'])} with "

@@ -68,3 +68,14 @@ def starts_as_identity(model: nn.Module) -> bool:
     """
     with torch.no_grad():
         return not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def with_adapter(model: Any, folder: str) -> Any:
+    """The model with the adapter of a folder in it, to be used as it is. UserError if the adapter does not fit."""
+    try:
+        adapted: Any = peft.PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"
+        ) from error
+    return adapted.get_base_model()

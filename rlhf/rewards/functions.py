@@ -96,10 +96,10 @@ class ReasoningGym:
     def __init__(self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number") -> None:
         import reasoning_gym
 
-        if extract not in _EXTRACTORS:
-            raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(_EXTRACTORS)}")
+        if extract not in EXTRACTORS:
+            raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(EXTRACTORS)}")
         self._library = reasoning_gym
-        self._extract = _EXTRACTORS[extract]
+        self._extract = EXTRACTORS[extract]
         self._score: dict[str, Callable[..., float]] = {}
 
     def __call__(
@@ -136,7 +136,7 @@ def _last_tagged(text: str) -> str | None:
     return found[-1].strip() if found else None
 
 
-_EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "last_number": _last_number,
     "answer_tag": _last_tagged,
     "whole": str.strip,

@@ -19,6 +19,7 @@ from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.roles import MemoryReport
+from rlhf.rollouts.texts import response_texts
 from rlhf.tracking.samples import SampleRecord, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -79,15 +80,7 @@ class RewardWorker:
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""
-        sequences = zip(
-            rollouts.token_ids.split(rollouts.lengths.tolist()),
-            rollouts.response_mask.split(rollouts.lengths.tolist()),
-            strict=True,
-        )
-        decoded: list[str] = self.tokenizer.batch_decode(
-            [ids[mask].tolist() for ids, mask in sequences], skip_special_tokens=True
-        )
-        return decoded
+        return response_texts(rollouts, self.tokenizer)
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
         """The reward model's score of each prompt with its response, as the policy's tokens."""

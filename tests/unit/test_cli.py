@@ -55,7 +55,8 @@ def raising(error: BaseException) -> Launch:
         ([], "the following arguments are required: COMMAND"),
         (
             ["frobnicate"],
-            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'doctor')",
+            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
+            "'eval', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),

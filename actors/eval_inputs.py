@@ -1,0 +1,252 @@
+"""Everything an evaluation reads, loaded and checked before any actor starts: from a run's configuration or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.hub import use_cache_if_silent
+from actors.inputs import check_rewards, load_rewards, named, source_of, with_tiny
+from actors.serving import found_model, refuse_too_long
+from rlhf.config.cluster import ClusterConfig
+from rlhf.config.derive import eval_sets, uses_reward_model
+from rlhf.config.load import LoadedConfig
+from rlhf.config.model import RewardModelConfig
+from rlhf.config.rollouts import RewardConfig, RewardPolicy
+from rlhf.data.examples import Example, load_examples
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Source, read_rows
+from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
+from rlhf.errors import UserError
+from rlhf.evaluation.decoding import Decoding
+from rlhf.evaluation.results import Marking, Marks
+from rlhf.evaluation.statistics import powers_of_two
+from rlhf.evaluation.voting import answer_form
+from rlhf.models.loading import load_tokenizer, refuse_without_head
+from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.types import Prompt
+
+TASK_ROWS = 200  # of `--data TASK` without a size
+MICROBATCH_TOKENS = 8192  # of likelihoods and reward models, where no configuration says it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One model with the sets in its own tokens: prompts for rewards to score, or examples to measure."""
+
+    model: ModelOnDisk
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    examples: Mapping[str, tuple[Example, ...]]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; 0 without prompts."""
+        return max((len(prompt.token_ids) for one in self.prompts.values() for prompt in one), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalInputs:
+    """An evaluation, ready to start."""
+
+    candidates: tuple[Candidate, ...]  # the model and, if there is one, the model that it is compared with
+    decoding: Decoding
+    marking: Marking
+    rewards: tuple[RewardSpec, ...]
+    reward_model: RewardModelConfig | None
+    reward_policy: RewardPolicy
+    max_tokens_per_microbatch: int
+    cluster: ClusterConfig
+
+
+def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
+    """data.eval and the rewards of a run (of a pipeline, its last stage) for its policy.model, or for `model`."""
+    config = list(loaded.stages.values())[-1]
+    if model is not None:
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"model": model})})
+    config = with_tiny(config, loaded.folder)
+    sets = {name: source_of(source) for name, source in eval_sets(config).items()}
+    if not sets:
+        raise UserError(f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data")
+    data, rollouts = config.data, config.rollouts
+    decoding = Decoding(
+        samples=config.eval.samples_per_prompt,
+        temperature=config.eval.temperature,
+        max_new_tokens=1 if rollouts is None else rollouts.max_new_tokens,
+        stop=() if rollouts is None else rollouts.stop,
+        seed=config.run.seed,
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+    )
+    rewards = load_rewards(
+        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
+    )
+    _refuse_without_rewards(rewards, against, marks)
+    candidates = []
+    for key, wanted in (("policy.model" if model is None else "--model", config.policy.model), ("--against", against)):
+        if wanted is not None:
+            with named(key):
+                found = found_model(wanted, trust_remote_code=config.policy.trust_remote_code)
+            found = replace(found, dtype=config.policy.dtype)
+            how: dict[str, Any] = {"columns": data.columns, "max_tokens": config.train.max_tokens_per_microbatch}
+            candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
+    return _inputs(
+        candidates,
+        decoding,
+        marks,
+        rewards,
+        reward_model=config.reward if uses_reward_model(config) else None,
+        reward_policy=config.reward_policy,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        cluster=config.cluster,
+    )
+
+
+def inputs_of_model(
+    model: str,
+    *,
+    data: Sequence[str],
+    rewards: Sequence[str],
+    reward_model: str | None,
+    against: str | None,
+    decoding: Decoding,
+    marks: Marks,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> EvalInputs:
+    """A model on data that the user names: with rewards, prompts whose responses they score; without, examples."""
+    if not data:
+        raise UserError("--data is missing: name a file, a dataset or a task to evaluate the model on")
+    sets: dict[str, Source] = {}
+    for text in data:
+        name, source = _source(text)
+        if name in sets:
+            raise UserError(f"--data {text}: there is a set called {name} already; rename the file")
+        sets[name] = source
+    configs: dict[str, RewardConfig] = {}
+    for text in rewards:
+        name = text.rpartition(":")[2]
+        if name in configs:
+            raise UserError(f"--reward {text}: there is a reward called {name} already")
+        configs[name] = RewardConfig(function=text)
+    if reward_model is not None:
+        configs["reward_model"] = RewardConfig(role="reward")
+    policy = RewardPolicy()
+    specs = load_rewards(configs, beside=Path.cwd(), memory_gib=policy.memory_gib, key="--reward {}")
+    _refuse_without_rewards(specs, against, marks)
+    candidates = []
+    for key, wanted in (("MODEL", model), ("--against", against)):
+        if wanted is not None:
+            with named(key):
+                found = found_model(wanted, trust_remote_code=trust_remote_code)
+            how: dict[str, Any] = {"columns": {}, "max_tokens": MICROBATCH_TOKENS}
+            candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
+    return _inputs(
+        candidates,
+        decoding,
+        marks,
+        specs,
+        reward_model=None if reward_model is None else RewardModelConfig(model=reward_model),
+        reward_policy=policy,
+        max_tokens_per_microbatch=MICROBATCH_TOKENS,
+        cluster=ClusterConfig(device=device),
+    )
+
+
+def _candidate(
+    model: ModelOnDisk,
+    sets: Mapping[str, Source],
+    decoding: Decoding,
+    rewards: Sequence[RewardSpec],
+    *,
+    columns: Mapping[str, str],
+    max_tokens: int,
+    set_key: str,
+) -> Candidate:
+    """The sets in a model's tokens. UserError names the set and the row that is wrong."""
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    prompts: dict[str, tuple[Prompt, ...]] = {}
+    examples: dict[str, tuple[Example, ...]] = {}
+    how: dict[str, Any] = {
+        "system_prompt": decoding.system_prompt,
+        "apply_chat_template": decoding.apply_chat_template,
+    }
+    for name, source in sets.items():
+        key = set_key.format(name)
+        with named(key):
+            rows = read_rows(source, columns=columns)
+        if not rewards:
+            with named(f"{key} (without rewards its completions are measured)"):
+                examples[name] = load_examples(rows, tokenizer, max_tokens=min(max_tokens, model.max_length), **how)
+            continue
+        check_rewards(rewards, rows, key)
+        with named(key):
+            prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=model.max_length, **how)
+            refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
+    return Candidate(model=model, prompts=prompts, examples=examples)
+
+
+def _inputs(
+    candidates: Sequence[Candidate],
+    decoding: Decoding,
+    marks: Marks,
+    rewards: tuple[RewardSpec, ...],
+    *,
+    reward_model: RewardModelConfig | None,
+    reward_policy: RewardPolicy,
+    max_tokens_per_microbatch: int,
+    cluster: ClusterConfig,
+) -> EvalInputs:
+    """The whole, its reward model looked at and its marks decided."""
+    if reward_model is not None:
+        if not Path(reward_model.model).exists():
+            use_cache_if_silent()
+        with named("reward.model"):
+            refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
+            refuse_broken_weights(Path(reward_model.model))
+    longest = max(candidate.longest_prompt for candidate in candidates)
+    return EvalInputs(
+        candidates=tuple(candidates),
+        decoding=decoding,
+        marking=marking_of(marks, rewards, samples=decoding.samples),
+        rewards=rewards,
+        reward_model=reward_model,
+        reward_policy=reward_policy,
+        max_tokens_per_microbatch=max(max_tokens_per_microbatch, longest + decoding.max_new_tokens),
+        cluster=cluster,
+    )
+
+
+def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, marks: Marks) -> None:
+    """UserError for what only scores can be used for."""
+    if not rewards and (against is not None or marks != Marks()):
+        raise UserError(
+            "--against, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
+        )
+
+
+def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
+    """A response passes with a score of 1 where a function gives it; a reward model's scores have no such mark."""
+    ks = powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
+    for k in ks:
+        if not 1 <= k <= samples:
+            raise UserError(f"--k: is {k}, expected 1 to the number of samples, {samples}")
+    functions = [spec.function for spec in rewards if spec.function is not None]
+    forms = [answer_form(function.function, function.source.args) for function in functions]
+    return Marking(
+        ks=ks,
+        pass_score=1.0 if marks.pass_score is None and functions else marks.pass_score,
+        answers=marks.answers or next((form for form in forms if form is not None), None),
+    )
+
+
+def _source(text: str) -> tuple[str, Source]:
+    """A set's name and where it comes from: TASK[:ROWS] makes rows of the task's split eval."""
+    task, _, rows = text.partition(":")
+    if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
+        if rows and not (rows.isdecimal() and int(rows) > 0):
+            raise UserError(f"--data {text}: a number of rows follows the task's name, such as {task}:100")
+        return task, TaskSource(task=task, split="eval", size=int(rows) if rows else TASK_ROWS)
+    return Path(text).stem, text

@@ -1,0 +1,226 @@
+"""`rlhf eval`: models answer prompts through rollout engines and reward workers, or are measured on examples.
+
+The models of a comparison take turns, each with engines and reward workers of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.cluster import connected
+from actors.engines import serve_engines
+from actors.eval_inputs import Candidate, EvalInputs
+from actors.gang import Stoppable, ending, places_of, spawn
+from actors.launch import sigterm_interrupts
+from actors.placement import reserve_seats
+from actors.services import LikelihoodWorkers, RewardWorkers
+from actors.serving import sampling_of
+from rlhf.config.seating import seats_of
+from rlhf.controller.answers import answered, request_for
+from rlhf.errors import RunError, UserError
+from rlhf.evaluation.results import (
+    Evaluation,
+    ExampleResult,
+    PromptResult,
+    SetReport,
+    example_metrics,
+    example_rows,
+    prompt_metrics,
+    prompt_rows,
+)
+from rlhf.rewards.scoring import describe
+from rlhf.roles import CompletedGroup
+from rlhf.tracking.atomic import write_atomic, write_lines
+from rlhf.types import GroupScores
+from rlhf.workers.likelihood import LikelihoodWorker
+from rlhf.workers.reward import RewardSettings, RewardWorker
+
+logger = logging.getLogger(__name__)
+REPORT, SAMPLES = "eval.json", "samples.jsonl"
+
+
+def refuse_unusable_folder(folder: Path) -> None:
+    """UserError if results cannot be written there, or are there already."""
+    if (folder / REPORT).exists():
+        raise UserError(f"{folder} holds an evaluation already; name another folder with --out, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from error
+
+
+def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
+    """Measure, and write eval.json and samples.jsonl into the folder.
+
+    RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
+    """
+    with connected(inputs.cluster), sigterm_interrupts():
+        if inputs.rewards:
+            answers = [asyncio.run(_answers(candidate, inputs)) for candidate in inputs.candidates]
+        else:
+            measured = asyncio.run(_measured(inputs.candidates[0], inputs))
+    sets, rows = _prompt_reports(inputs, answers) if inputs.rewards else _example_reports(inputs, measured)
+    names = [candidate.model.name for candidate in inputs.candidates]
+    found = Evaluation(
+        model=names[0],
+        against=names[1] if len(names) > 1 else None,
+        seed=inputs.decoding.seed,
+        samples=inputs.decoding.samples if inputs.rewards else None,
+        sets=tuple(sets),
+    )
+    write_lines(folder / SAMPLES, rows)
+    write_atomic(folder / REPORT, json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n")
+    return found
+
+
+async def _answers(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[PromptResult]]:
+    """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
+    cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
+    seating = seats_of({"rollout", "reward"}, cluster, with_reward_model=inputs.reward_model is not None)
+    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    groups: list[Stoppable] = []
+    async with ending(groups, placement):
+        engines = serve_engines(
+            candidate.model,
+            cluster,
+            placement,
+            max_model_len=candidate.longest_prompt + decoding.max_new_tokens,
+        )
+        groups.append(engines)
+        settings = RewardSettings(
+            specs=inputs.rewards,
+            tokenizer=candidate.model.tokenizer,
+            trust_remote_code=candidate.model.trust_remote_code,
+            model=inputs.reward_model,
+            timeout_s=policy.timeout_s,
+            processes=policy.processes,
+            memory_gib=policy.memory_gib,
+            max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
+        )
+        reward = RewardWorkers(
+            spawn(
+                placement,
+                "reward",
+                places_of(cluster, placement, "reward", threads=cluster.roles.reward.threads),
+                lambda place: ((settings, place), {}),
+                RewardWorker,
+                concurrency=policy.processes + 1,
+            ),
+            deadline_s=cluster.call_timeout_s,
+        )
+        groups.append(reward)
+        # One after the other: an engine measures what its GPU has free, while nothing else may come or go.
+        await engines.start(deadline_s=cluster.start_timeout_s)
+        await reward.start(deadline_s=cluster.start_timeout_s)
+
+        async def judge(group: CompletedGroup, _: int) -> tuple[CompletedGroup, GroupScores, list[str]]:
+            scores, texts = await asyncio.gather(reward.score(group), reward.texts(group))
+            return group, scores, texts
+
+        found = {}
+        for name, prompts in candidate.prompts.items():
+            logger.info(
+                "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
+            )
+            requests = [
+                request_for(
+                    prompt,
+                    group_id=index,
+                    first_sequence_id=index * decoding.samples,
+                    samples=decoding.samples,
+                    run_seed=decoding.seed,
+                )
+                for index, prompt in enumerate(prompts)
+            ]
+            judged = await answered(engines, requests, sampling_of(decoding), judge)
+            errors = [scores.errors for _, scores, _ in judged if scores.errors]
+            if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
+                raise RunError(f"eval {name}: {describe(errors[0])}")
+            for failed in errors:
+                logger.warning("%s: left out, since %s", name, describe(failed))
+            found[name] = [_result(group, scores, texts) for group, scores, texts in judged if not scores.errors]
+    return found
+
+
+async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
+    """What a model says of the examples of every set."""
+    cluster = inputs.cluster
+    seating = seats_of({"policy"}, cluster, with_reward_model=False)
+    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    options = {"max_tokens_per_microbatch": inputs.max_tokens_per_microbatch}
+    workers = LikelihoodWorkers(
+        spawn(
+            placement,
+            "policy",
+            places_of(cluster, placement, "policy", threads=cluster.roles.policy.threads),
+            lambda place: ((candidate.model, place), options),
+            LikelihoodWorker,
+        ),
+        deadline_s=cluster.call_timeout_s,
+    )
+    async with ending([workers], placement):
+        await workers.start(deadline_s=cluster.start_timeout_s)
+        found = {}
+        for name, examples in candidate.examples.items():
+            logger.info("%s is measured on %s: %d examples", candidate.model.name, name, len(examples))
+            found[name] = await workers.measure(examples)
+    return found
+
+
+def _result(group: CompletedGroup, scores: GroupScores, texts: Sequence[str]) -> PromptResult:
+    prompt = group.request.prompt
+    return PromptResult(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        responses=tuple(texts),
+        scores=scores.scores,
+        by_name=scores.by_name,
+        truncated=tuple(info.finish_reason == "length" for info in group.infos),
+        response_tokens=tuple(info.num_response_tokens for info in group.infos),
+    )
+
+
+def _prompt_reports(
+    inputs: EvalInputs, answers: Sequence[Mapping[str, Sequence[PromptResult]]]
+) -> tuple[list[SetReport], list[dict[str, Any]]]:
+    """The first model's reports, and the samples of all."""
+    first = inputs.candidates[0]
+    reports = []
+    for name, results in answers[0].items():
+        theirs = answers[1][name] if len(answers) > 1 else None
+        reports.append(
+            SetReport(
+                name=name,
+                num_rows=len(results),
+                num_failed=len(first.prompts[name]) - len(results),
+                metrics=prompt_metrics(results, theirs, inputs.marking, seed=inputs.decoding.seed),
+            )
+        )
+    rows = [
+        row
+        for candidate, by_set in zip(inputs.candidates, answers, strict=True)
+        for name, results in by_set.items()
+        for row in prompt_rows(candidate.model.name, name, results, inputs.marking)
+    ]
+    return reports, rows
+
+
+def _example_reports(
+    inputs: EvalInputs, measured: Mapping[str, Sequence[ExampleResult]]
+) -> tuple[list[SetReport], list[dict[str, Any]]]:
+    reports = [
+        SetReport(
+            name=name, num_rows=len(found), num_failed=0, metrics=example_metrics(found, seed=inputs.decoding.seed)
+        )
+        for name, found in measured.items()
+    ]
+    model = inputs.candidates[0].model.name
+    return reports, [row for name, found in measured.items() for row in example_rows(model, name, found)]

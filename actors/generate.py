@@ -1,0 +1,116 @@
+"""`rlhf generate`: responses to prompts, and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.serving import found_model, refuse_too_long, serving
+from rlhf.config.cluster import ClusterConfig
+from rlhf.data.chat import Message, encode, render, with_system_prompt
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row, read_rows
+from rlhf.errors import UserError
+from rlhf.evaluation.decoding import Decoding, Generation
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.tracking import logs
+from rlhf.types import Prompt
+
+CHAT_TOKENS = 8192  # of a conversation, where the model takes more: the engine's cache has to hold it
+_READ = ("prompt", "messages")
+
+
+def generate(
+    name: str,
+    source: Sequence[str] | Path,
+    decoding: Decoding,
+    *,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> list[Generation]:
+    """Responses of a model to prompts, or to those of a file or dataset (a Path), in their order.
+
+    UserError before anything starts if the model, the data or their lengths are wrong.
+    """
+    logs.configure("WARNING")
+    rows = _rows(source)
+    model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
+    if decoding.apply_chat_template or any("messages" in row.columns for row in rows):
+        _refuse_without_template(tokenizer, name)
+    prompts = load_prompts(
+        rows,
+        tokenizer,
+        system_prompt=decoding.system_prompt,
+        apply_chat_template=decoding.apply_chat_template,
+        max_prompt_tokens=model.max_length,
+    )
+    refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
+    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest) as served:
+        return served.answer(prompts, decoding)
+
+
+def chat(
+    name: str,
+    lines: Iterable[str],
+    reply: Callable[[str], None],
+    decoding: Decoding,
+    *,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> None:
+    """A conversation on the model's chat template: each line is a user's turn, `reply` gets the assistant's.
+
+    UserError if the model has no template, or the conversation grows longer than the engine takes.
+    """
+    logs.configure("WARNING")
+    model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
+    _refuse_without_template(tokenizer, name)
+    room = min(model.max_length, CHAT_TOKENS)
+    messages: list[Message] = with_system_prompt([], decoding.system_prompt)
+    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=room) as served:
+        for turn, line in enumerate(lines):
+            messages.append({"role": "user", "content": line})
+            text = render(messages, tokenizer, add_generation_prompt=True, place=f"turn {turn + 1}")
+            (token_ids,) = encode([text], tokenizer)
+            if len(token_ids) + decoding.max_new_tokens > room:
+                raise UserError(
+                    f"turn {turn + 1}: the conversation has {len(token_ids)} tokens, with {decoding.max_new_tokens} "
+                    f"new ones that is more than {room}. Begin a new one, or lower --max-new-tokens."
+                )
+            prompt = Prompt(prompt_id=turn, token_ids=tuple(token_ids), text=text, columns={})
+            (answer,) = served.answer([prompt], decoding)
+            messages.append({"role": "assistant", "content": answer.response})
+            reply(answer.response)
+
+
+def _rows(source: Sequence[str] | Path) -> list[Row]:
+    """Rows without columns that only rewards would read, whatever their names."""
+    if isinstance(source, Path):
+        rows = read_rows(str(source))
+        return [
+            Row(
+                file=row.file,
+                line=row.line,
+                columns={k: v for k, v in row.columns.items() if k in _READ} or row.columns,
+            )
+            for row in rows
+        ]
+    if not source:
+        raise UserError("there are no prompts")
+    return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]
+
+
+def _loaded(name: str, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
+    model = found_model(name, trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+
+
+def _refuse_without_template(tokenizer: Any, name: str) -> None:
+    """UserError in the words of the command, where rlhf.data speaks of a configuration."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{name}: its tokenizer has no chat template. Use a chat model, or string prompts with --no-chat-template."
+        )

@@ -1,0 +1,58 @@
+"""How a model on disk is asked, and what it answers: the words of `rlhf generate` and `rlhf eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How responses are drawn. UserError for a value out of its range."""
+
+    samples: int = 1  # responses to a prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 1 keeps all tokens
+    top_k: int | None = None  # None keeps all tokens
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
+    seed: int = 0
+    system_prompt: str | None = None
+    apply_chat_template: bool = True  # False: string prompts go to the model as they are
+
+    def __post_init__(self) -> None:
+        _refuse("samples", self.samples, "1 to 10000", 1 <= self.samples <= 10_000)
+        one_of_many = self.temperature == 0.0 or 0.01 <= self.temperature <= 10.0
+        _refuse("temperature", self.temperature, "0 (greedy), or 0.01 to 10", one_of_many)
+        _refuse("top_p", self.top_p, "above 0, up to 1", 0.0 < self.top_p <= 1.0)
+        _refuse("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1)
+        _refuse("max_new_tokens", self.max_new_tokens, "1 or more", self.max_new_tokens >= 1)
+        _refuse("seed", self.seed, "0 to 4294967295", 0 <= self.seed < 2**32)
+        _refuse("stop", self.stop, "strings that are not empty", all(self.stop))
+        if self.samples > 1 and self.temperature == 0.0:
+            raise UserError(
+                f"samples: is {self.samples}, but greedy responses to one prompt are all equal; "
+                "give a temperature above 0"
+            )
+        if self.system_prompt is not None and not self.apply_chat_template:
+            raise UserError("system_prompt: has no effect without the chat template, which puts it before the prompts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One response."""
+
+    prompt_id: int  # row of the data
+    sample: int  # which of the responses to this prompt
+    prompt: str  # as the tokenizer was given it
+    response: str  # without the special tokens that end it
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    response_tokens: int
+
+
+def _refuse(name: str, value: object, rule: str, holds: bool) -> None:
+    if not holds:
+        raise UserError(f"{name}: is {value}, expected {rule}")

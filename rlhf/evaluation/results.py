@@ -1,0 +1,175 @@
+"""What an evaluation found: results of prompts and examples, the metrics of a set, the whole as JSON and a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf.evaluation.statistics import Estimate, maj_at_k, mean_estimate, pass_at_k, ratio_estimate, win_chance
+from rlhf.evaluation.voting import AnswerForm, answer_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptResult:
+    """All responses to one prompt with their scores; one entry a response."""
+
+    prompt_id: int  # row of the set
+    prompt: str
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]  # weighted sum of the rewards
+    by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    truncated: tuple[bool, ...]
+    response_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleResult:
+    """What a model says of one supervised example: sums over its tokens that are to be learnt."""
+
+    num_tokens: int
+    logprob: float
+    num_top1: int  # tokens that are the likeliest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """How a user wants responses marked. None: as follows from the number of samples and the rewards."""
+
+    ks: tuple[int, ...] | None = None
+    pass_score: float | None = None
+    answers: AnswerForm | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marking:
+    """How responses are marked beyond their scores."""
+
+    ks: tuple[int, ...]
+    pass_score: float | None  # a response with at least this score passes. None: no pass@k, no maj@k
+    answers: AnswerForm | None  # None: no maj@k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetReport:
+    """One evaluation set."""
+
+    name: str
+    num_rows: int  # that have results
+    num_failed: int  # prompts that a reward gave no score to
+    metrics: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One model on all sets; eval.json is this."""
+
+    model: str
+    against: str | None
+    seed: int
+    samples: int | None  # responses to a prompt; None: no set has prompts
+    sets: tuple[SetReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, sets and metrics by name."""
+        told = asdict(self)
+        told["sets"] = {one.pop("name"): one for one in told["sets"]}
+        return told
+
+    def to_table(self) -> Table:
+        """For a terminal: one line a metric."""
+        from rich.table import Table
+
+        table = Table(title=self.model if self.against is None else f"{self.model} against {self.against}")
+        for heading, justify in (("set", "left"), ("metric", "left"), ("value", "right"), ("95 % interval", "right")):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for one in self.sets:
+            for index, (name, found) in enumerate(one.metrics.items()):
+                interval = "" if found.low is None or found.high is None else f"{found.low:.4g} to {found.high:.4g}"
+                table.add_row(
+                    f"{one.name} ({one.num_rows})" if index == 0 else "", name, f"{found.value:.4g}", interval
+                )
+            table.add_section()
+        return table
+
+
+def prompt_metrics(
+    results: Sequence[PromptResult], against: Sequence[PromptResult] | None, marking: Marking, *, seed: int
+) -> dict[str, Estimate]:
+    """Metrics of a set of prompts, each one number a prompt averaged over prompts.
+
+    against: another model's results, compared on the prompts that both have; None, or no such prompt: no win rate.
+    """
+
+    def over_prompts(values: Sequence[float]) -> Estimate:
+        return mean_estimate(values, seed=seed)
+
+    found = {"score": over_prompts([_mean(one.scores) for one in results])}
+    for name in results[0].by_name:
+        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results])
+    if marking.pass_score is not None:
+        passed = [[score >= marking.pass_score for score in one.scores] for one in results]
+        for k in marking.ks:
+            found[f"pass@{k}"] = over_prompts([pass_at_k(marks, k=k) for marks in passed])
+        if marking.answers is not None:
+            answers = [[answer_of(text, marking.answers) for text in one.responses] for one in results]
+            for k in marking.ks:
+                votes = [maj_at_k(said, marks, k=k) for said, marks in zip(answers, passed, strict=True)]
+                found[f"maj@{k}"] = over_prompts(votes)
+    theirs = {one.prompt_id: one.scores for one in against or ()}
+    wins = [win_chance(one.scores, theirs[one.prompt_id]) for one in results if one.prompt_id in theirs]
+    if wins:
+        found["win_rate"] = over_prompts(wins)
+    found["truncated"] = over_prompts([_mean(one.truncated) for one in results])
+    found["response_tokens"] = over_prompts([_mean(one.response_tokens) for one in results])
+    return found
+
+
+def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str, Estimate]:
+    """Metrics of a set of examples, each a mean over all tokens to be learnt: loss in nats, perplexity = exp(loss)."""
+    tokens = [float(one.num_tokens) for one in results]
+    loss = ratio_estimate([-one.logprob for one in results], tokens, seed=seed)
+    return {
+        "loss": loss,
+        "perplexity": Estimate(value=math.exp(loss.value), low=_exp(loss.low), high=_exp(loss.high)),
+        "token_accuracy": ratio_estimate([float(one.num_top1) for one in results], tokens, seed=seed),
+    }
+
+
+def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking: Marking) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: one a response. `answer` and `passed` are null where they are not asked for."""
+    return [
+        {
+            "model": model,
+            "set": name,
+            "prompt_id": one.prompt_id,
+            "sample": sample,
+            "prompt": one.prompt,
+            "response": response,
+            "score": one.scores[sample],
+            "scores": {reward: values[sample] for reward, values in one.by_name.items()},
+            "passed": None if marking.pass_score is None else one.scores[sample] >= marking.pass_score,
+            "answer": None if marking.answers is None else answer_of(response, marking.answers),
+            "truncated": one.truncated[sample],
+            "response_tokens": one.response_tokens[sample],
+        }
+        for one in results
+        for sample, response in enumerate(one.responses)
+    ]
+
+
+def example_rows(model: str, name: str, results: Sequence[ExampleResult]) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: one an example, in the order of the set."""
+    return [{"model": model, "set": name, "example_id": i, **asdict(one)} for i, one in enumerate(results)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _exp(value: float | None) -> float | None:
+    return None if value is None else math.exp(value)

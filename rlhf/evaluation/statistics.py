@@ -1,0 +1,128 @@
+"""Estimates from several samples a prompt, and their intervals over prompts.
+
+Pure arithmetic on numbers. Prompts are what is resampled: the samples of one are not independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_NUMBERS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number with its bootstrap interval."""
+
+    value: float
+    low: float | None  # None: one prompt says nothing of other prompts
+    high: float | None
+
+
+def pass_at_k(passed: Sequence[bool], *, k: int) -> float:
+    """Chance that at least one of k samples passes: 1 - C(n - c, k) / C(n, k) for c of n (arXiv:2107.03374, eq. 1).
+
+    It is the mean over all choices of k of the n samples, hence unbiased. ValueError unless 1 <= k <= n.
+    """
+    n = len(passed)
+    _refuse_k(k, n)
+    return 1.0 - float(Fraction(comb(n - sum(passed), k), comb(n, k)))
+
+
+def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -> float:
+    """Chance that the answer that most of k samples give is right (self-consistency, arXiv:2203.11171; maj1@k of
+    arXiv:2206.14858).
+
+    Like pass_at_k the exact mean over all choices of k of the n samples. The papers leave open: answers that tie share
+    the win evenly; None is a sample without an answer, which has no vote, and a vote without any answer is lost; of an
+    answer whose samples do not all pass, the share that does counts. ValueError unless 1 <= k <= n.
+    """
+    n = len(answers)
+    _refuse_k(k, n)
+    votes = Counter(answer for answer in answers if answer is not None)
+    right = Counter(answer for answer, good in zip(answers, passed, strict=True) if good and answer is not None)
+    silent = n - votes.total()
+    won = sum(
+        (
+            Fraction(count, votes[answer]) * _choices_won(votes[answer], _without(votes, answer), silent, k)
+            for answer, count in right.items()
+        ),
+        Fraction(0),
+    )
+    return float(won / comb(n, k))
+
+
+def win_chance(scores: Sequence[float], against: Sequence[float]) -> float:
+    """Share of pairs (one of ours, one of theirs, to the same prompt) in which ours scores more; ties count half."""
+    if not scores or not against:
+        raise ValueError(f"win_chance needs scores on both sides, got {len(scores)} and {len(against)}")
+    wins = sum((ours > theirs) + 0.5 * (ours == theirs) for ours in scores for theirs in against)
+    return wins / (len(scores) * len(against))
+
+
+def mean_estimate(values: Sequence[float], *, seed: int) -> Estimate:
+    """Mean of one number a prompt, with its percentile bootstrap interval (Efron, 1979) at LEVEL."""
+    return ratio_estimate(values, [1.0] * len(values), seed=seed)
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], *, seed: int) -> Estimate:
+    """sum(numerators) / sum(denominators), such as a mean over the tokens of all rows; rows are resampled.
+
+    The same seed draws the same rows. ValueError without rows, or if a denominator is not positive.
+    """
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    rows = len(above)
+    if not rows or len(below) != rows or not (below > 0.0).all():
+        raise ValueError(f"an estimate needs rows with positive denominators, got {rows} and {list(denominators)[:4]}")
+    value = float(above.sum() / below.sum())
+    if rows == 1:
+        return Estimate(value=value, low=None, high=None)
+    generator = np.random.default_rng(seed)
+    resampled: list[float] = []
+    while len(resampled) < RESAMPLES:
+        count = min(RESAMPLES - len(resampled), max(1, _NUMBERS_AT_ONCE // rows))
+        drawn = generator.integers(0, rows, size=(count, rows))
+        resampled += (above[drawn].sum(axis=1) / below[drawn].sum(axis=1)).tolist()
+    low, high = np.quantile(resampled, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return Estimate(value=value, low=float(low), high=float(high))
+
+
+def powers_of_two(samples: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to the number of samples: the k that are reported unless others are asked for."""
+    return tuple(2**i for i in range(samples.bit_length()))
+
+
+def _refuse_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}, expected 1 to the number of samples, {n}")
+
+
+def _without(votes: Counter[str], answer: str) -> list[int]:
+    return [count for other, count in votes.items() if other != answer]
+
+
+def _choices_won(own: int, others: Sequence[int], silent: int, k: int) -> Fraction:
+    """In how many choices of k samples the answer with `own` samples has most votes; a tie of m counts 1 / m."""
+    won = Fraction(0)
+    for votes in range(1, min(own, k) + 1):
+        left = k - votes
+        ways = {(drawn, 0): comb(silent, drawn) for drawn in range(min(silent, left) + 1)}  # (samples drawn, ties)
+        for count in others:
+            longer: Counter[tuple[int, int]] = Counter()
+            for (drawn, ties), number in ways.items():
+                for more in range(min(count, votes, left - drawn) + 1):
+                    longer[drawn + more, ties + (more == votes)] += number * comb(count, more)
+            ways = dict(longer)
+        shared = sum(
+            (Fraction(number, 1 + ties) for (drawn, ties), number in ways.items() if drawn == left), Fraction(0)
+        )
+        won += comb(own, votes) * shared
+    return won

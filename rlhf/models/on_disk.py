@@ -1,0 +1,121 @@
+"""Which model a user means: a hub name, a model folder, a LoRA adapter's folder, or the folder of a finished run.
+
+Reads small JSON files and headers of weights; loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.errors import UserError
+from rlhf.models.loading import load_config
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+ADAPTER_CONFIG = "adapter_config.json"  # peft's file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOnDisk:
+    """A language model as it can be loaded."""
+
+    name: str  # as the user wrote it
+    base: str  # hub name or folder
+    adapter: str | None  # folder of a LoRA adapter for it
+    lora_rank: int | None  # the adapter's; None without one
+    tokenizer: str  # hub name or folder
+    dtype: Dtype
+    max_length: int  # prompt and response, tokens
+    trust_remote_code: bool
+
+
+def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None) -> ModelOnDisk:
+    """The model of a hub name or a folder. dtype None: the one that its config.json names.
+
+    UserError if there is none, or its weights are missing or cut.
+    """
+    folder = _of_run(Path(name).expanduser())
+    base, adapter, rank = name if folder is None else str(folder), None, None
+    tokenizer = base
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        base, rank, adapter = *_base_of(folder), base
+        if not (folder / "tokenizer_config.json").is_file():
+            tokenizer = base
+        refuse_broken_weights(folder)
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    refuse_broken_weights(Path(base))
+    own = str(config.dtype).removeprefix("torch.")
+    return ModelOnDisk(
+        name=name,
+        base=base,
+        adapter=adapter,
+        lora_rank=rank,
+        tokenizer=tokenizer,
+        dtype=dtype or (own if own in ("float16", "float32") else "bfloat16"),  # type: ignore[arg-type]
+        max_length=config.get_text_config().max_position_embeddings,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def may_ask_the_hub(name: str) -> bool:
+    """Whether the model, or the base of its adapter, may be a name on the hub."""
+    folder = _of_run(Path(name).expanduser())
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return folder is None
+    return not Path(_base_of(folder)[0]).exists()
+
+
+def refuse_broken_weights(folder: Path) -> None:
+    """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        for file in files:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
+        ) from error
+    if not files:
+        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
+
+
+def _of_run(path: Path) -> Path | None:
+    """The model's folder: of a run's folder its final/. None: the name is no folder here."""
+    if not path.is_dir():
+        return None
+    if not (path / "config.resolved.yaml").is_file():
+        return path
+    if (path / "final").is_dir():
+        return path / "final"
+    stages = [f"{path.name}/{inner.parent.name}" for inner in sorted(path.glob("*/final"))]
+    if stages:
+        raise UserError(f"{path} is a pipeline of several runs; name one of them: {', '.join(stages)}.")
+    raise UserError(
+        f"{path} is a run without final/: it has not ended. `rlhf export` writes one of its checkpoints as a model."
+    )
+
+
+def _base_of(folder: Path) -> tuple[str, int]:
+    """The base model of an adapter's folder, and the adapter's rank."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        base, rank, kind = config["base_model_name_or_path"], config["r"], config["peft_type"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} is no adapter's configuration: {type(error).__name__}: {error}.") from error
+    if kind != "LORA":
+        raise UserError(f"{path}: is an adapter of type {kind}; the engines know LORA alone.")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
+    ranks = [rank, *config.get("rank_pattern", {}).values()]
+    return base, max(ranks)

@@ -1,0 +1,183 @@
+"""What `rlhf generate` and `rlhf eval` refuse, before an engine starts: exit code 2 and one line."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf
+from actors.eval_inputs import inputs_of_model, inputs_of_run, marking_of
+from actors.rollout import RolloutSpec, RolloutWorker
+from rlhf.cli import main
+from rlhf.config.cluster import ClusterConfig
+from rlhf.config.load import load
+from rlhf.config.seating import seats_of
+from rlhf.evaluation.decoding import Decoding
+from rlhf.evaluation.results import Marking, Marks
+from rlhf.rewards.scoring import RewardSpec
+
+CONFIG = """\
+run: {name: demo, seed: 7}
+policy: {model: MODEL, dtype: float32}
+algorithm: {name: grpo}
+data:
+  train: none.jsonl
+  eval: {small: {task: running_totals, split: eval, size: 4}}
+  apply_chat_template: false
+rollouts: {max_new_tokens: 13}
+rewards: {correct: {function: last_number}}
+train: {steps: 10, lr: 1.0e-6, sequences_per_update: 16}
+eval: {temperature: 0.8, samples_per_prompt: 8}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.replace("MODEL", str(tiny_model)))
+    return str(path)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n')
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("generate MODEL", "one of the arguments --prompt --file --chat is required"),
+        ("generate MODEL --prompt a --chat", "not allowed with argument"),
+        ("generate MODEL --prompt a --temperature 0.001", "temperature: is 0.001, expected 0 (greedy), or 0.01 to 10"),
+        ("generate MODEL --prompt a --temperature nan", "temperature: is nan"),
+        ("generate MODEL --prompt a --top-p 0", "top_p: is 0.0, expected above 0, up to 1"),
+        ("generate MODEL --prompt a --samples 2 --temperature 0", "greedy responses to one prompt are all equal"),
+        ("generate MODEL --prompt a --max-new-tokens 0", "max_new_tokens: is 0, expected 1 or more"),
+        ("generate MODEL --prompt a --max-new-tokens 9000", "prompt:1: the prompt has 4 tokens, with 9000 new ones"),
+        ("generate MODEL --prompt a --system-prompt b --no-chat-template", "system_prompt: has no effect without"),
+        ("generate MODEL --chat --samples 2", "have no effect with --chat"),
+        ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
+        ("generate MODEL --file none.jsonl", "none.jsonl does not exist"),
+        ("generate MODEL --prompt a --out PROMPTS", "prompts.jsonl exists already"),
+        ("generate ./none --prompt a", "The model folder ./none does not exist"),
+        ("generate MODEL --prompt a x=1", "generate does not know x=1"),
+        ("eval MODEL", "--data is missing"),
+        ("eval MODEL --data running_totals:0 --reward last_number", "a number of rows follows the task's name"),
+        (
+            "eval MODEL --data running_totals --reward nothing",
+            "--reward nothing: there is no built-in reward `nothing`",
+        ),
+        ("eval MODEL --data PROMPTS --reward last_number", "needs the column `answer`"),
+        ("eval MODEL --data PROMPTS", "(without rewards its completions are measured)"),
+        ("eval MODEL --data running_totals --k 1", "no reward scores responses; give a reward"),
+        (
+            "eval MODEL --data running_totals:4 --no-chat-template --reward last_number --k 2",
+            "--k: is 2, expected 1 to",
+        ),
+        ("eval MODEL --data running_totals --k x", "argument --k: invalid"),
+        ("eval MODEL --data running_totals --data running_totals", "a set called running_totals already"),
+        ("eval MODEL --data running_totals --model other", "--model has no effect"),
+        ("eval MODEL --data running_totals train.steps=3", "train.steps=3: changes a configuration"),
+        ("eval MODEL --data running_totals --reward last_number --reward-model MODEL", "reward.model: "),
+        ("eval CONFIG --samples 4", "--samples has no effect: "),
+        ("eval CONFIG --data x.jsonl", "--data has no effect"),
+        ("eval CONFIG --model ./none", "--model: The model folder ./none does not exist"),
+        ("eval CONFIG --k 9", "--k: is 9, expected 1 to the number of samples, 8"),
+        ("eval CONFIG --out TAKEN", "holds an evaluation already"),
+    ],
+)
+def test_wrong_input_exits_with_2(
+    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path,
+    config: str,
+    prompts: str,
+    tmp_path: Path,
+    words: str,
+    message: str,
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "eval.json").write_text("{}")
+    names = {"MODEL": str(tiny_model), "CONFIG": config, "PROMPTS": prompts, "TAKEN": str(tmp_path / "taken")}
+    assert main([names.get(word, word) for word in words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("rlhf: error: ")
+
+
+def test_a_model_without_a_template_says_which_option_helps(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    for file in tiny_model.iterdir():
+        if file.suffix != ".jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for words in (["--prompt", "a"], ["--chat"]):
+        assert main(["generate", str(tmp_path), *words]) == 2
+        assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:
+    inputs = inputs_of_run(load(config), model=None, against=str(tiny_model), marks=Marks())
+    assert inputs.decoding == Decoding(samples=8, temperature=0.8, max_new_tokens=13, seed=7, apply_chat_template=False)
+    assert inputs.marking == Marking(ks=(1, 2, 4, 8), pass_score=1.0, answers="last_number")
+    assert [one.model.dtype for one in inputs.candidates] == ["float32", "float32"]
+    assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
+    assert inputs.candidates[0].longest_prompt == 8
+
+
+def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "examples.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    inputs = inputs_of_model(
+        str(tiny_model),
+        data=[str(data)],
+        rewards=[],
+        reward_model=None,
+        against=None,
+        decoding=Decoding(temperature=0.0, apply_chat_template=False),
+        marks=Marks(),
+        device="cpu",
+        trust_remote_code=False,
+    )
+    (candidate,) = inputs.candidates
+    assert candidate.prompts == {}
+    assert len(candidate.examples["examples"]) == 1
+
+
+def test_only_functions_have_a_mark() -> None:
+    model = RewardSpec(name="taste", weight=1.0, function=None)
+    assert marking_of(Marks(), [model], samples=4) == Marking(ks=(1, 2, 4), pass_score=None, answers=None)
+    said = Marks(ks=(3, 1), pass_score=0.5, answers="whole")
+    assert marking_of(said, [model], samples=4) == Marking(ks=(1, 3), pass_score=0.5, answers="whole")
+
+
+def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
+    settings: dict[str, Any] = {
+        "name": "rollout engine 0",
+        "model": str(tiny_model),
+        "dtype": "float32",
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+    }
+    with pytest.raises(ValueError, match="needs a frozen engine"):
+        RolloutSpec(transport="shm", adapter="x", lora_rank=4, **settings)
+    assert not RolloutSpec(transport="shm", **settings).is_frozen
+    worker = RolloutWorker(RolloutSpec(transport=None, **settings))
+    manifest: Any = None
+    for refused in (worker.update_weights(manifest, 1), worker.open_weights(None, 0)):
+        with pytest.raises(rlhf.RunError, match="is frozen: it answers with the weights of"):
+            asyncio.run(refused)
+
+
+def test_roles_without_their_host_have_places_of_their_own() -> None:
+    cluster = ClusterConfig()
+    both = seats_of({"rollout", "reward"}, cluster, with_reward_model=False)
+    assert both.total("CPU") == 1.0
+    alone = seats_of({"reward"}, cluster, with_reward_model=False)
+    assert [dict(bundle) for bundle in alone.bundles] == [{"CPU": 1.0}]
+    assert list(alone.seats) == ["reward"]

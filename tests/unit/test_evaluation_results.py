@@ -1,0 +1,122 @@
+"""Metrics of a set, worked out by hand, and the forms of the result."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from rlhf.evaluation.results import (
+    Evaluation,
+    ExampleResult,
+    Marking,
+    PromptResult,
+    SetReport,
+    example_metrics,
+    prompt_metrics,
+    prompt_rows,
+)
+from rlhf.evaluation.statistics import Estimate
+from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
+
+
+def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]) -> PromptResult:
+    return PromptResult(
+        prompt_id=prompt_id,
+        prompt=f"p{prompt_id}",
+        responses=responses,
+        scores=scores,
+        by_name={"right": scores},
+        truncated=(False,) * (len(scores) - 1) + (True,),
+        response_tokens=tuple(range(1, len(scores) + 1)),
+    )
+
+
+RESULTS = [result(0, ("7", "so 7.0", "8", "9"), (1.0, 1.0, 0.0, 0.0)), result(2, ("1",) * 4, (0.0,) * 4)]
+MARKING = Marking(ks=(1, 2), pass_score=1.0, answers="last_number")
+
+
+def test_prompt_metrics_by_hand() -> None:
+    """pass@2 of prompt 0: 1 - C(2,2)/C(4,2) = 5/6. maj@2: 7 7 8 9 as in the statistics' test, 1/2. Prompt 2: 0."""
+    found = prompt_metrics(RESULTS, None, MARKING, seed=0)
+    assert {name: pytest.approx(one.value) for name, one in found.items()} == {
+        "score": 0.25,
+        "rewards/right": 0.25,
+        "pass@1": 0.25,
+        "pass@2": 5 / 12,
+        "maj@1": 0.25,
+        "maj@2": 0.25,
+        "truncated": 0.25,
+        "response_tokens": 2.5,
+    }
+    assert found["score"].low == 0.0
+    assert found["score"].high == 0.5
+
+
+def test_a_score_that_is_no_mark_gives_neither_pass_nor_vote() -> None:
+    found = prompt_metrics(RESULTS, None, Marking(ks=(1,), pass_score=None, answers="whole"), seed=0)
+    assert not [name for name in found if "@" in name]
+
+
+def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
+    """Prompt 0: 1 1 0 0 against 1 0: of 8 pairs 2 wins and 4 ties. Prompt 2 has no opponent."""
+    theirs = [result(0, ("7", "8"), (1.0, 0.0)), result(5, ("7", "8"), (1.0, 0.0))]
+    found = prompt_metrics(RESULTS, theirs, MARKING, seed=0)
+    assert found["win_rate"] == Estimate(value=0.5, low=None, high=None)
+
+
+def test_example_metrics_by_hand() -> None:
+    """3 tokens with log-probability -1.5 and one with -0.5: loss 2/4."""
+    results = [
+        ExampleResult(num_tokens=3, logprob=-1.5, num_top1=2),
+        ExampleResult(num_tokens=1, logprob=-0.5, num_top1=1),
+    ]
+    found = example_metrics(results, seed=0)
+    assert found["loss"].value == 0.5
+    assert found["perplexity"].value == pytest.approx(math.exp(0.5))
+    assert found["token_accuracy"].value == 0.75
+
+
+@pytest.mark.parametrize(
+    ("response", "form", "answer"),
+    [
+        ("it is 1,234.0.", "last_number", "1234"),
+        ("from 3 to 2.50", "last_number", "2.5"),
+        ("100", "last_number", "100"),
+        ("none", "last_number", None),
+        ("<answer>a</answer> <answer> b </answer>", "answer_tag", "b"),
+        (r"\boxed{1} and \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2", "boxed", None),
+        ("boxed", "boxed", None),
+        ("  yes\n", "whole", "yes"),
+        ("  ", "whole", None),
+    ],
+)
+def test_answers(response: str, form: AnswerForm, answer: str | None) -> None:
+    assert answer_of(response, form) == answer
+
+
+def test_rewards_know_their_form_of_answer() -> None:
+    assert answer_form("last_number", {}) == "last_number"
+    assert answer_form("reasoning_gym", {"extract": "whole"}) == "whole"
+    assert answer_form("contains", {}) is None
+
+
+def test_rows_and_report_are_plain_json() -> None:
+    rows = prompt_rows("m", "heldout", RESULTS, MARKING)
+    assert [(row["prompt_id"], row["sample"], row["answer"], row["passed"]) for row in rows[:3]] == [
+        (0, 0, "7", True),
+        (0, 1, "7", True),
+        (0, 2, "8", False),
+    ]
+    one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=prompt_metrics(RESULTS, None, MARKING, seed=0))
+    whole = Evaluation(model="m", against=None, seed=0, samples=4, sets=(one,))
+    told = json.loads(json.dumps(whole.to_json(), allow_nan=False))
+    assert told["sets"]["heldout"]["metrics"]["score"]["value"] == 0.25
+    text = io.StringIO()
+    Console(file=text, width=100).print(whole.to_table())
+    assert "heldout (2)" in text.getvalue()
+    assert "0.4167" in text.getvalue()

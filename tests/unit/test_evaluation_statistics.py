@@ -1,0 +1,119 @@
+"""Hand-worked numbers, and a count of all choices beside the closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rlhf.evaluation.statistics import (
+    Estimate,
+    maj_at_k,
+    mean_estimate,
+    pass_at_k,
+    powers_of_two,
+    ratio_estimate,
+    win_chance,
+)
+
+
+def test_pass_at_k_by_hand() -> None:
+    """2 of 5 pass. k = 1: 2/5. k = 2: 1 - C(3,2)/C(5,2) = 1 - 3/10. k = 4: C(3,4) = 0."""
+    passed = [True, False, True, False, False]
+    assert pass_at_k(passed, k=1) == pytest.approx(0.4)
+    assert pass_at_k(passed, k=2) == pytest.approx(0.7)
+    assert pass_at_k(passed, k=4) == 1.0
+    assert pass_at_k([False] * 3, k=3) == 0.0
+
+
+def test_maj_at_k_by_hand() -> None:
+    """Answers a a b c of which a is right.
+
+    k = 1: 2/4. k = 2, six pairs: aa wins; ab (twice) and ac (twice) tie, 1/2 each; bc loses: (1 + 2) / 6.
+    k = 3, four triples: aab and aac win, abc (twice) a third each: (2 + 2/3) / 4.  k = 4: a wins.
+    """
+    answers, passed = ["a", "a", "b", "c"], [True, True, False, False]
+    for k, expected in ((1, 0.5), (2, 0.5), (3, (2 + 2 / 3) / 4), (4, 1.0)):
+        assert maj_at_k(answers, passed, k=k) == pytest.approx(expected)
+
+
+def test_a_sample_without_an_answer_has_no_vote() -> None:
+    """a (right), b, None. Pairs: ab ties 1/2, a-None wins, b-None loses: 1.5 / 3. None alone loses: k = 1 is 1/3."""
+    assert maj_at_k(["a", "b", None], [True, False, False], k=2) == pytest.approx(0.5)
+    assert maj_at_k(["a", "b", None], [True, False, False], k=1) == pytest.approx(1 / 3)
+    assert maj_at_k([None, None], [True, False], k=2) == 0.0
+
+
+def test_an_answer_of_which_half_the_samples_pass_counts_half() -> None:
+    assert maj_at_k(["a", "a", "b"], [True, False, False], k=3) == pytest.approx(0.5)
+
+
+def test_both_are_means_over_all_choices() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        n = draw.randint(1, 7)
+        answers = [draw.choice(["a", "b", "c", None]) for _ in range(n)]
+        passed = [draw.random() < 0.5 for _ in range(n)]
+        value = {
+            a: np.mean([p for b, p in zip(answers, passed, strict=True) if a == b]) for a in answers if a is not None
+        }
+        for k in range(1, n + 1):
+            choices = list(itertools.combinations(range(n), k))
+            won = 0.0
+            for choice in choices:
+                votes = Counter(answers[i] for i in choice if answers[i] is not None)
+                best = [a for a, count in votes.items() if count == max(votes.values())]
+                won += sum(value[a] for a in best) / len(best) if best else 0.0
+            assert maj_at_k(answers, passed, k=k) == pytest.approx(won / len(choices))
+            some = np.mean([any(passed[i] for i in choice) for choice in choices])
+            assert pass_at_k(passed, k=k) == pytest.approx(some)
+
+
+def test_many_samples_stay_finite() -> None:
+    """C(2000, 1000) is beyond a float."""
+    assert pass_at_k([True] + [False] * 1999, k=1000) == pytest.approx(0.5)
+    assert maj_at_k(["a"] * 40 + ["b"] * 24, [True] * 40 + [False] * 24, k=1) == pytest.approx(40 / 64)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_is_at_most_the_samples(k: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
+        pass_at_k([True, False], k=k)
+    with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
+        maj_at_k(["a", "b"], [True, False], k=k)
+
+
+def test_win_chance_by_hand() -> None:
+    """(1, 0) against (0, 0.5): 1 > 0, 1 > 0.5, 0 = 0 a half, 0 < 0.5: 2.5 of 4."""
+    assert win_chance([1.0, 0.0], [0.0, 0.5]) == pytest.approx(0.625)
+    assert win_chance([1.0], [1.0]) == 0.5
+    with pytest.raises(ValueError, match="both sides"):
+        win_chance([], [1.0])
+
+
+def test_estimates_by_hand() -> None:
+    """(3 + 1) / (2 + 6); resampled rows give 3/2, 1/6 or 4/8; the outer two, a quarter each, are the ends of 95 %."""
+    found = ratio_estimate([3.0, 1.0], [2.0, 6.0], seed=0)
+    assert (found.value, found.low, found.high) == (pytest.approx(0.5), pytest.approx(1 / 6), pytest.approx(1.5))
+    assert mean_estimate([1.0], seed=0) == Estimate(value=1.0, low=None, high=None)
+    assert mean_estimate([2.0] * 9, seed=0) == Estimate(value=2.0, low=2.0, high=2.0)
+    with pytest.raises(ValueError, match="positive denominators"):
+        ratio_estimate([1.0], [0.0], seed=0)
+
+
+def test_the_interval_is_that_of_a_large_sample() -> None:
+    """Mean of 400 with standard deviation 1: 1.96 / 20 on either side."""
+    values = np.random.default_rng(3).standard_normal(400)
+    values = (values - values.mean()) / values.std()
+    found = mean_estimate(values.tolist(), seed=1)
+    assert found.low == pytest.approx(-0.098, abs=0.008)
+    assert found.high == pytest.approx(0.098, abs=0.008)
+    assert found == mean_estimate(values.tolist(), seed=1)
+    assert found != mean_estimate(values.tolist(), seed=2)
+
+
+def test_the_usual_ks() -> None:
+    assert [powers_of_two(n) for n in (1, 2, 6, 8)] == [(1,), (1, 2), (1, 2, 4), (1, 2, 4, 8)]

@@ -1,0 +1,91 @@
+"""Which model a name means."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub
+
+
+def find(path: Path) -> ModelOnDisk:
+    return find_model(str(path), trust_remote_code=False)
+
+
+def adapter(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **config}))
+    return folder
+
+
+def test_a_model_folder(tiny_model: Path) -> None:
+    found = find(tiny_model)
+    assert (found.base, found.tokenizer, found.adapter, found.lora_rank) == (
+        str(tiny_model),
+        str(tiny_model),
+        None,
+        None,
+    )
+    assert (found.dtype, found.max_length) == ("float32", 2048)
+    assert find_model(str(tiny_model), trust_remote_code=False, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_a_run_is_its_final_model(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.resolved.yaml").write_text("")
+    with pytest.raises(UserError, match="is a run without final/: it has not ended"):
+        find(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "final")
+    found = find(tmp_path)
+    assert (found.name, found.base) == (str(tmp_path), str(tmp_path / "final"))
+
+
+def test_a_pipeline_names_its_runs(tmp_path: Path) -> None:
+    (tmp_path / "config.resolved.yaml").write_text("")
+    for stage in ("sft", "ppo"):
+        (tmp_path / stage / "final").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"name one of them: {tmp_path.name}/ppo, {tmp_path.name}/sft"):
+        find(tmp_path)
+
+
+def test_an_adapter_names_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", base_model_name_or_path=str(tiny_model), rank_pattern={"q_proj": 8})
+    with pytest.raises(UserError, match="has no weights"):
+        find(folder)
+    shutil.copy(tiny_model / "model.safetensors", folder / "adapter_model.safetensors")
+    found = find(folder)
+    assert (found.base, found.adapter, found.lora_rank) == (str(tiny_model), str(folder), 8)
+    assert found.tokenizer == str(tiny_model)
+    shutil.copy(tiny_model / "tokenizer_config.json", folder)
+    assert find(folder).tokenizer == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is None, so the base model is unknown"),
+        ({}, "is no adapter's configuration: KeyError: 'base_model_name_or_path'"),
+        ({"base_model_name_or_path": "x", "peft_type": "IA3"}, "is an adapter of type IA3"),
+        ({"base_model_name_or_path": "/no/such/base"}, "The model folder /no/such/base does not exist"),
+    ],
+)
+def test_a_wrong_adapter_says_why(tmp_path: Path, config: dict[str, object], message: str) -> None:
+    folder = adapter(tmp_path / "a", **config)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match=message):
+        find(folder)
+
+
+def test_a_name_that_is_no_folder_may_be_the_hubs(tiny_model: Path, tmp_path: Path) -> None:
+    assert may_ask_the_hub("owner/name")
+    assert not may_ask_the_hub(str(tiny_model))
+    assert may_ask_the_hub(str(adapter(tmp_path / "a", base_model_name_or_path="owner/name")))
+    assert not may_ask_the_hub(str(adapter(tmp_path / "b", base_model_name_or_path=str(tiny_model))))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        find(tmp_path / "none")
