@@ -18,7 +18,7 @@ from actors.placement import Placement
 from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import WeightManifest
-from rlhf.config.derive import WeightSync, weight_sync
+from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
 from rlhf.config.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
@@ -40,7 +40,7 @@ class RolloutEngine(RolloutWorker):
 
 def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
     """The engines' actors, their models not yet loaded."""
-    cluster, role = config.cluster, config.cluster.roles.rollout
+    cluster, role, lora = config.cluster, config.cluster.roles.rollout, config.policy.lora
     way = weight_sync(cluster, one_host=placement.on_one_host())
     nodes = placement.nodes_of("rollout")
     remote = ray.remote(RolloutEngine)
@@ -60,7 +60,7 @@ def start_engines(config: Config, placement: Placement, *, max_model_len: int, s
             gpu_memory_utilization=role.gpu_memory_utilization,
             tensor_parallel=role.tensor_parallel,
             enforce_eager=role.enforce_eager or cluster.device == "cpu",
-            lora_rank=None if config.policy.lora is None else config.policy.lora.rank,
+            lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
             colocated=role.colocate_with is not None,
             trust_remote_code=config.policy.trust_remote_code,
             spool=spool,

@@ -1,12 +1,13 @@
 """A trained adapter on disk, as peft writes it: read, refused where it fits another model, trained on, merged.
 
-What `export_adapter` has written comes back through here, and so does what other trainers have. Nothing here is sharded:
-a worker loads an adapter before its engine takes the model.
+What `export_adapter` has written comes back through here, and so does what other trainers have. Nothing here is
+sharded: a worker loads an adapter before its engine takes the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,40 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in _LEAVES_BASE_ALONE:
         raise UserError(
-            f"{folder} was saved with init_lora_weights {init}, so it fits a base that this init has changed. Convert it "
-            "to a plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{folder} was saved with init_lora_weights {init}, so it fits a base that this init has changed. Convert "
+            "it to a plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
-    values, plain = config.to_dict(), peft.LoraConfig().to_dict()
-    if strange := sorted(key for key, value in values.items() if key not in _KNOWN and value and value != plain.get(key)):
-        raise UserError(f"{folder} uses {', '.join(strange)}, which is not supported. Merge it into its base with peft.")
+    plain = peft.LoraConfig().to_dict()
+    set_here = {key for key, value in config.to_dict().items() if value and value != plain.get(key)}
+    if strange := sorted(set_here - _KNOWN):
+        raise UserError(f"{folder} uses {', '.join(strange)}, which is not supported. Merge it into its base by peft.")
     config.init_lora_weights = True
     config.inference_mode = False
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS] or None
     return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """What decides how an adapter is shipped."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    modules_to_save: tuple[str, ...]  # a scalar head is not among them
+
+
+def read_adapter_shape(folder: Path) -> AdapterShape:
+    """The shape of an adapter folder. UserError as in `read_adapter_config`."""
+    config = read_adapter_config(folder)
+    return AdapterShape(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        modules_to_save=tuple(config.modules_to_save or ()),
+    )
 
 
 def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:

@@ -68,9 +68,14 @@ def add_lora(
 
 
 def inject(model: Any, config: peft.LoraConfig) -> Any:
-    """The model with a new adapter of that shape. model.peft_config then holds the config that belongs in its folder."""
+    """The model with a new adapter of that shape. model.peft_config then holds the config for its folder.
+
+    UserError if the head is adapted: log-probabilities are made from its weight, which an adapter does not change.
+    """
     saved = copy.deepcopy(config)
     model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if isinstance(_head(model), LoraLayer):
+        raise UserError("lora.target_modules: the head is not adapted; name it in lora.modules_to_save to train it.")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
         saved.modules_to_save = [*(config.modules_to_save or ()), "score"]
@@ -82,7 +87,9 @@ def keep_initial(model: Any, config: peft.LoraConfig) -> None:
     """Keep what the adapter and the modules trained whole are now, frozen, as the initial model."""
     frozen = copy.deepcopy(config)
     frozen.lora_dropout = 0.0
+    frozen.ensure_weight_tying = False  # peft has found what is tied already
     saved = model.peft_config
+    del model.peft_config
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     peft.inject_adapter_in_model(frozen, model, adapter_name=INITIAL)
     model.peft_config = saved
@@ -171,9 +178,13 @@ def _has_initial(part: Any) -> bool:
     return INITIAL in part.lora_A and not is_pissa(part)
 
 
+def _head(model: Any) -> Any:
+    return model.score if hasattr(model, "score") else model.get_output_embeddings()
+
+
 def _linear_names(model: Any) -> list[str]:
     """Last names of all linear layers but the head."""
-    head = model.score if hasattr(model, "score") else model.get_output_embeddings()
+    head = _head(model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
     return sorted({name.rpartition(".")[2] for name in linear})
 

@@ -27,7 +27,7 @@ def refuse_without_bitsandbytes(key: str) -> None:
 
 
 def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Options of from_pretrained. Weights are quantised on the device as they are read; without quantize there are none.
+    """Options of from_pretrained, by which weights are quantised on the device as they are read. None: no options.
 
     dtype: of the products, and of all that is not quantised.
     """

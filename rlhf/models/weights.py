@@ -38,7 +38,8 @@ class WeightSource:
 
     def make(self) -> Tensor:
         """The weight, once its parameters are whole. One of 4 bits comes as what the model computes with."""
-        return self.combine(*(dequantized(p).detach() for p in self.parameters))
+        combine: Callable[..., Tensor] = self.combine
+        return combine(*(dequantized(p).detach() for p in self.parameters))
 
 
 def lora_merged(
@@ -101,11 +102,12 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name or f".{INITIAL}." in name or name.startswith(replaced):
             continue
-        layer = layers.get(name.removesuffix(".base_layer.weight"))
-        parts, combine = (parameter,), _itself
-        if layer is not None and name.endswith(".base_layer.weight"):
-            parts, combine = (parameter, *_parts_of(layer)), _merge_of(layer)
-        sources.append(WeightSource(_plain(name), parts, combine))
+        owner, _, part = name.partition(".base_layer.")
+        if part == "weight":
+            layer = layers[owner]
+            sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer)))
+        else:
+            sources.append(WeightSource(_plain(name), (parameter,)))
     return sources
 
 
@@ -124,11 +126,12 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
             continue
         owner, _, part = name.partition(".lora_")
         layer = layers.get(owner) if part else None
-        parts, combine = (parameter,), _itself
-        if layer is not None and is_pissa(layer):
-            matrix, stack = (layer.lora_A, pissa_rows) if part[0] == "A" else (layer.lora_B, pissa_columns)
-            parts, combine = (parameter, matrix[INITIAL].weight), stack
-        sources.append(WeightSource(saved_name(name), parts, combine))
+        if layer is None or not is_pissa(layer):
+            sources.append(WeightSource(saved_name(name), (parameter,)))
+        elif part.startswith("A."):
+            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_A[INITIAL].weight), pissa_rows))
+        else:
+            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_B[INITIAL].weight), pissa_columns))
     return sources
 
 

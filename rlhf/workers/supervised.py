@@ -16,7 +16,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import Slice, padded, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -38,13 +38,7 @@ class SupervisedWorker(TrainedWorker):
 
     def load_module(self) -> Any:
         """The language model."""
-        model = self.config.policy
-        return load_causal_lm(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def load_examples(self, *examples: Examples) -> None:
         """The data sets: the training set first. A plan's sequence ids are rows of the set it is used on."""
