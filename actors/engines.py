@@ -20,7 +20,7 @@ from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import WeightManifest
 from rlhf.config.cluster import ClusterConfig
-from rlhf.config.derive import WeightSync, weight_sync
+from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
 from rlhf.config.root import Config
 from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
@@ -43,7 +43,7 @@ class RolloutEngine(RolloutWorker):
 
 def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
     """The engines' actors, their models not yet loaded. They wait for the policy's weights."""
-    policy, role = config.policy, config.cluster.roles.rollout
+    policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
     way = weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = RolloutSpec(
         name="rollout engine",
@@ -52,7 +52,7 @@ def start_engines(config: Config, placement: Placement, *, max_model_len: int, s
         max_model_len=max_model_len,
         max_num_seqs=role.max_num_seqs,
         transport=way.method,
-        lora_rank=None if policy.lora is None else policy.lora.rank,
+        lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
         spool=spool,

@@ -15,7 +15,7 @@ from rlhf.config.derive import eval_sets, uses_reward_model
 from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RewardPolicy
-from rlhf.data.examples import Example, load_examples
+from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
@@ -178,8 +178,9 @@ def _candidate(
         with named(key):
             rows = read_rows(source, columns=columns)
         if not rewards:
+            reading = Reading(max_tokens=min(max_tokens, model.max_length), **how)
             with named(f"{key} (without rewards its completions are measured)"):
-                examples[name] = load_examples(rows, tokenizer, max_tokens=min(max_tokens, model.max_length), **how)
+                examples[name] = load_examples(rows, tokenizer, reading).items
             continue
         check_rewards(rewards, rows, key)
         with named(key):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.cluster import connected
 from actors.gang import OfflineGang, ending, rank_places, spawn
-from actors.inputs import with_tiny
+from actors.inputs import with_adapters, with_tiny
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
@@ -59,7 +59,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
         }
     )
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        asyncio.run(_export(with_tiny(alone, Path(aside)), checkpoint.resolve(), folder))
+        asyncio.run(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder))
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,12 @@ from rlhf.config.derive import (
     needs,
     offline_kind,
     reference_model,
+    saved_rank,
     train_sets,
     uses_reward_model,
 )
 from rlhf.config.load import LoadedConfig, run_folder
-from rlhf.config.model import ModelConfig
+from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.rollouts import RewardConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Example, Reading, collate, load_examples
@@ -36,8 +38,10 @@ from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
+from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape, refuse_misfit
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, refuse_without_head
 from rlhf.models.on_disk import refuse_broken_weights
+from rlhf.models.quantized import refuse_without_bitsandbytes
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
@@ -99,9 +103,12 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     """The inputs of every stage. UserError for the first thing that is wrong, whichever stage it is in."""
     finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
     reward_models: set[str] = set()  # those of the folders that will have a scalar head
+    adapters: dict[str, LoraConfig] = {}  # of those that will be an adapter, its shape
     stages = []
     for config in loaded.stages.values():
-        local = with_tiny(config, loaded.folder)
+        local = with_adapters(with_tiny(config, loaded.folder), adapters)
+        _refuse_unquantizable(local)
+        _refuse_other_results(local, finals, adapters)
         if _asks_the_hub(local, finals):
             use_cache_if_silent()
         for section, model in _models(local).items():
@@ -109,6 +116,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                 with named(f"{section}.model"):
                     shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
                     refuse_broken_weights(Path(model.model))
+                _refuse_misfit(section, model, finals)
                 if section in ("policy", "critic"):
                     with named(f"cluster.roles.{section}"):
                         refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
@@ -123,9 +131,12 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
         awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
         inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
         stages.append(StageInputs(config=local, written=config, inputs=inputs, awaits=awaits))
-        finals[str(run_folder(config) / "final")] = source
+        final = str(run_folder(config) / "final")
+        finals[final] = source
+        if local.policy.lora is not None:
+            adapters[final] = local.policy.lora
         if config.algorithm.name == "reward_model":
-            reward_models.add(str(run_folder(config) / "final"))
+            reward_models.add(final)
     return stages
 
 
@@ -151,6 +162,69 @@ def with_tiny(config: Config, folder: Path) -> Config:
                 build_tiny_llama(path, seed=config.run.seed)
             changed[name] = section.model_copy(update={"model": str(path)})
     return config.model_copy(update=changed)
+
+
+def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
+    """The same run with the shape of each adapter that it goes on from. `ours`: shapes of folders yet to be made."""
+    changed: dict[str, Any] = {}
+    for name in ("policy", "critic"):
+        section: PolicyConfig | CriticConfig | None = getattr(config, name)
+        if section is None or section.adapter is None or section.lora is None:
+            continue
+        if section.adapter in ours:
+            made = ours[section.adapter]
+            shape = AdapterShape(
+                rank=saved_rank(made),
+                alpha=made.alpha,
+                rslora=made.rslora,
+                dora=made.dora,
+                modules_to_save=made.modules_to_save,
+            )
+        else:
+            with named(f"{name}.adapter"):
+                shape = read_adapter_shape(Path(section.adapter))
+        lora = section.lora.model_copy(update=dataclasses.asdict(shape))
+        changed[name] = section.model_copy(update={"lora": lora})
+    return config.model_copy(update=changed)
+
+
+def _refuse_unquantizable(config: Config) -> None:
+    """UserError if a base is to be kept in 4 bits and nothing here can."""
+    trained: dict[str, PolicyConfig | CriticConfig] = {"policy": config.policy}
+    if config.critic is not None:
+        trained["critic"] = config.critic
+    for name, section in trained.items():
+        if section.lora is not None and section.lora.quantize is not None:
+            refuse_without_bitsandbytes(f"{name}.lora.quantize")
+
+
+def _refuse_other_results(config: Config, finals: Mapping[str, str], adapters: Mapping[str, LoraConfig]) -> None:
+    """UserError if a stage's adapter is taken for a model, or its model for an adapter."""
+    for name, section in _models(config).items():
+        if section.model in adapters:
+            raise UserError(
+                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora. Name the base "
+                f"as {name}.model and the stage as {name}.adapter (policy and critic), or train without lora there."
+            )
+        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        if adapter in finals and adapter not in adapters:
+            raise UserError(
+                f"{name}.adapter: {adapter} will be a whole model, as its stage has no lora; name it as {name}.model."
+            )
+
+
+def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str]) -> None:
+    """UserError if an adapter was trained on another model than the section's."""
+    if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
+        if section.adapter in finals:
+            return
+        with named(f"{name}.adapter"):
+            refuse_misfit(
+                Path(section.adapter),
+                section.model,
+                scalar=isinstance(section, CriticConfig),
+                trust_remote_code=section.trust_remote_code,
+            )
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:

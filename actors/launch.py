@@ -33,6 +33,7 @@ from rlhf.config.derive import (
     offline_kind,
     reference_is_adapter_off,
     reference_model,
+    ships_adapter,
     uses_reward_model,
 )
 from rlhf.config.dump import dump_yaml
@@ -334,7 +335,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             policy,
             one_host=one_host,
             tensor_parallel=cluster.roles.rollout.tensor_parallel,
-            adapter=config.policy.lora is not None,
+            adapter=ships_adapter(config),
             shared=record.folder.path,
         )
         controller = OnlineController(

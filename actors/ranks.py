@@ -13,7 +13,7 @@ import ray.util
 
 from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
 from actors.weights.adapter import AdapterSender
-from rlhf.config.derive import OfflineKind
+from rlhf.config.derive import OfflineKind, ships_adapter
 from rlhf.models.export import adapter_config
 from rlhf.workers.critic import CriticWorker
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
@@ -46,12 +46,12 @@ class PolicyRank(Meets, PolicyWorker):
     sender: WeightSender
 
     def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
-        """Open this rank's end of the way to the engines. For LoRA the adapter alone travels, through `adapters`.
+        """Open this rank's end of the way to the engines. Where vLLM takes the adapter alone, it goes by `adapters`.
 
         Engines that are colocated stand beside the first ranks, one each.
         """
         dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
-        if self.model_config.lora is None:
+        if not ships_adapter(self.config):
             beside = rank < num_engines
             self.sender = open_sender(transport, rank=rank, dtype=dtype, meeting=meeting, beside_engine=beside)
             return
@@ -60,7 +60,10 @@ class PolicyRank(Meets, PolicyWorker):
 
     def publish(self, version: int) -> WeightManifest | None:
         """Stage the weights of a version; None on ranks other than 0. Collective."""
-        return self.sender.publish(self.weights(torch_dtype(self.model_config.dtype)), version)
+        dtype = torch_dtype(self.model_config.dtype)
+        alone = ships_adapter(self.config)
+        weights = self.engine.named_adapter_weights(dtype) if alone else self.engine.named_weights(dtype)
+        return self.sender.publish(weights, version)
 
     def send(self, manifest: WeightManifest) -> None:
         """Send them, where the transport needs it. Collective."""

@@ -50,9 +50,8 @@ class DPOConfig(PreferenceConfig):
     """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the bond to the reference: the implicit reward is beta times the log-ratio."""
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of pairs whose preference is taken to be wrong (cDPO with `sigmoid`; `robust` needs less than 0.5; `exo`
-    more than 0)."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of pairs whose preference is taken to be wrong (cDPO with `sigmoid`); `exo` needs more than 0."""
     length_normalize: bool = False
     """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as its authors ran it)."""
     length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -72,8 +71,6 @@ class DPOConfig(PreferenceConfig):
         names = set(self.losses)
         if not names:
             raise ValueError("`loss` is an empty mapping; name a loss")
-        if "robust" in names and self.label_smoothing >= 0.5:
-            raise ValueError(f"`label_smoothing` is {self.label_smoothing:g}, and `loss: robust` needs less than 0.5")
         if "exo" in names and self.label_smoothing == 0.0:
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
         if self.label_smoothing and not names & SMOOTHED:

@@ -14,6 +14,7 @@ from rlhf.config import derive
 from rlhf.config.cluster import TrainedRole
 from rlhf.config.effect import inert_keys, is_written
 from rlhf.config.explain import Problem
+from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
@@ -23,7 +24,7 @@ _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_t
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *_cluster(config), *_secrets(config)]
+    found = [*unused(config), *_presence(config), *_adapters(config), *_cluster(config), *_secrets(config)]
     if config.rollouts is not None and isinstance(config.algorithm, OnlineConfig):
         found += _batch(config, config.rollouts, config.algorithm)
     if not derive.is_online(config):
@@ -78,6 +79,41 @@ def _presence(config: Config) -> Iterator[Problem]:
                 f"got {section.model!r}, but this run is no stage of a pipeline; name a folder or a Hugging Face model"
             )
             yield _problem(f"{field}.model", text)
+        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        if adapter is not None and adapter.startswith("stage:"):
+            yield _problem(
+                f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder"
+            )
+
+
+def _adapters(config: Config) -> Iterator[Problem]:
+    """Kinds of low-rank training that exclude each other, or the role's ZeRO stage."""
+    for role in ("policy", "critic"):
+        section: PolicyConfig | CriticConfig | None = getattr(config, role)
+        if section is None:
+            continue
+        lora, key = section.lora, f"{role}.lora"
+        if lora is None:
+            if section.adapter is not None:
+                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it on, or merge it first"
+                yield _problem(f"{role}.adapter", text)
+            continue
+        if lora.init == "pissa" and lora.dora:
+            text = "is pissa, but dora takes the magnitudes of the whole weight, not of what PiSSA leaves; use one"
+            yield _problem(f"{key}.init", text)
+        if lora.init == "pissa" and lora.quantize is not None:
+            text = f"is pissa, which takes weights apart, but {key}.quantize keeps them in 4 bits; use one"
+            yield _problem(f"{key}.init", text)
+        named = () if isinstance(lora.target_modules, str) else lora.target_modules
+        if both := sorted(set(named) & set(lora.modules_to_save)):
+            text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
+            yield _problem(f"{key}.modules_to_save", text)
+    trained = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
+    for role, lora in trained.items():
+        stage = getattr(config.cluster.roles, role).zero_stage
+        if lora is not None and lora.quantize is not None and stage == 3 and role in derive.needs(config):
+            text = f"is 3, but DeepSpeed does not shard weights of 4 bits ({role}.lora.quantize); set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
 
 
 def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, WeightedSource
-from rlhf.config.model import CriticConfig, ReferenceConfig
+from rlhf.config.model import CriticConfig, LoraConfig, ReferenceConfig
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
 OfflineKind = Literal["supervised", "preference", "reward_model", "unpaired"]
+
+MAX_ENGINE_RANK = 512  # of an adapter in vLLM
 
 # Bundles are laid out in this order, so that a role follows the one that it may be colocated with.
 ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "reward")
@@ -63,8 +65,38 @@ def uses_kl(config: Config) -> bool:
 
 
 def reference_is_adapter_off(config: Config) -> bool:
-    """Whether the reference is the LoRA policy without its adapter, so that no second model is held."""
-    return uses_kl(config) and config.policy.lora is not None and reference_model(config) == _as_reference(config)
+    """Whether the reference is the LoRA policy as it was before training, so that no second model is held.
+
+    That is the policy without its adapter or, where policy.adapter names one to go on from, with that one.
+    """
+    policy = config.policy
+    if not uses_kl(config) or policy.lora is None:
+        return False
+    starts_as_its_model = policy.adapter is None and policy.lora.quantize is None
+    return config.reference is None or (starts_as_its_model and config.reference == _as_reference(config))
+
+
+def saved_rank(lora: LoraConfig) -> int:
+    """Rank of the adapter that is shipped and saved: PiSSA's also takes away what it began as."""
+    return 2 * lora.rank if lora.init == "pissa" else lora.rank
+
+
+def merged_because(lora: LoraConfig) -> str | None:
+    """Why the engines get all weights with the adapter merged in; None: they get the adapter alone."""
+    if lora.dora:
+        return "vLLM takes no DoRA"
+    if lora.modules_to_save:
+        return "vLLM takes no modules_to_save"
+    if lora.quantize is not None:
+        return f"the policy's base is {lora.quantize}, the engines' is not"
+    if saved_rank(lora) > MAX_ENGINE_RANK:
+        return f"vLLM takes no rank of {saved_rank(lora)}"
+    return None
+
+
+def ships_adapter(config: Config) -> bool:
+    """Whether the adapter alone travels to the engines, which have the base."""
+    return config.policy.lora is not None and merged_because(config.policy.lora) is None
 
 
 def uses_reward_model(config: Config) -> bool:
@@ -94,7 +126,10 @@ def critic_model(config: Config) -> CriticConfig:
     if config.critic is not None:
         return config.critic
     policy = config.policy
-    return CriticConfig(**{name: getattr(policy, name) for name in CriticConfig.model_fields})
+    values = {name: getattr(policy, name) for name in CriticConfig.model_fields}
+    if policy.lora is not None:  # a policy's head and embedding are no concern of the critic
+        values["lora"] = policy.lora.model_copy(update={"modules_to_save": ()})
+    return CriticConfig(**values)
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:

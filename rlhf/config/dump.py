@@ -26,10 +26,10 @@ def dump_yaml(config: Config | LoadedConfig) -> str:
     for name, stage in config.stages.items():
         tree = _tree(stage)
         run = tree.pop("run")
-        for section in MODELS:
+        for section, key in MODELS:
             values = tree.get(section)
-            if values is not None:
-                values["model"] = names_by_folder.get(values["model"], values["model"])
+            if values is not None and values.get(key) is not None:
+                values[key] = names_by_folder.get(values[key], values[key])
         stages[name] = tree
         names_by_folder[str(run_folder(stage) / "final")] = f"stage:{name}"
     return to_yaml({"run": {**run, "name": config.name}, "stages": stages})

@@ -94,6 +94,15 @@ def _how_to_need(config: Config, role: str) -> str:
 
 
 def _of_models(config: Config) -> Iterator[Inert]:
+    for role in ("policy", "critic"):
+        section = getattr(config, role)
+        if section is not None and section.adapter is not None:
+            keys = "rank alpha target_modules layers modules_to_save rslora dora init"
+            yield from _all(
+                " ".join(f"{role}.lora.{key}" for key in keys.split()),
+                f"{role}.adapter names an adapter, which has its own",
+                f"set {role}.adapter to null to train a new one",
+            )
     if not derive.is_online(config):
         return
     if not derive.uses_kl(config):

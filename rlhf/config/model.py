@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from rlhf.algorithms.section import Section
 
@@ -12,7 +12,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class LoraConfig(Section):
-    """A low-rank adapter (arXiv:2106.09685): only it is trained, shipped to the engines and saved."""
+    """A low-rank adapter (arXiv:2106.09685): only it is trained and saved, and where vLLM takes it, shipped alone."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -22,6 +22,20 @@ class LoraConfig(Section):
     """Dropout on the adapter's input while training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the linear layers to adapt, or all of them but the head."""
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    """Numbers of the transformer blocks to adapt, from 0. null: all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules to train whole and save with the adapter, such as embed_tokens and lm_head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732), so that the rate need not change with the rank."""
+    dora: bool = False
+    """Train each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
+    init: Literal["default", "pissa"] = "default"
+    """What the adapter begins as: nothing, or the principal part of each weight (PiSSA, arXiv:2404.02948)."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0.0)
+    """Learning rate of B as a multiple of that of all else (LoRA+, arXiv:2402.12354, which suggests 16)."""
+    quantize: Literal["nf4"] | None = None
+    """Keep the frozen linear layers in 4 bits (QLoRA, arXiv:2305.14314). Needs bitsandbytes."""
 
 
 class ModelConfig(Section):
@@ -41,6 +55,9 @@ class PolicyConfig(ModelConfig):
 
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a trained LoRA adapter of this model to go on from, as peft saves it, or `stage:NAME`. Its rank, alpha,
+    layers and kind are the folder's. The reference is the model with this adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -50,6 +67,8 @@ class CriticConfig(ModelConfig):
 
     lora: LoraConfig | None = None
     """Train a low-rank adapter and the value head instead of all weights."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a trained LoRA adapter of this model to go on from, or `stage:NAME`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

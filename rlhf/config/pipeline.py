@@ -4,7 +4,7 @@ Rules (docs/configuration.md repeats them for users):
 1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
 2. A shared key that a stage cannot use is not given to that stage. One that no stage uses is an error.
 3. `run` stands at the top alone; a stage's run is called PIPELINE/STAGE. `algorithm` stands in each stage.
-4. `stage:NAME` as a model is the final model of an earlier stage.
+4. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
 5. All stages run in one Ray: cluster.address and cluster.object_store_gib are the same in each.
 """
 
@@ -23,7 +23,15 @@ from rlhf.config.run import RunConfig
 from rlhf.config.yaml_tree import Key, Tree, copy, kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-MODELS = ("policy", "reference", "critic", "reward")
+# Where `stage:NAME` may stand.
+MODELS = (
+    ("policy", "model"),
+    ("policy", "adapter"),
+    ("reference", "model"),
+    ("critic", "model"),
+    ("critic", "adapter"),
+    ("reward", "model"),
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,18 +128,18 @@ def _complete(stage: _Stage, earlier: list[str], names: list[str]) -> Config | t
 
 def _link_models(stage: _Stage, run: RunConfig, earlier: list[str], names: list[str]) -> Iterator[Problem]:
     """Puts the folder of an earlier stage's final model in the place of `stage:NAME`."""
-    for section in MODELS:
+    for section, key in MODELS:
         values = stage.values.get(section) or {}
-        wanted = str(values.get("model")).removeprefix("stage:")
-        if not str(values.get("model")).startswith("stage:"):
+        wanted = str(values.get(key)).removeprefix("stage:")
+        if not str(values.get(key)).startswith("stage:"):
             continue
         if wanted in earlier:
-            values["model"] = str(run.dir / Path(run.name).parent / wanted / "final")
+            values[key] = str(run.dir / Path(run.name).parent / wanted / "final")
             continue
         rule = f"stage {wanted} does not run earlier" if wanted in names else f"there is no stage {wanted}"
         close = nearest(wanted, earlier)
         known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(earlier) or 'none'}"
-        yield Problem(key=(section, "model"), text=f"got 'stage:{wanted}', but {rule}; {known}")
+        yield Problem(key=(section, key), text=f"got 'stage:{wanted}', but {rule}; {known}")
 
 
 def _several_clusters(configs: dict[str, Config]) -> Iterator[Problem]:

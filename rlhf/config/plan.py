@@ -15,6 +15,7 @@ from rlhf.config.derive import (
     critic_model,
     derive,
     eval_sets,
+    merged_because,
     needs_reference_logprobs,
     reference_model,
     train_sets,
@@ -148,7 +149,9 @@ def _learning_rate(config: Config) -> str:
 def _reference(config: Config, derived: Derived) -> str:
     return {
         "none": "none: algorithm.kl.coef is 0",
-        "adapter off": "the policy with its LoRA adapter off: no second model",
+        "adapter off": "the policy with its LoRA adapter off: no second model"
+        if config.policy.adapter is None
+        else "the policy with policy.adapter as it is now: no second model",
         "workers": f"{reference_model(config).model} in workers of its own",
     }[derived.reference]
 
@@ -159,7 +162,16 @@ def _sync(config: Config) -> str:
     choice = weight_sync(cluster, one_host=one_host)
     text = f"{choice.method}: {choice.why}"
     other = weight_sync(cluster, one_host=not one_host)
-    return text if one_host or other == choice else f"{text}; {other.method} if they are placed on one"
+    if not one_host and other != choice:
+        text += f"; {other.method} if they are placed on one"
+    lora = config.policy.lora
+    if lora is None:
+        return text
+    alone = "the adapter alone, as a folder"
+    if config.policy.adapter is not None:
+        return f"{alone}, unless it is of a kind that vLLM does not take; then merged, by {text}"
+    why = merged_because(lora)
+    return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"
 
 
 def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]]:

@@ -20,13 +20,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW (arXiv:1711.05101). grad_clip is the largest global gradient norm; None: no clipping."""
+    """AdamW (arXiv:1711.05101). grad_clip is the largest global gradient norm; None: no clipping.
+
+    lora_plus_ratio: rate of the B matrices of adapters, as a multiple of lr (LoRA+, arXiv:2402.12354).
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float | None = 1.0
+    lora_plus_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,8 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step. The norm is that of the whole gradient before clipping, the rate the one that was used."""
+    """One optimizer step. The norm is that of the whole gradient before clipping, the rate the one that was used
+    (of all but B, with LoRA+)."""
 
     grad_norm: float
     lr: float

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
+from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
+from rlhf.models.quantized import is_quantized
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
 from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
 
@@ -71,9 +73,11 @@ class DeepSpeedEngine:
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = parameter_groups(module, lora_plus_ratio=optimizer.lora_plus_ratio)
+        parameters = [p for group in groups for p in group.parameters]
+        self._lr_ratios = [group.lr_ratio for group in groups]
         self._optimizer = torch.optim.AdamW(
-            parameters,
+            [{"params": group.parameters} for group in groups],
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -143,8 +147,8 @@ class DeepSpeedEngine:
             nonfinite //= self._sequence_parallel  # each was counted by all who share it
             raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
         lr = self._settings.lr * lr_factor(self._schedule, step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = lr * ratio
         norm = self._clip() if self._clips_itself else None
         if norm is None:
             self._engine.step()
@@ -217,7 +221,12 @@ class DeepSpeedEngine:
         ]
         if differing:
             raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
-        self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        self._engine.load_checkpoint(
+            str(folder),
+            tag=_TAG,
+            load_lr_scheduler_states=False,
+            load_module_strict=not is_quantized(self.module),  # bitsandbytes saves scales that it has no place for
+        )
         self._steps = saved["steps"]
         load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,10 @@ from torch import nn
 
 from rlhf.errors import UserError
 from rlhf.models.linear import widen_linear_layers
+from rlhf.models.quantized import Quantize, is_quantized, quantization_options
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 # Of a config: what changes no weight's shape or meaning, and so may differ between a run and its checkpoint.
 _NOT_ARCHITECTURE = frozenset(
@@ -54,28 +56,45 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_causal_lm(
-    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    quantize: Quantize | None = None,
+    device: torch.device = CPU,
 ) -> Any:
-    """A causal language model in training mode with dropout off, its weights in dtype."""
+    """A causal language model in training mode with dropout off, its weights in dtype.
+
+    quantize: the linear layers but the head are frozen in 4 bits, on the device; without it nothing is on one.
+    """
     model = _load(
         path,
         transformers.AutoModelForCausalLM.from_pretrained,
         trust_remote_code=trust_remote_code,
         dtype=dtype,
         use_safetensors=True,
+        **quantization_options(quantize, dtype=dtype, device=device),
     )
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def load_critic(
-    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    quantize: Quantize | None = None,
+    device: torch.device = CPU,
 ) -> Any:
     """A model with one scalar a token. From a language model its head starts at zero, so all values start at 0.
 
-    A checkpoint that has a scalar head (a saved critic, a reward model) keeps it.
+    A checkpoint that has a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
     """
     has_head = _has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    options = quantization_options(quantize, dtype=dtype, device=device)
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, options=options)
     if not has_head:
         with whole([model.score.weight]):
             nn.init.zeros_(model.score.weight)
@@ -83,11 +102,21 @@ def load_critic(
 
 
 def load_reward_model(
-    path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    quantize: Quantize | None = None,
+    device: torch.device = CPU,
 ) -> Any:
-    """A sequence-classification model with one label. UserError if the checkpoint has no such head."""
+    """A sequence-classification model with one label. UserError if the checkpoint has no such head.
+
+    quantize: as in load_causal_lm.
+    """
     refuse_without_head(path, trust_remote_code=trust_remote_code)
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    options = quantization_options(quantize, dtype=dtype, device=device)
+    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, options=options)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -118,7 +147,7 @@ def architecture_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
     model = _load(
         path,
         transformers.AutoModelForSequenceClassification.from_pretrained,
@@ -126,6 +155,7 @@ def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool
         dtype=dtype,
         use_safetensors=True,
         num_labels=1,
+        **options,
     )
     if not isinstance(model.score, nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
@@ -151,6 +181,8 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
         elif "attention_dropout" in vars(module):  # attention applies it as a function
             module.attention_dropout = 0.0
     widen_linear_layers(model)
+    if is_quantized(model):
+        del model.config.quantization_config  # of these weights here, not of the model that is exported
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:

@@ -1,64 +1,126 @@
-"""Low-rank adapters (arXiv:2106.09685) through peft, put into the model itself: its class and calls stay as they are.
+"""Low-rank adapters through peft, put into the model itself: its class and calls stay as they are.
 
-Workers add one after loading. The frozen weights are never changed here.
+LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). Workers add
+one after loading, or go on with a trained one. The frozen weights are never changed here, also where peft would: PiSSA
+is the unchanged W, plus the trained adapter, less a frozen copy of what that began as. So the initial model is at hand,
+exactly, and an adapter that is shipped or saved always fits the original base.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.weights import ADAPTER
+from rlhf.models.loading import whole
+from rlhf.models.weights import ADAPTER, INITIAL, is_pissa
+
+Init = Literal["default", "pissa"]
 
 
 def add_lora(
-    model: Any, *, rank: int, alpha: float, dropout: float, target_modules: str | Sequence[str] = "all-linear"
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | Sequence[str] = "all-linear",
+    layers: Sequence[int] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+    init: Init = "default",
+    modules_to_save: Sequence[str] = (),
 ) -> Any:
-    """The model with an adapter that is its only trainable part, besides a scalar head. It starts as the identity.
+    """The model with an adapter that is its only trainable part, besides modules_to_save and a scalar head.
 
-    `target_modules`: names of linear layers, or "all-linear" for all but the head. UserError if one does not exist.
+    It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head. `layers`:
+    numbers of the blocks to adapt; None: all. `modules_to_save`: names of modules to train whole; a head that is tied
+    to a trained embedding stays tied. UserError if a name or number does not exist.
     """
-    is_scalar = hasattr(model, "score")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        task_type=peft.TaskType.SEQ_CLS if is_scalar else peft.TaskType.CAUSAL_LM,
+        target_modules=_linear_names(model) if isinstance(target_modules, str) else list(target_modules),
+        layers_to_transform=None if layers is None else list(layers),
+        use_rslora=rslora,
+        use_dora=dora,
+        modules_to_save=list(modules_to_save) or None,
+        ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
+        task_type=peft.TaskType.SEQ_CLS if hasattr(model, "score") else peft.TaskType.CAUSAL_LM,
         base_model_name_or_path=model.config._name_or_path,
     )
-    try:
-        model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise UserError(f"lora.target_modules: {error}") from error
-    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not isinstance(target_modules, str) and (missing := set(target_modules) - layers):
-        raise UserError(f"lora.target_modules: the model has no linear layers named {', '.join(sorted(missing))}.")
-    config.target_modules = layers
-    if is_scalar:
-        model.score.requires_grad_(True)
-        config.modules_to_save = ["score"]
+    _refuse_unknown_names(model, config)
+    model = inject(model, config)
+    if init == "pissa":
+        _start_at_principal_part(model, config)
     return model
+
+
+def inject(model: Any, config: peft.LoraConfig) -> Any:
+    """The model with a new adapter of that shape. model.peft_config then holds the config for its folder.
+
+    UserError if the head is adapted: log-probabilities are made from its weight, which an adapter does not change.
+    """
+    saved = copy.deepcopy(config)
+    model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if isinstance(_head(model), LoraLayer):
+        raise UserError("lora.target_modules: the head is not adapted; name it in lora.modules_to_save to train it.")
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+        saved.modules_to_save = [*(config.modules_to_save or ()), "score"]
+    model.peft_config = {ADAPTER: saved}
+    return model
+
+
+def keep_initial(model: Any, config: peft.LoraConfig) -> None:
+    """Keep what the adapter and the modules trained whole are now, frozen, as the initial model."""
+    frozen = copy.deepcopy(config)
+    frozen.lora_dropout = 0.0
+    frozen.ensure_weight_tying = False  # peft has found what is tied already
+    saved = model.peft_config
+    del model.peft_config
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    peft.inject_adapter_in_model(frozen, model, adapter_name=INITIAL)
+    model.peft_config = saved
+    for part in _adapted_parts(model):
+        part._active_adapter = [ADAPTER]  # injection makes the newest the active one
+    now = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in now.items():
+            if f".{INITIAL}." in name:
+                parameter.copy_(now[name.replace(f".{INITIAL}.", f".{ADAPTER}.")])
+            parameter.requires_grad_(name in trained)
 
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter inside. What stays trainable is not touched, as peft's own switch would."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
+    """The initial model inside: without its adapter, or with what it began as if it was trained before.
+
+    What stays trainable is not touched, as peft's own switch would.
+    """
+    parts = _adapted_parts(model)
+    before = [(part._disable_adapters, part._active_adapter) for part in parts]
+    for part in parts:
+        if _has_initial(part):
+            part._active_adapter = [INITIAL]
+        else:
+            part._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for part, (disabled, active) in zip(parts, before, strict=True):
+            part._disable_adapters, part._active_adapter = disabled, active
 
 
 def starts_as_identity(model: nn.Module) -> bool:
@@ -79,3 +141,82 @@ def with_adapter(model: Any, folder: str) -> Any:
             f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"
         ) from error
     return adapted.get_base_model()
+
+
+def principal_pair(
+    weight: Float[Tensor, "o i"], *, rank: int, scaling: float
+) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+    """(A, B) with scaling * B A the best approximation of that rank: A = S^1/2 V^T, B = U S^1/2 (arXiv:2404.02948,
+    eq. 2 and 3) of W / scaling, in float32."""
+    left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = (singular[:rank] / scaling).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
+    """PiSSA: the adapter is the principal part of each weight, and the same, frozen, is taken away again."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        with whole([weight]), torch.no_grad():
+            if config.r > min(layer.in_features, layer.out_features):
+                raise UserError(
+                    f"lora.rank: is {config.r}, but a {layer.out_features} x {layer.in_features} weight has only "
+                    f"{min(layer.in_features, layer.out_features)} principal components for init pissa; lower it"
+                )
+            pair = principal_pair(weight, rank=config.r, scaling=layer.scaling[ADAPTER])
+            for matrix, start in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+                matrix[ADAPTER].weight.copy_(start)
+    kept = copy.deepcopy(config)
+    kept.modules_to_save = None  # their originals are kept by peft
+    keep_initial(model, kept)
+    for layer in layers:
+        layer.scaling[INITIAL] = -layer.scaling[INITIAL]
+        layer._active_adapter = [ADAPTER, INITIAL]
+    saved = model.peft_config[ADAPTER]
+    saved.r = 2 * config.r
+    saved.lora_alpha = config.lora_alpha * (math.sqrt(2.0) if config.use_rslora else 2.0)  # the scaling stays
+
+
+def _adapted_parts(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer | ModulesToSaveWrapper)]
+
+
+def _has_initial(part: Any) -> bool:
+    """Whether the initial model has the part's frozen copy in it, as that of PiSSA does not."""
+    if isinstance(part, ModulesToSaveWrapper):
+        return INITIAL in part.modules_to_save
+    return INITIAL in part.lora_A and not is_pissa(part)
+
+
+def _head(model: Any) -> Any:
+    return model.score if hasattr(model, "score") else model.get_output_embeddings()
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last names of all linear layers but the head."""
+    head = _head(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
+    by_name: dict[str, list[nn.Module]] = {}
+    for path, module in model.named_modules():
+        by_name.setdefault(path.rpartition(".")[2], []).append(module)
+    for key, wanted, kind, fits in (
+        ("target_modules", config.target_modules, "linear layers", lambda m: isinstance(m, nn.Linear)),
+        ("modules_to_save", config.modules_to_save or (), "modules", lambda m: not isinstance(m, nn.ModuleList)),
+    ):
+        if missing := sorted(name for name in wanted if not any(map(fits, by_name.get(name, ())))):
+            raise UserError(f"lora.{key}: the model has no {kind} named {', '.join(missing)}.")
+    if both := sorted(set(config.target_modules) & set(config.modules_to_save or ())):
+        raise UserError(f"lora.modules_to_save: {', '.join(both)} cannot be adapted and trained whole; name it once.")
+    depth = model.config.get_text_config().num_hidden_layers
+    if beyond := [n for n in config.layers_to_transform or () if n >= depth]:
+        raise UserError(f"lora.layers: the model has layers 0 to {depth - 1}, not {', '.join(map(str, beyond))}.")

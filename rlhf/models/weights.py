@@ -6,61 +6,166 @@ here knows how parameters are sharded.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rlhf.models.quantized import dequantized
+
 ADAPTER = "default"  # peft's name for the one adapter of a model
+INITIAL = "initial"  # a frozen copy of what an adapter began as, where that was not the identity
 _PEFT_PREFIX = "base_model.model."  # of every name in an adapter file, as peft saves it
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """One published weight and the parameters it is made from: itself, or a frozen weight and its LoRA pair."""
+    """One published weight and the parameters it is made from: itself, or a frozen weight and its adapter."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
-    lora_scaling: float | None = None  # None: the weight is its one parameter
+    combine: Callable[..., Tensor] = _itself
 
     def make(self) -> Tensor:
-        """The weight, once its parameters are whole: W, or W + scaling * B A (arXiv:2106.09685, section 4.1)."""
-        weight = self.parameters[0].detach()
-        if self.lora_scaling is None:
-            return weight
-        lora_a, lora_b = (p.detach() for p in self.parameters[1:])
-        return weight + self.lora_scaling * (lora_b @ lora_a).to(weight.dtype)
+        """The weight, once its parameters are whole. One of 4 bits comes as what the model computes with."""
+        combine: Callable[..., Tensor] = self.combine
+        return combine(*(dequantized(p).detach() for p in self.parameters))
+
+
+def lora_merged(
+    weight: Float[Tensor, "o i"], lora_a: Float[Tensor, "r i"], lora_b: Float[Tensor, "o r"], *, scaling: float
+) -> Float[Tensor, "o i"]:
+    """W + scaling * B A (arXiv:2106.09685, section 4.1), rounded where peft rounds."""
+    return weight + _update(lora_a, lora_b, scaling).to(weight.dtype)
+
+
+def dora_merged(
+    weight: Float[Tensor, "o i"],
+    lora_a: Float[Tensor, "r i"],
+    lora_b: Float[Tensor, "o r"],
+    magnitude: Float[Tensor, " o"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "o i"]:
+    """m * V / ||V|| with V = W + scaling * B A, norms over each output's row (arXiv:2402.09353, eq. 5), as in peft."""
+    direction = weight + _update(lora_a, lora_b, scaling)
+    norm: Tensor = torch.linalg.norm(direction, dim=1).to(direction.dtype)
+    return ((magnitude / norm)[:, None] * direction).to(weight.dtype)
+
+
+def pissa_merged(
+    weight: Float[Tensor, "o i"],
+    lora_a: Float[Tensor, "r i"],
+    lora_b: Float[Tensor, "o r"],
+    initial_a: Float[Tensor, "r i"],
+    initial_b: Float[Tensor, "o r"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "o i"]:
+    """W + scaling * (B A - B0 A0): what training has moved the principal part of W by (arXiv:2404.02948)."""
+    rows, columns = pissa_rows(lora_a, initial_a), pissa_columns(lora_b, initial_b)
+    return lora_merged(weight, rows, columns, scaling=scaling)
+
+
+def pissa_rows(lora_a: Float[Tensor, "r i"], initial_a: Float[Tensor, "r i"]) -> Float[Tensor, "two_r i"]:
+    """A of the plain adapter of twice the rank that is B A - B0 A0."""
+    return torch.cat([lora_a, initial_a])
+
+
+def pissa_columns(lora_b: Float[Tensor, "o r"], initial_b: Float[Tensor, "o r"]) -> Float[Tensor, "o two_r"]:
+    """B of that adapter."""
+    return torch.cat([lora_b, -initial_b], dim=1)
+
+
+def _update(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """scaling * B A in the adapter's dtype. On a CPU the product of bfloat16 is taken in float32."""
+    if lora_b.device.type == "cpu":
+        return ((lora_b.float() @ lora_a.float()) * scaling).to(lora_b.dtype)
+    return (lora_b @ lora_a) * scaling
 
 
 def weight_sources(model: nn.Module) -> list[WeightSource]:
     """All weights of the model, adapters merged. A tied weight comes once, under the name of the embedding."""
-    pairs = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
+    layers = dict(_lora_layers(model))
+    replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
     sources = []
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or f".{INITIAL}." in name or name.startswith(replaced):
             continue
-        module: Any = pairs.get(name)
-        parts: tuple[nn.Parameter, ...] = (parameter,)
-        scaling = None
-        if module is not None:
-            parts += (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
-            scaling = float(module.scaling[ADAPTER])
-        sources.append(WeightSource(name.replace(".base_layer.", "."), parts, scaling))
+        owner, _, part = name.partition(".base_layer.")
+        if part == "weight":
+            layer = layers[owner]
+            sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer)))
+        else:
+            sources.append(WeightSource(_plain(name), (parameter,)))
     return sources
 
 
 def adapter_sources(model: nn.Module) -> list[WeightSource]:
     """What is trained of a LoRA model, under the names in peft's adapter_model.safetensors.
 
-    That is the adapter, and a scalar head if there is one. ValueError if the model has no adapter.
+    That is the adapter, the modules that are trained whole, and a scalar head if there is one. A PiSSA adapter comes as
+    a plain one of twice the rank, which fits the unchanged base. ValueError if the model has no adapter.
     """
-    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+    layers = dict(_lora_layers(model))
+    if not layers:
         raise ValueError("the model has no LoRA adapter")
-    return [
-        WeightSource(_PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."), (parameter,))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
+    sources = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # peft reads a tied head under its own name
+        if not parameter.requires_grad:
+            continue
+        owner, _, part = name.partition(".lora_")
+        layer = layers.get(owner) if part else None
+        if layer is None or not is_pissa(layer):
+            sources.append(WeightSource(saved_name(name), (parameter,)))
+        elif part.startswith("A."):
+            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_A[INITIAL].weight), pissa_rows))
+        else:
+            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_B[INITIAL].weight), pissa_columns))
+    return sources
+
+
+def saved_name(name: str) -> str:
+    """The name in peft's adapter_model.safetensors of a trainable parameter of a model with an adapter."""
+    name = _plain(name).replace(f".{ADAPTER}.", ".")
+    return _PEFT_PREFIX + name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def is_pissa(layer: Any) -> bool:
+    """Whether the layer's initial adapter is subtracted, so that the unchanged base stands for PiSSA's residual."""
+    return bool(layer.scaling.get(INITIAL, 0.0) < 0.0)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _whole_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+
+
+def _parts_of(layer: Any) -> tuple[nn.Parameter, ...]:
+    names = (ADAPTER, INITIAL) if is_pissa(layer) else (ADAPTER,)
+    pairs = tuple(matrix[name].weight for name in names for matrix in (layer.lora_A, layer.lora_B))
+    magnitudes = layer.lora_magnitude_vector
+    return (*pairs, magnitudes[ADAPTER].weight) if ADAPTER in magnitudes else pairs
+
+
+def _merge_of(layer: Any) -> Callable[..., Tensor]:
+    merge = dora_merged if ADAPTER in layer.lora_magnitude_vector else pissa_merged if is_pissa(layer) else lora_merged
+    return partial(merge, scaling=float(layer.scaling[ADAPTER]))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the model without peft's layers."""
+    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")

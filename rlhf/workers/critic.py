@@ -20,7 +20,7 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last, Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import critic_metrics
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -47,13 +47,7 @@ class CriticWorker(TrainedWorker):
 
     def load_module(self) -> Any:
         """A language model's body with a scalar head."""
-        model = self.model_config
-        return load_critic(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_critic(self.model_config.model, **self.loading_options())
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
         """Take this rank's share of a batch in and value its tokens: the column, and its size. Collective."""

@@ -28,7 +28,7 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Sum
 from rlhf.types import MinibatchPlan
 from rlhf.workers.offline import Batch, PairsWorker
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import Slice
 from rlhf.workers.referenced import ReferencedPolicy
 
@@ -189,13 +189,7 @@ class RewardModelWorker(PairWorker):
 
     def load_module(self) -> Any:
         """The language model with a head of zeros, or a checkpoint that has a head already."""
-        model = self.config.policy
-        return load_critic(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_critic(self.model_config.model, **self.loading_options())
 
     def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], None]:
         """The head's score at each sequence's last token."""

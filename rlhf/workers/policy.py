@@ -30,7 +30,7 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, experience_metrics, update_metrics
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -69,13 +69,7 @@ class PolicyWorker(TrainedWorker):
 
     def load_module(self) -> Any:
         """The language model."""
-        model = self.config.policy
-        return load_causal_lm(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def prepare(
         self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues

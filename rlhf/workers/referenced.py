@@ -27,13 +27,7 @@ class ReferencedPolicy(PairsWorker):
 
     def load_module(self) -> Any:
         """The language model."""
-        model = self.config.policy
-        return load_causal_lm(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def reference_key(self, dataset: int) -> str:
         """Names what the weights, as they are now, say of a data set: by both. Collective."""

@@ -17,7 +17,6 @@ from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.offline import OfflineWorker
-from rlhf.workers.place import torch_dtype
 from rlhf.workers.ragged import Slice, padded, slices
 
 
@@ -26,13 +25,7 @@ class SupervisedWorker(OfflineWorker):
 
     def load_module(self) -> Any:
         """The language model."""
-        model = self.config.policy
-        return load_causal_lm(
-            model.model,
-            dtype=torch_dtype(model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
+        return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def load_data(self, *sets: Examples) -> None:
         """The data sets: the training set first. A plan's sequence ids are rows of the set it is used on."""

@@ -18,6 +18,7 @@ from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.engine.sharded_loading import shards_as_it_loads
+from rlhf.models.adapter_folder import load_adapter
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.lora import add_lora
@@ -83,18 +84,9 @@ class TrainedWorker(ABC):
                 dtype=dtype,
                 offload_parameters=self.device.type == "cuda" and "parameters" in offload,
             ):
-                module = self.load_module()
+                module = self._with_adapter(self.load_module())
             self.fingerprint = architecture_fingerprint(module.config)
-            lora = self.model_config.lora
-            if lora is not None:
-                module = add_lora(
-                    module,
-                    rank=lora.rank,
-                    alpha=lora.alpha,
-                    dropout=lora.dropout,
-                    target_modules=lora.target_modules,
-                )
-            train = self.config.train
+            train, lora = self.config.train, self.model_config.lora
             self.engine: TrainingEngine = DeepSpeedEngine(
                 module,
                 optimizer=OptimizerSettings(
@@ -103,6 +95,7 @@ class TrainedWorker(ABC):
                     eps=train.eps,
                     weight_decay=train.weight_decay,
                     grad_clip=train.grad_clip,
+                    lora_plus_ratio=1.0 if lora is None else lora.lora_plus_ratio,
                 ),
                 schedule=ScheduleSettings(
                     kind=train.lr_schedule,
@@ -126,8 +119,39 @@ class TrainedWorker(ABC):
     def load_module(self) -> Any:
         """The model before any adapter."""
 
+    def loading_options(self) -> dict[str, Any]:
+        """Keywords of rlhf.models.loading that the role's section sets."""
+        model = self.model_config
+        return {
+            "dtype": torch_dtype(model.dtype),
+            "trust_remote_code": model.trust_remote_code,
+            "gradient_checkpointing": model.gradient_checkpointing,
+            "quantize": None if model.lora is None else model.lora.quantize,
+            "device": self.device,
+        }
+
+    def _with_adapter(self, module: Any) -> Any:
+        """The model with a new adapter, or a trained one to go on from, if the role trains one."""
+        model, lora = self.model_config, self.model_config.lora
+        if lora is None:
+            return module
+        if model.adapter is not None:
+            return load_adapter(module, Path(model.adapter), dropout=lora.dropout)
+        return add_lora(
+            module,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            layers=lora.layers,
+            rslora=lora.rslora,
+            dora=lora.dora,
+            init=lora.init,
+            modules_to_save=lora.modules_to_save,
+        )
+
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """What is shipped and saved: the adapter alone for LoRA, else all weights. Collective."""
+        """What is saved: the adapter alone for LoRA, else all weights. Collective."""
         if self.model_config.lora is not None:
             return self.engine.named_adapter_weights(dtype)
         return self.engine.named_weights(dtype)

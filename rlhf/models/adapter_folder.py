@@ -1,0 +1,228 @@
+"""A trained adapter on disk, as peft writes it: read, refused where it fits another model, trained on, merged.
+
+What `export_adapter` has written comes back through here, and so does what other trainers have. Nothing here is
+sharded: a worker loads an adapter before its engine takes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from rlhf.errors import UserError
+from rlhf.models.export import export_model
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_config, load_critic, load_tokenizer
+from rlhf.models.lora import inject, keep_initial
+from rlhf.models.weights import saved_name, weight_sources
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
+HEADS = ("score", "classifier")  # of scalar models, which peft adds to modules_to_save
+
+# What may differ from peft's defaults. Anything else changes what the adapter computes in a way that is not known here.
+_KNOWN = frozenset(
+    {
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "modules_to_save",
+        "peft_version",
+        "r",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    }
+)
+_LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # inits under which peft loads a plain LoRA
+
+
+def read_adapter_config(folder: Path) -> peft.LoraConfig:
+    """The config of an adapter folder. UserError if it is none, or of a kind that cannot be trained on here."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if type(config) is not peft.LoraConfig:
+        raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its kin are supported.")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in _LEAVES_BASE_ALONE:
+        raise UserError(
+            f"{folder} was saved with init_lora_weights {init}, so it fits a base that this init has changed. Convert "
+            "it to a plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    plain = peft.LoraConfig().to_dict()
+    set_here = {key for key, value in config.to_dict().items() if value and value != plain.get(key)}
+    if strange := sorted(set_here - _KNOWN):
+        raise UserError(f"{folder} uses {', '.join(strange)}, which is not supported. Merge it into its base by peft.")
+    config.init_lora_weights = True
+    config.inference_mode = False
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS] or None
+    return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """What decides how an adapter is shipped."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    modules_to_save: tuple[str, ...]  # a scalar head is not among them
+
+
+def read_adapter_shape(folder: Path) -> AdapterShape:
+    """The shape of an adapter folder. UserError as in `read_adapter_config`."""
+    config = read_adapter_config(folder)
+    return AdapterShape(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        modules_to_save=tuple(config.modules_to_save or ()),
+    )
+
+
+def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+    """UserError if the adapter was trained on a model of another architecture. Reads headers alone.
+
+    scalar: the base gets a head of one value, as a critic or a reward model.
+    """
+    config = read_adapter_config(folder)
+    architecture = load_config(base, trust_remote_code=trust_remote_code)
+    trained_on = Path(config.base_model_name_or_path or "")
+    if (trained_on / "config.json").is_file():
+        other = load_config(str(trained_on), trust_remote_code=trust_remote_code)
+        if architecture_fingerprint(other) != architecture_fingerprint(architecture):
+            raise UserError(
+                f"the adapter {folder} was trained on {trained_on}, a model of another architecture than {base}. "
+                f"Name {trained_on} as the model, or an adapter of {base}."
+            )
+    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    if scalar:
+        architecture.num_labels = 1
+    with torch.device("meta"):
+        model = kind.from_config(architecture, trust_remote_code=trust_remote_code)
+        model = _injected(model, folder, config)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): it is damaged or cut. Get it again.") from error
+    _refuse_other_shapes(folder, base, found, _places(model), scalar=scalar)
+
+
+def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
+    """The model with a trained adapter as its only trainable part (and a scalar head), to go on from.
+
+    A frozen copy of it is kept: the initial model inside `adapter_disabled` is the base with the adapter as it is now.
+    A scalar model takes what it has modules for. UserError if the adapter does not fit.
+    """
+    config = read_adapter_config(folder)
+    config.lora_dropout = dropout
+    model = _filled(model, folder, config)
+    keep_initial(model, config)
+    return model
+
+
+def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
+    """The model with the folder's adapter."""
+    is_scalar = hasattr(model, "score")
+    model = _injected(model, folder, config)
+    tensors = load_file(folder / WEIGHTS)
+    places = _places(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
+    with torch.no_grad():
+        for name, parameter in places.items():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+    return model
+
+
+def merge_adapter(
+    base: str, adapter: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
+) -> None:
+    """Write the base with an adapter merged into it as a model folder, as peft's merge_and_unload computes it.
+
+    dtype: of the merge and of what is written. The adapter's tokenizer is taken if it has one. An adapter of a sequence
+    classifier gives one. UserError if the adapter is of another model.
+    """
+    config = read_adapter_config(adapter)
+    is_scalar = config.task_type == peft.TaskType.SEQ_CLS
+    refuse_misfit(adapter, base, scalar=is_scalar, trust_remote_code=trust_remote_code)
+    load = load_critic if is_scalar else load_causal_lm
+    model = _filled(load(base, dtype=dtype, trust_remote_code=trust_remote_code), adapter, config)
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    with torch.no_grad():
+        export_model(
+            folder,
+            ((source.name, source.make()) for source in weight_sources(model)),
+            model.config,
+            load_tokenizer(str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code),
+            dtype=dtype,
+            generation_config=getattr(model, "generation_config", None),
+        )
+
+
+def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
+    """The model with an untrained adapter of the folder's shape."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if hasattr(model, "score"):
+        config.modules_to_save = [name for name in config.modules_to_save or () if name in names] or None
+        config.task_type = peft.TaskType.SEQ_CLS
+    try:
+        return inject(model, config)
+    except ValueError as error:
+        raise UserError(f"the adapter {folder} does not fit the model: {' '.join(str(error).split())}") from error
+
+
+def _places(model: Any) -> dict[str, nn.Parameter]:
+    """Where each tensor of an adapter file belongs."""
+    return {
+        saved_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    }
+
+
+def _refuse_other_shapes(
+    folder: Path,
+    base: str,
+    found: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, nn.Parameter],
+    *,
+    scalar: bool,
+) -> None:
+    wanted = {name: tuple(parameter.shape) for name, parameter in places.items()}
+    low_rank = {name for name in wanted if ".lora_" in name}
+    missing = (low_rank if scalar else set(wanted)) - set(found)  # a scalar model may have a head or lack one
+    extra = {name for name in found if ".lora_" in name or not scalar} - set(wanted)
+    for name in sorted(missing | extra):
+        where = "the model has no such weight" if name in extra else "it is not in the file"
+        raise UserError(f"the adapter {folder} does not fit {base}: {name}: {where}. Name the model it was trained on.")
+    for name in sorted(set(wanted) & set(found)):
+        if wanted[name] != found[name]:
+            raise UserError(
+                f"the adapter {folder} does not fit {base}: {name} has shape {list(found[name])}, and the model needs "
+                f"{list(wanted[name])}. Name the model it was trained on."
+            )

@@ -1,0 +1,62 @@
+"""A frozen base of 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by bitsandbytes through transformers.
+
+Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype. bitsandbytes is
+no dependency: it is asked for before anything starts, and imported only where weights are quantised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+
+Quantize = Literal["nf4"]
+
+
+def refuse_without_bitsandbytes(key: str) -> None:
+    """UserError if the package is not there. `key` is the config's, for the message."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{key}: is nf4, but bitsandbytes, which stores weights in 4 bits, is not installed here. "
+            "Run `pip install 'ray-rlhf[qlora]'`, or set it to null."
+        )
+
+
+def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Options of from_pretrained, by which weights are quantised on the device as they are read. None: no options.
+
+    dtype: of the products, and of all that is not quantised.
+    """
+    if quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "device_map": {"": device},
+    }
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a weight of the model is stored in 4 bits."""
+    return any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+
+
+def dequantized(parameter: nn.Parameter) -> Tensor:
+    """The parameter, or what the model computes with if it is stored in 4 bits."""
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes' mark: no other parameter has it
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(parameter.data, state)
+    return weight

@@ -1,0 +1,90 @@
+"""A base in 4 bits: what it computes, an adapter over it, and both merged. Where bitsandbytes is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.models.export import export_model
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.lora import adapter_disabled, add_lora
+from rlhf.models.quantized import dequantized, is_quantized, refuse_without_bitsandbytes
+from rlhf.models.weights import weight_sources
+
+IS_THERE = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(not IS_THERE, reason="bitsandbytes is not installed: pip install -e '.[qlora]'")
+TOKENS = torch.arange(9)[None]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS).logits.float()
+    return result
+
+
+@pytest.mark.skipif(IS_THERE, reason="bitsandbytes is installed")
+def test_refused_where_nothing_can_quantise() -> None:
+    with pytest.raises(UserError, match=r"policy.lora.quantize: is nf4, but bitsandbytes.*ray-rlhf\[qlora\]"):
+        refuse_without_bitsandbytes("policy.lora.quantize")
+
+
+def test_a_plain_parameter_is_itself() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert dequantized(parameter) is parameter
+
+
+@needs_bitsandbytes
+def test_the_layers_but_the_head_and_what_they_compute(tiny_model: Path) -> None:
+    refuse_without_bitsandbytes("policy.lora.quantize")
+    plain = load_causal_lm(str(tiny_model), dtype=torch.float32)
+    model = load_causal_lm(str(tiny_model), dtype=torch.float32, quantize="nf4")
+    assert is_quantized(model)
+    assert not is_quantized(plain)
+    stored = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    assert len(stored) == 7 * model.config.num_hidden_layers
+    assert all("_proj." in name for name in stored)
+    assert architecture_fingerprint(model.config) == architecture_fingerprint(plain.config)
+    for name, parameter in model.named_parameters():
+        assert dequantized(parameter).shape == plain.get_parameter(name).shape
+    weight = plain.model.layers[0].self_attn.q_proj.weight
+    error = (dequantized(model.model.layers[0].self_attn.q_proj.weight) - weight).abs()
+    assert 0 < error.max() < 0.2 * weight.abs().max()  # the widest gap of nf4 is 0.30 of a block's largest weight
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True, "modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_off_and_merged(tiny_model: Path, tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = load_causal_lm(str(tiny_model), dtype=dtype, quantize="nf4")
+    before = logits(model)
+    model = add_lora(model, rank=4, alpha=8.0, dropout=0.0, **options)
+    assert torch.equal(logits(model), before)
+    model(TOKENS).logits.float().square().mean().backward()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    after = logits(model)
+    with adapter_disabled(model):
+        assert torch.equal(logits(model), before)
+    weights = ((source.name, source.make()) for source in weight_sources(model))
+    export_model(tmp_path / "m", weights, model.config, load_tokenizer(str(tiny_model)), dtype=dtype)
+    merged = load_causal_lm(str(tmp_path / "m"), dtype=dtype)
+    assert not is_quantized(merged)
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    assert (after - before).abs().max() > 0.3
+
+
+@needs_bitsandbytes
+def test_a_critic_keeps_its_head_whole(tiny_model: Path) -> None:
+    critic = load_critic(str(tiny_model), dtype=torch.float32, quantize="nf4")
+    assert is_quantized(critic)
+    assert critic.score.weight.dtype == torch.float32
