@@ -30,7 +30,7 @@ def test_centering() -> None:
 
 
 def test_steps_are_scored_where_they_end() -> None:
-    scores = torch.tensor([LOG3, math.inf, LOG3, LOG3], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([LOG3, math.nan, LOG3, LOG3], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([1.0, math.nan, 0.0, 0.5], dtype=torch.float64)
     mask = torch.tensor([True, False, True, True])
     terms = step_cross_entropy(scores, labels, mask)
