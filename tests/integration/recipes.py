@@ -35,7 +35,7 @@ ONLINE: Mapping[str, Any] = {
 
 def write_config(path: Path, changes: Mapping[str, Any], base: Mapping[str, Any] = ONLINE) -> Path:
     """A config file: `base` with `changes` merged over it, key by key. None removes a key."""
-    path.write_text(yaml.safe_dump(merge(base, changes)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(merge(base, changes), sort_keys=False), encoding="utf-8")
     return path
 
 
