@@ -41,6 +41,8 @@ def export_model(
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.use_cache = True  # off while training
+    if config.pad_token_id is None:  # a scalar head is read at a row's last token that is no padding
+        config.pad_token_id = tokenizer.pad_token_id
     with appearing(folder) as partial:
         _write_shards(partial, ((name, weight.to(dtype)) for name, weight in named_weights), shard_bytes=shard_bytes)
         config.save_pretrained(partial)

@@ -181,7 +181,7 @@ class TrainedWorker(ABC):
                 module.config,
                 self.tokenizer,
                 dtype=dtype,
-                generation_config=module.generation_config,
+                generation_config=module.generation_config if module.can_generate() else None,
             )
 
     def arithmetic(self) -> Arithmetic:
