@@ -73,17 +73,10 @@ class DPOConfig(PreferenceConfig):
             raise ValueError("`loss` is an empty mapping; name a loss")
         if "exo" in names and self.label_smoothing == 0.0:
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
-        if self.label_smoothing and not names & SMOOTHED:
-            raise ValueError(f"`label_smoothing` has no effect with {_named(names)}; it has with {_named(SMOOTHED)}")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
-            raise ValueError(f"`divergence` is for {_named(OF_MARGINS)}, not for {_named(names - OF_MARGINS)}")
-        if "divergence_alpha" in self.model_fields_set and self.divergence != "alpha":
-            raise ValueError(f"`divergence_alpha` has no effect with `divergence: {self.divergence}`; set it to alpha")
+            others = ", ".join(sorted(names - OF_MARGINS))
+            raise ValueError(f"`divergence` is for loss {', '.join(sorted(OF_MARGINS))}, not for {others}")
         return self
-
-
-def _named(losses: set[DPOLoss] | frozenset[str] | set[str]) -> str:
-    return f"loss {', '.join(sorted(losses))}"
 
 
 class DPO:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from rlhf.algorithms.cpo import CPOConfig
+from rlhf.algorithms.dpo import SMOOTHED, DPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
@@ -47,6 +49,7 @@ def inert_keys(config: Config) -> Iterator[Inert]:
     yield from _of_models(config)
     if isinstance(config.algorithm, OnlineConfig):
         yield from _of_algorithm(config, config.algorithm)
+    yield from _of_preferences(config)
     yield from _of_data_and_training(config)
     yield from _of_cluster(config)
 
@@ -133,6 +136,20 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if config.rewards and all(reward.function is None for reward in config.rewards.values()):
         keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
         yield from _all(keys, "no reward is a function", "add a reward with `function`")
+
+
+def _of_preferences(config: Config) -> Iterator[Inert]:
+    algorithm = config.algorithm
+    if isinstance(algorithm, DPOConfig):
+        if algorithm.divergence != "alpha":
+            why = f"algorithm.divergence is {algorithm.divergence}"
+            yield from _all("algorithm.divergence_alpha", why, "set algorithm.divergence to alpha")
+        if not SMOOTHED & set(algorithm.losses):
+            why = f"algorithm.loss {', '.join(algorithm.losses)} does not read it"
+            yield from _all("algorithm.label_smoothing", why, f"use one of {', '.join(sorted(SMOOTHED))}")
+    if isinstance(algorithm, CPOConfig) and algorithm.loss != "sigmoid":
+        why = f"algorithm.loss {algorithm.loss} does not read it"
+        yield from _all("algorithm.label_smoothing", why, "use sigmoid")
 
 
 def _of_data_and_training(config: Config) -> Iterator[Inert]:

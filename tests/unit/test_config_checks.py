@@ -251,7 +251,7 @@ def test_supervised_runs_take_no_keys_of_rollouts(
     [
         (
             ["data.max_sequence_tokens=8193"],
-            "data.max_sequence_tokens: is 8193 and must be at most train.max_tokens_per_microbatch = 8192",
+            "data.max_sequence_tokens: is 8193 and must be at most 8192: train.max_tokens_per_microbatch = 8192",
         ),
         (["data.too_long=skip"], "data.too_long: is skip, but data.max_unusable_fraction is 0"),
         (["data.train={}"], "data.train: is an empty mapping"),
@@ -339,3 +339,51 @@ def test_a_section_without_effect_is_named_once(tmp_path: Path, capsys: pytest.C
 def test_a_role_of_rollouts_in_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(tmp_path, capsys, SFT, ["cluster.roles.reference.workers=2"])
     assert "this run starts no reference role; remove it, or choose an algorithm that samples responses" in message
+
+
+PREFERENCES = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: dpo}
+data: {train: pairs.jsonl, eval: heldout.jsonl}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["algorithm.loss=exo"], "algorithm: `loss: exo` needs `label_smoothing` above 0"),
+        (["algorithm.loss={}"], "algorithm: `loss` is an empty mapping"),
+        (["algorithm.loss={ipo: 0.5, sigmo: 1}"], "algorithm.loss"),
+        (["algorithm.loss=nca", "algorithm.label_smoothing=0.1"], "algorithm.label_smoothing: has no effect here"),
+        (["algorithm.loss=nca", "algorithm.divergence=forward_kl"], "algorithm: `divergence` is for loss"),
+        (["algorithm.divergence_alpha=0.3"], "algorithm.divergence_alpha: has no effect here"),
+        (["reference.model=a/b"], "reference: has no effect here: the reference of algorithm dpo is the policy before"),
+        (["algorithm={name: simpo}", "reference.model=a/b"], "reference: has no effect here: algorithm simpo has no"),
+        (["algorithm={name: cpo, loss: ipo, label_smoothing: 0.1}"], "algorithm.label_smoothing: has no effect here"),
+        (["data.max_sequence_tokens=4097"], "data.max_sequence_tokens: is 4097 and must be at most 4096"),
+        (["data.eval=null", "train.early_stopping.patience=2"], "train.early_stopping: has no effect here"),
+        (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
+    ],
+)
+def test_what_preferences_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], text: str
+) -> None:
+    assert text in refusal(tmp_path, capsys, PREFERENCES, overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algorithm.loss={sigmoid: 0.8, bco: 0.2}",
+        "algorithm={name: kto, loss: apo_zero}",
+        "algorithm={name: orpo}",
+        "algorithm={name: reward_model, centering: 0.01}",
+        "algorithm={name: dpo, divergence: alpha, divergence_alpha: 0.3}",
+    ],
+)
+def test_preference_configs_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(PREFERENCES)
+    assert main(["plan", str(path), override]) == 0, capsys.readouterr().err

@@ -120,8 +120,14 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("policy.model=3", "policy.model: got 3, expected a string"),
         ("policy=3", "policy: got 3, expected a mapping"),
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
-        ("algorithm.name=pp", "algorithm.name: got 'pp', expected `ppo`, `grpo` or `sft`"),
-        ("algorithm={}", "algorithm.name: is missing: expected `ppo`, `grpo` or `sft`"),
+        (
+            "algorithm.name=pp",
+            "algorithm.name: got 'pp', expected `ppo`, `grpo`, `sft`, `reward_model`, `dpo`, `simpo`, `cpo`, `orpo` or `kto`",
+        ),
+        (
+            "algorithm={}",
+            "algorithm.name: is missing: expected `ppo`, `grpo`, `sft`, `reward_model`, `dpo`, `simpo`, `cpo`, `orpo` or `kto`",
+        ),
         (
             "cluster.roles.policy.threads=0",
             "cluster.roles.policy.threads: got 0, expected an integer >= 1 and <= 1024 or",
