@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,7 @@ class DPOConfig(PreferenceConfig):
 
     name: Literal["dpo"]
     """The algorithm."""
-    loss: DPOLoss | dict[DPOLoss, Annotated[float, Field(gt=0.0)]] = "sigmoid"
+    loss: DPOLoss | dict[str, float] = "sigmoid"
     """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the bond to the reference: the implicit reward is beta times the log-ratio."""
@@ -62,7 +62,7 @@ class DPOConfig(PreferenceConfig):
     """Of the alpha-divergence: 0 is the forward KL, towards 1 it becomes the reverse KL."""
 
     @property
-    def losses(self) -> Mapping[DPOLoss, float]:
+    def losses(self) -> Mapping[str, float]:
         """Each loss with its weight."""
         return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
 
@@ -71,6 +71,10 @@ class DPOConfig(PreferenceConfig):
         names = set(self.losses)
         if not names:
             raise ValueError("`loss` is an empty mapping; name a loss")
+        if unknown := sorted(names - set(get_args(DPOLoss))):
+            raise ValueError(f"`loss` names {unknown[0]!r}; there are {', '.join(get_args(DPOLoss))}")
+        if any(not weight > 0.0 for weight in self.losses.values()):
+            raise ValueError(f"`loss` has the weights {dict(self.losses)}, expected numbers above 0")
         if "exo" in names and self.label_smoothing == 0.0:
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:

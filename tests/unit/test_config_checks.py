@@ -355,7 +355,8 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
     [
         (["algorithm.loss=exo"], "algorithm: `loss: exo` needs `label_smoothing` above 0"),
         (["algorithm.loss={}"], "algorithm: `loss` is an empty mapping"),
-        (["algorithm.loss={ipo: 0.5, sigmo: 1}"], "algorithm.loss"),
+        (["algorithm.loss={ipo: 0.5, sigmo: 1}"], "algorithm: `loss` names 'sigmo'; there are sigmoid, robust"),
+        (["algorithm.loss={ipo: 0.5, hinge: -1}"], "expected numbers above 0"),
         (["algorithm.loss=nca", "algorithm.label_smoothing=0.1"], "algorithm.label_smoothing: has no effect here"),
         (["algorithm.loss=nca", "algorithm.divergence=forward_kl"], "algorithm: `divergence` is for loss"),
         (["algorithm.divergence_alpha=0.3"], "algorithm.divergence_alpha: has no effect here"),
