@@ -3,7 +3,7 @@
 The templates are written for these tests, each in the manner of a family: SmolLM2 (ChatML with a default system
 message), Llama 3.1 (header tokens, stripped content, tools in the first user message), Qwen 2.5 and 3 (tools in the
 system message, tool answers gathered in a user turn), Phi 3 (a last token that only the last turn has), R1 (a
-generation prompt that opens a tag).
+generation prompt that opens a tag), Harmony (a special token within the turn, and another one at its end).
 """
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ PHI = """\
 {%- for m in messages -%}{{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}"""
 
+# The token that ends the last turn is another one in the history.
+HARMONY = """\
+{%- for m in messages -%}
+  {{- '<|start|>' + m.role + '<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}"""
+
 R1 = """\
 {%- for m in messages -%}
   {%- if m.role == 'assistant' -%}{{- '<|assistant|>' + m.content.split('</think>')[-1] + '<|eos|>' -}}
@@ -99,6 +106,7 @@ def learnt(template: str, *messages: dict[str, Any], tools: Any = None, **column
     """The example's text, `[` and `]` around what is learnt."""
     tokenizer = byte_tokenizer()
     special = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"]
+    special += ["<|start|>", "<|message|>", "<|return|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": "<|reserved_0|>"})
     tokenizer.chat_template = template
     row = Row(file="c.jsonl", line=1, columns={"messages": list(messages), "tools": tools} | columns)
@@ -179,6 +187,15 @@ def test_reasoning_is_learnt_and_a_history_without_it_is_refused_or_left_to_the_
     told = learnt(QWEN3, USER, YES | {"train": False}, USER, thought)
     history = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
     assert told == history + end
+
+
+def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_last() -> None:
+    template = HARMONY.replace("loop.last", "loop.last and m.role == 'assistant'")
+    assert (
+        learnt(template, USER, YES) == "<|start|>user<|message|>hi<|end|><|start|>assistant[<|message|>yes<|return|>]"
+    )
+    with pytest.raises(UserError, match=r"c.jsonl:1: .*writes message 2 or those before it differently once message 4"):
+        learnt(template, USER, YES, USER, NO)
 
 
 @pytest.mark.parametrize(
