@@ -25,7 +25,7 @@ from tests.integration.test_online import kill_all, wait_for
 TRAIN = {"sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3, "checkpoint_every": 3}
 PIPELINE: dict[str, Any] = {
     "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "data": {"apply_chat_template": False, "max_prompt_tokens": 16},
+    "data": {"apply_chat_template": False},
     "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
     "stages": {
         "dpo": {
@@ -47,7 +47,7 @@ PIPELINE: dict[str, Any] = {
             "policy": {"model": "stage:dpo"},
             "reward": {"model": "stage:reward", "dtype": "float32"},
             "algorithm": {"name": "ppo", "critic_lr": 1e-3},
-            "data": {"train": {"task": "running_totals", "split": "train", "size": 64}},
+            "data": {"train": {"task": "running_totals", "split": "train", "size": 64}, "max_prompt_tokens": 16},
             "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8},
             "rewards": {"preference": {"role": "reward", "truncated_score": -1.0}},
             "train": {**TRAIN, "steps": 1},
