@@ -167,7 +167,7 @@ def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
         input="hello\n\nagain",
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
     )
