@@ -25,7 +25,7 @@ from rlhf.evaluation.results import Marking, Marks
 from rlhf.evaluation.statistics import powers_of_two
 from rlhf.evaluation.voting import answer_form
 from rlhf.models.loading import load_tokenizer, refuse_without_head
-from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights
+from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights, refuse_unservable
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Prompt
 
@@ -173,6 +173,8 @@ def _candidate(
         "system_prompt": decoding.system_prompt,
         "apply_chat_template": decoding.apply_chat_template,
     }
+    if rewards:
+        refuse_unservable(model)
     for name, source in sets.items():
         key = set_key.format(name)
         with named(key):

@@ -14,7 +14,7 @@ from rlhf.data.sources import Row, read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.loading import load_tokenizer
-from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.tracking import logs
 from rlhf.types import Prompt
 
@@ -105,6 +105,7 @@ def _rows(source: Sequence[str] | Path) -> list[Row]:
 
 def _loaded(name: str, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
     model = found_model(name, trust_remote_code=trust_remote_code)
+    refuse_unservable(model)
     return model, load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
 
 

@@ -69,6 +69,17 @@ def may_ask_the_hub(name: str) -> bool:
     return not Path(_base_of(folder)[0]).exists()
 
 
+def refuse_unservable(model: ModelOnDisk) -> None:
+    """UserError for an adapter that vLLM's engines do not know: DoRA, or one with whole layers of its own."""
+    if model.adapter is None:
+        return
+    path = Path(model.adapter, ADAPTER_CONFIG)
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
+    if found:
+        raise UserError(f"{path}: has {', '.join(found)}, which engines cannot serve. Merge the adapter into its base.")
+
+
 def refuse_broken_weights(folder: Path) -> None:
     """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
     if not folder.is_dir():

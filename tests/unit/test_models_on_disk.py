@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub
+from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
 
 
 def find(path: Path) -> ModelOnDisk:
@@ -77,6 +77,17 @@ def test_a_wrong_adapter_says_why(tmp_path: Path, config: dict[str, object], mes
     (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match=message):
         find(folder)
+
+
+def test_adapters_that_engines_cannot_serve(tiny_model: Path, tmp_path: Path) -> None:
+    refuse_unservable(find(tiny_model))
+    wrong = {"use_dora": True, "modules_to_save": ["lm_head"]}
+    for name, more in (("plain", {"use_dora": False, "modules_to_save": None}), ("wrong", wrong)):
+        folder = adapter(tmp_path / name, base_model_name_or_path=str(tiny_model), **more)
+        shutil.copy(tiny_model / "model.safetensors", folder / "adapter_model.safetensors")
+    refuse_unservable(find(tmp_path / "plain"))
+    with pytest.raises(UserError, match="has use_dora, modules_to_save, which engines cannot serve"):
+        refuse_unservable(find(tmp_path / "wrong"))
 
 
 def test_a_name_that_is_no_folder_may_be_the_hubs(tiny_model: Path, tmp_path: Path) -> None:

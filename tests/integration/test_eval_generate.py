@@ -1,0 +1,174 @@
+"""rlhf eval and rlhf generate with real engines: models whose every answer is known, an adapter beside peft."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rlhf
+from rlhf.cli import main
+from rlhf.evaluation.decoding import Decoding
+from rlhf.models.tiny import ASSISTANT, EOS
+from tests.integration.recipes import ONLINE, merge
+
+LOGIT = 40.0  # of the token that follows: no other one is ever drawn
+
+
+def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str]) -> Path:
+    """The tiny model cut down to a table: after the token on the left comes the one on the right.
+
+    Attention and MLP add nothing, so the head sees the last token's embedding, scaled by the norm to length sqrt(96).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, after in follows.items():
+            now, then = tokenizer.convert_tokens_to_ids([token, after])
+            state = model.model.norm(model.model.embed_tokens.weight[now])
+            model.lm_head.weight[then] += LOGIT * state / state.square().sum()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def says_7(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    follows = {"=": "7", "7": EOS, ASSISTANT: "h", "h": "i", "i": EOS}
+    return chain(tiny_model, tmp_path_factory.mktemp("models") / "says_7", follows)
+
+
+@pytest.fixture(scope="module")
+def says_2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chain(tiny_model, tmp_path_factory.mktemp("models") / "says_2", {"=": "2", "2": EOS})
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_eval_of_a_run_finds_what_is_known(
+    says_7: Path, says_2: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three of four answers are 7: what says 7 is right on those, and wins there against what says 2."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": a + b} for a, b in ((3, 4), (5, 2), (1, 6), (1, 1))]
+    held_out = write_rows(tmp_path / "heldout.jsonl", rows)
+    changes = {
+        "run": {"name": "known", "dir": str(tmp_path)},
+        "algorithm": {"name": "grpo"},
+        "policy": {"model": str(says_7)},
+        "data": {"train": "none.jsonl"},
+        "rewards": {"correct": {"function": "last_number"}},
+        "eval": {"temperature": 0.8, "samples_per_prompt": 2},
+    }
+    values = merge(ONLINE, changes)
+    values["data"]["eval"] = {"sums": str(held_out)}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    out = tmp_path / "out"
+    assert main(["eval", str(config), "--against", str(says_2), "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((out / "eval.json").read_text())
+    assert (told["model"], told["against"], told["samples"]) == (str(says_7), str(says_2), 2)
+    found = told["sets"]["sums"]
+    assert (found["num_rows"], found["num_failed"]) == (4, 0)
+    right = {"score", "rewards/correct", "pass@1", "pass@2", "maj@1", "maj@2", "win_rate"}
+    assert {name: one["value"] for name, one in found["metrics"].items()} == {
+        **dict.fromkeys(right, 0.75),
+        "truncated": 0.0,
+        "response_tokens": 2.0,  # the digit and the end of sequence
+    }
+    assert found["metrics"]["score"]["low"] < 0.75 < found["metrics"]["score"]["high"]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 16
+    assert {(row["model"], row["response"], row["answer"]) for row in samples} == {
+        (str(says_7), "7", "7"),
+        (str(says_2), "2", "2"),
+    }
+    assert main(["eval", str(config), "--out", str(out)]) == 2  # it is there already
+
+
+def test_eval_of_completions_that_the_model_would_give(
+    says_7: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{a}+4=", "completion": "7"} for a in range(5)])
+    words = ["eval", str(says_7), "--data", str(data), "--no-chat-template", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "perplexity" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["sums"]["metrics"]
+    assert found["token_accuracy"]["value"] == 1.0
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(found["loss"]["value"]))
+    assert found["perplexity"]["value"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
+    """Greedy, in float32: a prompt, and a conversation of a file."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    policy = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    folder = tmp_path / "run"
+    policy.save_pretrained(folder / "final")
+    (folder / "config.resolved.yaml").write_text("")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows: list[dict[str, Any]] = [{"prompt": "ab", "answer": 1}, {"messages": [{"role": "user", "content": "cd"}]}]
+    data = write_rows(tmp_path / "prompts.jsonl", rows)
+    decoding = Decoding(temperature=0.0, max_new_tokens=12)
+    answers = rlhf.generate(folder, data, decoding=decoding)
+    for text, answer in zip(("ab", "cd"), answers, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        assert answer.prompt == prompt
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            whole = policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert answer.response == tokenizer.decode(whole, skip_special_tokens=True)
+        assert answer.response_tokens == len(whole)
+        assert (answer.finish_reason == "length") == (len(whole) == 12 and whole[-1] != tokenizer.eos_token_id)
+        with policy.disable_adapter(), torch.no_grad():
+            assert (
+                whole.tolist() != policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+            )
+
+
+def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
+    """Each line a turn, blank ones none; the responses alone on stdout; the end of input ends it."""
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("rlhf")),
+            "generate",
+            str(says_7),
+            "--chat",
+            "--system-prompt",
+            "Be brief.",
+        ],
+        input="hello\n\nagain",
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (0, "hi\nhi\n"), done.stderr
