@@ -5,6 +5,7 @@ Sharded weights included: DoRA reads the base's norms, PiSSA its singular vector
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora with embedding": {"dora": True, "modules_to_save": ["embed_tokens"]},  # tied: the head too
     "pissa": {"init": "pissa", "rslora": True},
+    "4 bits": {},
 }
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=0, total_steps=6)
 OPTIMIZER = OptimizerSettings(lr=0.01, eps=1e-3, weight_decay=0.1, grad_clip=0.5, lora_plus_ratio=4.0)
@@ -45,13 +47,13 @@ def gang() -> Iterator[Gang]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    LlamaForCausalLM(small_config()).save_pretrained(path)
+    LlamaForCausalLM(small_config(hidden_size=64, intermediate_size=128)).save_pretrained(path)
     return path
 
 
 def loaded(folder: Path, kind: str) -> Any:
     torch.manual_seed(7)
-    model = load_causal_lm(str(folder), dtype=torch.float32)
+    model = load_causal_lm(str(folder), dtype=torch.float32, quantize="nf4" if kind == "4 bits" else None)
     return add_lora(model, rank=4, alpha=8.0, dropout=0.0, **KINDS[kind])
 
 
@@ -128,6 +130,10 @@ def train(rank: int, world_size: int, *, folder: Path, kind: str, stage: int, ch
 def test_trains_as_plain_adamw_and_resumes_exactly(
     gang: Gang, folder: Path, kind: str, stage: int, tmp_path: Path
 ) -> None:
+    if kind == "4 bits" and stage == 3:
+        pytest.skip("weights of 4 bits are not sharded: refused by the configuration")
+    if kind == "4 bits" and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed: pip install -e '.[qlora]'")
     adapter, merged = plain_training(folder, kind)
     for found in gang.run(train, folder=folder, kind=kind, stage=stage, checkpoint=tmp_path):
         assert found["adapter"].keys() == adapter.keys()
