@@ -38,8 +38,7 @@ class WeightSource:
 
     def make(self) -> Tensor:
         """The weight, once its parameters are whole. One of 4 bits comes as what the model computes with."""
-        combine: Callable[..., Tensor] = self.combine
-        return combine(*(dequantized(p).detach() for p in self.parameters))
+        return self.combine(*(dequantized(p).detach() for p in self.parameters))
 
 
 def lora_merged(
@@ -59,7 +58,7 @@ def dora_merged(
 ) -> Float[Tensor, "o i"]:
     """m * V / ||V|| with V = W + scaling * B A, norms over each output's row (arXiv:2402.09353, eq. 5), as in peft."""
     direction = weight + _update(lora_a, lora_b, scaling)
-    norm = torch.linalg.norm(direction, dim=1).to(direction.dtype)
+    norm: Tensor = torch.linalg.norm(direction, dim=1).to(direction.dtype)
     return ((magnitude / norm)[:, None] * direction).to(weight.dtype)
 
 
