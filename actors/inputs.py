@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from actors.hub import use_cache_if_silent
 from rlhf.config.data import DataSource
@@ -41,7 +41,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape, refuse_misfit
 from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, refuse_without_head
 from rlhf.models.on_disk import refuse_broken_weights
-from rlhf.models.quantized import refuse_without_bitsandbytes
+from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.loading import check_columns, load_reward
@@ -106,9 +106,9 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     adapters: dict[str, LoraConfig] = {}  # of those that will be an adapter, its shape
     stages = []
     for config in loaded.stages.values():
-        local = with_adapters(with_tiny(config, loaded.folder), adapters)
-        _refuse_unquantizable(local)
+        local = with_tiny(config, loaded.folder)
         _refuse_other_results(local, finals, adapters)
+        local = with_adapters(local, adapters)
         if _asks_the_hub(local, finals):
             use_cache_if_silent()
         for section, model in _models(local).items():
@@ -117,6 +117,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                     shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
                     refuse_broken_weights(Path(model.model))
                 _refuse_misfit(section, model, finals)
+                _refuse_unquantizable(section, model, shape, device=local.cluster.device)
                 if section in ("policy", "critic"):
                     with named(f"cluster.roles.{section}"):
                         refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
@@ -188,14 +189,14 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _refuse_unquantizable(config: Config) -> None:
-    """UserError if a base is to be kept in 4 bits and nothing here can."""
-    trained: dict[str, PolicyConfig | CriticConfig] = {"policy": config.policy}
-    if config.critic is not None:
-        trained["critic"] = config.critic
-    for name, section in trained.items():
-        if section.lora is not None and section.lora.quantize is not None:
-            refuse_without_bitsandbytes(f"{name}.lora.quantize")
+def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device: Literal["cpu", "cuda"]) -> None:
+    """UserError if the section's base is to be kept in 4 bits and cannot be, here."""
+    if (
+        isinstance(section, PolicyConfig | CriticConfig)
+        and section.lora is not None
+        and section.lora.quantize is not None
+    ):
+        refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
 
 
 def _refuse_other_results(config: Config, finals: Mapping[str, str], adapters: Mapping[str, LoraConfig]) -> None:

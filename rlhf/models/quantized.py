@@ -10,19 +10,35 @@ import importlib.util
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
 
 Quantize = Literal["nf4"]
+BLOCK = 64  # weights that share a scale
 
 
-def refuse_without_bitsandbytes(key: str) -> None:
-    """UserError if the package is not there. `key` is the config's, for the message."""
+def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", "cuda"]) -> None:
+    """UserError if a model of that config cannot be held in 4 bits here. `key` is the config's, for the message.
+
+    On a CPU bitsandbytes 0.50 dequantises a weight wrongly unless its rows are whole blocks of 64.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"{key}: is nf4, but bitsandbytes, which stores weights in 4 bits, is not installed here. "
             "Run `pip install 'ray-rlhf[qlora]'`, or set it to null."
+        )
+    if device != "cpu":
+        return
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(architecture)
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    if uneven := sorted({layer.in_features for layer in layers if layer.in_features % BLOCK}):
+        raise UserError(
+            f"{key}: is nf4, but the model has linear layers {', '.join(map(str, uneven))} wide, and on a CPU "
+            f"bitsandbytes needs a multiple of {BLOCK}. Use cluster.device cuda, another model, or set it to null."
         )
 
 
@@ -33,10 +49,8 @@ def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, devic
     """
     if quantize is None:
         return {}
-    from transformers import BitsAndBytesConfig
-
     return {
-        "quantization_config": BitsAndBytesConfig(
+        "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantize,
             bnb_4bit_use_double_quant=True,

@@ -38,8 +38,7 @@ class WeightSource:
 
     def make(self) -> Tensor:
         """The weight, once its parameters are whole. One of 4 bits comes as what the model computes with."""
-        combine: Callable[..., Tensor] = self.combine
-        return combine(*(dequantized(p).detach() for p in self.parameters))
+        return self.combine(*(dequantized(p).detach() for p in self.parameters))
 
 
 def lora_merged(

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlhf.tracking.metrics import expected
@@ -146,12 +147,13 @@ def test_ranks_zero_and_microbatches_change_nothing_but_rounding(unbroken: Path,
 
 
 @pytest.mark.timeout(300)
-def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [{}, {"init": "pissa", "rslora": True}], ids=["lora", "pissa"])
+def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path, kind: dict[str, Any]) -> None:
     config = write_config(
         tmp_path / "lora.yaml",
         {
             "run": {"name": "lora", "dir": str(tmp_path)},
-            "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0}},
+            "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, **kind}},
             "algorithm": {"name": "grpo", "kl": {"coef": 0.05}},
             "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2, "lr": 1e-2},
@@ -160,11 +162,37 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     train(config)
     found = rows(tmp_path / "lora")
     assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
-    assert found[1]["experience/kl_ref/mean"] == 0.0  # the adapter begins as the identity
+    # The adapter begins as the identity; of PiSSA, what is added and taken away again is rounded.
+    assert abs(found[1]["experience/kl_ref/mean"]) <= (1e-6 if kind else 0.0)
     assert found[2]["experience/kl_ref/mean"] > 0.0
     assert "memory/reference_rss_gib" not in found[2]
     assert (tmp_path / "lora" / "final" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_dora_policy_goes_on_from_an_adapter_and_ships_merged_weights(tmp_path: Path) -> None:
+    values = {
+        "run": {"name": "first", "dir": str(tmp_path)},
+        "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, "dora": True}},
+        "algorithm": {"name": "grpo", "kl": {"coef": 0.05}},
+        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+        "train": {"steps": 1, "lr": 1e-2},
+    }
+    train(write_config(tmp_path / "first.yaml", values))
+    adapter = tmp_path / "first" / "final"
+    assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"]
+    policy = {"model": "tiny:llama", "dtype": "float32", "lora": {"lora_plus_ratio": 4.0}, "adapter": str(adapter)}
+    second = {**values, "run": {"name": "second", "dir": str(tmp_path)}, "policy": policy}
+    train(write_config(tmp_path / "second.yaml", second))
+    for name in ("first", "second"):
+        found = rows(tmp_path / name)
+        assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
+        assert found[1]["experience/kl_ref/mean"] == 0.0  # the reference is the policy that each began as
+        assert "memory/reference_rss_gib" not in found[1]
+    weights = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("first", "second")]
+    assert weights[0].keys() == weights[1].keys()
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.timeout(300)

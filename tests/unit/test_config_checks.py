@@ -147,6 +147,32 @@ RELATIONS = {
         ["cluster.roles.reward.workers=2"],
         "cluster.roles.reward.workers: is 2, but it is colocated with rollout, which has 1 engines",
     ),
+    "an adapter to go on from is trained with lora": (
+        ["policy.adapter=some/folder"],
+        "policy.adapter: is some/folder, but policy.lora is null; write `lora: {}`",
+    ),
+    "a critic's too": (["critic={model: a/b, adapter: c}"], "critic.adapter: is c, but critic.lora is null"),
+    "an adapter of a stage is for pipelines": (
+        [LORA, "policy.adapter=stage:sft"],
+        "policy.adapter: got 'stage:sft', but this run is no stage",
+    ),
+    "pissa is no dora": (["policy.lora={init: pissa, dora: true}"], "policy.lora.init: is pissa, but dora takes"),
+    "pissa takes whole weights": (
+        ["policy.lora={init: pissa, quantize: nf4}"],
+        "policy.lora.init: is pissa, which takes weights apart, but policy.lora.quantize",
+    ),
+    "a module is adapted or trained whole": (
+        ["policy.lora={target_modules: [q_proj, o_proj], modules_to_save: [o_proj]}"],
+        "policy.lora.modules_to_save: has o_proj, which policy.lora.target_modules adapts",
+    ),
+    "4 bits are not sharded": (
+        ["policy.lora.quantize=nf4", "cluster.roles.policy.zero_stage=3"],
+        "cluster.roles.policy.zero_stage: is 3, but DeepSpeed does not shard weights of 4 bits (policy.lora.quantize)",
+    ),
+    "a critic's neither": (
+        ["critic={model: a/b, lora: {quantize: nf4}}", "cluster.roles.critic.zero_stage=3"],
+        "cluster.roles.critic.zero_stage: is 3, but DeepSpeed does not shard weights of 4 bits (critic.lora.quantize)",
+    ),
     "nccl is for GPUs": (["cluster.weight_sync=nccl"], "cluster.weight_sync: is nccl, which needs cluster.device cuda"),
     "shm is for CPUs": (
         [CUDA, "cluster.weight_sync=shm"],
@@ -173,6 +199,13 @@ INERT = {
     "reference.model=a/b": (["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
     "reference={model: some/model}": ([LORA], "the policy with its LoRA adapter off is that very model"),
     "cluster.roles.reference.cpus=2": ([LORA], "the policy with its adapter off is the reference"),
+    "policy.lora.rank=8": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
+    "policy.lora.dora=true": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
+    "critic.lora.init=pissa": (
+        ["critic={model: a/b, lora: {}, adapter: c}"],
+        "critic.adapter names an adapter, which has its own",
+    ),
+    "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
     "reward.model=a/b": ([], "no reward uses it"),
     "algorithm.kl.estimator=k2": ([GRPO], "algorithm.kl.coef is 0"),
     "algorithm.kl.place=reward": ([GRPO], "algorithm.kl.coef is 0"),
@@ -284,6 +317,10 @@ def test_offline_data_that_can_be_read(tmp_path: Path, overrides: list[str]) -> 
         ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
         ["cluster.roles.rollout.tensor_parallel=1"],
         [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
+        [LORA, "policy.adapter=a", "reference.model=some/model"],  # without the adapter
+        ["policy.lora={quantize: nf4}", "reference.model=some/model"],  # in full precision
+        [LORA, "policy.adapter=a", "policy.lora.lora_plus_ratio=16", "policy.lora.quantize=nf4"],
+        ["policy.lora={dora: true, rslora: true, layers: [0, 1], quantize: nf4}"],
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.derive import critic_model, derive, eval_sets, needs, weight_sync
+from rlhf.config.derive import (
+    critic_model,
+    derive,
+    eval_sets,
+    merged_because,
+    needs,
+    saved_rank,
+    ships_adapter,
+    weight_sync,
+)
 from rlhf.config.root import Config
 from rlhf.config.seating import fit, seat
 
@@ -66,6 +75,18 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
             {"policy", "rollout", "critic", "reference", "reward"},
             "workers",
         ),
+        (
+            PPO,
+            {"policy": {"model": "m", "lora": {}, "adapter": "a"}},
+            {"policy", "rollout", "critic", "reward"},
+            "adapter off",
+        ),
+        (
+            PPO,
+            {"policy": {"model": "m", "lora": {}, "adapter": "a"}, "reference": {"model": "m"}},
+            {"policy", "rollout", "critic", "reference", "reward"},
+            "workers",
+        ),
         ({"name": "sft"}, {"rollouts": None, "rewards": {}}, {"policy"}, "none"),
     ],
 )
@@ -79,6 +100,33 @@ def test_a_critic_that_is_not_named_is_as_the_policy() -> None:
     made = critic_model(config(PPO, policy={"model": "m", "dtype": "float32", "lora": {"rank": 4}}))
     assert (made.model, made.dtype, made.lora and made.lora.rank) == ("m", "float32", 4)
     assert critic_model(config(PPO, critic={"model": "n"})).model == "n"
+    lora = {"dora": True, "modules_to_save": ["lm_head"]}
+    made = critic_model(config(PPO, policy={"model": "m", "lora": lora, "adapter": "a"}))
+    assert made.adapter == "a"
+    assert made.lora is not None
+    assert (made.lora.dora, made.lora.modules_to_save) == (True, ())
+
+
+@pytest.mark.parametrize(
+    ("lora", "rank", "why"),
+    [
+        ({"rank": 8}, 8, None),
+        ({"rank": 8, "rslora": True, "layers": [0], "lora_plus_ratio": 4.0}, 8, None),
+        ({"rank": 8, "init": "pissa"}, 16, None),
+        ({"rank": 300, "init": "pissa"}, 600, "vLLM takes no rank of 600"),
+        ({"rank": 512}, 512, None),
+        ({"rank": 8, "dora": True}, 8, "vLLM takes no DoRA"),
+        ({"rank": 8, "modules_to_save": ["embed_tokens"]}, 8, "vLLM takes no modules_to_save"),
+        ({"rank": 8, "quantize": "nf4"}, 8, "the policy's base is nf4, the engines' is not"),
+    ],
+)
+def test_what_of_an_adapter_travels(lora: dict[str, Any], rank: int, why: str | None) -> None:
+    made = config(GRPO, policy={"model": "m", "lora": lora})
+    assert made.policy.lora is not None
+    assert saved_rank(made.policy.lora) == rank
+    assert merged_because(made.policy.lora) == why
+    assert ships_adapter(made) == (why is None)
+    assert not ships_adapter(config(GRPO))
 
 
 def test_a_single_evaluation_set_is_called_heldout() -> None:

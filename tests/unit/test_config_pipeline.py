@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config.dump import dump_yaml
 from rlhf.config.load import load, run_folder
 from rlhf.errors import UserError
 
@@ -141,3 +142,14 @@ def test_an_argument_makes_no_stage(file: Path) -> None:
 def test_a_mistake_in_a_shared_section_is_told_once(file: Path) -> None:
     file.write_text(BASE.replace("dtype: float32", "dtype: int8"))
     assert error(file) == f"{file}:2: policy.dtype: got 'int8', expected `float32` or `bfloat16`"
+
+
+def test_a_stage_goes_on_from_the_adapter_of_another(file: Path) -> None:
+    changes = ["stages.sft.policy.lora={}", 'stages.ppo.policy={model: "tiny:llama", lora: {}, adapter: "stage:sft"}']
+    loaded = load(file, changes)
+    assert loaded.stages["ppo"].policy.adapter == "out/demo/sft/final"
+    again = file.with_name("again.yaml")
+    again.write_text(dump_yaml(loaded))
+    assert "adapter: stage:sft" in again.read_text()
+    assert load(again).stages == loaded.stages
+    assert "stages.ppo.policy.adapter: got 'stage:stf'" in error(file, changes[0], changes[1].replace("sft", "stf"))

@@ -63,6 +63,20 @@ def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
     assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
 
 
+def test_what_of_an_adapter_travels(tmp_path: Path) -> None:
+    def sync(*overrides: str) -> str:
+        return fact(plan(tmp_path, *overrides), "weight sync")
+
+    assert sync("policy.lora={}") == "the adapter alone, as a folder"
+    way = "shm: policy and engines are on one CPU host"
+    assert sync("policy.lora.dora=true") == f"all weights, the adapter merged (vLLM takes no DoRA), by {way}"
+    assert sync("policy.lora={}", "policy.adapter=a").startswith(
+        "the adapter alone, as a folder, unless it is of a kind"
+    )
+    text = plan(tmp_path, "policy.lora={}", "policy.adapter=a", "reference=null")
+    assert "the policy with policy.adapter as it is now: no second model" in text
+
+
 def test_the_roles_and_the_bundles(tmp_path: Path) -> None:
     text = plan(tmp_path)
     assert fact(text, "rollout").split() == ["1", "2", "0.5", "0", "auto", "some/model"]

@@ -9,17 +9,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.export import export_model
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_config, load_critic, load_tokenizer
 from rlhf.models.lora import adapter_disabled, add_lora
-from rlhf.models.quantized import dequantized, is_quantized, refuse_without_bitsandbytes
+from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizable
 from rlhf.models.weights import weight_sources
 
 IS_THERE = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not IS_THERE, reason="bitsandbytes is not installed: pip install -e '.[qlora]'")
 TOKENS = torch.arange(9)[None]
+CONFIG = LlamaConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose weights are whole blocks."""
+    folder = tmp_path_factory.mktemp("quantized")
+    torch.manual_seed(0)
+    LlamaForCausalLM(CONFIG).save_pretrained(folder)
+    load_tokenizer(str(tiny_model)).save_pretrained(folder)
+    return folder
 
 
 def logits(model: Any) -> Tensor:
@@ -31,7 +50,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.skipif(IS_THERE, reason="bitsandbytes is installed")
 def test_refused_where_nothing_can_quantise() -> None:
     with pytest.raises(UserError, match=r"policy.lora.quantize: is nf4, but bitsandbytes.*ray-rlhf\[qlora\]"):
-        refuse_without_bitsandbytes("policy.lora.quantize")
+        refuse_unquantizable("policy.lora.quantize", CONFIG, device="cpu")
 
 
 def test_a_plain_parameter_is_itself() -> None:
@@ -40,10 +59,10 @@ def test_a_plain_parameter_is_itself() -> None:
 
 
 @needs_bitsandbytes
-def test_the_layers_but_the_head_and_what_they_compute(tiny_model: Path) -> None:
-    refuse_without_bitsandbytes("policy.lora.quantize")
-    plain = load_causal_lm(str(tiny_model), dtype=torch.float32)
-    model = load_causal_lm(str(tiny_model), dtype=torch.float32, quantize="nf4")
+def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
+    refuse_unquantizable("policy.lora.quantize", CONFIG, device="cpu")
+    plain = load_causal_lm(str(base), dtype=torch.float32)
+    model = load_causal_lm(str(base), dtype=torch.float32, quantize="nf4")
     assert is_quantized(model)
     assert not is_quantized(plain)
     stored = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
@@ -54,14 +73,14 @@ def test_the_layers_but_the_head_and_what_they_compute(tiny_model: Path) -> None
         assert dequantized(parameter).shape == plain.get_parameter(name).shape
     weight = plain.model.layers[0].self_attn.q_proj.weight
     error = (dequantized(model.model.layers[0].self_attn.q_proj.weight) - weight).abs()
-    assert 0 < error.max() < 0.2 * weight.abs().max()  # the widest gap of nf4 is 0.30 of a block's largest weight
+    assert 0 < error.max() < 0.16 * weight.abs().max()  # half the widest gap of nf4, 0.30 of a block's largest weight
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True, "modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trained_off_and_merged(tiny_model: Path, tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    model = load_causal_lm(str(tiny_model), dtype=dtype, quantize="nf4")
+def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = load_causal_lm(str(base), dtype=dtype, quantize="nf4")
     before = logits(model)
     model = add_lora(model, rank=4, alpha=8.0, dropout=0.0, **options)
     assert torch.equal(logits(model), before)
@@ -76,7 +95,7 @@ def test_trained_off_and_merged(tiny_model: Path, tmp_path: Path, dtype: torch.d
     with adapter_disabled(model):
         assert torch.equal(logits(model), before)
     weights = ((source.name, source.make()) for source in weight_sources(model))
-    export_model(tmp_path / "m", weights, model.config, load_tokenizer(str(tiny_model)), dtype=dtype)
+    export_model(tmp_path / "m", weights, model.config, load_tokenizer(str(base)), dtype=dtype)
     merged = load_causal_lm(str(tmp_path / "m"), dtype=dtype)
     assert not is_quantized(merged)
     torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
@@ -84,7 +103,15 @@ def test_trained_off_and_merged(tiny_model: Path, tmp_path: Path, dtype: torch.d
 
 
 @needs_bitsandbytes
-def test_a_critic_keeps_its_head_whole(tiny_model: Path) -> None:
-    critic = load_critic(str(tiny_model), dtype=torch.float32, quantize="nf4")
+def test_uneven_rows_are_refused_on_a_cpu(tiny_model: Path) -> None:
+    uneven = load_config(str(tiny_model))  # 96 wide
+    refuse_unquantizable("policy.lora.quantize", uneven, device="cuda")
+    with pytest.raises(UserError, match="linear layers 96 wide, and on a CPU bitsandbytes needs a multiple of 64"):
+        refuse_unquantizable("policy.lora.quantize", uneven, device="cpu")
+
+
+@needs_bitsandbytes
+def test_a_critic_keeps_its_head_whole(base: Path) -> None:
+    critic = load_critic(str(base), dtype=torch.float32, quantize="nf4")
     assert is_quantized(critic)
     assert critic.score.weight.dtype == torch.float32
