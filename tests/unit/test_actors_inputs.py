@@ -54,7 +54,7 @@ def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(
 ) -> None:
     found = inputs(folder, SFT)
     assert isinstance(found, OfflineInputs)
-    assert [example.example_id for example in found.examples] == [0, 1, 2]
+    assert [example.example_id for example in found.rows] == [0, 1, 2]
     assert found.shares == (
         Share(name="data.train.a.source", weight=3.0, size=2),
         Share(name="data.train.b.source", weight=1.0, size=1),
@@ -72,8 +72,8 @@ def test_the_limit_of_tokens_is_the_micro_batch_unless_it_is_lower(folder: Path)
     write(folder / "b.jsonl", [{"prompt": "x" * 30, "completion": "y" * 30}])
     with pytest.raises(UserError, match=r"b.jsonl:1: the example has 64 tokens, more than .*: 63. Raise it"):
         inputs(folder, SFT, "data.max_sequence_tokens=63")
-    assert len(inputs(folder, SFT).examples[-1].token_ids) == 64  # user, 30, eos, assistant, 30, eos
-    cut = inputs(folder, SFT, "data.max_sequence_tokens=40", "data.too_long=cut").examples[-1]
+    assert len(inputs(folder, SFT).rows[-1].token_ids) == 64  # user, 30, eos, assistant, 30, eos
+    cut = inputs(folder, SFT, "data.max_sequence_tokens=40", "data.too_long=cut").rows[-1]
     assert (len(cut.token_ids), sum(cut.loss_mask)) == (40, 7)
 
 

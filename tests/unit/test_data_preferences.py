@@ -58,7 +58,10 @@ def test_a_pair_of_strings_token_by_token(tokenizer: Any) -> None:
 def test_pair_i_is_sequences_2i_and_2i_plus_1(tokenizer: Any) -> None:
     one = {"prompt": "a", "chosen": "b", "rejected": "c"}
     pairs = load(tokenizer, one, one | {"chosen": "de"}).items
-    batch = pickle.loads(pickle.dumps(collate_pairs(pairs)))
+    collated = pickle.loads(pickle.dumps(collate_pairs(pairs)))
+    assert collated.prompt_tokens.tolist() == [pair.prompt_tokens for pair in pairs]
+    assert collated.margins.tolist() == [pair.margin or 0.0 for pair in pairs]
+    batch = collated.examples
     assert batch.sequence_ids.tolist() == [0, 1, 2, 3]
     assert batch.lengths.tolist() == [3, 3, 4, 3]
     assert batch.token_ids.tolist() == [97, 98, EOS, 97, 99, EOS, 97, 100, 101, EOS, 97, 99, EOS]
@@ -179,9 +182,30 @@ def test_labelled_answers_token_by_token(tokenizer: Any) -> None:
     assert [item.label for item in items] == [True, False]
     assert items[0].token_ids == (*b"abc", EOS)
     assert (items[0].prompt_tokens, items[1].prompt_tokens) == (2, 5)
-    batch = collate_labelled(items)
-    assert batch.lengths.tolist() == [4, 9]
-    assert batch.loss_mask.tolist() == [False] * 2 + [True] * 2 + [False] * 5 + [True] * 4
+    collated = collate_labelled(items)
+    assert collated.labels.tolist() == [item.label for item in items]
+    assert collated.prompt_tokens.tolist() == [2, 5]
+    batch = collated.examples
+    assert batch.lengths.tolist() == [4, 6, 9, 7]  # each answer, and its prompt with the other's answer
+    assert batch.loss_mask.tolist() == [
+        *([False] * 2 + [True] * 2),
+        *([False] * 2 + [True] * 4),
+        *([False] * 5 + [True] * 4),
+        *([False] * 5 + [True] * 2),
+    ]
+    first, mismatched, second, other = batch.token_ids.split(batch.lengths.tolist())
+    assert mismatched.tolist() == [*first[:2].tolist(), *second[5:].tolist()]
+    assert other.tolist() == [*second[:5].tolist(), *first[2:].tolist()]
+
+
+def test_a_mismatched_answer_is_never_longer_than_the_data(tokenizer: Any) -> None:
+    items = load_labels(
+        tokenizer,
+        {"prompt": "abcd", "completion": "e", "label": True},
+        {"prompt": "a", "completion": "bcde", "label": False},
+    ).items
+    batch = collate_labelled(items).examples
+    assert batch.lengths.tolist() == [6, 6, 6, 3]  # the first prompt leaves room for two tokens of the other's answer
 
 
 def test_labels_in_csv_are_the_words(tokenizer: Any, tmp_path: Path) -> None:
