@@ -47,8 +47,8 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-@pytest.mark.skipif(IS_THERE, reason="bitsandbytes is installed")
-def test_refused_where_nothing_can_quantise() -> None:
+def test_refused_where_nothing_can_quantise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"policy.lora.quantize: is nf4, but bitsandbytes.*ray-rlhf\[qlora\]"):
         refuse_unquantizable("policy.lora.quantize", CONFIG, device="cpu")
 
