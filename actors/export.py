@@ -13,7 +13,7 @@ from actors.inputs import with_adapters, with_tiny
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
-from rlhf.config.derive import offline_kind
+from rlhf.config.derive import has_scalar_head, offline_kind
 from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
@@ -52,7 +52,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
             "run": config.run,
             "policy": config.policy,
             # the same model and optimizer as any policy's; a reward model has a head besides
-            "algorithm": config.algorithm if offline_kind(config) == "reward_model" else SFTConfig(name="sft"),
+            "algorithm": config.algorithm if has_scalar_head(config) else SFTConfig(name="sft"),
             "data": config.data,
             "train": config.train,
             "cluster": config.cluster,

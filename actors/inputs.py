@@ -7,15 +7,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from actors.hub import use_cache_if_silent
+from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     critic_model,
     eval_sets,
+    has_scalar_head,
     is_online,
     max_sequence_tokens,
     needs,
@@ -34,6 +37,7 @@ from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import Pair, collate_pairs, load_pairs
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
+from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
@@ -48,19 +52,21 @@ from rlhf.rewards.loading import check_columns, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Examples, Pairs, Prompt
 
-OfflineRow = Example | Pair | Labelled
+OfflineRow = Example | Pair | StepLabelled | Labelled
 
 logger = logging.getLogger(__name__)
 LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
     "supervised": load_examples,
     "preference": load_pairs,
     "reward_model": load_pairs,
+    "step_rewards": load_step_labelled,
     "unpaired": load_labelled,
 }
 COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
     "supervised": collate,
     "preference": collate_pairs,
     "reward_model": collate_pairs,
+    "step_rewards": collate_steps,
     "unpaired": collate_labelled,
 }
 TINY = "tiny:llama"
@@ -136,7 +142,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
         finals[final] = source
         if local.policy.lora is not None:
             adapters[final] = local.policy.lora
-        if config.algorithm.name == "reward_model":
+        if has_scalar_head(config):
             reward_models.add(final)
     return stages
 
@@ -330,6 +336,8 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     unusable: list[Unusable] = []
 
     load = LOADERS[offline_kind(config)]
+    if isinstance(config.algorithm, ProcessRewardModelConfig):
+        load = partial(load, step_separator=config.algorithm.step_separator)
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
         with named(name):

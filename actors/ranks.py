@@ -19,6 +19,7 @@ from rlhf.workers.critic import CriticWorker
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.step_rewards import StepRewardWorker
 from rlhf.workers.supervised import SupervisedWorker
 from rlhf.workers.trained import TrainedWorker
 from rlhf.workers.unpaired import UnpairedWorker
@@ -95,6 +96,10 @@ class RewardModelRank(Meets, RewardModelWorker):
     """One rank of a reward model trained on pairs."""
 
 
+class StepRewardRank(Meets, StepRewardWorker):
+    """One rank of a process reward model."""
+
+
 class UnpairedRank(Meets, UnpairedWorker):
     """One rank of a policy trained on labelled responses."""
 
@@ -103,5 +108,6 @@ OFFLINE_RANKS: Mapping[OfflineKind, type[TrainedWorker]] = {
     "supervised": SupervisedRank,
     "preference": PreferenceRank,
     "reward_model": RewardModelRank,
+    "step_rewards": StepRewardRank,
     "unpaired": UnpairedRank,
 }

@@ -98,6 +98,13 @@ class Examples(Ragged):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledSteps(Examples):
+    """Responses in steps: `loss_mask` is True at the token that ends a step."""
+
+    step_labels: Bool[Tensor, " N"]  # whether the step that ends here is right; False elsewhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
     """P pairs of sequences: pair i is sequences 2i and 2i + 1 of `examples`, which begin with the same tokens.
 

@@ -12,6 +12,7 @@ from rlhf.algorithms.kto import KTO, KTOConfig
 from rlhf.algorithms.orpo import ORPO, ORPOConfig
 from rlhf.algorithms.pairs import PairAlgorithm
 from rlhf.algorithms.ppo import PPO, PPOConfig
+from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
@@ -22,6 +23,7 @@ AlgorithmConfig = (
     | GRPOConfig
     | SFTConfig
     | RewardModelingConfig
+    | ProcessRewardModelConfig
     | DPOConfig
     | SimPOConfig
     | CPOConfig

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
-OfflineKind = Literal["supervised", "preference", "reward_model", "unpaired"]
+OfflineKind = Literal["supervised", "preference", "reward_model", "step_rewards", "unpaired"]
 
 MAX_ENGINE_RANK = 512  # of an adapter in vLLM
 
@@ -43,7 +43,14 @@ def offline_kind(config: Config) -> OfflineKind:
         return "unpaired"
     if name in PAIR_ALGORITHMS:
         return "reward_model" if name == "reward_model" else "preference"
+    if name == "process_reward_model":
+        return "step_rewards"
     return "supervised"
+
+
+def has_scalar_head(config: Config) -> bool:
+    """Whether what the run trains is no language model: it scores."""
+    return config.algorithm.name in ("reward_model", "process_reward_model")
 
 
 def needs_reference_logprobs(config: Config) -> bool:

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
 from rlhf.data.pieces import Piece, Tokens, Writer
 from rlhf.data.sources import Row, refuse_half_characters, shown
 from rlhf.data.usable import Loaded, NotUsable
 from rlhf.errors import UserError
-from rlhf.types import Examples
+from rlhf.types import LabelledSteps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,16 @@ class StepLabelled:
     token_ids: tuple[int, ...]
     step_ends: tuple[int, ...]  # index of the token that ends each step, ascending: there its label is predicted
     labels: tuple[bool, ...]  # one a step; True: the step is right
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its sequence."""
+        return len(self.token_ids)
+
+    @property
+    def num_learnt(self) -> int:
+        """Its steps, at whose ends labels are learnt."""
+        return len(self.step_ends)
 
 
 def load_step_labelled(
@@ -64,9 +76,9 @@ def load_step_labelled(
     )
 
 
-def collate_steps(items: Sequence[StepLabelled]) -> Examples:
-    """Flat columns of several answers: answer i is sequence i, and `loss_mask` is True where a step ends."""
-    return collate(
+def collate_steps(items: Sequence[StepLabelled]) -> LabelledSteps:
+    """Flat columns of several answers: answer i is sequence i."""
+    examples = collate(
         [
             Example(
                 example_id=item.example_id,
@@ -75,6 +87,17 @@ def collate_steps(items: Sequence[StepLabelled]) -> Examples:
             )
             for item in items
         ]
+    )
+    right = [
+        _mask(len(item.token_ids), [end for end, label in zip(item.step_ends, item.labels, strict=True) if label])
+        for item in items
+    ]
+    return LabelledSteps(
+        sequence_ids=examples.sequence_ids,
+        lengths=examples.lengths,
+        token_ids=examples.token_ids,
+        loss_mask=examples.loss_mask,
+        step_labels=torch.tensor([label for one in right for label in one], dtype=torch.bool),
     )
 
 

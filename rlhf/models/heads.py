@@ -27,6 +27,12 @@ def token_values(
     return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)
 
 
+def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " N"]:
+    """The head at every token, in float32: what it says of the sequence up to there."""
+    hidden = hidden_states(model, token_ids, lengths)
+    return whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
+
+
 def sequence_scores(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " B"]:

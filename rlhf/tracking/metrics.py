@@ -14,12 +14,13 @@ from typing import Literal
 
 from rlhf.tracking.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
 
-Trait = Literal["online", "sft", "preference", "reference", "critic", "groups", "correction", "eval", "gpu"]
+Trait = Literal["online", "sft", "preference", "steps", "reference", "critic", "groups", "correction", "eval", "gpu"]
 
 TRAITS: Mapping[Trait, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, ...)",
     "sft": "supervised training on given responses",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
+    "steps": "training on labelled steps of responses (process reward models)",
     "reference": "there is a reference model",
     "critic": "there is a critic",
     "groups": "advantages compare the responses to one prompt",
@@ -162,6 +163,13 @@ _DECLARATIONS = (
     _metric("update/ratio/max", "1", Max, "online", "Largest exp(logprobs - old_logprobs)"),
     _metric("update/entropy/mean", "nats", Mean, "online", "Entropy of the policy's next-token distribution"),
     _metric("update/token_accuracy/mean", "1", Mean, "sft", "Learnt tokens that were the likeliest"),
+    _metric(
+        "update/step_accuracy/mean",
+        "1",
+        Mean,
+        "steps",
+        "Steps of responses whose label is on the side of 0 that the score says",
+    ),
     _metric("update/tokens/total", "tokens", Sum, "", "Tokens passed forward and backward, all epochs"),
     _metric("update/grad_norm", "1", Mean, "", "Norm of the gradient before clipping, mean over optimizer steps"),
     _metric("update/lr", "1", Last, "", "Learning rate of the last optimizer step"),

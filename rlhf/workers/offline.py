@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,10 +12,12 @@ from rlhf.config.root import Config
 from rlhf.engine.base import StepReport
 from rlhf.roles import Metrics
 from rlhf.tracking.reductions import Last, Mean
-from rlhf.types import MinibatchPlan, Pairs, TokenValues
+from rlhf.types import Examples, MinibatchPlan, Pairs, TokenValues
 from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import SharedPrompts, Slice, padded, slices
 from rlhf.workers.trained import TrainedWorker
+
+E = TypeVar("E", bound=Examples)
 
 BOTH = (0, 1)  # sides of a pair
 
@@ -58,6 +61,22 @@ class OfflineWorker(TrainedWorker):
         if self.place.rank != 0:
             return {}
         return {"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)}
+
+
+class ExamplesWorker(OfflineWorker, Generic[E]):
+    """One whose data are single sequences."""
+
+    def load_data(self, *sets: E) -> None:
+        """The data sets: the training set first."""
+        self.sets = sets
+
+    def cut(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Slice]]:
+        """This rank's examples of a plan, and their micro-batches. Collective."""
+        rows = plan.sequences_by_rank[self.data_rank]
+        examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        lengths = examples.lengths.tolist()
+        cut = slices(lengths, range(len(rows)), max_tokens=self.config.train.max_tokens_per_microbatch)
+        return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
 
 
 class PairsWorker(OfflineWorker):

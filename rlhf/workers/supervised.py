@@ -16,25 +16,21 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.offline import OfflineWorker
-from rlhf.workers.ragged import Slice, padded, slices
+from rlhf.workers.offline import ExamplesWorker
+from rlhf.workers.ragged import Slice
 
 
-class SupervisedWorker(OfflineWorker):
+class SupervisedWorker(ExamplesWorker[Examples]):
     """Cross-entropy on the tokens to be learnt, as a mean over those of the whole optimizer step."""
 
     def load_module(self) -> Any:
         """The language model."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
-    def load_data(self, *sets: Examples) -> None:
-        """The data sets: the training set first. A plan's sequence ids are rows of the set it is used on."""
-        self.sets = sets
-
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step on the named rows of the training set. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self._cut(0, plan)
+        examples, cut = self.cut(0, plan)
         for index, piece in enumerate(cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
                 loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens, trains=True)
@@ -52,7 +48,7 @@ class SupervisedWorker(OfflineWorker):
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self._cut(dataset, plan)
+        examples, cut = self.cut(dataset, plan)
         for piece in cut:
             with (
                 torch.no_grad(),
@@ -66,14 +62,6 @@ class SupervisedWorker(OfflineWorker):
             }
             parts.append(found)
         return merge(parts)
-
-    def _cut(self, dataset: int, plan: MinibatchPlan) -> tuple[Examples, list[Slice]]:
-        """This rank's examples, and their micro-batches. Collective."""
-        rows = plan.sequences_by_rank[self.data_rank]
-        examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
-        lengths = examples.lengths.tolist()
-        cut = slices(lengths, range(len(rows)), max_tokens=self.config.train.max_tokens_per_microbatch)
-        return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
 
     def _forward(
         self, examples: Examples, piece: Slice, *, token_weight: float, trains: bool = False

@@ -23,22 +23,29 @@ from rlhf.data.examples import Reading
 from rlhf.data.labelled import collate_labelled, load_labelled
 from rlhf.data.packing import balance
 from rlhf.data.preferences import collate_pairs, load_pairs
-from rlhf.data.sources import read_rows
+from rlhf.data.sources import Row, read_rows
+from rlhf.data.steps import collate_steps, load_step_labelled
 from rlhf.data.tasks import TaskSource
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import dpo
 from rlhf.objectives.unpaired_loss import kto
 from rlhf.tracking.metrics import merge, results
-from rlhf.types import MinibatchPlan, Pairs
+from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.referenced import ReferencedPolicy
+from rlhf.workers.step_rewards import StepRewardWorker
 from rlhf.workers.unpaired import UnpairedWorker
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3
-WORKERS = {"dpo": PreferenceWorker, "reward_model": RewardModelWorker, "kto": UnpairedWorker}
+WORKERS: Mapping[str, Any] = {
+    "dpo": PreferenceWorker,
+    "reward_model": RewardModelWorker,
+    "process_reward_model": StepRewardWorker,
+    "kto": UnpairedWorker,
+}
 
 
 def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int) -> Config:
@@ -61,7 +68,27 @@ def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers:
     return next(iter(checked(config).stages.values()))
 
 
-def data_of(name: str, model: str) -> Pairs:
+def steps_of(model: str) -> LabelledSteps:
+    """Sums in three steps, of which the one that the row's number names is wrong."""
+    rows = [
+        Row(
+            file="steps",
+            line=i + 1,
+            columns={
+                "prompt": f"{i}+{i}+{i}=",
+                "completions": [f"{i}", f"{2 * i + (i % 3 == 1)}", f"{3 * i}"],
+                "labels": [True, i % 3 != 1, i % 3 != 2],
+            },
+        )
+        for i in range(ROWS)
+    ]
+    reading = Reading(system_prompt=None, apply_chat_template=False, max_tokens=64)
+    return collate_steps(load_step_labelled(rows, load_tokenizer(model), reading).items)
+
+
+def data_of(name: str, model: str) -> Any:
+    if name == "process_reward_model":
+        return steps_of(model)
     split = "labelled" if name == "kto" else "pairs"
     rows = read_rows(TaskSource(task="running_totals", split=split, size=ROWS))
     reading = Reading(system_prompt=None, apply_chat_template=False, max_tokens=64)
@@ -71,10 +98,11 @@ def data_of(name: str, model: str) -> Pairs:
     return collate_pairs(load_pairs(rows, tokenizer, reading).items)
 
 
-def plan_of(pairs: Pairs, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
+def plan_of(data: Pairs | LabelledSteps, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
+    learnt = data.examples.take([2 * row for row in rows]) if isinstance(data, Pairs) else data.take(rows)
     return MinibatchPlan(
         sequences_by_rank=tuple(tuple(rows[i] for i in share) for share in balance([1.0] * len(rows), ranks)),
-        num_tokens=int(pairs.examples.take([2 * row for row in rows]).loss_mask.sum()),
+        num_tokens=int(learnt.loss_mask.sum()),
         num_sequences=len(rows),
     )
 
@@ -140,6 +168,7 @@ ALGORITHMS = [
     {"name": "dpo", "loss": {"ipo": 0.7, "bco": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
     {"name": "dpo", "loss": "aot", "length_alpha": 0.5},
     {"name": "reward_model", "centering": 0.01},
+    {"name": "process_reward_model"},
     {"name": "kto", "undesirable_weight": 1.5},
 ]
 
@@ -230,6 +259,26 @@ def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_a_process_reward_model_reads_its_head_where_steps_end(train: Train, model: str) -> None:
+    ours = train({"name": "process_reward_model"}, ranks=1)
+    data = steps_of(model)
+    plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    torch.nn.init.zeros_(plain.score.weight)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    for step in range(STEPS):
+        part = data.take(range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS))
+        hidden = [plain.model(ids[None]).last_hidden_state[0] for ids in part.token_ids.split(part.lengths.tolist())]
+        scores = plain.score(torch.cat(hidden))[:, 0][part.loss_mask]
+        labels = part.step_labels[part.loss_mask].float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert len(scores) == 3 * ROWS // STEPS
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
 
 

@@ -1,0 +1,18 @@
+"""Process reward models: a scalar head says of each step of a response whether it is right (arXiv:2305.20050)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+
+class ProcessRewardModelConfig(Section):
+    """Cross-entropy of each step's label, as a mean over all steps of the optimizer step."""
+
+    name: Literal["process_reward_model"]
+    """The algorithm."""
+    step_separator: str = Field(default="\n", min_length=1)
+    """Ends every step of a response but the last; added where the data lacks it."""
