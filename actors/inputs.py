@@ -108,7 +108,7 @@ class StageInputs:
 def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     """The inputs of every stage. UserError for the first thing that is wrong, whichever stage it is in."""
     finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
-    reward_models: set[str] = set()  # those of the folders that will have a scalar head
+    scored: dict[str, str] = {}  # of those that will have a scalar head, the algorithm that trains it
     adapters: dict[str, LoraConfig] = {}  # of those that will be an adapter, its shape
     stages = []
     for config in loaded.stages.values():
@@ -122,7 +122,8 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                 with named(f"{section}.model"):
                     shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
                     refuse_broken_weights(Path(model.model))
-                _refuse_misfit(section, model, finals)
+                is_scalar = section == "critic" or (section == "policy" and has_scalar_head(local))
+                _refuse_misfit(section, model, finals, scalar=is_scalar)
                 _refuse_unquantizable(section, model, shape, device=local.cluster.device)
                 if section in ("policy", "critic"):
                     with named(f"cluster.roles.{section}"):
@@ -130,10 +131,8 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                 if section == "reward":
                     with named("reward.model"):
                         refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
-            elif (section == "reward") != (model.model in reward_models) and section != "critic":
-                will = "reward" if model.model in reward_models else "language"
-                wanted = "a reward model" if section == "reward" else "a language model"
-                raise UserError(f"{section}.model: {model.model} will be a {will} model, expected {wanted}")
+            else:
+                _refuse_other_kind(section, model.model, local, trained_by=scored.get(model.model))
         source = finals.get(local.policy.model, local.policy.model)
         awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
         inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
@@ -143,8 +142,21 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
         if local.policy.lora is not None:
             adapters[final] = local.policy.lora
         if has_scalar_head(config):
-            reward_models.add(final)
+            scored[final] = config.algorithm.name
     return stages
+
+
+def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
+    """UserError if the result of an earlier stage is not what a section holds. trained_by: None: a language model."""
+    if section == "reward":
+        fits, wanted = trained_by == "reward_model", "a reward model"
+    elif section == "critic" or (section == "policy" and has_scalar_head(config)):
+        return  # a new head, or the one that is there
+    else:
+        fits, wanted = trained_by is None, "a language model"
+    if not fits:
+        will = "language model" if trained_by is None else trained_by.replace("_", " ")
+        raise UserError(f"{section}.model: {folder} will be a {will}, expected {wanted}")
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
@@ -155,6 +167,11 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         raise UserError(
             f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
             "differ. Resume with the model that it was made with, or choose another run.name."
+        )
+    if state["algorithm"] != config.algorithm.name:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {config.algorithm.name}. Resume "
+            "with the one that it was made with, or choose another run.name."
         )
 
 
@@ -220,7 +237,7 @@ def _refuse_other_results(config: Config, finals: Mapping[str, str], adapters: M
             )
 
 
-def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str]) -> None:
+def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *, scalar: bool) -> None:
     """UserError if an adapter was trained on another model than the section's."""
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
@@ -229,7 +246,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str]) -
             refuse_misfit(
                 Path(section.adapter),
                 section.model,
-                scalar=isinstance(section, CriticConfig),
+                scalar=scalar,
                 trust_remote_code=section.trust_remote_code,
             )
 
@@ -355,6 +372,10 @@ def _offline(config: Config, source: str) -> OfflineInputs:
         rows += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
     held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    for name, group in {"data.train": rows, **{f"data.eval.{name}": one for name, one in held_out.items()}}.items():
+        prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
+        if len(prompts) == 1:
+            raise UserError(f"{name}: all rows have one prompt; algorithm {config.algorithm.name} needs two or more.")
     longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return OfflineInputs(

@@ -145,6 +145,11 @@ class Prompt:
     text: str  # as the tokenizer was given it
     columns: Mapping[str, Any]
 
+    @property
+    def beside_tokens(self) -> bytes:
+        """Nothing: what the rewards read may be mended while a run is stopped."""
+        return b""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:

@@ -5,6 +5,7 @@ The reference is the policy before training. Its log-probabilities are computed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, get_args
@@ -73,8 +74,11 @@ class DPOConfig(PreferenceConfig):
             raise ValueError("`loss` is an empty mapping; name a loss")
         if unknown := sorted(names - set(get_args(DPOLoss))):
             raise ValueError(f"`loss` names {unknown[0]!r}; there are {', '.join(get_args(DPOLoss))}")
-        if any(not weight > 0.0 for weight in self.losses.values()):
+        if not all(0.0 < weight < math.inf for weight in self.losses.values()):
             raise ValueError(f"`loss` has the weights {dict(self.losses)}, expected numbers above 0")
+        if self.length_alpha < 1.0 and (self.length_normalize or self.sft_coef):
+            other = "length_normalize" if self.length_normalize else "sft_coef"
+            raise ValueError(f"`length_alpha` below 1 weighs a response's tokens unlike `{other}`; give up one of them")
         if "exo" in names and self.label_smoothing == 0.0:
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:

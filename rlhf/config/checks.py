@@ -69,9 +69,10 @@ def _presence(config: Config) -> Iterator[Problem]:
         yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
     best = config.train.best_metric
     sets = derive.eval_sets(config)
-    if best is not None and sets and not any(best.removeprefix("-").startswith(f"eval/{name}/") for name in sets):
-        known = ", ".join(f"eval/{name}/..." for name in sets)
-        yield _problem("train.best_metric", f"got {best!r}, expected a metric of an evaluation: {known}")
+    known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
+    if best is not None and sets and best.removeprefix("-") not in known:
+        text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
+        yield _problem("train.best_metric", text)
     for field in ("policy", "reference", "critic", "reward"):
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):

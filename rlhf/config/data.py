@@ -82,7 +82,8 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """A longer prompt is an error at load time. Offline sequences are bound by max_sequence_tokens."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
-    """Offline: tokens of the longest sequence, prompt and completion. null: train.max_tokens_per_microbatch."""
+    """Offline: tokens of the longest sequence, prompt and completion. null: train.max_tokens_per_microbatch, of
+    pairs half of it."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """Offline, a longer sequence: stops the run, is left out, or loses the end of its completion (never of its
     prompt)."""

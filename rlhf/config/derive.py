@@ -166,6 +166,22 @@ def eval_sets(config: Config) -> Mapping[str, DataSource]:
     return held_out if isinstance(held_out, dict) else {"heldout": held_out}
 
 
+EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
+    "supervised": ("loss", "token_accuracy"),
+    "preference": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
+    "reward_model": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
+    "step_rewards": ("loss", "accuracy"),
+    "unpaired": ("loss", "accuracy", "chosen_reward", "rejected_reward"),
+}
+
+
+def eval_metrics(config: Config) -> tuple[str, ...]:
+    """What an evaluation of the run measures on each set."""
+    if is_online(config):
+        return ("score", "truncated", "response_tokens", *config.rewards)
+    return EVAL_METRICS[offline_kind(config)]
+
+
 def responses_per_step(rollouts: RolloutsConfig) -> int:
     """Responses sampled, scored and trained on in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt

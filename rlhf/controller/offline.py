@@ -38,6 +38,9 @@ class DataRow(Protocol):
     def token_ids(self) -> Sequence[int]: ...
 
     @property
+    def beside_tokens(self) -> bytes: ...
+
+    @property
     def num_learnt(self) -> int:
         """Tokens that a mean over tokens counts."""
         ...
@@ -165,6 +168,7 @@ class OfflineController:
             "cursor": asdict(self.rows.state()),
             "best": self.best.state(),
             "policy": self.fingerprint,
+            "algorithm": self.config.algorithm.name,
         }
 
     async def restore(self, step: int) -> None:
@@ -173,5 +177,7 @@ class OfflineController:
         self.rows.restore(Cursor(**state["cursor"]))
         self.step = state["step"]
         self.best.restore(state["best"])
+        if self.best.step == step:  # the run may have been killed before it was marked
+            self.record.folder.mark_best(step)
         await self.role.load(self.record.folder.checkpoint(step) / "policy")
         logger.info("resumed from the checkpoint of step %d", step)

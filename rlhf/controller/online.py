@@ -400,6 +400,7 @@ class OnlineController:
             "kl_coef": self.kl_coef,
             "best": self.best.state(),
             "policy": self.fingerprint,
+            "algorithm": self.config.algorithm.name,
         }
 
     async def restore(self, step: int) -> None:
@@ -409,6 +410,8 @@ class OnlineController:
         self.prompts.restore(Cursor(**state["cursor"]))
         self.step, self.next_group, self.kl_coef = state["step"], state["next_group"], state["kl_coef"]
         self.best.restore(state["best"])
+        if self.best.step == step:  # the run may have been killed before it was marked
+            self.record.folder.mark_best(step)
         await self.roles.policy.load(folder / "policy")
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")

@@ -135,6 +135,9 @@ class Best:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
         value = row[self.metric]
+        if math.isnan(value):  # of nothing, or of a model that is lost: better than none
+            self.stale += 1
+            return False
         gain = math.inf
         if self.value is not None:
             gain = self.value - value if self.lower_is_better else value - self.value

@@ -50,6 +50,11 @@ class Example:
     loss_mask: tuple[bool, ...]  # True where the token is to be learnt; never the first
 
     @property
+    def beside_tokens(self) -> bytes:
+        """Which tokens are learnt."""
+        return bytes(self.loss_mask)
+
+    @property
     def longest(self) -> int:
         """Tokens of its longest sequence."""
         return len(self.token_ids)
@@ -134,7 +139,7 @@ def fit(example: Example, reading: Reading, *, place: str) -> Example:
     length, limit = len(example.token_ids), reading.max_tokens
     if length <= limit:
         return example
-    rule = f"data.max_sequence_tokens (null: train.max_tokens_per_microbatch): {limit}"
+    rule = f"data.max_sequence_tokens (null: train.max_tokens_per_microbatch, of pairs half of it): {limit}"
     if reading.too_long == "error":
         raise UserError(
             f"{place}: the example has {length} tokens, more than {rule}. Raise it, shorten the example, or set "

@@ -33,6 +33,11 @@ class Labelled:
         return self.example.token_ids
 
     @property
+    def beside_tokens(self) -> bytes:
+        """Which tokens are learnt, and the label."""
+        return self.example.beside_tokens + bytes([self.label])
+
+    @property
     def longest(self) -> int:
         """Tokens of its longest sequence."""
         return len(self.token_ids)
@@ -71,14 +76,20 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
 
 
 def collate_labelled(labelled: Sequence[Labelled]) -> Pairs:
-    """Flat columns of several answers: answer i is sequence 2i; 2i + 1 is its prompt with the answer to the next one's.
+    """Flat columns of several answers: answer i is sequence 2i; 2i + 1 is its prompt with another one's answer.
 
-    The mismatched answer loses its end where the sequence would be longer than the longest of the data.
+    That is the next answer to another prompt. It loses its end where the sequence would be longer than the longest of
+    the data. ValueError if there is one prompt only.
     """
     longest = max(len(one.token_ids) for one in labelled)
+    prompts = [one.token_ids[: one.prompt_tokens] for one in labelled]
     sequences: list[Example] = []
     for index, one in enumerate(labelled):
-        other, prompt = labelled[(index + 1) % len(labelled)].example, one.prompt_tokens
+        others = ((index + ahead) % len(labelled) for ahead in range(1, len(labelled)))
+        found = next((i for i in others if prompts[i] != prompts[index]), None)
+        if found is None:
+            raise ValueError("all answers are to one prompt, so none is to another")
+        other, prompt = labelled[found].example, one.prompt_tokens
         answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
         learnt = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
         mismatched = Example(

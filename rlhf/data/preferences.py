@@ -43,6 +43,12 @@ class Pair:
         return self.chosen.token_ids + self.rejected.token_ids
 
     @property
+    def beside_tokens(self) -> bytes:
+        """Where the sequences part, which tokens are learnt, and the margin."""
+        masks = self.chosen.beside_tokens + self.rejected.beside_tokens
+        return masks + repr((len(self.chosen.token_ids), self.margin)).encode()
+
+    @property
     def longest(self) -> int:
         """Tokens of its longest sequence."""
         return max(len(self.chosen.token_ids), len(self.rejected.token_ids))

@@ -32,6 +32,11 @@ class StepLabelled:
     labels: tuple[bool, ...]  # one a step; True: the step is right
 
     @property
+    def beside_tokens(self) -> bytes:
+        """Where steps end, and their labels."""
+        return repr((self.step_ends, self.labels)).encode()
+
+    @property
     def longest(self) -> int:
         """Tokens of its sequence."""
         return len(self.token_ids)

@@ -23,6 +23,11 @@ class Tokenized(Protocol):
     @property
     def token_ids(self) -> Sequence[int]: ...
 
+    @property
+    def beside_tokens(self) -> bytes:
+        """Whatever else it is trained with: masks, labels, margins."""
+        ...
+
 
 T = TypeVar("T", bound=Tokenized)
 
@@ -115,4 +120,5 @@ def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: S
     digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}".encode(), digest_size=16)
     for item in items:
         digest.update(array.array("q", [len(item.token_ids), *item.token_ids]))
+        digest.update(item.beside_tokens)
     return digest.hexdigest()

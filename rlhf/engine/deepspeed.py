@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -70,6 +70,7 @@ class DeepSpeedEngine:
         self._offload = offload
         self._steps = 0
         self._nonfinite_losses = 0
+        self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
@@ -127,10 +128,26 @@ class DeepSpeedEngine:
         return self._engine.module.module
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """function(module, ...) where DeepSpeed sees it: it gathers sharded weights around it."""
-        with rows_shared_by(self._sequence_group):
+        """function(module, ...) where DeepSpeed sees it: it gathers sharded weights around it.
+
+        Adapters drop out only where a gradient is taken: whatever measures the model measures one distribution.
+        """
+        with rows_shared_by(self._sequence_group), self._without_dropout() if self._measures() else nullcontext():
             result: T = self._engine(function, *args, **kwargs)
         return result
+
+    def _measures(self) -> bool:
+        return bool(self._dropouts) and not torch.is_grad_enabled()
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        for dropout in self._dropouts:
+            dropout.eval()
+        try:
+            yield
+        finally:
+            for dropout in self._dropouts:
+                dropout.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss."""

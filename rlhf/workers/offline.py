@@ -36,10 +36,6 @@ class Batch:
         """Which of `rows` a micro-batch holds."""
         return [place // self.num_sides for place in piece.rows[:: self.num_sides]]
 
-    def data_rows(self, piece: Slice) -> list[int]:
-        """The data set's rows that a micro-batch holds."""
-        return [self.rows[place] for place in self.places(piece)]
-
 
 class OfflineWorker(TrainedWorker):
     """One rank of the trained model of a run without rollouts. A plan's sequence ids are rows of a data set."""

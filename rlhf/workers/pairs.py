@@ -37,14 +37,14 @@ from rlhf.workers.referenced import ReferencedPolicy
 class _Slopes:
     """The step's losses and their derivatives, one entry a pair: what a coupled loss is to each of its pairs."""
 
-    places: dict[int, int]  # row: entry
+    first: int  # entry of this rank's first pair; its others follow
     losses: Float[Tensor, " P"]
     chosen: Float[Tensor, " P"]
     rejected: Float[Tensor, " P"]
 
-    def losses_of(self, scores: PairScores, rows: Sequence[int]) -> Float[Tensor, " B"]:
-        """The losses of these rows, with the gradient that the coupled loss has in them."""
-        at = torch.tensor([self.places[row] for row in rows], device=self.losses.device)
+    def losses_of(self, scores: PairScores, places: Sequence[int]) -> Float[Tensor, " B"]:
+        """The losses of the rank's pairs at these places, with the gradient that the coupled loss has in them."""
+        at = self.first + torch.tensor(places, device=self.losses.device)
         linear = self.chosen[at] * scores.chosen + self.rejected[at] * scores.rejected
         return self.losses[at] + linear - linear.detach()
 
@@ -119,7 +119,7 @@ class PairWorker(PairsWorker):
         scores = self._scores(batch, piece)
         if not piece.rows:
             return scores, (scores.chosen + scores.rejected).sum()
-        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.data_rows(piece))
+        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(piece))
         loss = losses.sum() / plan.num_sequences
         if self.algorithm.sft_coef:
             loss = loss - self.algorithm.sft_coef * scores.chosen.sum() / plan.num_tokens
@@ -127,10 +127,10 @@ class PairWorker(PairsWorker):
 
     def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
         """Look at all pairs of the step, on all ranks, and derive their coupled loss. Collective."""
-        order = sorted(row for rows in plan.sequences_by_rank for row in rows)
-        places = {row: place for place, row in enumerate(order)}
+        counts = [len(rows) for rows in plan.sequences_by_rank]  # a row that a step holds twice has two entries
+        first = sum(counts[: self.data_rank])
         names = [field.name for field in fields(PairScores)]
-        table = torch.zeros(len(order), len(names), dtype=torch.float64)
+        table = torch.zeros(sum(counts), len(names), dtype=torch.float64)
         alone = self.place.rank % self.resources.sequence_parallel == 0  # of those with the same pairs, one tells
         with torch.no_grad():
             for piece in batch.cut:
@@ -138,7 +138,7 @@ class PairWorker(PairsWorker):
                 if piece.rows and alone:
                     columns = [getattr(scores, name) for name in names]
                     told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
-                    table[[places[row] for row in batch.data_rows(piece)]] = torch.stack(told, 1).double().cpu()
+                    table[first + torch.tensor(batch.places(piece))] = torch.stack(told, 1).double().cpu()
         seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
         whole = PairScores(**dict(zip(names, seen, strict=True)))
         if batch.reference is None:
@@ -151,7 +151,7 @@ class PairWorker(PairsWorker):
             )
             losses = self.algorithm.losses(leaves)
             chosen, rejected = torch.autograd.grad(losses.sum(), [leaves.chosen, leaves.rejected])
-        return _Slopes(places=places, losses=losses.detach(), chosen=chosen, rejected=rejected)
+        return _Slopes(first=first, losses=losses.detach(), chosen=chosen, rejected=rejected)
 
     def _metrics(self, scores: PairScores, name: str) -> Metrics:
         """How the pairs of a micro-batch compare. `name` has a place for the quantity's."""

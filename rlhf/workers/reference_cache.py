@@ -5,7 +5,7 @@ A file is named by its content: the reference's weights, and the tokens with the
 
 from __future__ import annotations
 
-import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from rlhf.types import Examples, TokenValues
 
 
-def reference_key(named_weights: Iterable[tuple[str, Tensor]], examples: Examples) -> str:
-    """The name: a hash of all weights and of the data. Iterating the weights may be a collective."""
-    digest = xxhash.xxh3_128()
+def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]], examples: Examples) -> str:
+    """The name: a hash of the model and of the data. Iterating the weights may be a collective."""
+    digest = xxhash.xxh3_128(architecture.encode())
     for name, weight in named_weights:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -32,7 +32,7 @@ def reference_key(named_weights: Iterable[tuple[str, Tensor]], examples: Example
 def write_columns(path: Path, columns: TokenValues) -> None:
     """Write the file aside and rename it: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # another run may write the same one, on another host
     save_file({"logprobs": columns.values}, aside, metadata={"checksum": _checksum(columns.values)})
     aside.replace(path)
 

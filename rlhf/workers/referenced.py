@@ -32,7 +32,7 @@ class ReferencedPolicy(PairsWorker):
     def reference_key(self, dataset: int) -> str:
         """Names what the weights, as they are now, say of a data set: by both. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
-        return reference_key(self.engine.named_weights(dtype), self.sets[dataset].examples)
+        return reference_key(self.fingerprint, self.engine.named_weights(dtype), self.sets[dataset].examples)
 
     def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> tuple[TokenValues, int]:
         """Log-probabilities of the rows' tokens by the weights as they are now, and how many. Collective."""
@@ -62,7 +62,9 @@ class ReferencedPolicy(PairsWorker):
         """Take up what an earlier run wrote down, unless it is damaged or these weights do not say it. Collective."""
         examples = self.sets[dataset].examples
         found = read_columns(path, examples)
-        piece = slices(examples.lengths[:1].tolist(), [0], max_tokens=int(examples.lengths[0]))[0]
+        lengths = examples.lengths.tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        (piece,) = slices(lengths, [longest], max_tokens=lengths[longest])
         with torch.no_grad():
             ours = self.logprobs(examples, piece).float().cpu()
         if found is None:

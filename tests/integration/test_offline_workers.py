@@ -28,7 +28,7 @@ from rlhf.data.steps import collate_steps, load_step_labelled
 from rlhf.data.tasks import TaskSource
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.objectives.preference_loss import dpo
+from rlhf.objectives.preference_loss import aot_unpaired, dpo
 from rlhf.objectives.unpaired_loss import kto
 from rlhf.tracking.metrics import merge, results
 from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
@@ -108,7 +108,14 @@ def plan_of(data: Pairs | LabelledSteps, rows: Sequence[int], *, ranks: int) -> 
 
 
 def train_rank(
-    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
+    rank: int,
+    world_size: int,
+    *,
+    algorithm: dict[str, Any],
+    model: str,
+    folder: str,
+    tokens: int,
+    repeated: tuple[int, ...],
 ) -> list[Any]:
     """One rank: the metrics of its steps and of an evaluation after them, from the weights of the model folder."""
     place = RankPlace(
@@ -133,7 +140,7 @@ def train_rank(
         worker.keep_reference(0, Path(folder, f"{world_size}.safetensors"), *columns)
     found = []
     for step in range(STEPS):
-        rows = range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS)
+        rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), *repeated]
         found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
     found.append(worker.evaluate(0, "all", everything))
     return found
@@ -153,9 +160,11 @@ def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
     folder = str(tmp_path_factory.mktemp("runs"))
     gangs = {1: Gang(1), 2: Gang(2)}
 
-    def run(algorithm: dict[str, Any], *, ranks: int) -> list[dict[str, float]]:
+    def run(algorithm: dict[str, Any], *, ranks: int, repeated: tuple[int, ...] = ()) -> list[dict[str, float]]:
         tokens = 4096 if ranks == 1 else 64
-        found = gangs[ranks].run(train_rank, algorithm=algorithm, model=model, folder=folder, tokens=tokens)
+        found = gangs[ranks].run(
+            train_rank, algorithm=algorithm, model=model, folder=folder, tokens=tokens, repeated=repeated
+        )
         return [results(merge(parts)) for parts in zip(*found, strict=True)]
 
     yield run
@@ -219,6 +228,25 @@ def test_dpo_is_that_of_plain_torch(train: Train, model: str) -> None:
     margins = 0.3 * (ratios[0::2] - ratios[1::2])
     assert ours[STEPS]["eval/all/margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
     assert ours[STEPS]["eval/all/accuracy"] == int((margins > 0).sum()) / ROWS
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(train: Train, model: str, ranks: int) -> None:
+    ours = train({"name": "dpo", "loss": "aot_unpaired", "beta": 0.3}, ranks=ranks, repeated=(0, 7, 7))
+    plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    with torch.no_grad():
+        reference = sequence_logprobs(plain, pairs)
+    for step in range(STEPS):
+        rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), 0, 7, 7]
+        ratios = sequence_logprobs(plain, pairs) - reference
+        chosen, rejected = (ratios[[2 * row + side for row in rows]] for side in (0, 1))
+        loss = aot_unpaired(chosen, rejected, beta=0.3).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.timeout(600)

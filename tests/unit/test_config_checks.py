@@ -107,7 +107,8 @@ RELATIONS = {
     "a mapping of evaluation sets names one": (["data.eval={}"], "data.eval: is an empty mapping"),
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
-        "train.best_metric: got 'eval/other/score', expected a metric of an evaluation: eval/heldout/...",
+        "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, or one with `-` before it: "
+        "eval/heldout/score, eval/heldout/truncated",
     ),
     "a single run has no stages": (
         ["policy.model=stage:sft"],
@@ -402,6 +403,9 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["algorithm={name: cpo, loss: ipo, label_smoothing: 0.1}"], "algorithm.label_smoothing: has no effect here"),
         (["data.max_sequence_tokens=4097"], "data.max_sequence_tokens: is 4097 and must be at most 4096"),
         (["data.eval=null", "train.early_stopping.patience=2"], "train.early_stopping: has no effect here"),
+        (["train.best_metric=eval/heldout/score"], "before it: eval/heldout/loss, eval/heldout/accuracy"),
+        (["algorithm.loss={sigmoid: 1e999}"], "is not a finite number"),
+        (["algorithm={name: dpo, length_alpha: 0.5, sft_coef: 1}"], "algorithm: `length_alpha` below 1 weighs"),
         (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
     ],
 )

@@ -59,3 +59,10 @@ def test_without_early_stopping_it_is_never_over() -> None:
 def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(UserError, match=r"eval/heldout/mine.*There are: eval/heldout/score"):
         best_of("eval/heldout/mine").improves({"eval/heldout/score": 1.0}, 1)
+
+
+def test_what_is_no_number_is_never_the_best() -> None:
+    best = best_of("-eval/heldout/loss", EarlyStopping(patience=3))
+    improved = [best.improves({"eval/heldout/loss": v}, step) for step, v in enumerate([float("nan"), 2.0, 3.0, 1.0])]
+    assert improved == [False, True, False, True]
+    assert best.step == 3

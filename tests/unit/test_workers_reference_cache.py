@@ -50,14 +50,15 @@ def test_columns_of_other_data_are_not_read(tmp_path: Path) -> None:
 
 def test_the_name_is_that_of_weights_and_data() -> None:
     weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0], dtype=torch.bfloat16)}
-    key = reference_key(weights.items(), EXAMPLES)
-    assert key == reference_key(weights.items(), EXAMPLES)
-    assert key != reference_key((weights | {"b": torch.tensor([4.0], dtype=torch.bfloat16)}).items(), EXAMPLES)
-    assert key != reference_key(weights.items(), EXAMPLES.take([1, 0]))
+    key = reference_key("llama", weights.items(), EXAMPLES)
+    assert key == reference_key("llama", weights.items(), EXAMPLES)
+    assert key != reference_key("another", weights.items(), EXAMPLES)
+    assert key != reference_key("llama", (weights | {"b": torch.tensor([4.0], dtype=torch.bfloat16)}).items(), EXAMPLES)
+    assert key != reference_key("llama", weights.items(), EXAMPLES.take([1, 0]))
     other = Examples(
         sequence_ids=EXAMPLES.sequence_ids,
         lengths=EXAMPLES.lengths,
         token_ids=EXAMPLES.token_ids,
         loss_mask=torch.tensor([False, True, False, False, True]),
     )
-    assert key != reference_key(weights.items(), other)
+    assert key != reference_key("llama", weights.items(), other)
