@@ -134,7 +134,8 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, Section):
         changed = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
         return _cell(f"`{json.dumps(changed)}`") if changed else "see below"
-    return f"`{value}`" if isinstance(value, str | Path) else f"`{json.dumps(value)}`"
+    plain = isinstance(value, Path) or (isinstance(value, str) and value.isprintable())
+    return f"`{value}`" if plain else f"`{json.dumps(value)}`"
 
 
 def _line(text: str) -> str:
