@@ -233,13 +233,14 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
         model = architecture_fingerprint(load_config(str(tmp_path / "r" / "models" / "tiny-llama")))
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:
-            state = {"step": 3, "policy": model, "cursor": cursor, **changes}
+            state = {"step": 3, "policy": model, "algorithm": "grpo", "cursor": cursor, **changes}
             (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
             folder.commit_checkpoint(3)
         return refused(capsys, run, "--resume", "auto", *overrides)
 
     build_tiny_llama(tmp_path / "r" / "models" / "tiny-llama", seed=0)
-    assert "cursor belongs to other data: the rows, the tokenizer, run.seed or data.shuffle" in resumed_from()
+    assert "cursor belongs to other data: the rows, the tokenizer, the weights of data sets, run.seed" in resumed_from()
+    assert "is a checkpoint of algorithm dpo, not of grpo" in resumed_from(algorithm="dpo")
     assert "is a checkpoint of another model than policy.model" in resumed_from(policy="another")
     assert "train.steps: is 2, but r/checkpoints/step_000003 has done 3 already" in resumed_from("train.steps=2")
 
