@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from rlhf.errors import UserError
 from rlhf.models.linear import widen_linear_layers
@@ -131,6 +132,17 @@ def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
         )
 
 
+def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
+    """UserError if a model has no language-model head: it would get a random one. Reads its config alone."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if not _is_causal_lm(config):
+        classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
+        raise UserError(
+            f"The model {path} is a {classes}, not a causal language model: it has no head for the next token. Name "
+            "a language model."
+        )
+
+
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     """Parameters that a rank may hold a share of, whole inside. What rank 0 changes is kept. Collective."""
     if not any(hasattr(p, "ds_id") for p in parameters):  # DeepSpeed's mark
@@ -166,6 +178,15 @@ def _has_scalar_head(config: Any) -> bool:
     return config.num_labels == 1 and any(
         name.endswith("ForSequenceClassification") for name in config.architectures or []
     )
+
+
+def _is_causal_lm(config: Any) -> bool:
+    """By its class, of transformers or of the code that comes with it; by its type where it names no class."""
+    if not config.architectures:
+        return config.model_type in CAUSAL_LMS
+    brought = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    known = {*CAUSAL_LMS.values(), brought}
+    return any(name.endswith("ForCausalLM") or name in known for name in config.architectures)
 
 
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:

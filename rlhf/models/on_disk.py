@@ -13,7 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
-from rlhf.models.loading import load_config
+from rlhf.models.loading import load_config, refuse_no_language_model
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 ADAPTER_CONFIG = "adapter_config.json"  # peft's file
@@ -36,7 +36,7 @@ class ModelOnDisk:
 def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None) -> ModelOnDisk:
     """The model of a hub name or a folder. dtype None: the one that its config.json names.
 
-    UserError if there is none, or its weights are missing or cut.
+    UserError if there is none, if it is no language model, or if its weights are missing or cut.
     """
     folder = _of_run(Path(name).expanduser())
     base, adapter, rank = name if folder is None else str(folder), None, None
@@ -47,6 +47,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
             tokenizer = base
         refuse_broken_weights(folder)
     config = load_config(base, trust_remote_code=trust_remote_code)
+    refuse_no_language_model(base, trust_remote_code=trust_remote_code)
     refuse_broken_weights(Path(base))
     own = str(config.dtype).removeprefix("torch.")
     return ModelOnDisk(

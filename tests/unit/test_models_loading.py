@@ -17,6 +17,7 @@ from rlhf.models.loading import (
     load_critic,
     load_reward_model,
     load_tokenizer,
+    refuse_no_language_model,
 )
 
 
@@ -52,6 +53,31 @@ def test_a_reward_model_has_a_reward_head(tiny_model: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "reward")
     assert torch.equal(load_reward_model(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
     assert torch.equal(load_critic(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_language_model"),
+    [
+        ({}, True),
+        ({"architectures": None}, True),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, True),
+        ({"architectures": ["OwnLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnLM"}}, True),
+        ({"architectures": ["LlamaForSequenceClassification"]}, False),
+        ({"architectures": ["LlamaForTokenClassification"]}, False),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, False),
+        ({"architectures": [], "model_type": "t5"}, False),
+    ],
+)
+def test_a_language_model_has_a_head_for_tokens(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, object], is_language_model: bool
+) -> None:
+    path = with_config(tiny_model, tmp_path / "m", **changes)
+    if is_language_model:
+        refuse_no_language_model(path)
+        return
+    with pytest.raises(UserError, match=r"is a .*, not a causal language model: it has no head") as error:
+        refuse_no_language_model(path)
+    assert path in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/folder", "a/b/c"])

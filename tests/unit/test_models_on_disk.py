@@ -34,6 +34,19 @@ def test_a_model_folder(tiny_model: Path) -> None:
     assert find_model(str(tiny_model), trust_remote_code=False, dtype="bfloat16").dtype == "bfloat16"
 
 
+def test_a_reward_model_is_no_language_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(UserError, match="is a LlamaForSequenceClassification, not a causal language model"):
+        find(folder)
+    lora = adapter(tmp_path / "lora", base_model_name_or_path=str(folder))
+    shutil.copy(tiny_model / "model.safetensors", lora / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="not a causal language model"):
+        find(lora)
+
+
 def test_a_run_is_its_final_model(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.resolved.yaml").write_text("")
     with pytest.raises(UserError, match="is a run without final/: it has not ended"):
