@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
+    adapter_options,
     critic_model,
     eval_sets,
     has_scalar_head,
@@ -43,7 +44,14 @@ from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
 from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape, refuse_misfit
-from rlhf.models.loading import architecture_fingerprint, load_config, load_tokenizer, refuse_without_head
+from rlhf.models.loading import (
+    architecture_fingerprint,
+    load_config,
+    load_tokenizer,
+    refuse_no_language_model,
+    refuse_without_head,
+)
+from rlhf.models.lora import refuse_unfit
 from rlhf.models.on_disk import refuse_broken_weights
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
@@ -111,31 +119,21 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
     scored: dict[str, str] = {}  # of those that will have a scalar head, the algorithm that trains it
     adapters: dict[str, LoraConfig] = {}  # of those that will be an adapter, its shape
     stages = []
-    for config in loaded.stages.values():
-        local = with_tiny(config, loaded.folder)
-        _refuse_other_results(local, finals, adapters)
-        local = with_adapters(local, adapters)
-        if _asks_the_hub(local, finals):
-            use_cache_if_silent()
-        for section, model in _models(local).items():
-            if model.model not in finals:
-                with named(f"{section}.model"):
-                    shape = load_config(model.model, trust_remote_code=model.trust_remote_code)
-                    refuse_broken_weights(Path(model.model))
-                is_scalar = section == "critic" or (section == "policy" and has_scalar_head(local))
-                _refuse_misfit(section, model, finals, scalar=is_scalar)
-                _refuse_unquantizable(section, model, shape, device=local.cluster.device)
-                if section in ("policy", "critic"):
-                    with named(f"cluster.roles.{section}"):
-                        refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
-                if section == "reward":
-                    with named("reward.model"):
-                        refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
-            else:
-                _refuse_other_kind(section, model.model, local, trained_by=scored.get(model.model))
-        source = finals.get(local.policy.model, local.policy.model)
+    for name, config in loaded.stages.items():
+        with named(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+            local = with_tiny(config, loaded.folder)
+            _refuse_other_results(local, finals, adapters)
+            local = with_adapters(local, adapters)
+            if _asks_the_hub(local, finals):
+                use_cache_if_silent()
+            source = finals.get(local.policy.model, local.policy.model)
+            for section, model in _models(local).items():
+                if model.model in finals:
+                    _refuse_other_kind(section, model.model, local, trained_by=scored.get(model.model))
+                else:
+                    _refuse_unusable_model(section, model, local, finals, vocabulary_of=source)
+            inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
         awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
-        inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
         stages.append(StageInputs(config=local, written=config, inputs=inputs, awaits=awaits))
         final = str(run_folder(config) / "final")
         finals[final] = source
@@ -144,6 +142,56 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
         if has_scalar_head(config):
             scored[final] = config.algorithm.name
     return stages
+
+
+def _refuse_unusable_model(
+    section: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
+) -> None:
+    """UserError if a section's model is not there, is of another kind than it must be, or has another vocabulary."""
+    remote = model.trust_remote_code
+    is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
+    with named(f"{section}.model"):
+        shape = load_config(model.model, trust_remote_code=remote)
+        refuse_broken_weights(Path(model.model))
+        if section == "reward":
+            refuse_without_head(model.model, trust_remote_code=remote)
+        elif is_scalar:
+            _refuse_other_head(model.model, shape)
+        else:
+            refuse_no_language_model(model.model, trust_remote_code=remote)
+        if model.model != vocabulary_of:
+            _refuse_other_vocabulary(model.model, vocabulary_of, trust_remote_code=remote)
+    _refuse_misfit(section, model, finals, scalar=is_scalar)
+    _refuse_unquantizable(section, model, shape, device=config.cluster.device)
+    if isinstance(model, PolicyConfig | CriticConfig):
+        with named(f"cluster.roles.{section}"):
+            refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
+        if model.lora is not None and model.adapter is None:
+            try:
+                refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
+            except UserError as error:
+                raise UserError(f"{section}.{error}") from error
+
+
+def _refuse_other_head(path: str, shape: Any) -> None:
+    names = shape.architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names) and shape.num_labels != 1:
+        raise UserError(f"{path} has a head of {shape.num_labels} labels, expected one label, or a language model")
+
+
+def _refuse_other_vocabulary(path: str, policy: str, *, trust_remote_code: bool) -> None:
+    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do."""
+    ours = load_tokenizer(policy, trust_remote_code=trust_remote_code).get_vocab()
+    try:
+        theirs = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+    except UserError:
+        size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        theirs = ours if size >= len(ours) else {}
+    if ours != theirs:
+        raise UserError(
+            f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
+            "the same tokenizer"
+        )
 
 
 def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
@@ -420,8 +468,9 @@ def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
-    limit = load_config(source, trust_remote_code=config.policy.trust_remote_code).max_position_embeddings
-    if wanted > limit:
+    shape = load_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
+    limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
+    if limit is not None and wanted > limit:
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
         raise UserError(
             f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.ppo import PPOConfig
@@ -51,6 +51,11 @@ def offline_kind(config: Config) -> OfflineKind:
 def has_scalar_head(config: Config) -> bool:
     """Whether what the run trains is no language model: it scores."""
     return config.algorithm.name in ("reward_model", "process_reward_model")
+
+
+def adapter_options(lora: LoraConfig) -> dict[str, Any]:
+    """What rlhf.models.lora.add_lora takes: how the adapter is built, without how it is trained or what is under it."""
+    return lora.model_dump(exclude={"lora_plus_ratio", "quantize"})
 
 
 def needs_reference_logprobs(config: Config) -> bool:

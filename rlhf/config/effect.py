@@ -156,7 +156,12 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.data.eval is None:
         keys = "eval train.best_metric train.early_stopping"
         yield from _all(keys, "there is no data.eval", "name a held-out set as data.eval")
-    elif derive.is_online(config) and config.eval.temperature == 0.0:
+    elif config.train.early_stopping is not None:
+        evaluations = -(-config.train.steps // config.eval.every)
+        if config.train.early_stopping.patience >= evaluations:
+            why = f"the run has {evaluations} evaluations, too few to wait for {config.train.early_stopping.patience}"
+            yield from _all("train.early_stopping", why, "evaluate more often, or lower its patience")
+    if config.data.eval is not None and derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
         yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")
     if isinstance(config.data.train, dict) and len(config.data.train) == 1:

@@ -35,6 +35,10 @@ _SCALARS: dict[object, str] = {
 }
 
 
+# How pydantic calls a member of a union that has no name of its own, in an error's location.
+_MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\[.*\]|constrained-\w+")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One mistake: the key to blame first, and values, rule and fix in words."""
@@ -103,6 +107,8 @@ def _line_of_error(
                 break  # a scalar in a list: the list is to blame
             key = (*key, str(part))
             continue
+        if _MEMBER.fullmatch(part):
+            continue
         alternatives = [node for node in nodes if node is not types.NoneType]
         tagged = [node for node in alternatives if _tag(node) == part]
         below, its_field = _descend(nodes, part)
@@ -153,14 +159,27 @@ def all_keys(root: type[Section], at: Key = ()) -> Iterator[Key]:
 
 def _unknown(root: type[Section], section: Key, word: str, nodes: Sequence[Any]) -> str:
     names = [name for node in nodes if is_section(node) for name in node.model_fields]
+    others = [node for node in _alternatives(root, section) if node not in nodes and word in node.model_fields]
+    if others:  # a key of another form of this section, such as another algorithm's
+        ours, owners = (_choice([_tag(node) or "" for node in some]) for some in (nodes, others))
+        return f"is a key of {owners}; {ours} has {', '.join(sorted(set(names)))}"
     here = nearest(word, names)
     if here:
         return f"unknown key; did you mean {'.'.join((*section, here))}?"
-    everywhere = {key[-1]: ".".join(key) for key in reversed(list(all_keys(root)))}
+    elsewhere = [key for key in all_keys(root) if not section or key[: len(section)] != section]
+    everywhere = {key[-1]: ".".join(key) for key in reversed(elsewhere)}
     there = word if word in everywhere else nearest(word, list(everywhere))
     if there:
         return f"unknown key; did you mean {everywhere[there]}?"
     return f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(sorted(set(names)))}"
+
+
+def _alternatives(root: type[Section], section: Key) -> list[Any]:
+    """All forms that the section at a key may have."""
+    nodes: list[Any] = [root]
+    for part in section:
+        nodes, _ = _descend(nodes, part)
+    return [node for node in nodes if is_section(node)]
 
 
 def _descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:

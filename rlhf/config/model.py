@@ -20,7 +20,7 @@ class LoraConfig(Section):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt, or all of them but the head."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """Numbers of the transformer blocks to adapt, from 0. null: all."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import peft
 import torch
+import transformers
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -81,6 +82,32 @@ def inject(model: Any, config: peft.LoraConfig) -> Any:
         saved.modules_to_save = [*(config.modules_to_save or ()), "score"]
     model.peft_config = {ADAPTER: saved}
     return model
+
+
+def refuse_unfit(architecture: Any, *, scalar: bool, trust_remote_code: bool = False, **adapter: Any) -> None:
+    """UserError if a model of that config cannot get such an adapter (arguments of add_lora). Reads no weights.
+
+    scalar: the model gets a head of one value, as a critic or a reward model.
+    """
+    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    architecture = copy.deepcopy(architecture)
+    if scalar:
+        architecture.num_labels = 1
+    init = adapter.pop("init", "default")
+    with torch.device("meta"):
+        model = add_lora(kind.from_config(architecture, trust_remote_code=trust_remote_code), **adapter)
+    if init == "pissa":
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                _refuse_few_components(layer, rank=adapter["rank"])
+
+
+def _refuse_few_components(layer: Any, *, rank: int) -> None:
+    if rank > min(layer.in_features, layer.out_features):
+        raise UserError(
+            f"lora.rank: is {rank}, but a {layer.out_features} x {layer.in_features} weight has only "
+            f"{min(layer.in_features, layer.out_features)} principal components for init pissa; lower it"
+        )
 
 
 def keep_initial(model: Any, config: peft.LoraConfig) -> None:
@@ -159,11 +186,7 @@ def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
     for layer in layers:
         weight = layer.get_base_layer().weight
         with whole([weight]), torch.no_grad():
-            if config.r > min(layer.in_features, layer.out_features):
-                raise UserError(
-                    f"lora.rank: is {config.r}, but a {layer.out_features} x {layer.in_features} weight has only "
-                    f"{min(layer.in_features, layer.out_features)} principal components for init pissa; lower it"
-                )
+            _refuse_few_components(layer, rank=config.r)
             pair = principal_pair(weight, rank=config.r, scaling=layer.scaling[ADAPTER])
             for matrix, start in zip((layer.lora_A, layer.lora_B), pair, strict=True):
                 matrix[ADAPTER].weight.copy_(start)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.cluster import TrainedRole
+from rlhf.config.derive import adapter_options
 from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
@@ -137,18 +138,7 @@ class TrainedWorker(ABC):
             return module
         if model.adapter is not None:
             return load_adapter(module, Path(model.adapter), dropout=lora.dropout)
-        return add_lora(
-            module,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            layers=lora.layers,
-            rslora=lora.rslora,
-            dora=lora.dora,
-            init=lora.init,
-            modules_to_save=lora.modules_to_save,
-        )
+        return add_lora(module, **adapter_options(lora))
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """What is saved: the adapter alone for LoRA, else all weights. Collective."""

@@ -403,6 +403,8 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["algorithm={name: cpo, loss: ipo, label_smoothing: 0.1}"], "algorithm.label_smoothing: has no effect here"),
         (["data.max_sequence_tokens=4097"], "data.max_sequence_tokens: is 4097 and must be at most 4096"),
         (["data.eval=null", "train.early_stopping.patience=2"], "train.early_stopping: has no effect here"),
+        (["eval.every=2", "train.early_stopping.patience=5"], "the run has 5 evaluations, too few to wait for 5"),
+        (["algorithm.neftune_alpha=5"], "algorithm.neftune_alpha: is a key of `sft`; `dpo` has beta, "),
         (["train.best_metric=eval/heldout/score"], "before it: eval/heldout/loss, eval/heldout/accuracy"),
         (["algorithm.loss={sigmoid: 1e999}"], "is not a finite number"),
         (["algorithm={name: dpo, length_alpha: 0.5, sft_coef: 1}"], "algorithm: `length_alpha` below 1 weighs"),

@@ -145,6 +145,8 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("data.too_long=drop", "data.too_long: got 'drop', expected `error`, `skip` or `cut`"),
         ("data.max_unusable_fraction=1", "data.max_unusable_fraction: got 1, expected a number >= 0 and < 1"),
         ("data.eval={a: {task: t, size: 0}}", "data.eval.a.size: got 0, expected an integer >= 1"),
+        ("policy.lora={target_modules: []}", "policy.lora.target_modules: got [], expected `all-linear` or a list of"),
+        ("policy.lora={target_modules: [3]}", "policy.lora.target_modules"),
         ("data.eval={task: t, size: 3, wat: 1}", "data.eval.wat: unknown key"),
         ("data.eval={dict: {task: t, size: 0}}", "data.eval.dict.size: got 0, expected an integer >= 1"),
         ("data.eval={a: 3}", "data.eval.a: got 3, expected a string or a mapping"),
