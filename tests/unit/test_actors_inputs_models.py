@@ -61,7 +61,7 @@ def ppo(folder: Path, model: Path, **sections: Any) -> Any:
         **{
             "policy": {"model": str(model), "dtype": "float32"},
             "algorithm": {"name": "ppo"},
-            "data": {"train": {"task": "copy", "size": 8}},
+            "data": {"train": {"task": "running_totals", "size": 8}, "max_prompt_tokens": 64},
             "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4},
             "rewards": {"correct": {"function": "exact_match"}},
         }
