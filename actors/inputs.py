@@ -181,13 +181,15 @@ def _refuse_other_head(path: str, shape: Any) -> None:
 
 def _refuse_other_vocabulary(path: str, policy: str, *, trust_remote_code: bool) -> None:
     """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do."""
-    ours = load_tokenizer(policy, trust_remote_code=trust_remote_code).get_vocab()
+    tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+    ours = tokenizer.get_vocab()
+    ours.pop(tokenizer.pad_token, None)  # often added for training; no sequence has it
     try:
         theirs = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
     except UserError:
         size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         theirs = ours if size >= len(ours) else {}
-    if ours != theirs:
+    if any(theirs.get(token) != number for token, number in ours.items()):
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
             "the same tokenizer"

@@ -19,7 +19,7 @@ PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f" {n + n}", "rejected": " 0"} for
 
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: other_words (one token is another), no_words (no tokenizer), two_labels, encoder."""
+    """Folders: other_words (two tokens are swapped), more_words, no_words (no tokenizer), two_labels, encoder."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("other_words", "no_words", "two_labels"):
         shutil.copytree(tiny_model, folder / name)
@@ -28,6 +28,10 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (folder / "other_words" / "tokenizer.json").write_text(json.dumps(words))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<score>"]})
+    shutil.copytree(tiny_model, folder / "more_words")
+    tokenizer.save_pretrained(folder / "more_words")
     for path in (folder / "no_words").glob("*token*"):
         path.unlink()
     (folder / "no_words" / "chat_template.jinja").unlink(missing_ok=True)
@@ -115,8 +119,8 @@ def test_a_classifier_of_two_labels_becomes_no_reward_model(models: Path, tmp_pa
 def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp_path: Path) -> None:
     message = refusal(ppo(tmp_path, tiny_model, critic={"model": str(models / "other_words")}))
     assert message.startswith(f"critic.model: {models}/other_words has another vocabulary than policy.model")
-    run = ppo(tmp_path, tiny_model, critic={"model": str(models / "no_words")})
-    assert load_inputs(run)  # its weights alone: it reads what it is given
+    for name in ("no_words", "more_words"):  # its weights alone: it reads what it is given; a token that never comes
+        assert load_inputs(ppo(tmp_path, tiny_model, critic={"model": str(models / name)}))
 
 
 def test_in_a_pipeline_the_stage_is_named(tiny_model: Path, models: Path, tmp_path: Path) -> None:
