@@ -100,7 +100,7 @@ def _json(text: str) -> Any:
     """The value that a text is, or None."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or more digits or deeper than Python takes
         return None
 
 

@@ -134,8 +134,11 @@ def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
     )
 
 
-def fit(example: Example, reading: Reading, *, place: str) -> Example:
-    """The example within the limit, cut if that is wished, or NotUsable. UserError if a long one is an error."""
+def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[int] | None = None) -> Example:
+    """The example within the limit, cut if that is wished, or NotUsable. UserError if a long one is an error.
+
+    step_ends: numbers of tokens after which it may be cut, ascending; None: after any learnt token.
+    """
     length, limit = len(example.token_ids), reading.max_tokens
     if length <= limit:
         return example
@@ -150,7 +153,10 @@ def fit(example: Example, reading: Reading, *, place: str) -> Example:
     prompt = num_prompt_tokens(example)
     if prompt >= limit:
         raise NotUsable(place, f"the prompt of {prompt} tokens leaves the completion none of {rule}")
-    end = max(i for i in range(limit) if example.loss_mask[i]) + 1
+    ends = [i + 1 for i, learn in enumerate(example.loss_mask) if learn] if step_ends is None else step_ends
+    if ends[0] > limit:
+        raise NotUsable(place, f"prompt and first step have {ends[0]} tokens, more than {rule}")
+    end = max(end for end in ends if end <= limit)
     return Example(example_id=example.example_id, token_ids=example.token_ids[:end], loss_mask=example.loss_mask[:end])
 
 
@@ -182,9 +188,10 @@ def _pieces(row: Row, writer: Writer) -> list[Piece]:
     if "prompt" in columns or "completion" in columns:
         return writer.answer(row, "completion")  # says which of the two is missing
     found = ", ".join(f"`{name}`" for name in columns) or "nothing"
+    hint = row.renamed_away("messages", "prompt", "completion", "instruction", "output", "text")
     raise UserError(
         f"{row.place}: found {found}, expected the columns `messages`, or `prompt` and `completion`, or `instruction` "
-        "and `output`, or `text`. If yours have other names, set data.columns: {completion: ITS_NAME}."
+        f"and `output`, or `text`. {hint or 'If yours have other names, set data.columns: {completion: ITS_NAME}.'}"
     )
 
 

@@ -108,11 +108,12 @@ def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
 def _pieces(row: Row, writer: Writer) -> list[list[Piece]]:
     if "prompt" in row.columns:
         return [writer.answer(row, column) for column in ("chosen", "rejected")]
+    hint = row.renamed_away("prompt") or "If the prompt has another name, set data.columns: {prompt: ITS_NAME}."
     for column in ("chosen", "rejected"):
         if not isinstance(row.value(column), list):
             raise UserError(
                 f"{row.place}: column `prompt` is missing and column `{column}` is no list of messages, in which the "
-                "prompt could be. If the prompt has another name, set data.columns: {prompt: ITS_NAME}."
+                f"prompt could be. {hint}"
             )
     chosen = read_messages(row, column="chosen", system_prompt=writer.system_prompt)
     rejected = read_messages(row, column="rejected", system_prompt=writer.system_prompt)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf.errors import UserError
 Source = str | TaskSource
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_LARGEST = 3.4e38  # that float32 holds, rounded down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Row:
     file: str  # path, dataset name or task
     line: int  # counted from 1: a line of the file, or a row where the format has no lines
     columns: Mapping[str, Any]
+    renamed: Mapping[str, str] = field(default_factory=dict)  # the dataset's name of a column: the name it has here
 
     @property
     def place(self) -> str:
@@ -58,14 +61,17 @@ class Row:
         return found
 
     def number(self, column: str) -> float:
-        """A finite number, or its digits as text, as CSV has it. UserError if it is anything else."""
+        """A number that float32 holds, or its digits as text, as CSV has it. UserError if it is anything else."""
         value = self.value(column)
         try:
-            found = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+            found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
         except (ValueError, OverflowError):
-            found = math.nan
-        if not math.isfinite(found):
-            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a finite number.")
+            found = None
+        if found is None or not abs(found) <= _LARGEST:  # so that nan is none either
+            raise UserError(
+                f"{self.place}: column `{column}` is {shown(value)}, expected a finite number of float32, at most "
+                f"{_LARGEST:g} in size."
+            )
         return found
 
     def value(self, column: str, *, alternative: str = "") -> Any:
@@ -73,11 +79,17 @@ class Row:
         if column not in self.columns:
             also = f" (or `{alternative}`)" if alternative else ""
             found = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
+            hint = self.renamed_away(column, alternative)
             raise UserError(
                 f"{self.place}: column `{column}`{also} is missing; found {found}. "
-                f"If it has another name, set data.columns: {{{column}: ITS_NAME}}."
+                + (hint or f"If it has another name, set data.columns: {{{column}: ITS_NAME}}.")
             )
         return self.columns[column]
+
+    def renamed_away(self, *columns: str) -> str:
+        """The sentence that says which of these columns data.columns gave another name; empty: none of them."""
+        names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
+        return next((f"data.columns has renamed `{theirs}` to `{ours}`." for theirs, ours in names), "")
 
 
 def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -96,7 +108,10 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
         rows = _read_dataset(source)
     if not rows:
         raise UserError(f"{source if isinstance(source, str) else source.name} has no rows.")
-    return [_rename(row, columns) for row in rows] if columns else rows
+    if not columns:
+        return rows
+    renamed = {theirs: ours for ours, theirs in columns.items()}
+    return [_rename(row, columns, renamed) for row in rows]
 
 
 def refuse_half_characters(text: str, what: str) -> None:
@@ -108,7 +123,7 @@ def refuse_half_characters(text: str, what: str) -> None:
         raise UserError(f"{what} holds `{half}` at character {error.start + 1}, half of a character.") from error
 
 
-def _rename(row: Row, columns: Mapping[str, str]) -> Row:
+def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
     moved = {ours: row.value(theirs) for ours, theirs in columns.items() if theirs in row.columns}
     if len(moved) < len(columns):
         ours, theirs = next((o, t) for o, t in columns.items() if t not in row.columns)
@@ -116,10 +131,12 @@ def _rename(row: Row, columns: Mapping[str, str]) -> Row:
         raise UserError(f"{row.place}: data.columns.{ours} names `{theirs}`, which is missing; found {found}.")
     gone = {*columns.values(), *columns}
     kept = {name: value for name, value in row.columns.items() if name not in gone}
-    return Row(file=row.file, line=row.line, columns=kept | moved)
+    return Row(file=row.file, line=row.line, columns=kept | moved, renamed=renamed)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but its name ends as a file's does, {path.suffix}. Rename it.")
     if not path.is_file():
         raise UserError(f"{path} does not exist; looked for it from {Path.cwd()}.")
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -128,7 +145,7 @@ def _read_file(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{path} cannot be read: {_one_line(error.strerror or error)}.") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -137,21 +154,82 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.rstrip("\r\n"))
+                value = _JSON.decode(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON at character {error.pos + 1}: {error.msg}.") from error
+            except (ValueError, RecursionError) as error:
+                raise _not_held(path, number, error) from error
             yield _object_row(path, number, value)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    number = 0
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        for number, item in enumerate(_items(text, path), start=1):
+            yield _object_row(path, number, item)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}.") from error
-    if not isinstance(value, list):
+    except (ValueError, RecursionError) as error:
+        raise _not_held(path, number + 1, error) from error
+
+
+def _items(text: str, path: Path) -> Iterator[Any]:
+    """The items of a JSON list, one by one. UserError if it is no list; errors of JSON as `json.loads` has them."""
+    at = _behind_space(text, 0)
+    if not text.startswith("[", at):
+        value = _JSON.decode(text)
         raise UserError(f"{path} holds {shown(value)}, expected a list of objects; one object a line is .jsonl.")
-    for number, item in enumerate(value, start=1):
-        yield _object_row(path, number, item)
+    at = _behind_space(text, at + 1)
+    more = not text.startswith("]", at)
+    while more:
+        item, at = _JSON.raw_decode(text, at)
+        yield item
+        at = _behind_space(text, at)
+        more = text.startswith(",", at)
+        if more:
+            at = _behind_space(text, at + 1)
+        elif not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    end = _behind_space(text, at + 1)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+
+
+def _behind_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. _KeyTwice if two keys are equal."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+class _KeyTwice(ValueError):
+    """A JSON object has this key twice."""
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_each_once)
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _not_held(path: Path, number: int, error: ValueError | RecursionError) -> UserError:
+    """JSON that is none of Python's values."""
+    if isinstance(error, RecursionError):
+        return UserError(f"{path}:{number}: lists or objects are nested too deeply.")
+    if isinstance(error, _KeyTwice):
+        return UserError(f"{path}:{number}: an object has the key `{error}` twice.")
+    return UserError(f"{path}:{number}: a whole number has more than {sys.get_int_max_str_digits()} digits.")
+
+
+def _one_line(message: object) -> str:
+    """What a library says, on one line and without the full stop."""
+    return " ".join(str(message).split())[:300].rstrip(".")
 
 
 def _object_row(path: Path, number: int, value: object) -> Row:
@@ -162,7 +240,7 @@ def _object_row(path: Path, number: int, value: object) -> Row:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_without_nul(file, path), strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -176,7 +254,14 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     raise UserError(f"{path}:{first}: {len(values)} values under {len(header)} columns.")
                 yield Row(file=str(path), line=first, columns=dict(zip(header, values, strict=True)))
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not CSV: {error}.") from error
+            raise UserError(f"{path}:{reader.line_num}: not CSV: {_one_line(error)}.") from error
+
+
+def _without_nul(file: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if "\0" in line:
+            raise UserError(f"{path}:{number}: holds the character NUL, which no text has; the file may be damaged.")
+        yield line
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -184,18 +269,36 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
+        names = pyarrow.parquet.read_schema(path).names
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: two columns have the same name in {_one_line(', '.join(names))}.")
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}.") from error
-    for number, columns in enumerate(table.to_pylist(), start=1):
-        yield Row(file=str(path), line=number, columns=columns)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {_one_line(error)}.") from error
+    columns = {name: _parquet_column(path, name, table.column(name)) for name in table.column_names}
+    for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        yield Row(file=str(path), line=number, columns=dict(zip(columns, values, strict=True)))
+
+
+def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, KeyError, OverflowError) as error:  # no UTF-8, a time zone, a time out of range, equal names
+        kind = _one_line(column.type)[:60]
+        said = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {said}.") from error
 
 
 def _read_dataset(source: str) -> list[Row]:
     import datasets  # seconds to import, and most runs read a file
 
-    name, _, split = source.partition(":")
+    name, colon, split = source.partition(":")
     folder = Path(name)
+    if name.lower().endswith(FILE_SUFFIXES) and not folder.is_dir():
+        if colon:
+            raise UserError(f"{name} is a file, and a file has no splits; leave out `:{split}`.")
+        ending = folder.suffix.lower()
+        raise UserError(f"{name}: the ending of a file is written small here; rename it to end in {ending}.")
     if folder.is_file() or (not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1)):
         raise UserError(f"{name} is not a folder, nor a file that ends in {', '.join(FILE_SUFFIXES)}.")
     try:
@@ -203,12 +306,10 @@ def _read_dataset(source: str) -> list[Row]:
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, download_config=datasets.DownloadConfig(max_retries=1))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Dataset {name} cannot be loaded ({type(error).__name__}: {reason[:300]}).") from error
-    return [
-        Row(file=source, line=i, columns=columns) for i, columns in enumerate(_one_split(name, split, loaded), start=1)
-    ]
+        rows = _one_split(name, split, loaded)
+    except (OSError, ValueError, KeyError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"Dataset {name} cannot be loaded ({type(error).__name__}: {_one_line(error)}).") from error
+    return [Row(file=source, line=i, columns=columns) for i, columns in enumerate(rows, start=1)]
 
 
 def _one_split(name: str, split: str, loaded: Any) -> Sequence[Mapping[str, Any]]:

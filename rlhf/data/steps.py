@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,14 +62,10 @@ def load_step_labelled(
         labels = _labels(row)
         example = mark(first_id + index, sequences[0], place=row.place)
         ends = list(itertools.accumulate(len(piece.ids) for piece in sequences[0]))[-len(labels) :]
-        at_ends = replace(example, loss_mask=_mask(len(example.token_ids), [end - 1 for end in ends]))
-        fitted = fit(at_ends, reading, place=row.place)
-        kept = tuple(i for i, learn in enumerate(fitted.loss_mask) if learn)
+        token_ids = fit(example, reading, place=row.place, step_ends=ends).token_ids
+        kept = tuple(end - 1 for end in ends if end <= len(token_ids))
         return StepLabelled(
-            example_id=example.example_id,
-            token_ids=fitted.token_ids,
-            step_ends=kept,
-            labels=tuple(labels[: len(kept)]),
+            example_id=example.example_id, token_ids=token_ids, step_ends=kept, labels=tuple(labels[: len(kept)])
         )
 
     return load_sequences(

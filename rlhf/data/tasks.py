@@ -54,6 +54,11 @@ def make_rows(source: TaskSource) -> list[Columns]:
             f"The args of several tasks are objects under each task's name ({', '.join(names)}); "
             f"found {dict(source.args)}."
         )
+    if source.size < len(names):
+        raise UserError(
+            f"Task {source.task} is {len(names)} tasks and size: {source.size} leaves {names[-1]} without a row. "
+            f"Raise size to {len(names)} or more."
+        )
     shares = [source.size // len(names) + (i < source.size % len(names)) for i in range(len(names))]
     made = [
         _maker(name)(
@@ -190,7 +195,10 @@ def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
     answers = [str(row["answer"]) for row in rows]
     others = sorted(set(answers))
     if len(others) < 2:
-        raise UserError(f"{source.name}: all {len(rows)} questions have the answer {others[0]!r}; none is a wrong one.")
+        raise UserError(
+            f"{source.name}: no two answers differ (rows: {len(rows)}), and a wrong one is another question's. "
+            "Raise size, or let args cover a wider range."
+        )
     found = []
     for index, (row, right) in enumerate(zip(rows, answers, strict=True)):
         draw = random.Random(f"wrong {source.seed} {index}")

@@ -222,8 +222,9 @@ def test_the_first_few_rows_are_named_and_the_others_counted(tokenizer: Any) -> 
 
 
 def test_no_row_left_is_an_error_whatever_the_limit(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="1 of 1 rows cannot be used"):
-        read_all(tokenizer, EMPTY, max_unusable_fraction=0.99)
+    with pytest.raises(UserError) as caught:
+        read_all(tokenizer, EMPTY, EMPTY, max_unusable_fraction=0.99)
+    assert str(caught.value).endswith("empty.\nNone of the 2 rows can be used. Repair them.")
 
 
 def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
@@ -233,6 +234,9 @@ def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
         UserError, match=r"s.jsonl:1: found `question`, expected the columns `messages`, or `prompt` and"
     ):
         read_all(tokenizer, {"question": "a"}, max_unusable_fraction=0.99)
+    renamed = Row(file="s.jsonl", line=1, columns={"mesages": []}, renamed={"messages": "mesages"})
+    with pytest.raises(UserError, match=r"or `text`\. data.columns has renamed `messages` to `mesages`\.$"):
+        load_examples([renamed], tokenizer, Reading(system_prompt=None, apply_chat_template=True, max_tokens=9))
     with pytest.raises(UserError, match=r"s.jsonl:1: data.system_prompt has no effect on a string"):
         read_all(tokenizer, {"text": "a"}, system_prompt="s")
 

@@ -152,11 +152,18 @@ def test_a_pair_that_is_equal_once_cut_cannot_be_used(tokenizer: Any) -> None:
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` is the truth value True"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")}, "`margin` is the number inf"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1e300}, r"-1e\+300, expected .* float32"),
     ],
 )
 def test_faults_of_structure_stop_at_once(tokenizer: Any, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"p.jsonl:1: .*{message}"):
         load(tokenizer, row, max_unusable_fraction=0.99)
+
+
+def test_a_prompt_that_was_renamed_away_is_told(tokenizer: Any) -> None:
+    row = Row(file="p.jsonl", line=1, columns={"chosen": "b", "rejected": "c"}, renamed={"prompt": "promt"})
+    with pytest.raises(UserError, match=r"column `prompt` is missing .* data.columns has renamed `prompt` to `promt`"):
+        load_pairs([row], tokenizer, reading())
 
 
 def test_a_margin_may_be_missing_null_or_text_as_csv_has_it(tokenizer: Any) -> None:

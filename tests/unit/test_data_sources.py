@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rlhf.data.sources import Row, read_rows
@@ -84,6 +87,7 @@ def test_a_task_is_a_source_too() -> None:
         ("d.jsonl", b'{"prompt": "\xff"}', r"d.jsonl is not UTF-8 text"),
         ("d.json", '[{"prompt": "a"},\n {"prompt" "b"}]', r"d.json:2: not JSON at column 12"),
         ("d.json", '{"prompt": "a"}', r"d.json holds an object, expected a list"),
+        ("d.csv", 'prompt,answer\n"a\nb\0",1\n', r"d.csv:3: .*NUL"),
         ("d.csv", "prompt,answer\na,1\nb\n", r"d.csv:3: 1 values under 2 columns"),
         ("d.csv", 'prompt\n"a', r"d.csv:2: not CSV: unexpected end of data"),
         ("d.csv", "prompt,prompt\na,b\n", r"d.csv:1: two columns have the same name"),
@@ -96,6 +100,92 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, text: s
         read_rows(save(tmp_path / name, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.jsonl", '{"a": 1}\n{"a": %s', "d.jsonl:2: %s"),
+        ("d.json", '[{"a": 1}, {"a": %s', "d.json:2: %s"),
+        ("d.json", "%s", "d.json:1: %s"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["deep", "digits", "twice"])
+def test_json_that_cannot_be_held_is_named(tmp_path: Path, name: str, text: str, message: str, fault: str) -> None:
+    value, said = {
+        "deep": ("[" * 100_000, r"lists or objects are nested too deeply\."),
+        "digits": ("-" + "1" * 5000, r"a whole number has more than 4300 digits\."),
+        "twice": ('{"b": {"c": 1, "d": 2, "c": 1}}', r"an object has the key `c` twice\."),
+    }[fault]
+    with pytest.raises(UserError, match=message % said + "$"):
+        read_rows(save(tmp_path / name, text % value + "}]"[: 0 if text == "%s" else 1 if name == "d.jsonl" else 2]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", " [ ]\n", '[{"a": [1, 2]} , {}]\r\n', "[{}", "[{}}", "[{} {}]", "[{},]", "[,{}]", "[", "[{}] x", "[{},", ""],
+)
+def test_a_list_is_read_as_json_reads_it(tmp_path: Path, text: str) -> None:
+    source = save(tmp_path / "d.json", text)
+    try:
+        expected = json.loads(text)
+    except json.JSONDecodeError as error:
+        with pytest.raises(UserError, match=f"d.json:{error.lineno}: not JSON at column {error.colno}: {error.msg}"):
+            read_rows(source)
+    else:
+        if expected:
+            assert [r.columns for r in read_rows(source)] == expected
+        else:
+            with pytest.raises(UserError, match="has no rows"):
+                read_rows(source)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (pyarrow.array([0, 2**62], pyarrow.timestamp("us")), r"`a` \(timestamp\[us\]\).*out of range"),
+        (pyarrow.array([2**30], pyarrow.date32()), r"`a` \(date32\[day\]\).*magnitude"),
+        (pyarrow.array([2**62], pyarrow.duration("s")), r"`a` \(duration\[s\]\)"),
+        (pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Olympus")), r"`a` .*tz=Mars/Olympus.*UnknownTimeZone"),
+        (pyarrow.array([b"\xff"]).view(pyarrow.string()), r"`a` \(string\) cannot be read: UnicodeDecodeError"),
+        (pyarrow.StructArray.from_arrays([pyarrow.array([1])] * 2, names=["x", "x"]), r"`a` .*duplicate field names"),
+    ],
+)
+def test_a_parquet_value_that_python_cannot_hold_is_named(tmp_path: Path, values: Any, message: str) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"b": [1] * len(values), "a": values}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=rf"d.parquet: column {message}"):
+        read_rows(str(tmp_path / "d.parquet"))
+
+
+def test_a_datasets_value_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    values = pyarrow.table({"a": pyarrow.array([2**62], pyarrow.timestamp("us"))})
+    datasets.Dataset(datasets.table.InMemoryTable(values)).save_to_disk(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"plain cannot be loaded \(OverflowError: date value out of range\)\.$"):
+        read_rows(str(tmp_path / "plain"))
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array([1])] * 2, names=["a", "a"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d.parquet: two columns have the same name in a, a\."):
+        read_rows(str(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize("fault", ["page", "footer", "half", "empty"])
+def test_a_corrupt_parquet_file_gets_one_short_line(tmp_path: Path, fault: str) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["ab"] * 9}), tmp_path / "d.parquet")
+    whole = (tmp_path / "d.parquet").read_bytes()
+    # the first page's header is behind the file's magic word, the footer's length and another magic word at its end
+    broken = {
+        "page": whole[:4] + b"\xff\x0f" + whole[6:],
+        "footer": whole[:-9] + b"\xff" + whole[-8:],
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+    }
+    with pytest.raises(UserError) as caught:
+        read_rows(save(tmp_path / "d.parquet", broken[fault]))
+    said = str(caught.value).removeprefix(str(tmp_path))
+    assert re.fullmatch(r"/d.parquet (is not a Parquet file that can be read|cannot be read): .{1,300}[^.]\.", said)
+
+
 def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
         read_rows("nowhere.jsonl")
@@ -103,6 +193,19 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"prompts.txt is not a folder, nor a file that ends in .jsonl"):
         read_rows(save(tmp_path / "prompts.txt", "a"))
+
+
+def test_a_files_name_with_a_split_or_in_capitals_and_a_folder_named_as_a_file(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "ok.jsonl", *ROWS)
+    with pytest.raises(UserError, match=r"ok.jsonl is a file, and a file has no splits; leave out `:train`\."):
+        read_rows(source + ":train")
+    with pytest.raises(
+        UserError, match=r"X.JSONL: the ending of a file is written small here; rename it to end in .jsonl\."
+    ):
+        read_rows(jsonl(tmp_path / "X.JSONL", *ROWS))
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"dir.jsonl is a folder, but its name ends as a file's does"):
+        read_rows(str(tmp_path / "dir.jsonl"))
 
 
 def test_an_unreachable_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +227,13 @@ def test_columns_are_renamed_and_the_old_name_is_gone(tmp_path: Path) -> None:
     assert swapped.columns == {"question": "q", "prompt": "a", "answer": "old"}
     with pytest.raises(UserError, match=r"d.jsonl:1: data.columns.prompt names `frage`.*found `question`, `prompt`"):
         read_rows(source, columns={"prompt": "frage"})
+
+
+def test_a_column_that_was_renamed_away_is_told(tmp_path: Path) -> None:
+    (found,) = read_rows(jsonl(tmp_path / "d.jsonl", {"prompt": "a"}), columns={"promt": "prompt"})
+    for column, alternative in (("prompt", ""), ("messages", "prompt")):
+        with pytest.raises(UserError, match=r"found `promt`\. data.columns has renamed `prompt` to `promt`\.$"):
+            found.text(column, alternative=alternative)
 
 
 def test_a_missing_column_is_an_error_with_the_columns_found() -> None:

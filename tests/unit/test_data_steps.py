@@ -55,8 +55,11 @@ def test_a_long_answer_loses_whole_steps(tokenizer: Any) -> None:
     assert load(tokenizer, three).items[0].token_ids == (*b"abc\nde\nf", EOS)
     (item,) = load(tokenizer, three, max_tokens=6, too_long="cut").items
     assert (item.token_ids, item.step_ends, item.labels) == ((*b"abc\n",), (3,), (True,))
-    with pytest.raises(UserError, match=r"s.jsonl:1: the prompt of 3 tokens leaves the completion none"):
+    # `ab` and `c\n` are 2 and 2 tokens
+    with pytest.raises(UserError, match=r"s.jsonl:1: prompt and first step have 4 tokens, more than .*: 3\."):
         load(tokenizer, three, max_tokens=3, too_long="cut")
+    with pytest.raises(UserError, match=r"s.jsonl:1: the prompt of 2 tokens leaves the completion none"):
+        load(tokenizer, three, max_tokens=2, too_long="cut")
 
 
 def test_collate_marks_the_ends(tokenizer: Any) -> None:

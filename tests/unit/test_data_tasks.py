@@ -123,6 +123,14 @@ def test_several_tasks_take_turns_and_share_the_size() -> None:
         gym(task="running_totals,running_totals", args={})
 
 
+def test_every_task_has_a_row_and_every_answer_a_wrong_one() -> None:
+    both = "running_totals,reasoning_gym/gcd"
+    with pytest.raises(UserError, match=r"2 tasks and size: 1 leaves .* Raise size to 2 or more"):
+        gym("pairs", task=both, size=1, args={})
+    with pytest.raises(UserError, match=r"reasoning_gym/gcd\[pairs\]: no two answers differ \(rows: 1\).*Raise size"):
+        gym("pairs", task=both, size=3, args={})
+
+
 @pytest.mark.parametrize(
     ("task", "args", "message"),
     [

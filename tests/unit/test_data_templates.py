@@ -258,6 +258,7 @@ def test_a_template_that_loses_something_is_refused(
             "expected an object with strings `role` and",
         ),
         ([USER, YES], "no json", "column `tools` is 'no json', expected a list"),
+        ([USER, YES], "[" * 9999, r"column `tools` is '\[\[.*, expected a list"),
         ([USER, YES], [{"type": "function"}], "column `tools` is .*, expected a list"),
         ([USER, YES | {"train": False}], None, "has no assistant's turn to be learnt"),
         ([YES, USER, NO], None, "begins with an assistant's turn, which is learnt after a prompt"),
