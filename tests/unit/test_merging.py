@@ -189,6 +189,23 @@ def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("adapter_config.json", "[]", "adapter_config.json is no adapter's configuration"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": "x"}', "the rank r is 'x', expected an integer >= 1"),
+        ("config.json", "{", "cannot be loaded: "),
+        ("tokenizer.json", "{}", "a file of it is damaged"),
+    ],
+)
+def test_a_damaged_file_names_the_model(tmp_path: Path, models: Path, file: str, text: str, message: str) -> None:
+    shutil.copytree(models / "a", tmp_path / "a")
+    shutil.copytree(models / "b", tmp_path / "b")
+    (tmp_path / "b" / file).write_text(text)
+    with pytest.raises(rlhf.UserError, match=rf"^merge\.models\.b: .*{message}"):
+        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear")
+
+
 def broken(models: Path, folder: Path, change: str) -> None:
     """Model a in `folder`/a as it is, and a changed model b."""
     shutil.copytree(models / "a", folder / "a")
