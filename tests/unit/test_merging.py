@@ -189,6 +189,13 @@ def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text("")
+    with pytest.raises(rlhf.UserError, match=r"^merge\.out: .*/y/z cannot be made, since .*/file\.py is a file"):
+        merge(file / "y" / "z", tmp_path / "none", ["a", "b"], method="linear")
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
