@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from actors.hub import use_cache_if_silent
 from actors.inputs import check_rewards, load_rewards, named, source_of, with_tiny
-from actors.serving import found_model, refuse_too_long
+from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import eval_sets, uses_reward_model
 from rlhf.config.load import LoadedConfig
@@ -180,13 +180,13 @@ def _candidate(
         with named(key):
             rows = read_rows(source, columns=columns)
         if not rewards:
-            reading = Reading(max_tokens=min(max_tokens, model.max_length), **how)
+            reading = Reading(max_tokens=min(max_tokens, model.max_length or max_tokens), **how)
             with named(f"{key} (without rewards its completions are measured)"):
                 examples[name] = load_examples(rows, tokenizer, reading).items
             continue
         check_rewards(rewards, rows, key)
         with named(key):
-            prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=model.max_length, **how)
+            prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=ANY_LENGTH, **how)
             refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
     return Candidate(model=model, prompts=prompts, examples=examples)
 

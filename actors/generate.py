@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.serving import found_model, refuse_too_long, serving
+from actors.serving import ANY_LENGTH, found_model, refuse_too_long, serving
 from rlhf.config.cluster import ClusterConfig
 from rlhf.data.chat import Message, encode, render, with_system_prompt
 from rlhf.data.prompts import load_prompts
@@ -44,7 +44,7 @@ def generate(
         tokenizer,
         system_prompt=decoding.system_prompt,
         apply_chat_template=decoding.apply_chat_template,
-        max_prompt_tokens=model.max_length,
+        max_prompt_tokens=ANY_LENGTH,
     )
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
@@ -68,7 +68,7 @@ def chat(
     logs.configure("WARNING")
     model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
     _refuse_without_template(tokenizer, name)
-    room = min(model.max_length, CHAT_TOKENS)
+    room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
     messages: list[Message] = with_system_prompt([], decoding.system_prompt)
     with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=room) as served:
         for turn, line in enumerate(lines):

@@ -6,6 +6,7 @@ The engines are those of training, frozen at the weights of the model's own fold
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from rlhf.rollouts.texts import response_texts
 from rlhf.types import Prompt, Rollouts, Sampling
 
 T = TypeVar("T")
+ANY_LENGTH = sys.maxsize  # of a prompt, where what the model takes with the response is the only limit
 
 
 class Served:
@@ -118,6 +120,8 @@ def sampling_of(decoding: Decoding) -> Sampling:
 
 def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int) -> None:
     """UserError if the model has no room for the longest prompt with the longest response."""
+    if model.max_length is None:
+        return
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompt.token_ids) + max_new_tokens > model.max_length:
             raise UserError(

@@ -18,8 +18,10 @@ from rlhf.algorithms.section import Section
 from rlhf.config.explain import Problem, nearest, parse_as, refuse
 from rlhf.config.model import Dtype
 from rlhf.config.yaml_tree import Key, apply_overrides, kind, read_tree
+from rlhf.errors import UserError
 
 AT: Key = ("merge",)
+OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that no merge has
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Method = Literal[
@@ -93,7 +95,7 @@ class MergeConfig(Section):
     tokenizer: ModelName | None = None
     """Whose config, tokenizer, chat template and generation config the result gets: a name of `models`, or `base`.
     null: the first model's."""
-    shard_gib: float = Field(default=5.0, gt=0.0)
+    shard_gib: float = Field(default=5.0, ge=1e-6)
     """Largest size of a weight file."""
 
 
@@ -154,7 +156,10 @@ METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     """The checked merge of a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
-    tree = apply_overrides(read_tree(Path(path)), overrides)
+    tree = read_tree(Path(path), needs="a merge needs the section merge, with method, models and out")
+    if "merge" not in tree.values and not tree.values.keys().isdisjoint(OF_A_RUN):
+        raise UserError(f"{tree.source}: is the configuration of a run, not of a merge; use `rlhf train {tree.source}`")
+    tree = apply_overrides(tree, overrides)
     parsed = parse_as(MergeFile, tree.values)
     refuse(parsed if isinstance(parsed, tuple) else merge_problems(parsed.merge), tree.place)
     assert isinstance(parsed, MergeFile)
@@ -215,7 +220,11 @@ def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
 
 
 def _of_methods(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
-    if config.method == "linear" and config.output == "model" and config.normalize is not False:
+    if "scale" in takes.keys and config.scale == 0.0:
+        yield Problem(key=(*AT, "scale"), text="is 0, so the result is merge.base; give another factor")
+    if "weight" in takes.per_model and config.models and not any(model.weight for model in config.models.values()):
+        yield Problem(key=(*AT, "models"), text="every weight is 0, so nothing is merged; give one that is not")
+    elif config.method == "linear" and config.output == "model" and config.normalize is not False:
         total = math.fsum(model.weight for model in config.models.values())
         if abs(total) < 1e-8:
             text = (

@@ -58,8 +58,11 @@ class Tree:
         return self.places.get(key, self.source)
 
 
-def read_tree(path: Path) -> Tree:
-    """The file's tree. UserError names file and line of broken YAML, a key given twice or a key that is no string."""
+def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, algorithm, data and train") -> Tree:
+    """The file's tree. UserError names file and line of broken YAML, a key given twice or a key that is no string.
+
+    needs: what an empty file lacks, for its message.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -71,7 +74,7 @@ def read_tree(path: Path) -> Tree:
     places: dict[Key, str] = {}
     values = _parse(text, str(path), places, ())
     if values is None:
-        raise UserError(f"{path}: the file is empty; a config needs at least run, policy, algorithm, data and train")
+        raise UserError(f"{path}: the file is empty; {needs}")
     if not isinstance(values, dict):
         raise UserError(f"{path}: the file must hold a mapping of sections, not {kind(values)}")
     return Tree(source=str(path), values=values, places=places)

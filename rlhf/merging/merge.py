@@ -40,11 +40,13 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
     """Make the folder `out`: weights, config, tokenizer with chat template, and merge.yaml, which says how it was made.
 
     All inputs are checked before a weight is loaded, and the folder appears whole or not at all. UserError: a model is
-    missing, unreadable or does not fit the others; `out` exists; the disk is too small. RunError: mergekit failed.
+    missing, unreadable or does not fit the others; `out` exists or is below a file; the disk is too small. RunError: mergekit failed.
     """
     refuse(merge_problems(config), lambda key: "config")
     if out.exists():
         raise UserError(f"merge.out: {out} exists; remove it or name another folder.")
+    if not (above := next(folder for folder in out.absolute().parents if folder.exists())).is_dir():
+        raise UserError(f"merge.out: {out} cannot be made, since {above} is a file; name another folder.")
     if config.output == "model" and config.method != "fold":
         require_mergekit(config.method)
     sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
 from rlhf.models.loading import load_config, load_tokenizer
+from rlhf.models.on_disk import read_adapter_settings
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -51,7 +53,8 @@ class Source:
     def tokenizer(self) -> Any:
         """The adapter's own where it brings one."""
         own = self.own_folder
-        return load_tokenizer(str(own if (own / "tokenizer_config.json").is_file() else self.folder))
+        with _named(self.key):
+            return load_tokenizer(str(own if (own / "tokenizer_config.json").is_file() else self.folder))
 
 
 def find_source(key: str, name: str, model: str) -> Source:
@@ -67,7 +70,8 @@ def find_source(key: str, name: str, model: str) -> Source:
                 "base_model_name_or_path in its adapter_config.json."
             )
         folder = _local(f"{key}: the base model of the adapter {folder} (its adapter_config.json)", str(base))
-    config = load_config(str(folder))
+    with _named(key):
+        config = load_config(str(folder))
     shapes = weight_shapes(key, folder, config)
     return Source(key=key, name=name, folder=folder, config=config, shapes=shapes, adapter=adapter)
 
@@ -177,6 +181,15 @@ def num_bytes(shapes: Shapes, dtype: str) -> int:
     return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
 
 
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the key of the configuration before what is wrong with its model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 def _check_same_kind(first: Source, other: Source) -> None:
     for what, a, b in (
         ("architecture", first.config.architectures, other.config.architectures),
@@ -211,13 +224,10 @@ def _local(key: str, model: str) -> Path:
 
 
 def _read_adapter(key: str, folder: Path) -> Adapter:
-    file = folder / "adapter_config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read: {error}") from error
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{key}: {folder} is a {settings.get('peft_type')} adapter; only LoRA adapters can be merged.")
+    with _named(key):
+        settings = read_adapter_settings(folder)
+    if settings["peft_type"] != "LORA":
+        raise UserError(f"{key}: {folder} is a {settings['peft_type']} adapter; only LoRA adapters can be merged.")
     return Adapter(folder=folder, settings=settings, shapes=_read_shapes(key, folder))
 
 

@@ -22,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.models.export import export_model
 from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_config, load_critic, load_tokenizer
 from rlhf.models.lora import inject, keep_initial
+from rlhf.models.on_disk import read_adapter_settings
 from rlhf.models.weights import saved_name, weight_sources
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
@@ -57,9 +58,10 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
+    read_adapter_settings(folder)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
     if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its kin are supported.")

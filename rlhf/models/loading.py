@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
@@ -220,13 +221,43 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
     except OSError as error:
         reason = " ".join(str(error).split())
         if Path(path).is_dir():
-            raise UserError(f"The model folder {path} cannot be loaded: {reason}") from error
+            raise UserError(_no_model(path) or f"The model folder {path} cannot be loaded: {reason}") from error
         raise UserError(
             f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
             "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
         ) from error
     except ValueError as error:
-        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(_no_model(path) or f"The model {path} cannot be loaded: {reason}") from error
+    except (KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise UserError(_damaged(path, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # that very class is what tokenizers raises
+            raise
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"The model {path} cannot be loaded ({reason}): a file of it is damaged. Get it again."
+
+
+def _no_model(path: str) -> str | None:
+    """What a folder is that holds something else than a model."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        return None
+    if (folder / "adapter_config.json").exists():
+        return (
+            f"{path} is an adapter, and this needs a whole model. Name the model it was trained on, and of a policy or "
+            "critic the folder as `adapter` beside `model`; or merge it into that model (`rlhf merge`, method fold)."
+        )
+    if (folder / "config.resolved.yaml").exists():
+        finals = ", ".join(map(str, sorted([*folder.glob("final"), *folder.glob("*/final")])))
+        return f"{path} is the folder of a run, not a model: " + (
+            f"name what it has trained, {finals}." if finals else "it has no final/, so it has not ended."
+        )
+    return None
 
 
 def _is_folder_name(path: str) -> bool:

@@ -6,6 +6,7 @@ Reads small JSON files and headers of weights; loads no weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class ModelOnDisk:
     lora_rank: int | None  # the adapter's; None without one
     tokenizer: str  # hub name or folder
     dtype: Dtype
-    max_length: int  # prompt and response, tokens
+    max_length: int | None  # prompt and response, tokens; None: its config.json sets no limit
     trust_remote_code: bool
 
 
@@ -57,7 +58,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
         lora_rank=rank,
         tokenizer=tokenizer,
         dtype=dtype or (own if own in ("float16", "float32") else "bfloat16"),  # type: ignore[arg-type]
-        max_length=config.get_text_config().max_position_embeddings,
+        max_length=getattr(config.get_text_config(), "max_position_embeddings", None),  # BLOOM has none
         trust_remote_code=trust_remote_code,
     )
 
@@ -75,10 +76,26 @@ def refuse_unservable(model: ModelOnDisk) -> None:
     if model.adapter is None:
         return
     path = Path(model.adapter, ADAPTER_CONFIG)
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_adapter_settings(Path(model.adapter))
     found = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
     if found:
         raise UserError(f"{path}: has {', '.join(found)}, which engines cannot serve. Merge the adapter into its base.")
+
+
+def read_adapter_settings(folder: Path) -> dict[str, Any]:
+    """What an adapter folder's adapter_config.json says. UserError if it is damaged, or a LoRA without whole ranks."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Get it again.") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise UserError(f"{path} is no adapter's configuration: it names no peft_type. Get it again.")
+    if settings["peft_type"] == "LORA":
+        for key, rank in _ranks(settings).items():
+            if type(rank) is not int or rank < 1:
+                raise UserError(f"{path}: the rank {key} is {rank!r}, expected an integer >= 1. Get the file again.")
+    return settings
 
 
 def refuse_broken_weights(folder: Path) -> None:
@@ -120,14 +137,16 @@ def _of_run(path: Path) -> Path | None:
 def _base_of(folder: Path) -> tuple[str, int]:
     """The base model of an adapter's folder, and the adapter's rank."""
     path = folder / ADAPTER_CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        base, rank, kind = config["base_model_name_or_path"], config["r"], config["peft_type"]
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is no adapter's configuration: {type(error).__name__}: {error}.") from error
-    if kind != "LORA":
-        raise UserError(f"{path}: is an adapter of type {kind}; the engines know LORA alone.")
+    config = read_adapter_settings(folder)
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{path}: is an adapter of type {config['peft_type']}; the engines know LORA alone.")
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
-    ranks = [rank, *config.get("rank_pattern", {}).values()]
-    return base, max(ranks)
+    return base, max(_ranks(config).values())
+
+
+def _ranks(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The rank, and those of single layers."""
+    pattern = settings.get("rank_pattern") or {}
+    return {"r": settings.get("r"), **(pattern if isinstance(pattern, dict) else {"rank_pattern": pattern})}

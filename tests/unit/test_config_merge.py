@@ -81,6 +81,12 @@ def test_a_file_and_arguments(file: Path) -> None:
             ["merge={method: linear, models: {a: {model: x, weight: 1}, b: {model: y, weight: -1}}, out: z}"],
             "the weights add up to 0, and linear divides by that",
         ),
+        (["merge.scale=0"], "merge.scale: is 0, so the result is merge.base; give another factor"),
+        (
+            ["merge.models.math.weight=0", "merge.models.chat.weight=0.0"],
+            "merge.models: every weight is 0, so nothing is merged",
+        ),
+        (["merge.shard_gib=1e-12"], "merge.shard_gib: got 1e-12, expected a number >= 1e-06"),
         (["run.name=x"], "run: unknown key; the file has merge"),
     ],
 )
@@ -136,6 +142,14 @@ def test_what_is_in_effect_repeats_the_merge(tmp_path: Path, file: Path) -> None
 
 def test_a_stage_has_no_out() -> None:
     assert "out" not in MergeConfig.model_fields
+
+
+def test_an_empty_file_and_a_runs_configuration(file: Path) -> None:
+    file.write_text("")
+    assert mistakes(file) == "file: the file is empty; a merge needs the section merge, with method, models and out"
+    file.write_text("run: {name: a}\nmodels: {}\n")
+    expected = "file: is the configuration of a run, not of a merge; use `rlhf train file`"
+    assert mistakes(file, "merge.scale=1") == expected
 
 
 def test_a_merge_is_no_run(file: Path) -> None:

@@ -189,6 +189,30 @@ def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text("")
+    with pytest.raises(rlhf.UserError, match=r"^merge\.out: .*/y/z cannot be made, since .*/file\.py is a file"):
+        merge(file / "y" / "z", tmp_path / "none", ["a", "b"], method="linear")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("adapter_config.json", "[]", "adapter_config.json is no adapter's configuration"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": "x"}', "the rank r is 'x', expected an integer >= 1"),
+        ("config.json", "{", "cannot be loaded: "),
+        ("tokenizer.json", "{}", "a file of it is damaged"),
+    ],
+)
+def test_a_damaged_file_names_the_model(tmp_path: Path, models: Path, file: str, text: str, message: str) -> None:
+    shutil.copytree(models / "a", tmp_path / "a")
+    shutil.copytree(models / "b", tmp_path / "b")
+    (tmp_path / "b" / file).write_text(text)
+    with pytest.raises(rlhf.UserError, match=rf"^merge\.models\.b: .*{message}"):
+        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear")
+
+
 def broken(models: Path, folder: Path, change: str) -> None:
     """Model a in `folder`/a as it is, and a changed model b."""
     shutil.copytree(models / "a", folder / "a")

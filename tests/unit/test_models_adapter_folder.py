@@ -146,6 +146,8 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_pat
         ({"bias": "all"}, "uses bias, which is not supported"),
         ({"peft_type": "IA3"}, "only LoRA and its kin"),
         ({"peft_type": "NONE_SUCH"}, "adapter_config.json cannot be read"),
+        ({"peft_type": 5}, "is no adapter's configuration: it names no peft_type"),
+        ({"r": "x"}, "the rank r is 'x', expected an integer >= 1"),
         ({"target_modules": ["q_proj", "lm_head"]}, "the head is not adapted"),
     ],
 )
@@ -157,6 +159,13 @@ def test_what_cannot_be_trained_on_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         refuse_misfit(folder, str(tiny_model))
+
+
+def test_an_adapter_config_that_is_no_mapping(tiny_model: Path, tmp_path: Path) -> None:
+    _, folder = made(tiny_model, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="is no adapter's configuration"):
+        read_adapter_shape(folder)
 
 
 def test_a_folder_that_is_none_a_file_that_is_cut_and_one_that_lacks_a_weight(tiny_model: Path, tmp_path: Path) -> None:

@@ -91,6 +91,38 @@ def test_an_unreachable_hub_says_what_to_do() -> None:
         load_tokenizer("no-owner/no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "X"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+    ],
+)
+def test_a_damaged_file_is_one_error(tiny_model: Path, tmp_path: Path, file: str, text: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / file).write_text(text)
+    load = load_config if file == "config.json" else load_tokenizer
+    with pytest.raises(UserError, match=r"m cannot be loaded \(.*: .*\): a file of it is damaged\. Get it again"):
+        load(str(tmp_path / "m"))
+
+
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    with pytest.raises(UserError, match=r"is an adapter, and this needs a whole model.*`adapter` beside `model`"):
+        load_config(str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.resolved.yaml").write_text("")
+    with pytest.raises(UserError, match="is the folder of a run, not a model: it has no final/"):
+        load_config(str(run))
+    (run / "final").mkdir()
+    with pytest.raises(UserError, match=f"is the folder of a run, not a model: name what it has trained, {run}/final"):
+        load_tokenizer(str(run))
+
+
 def test_weights_other_than_safetensors_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "m")
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import BloomConfig
 
+from actors.serving import refuse_too_long
 from rlhf.errors import UserError
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
 
@@ -80,7 +82,12 @@ def test_an_adapter_names_its_base(tiny_model: Path, tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"base_model_name_or_path": None}, "base_model_name_or_path is None, so the base model is unknown"),
-        ({}, "is no adapter's configuration: KeyError: 'base_model_name_or_path'"),
+        ({}, "base_model_name_or_path is None, so the base model is unknown"),
+        ({"r": "x"}, "the rank r is 'x', expected an integer >= 1"),
+        ({"r": None}, "the rank r is None, expected an integer >= 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "the rank q_proj is 0, expected an integer >= 1"),
+        ({"rank_pattern": [8]}, r"the rank rank_pattern is \[8\], expected an integer >= 1"),
+        ({"peft_type": None}, "is no adapter's configuration: it names no peft_type"),
         ({"base_model_name_or_path": "x", "peft_type": "IA3"}, "is an adapter of type IA3"),
         ({"base_model_name_or_path": "/no/such/base"}, "The model folder /no/such/base does not exist"),
     ],
@@ -90,6 +97,23 @@ def test_a_wrong_adapter_says_why(tmp_path: Path, config: dict[str, object], mes
     (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match=message):
         find(folder)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[]", "names no peft_type"), ("{", "cannot be read: ")])
+def test_a_damaged_adapter_config_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    for look in (find, lambda path: may_ask_the_hub(str(path))):
+        with pytest.raises(UserError, match=f"adapter_config.json.* {message}"):
+            look(tmp_path)
+
+
+def test_a_model_may_have_no_limit(tmp_path: Path, tiny_model: Path) -> None:
+    """BLOOM's positions are no table: its config has no max_position_embeddings."""
+    BloomConfig(hidden_size=8, n_layer=1, n_head=2, architectures=["BloomForCausalLM"]).save_pretrained(tmp_path)
+    shutil.copy(tiny_model / "model.safetensors", tmp_path)
+    found = find(tmp_path)
+    assert found.max_length is None
+    refuse_too_long([], [], found, max_new_tokens=10**9)
 
 
 def test_adapters_that_engines_cannot_serve(tiny_model: Path, tmp_path: Path) -> None:
