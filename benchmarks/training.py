@@ -220,14 +220,15 @@ def _in_process(results: Any, function: Callable[..., Any], argument: Any) -> No
     results.put(function(argument))
 
 
-def apart(function: Callable[..., Any], argument: Any) -> Any:
-    """function(argument) in a fresh process; SystemExit if it dies or takes too long."""
+def apart(function: Callable[..., Any], argument: Any, *, keeps_memory: bool = False) -> Any:
+    """function(argument) in a fresh process, started as our workers are if it keeps memory; SystemExit if it dies or
+    takes too long."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_in_process, args=(results, function, argument))
     inherited = dict(os.environ)
-    if function is ours:
-        os.environ.update(KEEPS_MEMORY)  # as our workers are started
+    if keeps_memory:
+        os.environ.update(KEEPS_MEMORY)
     process.start()
     os.environ.clear()
     os.environ.update(inherited)
@@ -267,7 +268,7 @@ def main() -> None:
             job = Job(
                 model=arguments.model, dtype=dtype, lengths=lengths, budget=arguments.budget, steps=arguments.steps
             )
-            measured[side, dtype] = apart(SIDES[side], job)
+            measured[side, dtype] = apart(SIDES[side], job, keeps_memory=side == "ours")
     report(measured, product, lengths)
 
 
