@@ -40,8 +40,8 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
     """Make the folder `out`: weights, config, tokenizer with chat template, and merge.yaml, which says how it was made.
 
     All inputs are checked before a weight is loaded, and the folder appears whole or not at all. UserError: a model is
-    missing, unreadable or does not fit the others; `out` exists or is below a file; the disk is too small. RunError: the
-    merge failed.
+    missing, unreadable or does not fit the others; `out` exists or is below a file; the disk is too small. RunError:
+    mergekit failed.
     """
     refuse(merge_problems(config), lambda key: "config")
     if out.exists():
