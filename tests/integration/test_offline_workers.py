@@ -7,6 +7,7 @@ rank is started for each layout and serves all tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from tests.integration.rank_gang import DEADLINE_S, Gang
 ROWS, STEPS, LR = 12, 2, 1e-3
 WORKERS: Mapping[str, Any] = {
     "dpo": PreferenceWorker,
+    "simpo": PreferenceWorker,
+    "tpo": PreferenceWorker,
     "reward_model": RewardModelWorker,
     "process_reward_model": StepRewardWorker,
     "kto": UnpairedWorker,
@@ -95,11 +98,17 @@ def data_of(name: str, model: str) -> Any:
     tokenizer = load_tokenizer(model)
     if name == "kto":
         return collate_labelled(load_labelled(rows, tokenizer, reading).items)
-    return collate_pairs(load_pairs(rows, tokenizer, reading).items)
+    if name == "tpo":  # a gold response like no other
+        rows = [replace(row, columns=row.columns | {"reference": row.columns["answer"][::-1] + "!"}) for row in rows]
+    return collate_pairs(load_pairs(rows, tokenizer, reading, with_gold=name == "tpo").items)
 
 
 def plan_of(data: Pairs | LabelledSteps, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
-    learnt = data.examples.take([2 * row for row in rows]) if isinstance(data, Pairs) else data.take(rows)
+    if isinstance(data, Pairs):
+        sides, imitated = data.num_sides, 0 if data.num_sides == 2 else 2
+        learnt = data.examples.take([sides * row + imitated for row in rows])
+    else:
+        learnt = data.take(rows)
     return MinibatchPlan(
         sequences_by_rank=tuple(tuple(rows[i] for i in share) for share in balance([1.0] * len(rows), ranks)),
         num_tokens=int(learnt.loss_mask.sum()),
@@ -176,6 +185,8 @@ ALGORITHMS = [
     {"name": "dpo"},
     {"name": "dpo", "loss": {"ipo": 0.7, "bco": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
     {"name": "dpo", "loss": "aot", "length_alpha": 0.5},
+    {"name": "simpo", "wpo": True},
+    {"name": "tpo", "length_normalize": True, "beta": 1.0, "gamma": 0.2, "sft_coef": 0.3, "wpo": True},
     {"name": "reward_model", "centering": 0.01},
     {"name": "process_reward_model"},
     {"name": "kto", "undesirable_weight": 1.5},
@@ -228,6 +239,38 @@ def test_dpo_is_that_of_plain_torch(train: Train, model: str) -> None:
     margins = 0.3 * (ratios[0::2] - ratios[1::2])
     assert ours[STEPS]["eval/all/margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
     assert ours[STEPS]["eval/all/accuracy"] == int((margins > 0).sum()) / ROWS
+
+
+def on_policy_weights(model: Any, pairs: Pairs) -> Tensor:
+    """Plain torch: exp of the mean over a response of log p(token) - log sum p^2."""
+    examples, weights = pairs.examples, []
+    sizes = examples.lengths.tolist()
+    for ids, mask in zip(examples.token_ids.split(sizes), examples.loss_mask.split(sizes), strict=True):
+        p = model(ids[None]).logits[0, :-1].softmax(-1)
+        ratios = p.gather(-1, ids[1:, None])[:, 0] / p.square().sum(-1)
+        weights.append(ratios[mask[1:]].log().mean().exp())
+    return torch.stack(weights).detach()
+
+
+@pytest.mark.timeout(600)
+def test_tpo_with_weights_is_that_of_plain_torch(train: Train, model: str) -> None:
+    ours = train({"name": "tpo", "beta": 0.1, "gamma": 0.2, "sft_coef": 0.5, "wpo": True}, ranks=1)
+    plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("tpo", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    counts = torch.stack([mask.sum() for mask in rows.examples.loss_mask.split(rows.examples.lengths.tolist())])
+    for step in range(STEPS):
+        at = slice(step * 3 * ROWS // STEPS, (step + 1) * 3 * ROWS // STEPS)
+        chosen, rejected, gold = sequence_logprobs(plain, rows)[at].view(-1, 3).unbind(1)
+        weights = on_policy_weights(plain, rows)[at].view(-1, 3)[:, :2].prod(1)
+        losses = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected) - 0.2)
+        loss = (weights * losses).mean() - 0.5 * gold.sum() / counts[at].view(-1, 3)[:, 2].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 100.0)
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+        assert ours[step]["update/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert ours[step]["preference/on_policy_weight/mean"] == pytest.approx(weights.mean().item(), rel=1e-4)
 
 
 @pytest.mark.timeout(600)
