@@ -202,7 +202,8 @@ class RewardError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchPlan:
-    """One optimizer step: whose sequences are whose, and the counts that its losses are divided by."""
+    """One optimizer step, or a piece of an evaluation: whose sequences are whose, and the counts that its losses are
+    divided by: those of the step, or of the whole evaluation set."""
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
     num_tokens: int  # sampled tokens, over all ranks

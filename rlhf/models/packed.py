@@ -150,6 +150,7 @@ def policy_logprobs_and_collisions(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
     chosen, before = _masked_positions(mask, lengths, branches)
@@ -158,6 +159,7 @@ def policy_logprobs_and_collisions(
         hidden.index_select(0, before),
         lm_head_weight(model),
         token_ids[chosen],
+        temperature=temperature,
         **lm_head_settings(model),
     )
     return _spread(logprobs, chosen, len(token_ids)), _spread(collisions, chosen, len(token_ids))

@@ -41,6 +41,7 @@ from rlhf.workers.unpaired import UnpairedWorker
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3
+PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last leave a rank without rows
 WORKERS: Mapping[str, Any] = {
     "dpo": PreferenceWorker,
     "simpo": PreferenceWorker,
@@ -126,7 +127,7 @@ def train_rank(
     tokens: int,
     repeated: tuple[int, ...],
 ) -> list[Any]:
-    """One rank: the metrics of its steps and of an evaluation after them, from the weights of the model folder."""
+    """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
     place = RankPlace(
         rank=rank,
         world_size=world_size,
@@ -152,6 +153,8 @@ def train_rank(
         rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), *repeated]
         found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
     found.append(worker.evaluate(0, "all", everything))
+    shares = [plan_of(pairs, rows, ranks=world_size).sequences_by_rank for rows in PIECES]
+    found.append(merge([worker.evaluate(0, "all", replace(everything, sequences_by_rank=ranks)) for ranks in shares]))
     return found
 
 
@@ -165,7 +168,8 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """Metrics of each step, then of an evaluation, by 1 rank with all rows in a micro-batch or by 2 with about one."""
+    """Metrics of each step, then of an evaluation as a whole and in pieces, by 1 rank with all rows in a micro-batch or
+    by 2 with about one."""
     folder = str(tmp_path_factory.mktemp("runs"))
     gangs = {1: Gang(1), 2: Gang(2)}
 
@@ -203,6 +207,15 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(train: Train, algorith
         for key in first:
             if key != "update/tokens/total":  # ranks without rows pass one token
                 assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", [ALGORITHMS[1], *ALGORITHMS[3:7]], ids=lambda a: a["name"])
+def test_an_evaluation_in_pieces_is_that_of_the_whole(train: Train, algorithm: dict[str, Any]) -> None:
+    """But for losses that couple rows: those are coupled within a piece."""
+    *_, whole, pieces = train(algorithm, ranks=2)
+    assert whole.keys() == pieces.keys()
+    assert all(whole[key] == pytest.approx(pieces[key], rel=1e-5, abs=1e-6) for key in whole)
 
 
 def sequence_logprobs(model: Any, pairs: Pairs) -> Tensor:
