@@ -23,6 +23,7 @@ from rlhf.config.derive import (
     is_online,
     max_sequence_tokens,
     needs,
+    needs_gold,
     offline_kind,
     reference_model,
     saved_rank,
@@ -405,10 +406,11 @@ def _offline(config: Config, source: str) -> OfflineInputs:
         max_unusable_fraction=data.max_unusable_fraction,
     )
     unusable: list[Unusable] = []
-
     load = LOADERS[offline_kind(config)]
     if isinstance(config.algorithm, ProcessRewardModelConfig):
         load = partial(load, step_separator=config.algorithm.step_separator)
+    if needs_gold(config):
+        load = partial(load, with_gold=True)
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
         with named(name):

@@ -17,6 +17,7 @@ from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.algorithms.simpo import SimPO, SimPOConfig
+from rlhf.algorithms.tpo import TPO, TPOConfig
 
 AlgorithmConfig = (
     PPOConfig
@@ -28,6 +29,7 @@ AlgorithmConfig = (
     | SimPOConfig
     | CPOConfig
     | ORPOConfig
+    | TPOConfig
     | KTOConfig
 )
 
@@ -41,5 +43,6 @@ PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "simpo": SimPO,
     "cpo": CPO,
     "orpo": ORPO,
+    "tpo": TPO,
 }
 UNPAIRED_ALGORITHMS: Mapping[str, Callable[[Any], KTO]] = {"kto": KTO}

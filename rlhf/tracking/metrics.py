@@ -188,6 +188,14 @@ _DECLARATIONS = (
     _metric("preference/chosen_reward/mean", "1", Mean, "preference", "(Implicit) reward of a chosen response"),
     _metric("preference/rejected_reward/mean", "1", Mean, "preference", "(Implicit) reward of a rejected response"),
     _metric(
+        "preference/on_policy_weight/mean",
+        "1",
+        Mean,
+        "preference",
+        "What a pair's loss is multiplied by: the product of its responses' weights (`algorithm.wpo`)",
+        always=False,
+    ),
+    _metric(
         "preference/mismatched_kl",
         "nats",
         Last,
