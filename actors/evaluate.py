@@ -28,7 +28,7 @@ from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.seating import seats_of
 from rlhf.config.stages import result_of
-from rlhf.controller.answers import answered, request_for
+from rlhf.controller.answers import answered, error_record, request_for
 from rlhf.errors import RunError, UserError
 from rlhf.evaluation.results import (
     Evaluation,
@@ -45,7 +45,7 @@ from rlhf.roles import CompletedGroup
 from rlhf.tracking.atomic import write_atomic, write_lines
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.samples import samples_path
-from rlhf.types import GroupScores, RewardError
+from rlhf.types import GroupScores
 from rlhf.workers.likelihood import LikelihoodWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -93,36 +93,22 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
     """An evaluation as a stage of a pipeline: its row of metrics is step 0, and eval.json says that it is finished."""
     with recording(stage, resume=resume) as (record, _):
-
-        def write_error(error: RewardError) -> None:
-            record.tracker.log_error(
-                ErrorRecord(
-                    step=0,
-                    stage="rewards",
-                    kind=error.kind,
-                    message=error.message,
-                    source=error.reward,
-                    prompt_id=error.prompt_id,
-                    sample=error.sample,
-                )
-            )
-
         with named(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step()
         with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
-            found = asyncio.run(_find(inputs, write_error))
-        samples = samples_path(record.folder.path, 0)
-        samples.parent.mkdir(exist_ok=True)
-        write_lines(samples, found.rows)
-        record.write_row(0, {**record.row(), **found.evaluation.to_metrics()})
+            found = asyncio.run(_find(inputs, record.tracker.log_error))
+        write_lines(samples_path(record.folder.path, 0), found.rows)
+        metrics = found.evaluation.to_metrics()
+        record.write_row(0, {**record.row(), **metrics})
         write_atomic(result_of(stage), found.report)
+    logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-async def _find(inputs: EvalInputs, write_error: Callable[[RewardError], None] = lambda _: None) -> Found:
-    """Everything that the models answer, measured. `write_error` is told of each reward that failed."""
+async def _find(inputs: EvalInputs, log_error: Callable[[ErrorRecord], None] = lambda _: None) -> Found:
+    """Everything that the models answer, measured. `log_error` is told of each reward that failed."""
     if inputs.rewards:
-        answers = [await _answers(candidate, inputs, write_error) for candidate in inputs.candidates]
+        answers = [await _answers(candidate, inputs, log_error) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
     else:
         sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
@@ -138,7 +124,7 @@ async def _find(inputs: EvalInputs, write_error: Callable[[RewardError], None] =
 
 
 async def _answers(
-    candidate: Candidate, inputs: EvalInputs, write_error: Callable[[RewardError], None]
+    candidate: Candidate, inputs: EvalInputs, log_error: Callable[[ErrorRecord], None]
 ) -> dict[str, list[PromptResult]]:
     """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
@@ -201,7 +187,7 @@ async def _answers(
             judged = await answered(engines, requests, sampling_of(decoding), judge)
             errors = [scores.errors for _, scores, _ in judged if scores.errors]
             for error in (one for failed in errors for one in failed):
-                write_error(error)
+                log_error(error_record(error, step=0))
             if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
                 raise RunError(f"eval {name}: {describe(errors[0])}")
             for failed in errors:

@@ -5,6 +5,7 @@ The driver merges; no actor is started.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from rlhf.merging.merge import check_fit, checked_sources, require_tools, write_
 from rlhf.merging.sources import Source, find_source
 from rlhf.models.on_disk import may_ask_the_hub
 
+logger = logging.getLogger(__name__)
+
 
 def run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -> None:
     """Write the stage's final/, whole or not at all."""
@@ -31,6 +34,7 @@ def run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -
             sources = checked_sources(config, folder.final, key="run.dir")
             write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=quiet)
         folder.commit_final()
+    logger.info("%s: merged %s by %s", stage.run.name, ", ".join(config.models), config.method)
 
 
 def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:

@@ -113,10 +113,10 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
             text = "stands at the top, for all stages; a stage's run is called after the pipeline and the stage"
             yield Problem(key=("stages", name, "run"), text=text)
         else:
-            yield from _of_no_kind(name, own or {})
+            yield from _not_of_its_kind(name, own or {})
 
 
-def _of_no_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
+def _not_of_its_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
     """No section that says what the stage is, or sections that do not go with that one."""
     root = kind_of(own)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
