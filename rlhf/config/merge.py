@@ -74,8 +74,8 @@ class MergeConfig(Section):
     output: Literal["model", "adapter"] = "model"
     """`model`: whole weights. `adapter`: adapters of one base become one adapter."""
     base: str | None = Field(default=None, min_length=1)
-    """The model that the task vectors are differences to, and for slerp the end at t = 0, named as the others are. null:
-    the method has none."""
+    """The model that the task vectors are differences to, and for slerp the end at t = 0, named as the others are.
+    null: the method has none."""
     models: dict[ModelName, MergeInput]
     """The models by names of your choice."""
     t: float = Field(default=0.5, ge=0.0, le=1.0)
