@@ -65,6 +65,7 @@ def seen(prompt, response, answer):
 """
 
 
+@pytest.mark.timeout(600)
 def test_an_evaluation_killed_half_way_is_done_again(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", {"run": {"name": "demo", "dir": str(tmp_path), "seed": 3}}, PIPELINE)
     reward, folder = tmp_path / "seen.py", tmp_path / "demo"
@@ -83,7 +84,7 @@ def test_an_evaluation_killed_half_way_is_done_again(tmp_path: Path) -> None:
     train(config, "--resume", "auto")
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/final/*")}
     check_judgement(folder / "judge", failed=some)
-    train(config, "--resume", "auto", timeout_s=60)  # nothing is left
+    rlhf.train(config, resume=True)  # nothing is left
     assert list(read_tree(folder / "config.resolved.yaml").values["stages"]) == ["first", "second", "soup", "judge"]
     with pytest.raises(rlhf.UserError, match=r"judge already holds a finished run: its result is in eval\.json"):
         rlhf.train(rlhf.load_config(folder / "judge" / "config.resolved.yaml"))
