@@ -11,8 +11,9 @@ from rlhf.config.effect import inert_keys
 from rlhf.config.evaluate import EvaluationStage, inert_in_evaluation
 from rlhf.config.load import LoadedConfig
 from rlhf.config.merge import in_effect
+from rlhf.config.pipeline import model_places
 from rlhf.config.root import Config
-from rlhf.config.stages import MergeStage, Stage, final_folder, model_places
+from rlhf.config.stages import MergeStage, Stage, final_folder
 from rlhf.config.yaml_tree import to_yaml
 
 

@@ -13,7 +13,7 @@ Rules (docs/configuration.md repeats them for users):
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,26 @@ from rlhf.config.stages import (
     MergeStage,
     Stage,
     kind_of,
-    model_places,
     stage_problems,
     stage_unused,
 )
 from rlhf.config.yaml_tree import Key, Tree, copy, kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Where `stage:NAME` may stand; `*` is any name.
+MODELS: tuple[Key, ...] = (
+    ("policy", "model"),
+    ("policy", "adapter"),
+    ("reference", "model"),
+    ("critic", "model"),
+    ("critic", "adapter"),
+    ("reward", "model"),
+    ("merge", "base"),
+    ("merge", "models", "*", "model"),
+    ("evaluate", "model"),
+    ("evaluate", "against"),
+    ("evaluate", "reward", "model"),
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,6 +183,22 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
         close = nearest(wanted, makers)
         known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(makers) or 'none'}"
         yield Problem(key=key, text=f"got 'stage:{wanted}', but {rule}; {known}")
+
+
+def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """The keys of a stage's tree at which a model's name stands, each with the mapping that it stands in."""
+    for pattern in MODELS:
+        found: list[tuple[Key, Any]] = [((), values)]
+        for part in pattern[:-1]:
+            found = [
+                ((*key, name), inner)
+                for key, node in found
+                if isinstance(node, dict)
+                for name, inner in (node.items() if part == "*" else [(part, node.get(part))])
+            ]
+        for key, node in found:
+            if isinstance(node, dict) and isinstance(node.get(pattern[-1]), str):
+                yield (*key, pattern[-1]), node
 
 
 def _several_clusters(configs: dict[str, Stage]) -> Iterator[Problem]:

@@ -13,7 +13,6 @@ from rlhf.config.explain import Problem
 from rlhf.config.merge import MergeConfig, merge_problems
 from rlhf.config.root import Config
 from rlhf.config.run import RunConfig
-from rlhf.config.yaml_tree import Key
 
 
 class MergeStage(Section):
@@ -30,21 +29,6 @@ Stage = Config | MergeStage | EvaluationStage
 # The section that makes a stage what it is.
 KINDS: Mapping[str, type[Stage]] = {"algorithm": Config, "merge": MergeStage, "evaluate": EvaluationStage}
 WHAT: Mapping[type[Stage], str] = {Config: "a training run", MergeStage: "a merge", EvaluationStage: "an evaluation"}
-
-# Where `stage:NAME` may stand; `*` is any name.
-MODELS: tuple[Key, ...] = (
-    ("policy", "model"),
-    ("policy", "adapter"),
-    ("reference", "model"),
-    ("critic", "model"),
-    ("critic", "adapter"),
-    ("reward", "model"),
-    ("merge", "base"),
-    ("merge", "models", "*", "model"),
-    ("evaluate", "model"),
-    ("evaluate", "against"),
-    ("evaluate", "reward", "model"),
-)
 
 
 def run_folder(stage: Stage) -> Path:
@@ -80,19 +64,3 @@ def stage_unused(stage: Stage) -> Iterator[Problem]:
         yield from unused(stage)
     elif isinstance(stage, EvaluationStage):
         yield from written_inert(stage, inert_in_evaluation(stage))
-
-
-def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """The keys of a stage's tree at which a model's name stands, each with the mapping that it stands in."""
-    for pattern in MODELS:
-        found: list[tuple[Key, Any]] = [((), values)]
-        for part in pattern[:-1]:
-            found = [
-                ((*key, name), inner)
-                for key, node in found
-                if isinstance(node, dict)
-                for name, inner in (node.items() if part == "*" else [(part, node.get(part))])
-            ]
-        for key, node in found:
-            if isinstance(node, dict) and isinstance(node.get(pattern[-1]), str):
-                yield (*key, pattern[-1]), node
