@@ -119,39 +119,39 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
     UserError for the first thing that is wrong, whichever stage it is in.
     """
     made = Made()
+    finals, scored, adapters = made.finals, made.scored, made.adapters
     stages: list[StageInputs | MergeStage | EvaluationStage] = []
-    for name, stage in loaded.stages.items():
+    for name, config in loaded.stages.items():
         with named(f"stages.{name}") if loaded.is_pipeline else nullcontext():
-            if isinstance(stage, MergeStage):
-                foresee(with_local_models(stage, loaded.folder), made, final=str(final_folder(stage)))
-            elif isinstance(stage, EvaluationStage):
-                inputs_of_stage(stage, loaded, made=made)
-            stages.append(_load_run(stage, loaded, made) if isinstance(stage, Config) else stage)
+            if not isinstance(config, Config):
+                if isinstance(config, MergeStage):
+                    foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))
+                else:
+                    inputs_of_stage(config, loaded, made=made)
+                stages.append(config)
+                continue
+            local = with_tiny(config, loaded.folder)
+            _refuse_other_results(local, finals, adapters)
+            local = with_adapters(local, adapters)
+            if _asks_the_hub(local, finals):
+                use_cache_if_silent()
+            source = finals.get(local.policy.model, local.policy.model)
+            for section, model in _models(local).items():
+                if model.model in finals:
+                    _refuse_other_kind(section, model.model, local, trained_by=scored.get(model.model))
+                else:
+                    _refuse_unusable_model(section, model, local, finals, vocabulary_of=source)
+            inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
+        stages.append(StageInputs(config=local, written=config, inputs=inputs))
+        final = str(final_folder(config))
+        finals[final] = source
+        if local.policy.lora is not None:
+            adapters[final] = local.policy.lora
+        if local.policy.model in made.restacked:
+            made.restacked.add(final)
+        if has_scalar_head(config):
+            scored[final] = config.algorithm.name
     return stages
-
-
-def _load_run(config: Config, loaded: LoadedConfig, made: Made) -> StageInputs:
-    local = with_tiny(config, loaded.folder)
-    _refuse_other_results(local, made.finals, made.adapters)
-    local = with_adapters(local, made.adapters)
-    if _asks_the_hub(local, made.finals):
-        use_cache_if_silent()
-    source = made.finals.get(local.policy.model, local.policy.model)
-    for section, model in _models(local).items():
-        if model.model in made.finals:
-            _refuse_other_kind(section, model.model, local, trained_by=made.scored.get(model.model))
-        else:
-            _refuse_unusable_model(section, model, local, made.finals, vocabulary_of=source)
-    inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
-    final = str(final_folder(config))
-    made.finals[final] = source
-    if local.policy.lora is not None:
-        made.adapters[final] = local.policy.lora
-    if local.policy.model in made.restacked:
-        made.restacked.add(final)
-    if has_scalar_head(config):
-        made.scored[final] = config.algorithm.name
-    return StageInputs(config=local, written=config, inputs=inputs)
 
 
 def _refuse_unusable_model(
