@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.hub import use_cache_if_silent
-from actors.inputs import check_rewards, load_rewards, named, source_of, with_tiny
+from actors.made import Made
+from actors.reading import REWARD_KEY, check_rewards, load_rewards, local_model, named, source_of
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
+from rlhf.config.data import DataSource
 from rlhf.config.derive import eval_sets, uses_reward_model
+from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RewardPolicy
+from rlhf.config.stages import MergeStage
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Source, read_rows
@@ -62,11 +66,19 @@ class EvalInputs:
 
 
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
-    """data.eval and the rewards of a run (of a pipeline, its last stage) for its policy.model, or for `model`."""
-    config = list(loaded.stages.values())[-1]
-    if model is not None:
-        config = config.model_copy(update={"policy": config.policy.model_copy(update={"model": model})})
-    config = with_tiny(config, loaded.folder)
+    """What a run (of a pipeline, its last stage that is no merge) says of evaluation, for its model or for `model`."""
+    stages = [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
+    if not stages:
+        raise UserError(f"{loaded.source} has only merges: evaluate their models on --data")
+    if isinstance(stages[-1], EvaluationStage):
+        given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
+        given |= {"pass_score": marks.pass_score, "answer": marks.answers}
+        said = {key: value for key, value in given.items() if value is not None}
+        section = stages[-1].evaluate.model_copy(update=said)
+        if not section.rewards:
+            _refuse_without_rewards((), against, marks)
+        return inputs_of_stage(stages[-1].model_copy(update={"evaluate": section}), loaded)
+    config = stages[-1]
     sets = {name: source_of(source) for name, source in eval_sets(config).items()}
     if not sets:
         raise UserError(f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data")
@@ -85,10 +97,12 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     )
     _refuse_without_rewards(rewards, against, marks)
     candidates = []
-    for key, wanted in (("policy.model" if model is None else "--model", config.policy.model), ("--against", against)):
+    first = ("policy.model", config.policy.model) if model is None else ("--model", model)
+    for key, wanted in (first, ("--against", against)):
         if wanted is not None:
             with named(key):
-                found = found_model(wanted, trust_remote_code=config.policy.trust_remote_code)
+                local = local_model(wanted, loaded.folder, seed=config.run.seed)
+                found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
             how: dict[str, Any] = {"columns": data.columns, "max_tokens": config.train.max_tokens_per_microbatch}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
@@ -102,6 +116,83 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         cluster=config.cluster,
     )
+
+
+def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made | None = None) -> EvalInputs:
+    """What an evaluation says of itself.
+
+    made: what earlier stages will have made. Their models need not be there yet: those that they train stand in for
+    them, which have the same tokenizer and room, and what they will be is checked from their configuration.
+    """
+    config, made = stage.evaluate, made or Made()
+    _refuse_unfit_results(stage, made)
+    sets = {name: source_of(one) for name, one in _sets(stage).items()}
+    decoding = Decoding(
+        samples=config.samples_per_prompt if config.rewards else 1,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens if config.rewards else 1,
+        stop=config.stop,
+        seed=stage.run.seed,
+        system_prompt=config.system_prompt,
+        apply_chat_template=config.apply_chat_template,
+    )
+    key = f"evaluate.{REWARD_KEY}"
+    rewards = load_rewards(
+        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
+    )
+    candidates = []
+    for name in ("model", "against"):
+        wanted = getattr(config, name)
+        if wanted is not None:
+            with named(f"evaluate.{name}"):
+                local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
+                found = found_model(local, trust_remote_code=config.trust_remote_code)
+            found = replace(found, name=wanted, dtype=config.dtype or found.dtype)
+            how: dict[str, Any] = {"columns": config.columns, "max_tokens": config.max_tokens_per_microbatch}
+            candidates.append(
+                _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
+            )
+    reward_model = config.reward if stage.uses_reward_model else None
+    return _inputs(
+        candidates,
+        decoding,
+        Marks(ks=config.k, pass_score=config.pass_score, answers=config.answer),
+        rewards,
+        reward_model=reward_model,
+        is_there=reward_model is None or reward_model.model not in made.finals,
+        key="evaluate.reward.model",
+        reward_policy=config.reward_policy,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        cluster=stage.cluster,
+    )
+
+
+def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
+    data = stage.evaluate.data
+    return data if isinstance(data, dict) else {"heldout": data}
+
+
+def _refuse_unfit_results(stage: EvaluationStage, made: Made) -> None:
+    """UserError if the result of an earlier stage will not be what the evaluation makes of it."""
+    config = stage.evaluate
+    for key, model in (("model", config.model), ("against", config.against)):
+        if model is None:
+            continue
+        if model in made.scored:
+            what = made.scored[model].replace("_", " ")
+            raise UserError(f"evaluate.{key}: {model} will be a {what}, expected a language model")
+        lora = made.adapters.get(model)
+        if config.rewards and lora is not None and (lora.dora or lora.modules_to_save):
+            kind = "dora" if lora.dora else "modules_to_save"
+            text = (
+                f"will be an adapter with {kind}, which engines cannot serve; merge it into its base in a stage before"
+            )
+            raise UserError(f"evaluate.{key}: {model} {text}")
+    if stage.uses_reward_model and config.reward is not None and config.reward.model in made.finals:
+        folder = config.reward.model
+        if made.scored.get(folder) != "reward_model":
+            what = made.scored.get(folder, "language model").replace("_", " ")
+            raise UserError(f"evaluate.reward.model: {folder} will be a {what}, expected a reward model")
 
 
 def inputs_of_model(
@@ -164,6 +255,7 @@ def _candidate(
     columns: Mapping[str, str],
     max_tokens: int,
     set_key: str,
+    reward_key: str = REWARD_KEY,
 ) -> Candidate:
     """The sets in a model's tokens. UserError names the set and the row that is wrong."""
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
@@ -184,7 +276,7 @@ def _candidate(
             with named(f"{key} (without rewards its completions are measured)"):
                 examples[name] = load_examples(rows, tokenizer, reading).items
             continue
-        check_rewards(rewards, rows, key)
+        check_rewards(rewards, rows, key, key=reward_key)
         with named(key):
             prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=ANY_LENGTH, **how)
             refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
@@ -198,15 +290,17 @@ def _inputs(
     rewards: tuple[RewardSpec, ...],
     *,
     reward_model: RewardModelConfig | None,
+    is_there: bool = True,
+    key: str = "reward.model",
     reward_policy: RewardPolicy,
     max_tokens_per_microbatch: int,
     cluster: ClusterConfig,
 ) -> EvalInputs:
-    """The whole, its reward model looked at and its marks decided."""
-    if reward_model is not None:
+    """The whole, its reward model looked at if it `is_there` already, and its marks decided."""
+    if reward_model is not None and is_there:
         if not Path(reward_model.model).exists():
             use_cache_if_silent()
-        with named("reward.model"):
+        with named(key):
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
     longest = max(candidate.longest_prompt for candidate in candidates)

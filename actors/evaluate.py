@@ -9,20 +9,26 @@ import asyncio
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.cluster import connected
 from actors.engines import serve_engines
-from actors.eval_inputs import Candidate, EvalInputs
+from actors.eval_inputs import Candidate, EvalInputs, inputs_of_stage
 from actors.gang import Stoppable, ending, places_of, spawn
-from actors.launch import sigterm_interrupts
+from actors.interrupts import sigterm_interrupts
 from actors.placement import reserve_seats
+from actors.reading import named
+from actors.recording import recording
 from actors.services import LikelihoodWorkers, RewardWorkers
 from actors.serving import sampling_of
+from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.load import LoadedConfig
 from rlhf.config.seating import seats_of
-from rlhf.controller.answers import answered, request_for
+from rlhf.config.stages import result_of
+from rlhf.controller.answers import answered, error_record, request_for
 from rlhf.errors import RunError, UserError
 from rlhf.evaluation.results import (
     Evaluation,
@@ -37,6 +43,8 @@ from rlhf.evaluation.results import (
 from rlhf.rewards.scoring import describe
 from rlhf.roles import CompletedGroup
 from rlhf.tracking.atomic import write_atomic, write_lines
+from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.samples import samples_path
 from rlhf.types import GroupScores
 from rlhf.workers.likelihood import LikelihoodWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
@@ -57,31 +65,67 @@ def refuse_unusable_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What there is to write down."""
+
+    evaluation: Evaluation
+    rows: list[dict[str, Any]]  # samples
+
+    @property
+    def report(self) -> str:
+        """eval.json."""
+        return json.dumps(self.evaluation.to_json(), indent=2, allow_nan=False) + "\n"
+
+
 def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
     """Measure, and write eval.json and samples.jsonl into the folder.
 
     RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
     """
     with connected(inputs.cluster), sigterm_interrupts():
-        if inputs.rewards:
-            answers = [asyncio.run(_answers(candidate, inputs)) for candidate in inputs.candidates]
-        else:
-            measured = asyncio.run(_measured(inputs.candidates[0], inputs))
-    sets, rows = _prompt_reports(inputs, answers) if inputs.rewards else _example_reports(inputs, measured)
+        found = asyncio.run(_find(inputs))
+    write_lines(folder / SAMPLES, found.rows)
+    write_atomic(folder / REPORT, found.report)
+    return found.evaluation
+
+
+def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
+    """An evaluation as a stage of a pipeline: its row of metrics is step 0, and eval.json says that it is finished."""
+    with recording(stage, resume=resume) as (record, _):
+        with named(f"stages.{record.folder.path.name}"):
+            inputs = inputs_of_stage(stage, loaded)
+        record.begin_step()
+        with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
+            found = asyncio.run(_find(inputs, record.tracker.log_error))
+        write_lines(samples_path(record.folder.path, 0), found.rows)
+        metrics = found.evaluation.to_metrics()
+        record.write_row(0, {**record.row(), **metrics})
+        write_atomic(result_of(stage), found.report)
+    logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+async def _find(inputs: EvalInputs, log_error: Callable[[ErrorRecord], None] = lambda _: None) -> Found:
+    """Everything that the models answer, measured. `log_error` is told of each reward that failed."""
+    if inputs.rewards:
+        answers = [await _answers(candidate, inputs, log_error) for candidate in inputs.candidates]
+        sets, rows = _prompt_reports(inputs, answers)
+    else:
+        sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
     names = [candidate.model.name for candidate in inputs.candidates]
-    found = Evaluation(
+    evaluation = Evaluation(
         model=names[0],
         against=names[1] if len(names) > 1 else None,
         seed=inputs.decoding.seed,
         samples=inputs.decoding.samples if inputs.rewards else None,
         sets=tuple(sets),
     )
-    write_lines(folder / SAMPLES, rows)
-    write_atomic(folder / REPORT, json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n")
-    return found
+    return Found(evaluation=evaluation, rows=rows)
 
 
-async def _answers(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[PromptResult]]:
+async def _answers(
+    candidate: Candidate, inputs: EvalInputs, log_error: Callable[[ErrorRecord], None]
+) -> dict[str, list[PromptResult]]:
     """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
     seating = seats_of({"rollout", "reward"}, cluster, with_reward_model=inputs.reward_model is not None)
@@ -142,6 +186,8 @@ async def _answers(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[P
             ]
             judged = await answered(engines, requests, sampling_of(decoding), judge)
             errors = [scores.errors for _, scores, _ in judged if scores.errors]
+            for error in (one for failed in errors for one in failed):
+                log_error(error_record(error, step=0))
             if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
                 raise RunError(f"eval {name}: {describe(errors[0])}")
             for failed in errors:

@@ -46,7 +46,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
-    config = next(iter(load(resolved).stages.values()))
+    config = next(iter(load(resolved).runs.values()))
     alone = Config.model_validate(
         {
             "run": config.run,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.eval_inputs import inputs_of_stage
 from actors.hub import use_cache_if_silent
+from actors.made import Made
+from actors.merge import foresee, with_local_models
+from actors.reading import check_rewards, load_rewards, local_model, named, source_of
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
@@ -30,18 +34,18 @@ from rlhf.config.derive import (
     train_sets,
     uses_reward_model,
 )
-from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.load import LoadedConfig
 from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
-from rlhf.config.rollouts import RewardConfig
 from rlhf.config.root import Config
+from rlhf.config.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import Pair, collate_pairs, load_pairs
 from rlhf.data.prompts import load_prompts
-from rlhf.data.sources import FILE_SUFFIXES, Row, Source, read_rows
+from rlhf.data.sources import FILE_SUFFIXES, read_rows
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import Share
-from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
 from rlhf.models.loading import (
@@ -54,8 +58,6 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import refuse_broken_weights
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
-from rlhf.models.tiny import build_tiny_llama
-from rlhf.rewards.loading import check_columns, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Examples, Pairs, Prompt
 
@@ -76,7 +78,6 @@ COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
     "step_rewards": collate_steps,
     "unpaired": collate_labelled,
 }
-TINY = "tiny:llama"
 PROBE_TOKENS = 64
 
 
@@ -109,17 +110,25 @@ class StageInputs:
     config: Config  # model names are those that can be loaded
     written: Config  # as the user has it: what goes into the run folder
     inputs: OnlineInputs | OfflineInputs
-    awaits: tuple[str, ...]  # folders of models that earlier stages have yet to make
 
 
-def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
-    """The inputs of every stage. UserError for the first thing that is wrong, whichever stage it is in."""
-    finals: dict[str, str] = {}  # folder of a stage's result: the model whose tokenizer and shape it will have
-    scored: dict[str, str] = {}  # of those that will have a scalar head, the algorithm that trains it
-    adapters: dict[str, LoraConfig] = {}  # of those that will be an adapter, its shape
-    stages = []
+def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | EvaluationStage]:
+    """The inputs of every run, and merges and evaluations as they are, since what they read may not be made yet.
+
+    UserError for the first thing that is wrong, whichever stage it is in.
+    """
+    made = Made()
+    finals, scored, adapters = made.finals, made.scored, made.adapters
+    stages: list[StageInputs | MergeStage | EvaluationStage] = []
     for name, config in loaded.stages.items():
         with named(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+            if not isinstance(config, Config):
+                if isinstance(config, MergeStage):
+                    foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))
+                else:
+                    inputs_of_stage(config, loaded, made=made)
+                stages.append(config)
+                continue
             local = with_tiny(config, loaded.folder)
             _refuse_other_results(local, finals, adapters)
             local = with_adapters(local, adapters)
@@ -132,12 +141,13 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs]:
                 else:
                     _refuse_unusable_model(section, model, local, finals, vocabulary_of=source)
             inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
-        awaits = tuple(model.model for model in _models(local).values() if model.model in finals)
-        stages.append(StageInputs(config=local, written=config, inputs=inputs, awaits=awaits))
-        final = str(run_folder(config) / "final")
+        stages.append(StageInputs(config=local, written=config, inputs=inputs))
+        final = str(final_folder(config))
         finals[final] = source
         if local.policy.lora is not None:
             adapters[final] = local.policy.lora
+        if local.policy.model in made.restacked:
+            made.restacked.add(final)
         if has_scalar_head(config):
             scored[final] = config.algorithm.name
     return stages
@@ -231,11 +241,9 @@ def with_tiny(config: Config, folder: Path) -> Config:
     changed: dict[str, Any] = {}
     for name in ("policy", "reference", "critic"):
         section: ModelConfig | None = getattr(config, name)
-        if section is not None and section.model == TINY:
-            path = folder / "models" / "tiny-llama"
-            if not path.exists():
-                build_tiny_llama(path, seed=config.run.seed)
-            changed[name] = section.model_copy(update={"model": str(path)})
+        if section is not None:
+            path = local_model(section.model, folder, seed=config.run.seed)
+            changed[name] = section.model_copy(update={"model": path})
     return config.model_copy(update=changed)
 
 
@@ -319,15 +327,6 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     return found
 
 
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """Put the key of the config before what is wrong with its value."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Whether a model or a data set may be a name on the hub."""
     models = [model.model for model in _models(config).values() if model.model not in finals]
@@ -335,13 +334,6 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
-
-
-def source_of(source: DataSource) -> Source:
-    """What the readers of data take."""
-    if isinstance(source, str):
-        return source
-    return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
 
 
 def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
@@ -440,39 +432,6 @@ def _offline(config: Config, source: str) -> OfflineInputs:
         eval_sets=held_out,
         unusable=tuple(unusable),
     )
-
-
-def load_rewards(
-    rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = "rewards.{}.function"
-) -> tuple[RewardSpec, ...]:
-    """The rewards, their functions imported once in a process of their own.
-
-    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
-    """
-    folders = (beside, Path.cwd())
-    specs = []
-    for name, reward in rewards.items():
-        function = None
-        if reward.function is not None:
-            function = load_reward(
-                reward.function,
-                args=reward.args,
-                folders=folders,
-                key=key.format(name),
-                memory_gib=memory_gib,
-            )
-        specs.append(
-            RewardSpec(name=name, weight=reward.weight, function=function, truncated_score=reward.truncated_score)
-        )
-    return tuple(specs)
-
-
-def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str) -> None:
-    """UserError if a reward needs a column that not every row has."""
-    common = set(rows[0].columns).intersection(*(row.columns for row in rows))
-    for spec in specs:
-        if spec.function is not None:
-            check_columns(spec.function, sorted(common), key=f"rewards.{spec.name}.function", data=data)
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 
 from actors.cluster import connected
 from actors.engines import start_engines
+from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
+from actors.interrupts import sigterm_interrupts
+from actors.merge import run_merge
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, PolicyRank
+from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.config.derive import (
@@ -37,8 +38,8 @@ from rlhf.config.derive import (
     uses_reward_model,
 )
 from rlhf.config.dump import dump_yaml
-from rlhf.config.load import LoadedConfig, run_folder
-from rlhf.config.root import Config
+from rlhf.config.load import LoadedConfig
+from rlhf.config.stages import MergeStage, Stage, result_of, run_folder
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController, OnlineRoles
 from rlhf.controller.record import RunRecord, read_state
@@ -48,11 +49,7 @@ from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.progress import open_progress
 from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker, TrackerBackend
-from rlhf.tracking.wandb_backend import open_wandb
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -68,54 +65,41 @@ SHOWN_OFFLINE = (
 
 
 def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
-    """Run all stages, or with `resume` what is left of them. Returns when the last one's final/ is written."""
+    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written."""
     logs.configure()
-    for config in loaded.stages.values():
-        _refuse_unusable_folder(config, resume=resume)
-    if resume and all((run_folder(config) / "final").exists() for config in loaded.stages.values()):
+    for written in loaded.stages.values():
+        _refuse_unusable_folder(written, resume=resume)
+    left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
+    if not left:
         logger.info("%s is finished: nothing is left to do", loaded.name)
         return
     stages = load_inputs(loaded)
     for stage in stages if resume else ():
-        _refuse_other_checkpoint(stage)
-    cluster = next(iter(loaded.stages.values())).cluster
-    with connected(cluster), sigterm_interrupts():
+        if isinstance(stage, StageInputs):
+            _refuse_other_checkpoint(stage)
+    clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
+    with connected(clusters[0]) if clusters else nullcontext(), sigterm_interrupts():
         for stage in stages:
-            folder = run_folder(stage.written)
-            if resume and (folder / "final").exists():
-                logger.info("%s is finished: %s", stage.written.run.name, folder / "final")
-                continue
-            asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+            written = stage.written if isinstance(stage, StageInputs) else stage
+            if written not in left:
+                logger.info("%s is finished: %s", written.run.name, result_of(written))
+            elif isinstance(stage, StageInputs):
+                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+            elif isinstance(stage, MergeStage):
+                run_merge(stage, loaded.folder, resume=resume, quiet=quiet)
+            else:
+                run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, as batch systems and `ray job stop` send it, ends the run as Ctrl-C does: in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_: int, frame: FrameType | None) -> None:
-        """What Ctrl-C does; also where SIGINT is ignored, as shells have it for commands in the background."""
-        handler = signal.getsignal(signal.SIGINT)
-        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _refuse_unusable_folder(config: Config, *, resume: bool) -> None:
+def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
     """UserError if the run's folder cannot be written, is in use, or holds what this run would not go on from."""
-    path = run_folder(config)
-    if resume and (path / "final").exists():
+    path = run_folder(stage)
+    if resume and result_of(stage).exists():
         return
     try:
-        with RunFolder.open(config.run.dir, config.run.name, resume=resume) as folder:
+        with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
             if resume and folder.latest_checkpoint() is None and any(folder.checkpoints.glob("step_*")):
                 raise UserError(
                     f"--resume: no checkpoint in {folder.checkpoints} is whole, so there is nothing to go on from. "
@@ -130,7 +114,7 @@ def _refuse_unusable_folder(config: Config, *, resume: bool) -> None:
 def _refuse_other_checkpoint(stage: StageInputs) -> None:
     """UserError if the newest checkpoint in the run's folder is of another model or other data, or of a later step."""
     config = stage.config
-    if (run_folder(config) / "final").exists():
+    if result_of(stage.written).exists():
         return
     with RunFolder.open(config.run.dir, config.run.name, resume=True) as folder:
         step = folder.latest_checkpoint()
@@ -155,44 +139,13 @@ def _stream(stage: StageInputs) -> Stream[Any]:
 
 async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
-    config = stage.config
-    with RunFolder.open(config.run.dir, config.run.name, resume=resume) as folder:
-        folder.write_config(dump_yaml(stage.written))
-        folder.write_environment(seed=config.run.seed)
-        step = folder.latest_checkpoint() if resume else None
-        backends: list[TrackerBackend] = []
-        if config.tracking.wandb != "off":
-            backends.append(
-                open_wandb(
-                    folder.path,
-                    mode=config.tracking.wandb,
-                    project=config.tracking.wandb_project,
-                    name=config.run.name,
-                    config=stage.written.model_dump(mode="json"),
-                )
-            )
-        tracker = Tracker(folder.path, backends=backends)
-        timeline = Timeline(folder.timeline)
-        failed = True
-        try:
-            if resume:
-                tracker.truncate_after(step if step is not None else -1)
-            shown = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
-            with open_progress(config.train.steps, done_steps=step or 0, show=shown, quiet=quiet) as progress:
-                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
-                progress.stage("starting")
-                try:
-                    if isinstance(stage.inputs, OnlineInputs):
-                        await _run_online(stage, stage.inputs, record, step)
-                    else:
-                        await _run_offline(stage, stage.inputs, record, step)
-                except Exception as error:
-                    record.failed(error)
-                    raise
-            failed = False
-        finally:
-            tracker.close(failed=failed)
-            timeline.close()
+    show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
+    steps = stage.config.train.steps
+    with recording(stage.written, resume=resume, steps=steps, show=show, quiet=quiet) as (record, step):
+        if isinstance(stage.inputs, OnlineInputs):
+            await _run_online(stage, stage.inputs, record, step)
+        else:
+            await _run_offline(stage, stage.inputs, record, step)
 
 
 async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:

@@ -16,7 +16,7 @@ from actors.cluster import connected
 from actors.engines import RolloutEngines, serve_engines
 from actors.gang import ending
 from actors.hub import use_cache_if_silent
-from actors.launch import sigterm_interrupts
+from actors.interrupts import sigterm_interrupts
 from actors.placement import reserve_seats
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.seating import seats_of

@@ -395,7 +395,7 @@ def recipe(name: str) -> Path:
 
 def _quickstart(loaded: LoadedConfig, *, quiet: bool) -> int:
     """Train, show before and after, and say whether it worked. A quickstart that was cut off goes on."""
-    from rlhf.config.load import run_folder
+    from rlhf.config.stages import run_folder
     from rlhf.quickstart import show
 
     launch(loaded, resume=True, quiet=quiet)

@@ -6,25 +6,31 @@ A range of one value stands on its field; a key without effect stands in rlhf.co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
-from rlhf.config.cluster import TrainedRole
-from rlhf.config.effect import inert_keys, is_written
+from rlhf.config.cluster import ClusterConfig, TrainedRole
+from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
-from rlhf.config.model import CriticConfig, PolicyConfig
-from rlhf.config.rollouts import RolloutsConfig
+from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
+from rlhf.config.rollouts import RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
 
 _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
 
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *_adapters(config), *_cluster(config), *_secrets(config)]
+    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
+    found += [*_adapters(config), *_cluster(config)]
     if config.rollouts is not None and isinstance(config.algorithm, OnlineConfig):
         found += _batch(config, config.rollouts, config.algorithm)
     if not derive.is_online(config):
@@ -35,8 +41,13 @@ def problems(config: Config) -> tuple[Problem, ...]:
 
 def unused(config: Config) -> Iterator[Problem]:
     """Written keys that have no effect, each named once."""
+    yield from written_inert(config, inert_keys(config))
+
+
+def written_inert(config: Section, inert_ones: Iterable[Inert]) -> Iterator[Problem]:
+    """Those of the keys that the user gave, each named once."""
     named: set[Key] = set()
-    for inert in inert_keys(config):
+    for inert in inert_ones:
         if is_written(config, inert.key) and not any(inert.key[: len(key)] == key for key in named):
             named.add(inert.key)
             fix = f"remove it, or {inert.fix}"
@@ -55,14 +66,6 @@ def _presence(config: Config) -> Iterator[Problem]:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
         if not config.rewards:
             yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
-    if derive.uses_reward_model(config) and config.reward is None:
-        users = ", ".join(f"rewards.{name}" for name, reward in config.rewards.items() if reward.role == "reward")
-        yield _problem("reward", f"is missing: {users} has `role: reward`; name its model as reward.model")
-    if "score" in config.rewards:
-        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
-        yield _problem("rewards.score", text)
-    if config.rewards and all(reward.weight == 0.0 for reward in config.rewards.values()):
-        yield _problem("rewards", "all have weight 0, so every score is 0; give one a weight")
     if config.data.train == {}:
         yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
@@ -209,8 +212,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
     """Devices, colocation and the way of the weights."""
     cluster, roles = config.cluster, config.cluster.roles
     needed = derive.needs(config)
-    if cluster.address == "local":
-        yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
+    yield from cluster_problems(cluster, needed, with_reward_model=derive.uses_reward_model(config))
     for role in ("policy", "critic"):
         if role not in needed:
             continue
@@ -223,20 +225,28 @@ def _cluster(config: Config) -> Iterator[Problem]:
             yield _problem(f"cluster.roles.{role}.offload", text)
     if "rollout" not in needed:
         return
-    engine = roles.rollout
-    if cluster.device == "cpu" and engine.tensor_parallel > 1:
-        text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
-        yield _problem("cluster.roles.rollout.tensor_parallel", text)
-    yield from _colocation(config)
     yield from _turns(config)
     yield from _weight_sync(config)
 
 
-def _colocation(config: Config) -> Iterator[Problem]:
+def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
+    """The address and the engines, whatever is run."""
+    if cluster.address == "local":
+        yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
+    if "rollout" not in needed:
+        return
+    engine = cluster.roles.rollout
+    if cluster.device == "cpu" and engine.tensor_parallel > 1:
+        text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
+        yield _problem("cluster.roles.rollout.tensor_parallel", text)
+    yield from _colocation(cluster, needed, with_reward_model=with_reward_model)
+
+
+def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
     """Each guest has a host's bundle of its own."""
-    roles, needed = config.cluster.roles, derive.needs(config)
-    engine = roles.rollout
-    if engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
+    roles = cluster.roles
+    engine, with_policy = roles.rollout, "policy" in needed  # a host that is not there takes no guests
+    if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
         text = (
             f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: at most one beside each;"
             " lower cluster.roles.rollout.engines, or set colocate_with to null"
@@ -246,17 +256,17 @@ def _colocation(config: Config) -> Iterator[Problem]:
         rule = f"Ray shares out single GPUs only, and cluster.roles.rollout.tensor_parallel is {engine.tensor_parallel}"
         guests = [r for r in ("reference", "reward") if r in needed and getattr(roles, r).colocate_with == "rollout"]
         for guest in guests:
-            if guest == "reference" or derive.uses_reward_model(config):
+            if guest == "reference" or with_reward_model:
                 text = f"is rollout, but {rule}; set it to policy or null, or tensor_parallel to 1"
                 yield _problem(f"cluster.roles.{guest}.colocate_with", text)
-        if engine.colocate_with == "policy":
+        if with_policy and engine.colocate_with == "policy":
             text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
             yield _problem("cluster.roles.rollout.colocate_with", text)
     for role in ("critic", "reference", "reward"):
         section = getattr(roles, role)
-        if role not in needed or section.colocate_with is None:
-            continue
         host = section.colocate_with
+        if role not in needed or host not in needed:
+            continue
         size, unit = (engine.engines, "engines") if host == "rollout" else (roles.policy.workers, "workers")
         if section.workers > size:
             text = (
@@ -306,10 +316,23 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
         yield _problem("cluster.weight_sync", text)
 
 
-def _secrets(config: Config) -> Iterator[Problem]:
-    """The configuration is written to the run folder and to W&B, so it holds no secrets."""
-    for name, reward in config.rewards.items():
+def reward_problems(
+    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
+) -> Iterator[Problem]:
+    """What is wrong among the rewards. `at`: the section that they stand in."""
+    users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
+    if users and model is None:
+        key = (*at, "reward")
+        text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
+        yield Problem(key=key, text=text)
+    if "score" in rewards:
+        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
+        yield Problem(key=(*at, "rewards", "score"), text=text)
+    if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
+        text = "all have weight 0, so every score is 0; give one a weight"
+        yield Problem(key=(*at, "rewards"), text=text)
+    for name, reward in rewards.items():
         for argument in reward.args:
-            if _SECRET.search(argument):
+            if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                yield Problem(key=("rewards", name, "args", argument), text=text)
+                yield Problem(key=(*at, "rewards", name, "args", argument), text=text)

@@ -14,6 +14,7 @@ from typing import get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from rlhf.algorithms.section import Section
+from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.explain import expected, is_section, members
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
@@ -45,7 +46,7 @@ word. A key given twice is an error.
 ## Pipelines
 
 A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,
-each as a run of its own in `<run.dir>/<run.name>/<stage>/`.
+each in a folder of its own, `<run.dir>/<run.name>/<stage>/`. A stage trains, merges models or measures one.
 
 ```yaml
 run: {name: demo}
@@ -64,16 +65,23 @@ stages:
     algorithm: {name: ppo}
     data: {train: prompts.jsonl}
     train: {steps: 100, lr: 1e-6, sequences_per_update: 128}
+  soup:
+    merge: {method: linear, models: {sft: {model: stage:sft}, ppo: {model: stage:ppo}}}
+  judge:
+    evaluate: {model: stage:soup, against: stage:ppo, data: heldout.jsonl, rewards: {correct: {function: math_answer}}}
 ```
 
 1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
 2. A shared key that a stage cannot use is not given to that stage (here `rollouts` and `rewards` in `sft`). A shared
    key that no stage uses, because none can or because every one sets its own, is an error. A stage's own keys are held
    to the rules of a single run.
-3. `run` stands at the top alone, `algorithm` in each stage alone.
-4. `stage:NAME` as a model is the final model of an earlier stage.
-5. All stages run in one Ray: `cluster.address` and `cluster.object_store_gib` are the same in each.
-6. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
+3. `run` stands at the top alone.
+4. Each stage has one of `algorithm` (it trains), `merge` ([merging](merging.md)) and `evaluate`
+   ([evaluation](evaluation.md)), which says what it is. A merge has no other section, an evaluation `cluster` and
+   `tracking` alone; of the shared sections they get no others either.
+5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage that makes one.
+6. All stages run in one Ray: `cluster.address` and `cluster.object_store_gib` are the same in each.
+7. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
 
 ## Keys
 
@@ -84,17 +92,25 @@ stages:
 MERGE = """
 ## Keys of a merge
 
-A file for `rlhf merge` has this one section. [merging](merging.md) says which method takes which keys.
+A file for `rlhf merge` has this one section, and so has a stage that merges, without `out`. [merging](merging.md) says
+which method takes which keys.
+"""
+
+EVALUATION = """
+## Keys of an evaluation
+
+A stage that measures a model has this section. [evaluation](evaluation.md) says what is measured.
 """
 
 
 def render() -> str:
     """The whole page."""
-    return HEAD + _keys(Config) + MERGE + _keys(MergeFile)
-
-
-def _keys(root: type[Section]) -> str:
     shown: dict[type[Section], str] = {}
+    text = HEAD + _keys(Config, shown) + MERGE + _keys(MergeFile, shown)
+    return text + EVALUATION + _key("evaluate", EvaluationStage.model_fields["evaluate"], shown)
+
+
+def _keys(root: type[Section], shown: dict[type[Section], str]) -> str:
     return "".join(_key(name, field, shown) for name, field in root.model_fields.items())
 
 

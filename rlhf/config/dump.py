@@ -8,16 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.effect import inert_keys
-from rlhf.config.load import LoadedConfig, run_folder
-from rlhf.config.pipeline import MODELS
+from rlhf.config.evaluate import EvaluationStage, inert_in_evaluation
+from rlhf.config.load import LoadedConfig
+from rlhf.config.merge import in_effect
+from rlhf.config.pipeline import model_places
 from rlhf.config.root import Config
+from rlhf.config.stages import MergeStage, Stage, final_folder
 from rlhf.config.yaml_tree import to_yaml
 
 
-def dump_yaml(config: Config | LoadedConfig) -> str:
-    """One run, or a whole pipeline, as a file for `rlhf train`."""
+def dump_yaml(config: Stage | LoadedConfig) -> str:
+    """One run, or a whole pipeline, as a file for `rlhf train`. A merge or an evaluation is a pipeline of one stage."""
     if isinstance(config, Config):
         return to_yaml(_tree(config))
+    if isinstance(config, MergeStage | EvaluationStage):
+        tree = _tree(config)
+        pipeline, _, name = config.run.name.partition("/")
+        return to_yaml({"run": {**tree.pop("run"), "name": pipeline}, "stages": {name: tree}})
     if not config.is_pipeline:
         return to_yaml(_tree(next(iter(config.stages.values()))))
     stages: dict[str, dict[str, Any]] = {}
@@ -26,18 +33,18 @@ def dump_yaml(config: Config | LoadedConfig) -> str:
     for name, stage in config.stages.items():
         tree = _tree(stage)
         run = tree.pop("run")
-        for section, key in MODELS:
-            values = tree.get(section)
-            if values is not None and values.get(key) is not None:
-                values[key] = names_by_folder.get(values[key], values[key])
+        for key, values in model_places(tree):
+            values[key[-1]] = names_by_folder.get(values[key[-1]], values[key[-1]])
         stages[name] = tree
-        names_by_folder[str(run_folder(stage) / "final")] = f"stage:{name}"
+        names_by_folder[str(final_folder(stage))] = f"stage:{name}"
     return to_yaml({"run": {**run, "name": config.name}, "stages": stages})
 
 
-def _tree(config: Config) -> dict[str, Any]:
+def _tree(config: Stage) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
-    for inert in inert_keys(config):
+    if isinstance(config, MergeStage):
+        return tree | {"merge": in_effect(config.merge)}
+    for inert in inert_keys(config) if isinstance(config, Config) else inert_in_evaluation(config):
         _prune(tree, inert.key)
     return tree
 

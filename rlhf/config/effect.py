@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from rlhf.algorithms.cpo import CPOConfig
 from rlhf.algorithms.dpo import SMOOTHED, DPOConfig
 from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
@@ -28,7 +30,7 @@ class Inert:
     fix: str  # what to change if the key was meant
 
 
-def is_written(config: Config, key: Key) -> bool:
+def is_written(config: Section, key: Key) -> bool:
     """Whether the user gave the key. Null or an empty mapping, where that is the default, says nothing and does not
     count."""
     node: object = config
@@ -51,7 +53,7 @@ def inert_keys(config: Config) -> Iterator[Inert]:
         yield from _of_algorithm(config, config.algorithm)
     yield from _of_preferences(config)
     yield from _of_data_and_training(config)
-    yield from _of_cluster(config)
+    yield from inert_in_cluster(config.cluster)
 
 
 def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
@@ -177,8 +179,9 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
         yield from _all("tracking.wandb_project", "tracking.wandb is off", "set tracking.wandb to offline or online")
 
 
-def _of_cluster(config: Config) -> Iterator[Inert]:
-    cluster, roles = config.cluster, config.cluster.roles
+def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
+    """Keys that the cluster's device, address and colocation leave without effect, whatever runs there."""
+    roles = cluster.roles
     if cluster.address is not None:
         why = "cluster.address names a running Ray, whose object store has its size already"
         yield from _all("cluster.object_store_gib", why, "give --object-store-memory to `ray start`")

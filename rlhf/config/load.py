@@ -10,6 +10,7 @@ from rlhf.config.checks import problems
 from rlhf.config.explain import nearest, parse, refuse
 from rlhf.config.pipeline import resolve_stages
 from rlhf.config.root import Config
+from rlhf.config.stages import Stage, run_folder
 from rlhf.config.yaml_tree import Tree, apply_overrides, read_tree
 from rlhf.errors import UserError
 
@@ -21,8 +22,13 @@ class LoadedConfig:
     source: str  # the file, for messages
     name: str  # of the run or the pipeline
     folder: Path  # of the run, or the one that holds the folders of the stages
-    stages: Mapping[str, Config]  # by stage name; a single run is one stage of the run's name
+    stages: Mapping[str, Stage]  # by stage name; a single run is one stage of the run's name
     is_pipeline: bool
+
+    @property
+    def runs(self) -> Mapping[str, Config]:
+        """The stages that train."""
+        return {name: stage for name, stage in self.stages.items() if isinstance(stage, Config)}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -33,6 +39,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tree = apply_overrides(tree, overrides)
     if "merge" in tree.values and "stages" not in tree.values:
         raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
+    if "evaluate" in tree.values and "stages" not in tree.values:
+        text = "is a stage's section; put it into `stages:`, or evaluate a model with `rlhf eval`"
+        raise UserError(f"{tree.place(('evaluate',))}: evaluate: {text}")
     if "stages" in tree.values:
         stages = resolve_stages(tree)
         run = next(iter(stages.values())).run
@@ -48,11 +57,6 @@ def checked(config: Config) -> LoadedConfig:
     """A configuration made in Python, checked as a file is."""
     refuse(problems(config), lambda key: "config")
     return _single(config, "config")
-
-
-def run_folder(config: Config) -> Path:
-    """Where everything of a run lies."""
-    return config.run.dir / config.run.name
 
 
 def _single(config: Config, source: str) -> LoadedConfig:

@@ -47,8 +47,8 @@ class MergeInput(Section):
     """One of the merged models."""
 
     model: str = Field(min_length=1)
-    """A Hugging Face name or a local folder. A folder with an adapter stands for its base with the adapter added, or
-    for the adapter alone where `output` is `adapter`."""
+    """A Hugging Face name, a local folder, or in a pipeline `stage:NAME`. A folder with an adapter stands for its base
+    with the adapter added, or for the adapter alone where `output` is `adapter`."""
     weight: float = 1.0
     """Its share. May be negative."""
     density: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -74,7 +74,8 @@ class MergeConfig(Section):
     output: Literal["model", "adapter"] = "model"
     """`model`: whole weights. `adapter`: adapters of one base become one adapter."""
     base: str | None = Field(default=None, min_length=1)
-    """The model that the task vectors are differences to, and for slerp the end at t = 0. null: the method has none."""
+    """The model that the task vectors are differences to, and for slerp the end at t = 0, named as the others are.
+    null: the method has none."""
     models: dict[ModelName, MergeInput]
     """The models by names of your choice."""
     t: float = Field(default=0.5, ge=0.0, le=1.0)

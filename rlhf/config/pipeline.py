@@ -1,36 +1,52 @@
-"""Stages of a pipeline as complete runs.
+"""Stages of a pipeline as complete runs, merges and evaluations.
 
 Rules (docs/configuration.md repeats them for users):
 1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
 2. A shared key that a stage cannot use is not given to that stage. One that no stage uses is an error.
-3. `run` stands at the top alone; a stage's run is called PIPELINE/STAGE. `algorithm` stands in each stage.
-4. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
-5. All stages run in one Ray: cluster.address and cluster.object_store_gib are the same in each.
+3. `run` stands at the top alone; a stage's run is called PIPELINE/STAGE.
+4. Each stage has one of `algorithm` (it trains), `merge` and `evaluate`, which says what it is. A merge has no other
+   section, an evaluation `cluster` and `tracking` alone.
+5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage that makes one.
+6. All stages run in one Ray: cluster.address and cluster.object_store_gib are the same in each.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.checks import problems, unused
-from rlhf.config.explain import Problem, nearest, parse, refuse
+from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.explain import Problem, nearest, parse_as, refuse
 from rlhf.config.root import Config
 from rlhf.config.run import RunConfig
+from rlhf.config.stages import (
+    KINDS,
+    WHAT,
+    MergeStage,
+    Stage,
+    kind_of,
+    stage_problems,
+    stage_unused,
+)
 from rlhf.config.yaml_tree import Key, Tree, copy, kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Where `stage:NAME` may stand.
-MODELS = (
+# Where `stage:NAME` may stand; `*` is any name.
+MODELS: tuple[Key, ...] = (
     ("policy", "model"),
     ("policy", "adapter"),
     ("reference", "model"),
     ("critic", "model"),
     ("critic", "adapter"),
     ("reward", "model"),
+    ("merge", "base"),
+    ("merge", "models", "*", "model"),
+    ("evaluate", "model"),
+    ("evaluate", "against"),
+    ("evaluate", "reward", "model"),
 )
 
 
@@ -39,6 +55,7 @@ class _Stage:
     """One stage while its tree is put together."""
 
     name: str
+    root: type[Stage]
     own: dict[str, Any]  # what stands under stages.NAME
     values: dict[str, Any]  # merged over the shared sections
     dropped: dict[Key, str] = field(default_factory=dict)  # shared keys that it cannot use, and why
@@ -65,23 +82,23 @@ class _Stage:
         return False
 
 
-def resolve_stages(tree: Tree) -> dict[str, Config]:
+def resolve_stages(tree: Tree) -> dict[str, Stage]:
     """Each stage's checked configuration, in order. UserError names every mistake."""
     refuse(list(_misplaced(tree)), tree.place)
     shared = {key: value for key, value in tree.values.items() if key not in ("stages", "run")}
     run: Any = tree.values.get("run", {})
     found: dict[Problem, None] = {}
     stages: list[_Stage] = []
-    configs: dict[str, Config] = {}
+    configs: dict[str, Stage] = {}
     for name, own in tree.values["stages"].items():
-        stage = _Stage(name=name, own=own or {}, values=_merge(shared, own or {}))
+        stage = _stage(name, own or {}, shared)
         named = isinstance(run, dict) and isinstance(run.get("name"), str)
         stage.values["run"] = {**run, "name": f"{run['name']}/{name}"} if named else run
-        config = _complete(stage, [earlier.name for earlier in stages], list(tree.values["stages"]))
-        if isinstance(config, Config):
-            configs[name] = config
-        else:
+        config = _complete(stage, stages, list(tree.values["stages"]))
+        if isinstance(config, tuple):
             found |= {stage.shown(problem, shared): None for problem in config}
+        else:
+            configs[name] = config
         stages.append(stage)
     refuse(list(found) or [*_unused_by_all(shared, stages), *_several_clusters(configs)], tree.place)
     return configs
@@ -95,9 +112,10 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
     run = tree.values.get("run")
     if isinstance(run, dict) and "/" in str(run.get("name")):
         yield Problem(key=("run", "name"), text=f"got {kind(run['name'])}, expected a name without `/` for a pipeline")
-    if "algorithm" in tree.values:
-        text = f"stands in each stage, not at the top: write stages.{next(iter(stages))}.algorithm"
-        yield Problem(key=("algorithm",), text=text)
+    for section in KINDS:
+        if section in tree.values:
+            text = f"stands in each stage, not at the top: write stages.{next(iter(stages))}.{section}"
+            yield Problem(key=(section,), text=text)
     for name, own in stages.items():
         if not _NAME.fullmatch(name):
             text = "is no name for a stage: letters, digits, `_` and `-`, starting with a letter or digit"
@@ -107,63 +125,106 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
         elif own is not None and "run" in own:
             text = "stands at the top, for all stages; a stage's run is called after the pipeline and the stage"
             yield Problem(key=("stages", name, "run"), text=text)
+        else:
+            yield from _not_of_its_kind(name, own or {})
 
 
-def _complete(stage: _Stage, earlier: list[str], names: list[str]) -> Config | tuple[Problem, ...]:
+def _not_of_its_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
+    """No section that says what the stage is, or sections that do not go with that one."""
+    root = kind_of(own)
+    (mark,) = (section for section in KINDS if KINDS[section] is root)
+    if mark not in own:
+        text = "has no section that says what it is: `algorithm` (it trains), `merge` or `evaluate`"
+        yield Problem(key=("stages", name), text=text)
+    for section in own:
+        if section not in root.model_fields and (section in Config.model_fields or section in KINDS):
+            text = f"does not go with `{mark}`, which makes this stage {WHAT[root]}; make two stages of it"
+            yield Problem(key=("stages", name, section), text=text)
+
+
+def _stage(name: str, own: dict[str, Any], shared: dict[str, Any]) -> _Stage:
+    """The stage with those shared sections that its kind has."""
+    root = kind_of(own)
+    usable = {key: value for key, value in shared.items() if root is Config or key in root.model_fields}
+    dropped: dict[Key, str] = {(key,): f"{WHAT[root]} has no such section" for key in shared.keys() - usable.keys()}
+    return _Stage(name=name, root=root, own=own, values=_merge(usable, own), dropped=dropped)
+
+
+def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage | tuple[Problem, ...]:
     """The stage's configuration without the shared keys that it cannot use, or what is wrong with it."""
     while True:
-        config = parse(stage.values)
-        if not isinstance(config, Config):
+        config = parse_as(stage.root, stage.values)
+        if isinstance(config, tuple):
             return config
-        useless = [problem for problem in unused(config) if not _has(stage.own, problem.key)]
+        useless = [problem for problem in stage_unused(config) if not _has(stage.own, problem.key)]
         if not useless:
             break
         for problem in useless:
             _remove(stage.values, problem.key)
             stage.dropped[problem.key] = problem.text.partition(": ")[2]  # without "has no effect here"
     wrong = tuple(_link_models(stage, config.run, earlier, names))
-    linked = wrong or parse(stage.values)
-    return (problems(linked) or linked) if isinstance(linked, Config) else linked
+    linked = wrong or parse_as(stage.root, stage.values)
+    return linked if isinstance(linked, tuple) else (stage_problems(linked) or linked)
 
 
-def _link_models(stage: _Stage, run: RunConfig, earlier: list[str], names: list[str]) -> Iterator[Problem]:
+def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: list[str]) -> Iterator[Problem]:
     """Puts the folder of an earlier stage's final model in the place of `stage:NAME`."""
-    for section, key in MODELS:
-        values = stage.values.get(section) or {}
-        wanted = str(values.get(key)).removeprefix("stage:")
-        if not str(values.get(key)).startswith("stage:"):
+    makers = [other.name for other in earlier if other.root is not EvaluationStage]
+    for key, values in model_places(stage.values):
+        if not values[key[-1]].startswith("stage:"):
             continue
-        if wanted in earlier:
-            values[key] = str(run.dir / Path(run.name).parent / wanted / "final")
+        wanted = values[key[-1]].removeprefix("stage:")
+        if wanted in makers:
+            values[key[-1]] = str(run.dir / Path(run.name).parent / wanted / "final")
             continue
         rule = f"stage {wanted} does not run earlier" if wanted in names else f"there is no stage {wanted}"
-        close = nearest(wanted, earlier)
-        known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(earlier) or 'none'}"
-        yield Problem(key=(section, key), text=f"got 'stage:{wanted}', but {rule}; {known}")
+        if any(other.name == wanted for other in earlier):
+            rule = f"stage {wanted} is an evaluation and makes no model"
+        close = nearest(wanted, makers)
+        known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(makers) or 'none'}"
+        yield Problem(key=key, text=f"got 'stage:{wanted}', but {rule}; {known}")
 
 
-def _several_clusters(configs: dict[str, Config]) -> Iterator[Problem]:
-    """One command connects to one Ray; device and roles may differ from stage to stage."""
-    first = next(iter(configs.values())).cluster
-    for name, config in configs.items():
+def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """The keys of a stage's tree at which a model's name stands, each with the mapping that it stands in."""
+    for pattern in MODELS:
+        found: list[tuple[Key, Any]] = [((), values)]
+        for part in pattern[:-1]:
+            found = [
+                ((*key, name), inner)
+                for key, node in found
+                if isinstance(node, dict)
+                for name, inner in (node.items() if part == "*" else [(part, node.get(part))])
+            ]
+        for key, node in found:
+            if isinstance(node, dict) and isinstance(node.get(pattern[-1]), str):
+                yield (*key, pattern[-1]), node
+
+
+def _several_clusters(configs: dict[str, Stage]) -> Iterator[Problem]:
+    """One command connects to one Ray; device and roles may differ from stage to stage. A merge needs none."""
+    clusters = {name: config.cluster for name, config in configs.items() if not isinstance(config, MergeStage)}
+    for name, cluster in clusters.items():
+        first = next(iter(clusters))
         for key in ("address", "object_store_gib"):
-            value, wanted = getattr(config.cluster, key), getattr(first, key)
+            value, wanted = getattr(cluster, key), getattr(clusters[first], key)
             if value != wanted:
-                differ = f"is {kind(value)} here and {kind(wanted)} in stage {next(iter(configs))}"
+                differ = f"is {kind(value)} here and {kind(wanted)} in stage {first}"
                 text = f"{differ}: all stages run in one Ray; write cluster.{key} at the top"
                 yield Problem(key=("stages", name, "cluster", key), text=text)
 
 
 def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Problem]:
     named: set[Key] = set()
+    trained = [stage for stage in stages if stage.root is Config] or stages  # whom most keys are meant for
     for leaf in _leaves(shared):
         if any(stage.uses(leaf) for stage in stages):
             continue
-        reasons = [reason for stage in stages if (reason := stage.why_dropped(leaf)) is not None]
+        reasons = [reason for stage in trained if (reason := stage.why_dropped(leaf)) is not None]
         key, why = reasons[-1] if reasons else (leaf, "")  # the last stage's: it is the one that matters most
         if key not in named:
             named.add(key)
-            own = f"has no effect: every stage sets its own; write stages.{stages[-1].name}.{'.'.join(leaf)}"
+            own = f"has no effect: every stage sets its own; write stages.{trained[-1].name}.{'.'.join(leaf)}"
             yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else own)
 
 

@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, TaskConfig
 from rlhf.config.derive import (
+    ROLE_ORDER,
     Derived,
     critic_model,
     derive,
@@ -21,9 +23,12 @@ from rlhf.config.derive import (
     train_sets,
     weight_sync,
 )
-from rlhf.config.load import LoadedConfig, run_folder
+from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.load import LoadedConfig
+from rlhf.config.merge import MergeConfig, in_effect
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
+from rlhf.config.stages import MergeStage, Stage, run_folder
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,9 +57,11 @@ def parse_cluster(text: str) -> list[dict[str, float]]:
 def render(loaded: LoadedConfig, *, cluster: str | None = None) -> str:
     """The plan as text. UserError, with the plan in it, if a run wants more than the described cluster has."""
     nodes = None if cluster is None else parse_cluster(cluster)
-    text = "\n\n".join(_run(config, nodes) for config in loaded.stages.values()) + "\n"
-    for config in loaded.stages.values():
-        seating = seat(config)
+    text = "\n\n".join(_stage(stage, nodes) for stage in loaded.stages.values()) + "\n"
+    for stage in loaded.stages.values():
+        if isinstance(stage, MergeStage):
+            continue
+        seating = seat(stage)
         if nodes is not None and fit(seating.bundles, nodes) is None:
             table = _table(
                 [
@@ -64,11 +71,57 @@ def render(loaded: LoadedConfig, *, cluster: str | None = None) -> str:
                 ]
             )
             raise UserError(
-                f"{config.run.name} does not fit the cluster {cluster!r}.\n{table}\nBundles: {_sizes(seating)}. Lower "
+                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{table}\nBundles: {_sizes(seating)}. Lower "
                 "cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, or use a "
                 "larger cluster."
             )
     return text
+
+
+def _stage(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
+    if isinstance(stage, Config):
+        return _run(stage, nodes)
+    name = "merge" if isinstance(stage, MergeStage) else "evaluate"
+    parts = [f"{stage.run.name}: {name} -> {run_folder(stage)}"]
+    if isinstance(stage, MergeStage):
+        return "\n\n".join([*parts, _table(_merge_facts(stage.merge))])
+    seating = seat(stage)
+    model = stage.evaluate.model
+    reward = stage.evaluate.reward
+    models: dict[Role, str] = {
+        "policy": model,
+        "rollout": model if stage.evaluate.against is None else f"{model}, then {stage.evaluate.against}",
+        "reward": reward.model if reward else "functions",
+    }
+    roles = [role for role in ROLE_ORDER if role in stage.needs]
+    parts += [_table(_evaluation_facts(stage)), _table(_role_rows(roles, stage.cluster, seating, models))]
+    return "\n\n".join([*parts, _table(_bundles(seating, nodes))])
+
+
+def _merge_facts(config: MergeConfig) -> list[list[str]]:
+    shown = in_effect(config)
+    inner = {name: {k: v for k, v in one.items() if k != "model"} for name, one in shown.pop("models").items()}
+    facts = [["result", f"one {config.output}, made by this process; no worker is started"]]
+    facts += [[key, str(value)] for key, value in shown.items() if value is not None and key != "output"]
+    for name, model in config.models.items():
+        keys = ", ".join(f"{key} {value:g}" for key, value in inner[name].items())
+        facts.append([f"model {name}", model.model + (f" ({keys})" if keys else "")])
+    return facts
+
+
+def _evaluation_facts(stage: EvaluationStage) -> list[list[str]]:
+    config = stage.evaluate
+    sets = config.data if isinstance(config.data, dict) else {"heldout": config.data}
+    facts = [["model", config.model]]
+    if config.against is not None:
+        facts.append(["against", config.against])
+    facts.append(["data", ", ".join(f"{name} ({_source(source)})" for name, source in sets.items())])
+    if not config.rewards:
+        return [*facts, ["measured", "completions: loss, perplexity and token accuracy; nothing is sampled"]]
+    count = config.samples_per_prompt
+    how = "greedy" if config.temperature == 0.0 else f"at temperature {config.temperature:g}"
+    answers = f"{count} to a prompt, {how}, of at most {config.max_new_tokens:,} tokens"
+    return [*facts, ["responses", answers], ["rewards", ", ".join(config.rewards)]]
 
 
 def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
@@ -175,7 +228,6 @@ def _sync(config: Config) -> str:
 
 
 def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]]:
-    rows = [["role", "workers", "bundles", "CPUs each", "GPUs each", "threads", "model"]]
     models: dict[Role, str] = {
         "policy": config.policy.model,
         "critic": critic_model(config).model,
@@ -183,10 +235,17 @@ def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]
         "rollout": config.policy.model,
         "reward": config.reward.model if config.reward else "functions",
     }
-    for role in derived.needs:
-        section = getattr(config.cluster.roles, role)
+    return _role_rows(derived.needs, config.cluster, seating, models)
+
+
+def _role_rows(
+    roles: Sequence[Role], cluster: ClusterConfig, seating: Seating, models: Mapping[Role, str]
+) -> list[list[str]]:
+    rows = [["role", "workers", "bundles", "CPUs each", "GPUs each", "threads", "model"]]
+    for role in roles:
+        section = getattr(cluster.roles, role)
         seats = seating.seats[role]
-        threads = "-" if config.cluster.device == "cuda" else str(section.threads)
+        threads = "-" if cluster.device == "cuda" else str(section.threads)
         cpus, gpus = min(s.cpus for s in seats), min(s.gpus for s in seats)
         places = _ranges(sorted({s.bundle for s in seats}))
         rows.append([role, str(len(seats)), places, _number(cpus), _number(gpus), threads, models[role]])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import ROLE_ORDER, needs, uses_reward_model
+from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.root import Config
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ class _Wish:
     host: Role | None
 
 
-def seat(config: Config) -> Seating:
+def seat(config: Config | EvaluationStage) -> Seating:
     """Bundles and seats of the roles that the run needs. The configuration has passed its checks."""
+    if isinstance(config, EvaluationStage):
+        return seats_of(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
     return seats_of(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
 
 

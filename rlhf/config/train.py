@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from rlhf.algorithms.section import Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _greedy_or_sampled(value: float) -> float:
+    if 0.0 < value < 0.01:
+        raise ValueError(f"got {value:g}, expected 0 or a number from 0.01: engines sample at no lower one")
+    return value
+
+
+EvalTemperature = Annotated[float, Field(ge=0.0), AfterValidator(_greedy_or_sampled)]
 
 
 class EarlyStopping(Section):
@@ -65,14 +74,7 @@ class EvalConfig(Section):
     """Steps between evaluations; the last step always has one."""
     at_start: bool = True
     """Evaluate before training too, as step 0."""
-    temperature: float = Field(default=0.0, ge=0.0)
+    temperature: EvalTemperature = 0.0
     """0 is greedy; else at least 0.01."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to each held-out prompt; more than one needs a temperature above 0."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _samples_at_it(cls, value: float) -> float:
-        if 0.0 < value < 0.01:
-            raise ValueError(f"got {value:g}, expected 0 or a number from 0.01: engines sample at no lower one")
-        return value

@@ -12,7 +12,7 @@ from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Sum
-from rlhf.types import GroupRequest, Prompt, Sampling
+from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
 
@@ -26,6 +26,19 @@ def request_for(
         prompt=prompt,
         seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
         first_sequence_id=first_sequence_id,
+    )
+
+
+def error_record(error: RewardError, *, step: int) -> ErrorRecord:
+    """The line of errors.jsonl for a reward that failed."""
+    return ErrorRecord(
+        step=step,
+        stage="rewards",
+        kind=error.kind,
+        message=error.message,
+        source=error.reward,
+        prompt_id=error.prompt_id,
+        sample=error.sample,
     )
 
 
@@ -80,16 +93,6 @@ class Answers:
             scores = await self.reward.score(group)
             self.ledger.put(group_id, version, scores)
         for error in scores.errors:
-            self.record.tracker.log_error(
-                ErrorRecord(
-                    step=step,
-                    stage="rewards",
-                    kind=error.kind,
-                    message=error.message,
-                    source=error.reward,
-                    prompt_id=error.prompt_id,
-                    sample=error.sample,
-                )
-            )
+            self.record.tracker.log_error(error_record(error, step=step))
         self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
         return ScoredGroup(group=group, scores=scores)

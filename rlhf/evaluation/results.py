@@ -80,6 +80,14 @@ class Evaluation:
         told["sets"] = {one.pop("name"): one for one in told["sets"]}
         return told
 
+    def to_metrics(self) -> dict[str, float]:
+        """As a run logs them: eval/<set>/<metric>, a reward under its name."""
+        return {
+            f"eval/{one.name}/{name.removeprefix('rewards/')}": found.value
+            for one in self.sets
+            for name, found in one.metrics.items()
+        }
+
     def to_table(self) -> Table:
         """For a terminal: one line a metric."""
         from rich.table import Table

@@ -1,4 +1,4 @@
-"""The one entry point: a merge section and a folder to make."""
+"""A merge section and a folder to make: checked whole, then written whole. `rlhf merge` and stages of pipelines."""
 
 from __future__ import annotations
 
@@ -48,25 +48,50 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
         raise UserError(f"merge.out: {out} exists; remove it or name another folder.")
     if not (above := next(folder for folder in out.absolute().parents if folder.exists())).is_dir():
         raise UserError(f"merge.out: {out} cannot be made, since {above} is a file; name another folder.")
+    require_tools(config)
+    sources = checked_sources(config, out, key="merge.out")
+    with appearing(out) as partial:
+        write_merge(config, sources, partial, out=out, quiet=quiet)
+
+
+def require_tools(config: MergeConfig) -> None:
+    """UserError if the method needs mergekit and it is not installed."""
     if config.output == "model" and config.method != "fold":
         require_mergekit(config.method)
+
+
+def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[Source]:
+    """All models of the merge. UserError if one is missing or does not fit, or (at `key`) the disk of `out` is too
+    small."""
+    sources = find_sources(config)
+    if len(sources) > 1:
+        check_distinct(sources)
+    check_fit(config, sources)
+    check_space(out, _needed_bytes(config, sources), key=key)
+    return sources
+
+
+def find_sources(config: MergeConfig) -> list[Source]:
+    """The models, and after them the base."""
     sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
-    if config.base is not None:
-        sources.append(find_source("merge.base", "base", config.base))
-    _check(config, sources, out)
-    with appearing(out) as partial:
-        if config.output == "adapter":
-            _combine(config, sources, partial)
-        elif config.method == "fold":
-            fold_adapter(sources[0], partial, dtype=_DTYPES[config.dtype], shard_bytes=_shard_bytes(config))
-        else:
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}.folded-", dir=out.absolute().parent) as scratch:
-                _merge_whole(config, sources, partial, Path(scratch), quiet=quiet)
-        _add_tokenizer(config, sources, partial)
-        (partial / RECORD).write_text(_record(config, out), encoding="utf-8")
+    return sources if config.base is None else [*sources, find_source("merge.base", "base", config.base)]
 
 
-def _check(config: MergeConfig, sources: Sequence[Source], out: Path) -> None:
+def write_merge(config: MergeConfig, sources: Sequence[Source], folder: Path, *, out: Path, quiet: bool) -> None:
+    """Everything into a folder that is there and empty, and will be renamed to `out`."""
+    if config.output == "adapter":
+        _combine(config, sources, folder)
+    elif config.method == "fold":
+        fold_adapter(sources[0], folder, dtype=_DTYPES[config.dtype], shard_bytes=_shard_bytes(config))
+    else:
+        with tempfile.TemporaryDirectory(prefix=".folded-", dir=folder) as scratch:
+            _merge_whole(config, sources, folder, Path(scratch), quiet=quiet)
+    _add_tokenizer(config, sources, folder)
+    (folder / RECORD).write_text(_record(config, out), encoding="utf-8")
+
+
+def check_fit(config: MergeConfig, sources: Sequence[Source]) -> None:
+    """One architecture and one vocabulary, or adapters of one base. UserError names two models that differ."""
     if config.output == "adapter":
         check_combinable(sources, method=config.method, rank=config.rank)
     elif config.method == "passthrough":
@@ -79,9 +104,7 @@ def _check(config: MergeConfig, sources: Sequence[Source], out: Path) -> None:
     else:
         check_same_weights(sources)
     if len(sources) > 1:
-        check_distinct(sources)
         check_same_tokenizer(sources, chosen=config.tokenizer)
-    check_space(out, _needed_bytes(config, sources))
 
 
 def _needed_bytes(config: MergeConfig, sources: Sequence[Source]) -> int:

@@ -165,13 +165,13 @@ def check_layers(source: Source, first: int, end: int) -> None:
         raise UserError(f"merge.slices: layers [{first}, {end}] of {source.name}, but it has {has} layers.")
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Enough free disk where `out` will be."""
+def check_space(out: Path, needed: int, *, key: str) -> None:
+    """Enough free disk where `out`, which `key` of the configuration says, will be."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"merge.out: the merge writes {needed / 1e9:.1f} GB to {parent}, which has {free / 1e9:.1f} GB "
+            f"{key}: the merge writes {needed / 1e9:.1f} GB to {parent}, which has {free / 1e9:.1f} GB "
             "free. Free some, or name another folder."
         )
 

@@ -32,7 +32,7 @@ TRAITS: Mapping[Trait, str] = {
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
-    "metric": (r"[A-Za-z0-9_.-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
+    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
     "role": ("policy|reference|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|values|old_logprobs|experience|advantages|update|weight_sync|probe"

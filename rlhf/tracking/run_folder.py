@@ -223,8 +223,9 @@ def _state(path: Path) -> str | None:
 
     UserError if its metrics cannot be read.
     """
-    if (path / "final").exists():
-        return "a finished run: its result is in final/;"
+    for result in ("final/", "eval.json"):
+        if (path / result).exists():
+            return f"a finished run: its result is in {result};"
     try:
         rows = read_metrics(path)
     except ValueError as error:

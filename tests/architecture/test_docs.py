@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf import cli
+from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
 from rlhf.tracking.metrics import METRICS
@@ -70,7 +71,7 @@ def test_configuration_keys_exist(page: Path) -> None:
     words = {re.split(r"[=: ]", text)[0] for text in quoted(page)}
     files = (".py", ".md", ".json", ".jsonl", ".yaml", ".yml")
     keys = [word for word in words if "." in word and not word.endswith(files)]
-    roots = {section: root for root in (Config, MergeFile) for section in root.model_fields}
+    roots = {section: root for root in (EvaluationStage, MergeFile, Config) for section in root.model_fields}
     keys = [key for key in keys if key.split(".")[0] in roots]
     assert not [key for key in keys if not has_key(roots[key.split(".")[0]], key.split("."))]
 

@@ -181,3 +181,42 @@ def test_roles_without_their_host_have_places_of_their_own() -> None:
     alone = seats_of({"reward"}, cluster, with_reward_model=False)
     assert [dict(bundle) for bundle in alone.bundles] == [{"CPU": 1.0}]
     assert list(alone.seats) == ["reward"]
+
+
+STAGES = """\
+run: {name: demo, seed: 7}
+stages:
+  judge:
+    evaluate:
+      model: MODEL
+      against: MODEL
+      dtype: bfloat16
+      data: {small: {task: running_totals, split: eval, size: 4}}
+      apply_chat_template: false
+      rewards: {correct: {function: last_number}}
+      temperature: 0.8
+      samples_per_prompt: 8
+      max_new_tokens: 13
+      stop: ["x"]
+      k: [1, 8]
+      answer: whole
+  soup: {merge: {method: linear, models: {a: {model: a}, b: {model: b}}}}
+"""
+
+
+def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(STAGES.replace("MODEL", str(tiny_model)))
+    inputs = inputs_of_run(load(path), model=None, against=None, marks=Marks())
+    decoding = {"samples": 8, "temperature": 0.8, "max_new_tokens": 13, "stop": ("x",), "seed": 7}
+    assert inputs.decoding == Decoding(**decoding, apply_chat_template=False)
+    assert inputs.marking == Marking(ks=(1, 8), pass_score=1.0, answers="whole")
+    assert [one.model.dtype for one in inputs.candidates] == ["bfloat16", "bfloat16"]
+    assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
+    said = inputs_of_run(load(path), model=None, against=None, marks=Marks(ks=(2,)))
+    assert said.marking.ks == (2,)
+    with pytest.raises(rlhf.UserError, match=r"evaluate\.model: The model folder \./none does not exist"):
+        inputs_of_run(load(path), model="./none", against=None, marks=Marks())
+    path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
+    with pytest.raises(rlhf.UserError, match=r"evaluate\.k: has no effect here: evaluate\.rewards is empty"):
+        load(path)

@@ -27,4 +27,4 @@ def test_the_example_of_a_pipeline_loads(tmp_path: Path) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", HEAD, re.DOTALL)
     path = tmp_path / "example.yaml"
     path.write_text(example)
-    assert list(load(path).stages) == ["sft", "ppo"]
+    assert list(load(path).stages) == ["sft", "ppo", "soup", "judge"]

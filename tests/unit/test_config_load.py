@@ -235,3 +235,13 @@ def test_a_config_made_in_python_is_checked_too(file: Path) -> None:
 def test_a_rule_of_a_section_names_its_line(file: Path) -> None:
     message = f"{file}:7: rewards.correct: give exactly one of `function` and `role`"
     assert error(file, "rewards.correct.role=reward") == message
+
+
+def test_a_stage_s_section_makes_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    for section, fix in (("merge: {method: fold}", "use `rlhf merge"), ("evaluate: {model: x}", "with `rlhf eval`")):
+        path.write_text(f"run: {{name: demo}}\n{section}\n")
+        with pytest.raises(UserError) as caught:
+            load(path)
+        assert str(caught.value).startswith(f"{path}:2: {section.partition(':')[0]}: ")
+        assert fix in str(caught.value)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.dump import dump_yaml
-from rlhf.config.load import load, run_folder
+from rlhf.config.load import load
+from rlhf.config.stages import run_folder
 from rlhf.errors import UserError
 
 BASE = """\

@@ -117,3 +117,33 @@ def test_the_description_of_a_cluster() -> None:
         parse_cluster("2x8")
     with pytest.raises(UserError, match="99999998 nodes, expected at most 65536"):
         parse_cluster("8*cpu=1+99999990*cpu=1")
+
+
+def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "run: {name: demo}\nstages:\n"
+        "  soup: {merge: {method: linear, models: {a: {model: x/a, weight: 0.25}, b: {model: x/b}}}}\n"
+        "  judge:\n"
+        "    evaluate:\n"
+        "      {model: stage:soup, against: x/a, data: {hard: x.jsonl, easy: t.jsonl}, temperature: 0.5,\n"
+        "       samples_per_prompt: 4, max_new_tokens: 1300, rewards: {correct: {function: f}}}\n"
+        "    cluster: {roles: {rollout: {engines: 2}}}\n"
+        "  read: {evaluate: {model: stage:soup, data: {task: t, size: 3}}}\n"
+    )
+    text = render(load(path)).replace("runs/demo/", "runs/D/")
+    soup, judge, read = ("demo/" + part for part in text.split("demo/")[1:])
+    assert soup.startswith("demo/soup: merge -> runs/D/soup\n")
+    assert fact(soup, "method") == "linear"
+    assert fact(soup, "model a") == "x/a (weight 0.25)"
+    assert "bundle" not in soup
+    assert judge.startswith("demo/judge: evaluate -> runs/D/judge\n")
+    assert fact(judge, "data") == "hard (x.jsonl), easy (t.jsonl)"
+    assert fact(judge, "responses") == "4 to a prompt, at temperature 0.5, of at most 1,300 tokens"
+    assert "  rollout  2        0-1      " in judge
+    assert "runs/D/soup/final, then x/a" in judge
+    assert fact(read, "data") == "heldout (3 rows of t)"
+    assert fact(read, "measured").startswith("completions")
+    render(load(path), cluster="cpu=2")
+    with pytest.raises(UserError, match="demo/judge does not fit the cluster 'cpu=1'"):
+        render(load(path), cluster="cpu=1")

@@ -21,6 +21,7 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
+from rlhf.tracking.metrics import declared
 
 
 def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]) -> PromptResult:
@@ -120,3 +121,19 @@ def test_rows_and_report_are_plain_json() -> None:
     Console(file=text, width=100).print(whole.to_table())
     assert "heldout (2)" in text.getvalue()
     assert "0.4167" in text.getvalue()
+
+
+def test_a_run_logs_rewards_by_name_alone() -> None:
+    one = SetReport(
+        name="hard",
+        num_rows=2,
+        num_failed=0,
+        metrics={
+            "score": Estimate(value=0.5, low=0.0, high=1.0),
+            "rewards/correct": Estimate(value=0.25, low=None, high=None),
+            "pass@8": Estimate(value=0.75, low=None, high=None),
+        },
+    )
+    found = Evaluation(model="m", against=None, seed=0, samples=8, sets=(one,)).to_metrics()
+    assert found == {"eval/hard/score": 0.5, "eval/hard/correct": 0.25, "eval/hard/pass@8": 0.75}
+    assert all(declared(name).name == "eval/<set>/<metric>" for name in found)

@@ -55,6 +55,10 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds a finished run: its result is in final/; choose another"):
         RunFolder.open(tmp_path, "run", resume=False)
     RunFolder.open(tmp_path, "run", resume=True).close()  # the refusal let go of the lock
+    with RunFolder.open(tmp_path, "evaluation", resume=False) as folder:
+        (folder.path / "eval.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a finished run: its result is in eval\.json; choose another"):
+        RunFolder.open(tmp_path, "evaluation", resume=False)
 
 
 def test_damaged_metrics_are_the_users_to_mend(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""What runs and evaluations read alike: data sources, rewards, the tiny model; and whose mistake it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.config.data import DataSource
+from rlhf.config.rollouts import RewardConfig
+from rlhf.data.sources import Row, Source
+from rlhf.data.tasks import TaskSource
+from rlhf.errors import UserError
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.rewards.loading import check_columns, load_reward
+from rlhf.rewards.scoring import RewardSpec
+
+TINY = "tiny:llama"
+REWARD_KEY = "rewards.{}.function"
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Put the key of the config before what is wrong with its value."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def local_model(name: str, folder: Path, *, seed: int) -> str:
+    """The name; tiny:llama as a folder, made now below `folder` if it is not there."""
+    if name != TINY:
+        return name
+    path = folder / "models" / "tiny-llama"
+    if not path.exists():
+        build_tiny_llama(path, seed=seed)
+    return str(path)
+
+
+def source_of(source: DataSource) -> Source:
+    """What the readers of data take."""
+    if isinstance(source, str):
+        return source
+    return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
+
+
+def load_rewards(
+    rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = REWARD_KEY
+) -> tuple[RewardSpec, ...]:
+    """The rewards, their functions imported once in a process of their own.
+
+    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
+    """
+    folders = (beside, Path.cwd())
+    specs = []
+    for name, reward in rewards.items():
+        function = None
+        if reward.function is not None:
+            function = load_reward(
+                reward.function,
+                args=reward.args,
+                folders=folders,
+                key=key.format(name),
+                memory_gib=memory_gib,
+            )
+        specs.append(
+            RewardSpec(name=name, weight=reward.weight, function=function, truncated_score=reward.truncated_score)
+        )
+    return tuple(specs)
+
+
+def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
+    """UserError if a reward needs a column that not every row has."""
+    common = set(rows[0].columns).intersection(*(row.columns for row in rows))
+    for spec in specs:
+        if spec.function is not None:
+            check_columns(spec.function, sorted(common), key=key.format(spec.name), data=data)

@@ -1,0 +1,65 @@
+"""A run's folder with all that is written of it, open while it runs: of a training run, a merge or an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.config.dump import dump_yaml
+from rlhf.config.stages import MergeStage, Stage
+from rlhf.controller.record import RunRecord
+from rlhf.tracking.progress import open_progress
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.tracker import Tracker, TrackerBackend
+from rlhf.tracking.wandb_backend import open_wandb
+
+
+@contextmanager
+def recording(
+    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), quiet: bool = True
+) -> Iterator[tuple[RunRecord, int | None]]:
+    """The record, and the step of the checkpoint to go on from; None: there is none. A failure is written down.
+
+    steps, show, quiet: of the progress display.
+    """
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+        folder.write_config(dump_yaml(stage))
+        folder.write_environment(seed=stage.run.seed)
+        step = folder.latest_checkpoint() if resume else None
+        tracker = Tracker(folder.path, backends=_backends(stage, folder.path))
+        timeline = Timeline(folder.timeline)
+        failed = True
+        try:
+            if resume:
+                tracker.truncate_after(step if step is not None else -1)
+            with open_progress(steps, done_steps=step or 0, show=show, quiet=quiet) as progress:
+                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
+                progress.stage("starting")
+                try:
+                    yield record, step
+                except Exception as error:
+                    record.failed(error)
+                    raise
+            failed = False
+        finally:
+            tracker.close(failed=failed)
+            timeline.close()
+
+
+def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:
+    """W&B if it is asked for. The stages of a pipeline are one group of W&B runs; a merge has no metrics."""
+    if isinstance(stage, MergeStage) or stage.tracking.wandb == "off":
+        return []
+    pipeline, is_stage, _ = stage.run.name.partition("/")
+    return [
+        open_wandb(
+            folder,
+            mode=stage.tracking.wandb,
+            project=stage.tracking.wandb_project,
+            name=stage.run.name,
+            config=stage.model_dump(mode="json"),
+            group=pipeline if is_stage else None,
+        )
+    ]
