@@ -7,9 +7,9 @@ Losses are sums over pairs, divided by the pairs of the whole optimizer step.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,9 +52,11 @@ class _Slopes:
 class PairWorker(PairsWorker):
     """Rows to numbers, numbers to losses, losses to updates and metrics."""
 
+    algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
+
     def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm: PairAlgorithm = PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
 
     @abstractmethod
     def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
@@ -171,10 +173,16 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
     def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
         """Summed log-probabilities of each sequence's learnt tokens."""
         mask, lengths = batch.pairs.examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
-        ours = self._totals(self.logprobs(batch.pairs.examples, piece), mask, lengths)
+        logprobs = self.logprobs(batch.pairs.examples, piece)
+        if torch.is_grad_enabled() and piece.rows:
+            self.observe(batch, piece, logprobs.detach())
+        ours = self._totals(logprobs, mask, lengths)
         if batch.reference is None:
             return ours, None
         return ours, self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+
+    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+        """What may be measured of a micro-batch on its way to the loss: of fixed data nothing."""
 
     def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
         alpha = self.algorithm.length_alpha
