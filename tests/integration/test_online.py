@@ -65,7 +65,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
-    always = expected(["online", "reference", "critic", "eval"])
+    always = expected(["online", "advantages", "reference", "critic", "eval"])
     plain = {name for name in always if "<" not in name}
     assert plain <= set(found[2]), sorted(plain - set(found[2]))
     for key in (
@@ -211,4 +211,5 @@ def test_two_engines_get_the_weights_by_broadcast(tmp_path: Path) -> None:
     found = rows(tmp_path / "gloo")
     assert [row["weight_sync/version"] for row in found] == [0, 1, 2]
     assert all(row["weight_sync/probe_max_diff"] < 1e-4 for row in found)
-    assert {name for name in expected(["online", "groups", "correction", "eval"]) if "<" not in name} <= set(found[2])
+    always = expected(["online", "advantages", "groups", "correction", "eval"])
+    assert {name for name in always if "<" not in name} <= set(found[2])
