@@ -52,8 +52,8 @@ def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
         assert row["update/loss/mean"] != pytest.approx(math.log(2.0), abs=1e-6)  # of several updates, not the first
     # measured before the first update: in steps 1, 3 and 5 the policy is the reference
     kls = [row["experience/kl_ref/mean"] for row in found[1:]]
-    assert kls[0::2] == [0.0, 0.0, 0.0]
-    assert all(kl > 0.0 for kl in kls[1::2])
+    assert all(kl < 1e-9 for kl in kls[0::2])
+    assert all(kl > 1e-6 for kl in kls[1::2])
     samples = [json.loads(line) for line in (unbroken / "samples" / "step_000002.jsonl").read_text().splitlines()]
     trained = [row for row in samples if row["split"] == "train"]
     for group in {row["group_id"] for row in trained}:

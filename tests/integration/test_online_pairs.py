@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rlhf.config.load import checked
 from rlhf.config.model import ReferenceConfig
@@ -184,7 +183,6 @@ def learn_offline(
     everything = MinibatchPlan(sequences_by_rank=(tuple(range(GROUPS)),), num_tokens=1, num_sequences=GROUPS)
     column, _ = worker.reference_logprobs(0, everything)
     worker.keep_reference(0, Path(folder, "reference.safetensors"), column)
-    assert not dist.is_initialized() or world_size == 1
     return [worker.update_on(one) for one in minibatches]
 
 
@@ -248,7 +246,7 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(
 def test_it_is_offline_dpo_on_the_same_pairs(run: Learn, models: tuple[str, str], loss: dict[str, Any]) -> None:
     online = run(learn, {"name": "online_dpo", **loss}, ranks=1, reference=models[0], groups=GROUPS, options={})
     offline = run(learn_offline, {"name": "dpo", **loss}, ranks=1)
-    assert online[0]["experience/kl_ref/mean"] == 0.0
+    assert online[0]["experience/kl_ref/mean"] < 1e-9  # but for rounding, the reference is the policy
     equal(online, offline, set(offline[0]))
     assert online[1]["preference/margin/mean"] != 0.0
 
