@@ -138,7 +138,7 @@ def needs(config: Config) -> frozenset[Role]:
 
 
 def reference_model(config: Config) -> ReferenceConfig:
-    """The model that the policy is held near."""
+    """The model that the policy is compared with."""
     return config.reference if config.reference is not None else _as_reference(config)
 
 
