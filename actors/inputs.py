@@ -23,6 +23,7 @@ from rlhf.config.derive import (
     is_online,
     max_sequence_tokens,
     needs,
+    needs_gold,
     offline_kind,
     reference_model,
     saved_rank,
@@ -43,7 +44,6 @@ from rlhf.data.stream import Share
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
-from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape, refuse_misfit
 from rlhf.models.loading import (
     architecture_fingerprint,
     load_config,
@@ -51,7 +51,6 @@ from rlhf.models.loading import (
     refuse_no_language_model,
     refuse_without_head,
 )
-from rlhf.models.lora import refuse_unfit
 from rlhf.models.on_disk import refuse_broken_weights
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
@@ -167,6 +166,8 @@ def _refuse_unusable_model(
         with named(f"cluster.roles.{section}"):
             refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
         if model.lora is not None and model.adapter is None:
+            from rlhf.models.lora import refuse_unfit  # with peft, which takes seconds
+
             try:
                 refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
             except UserError as error:
@@ -245,6 +246,8 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
+        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # with peft, which takes seconds
+
         if section.adapter in ours:
             made = ours[section.adapter]
             shape = AdapterShape(
@@ -292,6 +295,8 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
             return
+        from rlhf.models.adapter_folder import refuse_misfit  # with peft, which takes seconds
+
         with named(f"{name}.adapter"):
             refuse_misfit(
                 Path(section.adapter),
@@ -401,10 +406,11 @@ def _offline(config: Config, source: str) -> OfflineInputs:
         max_unusable_fraction=data.max_unusable_fraction,
     )
     unusable: list[Unusable] = []
-
     load = LOADERS[offline_kind(config)]
     if isinstance(config.algorithm, ProcessRewardModelConfig):
         load = partial(load, step_separator=config.algorithm.step_separator)
+    if needs_gold(config):
+        load = partial(load, with_gold=True)
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
         with named(name):

@@ -113,16 +113,22 @@ class LabelledSteps(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """P pairs of sequences: pair i is sequences 2i and 2i + 1 of `examples`, which begin with the same tokens.
+    """P rows of two or three sequences that begin with the same tokens: of pairs, row i is sequences 2i and 2i + 1.
 
-    Of preferences they are the chosen and the rejected response. Of unpaired feedback the first is the response, and
-    the second its prompt with the response of another row, by which the divergence from the reference is estimated.
+    Of preferences they are the chosen and the rejected response and, of triples, the gold one. Of unpaired feedback the
+    first is the response, and the second its prompt with the response of another row, by which the divergence from the
+    reference is estimated.
     """
 
     examples: Examples
-    prompt_tokens: Int[Tensor, " P"]  # that both sequences begin with; none of them is learnt
+    prompt_tokens: Int[Tensor, " P"]  # that all of a row's sequences begin with; none of them is learnt
     margins: Float[Tensor, " P"]  # of preferences, by the data; 0 where it names none
     labels: Bool[Tensor, " P"]  # of unpaired feedback: whether the response is desirable
+
+    @property
+    def num_sides(self) -> int:
+        """Sequences of a row."""
+        return len(self.examples.lengths) // len(self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +209,8 @@ class RewardError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchPlan:
-    """One optimizer step: whose sequences are whose, and the counts that its losses are divided by."""
+    """One optimizer step, or a piece of an evaluation: whose sequences are whose, and the counts that its losses are
+    divided by: those of the step, or of the whole evaluation set."""
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
     num_tokens: int  # sampled tokens, over all ranks; of pairs, the chosen responses'

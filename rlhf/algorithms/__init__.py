@@ -18,6 +18,7 @@ from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.algorithms.simpo import SimPO, SimPOConfig
+from rlhf.algorithms.tpo import TPO, TPOConfig
 
 AlgorithmConfig = (
     PPOConfig
@@ -29,6 +30,7 @@ AlgorithmConfig = (
     | SimPOConfig
     | CPOConfig
     | ORPOConfig
+    | TPOConfig
     | KTOConfig
     | OnlineDPOConfig
 )
@@ -43,6 +45,7 @@ PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "simpo": SimPO,
     "cpo": CPO,
     "orpo": ORPO,
+    "tpo": TPO,
 }
 ONLINE_PAIR_ALGORITHMS: Mapping[str, Callable[[Any], OnlinePairAlgorithm]] = {"online_dpo": OnlineDPO}
 UNPAIRED_ALGORITHMS: Mapping[str, Callable[[Any], KTO]] = {"kto": KTO}

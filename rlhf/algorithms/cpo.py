@@ -32,12 +32,14 @@ class CPO:
     """A loss of summed log-probabilities (`ipo`: averaged ones, as in TRL)."""
 
     needs_reference = False
+    needs_gold = False
     couples = False
     length_alpha = 1.0
 
     def __init__(self, config: CPOConfig) -> None:
         self.config = config
         self.sft_coef = config.sft_coef
+        self.wpo = config.wpo
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """One a pair."""

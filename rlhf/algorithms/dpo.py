@@ -79,6 +79,9 @@ class LogRatioConfig(PreferenceConfig):
             raise ValueError(f"`length_alpha` below 1 weighs a response's tokens unlike `{other}`; give up one of them")
         if "exo" in names and self.label_smoothing == 0.0:
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
+        if self.wpo and COUPLED & names:
+            coupled = ", ".join(sorted(COUPLED & names))
+            raise ValueError(f"`wpo` weighs each pair, and `loss: {coupled}` sorts over all; give up one of them")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
             others = ", ".join(sorted(names - OF_MARGINS))
             raise ValueError(f"`divergence` is for loss {', '.join(sorted(OF_MARGINS))}, not for {others}")
@@ -96,10 +99,12 @@ class DPO:
     """Weighted losses of a pair's log-ratios."""
 
     needs_reference = True
+    needs_gold = False
 
     def __init__(self, config: LogRatioConfig) -> None:
         self.config = config
         self.sft_coef = config.sft_coef
+        self.wpo = config.wpo
         self.length_alpha = config.length_alpha
 
     @property

@@ -27,6 +27,8 @@ class ORPO:
     """Deviation from the paper: the supervised term is over the chosen response's tokens alone, not the prompt's."""
 
     needs_reference = False
+    needs_gold = False
+    wpo = False
     couples = False
     sft_coef = 1.0
     length_alpha = 1.0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairScores:
-    """B pairs as numbers. Only `chosen` and `rejected` carry a gradient."""
+    """B pairs as numbers. Only `chosen`, `rejected` and `gold` carry a gradient."""
 
     chosen: Float[Tensor, " B"]
     rejected: Float[Tensor, " B"]
@@ -29,6 +29,8 @@ class PairScores:
     ref_chosen: Float[Tensor, " B"] | None  # the reference's; None: the algorithm has none
     ref_rejected: Float[Tensor, " B"] | None
     margins: Float[Tensor, " B"]  # of the data; 0 where it names none
+    gold: Float[Tensor, " B"] | None = None  # None: the algorithm imitates the chosen response, if any
+    weights: Float[Tensor, " B"] | None = None  # of the pairs' losses; None: all 1
 
 
 class PreferenceConfig(Section):
@@ -36,6 +38,9 @@ class PreferenceConfig(Section):
 
     sft_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens (RPO, arXiv:2404.19733)."""
+    wpo: bool = False
+    """Each pair's loss (not the supervised term) times how likely both responses are to come from the policy as it is
+    (WPO, arXiv:2406.11827)."""
 
 
 class PairAlgorithm(Protocol):
@@ -47,13 +52,23 @@ class PairAlgorithm(Protocol):
         ...
 
     @property
+    def needs_gold(self) -> bool:
+        """Whether a row has a third, gold response, which takes the chosen one's place in the supervised term."""
+        ...
+
+    @property
+    def wpo(self) -> bool:
+        """Whether a pair's loss is multiplied by the on-policy weights of its responses."""
+        ...
+
+    @property
     def couples(self) -> bool:
         """Whether a pair's loss depends on the other pairs of its optimizer step: they are then all looked at first."""
         ...
 
     @property
     def sft_coef(self) -> float:
-        """Weight of the chosen responses' mean negative log-probability."""
+        """Weight of the chosen (or gold) responses' mean negative log-probability."""
         ...
 
     @property

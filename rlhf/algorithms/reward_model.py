@@ -27,6 +27,8 @@ class RewardModeling:
     """Bradley-Terry on the scores, with the data's margins and the centring term."""
 
     needs_reference = False
+    needs_gold = False
+    wpo = False
     couples = False
     sft_coef = 0.0
     length_alpha = 1.0

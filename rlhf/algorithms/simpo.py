@@ -33,12 +33,14 @@ class SimPO:
     """A margin between average log-probabilities."""
 
     needs_reference = False
+    needs_gold = False
     couples = False
     length_alpha = 1.0
 
     def __init__(self, config: SimPOConfig) -> None:
         self.config = config
         self.sft_coef = config.sft_coef
+        self.wpo = config.wpo
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """One a pair."""

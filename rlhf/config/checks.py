@@ -175,10 +175,10 @@ def _offline(config: Config) -> Iterator[Problem]:
     data, train = config.data, config.train
     count = derive.sequences_per_row(config)
     if data.max_sequence_tokens is not None and count * data.max_sequence_tokens > train.max_tokens_per_microbatch:
-        whole = "a sequence" if count == 1 else "both sequences of a pair"
+        whole = "a sequence" if count == 1 else f"the {count} sequences of a row"
         text = (
             f"is {data.max_sequence_tokens} and must be at most {train.max_tokens_per_microbatch // count}: "
-            f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole} whole; lower it, or "
+            f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole}; lower it, or "
             "raise that"
         )
         yield _problem("data.max_sequence_tokens", text)

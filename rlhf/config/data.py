@@ -83,7 +83,7 @@ class DataConfig(Section):
     """A longer prompt is an error at load time. Offline sequences are bound by max_sequence_tokens."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Offline: tokens of the longest sequence, prompt and completion. null: train.max_tokens_per_microbatch, of
-    pairs half of it."""
+    pairs half of it, of triples a third."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """Offline, a longer sequence: stops the run, is left out, or loses the end of its completion (never of its
     prompt)."""

@@ -162,14 +162,20 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def max_sequence_tokens(config: Config) -> int:
-    """Tokens of the longest offline sequence. A micro-batch holds at least one row, of pairs both sequences."""
+    """Tokens of the longest offline sequence. A micro-batch holds at least one row, with all its sequences."""
     limit, budget = config.data.max_sequence_tokens, config.train.max_tokens_per_microbatch
     return budget // sequences_per_row(config) if limit is None else limit
 
 
 def sequences_per_row(config: Config) -> int:
     """Sequences of an offline row that pass the model together."""
-    return 2 if config.algorithm.name in PAIR_ALGORITHMS else 1
+    return 2 + needs_gold(config) if config.algorithm.name in PAIR_ALGORITHMS else 1
+
+
+def needs_gold(config: Config) -> bool:
+    """Whether a row has a gold response beside its pair."""
+    name = config.algorithm.name
+    return name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_gold
 
 
 def eval_sets(config: Config) -> Mapping[str, DataSource]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from rlhf.config.root import Config
@@ -143,9 +143,10 @@ class OfflineController:
         size = self.config.train.sequences_per_update
         with self.record.stage("eval", role="policy"):
             for index, (name, rows) in enumerate(self.eval_sets.items(), start=1):
-                parts = []
+                parts, whole = [], self._plan(rows)
                 for start in range(0, len(rows), size):
-                    piece = self._plan(rows[start : start + size])
+                    shares = self._plan(rows[start : start + size]).sequences_by_rank
+                    piece = replace(whole, sequences_by_rank=shares)  # divided by the counts of all pieces
                     parts.append(await self.role.evaluate(index, name, piece))
                 self.record.add(merge(parts))
 

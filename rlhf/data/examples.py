@@ -142,7 +142,7 @@ def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[i
     length, limit = len(example.token_ids), reading.max_tokens
     if length <= limit:
         return example
-    rule = f"data.max_sequence_tokens (null: train.max_tokens_per_microbatch, of pairs half of it): {limit}"
+    rule = f"data.max_sequence_tokens (null: train.max_tokens_per_microbatch, which a row's sequences share): {limit}"
     if reading.too_long == "error":
         raise UserError(
             f"{place}: the example has {length} tokens, more than {rule}. Raise it, shorten the example, or set "

@@ -1,8 +1,8 @@
-"""Preferences: two answers to one prompt, one of them preferred, tokenised once.
+"""Preferences: two answers to one prompt, one of them preferred, and a third, gold one if that is wanted.
 
     preferences -> reference logprobs -> minibatches -> update
 
-Both sequences begin with the same tokens, those of the prompt, so that a trainer may compute them once.
+All sequences of a row begin with the same tokens, those of the prompt, so that a trainer may compute them once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rlhf.data.usable import Loaded, NotUsable
 from rlhf.errors import UserError
 from rlhf.types import Pairs
 
+GOLD = "reference"  # the column, as public data sets of triples have it; the reference model is another thing
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
@@ -32,49 +34,61 @@ class Pair:
     """
 
     example_id: int  # its place among what was loaded
-    chosen: Example  # its id is 2 * example_id, the rejected one's is that plus 1: their places in `collate_pairs`
+    chosen: Example  # ids of a pair's examples: their places in `collate_pairs`
     rejected: Example
-    prompt_tokens: int  # tokens at the beginning that both share exactly; none of them is learnt
+    gold: Example | None = None  # may equal the chosen one; None: the algorithm reads none
+    prompt_tokens: int  # tokens at the beginning that all share exactly; none of them is learnt
     margin: float | None  # by how much chosen is better; None: the row does not say
 
     @property
+    def examples(self) -> tuple[Example, ...]:
+        """Chosen, rejected and, if there is one, gold."""
+        return (self.chosen, self.rejected) if self.gold is None else (self.chosen, self.rejected, self.gold)
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
-        """Chosen, then rejected: what a stream tells data apart by."""
-        return self.chosen.token_ids + self.rejected.token_ids
+        """One behind the other: what a stream tells data apart by."""
+        return tuple(itertools.chain.from_iterable(example.token_ids for example in self.examples))
 
     @property
     def beside_tokens(self) -> bytes:
         """Where the sequences part, which tokens are learnt, and the margin."""
-        masks = self.chosen.beside_tokens + self.rejected.beside_tokens
-        return masks + repr((len(self.chosen.token_ids), self.margin)).encode()
+        masks = b"".join(example.beside_tokens for example in self.examples)
+        lengths = (len(example.token_ids) for example in self.examples[:-1])
+        return masks + repr((*lengths, self.margin)).encode()
 
     @property
     def longest(self) -> int:
         """Tokens of its longest sequence."""
-        return max(len(self.chosen.token_ids), len(self.rejected.token_ids))
+        return max(example.longest for example in self.examples)
 
     @property
     def num_learnt(self) -> int:
-        """Learnt tokens of the chosen answer: what a supervised term is a mean over."""
-        return self.chosen.num_learnt
+        """Learnt tokens of the gold or else the chosen answer: what a supervised term is a mean over."""
+        return (self.gold or self.chosen).num_learnt
 
 
-def load_pairs(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Pair]:
+def load_pairs(
+    rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0, with_gold: bool = False
+) -> Loaded[Pair]:
     """One pair a row; `example_id` counts from `first_id` through the rows that can be used.
 
     Columns `prompt`, `chosen` and `rejected`, all strings or all lists of messages; without `prompt`, chosen and
     rejected are conversations, and the messages at the beginning that are equal in both are the prompt. `margin` is a
-    number, if it is there. The limit of tokens holds for each of the two sequences. Left out are rows whose answers
-    are equal (also once cut), empty or too long.
+    number, if it is there. with_gold: the gold answer is column `reference`, of the same form, with the same prompt.
+    The limit of tokens holds for each sequence. Left out are rows whose chosen and rejected answers are equal (also
+    once cut), and those with an answer that is empty or too long.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+    columns = ("chosen", "rejected", GOLD) if with_gold else ("chosen", "rejected")
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Pair:
         pair_id = first_id + index
-        chosen, rejected = (
-            fit(mark(2 * pair_id + place, pieces, place=row.place), reading, place=row.place)
+        examples = [
+            fit(mark(len(columns) * pair_id + place, pieces, place=row.place), reading, place=row.place)
             for place, pieces in enumerate(sequences)
-        )
+        ]
+        chosen, rejected = examples[:2]
         if chosen.token_ids == rejected.token_ids:
             cut = "" if sequences[0] == sequences[1] else f" once cut to {reading.max_tokens} tokens"
             raise NotUsable(row.place, f"chosen and rejected are equal{cut}")
@@ -82,45 +96,51 @@ def load_pairs(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_i
             example_id=pair_id,
             chosen=chosen,
             rejected=rejected,
-            prompt_tokens=_shared(chosen, rejected),
+            gold=examples[2] if with_gold else None,
+            prompt_tokens=_shared(examples),
             margin=None if row.columns.get("margin") is None else row.number("margin"),
         )
 
     return load_sequences(
         rows,
         tokenizer,
-        write=lambda row: _pieces(row, writer),
+        write=lambda row: _pieces(row, writer, columns),
         build=build,
         max_unusable_fraction=reading.max_unusable_fraction,
     )
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
-    """Flat columns of several pairs: pair i is sequences 2i, the chosen one, and 2i + 1."""
+    """Flat columns of several pairs: pair i is sequences 2i, the chosen one, and 2i + 1; with gold ones 3i to 3i+2."""
     return Pairs(
-        examples=collate([example for pair in pairs for example in (pair.chosen, pair.rejected)]),
+        examples=collate([example for pair in pairs for example in pair.examples]),
         prompt_tokens=torch.tensor([pair.prompt_tokens for pair in pairs], dtype=torch.int64),
         margins=torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float32),
         labels=torch.ones(len(pairs), dtype=torch.bool),
     )
 
 
-def _pieces(row: Row, writer: Writer) -> list[list[Piece]]:
+def _pieces(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Piece]]:
     if "prompt" in row.columns:
-        return [writer.answer(row, column) for column in ("chosen", "rejected")]
+        return [writer.answer(row, column) for column in columns]
     hint = row.renamed_away("prompt") or "If the prompt has another name, set data.columns: {prompt: ITS_NAME}."
-    for column in ("chosen", "rejected"):
+    for column in columns:
         if not isinstance(row.value(column), list):
             raise UserError(
                 f"{row.place}: column `prompt` is missing and column `{column}` is no list of messages, in which the "
                 f"prompt could be. {hint}"
             )
-    chosen = read_messages(row, column="chosen", system_prompt=writer.system_prompt)
-    rejected = read_messages(row, column="rejected", system_prompt=writer.system_prompt)
+    answers = [read_messages(row, column=column, system_prompt=writer.system_prompt) for column in columns]
+    chosen, rejected = answers[:2]
     first = len([one for one, _ in itertools.takewhile(_equal, zip(chosen, rejected, strict=False))])
     if first == len(chosen) == len(rejected):
         raise NotUsable(row.place, "chosen and rejected are equal")
-    for column, messages in (("chosen", chosen), ("rejected", rejected)):
+    for column, messages in zip(columns, answers, strict=True):
+        if messages[:first] != chosen[:first]:
+            raise NotUsable(
+                row.place,
+                f"column `{column}` does not begin with the {first} messages with which chosen and rejected both begin",
+            )
         if first == len(messages) or messages[first]["role"] != ASSISTANT:
             found = "nothing" if first == len(messages) else f"a message of the {messages[first]['role']}"
             raise NotUsable(
@@ -128,15 +148,15 @@ def _pieces(row: Row, writer: Writer) -> list[list[Piece]]:
                 f"{found} follows in column `{column}` on the {first} messages with which chosen and rejected both "
                 "begin, where the assistant's answer is expected",
             )
-    return [writer.conversation(row, messages, first=first) for messages in (chosen, rejected)]
+    return [writer.conversation(row, messages, first=first) for messages in answers]
 
 
 def _equal(messages: tuple[Message, Message]) -> bool:
     return messages[0] == messages[1]
 
 
-def _shared(chosen: Example, rejected: Example) -> int:
-    """Tokens at the beginning that are equal in both and learnt in neither."""
-    limit = min(num_prompt_tokens(chosen), num_prompt_tokens(rejected))
-    pairs = zip(chosen.token_ids[:limit], rejected.token_ids[:limit], strict=True)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), limit)
+def _shared(examples: Sequence[Example]) -> int:
+    """Tokens at the beginning that are equal in all and learnt in none."""
+    limit = min(map(num_prompt_tokens, examples))
+    places = zip(*(example.token_ids[:limit] for example in examples), strict=True)
+    return next((i for i, tokens in enumerate(places) if len(set(tokens)) > 1), limit)

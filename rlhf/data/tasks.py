@@ -43,8 +43,8 @@ def make_rows(source: TaskSource) -> list[Columns]:
 
     Every row has `answer` and `task`. running_totals has a string `prompt`; reasoning_gym has `messages`, in split sft
     up to the assistant's answer, and the columns that its own scorer reads: `question`, `answer`, `metadata`. Splits
-    with responses have them as `completion` (sft), `chosen` and `rejected` (pairs), or `completion` and `label`
-    (labelled: every other one is right), of the same questions.
+    with responses have them as `completion` (sft), `chosen`, `rejected` and `reference`, which is the chosen one again
+    (pairs), or `completion` and `label` (labelled: every other one is right), of the same questions.
     """
     names = [name.strip() for name in source.task.split(",")]
     if len(set(names)) < len(names):
@@ -116,7 +116,7 @@ def _running_totals(source: TaskSource) -> list[Columns]:
 def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
     """The columns of a row with responses."""
     if split == "pairs":
-        return {"chosen": right, "rejected": wrong}
+        return {"chosen": right, "rejected": wrong, "reference": right}
     return {"completion": wrong if index % 2 else right, "label": index % 2 == 0}
 
 

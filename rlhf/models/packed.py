@@ -25,6 +25,7 @@ from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own
 from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
+    chunked_logprobs_and_collisions,
     chunked_logprobs_only,
     weighted_logprob_sum,
 )
@@ -140,6 +141,28 @@ def policy_logprobs_only(
         **lm_head_settings(model),
     )
     return _spread(logprobs, chosen, len(token_ids))
+
+
+def policy_logprobs_and_collisions(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches)
+    logprobs, collisions = chunked_logprobs_and_collisions(
+        hidden.index_select(0, before),
+        lm_head_weight(model),
+        token_ids[chosen],
+        temperature=temperature,
+        **lm_head_settings(model),
+    )
+    return _spread(logprobs, chosen, len(token_ids)), _spread(collisions, chosen, len(token_ids))
 
 
 def supervised_loss(

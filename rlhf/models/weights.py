@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rlhf.models.quantized import dequantized
@@ -146,10 +144,18 @@ def is_pissa(layer: Any) -> bool:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not hasattr(model, "peft_config"):
+        return iter(())
+    from peft.tuners.lora import LoraLayer  # takes seconds, which a model without an adapter need not wait
+
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 def _whole_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not hasattr(model, "peft_config"):
+        return iter(())
+    from peft.utils.other import ModulesToSaveWrapper
+
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
 
 

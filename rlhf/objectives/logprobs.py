@@ -27,7 +27,7 @@ from rlhf.objectives.vocabulary_head import (
     widened,
 )
 
-_Extra = Literal["entropy", "entropy_grad"]  # what a pass computes besides logprobs
+_Extra = Literal["entropy", "entropy_grad", "collision"]  # what a pass computes besides logprobs
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -43,26 +43,31 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head: Head,
         chunk_size: int,
         extras: frozenset[_Extra],
-    ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, normaliser = (widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(3))
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy, collision, normaliser = (
+            widened(hidden.new_empty(0)).new_zeros(len(targets)) for _ in range(4)
+        )
         factors = Factors.of(hidden, weight, bias)
         for rows in chunks(len(targets), chunk_size):
             logits = head.logits(factors, rows)
             chosen = logits.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = chosen - normaliser[rows]
-            if "entropy" in extras:
+            if extras:
                 log_p = logits.sub_(normaliser[rows, None])
-                entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+                if "collision" in extras:
+                    collision[rows] = log_p.mul_(2.0).logsumexp(-1)
+                else:
+                    entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.head, ctx.chunk_size = head, chunk_size
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(() if "entropy_grad" in extras else (entropy,)))
-        return logprobs, entropy
+        ctx.mark_non_differentiable(collision, *(() if "entropy_grad" in extras else (entropy,)))
+        return logprobs, entropy, collision
 
     @staticmethod
     def backward(
-        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
+        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         head: Head = ctx.head
@@ -151,7 +156,7 @@ def chunked_logprobs(
     """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
-    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
     return logprobs, entropy
 
 
@@ -170,6 +175,24 @@ def chunked_logprobs_only(
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset())[0]
     return logprobs
+
+
+def chunked_logprobs_and_collisions(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(logprobs, `collision_logprob_from_logits`) of each row. The second has no gradient."""
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    extras: frozenset[_Extra] = frozenset({"collision"})
+    logprobs, _, collision = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
+    return logprobs, collision
 
 
 def weighted_logprob_sum(

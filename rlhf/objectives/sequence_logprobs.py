@@ -62,9 +62,10 @@ def on_policy_weights(
 ) -> Float[Tensor, " B"]:
     """exp of a response's mean of logprob - log sum_v p_v^2, without gradient (WPO, arXiv:2406.11827, eq. 2).
 
-    About 1 for a response that the policy itself would sample, less for one it would not. The loss of a pair is
-    multiplied by the weights of both. collision_logprobs come from logprobs.collision_logprob_from_logits, by chunks
-    with vocabulary_head.rows_of_logits. ValueError for a response without a counted token.
+    About 1 for a response that the policy itself would sample, less for one it would not; above 1 for the likeliest
+    tokens one after the other. The loss of a pair is multiplied by the weights of both. As in the paper and in TRL, the
+    product is not held at 1; the authors' code does that. collision_logprobs come from
+    logprobs.chunked_logprobs_and_collisions. ValueError for a response without a counted token.
     """
     _counts(mask, lengths, needed_by="on_policy_weights")
     return sequence_means((logprobs - collision_logprobs).detach(), mask, lengths).exp()

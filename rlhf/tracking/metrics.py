@@ -214,6 +214,14 @@ _DECLARATIONS = (
         "Pairs that the step trained on: one of each prompt whose responses did not all score alike",
     ),
     _metric(
+        "preference/on_policy_weight/mean",
+        "1",
+        Mean,
+        "preference",
+        "What a pair's loss is multiplied by: the product of its responses' weights (`algorithm.wpo`)",
+        always=False,
+    ),
+    _metric(
         "preference/mismatched_kl",
         "nats",
         Last,

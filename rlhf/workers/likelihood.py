@@ -7,7 +7,6 @@ import torch
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.evaluation.results import ExampleResult
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.lora import with_adapter
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.packed import supervised_loss
 from rlhf.types import Examples
@@ -33,6 +32,8 @@ class LikelihoodWorker:
                 source.base, dtype=getattr(torch, source.dtype), trust_remote_code=source.trust_remote_code
             )
             if source.adapter is not None:
+                from rlhf.models.lora import with_adapter  # with peft, which takes seconds
+
                 model = with_adapter(model, source.adapter)
             self.model = model.to(self.device).eval().requires_grad_(False)
 

@@ -19,8 +19,6 @@ from rlhf.workers.trained import TrainedWorker
 
 E = TypeVar("E", bound=Examples)
 
-BOTH = (0, 1)  # sides of a pair
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -76,7 +74,7 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
 
 
 class PairsWorker(OfflineWorker):
-    """One whose data are pairs of sequences."""
+    """One whose data are rows of several sequences."""
 
     references: dict[int, TokenValues]  # by data set; empty: the losses read none
 
@@ -85,12 +83,13 @@ class PairsWorker(OfflineWorker):
         self.sets = sets
         self.references = {}
 
-    def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] = BOTH) -> Batch:
-        """This rank's rows of a plan. Collective."""
+    def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] | None = None) -> Batch:
+        """This rank's rows of a plan, of each these of its sequences; None: all. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
         some = torch.tensor(rows or (0,))  # without rows a token to pass, of which nothing is learnt
-        sequences = [2 * row + side for row in some.tolist() for side in sides]
         whole = self.sets[dataset]
+        sides = range(whole.num_sides) if sides is None else sides
+        sequences = [whole.num_sides * row + side for row in some.tolist() for side in sides]
         pairs = Pairs(
             examples=whole.examples.take(sequences),
             prompt_tokens=whole.prompt_tokens[some],

@@ -1,7 +1,7 @@
 """One rank of a model that is trained on pairs of responses: a policy by preferences, or a reward model.
 
-A pair is one row: its two sequences are always in the same micro-batch, and compute the prompt that they share once.
-Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+A pair is one row, with or without a gold response: its sequences are always in the same micro-batch, and compute the
+prompt that they share once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_critic
+from rlhf.models.packed import policy_logprobs_and_collisions
 from rlhf.objectives.masking import sequence_counts, sequence_sums
-from rlhf.objectives.sequence_logprobs import length_desensitized_total
+from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Sum
@@ -31,6 +32,15 @@ from rlhf.workers.offline import Batch, PairsWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import Slice
 from rlhf.workers.referenced import ReferencedPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """One entry for each sequence of a micro-batch. Only `ours` carries a gradient."""
+
+    ours: Float[Tensor, " b"]  # the model's, by which pairs are compared
+    reference: Float[Tensor, " b"] | None  # the reference's; None: there is none
+    weights: Float[Tensor, " b"] | None = None  # how likely the policy is to say it; None: no loss is weighted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +69,8 @@ class PairWorker(PairsWorker):
         self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
 
     @abstractmethod
-    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
-        """One number for each sequence of a micro-batch, by which pairs are compared: the model's and, where there is
-        one, the reference's. Collective."""
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+        """Of a micro-batch. Collective."""
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step on the named pairs of the training set. Collective."""
@@ -77,6 +86,9 @@ class PairWorker(PairsWorker):
                 parts.append({"update/loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)})
                 parts.append({"update/tokens/total": Sum(total=len(piece.tokens))})
                 parts.append(self._metrics(scores, "preference/{}/mean"))
+                if scores.weights is not None:
+                    weights = Mean(total=float(scores.weights.sum()), count=count)
+                    parts.append({"preference/on_policy_weight/mean": weights})
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
@@ -98,20 +110,30 @@ class PairWorker(PairsWorker):
 
     def _scores(self, batch: Batch, piece: Slice) -> PairScores:
         """A micro-batch's pairs as numbers. One without rows has one pair of zeros, with a gradient of zeros."""
-        numbers, reference = self.numbers(batch, piece)
+        numbers = self.numbers(batch, piece)
         counts = sequence_counts(batch.pairs.examples.loss_mask[piece.tokens], piece.lengths).to(self.device).float()
         margins = batch.pairs.margins[batch.places(piece)].to(self.device)
         if not piece.rows:
-            numbers, counts = numbers.expand(2) * 0.0, counts.expand(2) * 0.0
-            reference, margins = None if reference is None else counts, counts[:1]
+            margins = counts * 0.0
+
+        def sides(column: Tensor | None) -> Sequence[Any]:
+            if column is None:
+                return [None] * batch.num_sides
+            whole = column if piece.rows else column.expand(batch.num_sides) * 0.0
+            found: Sequence[Tensor] = whole.unflatten(0, (-1, batch.num_sides)).unbind(1)
+            return found
+
+        ours, tokens, reference, weights = map(sides, (numbers.ours, counts, numbers.reference, numbers.weights))
         return PairScores(
-            chosen=numbers[0::2],
-            rejected=numbers[1::2],
-            chosen_tokens=counts[0::2],
-            rejected_tokens=counts[1::2],
-            ref_chosen=None if reference is None else reference[0::2],
-            ref_rejected=None if reference is None else reference[1::2],
+            chosen=ours[0],
+            rejected=ours[1],
+            chosen_tokens=tokens[0],
+            rejected_tokens=tokens[1],
+            ref_chosen=reference[0],
+            ref_rejected=reference[1],
             margins=margins,
+            gold=ours[2] if batch.num_sides > 2 else None,
+            weights=None if numbers.weights is None else weights[0] * weights[1],
         )
 
     def _loss(
@@ -122,9 +144,12 @@ class PairWorker(PairsWorker):
         if not piece.rows:
             return scores, (scores.chosen + scores.rejected).sum()
         losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(piece))
+        if scores.weights is not None:
+            losses = losses * scores.weights
         loss = losses.sum() / plan.num_sequences
         if self.algorithm.sft_coef:
-            loss = loss - self.algorithm.sft_coef * scores.chosen.sum() / plan.num_tokens
+            imitated = scores.chosen if scores.gold is None else scores.gold
+            loss = loss - self.algorithm.sft_coef * imitated.sum() / plan.num_tokens
         return scores, loss
 
     def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
@@ -142,9 +167,8 @@ class PairWorker(PairsWorker):
                     told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
                     table[first + torch.tensor(batch.places(piece))] = torch.stack(told, 1).double().cpu()
         seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
-        whole = PairScores(**dict(zip(names, seen, strict=True)))
-        if batch.reference is None:
-            whole = replace(whole, ref_chosen=None, ref_rejected=None)
+        missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # on all ranks alike
+        whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
         with torch.enable_grad():
             leaves = replace(
                 whole,
@@ -170,16 +194,21 @@ class PairWorker(PairsWorker):
 class PreferenceWorker(PairWorker, ReferencedPolicy):
     """A policy that learns which of two responses is preferred: pairs are compared by their log-probabilities."""
 
-    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"] | None]:
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
         """Summed log-probabilities of each sequence's learnt tokens."""
-        mask, lengths = batch.pairs.examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
-        logprobs = self.logprobs(batch.pairs.examples, piece)
+        examples, reference, weights = batch.pairs.examples, None, None
+        mask, lengths = examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
+        if self.algorithm.wpo:
+            logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, piece)
+            no_weights = torch.zeros_like(lengths, dtype=logprobs.dtype)
+            weights = on_policy_weights(logprobs, collisions, mask, lengths) if piece.rows else no_weights
+        else:
+            logprobs = self.logprobs(examples, piece)
         if torch.is_grad_enabled() and piece.rows:
             self.observe(batch, piece, logprobs.detach())
-        ours = self._totals(logprobs, mask, lengths)
-        if batch.reference is None:
-            return ours, None
-        return ours, self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+        if batch.reference is not None:
+            reference = self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+        return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
 
     def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
         """What may be measured of a micro-batch on its way to the loss: of fixed data nothing."""
@@ -199,7 +228,7 @@ class RewardModelWorker(PairWorker):
         """The language model with a head of zeros, or a checkpoint that has a head already."""
         return load_critic(self.model_config.model, **self.loading_options())
 
-    def numbers(self, batch: Batch, piece: Slice) -> tuple[Float[Tensor, " b"], None]:
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
         """The head's score at each sequence's last token."""
         scores = self.engine.forward(
             sequence_scores,
@@ -207,4 +236,4 @@ class RewardModelWorker(PairWorker):
             piece.lengths.to(self.device),
             piece.branches,
         )
-        return scores, None
+        return Numbers(ours=scores, reference=None)

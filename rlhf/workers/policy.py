@@ -20,7 +20,6 @@ from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.lora import adapter_disabled
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
@@ -101,6 +100,8 @@ class PolicyWorker(TrainedWorker):
             ref_logprobs=ref_logprobs,
         )
         if self.reference_is_adapter_off:
+            from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
+
             with adapter_disabled(self.engine.module):
                 self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
         config = self.algorithm.config

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from rlhf.workers.offline import PairsWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.ragged import Slice, slices
 from rlhf.workers.reference_cache import read_columns, reference_key, write_columns
+
+T = TypeVar("T")
 
 # Mean |difference| a token by which other kernels may miss what was stored.
 SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
@@ -80,8 +83,12 @@ class ReferencedPolicy(PairsWorker):
 
     def logprobs(self, examples: Examples, piece: Slice) -> Float[Tensor, " n"]:
         """Of the learnt tokens, 0 elsewhere."""
+        return self.forward(policy_logprobs_only, examples, piece)
+
+    def forward(self, function: Callable[..., T], examples: Examples, piece: Slice) -> T:
+        """A forward pass of rlhf.models.packed. Collective."""
         return self.engine.forward(
-            policy_logprobs_only,
+            function,
             examples.token_ids[piece.tokens].to(self.device),
             piece.lengths.to(self.device),
             mask=examples.loss_mask[piece.tokens].to(self.device),

@@ -19,10 +19,8 @@ from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.engine.sharded_loading import shards_as_it_loads
-from rlhf.models.adapter_folder import load_adapter
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
-from rlhf.models.lora import add_lora
 from rlhf.roles import Arithmetic, MemoryReport
 from rlhf.types import Role
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -136,6 +134,9 @@ class TrainedWorker(ABC):
         model, lora = self.model_config, self.model_config.lora
         if lora is None:
             return module
+        from rlhf.models.adapter_folder import load_adapter  # with peft, which takes seconds
+        from rlhf.models.lora import add_lora
+
         if model.adapter is not None:
             return load_adapter(module, Path(model.adapter), dropout=lora.dropout)
         return add_lora(module, **adapter_options(lora))

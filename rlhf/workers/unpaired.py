@@ -77,7 +77,7 @@ class UnpairedWorker(ReferencedPolicy):
         )
 
     def _kl(self, dataset: int, plan: MinibatchPlan) -> float:
-        """The divergence from the reference, over all rows of the step. Collective."""
+        """The divergence from the reference, over all rows that the plan names. Collective."""
         if not self.algorithm.compares_with_kl:
             return 0.0
         batch = self.batch(dataset, plan, sides=MISMATCHED)
@@ -88,7 +88,8 @@ class UnpairedWorker(ReferencedPolicy):
                 if piece.rows:
                     total += log_ratios.double().sum().cpu()
         whole = float(self.engine.all_reduce_sum(total.to(self.device)))
-        return mismatched_kl(whole / self.resources.sequence_parallel, plan.num_sequences)
+        num_rows = sum(map(len, plan.sequences_by_rank))  # of an evaluation in pieces, the piece's
+        return mismatched_kl(whole / self.resources.sequence_parallel, num_rows)
 
     def _loss(
         self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, kl: float, name: str

@@ -7,6 +7,7 @@ rank is started for each layout and serves all tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ from rlhf.workers.unpaired import UnpairedWorker
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3
+PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last leave a rank without rows
 WORKERS: Mapping[str, Any] = {
     "dpo": PreferenceWorker,
+    "simpo": PreferenceWorker,
+    "tpo": PreferenceWorker,
     "reward_model": RewardModelWorker,
     "process_reward_model": StepRewardWorker,
     "kto": UnpairedWorker,
@@ -95,11 +99,17 @@ def data_of(name: str, model: str) -> Any:
     tokenizer = load_tokenizer(model)
     if name == "kto":
         return collate_labelled(load_labelled(rows, tokenizer, reading).items)
-    return collate_pairs(load_pairs(rows, tokenizer, reading).items)
+    if name == "tpo":  # a gold response like no other
+        rows = [replace(row, columns=row.columns | {"reference": row.columns["answer"][::-1] + "!"}) for row in rows]
+    return collate_pairs(load_pairs(rows, tokenizer, reading, with_gold=name == "tpo").items)
 
 
 def plan_of(data: Pairs | LabelledSteps, rows: Sequence[int], *, ranks: int) -> MinibatchPlan:
-    learnt = data.examples.take([2 * row for row in rows]) if isinstance(data, Pairs) else data.take(rows)
+    if isinstance(data, Pairs):
+        sides, imitated = data.num_sides, 0 if data.num_sides == 2 else 2
+        learnt = data.examples.take([sides * row + imitated for row in rows])
+    else:
+        learnt = data.take(rows)
     return MinibatchPlan(
         sequences_by_rank=tuple(tuple(rows[i] for i in share) for share in balance([1.0] * len(rows), ranks)),
         num_tokens=int(learnt.loss_mask.sum()),
@@ -117,7 +127,7 @@ def train_rank(
     tokens: int,
     repeated: tuple[int, ...],
 ) -> list[Any]:
-    """One rank: the metrics of its steps and of an evaluation after them, from the weights of the model folder."""
+    """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
     place = RankPlace(
         rank=rank,
         world_size=world_size,
@@ -143,6 +153,8 @@ def train_rank(
         rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), *repeated]
         found.append(worker.update_on(plan_of(pairs, rows, ranks=world_size)))
     found.append(worker.evaluate(0, "all", everything))
+    shares = [plan_of(pairs, rows, ranks=world_size).sequences_by_rank for rows in PIECES]
+    found.append(merge([worker.evaluate(0, "all", replace(everything, sequences_by_rank=ranks)) for ranks in shares]))
     return found
 
 
@@ -156,7 +168,8 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """Metrics of each step, then of an evaluation, by 1 rank with all rows in a micro-batch or by 2 with about one."""
+    """Metrics of each step, then of an evaluation as a whole and in pieces, by 1 rank with all rows in a micro-batch or
+    by 2 with about one."""
     folder = str(tmp_path_factory.mktemp("runs"))
     gangs = {1: Gang(1), 2: Gang(2)}
 
@@ -176,6 +189,8 @@ ALGORITHMS = [
     {"name": "dpo"},
     {"name": "dpo", "loss": {"ipo": 0.7, "bco": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
     {"name": "dpo", "loss": "aot", "length_alpha": 0.5},
+    {"name": "simpo", "wpo": True},
+    {"name": "tpo", "length_normalize": True, "beta": 1.0, "gamma": 0.2, "sft_coef": 0.3, "wpo": True},
     {"name": "reward_model", "centering": 0.01},
     {"name": "process_reward_model"},
     {"name": "kto", "undesirable_weight": 1.5},
@@ -192,6 +207,15 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(train: Train, algorith
         for key in first:
             if key != "update/tokens/total":  # ranks without rows pass one token
                 assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", [ALGORITHMS[1], *ALGORITHMS[3:7]], ids=lambda a: a["name"])
+def test_an_evaluation_in_pieces_is_that_of_the_whole(train: Train, algorithm: dict[str, Any]) -> None:
+    """But for losses that couple rows: those are coupled within a piece."""
+    *_, whole, pieces = train(algorithm, ranks=2)
+    assert whole.keys() == pieces.keys()
+    assert all(whole[key] == pytest.approx(pieces[key], rel=1e-5, abs=1e-6) for key in whole)
 
 
 def sequence_logprobs(model: Any, pairs: Pairs) -> Tensor:
@@ -228,6 +252,38 @@ def test_dpo_is_that_of_plain_torch(train: Train, model: str) -> None:
     margins = 0.3 * (ratios[0::2] - ratios[1::2])
     assert ours[STEPS]["eval/all/margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
     assert ours[STEPS]["eval/all/accuracy"] == int((margins > 0).sum()) / ROWS
+
+
+def on_policy_weights(model: Any, pairs: Pairs) -> Tensor:
+    """Plain torch: exp of the mean over a response of log p(token) - log sum p^2."""
+    examples, weights = pairs.examples, []
+    sizes = examples.lengths.tolist()
+    for ids, mask in zip(examples.token_ids.split(sizes), examples.loss_mask.split(sizes), strict=True):
+        p = model(ids[None]).logits[0, :-1].softmax(-1)
+        ratios = p.gather(-1, ids[1:, None])[:, 0] / p.square().sum(-1)
+        weights.append(ratios[mask[1:]].log().mean().exp())
+    return torch.stack(weights).detach()
+
+
+@pytest.mark.timeout(600)
+def test_tpo_with_weights_is_that_of_plain_torch(train: Train, model: str) -> None:
+    ours = train({"name": "tpo", "beta": 0.1, "gamma": 0.2, "sft_coef": 0.5, "wpo": True}, ranks=1)
+    plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("tpo", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    counts = torch.stack([mask.sum() for mask in rows.examples.loss_mask.split(rows.examples.lengths.tolist())])
+    for step in range(STEPS):
+        at = slice(step * 3 * ROWS // STEPS, (step + 1) * 3 * ROWS // STEPS)
+        chosen, rejected, gold = sequence_logprobs(plain, rows)[at].view(-1, 3).unbind(1)
+        weights = on_policy_weights(plain, rows)[at].view(-1, 3)[:, :2].prod(1)
+        losses = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected) - 0.2)
+        loss = (weights * losses).mean() - 0.5 * gold.sum() / counts[at].view(-1, 3)[:, 2].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 100.0)
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+        assert ours[step]["update/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert ours[step]["preference/on_policy_weight/mean"] == pytest.approx(weights.mean().item(), rel=1e-4)
 
 
 @pytest.mark.timeout(600)

@@ -225,6 +225,7 @@ LOSSES: list[dict[str, Any]] = [
     {"loss": "sigmoid", "label_smoothing": 0.1},
     {"loss": {"ipo": 0.7, "hinge": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
     {"loss": "aot", "length_alpha": 0.5},
+    {"loss": "hinge", "wpo": True},
 ]
 
 

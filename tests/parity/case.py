@@ -183,12 +183,17 @@ class Arguments:
         return [name for name in there if name not in self._read]
 
 
-Outputs = Mapping[str, Tensor | float | bool]
+Ragged = list[list[int]]  # compared exactly
+Outputs = Mapping[str, Tensor | Ragged | float | bool]
 Adapter = Callable[[Arguments], Outputs]
 
 
-def largest_error(actual: Tensor | float | bool, expected: Any, tol: Mapping[str, float]) -> tuple[float, bool]:
+def largest_error(
+    actual: Tensor | Ragged | float | bool, expected: Any, tol: Mapping[str, float]
+) -> tuple[float, bool]:
     """(largest absolute difference, whether all are within tolerance). Infinite for another shape."""
+    if isinstance(actual, list):
+        return (0.0, True) if actual == expected else (math.inf, False)
     wanted = as_tensor(expected, torch.float64)
     found = (actual if isinstance(actual, Tensor) else torch.tensor(actual, dtype=torch.float64)).detach().double()
     if found.shape != wanted.shape:

@@ -71,6 +71,19 @@ def test_every_further_case_of_an_offline_loss_is_ok() -> None:
     assert [verdict.line(why=True) for verdict in verdicts if verdict.kind != "ok"] == []
 
 
+def test_two_cases_alone_are_unsupported(verdicts: dict[str, Verdict]) -> None:
+    unsupported = [verdict.name for verdict in verdicts.values() if verdict.kind == "unsupported"]
+    assert unsupported == ["trl.a2po.beta2_0.1", "verl.get_response_mask"]
+
+
+def test_a_packing_with_a_sequence_elsewhere_differs(
+    tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = copy.deepcopy(stored["trl.pack.bfd.len6"])
+    case["expected"]["seq_lengths"][1:3] = [[5], [4, 2, 1]]
+    assert rerun(tmp_path, case, capsys)[1][0] == "differs trl.pack.bfd.len6 max_error=inf (seq_lengths)"
+
+
 def test_only_groups_of_one_and_missing_scores_are_refused(verdicts: dict[str, Verdict]) -> None:
     refused = [verdict for verdict in verdicts.values() if verdict.kind == "refused"]
     assert refused

@@ -450,6 +450,17 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["algorithm.loss={sigmoid: 1e999}"], "is not a finite number"),
         (["algorithm={name: dpo, length_alpha: 0.5, sft_coef: 1}"], "algorithm: `length_alpha` below 1 weighs"),
         (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
+        (
+            ["algorithm={name: dpo, loss: {sigmoid: 1, aot: 1}, wpo: true}"],
+            "algorithm: `wpo` weighs each pair, and `loss: aot` sorts over all; give up one of them",
+        ),
+        (["algorithm={name: orpo, wpo: true}"], "algorithm.wpo: is a key of "),
+        (["algorithm={name: tpo, sft_coef: 0}"], "algorithm.sft_coef: got 0, expected a number > 0"),
+        (
+            ["algorithm={name: tpo}", "data.max_sequence_tokens=2731"],
+            "data.max_sequence_tokens: is 2731 and must be at most 2730: train.max_tokens_per_microbatch = 8192 holds "
+            "the 3 sequences of a row",
+        ),
     ],
 )
 def test_what_preferences_refuse(
@@ -464,6 +475,8 @@ def test_what_preferences_refuse(
         "algorithm.loss={sigmoid: 0.8, bco: 0.2}",
         "algorithm={name: kto, loss: apo_zero}",
         "algorithm={name: orpo}",
+        "algorithm={name: tpo, length_normalize: true, beta: 2, gamma: 0.5, wpo: true}",
+        "algorithm={name: simpo, wpo: true}",
         "algorithm={name: reward_model, centering: 0.01}",
         "algorithm={name: dpo, divergence: alpha, divergence_alpha: 0.3}",
     ],

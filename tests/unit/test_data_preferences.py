@@ -40,6 +40,10 @@ def load(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) 
     return load_pairs(as_rows(*rows), tokenizer, reading(**more), first_id=first_id)
 
 
+def load_triples(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> Loaded[Pair]:
+    return load_pairs(as_rows(*rows), tokenizer, reading(**more), with_gold=True)
+
+
 def load_labels(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> Loaded[Labelled]:
     return load_labelled(as_rows(*rows), tokenizer, reading(**more))
 
@@ -178,6 +182,84 @@ def test_a_stream_holds_pairs_and_tells_them_apart(tokenizer: Any) -> None:
     swapped = Stream(load(tokenizer, row | {"chosen": "c", "rejected": "b"}).items, seed=0, shuffle=True)
     with pytest.raises(UserError, match="belongs to other data"):
         swapped.restore(stream.state())
+
+
+TRIPLE = {"prompt": "ab", "chosen": "c", "rejected": "cd", "reference": "efg"}
+
+
+def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
+    first, second = load_triples(tokenizer, TRIPLE, TRIPLE | {"reference": "c"}).items  # the chosen one may be the gold
+    assert first.gold is not None
+    assert first.gold.token_ids == (*b"abefg", EOS)
+    assert first.token_ids == (*b"abc", EOS, *b"abcd", EOS, *b"abefg", EOS)
+    assert (first.num_learnt, second.num_learnt) == (4, 2)  # of the gold one: what the supervised term is a mean over
+    assert (first.longest, first.prompt_tokens) == (6, 2)
+    assert second.gold is not None
+    assert [example.example_id for example in second.examples] == [3, 4, 5]
+    collated = collate_pairs([first, second])
+    assert collated.num_sides == 3
+    assert collated.examples.lengths.tolist() == [4, 5, 6, 4, 5, 4]
+    assert collated.prompt_tokens.tolist() == [2, 2]
+    assert [tuple(ids) for ids in collated.examples.token_ids.split([4, 5, 6, 4, 5, 4])][5] == first.chosen.token_ids
+
+
+def test_without_a_wish_for_it_a_gold_answer_is_not_read(tokenizer: Any) -> None:
+    (pair,) = load(tokenizer, TRIPLE | {"reference": 3}).items
+    assert pair.gold is None
+    assert collate_pairs([pair]).num_sides == 2
+
+
+def test_a_prompt_is_what_all_three_begin_with(tokenizer: Any) -> None:
+    gold = {"role": "assistant", "content": "fine"}
+    whole = {"chosen": [USER, YES], "rejected": [USER, NO], "reference": [USER, gold]}
+    apart = {"prompt": [USER], "chosen": [YES], "rejected": [NO], "reference": [gold]}
+    strings = {"prompt": "hi", "chosen": "yes", "rejected": "no", "reference": "fine"}
+    triples = load_triples(tokenizer, whole, apart, strings, apply_chat_template=True).items
+    assert len({triple.token_ids for triple in triples}) == 1
+    assert [triple.prompt_tokens for triple in triples] == [5, 5, 5]  # user h i eos assistant
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"reference": " "}, "column `reference` is the string ' ', which is empty"),
+        ({"reference": "a" * 7}, "the example has 10 tokens, more than data.max_sequence_tokens"),
+        (
+            {"chosen": [USER, YES], "rejected": [USER, NO], "reference": [YES], "prompt": None},
+            "column `reference` does not begin with the 1 messages with which chosen and rejected both begin",
+        ),
+        (
+            {"chosen": [USER, YES], "rejected": [USER, NO], "reference": [USER], "prompt": None},
+            "nothing follows in column `reference`",
+        ),
+    ],
+)
+def test_a_triple_without_a_usable_gold_answer_is_left_out(tokenizer: Any, row: dict[str, Any], message: str) -> None:
+    given = {name: value for name, value in (TRIPLE | row).items() if value is not None}
+    loaded = load_triples(tokenizer, TRIPLE, given, max_tokens=9, too_long="skip", max_unusable_fraction=0.5)
+    assert len(loaded.items) == 1
+    assert loaded.unusable[0].place == "p.jsonl:2"
+    assert loaded.unusable[0].reason.startswith(message)
+
+
+def test_a_gold_answer_that_is_cut_to_nothing_leaves_its_row_out(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"p.jsonl:1: the prompt of 4 tokens leaves the completion none"):
+        load_triples(tokenizer, TRIPLE | {"prompt": "abcd"}, max_tokens=4, too_long="cut")
+
+
+def test_a_missing_gold_answer_stops_at_once(tokenizer: Any) -> None:
+    row = {name: value for name, value in TRIPLE.items() if name != "reference"}
+    message = r"p.jsonl:2: column `reference` is missing; found `prompt`, `chosen`, `rejected`. If it has another name"
+    with pytest.raises(UserError, match=message):
+        load_triples(tokenizer, TRIPLE, row, max_unusable_fraction=0.9)
+
+
+def test_a_stream_tells_a_gold_answer_from_a_rejected_one(tokenizer: Any) -> None:
+    stream = Stream(load_triples(tokenizer, TRIPLE).items, seed=0, shuffle=True)
+    swapped = TRIPLE | {"rejected": TRIPLE["reference"], "reference": TRIPLE["rejected"]}
+    for other in (load_triples(tokenizer, swapped), load(tokenizer, TRIPLE)):
+        with pytest.raises(UserError, match="belongs to other data"):
+            Stream(other.items, seed=0, shuffle=True).restore(stream.state())
 
 
 def test_labelled_answers_token_by_token(tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
+    chunked_logprobs_and_collisions,
     chunked_logprobs_only,
     collision_logprob_from_logits,
     entropy_from_logits,
@@ -89,6 +90,24 @@ def test_each_output_alone_has_its_gradient(head: dict[str, float | None], use: 
     total = logprobs_from_logits(logits, TARGETS) if use == "logprobs" else entropy_from_logits(logits)
     got_total = got[0] if use == "logprobs" else got[1]
     torch.testing.assert_close(gradients(got_total.sum(), x), gradients(total.sum(), x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+def test_chunked_collisions_equal_plain_and_have_no_gradient(head: dict[str, float | None], chunk_size: int) -> None:
+    x = inputs()
+    weights = torch.randn(ROWS, dtype=torch.float64)
+    logits = plain_logits(x, head)
+    expected = logprobs_from_logits(logits, TARGETS)
+    logprobs, collisions = chunked_logprobs_and_collisions(
+        x["hidden"], x["weight"], TARGETS, bias=x["bias"], chunk_size=chunk_size, **head
+    )
+    torch.testing.assert_close(collisions, (logits.softmax(-1) ** 2).sum(-1).log().detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(collisions, collision_logprob_from_logits(logits).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+    assert not collisions.requires_grad
+    got = gradients((logprobs * weights).sum(), x)
+    torch.testing.assert_close(got, gradients((expected * weights).sum(), x), rtol=1e-10, atol=1e-12)
 
 
 def test_entropy_has_no_gradient_unless_asked() -> None:

@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.packed import (
     hidden_states,
     policy_logprobs,
+    policy_logprobs_and_collisions,
     policy_logprobs_only,
     supervised_loss,
 )
@@ -127,6 +128,21 @@ def test_the_three_kinds_of_logprobs_agree() -> None:
         assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
     torch.testing.assert_close(logprobs, supervised)
     assert not is_top1[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "capped_attention"])
+def test_collisions_are_those_of_whole_logits(name: str) -> None:
+    """The second of these models caps its logits."""
+    model = make(name)
+    token_ids, mask = some_tokens()
+    logprobs, collisions = policy_logprobs_and_collisions(model, token_ids, LENGTHS, mask=mask)
+    assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
+    assert not collisions.requires_grad
+    expected = []
+    model.set_attn_implementation("eager")
+    for ids in token_ids.split(LENGTHS.tolist()):
+        expected += [torch.zeros(1), model(ids[None]).logits[0, :-1].softmax(-1).square().sum(-1).log()]
+    torch.testing.assert_close(collisions, torch.where(mask, torch.cat(expected), 0.0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
