@@ -79,6 +79,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
+@pytest.mark.slow  # tests/integration/test_online_pairs.py has the same law for the worker alone
 @pytest.mark.timeout(400)
 def test_ranks_and_microbatches_change_nothing_but_rounding(unbroken: Path) -> None:
     folder = unbroken.parent
