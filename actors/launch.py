@@ -22,16 +22,16 @@ from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, loa
 from actors.interrupts import sigterm_interrupts
 from actors.merge import run_merge
 from actors.placement import reserve
-from actors.ranks import OFFLINE_RANKS, CriticRank, PolicyRank
+from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank
 from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
-from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.config.derive import (
     critic_model,
     derive,
     needs,
     needs_reference_logprobs,
     offline_kind,
+    pairs_rollouts,
     reference_is_adapter_off,
     reference_model,
     ships_adapter,
@@ -40,8 +40,9 @@ from rlhf.config.derive import (
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig
 from rlhf.config.stages import MergeStage, Stage, result_of, run_folder
+from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
-from rlhf.controller.online import OnlineController, OnlineRoles
+from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord, read_state
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError, UserError
@@ -206,7 +207,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 "policy",
                 rank_places(config, placement, "policy", threads=cluster.roles.policy.threads),
                 lambda place: ((config, place), policy_options),
-                PolicyRank,
+                OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank,
             ),
             deadline_s=deadline_s,
             sequence_parallel=cluster.roles.policy.sequence_parallel,
@@ -293,7 +294,6 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         )
         controller = OnlineController(
             config,
-            ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm),
             OnlineRoles(policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic),
             record,
             prompts=_stream(stage),

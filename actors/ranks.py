@@ -16,6 +16,7 @@ from actors.weights.adapter import AdapterSender
 from rlhf.config.derive import OfflineKind, ships_adapter
 from rlhf.models.export import adapter_config
 from rlhf.workers.critic import CriticWorker
+from rlhf.workers.online_pairs import OnlinePreferenceWorker
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
@@ -41,8 +42,8 @@ class Meets:
         return free_address(one_host=one_host)
 
 
-class PolicyRank(Meets, PolicyWorker):
-    """One rank of the policy."""
+class Publishes(Meets, TrainedWorker):
+    """What every rank of a policy that answers prompts has: the way of its weights to the engines."""
 
     sender: WeightSender
 
@@ -78,6 +79,14 @@ class PolicyRank(Meets, PolicyWorker):
         """Remove what was published and leave the gang."""
         self.sender.close()
         super().stop()
+
+
+class PolicyRank(Publishes, PolicyWorker):
+    """One rank of a policy that learns by advantages."""
+
+
+class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):
+    """One rank of a policy that learns from pairs of its responses."""
 
 
 class CriticRank(Meets, CriticWorker):

@@ -85,13 +85,21 @@ class ReferenceWorkers:
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role="reference", stage="start", deadline_s=deadline_s)
 
-    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+    async def become(self, folder: Path) -> None:
+        """Hold the model of a folder from now on."""
+        refs = [h.become.remote(str(folder)) for h in self.handles]
+        await wait_all(refs, role="reference", stage="reference", deadline_s=self.deadline_s)
+
+    async def logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+    ) -> list[Ref[TokenValues]]:
         """Batches are dealt out evenly; each worker packs its own together."""
         columns: list[Any] = [None] * len(rollouts)
         shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
-            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(*[rollouts[i] for i in share])
+            given = [rollouts[i] for i in share]
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, *given)
             for i, ref in zip(share, found, strict=True):
                 columns[i] = ref
             waits.append(done)

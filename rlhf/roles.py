@@ -153,8 +153,14 @@ class RewardRole(Protocol):
 class ReferenceRole(Protocol):
     """The frozen model."""
 
-    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
-        """One column for each given batch, in order."""
+    async def become(self, folder: Path) -> None:
+        """Hold the model of a folder from now on."""
+        ...
+
+    async def logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+    ) -> list[Ref[TokenValues]]:
+        """One column for each given batch, in order; of these sequences only, at least one of each batch."""
         ...
 
     async def memory(self) -> MemoryReport: ...

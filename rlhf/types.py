@@ -98,6 +98,13 @@ class Examples(Ragged):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledExamples(Examples):
+    """Responses that the policy gave during the run: `loss_mask` is True where it sampled."""
+
+    rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSteps(Examples):
     """Responses in steps: `loss_mask` is True at the token that ends a step."""
 
@@ -206,7 +213,7 @@ class MinibatchPlan:
     divided by: those of the step, or of the whole evaluation set."""
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
-    num_tokens: int  # sampled tokens, over all ranks
+    num_tokens: int  # sampled tokens, over all ranks; of pairs, the chosen responses'
     num_sequences: int  # sequences, over all ranks
 
 

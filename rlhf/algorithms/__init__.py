@@ -9,8 +9,9 @@ from rlhf.algorithms.cpo import CPO, CPOConfig
 from rlhf.algorithms.dpo import DPO, DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.kto import KTO, KTOConfig
+from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.orpo import ORPO, ORPOConfig
-from rlhf.algorithms.pairs import PairAlgorithm
+from rlhf.algorithms.pairs import OnlinePairAlgorithm, PairAlgorithm
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
@@ -31,6 +32,7 @@ AlgorithmConfig = (
     | ORPOConfig
     | TPOConfig
     | KTOConfig
+    | OnlineDPOConfig
 )
 
 ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
@@ -45,4 +47,5 @@ PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "orpo": ORPO,
     "tpo": TPO,
 }
+ONLINE_PAIR_ALGORITHMS: Mapping[str, Callable[[Any], OnlinePairAlgorithm]] = {"online_dpo": OnlineDPO}
 UNPAIRED_ALGORITHMS: Mapping[str, Callable[[Any], KTO]] = {"kto": KTO}

@@ -42,11 +42,9 @@ OF_MARGINS = frozenset(
 )  # that another divergence may replace log u in
 
 
-class DPOConfig(PreferenceConfig):
-    """Direct preference optimisation."""
+class LogRatioConfig(PreferenceConfig):
+    """Which losses of the log-ratios, and what they are told."""
 
-    name: Literal["dpo"]
-    """The algorithm."""
     loss: DPOLoss | dict[str, float] = "sigmoid"
     """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
     beta: float = Field(default=0.1, gt=0.0)
@@ -90,13 +88,20 @@ class DPOConfig(PreferenceConfig):
         return self
 
 
+class DPOConfig(LogRatioConfig):
+    """Direct preference optimisation."""
+
+    name: Literal["dpo"]
+    """The algorithm."""
+
+
 class DPO:
     """Weighted losses of a pair's log-ratios."""
 
     needs_reference = True
     needs_gold = False
 
-    def __init__(self, config: DPOConfig) -> None:
+    def __init__(self, config: LogRatioConfig) -> None:
         self.config = config
         self.sft_coef = config.sft_coef
         self.wpo = config.wpo

@@ -5,6 +5,7 @@ A pair's numbers are sums of log-probabilities over the learnt tokens (a policy)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -81,4 +82,17 @@ class PairAlgorithm(Protocol):
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """What the model makes of the chosen and of the rejected responses, for the metrics."""
+        ...
+
+
+class OnlinePairAlgorithm(PairAlgorithm, Protocol):
+    """One whose pairs are responses that the policy gave during the run."""
+
+    @property
+    def reference_every(self) -> int | None:
+        """Steps after which the reference becomes the policy as it is then; None: never."""
+        ...
+
+    def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
+        """Which of a prompt's responses are chosen and rejected; None: it has no pair."""
         ...

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
@@ -31,10 +32,10 @@ def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
     found += [*_adapters(config), *_cluster(config)]
-    if config.rollouts is not None and isinstance(config.algorithm, OnlineConfig):
-        found += _batch(config, config.rollouts, config.algorithm)
     if not derive.is_online(config):
         found += _offline(config)
+    elif config.rollouts is not None:
+        found += [*_batch(config, config.rollouts), *_algorithm(config)]
     found += _updates(config)
     return tuple(found)
 
@@ -120,36 +121,42 @@ def _adapters(config: Config) -> Iterator[Problem]:
             yield _problem(f"cluster.roles.{role}.zero_stage", text)
 
 
-def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) -> Iterator[Problem]:
+def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """The arithmetic of a batch of rollouts."""
-    train = config.train
-    prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
-    responses = derive.responses_per_step(rollouts)
-    if train.sequences_per_update > responses:
-        text = (
-            f"is {train.sequences_per_update}, but a step has only rollouts.prompts_per_step * "
-            f"rollouts.samples_per_prompt = {prompts} * {samples} = {responses} responses; lower it, or sample more"
-        )
+    train, samples = config.train, rollouts.samples_per_prompt
+    rows = derive.rows_per_step(config, rollouts)
+    if derive.pairs_rollouts(config):
+        counted, found = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
+    else:
+        product = f"{rollouts.prompts_per_step} * {samples} = {rows}"
+        counted = f"rollouts.prompts_per_step * rollouts.samples_per_prompt = {product}"
+        found = f"{counted} responses"
+    if train.sequences_per_update > rows:
+        text = f"is {train.sequences_per_update}, but a step has only {found}; lower it, or sample more"
         yield _problem("train.sequences_per_update", text)
-    elif responses % train.sequences_per_update:
-        fits = max(n for n in range(1, train.sequences_per_update) if responses % n == 0)
-        text = (
-            f"is {train.sequences_per_update} and must divide rollouts.prompts_per_step * rollouts.samples_per_prompt"
-            f" = {prompts} * {samples} = {responses}; {fits} would fit"
-        )
+    elif rows % train.sequences_per_update:
+        fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
+        text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield _problem("train.sequences_per_update", text)
-    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens
+    prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
+    whole, times, longest = "the longest sequence", "", prompt + new
+    if derive.pairs_rollouts(config):
+        whole, times, longest = "both responses of a pair", "2 * ", prompt + 2 * new
     if train.max_tokens_per_microbatch < longest:
         text = (
-            f"is {train.max_tokens_per_microbatch} and must hold the longest sequence: data.max_prompt_tokens + "
-            f"rollouts.max_new_tokens = {config.data.max_prompt_tokens} + {rollouts.max_new_tokens} = {longest}; "
-            "raise it, or lower one of those"
+            f"is {train.max_tokens_per_microbatch} and must hold {whole}: data.max_prompt_tokens + "
+            f"{times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}; raise it, or lower one of those"
         )
         yield _problem("train.max_tokens_per_microbatch", text)
     if not derive.has_critic(config) and samples < 2:
         text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
-    if algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
+
+
+def _algorithm(config: Config) -> Iterator[Problem]:
+    """Keys of an algorithm on rollouts that contradict others."""
+    algorithm, train = config.algorithm, config.train
+    if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
     if isinstance(algorithm, PPOConfig) and algorithm.critic_warmup_steps >= train.steps:
@@ -158,6 +165,12 @@ def _batch(config: Config, rollouts: RolloutsConfig, algorithm: OnlineConfig) ->
             "trained"
         )
         yield _problem("algorithm.critic_warmup_steps", text)
+    if isinstance(algorithm, OnlineDPOConfig) and algorithm.reference_every and config.policy.lora is not None:
+        text = (
+            f"is {algorithm.reference_every}, but the reference does not become a policy with policy.lora; set it to "
+            "null, or train all weights"
+        )
+        yield _problem("algorithm.reference_every", text)
 
 
 def _offline(config: Config) -> Iterator[Problem]:
@@ -198,8 +211,8 @@ def _updates(config: Config) -> Iterator[Problem]:
                 " least one sequence each in every optimizer step; raise it, or lower the workers"
             )
             yield _problem("train.sequences_per_update", text)
-    responses = derive.responses_per_step(config.rollouts) if config.rollouts else train.sequences_per_update
-    if responses % train.sequences_per_update == 0:
+    rows = derive.rows_per_step(config, config.rollouts) if config.rollouts else train.sequences_per_update
+    if rows % train.sequences_per_update == 0:
         total = derive.policy_optimizer_steps(config)
         if train.warmup_steps >= max(total, 1):
             text = (

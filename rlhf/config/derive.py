@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.algorithms import ONLINE_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
+from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
@@ -33,7 +33,12 @@ ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "rew
 
 def is_online(config: Config) -> bool:
     """Whether the algorithm learns from rollouts."""
-    return config.algorithm.name in ONLINE_ALGORITHMS
+    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config)
+
+
+def pairs_rollouts(config: Config) -> bool:
+    """Whether it learns from rollouts by comparing two of a prompt's, instead of by advantages."""
+    return config.algorithm.name in ONLINE_PAIR_ALGORITHMS
 
 
 def offline_kind(config: Config) -> OfflineKind:
@@ -68,12 +73,16 @@ def needs_reference_logprobs(config: Config) -> bool:
 
 def has_critic(config: Config) -> bool:
     """Whether the algorithm trains a value model."""
-    return is_online(config) and ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm).has_critic
+    name = config.algorithm.name
+    return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).has_critic
 
 
-def uses_kl(config: Config) -> bool:
-    """Whether log-probabilities of a reference enter the objective."""
-    return isinstance(config.algorithm, OnlineConfig) and config.algorithm.kl.coef > 0.0
+def uses_reference(config: Config) -> bool:
+    """Whether a reference's log-probabilities of the rollouts enter the objective."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, OnlineConfig):
+        return algorithm.kl.coef > 0.0
+    return pairs_rollouts(config) and ONLINE_PAIR_ALGORITHMS[algorithm.name](algorithm).needs_reference
 
 
 def reference_is_adapter_off(config: Config) -> bool:
@@ -82,7 +91,7 @@ def reference_is_adapter_off(config: Config) -> bool:
     That is the policy without its adapter or, where policy.adapter names one to go on from, with that one.
     """
     policy = config.policy
-    if not uses_kl(config) or policy.lora is None:
+    if not uses_reference(config) or policy.lora is None:
         return False
     starts_as_its_model = policy.adapter is None and policy.lora.quantize is None
     return config.reference is None or (starts_as_its_model and config.reference == _as_reference(config))
@@ -123,13 +132,13 @@ def needs(config: Config) -> frozenset[Role]:
         roles |= {"rollout", "reward"}
     if has_critic(config):
         roles.add("critic")
-    if uses_kl(config) and not reference_is_adapter_off(config):
+    if uses_reference(config) and not reference_is_adapter_off(config):
         roles.add("reference")
     return frozenset(roles)
 
 
 def reference_model(config: Config) -> ReferenceConfig:
-    """The model that the KL penalty is measured against."""
+    """The model that the policy is compared with."""
     return config.reference if config.reference is not None else _as_reference(config)
 
 
@@ -198,6 +207,11 @@ def responses_per_step(rollouts: RolloutsConfig) -> int:
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
 
 
+def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
+    """What one step trains on: all responses, or, of pairs of them, one a prompt at most."""
+    return rollouts.prompts_per_step if pairs_rollouts(config) else responses_per_step(rollouts)
+
+
 def _as_reference(config: Config) -> ReferenceConfig:
     policy = config.policy
     return ReferenceConfig(model=policy.model, dtype=policy.dtype, trust_remote_code=policy.trust_remote_code)
@@ -207,7 +221,8 @@ def updates_per_step(config: Config) -> int:
     """Optimizer steps of one step: minibatches of a batch times passes over it; 1 for supervised runs."""
     if config.rollouts is None:
         return 1
-    return responses_per_step(config.rollouts) // config.train.sequences_per_update * config.train.epochs_per_batch
+    rows = rows_per_step(config, config.rollouts)
+    return rows // config.train.sequences_per_update * config.train.epochs_per_batch
 
 
 def policy_optimizer_steps(config: Config) -> int:
@@ -243,6 +258,7 @@ class Derived:
 
     needs: tuple[Role, ...]  # roles that get workers
     sequences_per_step: int
+    rows_per_step: int  # what updates are counted in: sequences, or pairs
     updates_per_batch: int  # minibatches of one pass over a step's batch
     updates_per_step: int
     policy_optimizer_steps: int  # in the whole run; the critic's warm-up steps are not among them
@@ -257,17 +273,19 @@ def derive(config: Config) -> Derived:
     """What `rlhf plan` shows of a configuration that passed its checks."""
     train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
     sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
+    rows = rows_per_step(config, rollouts) if rollouts else sequences
     longest = config.data.max_prompt_tokens + rollouts.max_new_tokens if rollouts else max_sequence_tokens(config)
     needed = needs(config)
     return Derived(
         needs=tuple(role for role in ROLE_ORDER if role in needed),
         sequences_per_step=sequences,
-        updates_per_batch=sequences // train.sequences_per_update,
+        rows_per_step=rows,
+        updates_per_batch=rows // train.sequences_per_update,
         updates_per_step=updates_per_step(config),
         policy_optimizer_steps=policy_optimizer_steps(config),
         critic_optimizer_steps=train.steps * updates_per_step(config) if has_critic(config) else None,
         data_parallel_ranks=policy.data_parallel_ranks,
         longest_sequence=longest,
         tokens_per_step=sequences * longest,
-        reference="workers" if "reference" in needed else "adapter off" if uses_kl(config) else "none",
+        reference="workers" if "reference" in needed else "adapter off" if uses_reference(config) else "none",
     )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from rlhf.algorithms.cpo import CPOConfig
-from rlhf.algorithms.dpo import SMOOTHED, DPOConfig
+from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
+from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
@@ -51,6 +52,8 @@ def inert_keys(config: Config) -> Iterator[Inert]:
     yield from _of_models(config)
     if isinstance(config.algorithm, OnlineConfig):
         yield from _of_algorithm(config, config.algorithm)
+    if derive.is_online(config):
+        yield from _of_rewards(config)
     yield from _of_preferences(config)
     yield from _of_data_and_training(config)
     yield from inert_in_cluster(config.cluster)
@@ -110,7 +113,7 @@ def _of_models(config: Config) -> Iterator[Inert]:
             )
     if not derive.is_online(config):
         return
-    if not derive.uses_kl(config):
+    if not derive.uses_reference(config):
         yield from _all("reference", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     elif derive.reference_is_adapter_off(config):
         why = "the policy with its LoRA adapter off is that very model"
@@ -118,7 +121,7 @@ def _of_models(config: Config) -> Iterator[Inert]:
 
 
 def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
-    if not derive.uses_kl(config):
+    if algorithm.kl.coef == 0.0:
         keys = "algorithm.kl.estimator algorithm.kl.place"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     rollouts, train = config.rollouts, config.train
@@ -132,6 +135,9 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
                 " it: every ratio is 1 and nothing is clipped",
                 "lower train.sequences_per_update or raise train.epochs_per_batch",
             )
+
+
+def _of_rewards(config: Config) -> Iterator[Inert]:
     if config.reward_policy.on_error == "fail":
         why = "reward_policy.on_error is fail: nothing is dropped"
         yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
@@ -142,13 +148,16 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
 
 def _of_preferences(config: Config) -> Iterator[Inert]:
     algorithm = config.algorithm
-    if isinstance(algorithm, DPOConfig):
+    if isinstance(algorithm, LogRatioConfig):
         if algorithm.divergence != "alpha":
             why = f"algorithm.divergence is {algorithm.divergence}"
             yield from _all("algorithm.divergence_alpha", why, "set algorithm.divergence to alpha")
         if not SMOOTHED & set(algorithm.losses):
             why = f"algorithm.loss {', '.join(algorithm.losses)} does not read it"
             yield from _all("algorithm.label_smoothing", why, f"use one of {', '.join(sorted(SMOOTHED))}")
+    if isinstance(algorithm, OnlineDPOConfig) and (algorithm.reference_every or 0) >= config.train.steps:
+        why = f"the run ends after train.steps {config.train.steps}, before a new reference is read"
+        yield from _all("algorithm.reference_every", why, "lower it")
     if isinstance(algorithm, CPOConfig) and algorithm.loss != "sigmoid":
         why = f"algorithm.loss {algorithm.loss} does not read it"
         yield from _all("algorithm.label_smoothing", why, "use sigmoid")

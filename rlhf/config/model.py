@@ -74,7 +74,7 @@ class CriticConfig(ModelConfig):
 
 
 class ReferenceConfig(ModelConfig):
-    """The frozen model that the KL penalty is measured against."""
+    """The frozen model that the policy is compared with."""
 
 
 class RewardModelConfig(ModelConfig):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, TaskConfig
 from rlhf.config.derive import (
@@ -19,6 +20,7 @@ from rlhf.config.derive import (
     eval_sets,
     merged_because,
     needs_reference_logprobs,
+    pairs_rollouts,
     reference_model,
     train_sets,
     weight_sync,
@@ -139,6 +141,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
     sequences, per_update = derived.sequences_per_step, train.sequences_per_update
+    rows = "pairs" if pairs_rollouts(config) else "sequences"
     facts: list[list[str]] = []
     if rollouts is None:
         facts.append(["sequences a step", f"{per_update}: {updates}"])
@@ -150,7 +153,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
             ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}"],
             [
                 "updates a step",
-                f"{sequences} / {per_update} sequences = {derived.updates_per_batch}, {passes}: {updates}",
+                f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",
             ],
             ["longest sequence", f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"],
         ]
@@ -205,8 +208,13 @@ def _reference(config: Config, derived: Derived) -> str:
         "adapter off": "the policy with its LoRA adapter off: no second model"
         if config.policy.adapter is None
         else "the policy with policy.adapter as it is now: no second model",
-        "workers": f"{reference_model(config).model} in workers of its own",
+        "workers": f"{reference_model(config).model} in workers of its own{_renewed(config)}",
     }[derived.reference]
+
+
+def _renewed(config: Config) -> str:
+    every = config.algorithm.reference_every if isinstance(config.algorithm, OnlineDPOConfig) else None
+    return "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
 
 
 def _sync(config: Config) -> str:

@@ -57,6 +57,34 @@ def plan_batch(
     )
 
 
+def plan_pairs(
+    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]], *, step: int, seed: int, num_minibatches: int, num_ranks: int
+) -> BatchPlan:
+    """Deal the pairs of chosen and rejected responses out to minibatches of about equal size, and to ranks.
+
+    A rank's sequences stand chosen, rejected, chosen, ... Which pairs make a minibatch depends on (seed, step) alone.
+    Fewer pairs than minibatches make as many minibatches as there are pairs. A rank may have none in a minibatch.
+    """
+    drawn = sorted(pairs, key=lambda pair: pair[0].sequence_id)
+    random.Random(f"minibatches {seed} {step}").shuffle(drawn)
+    count = min(num_minibatches, len(drawn))
+    minibatches = []
+    for number in range(count):
+        chosen = sorted(drawn[number::count], key=lambda pair: pair[0].sequence_id)
+        costs = [pair[0].num_prompt_tokens + sum(info.num_response_tokens for info in pair) for pair in chosen]
+        minibatches.append(
+            MinibatchPlan(
+                sequences_by_rank=tuple(
+                    tuple(info.sequence_id for place in share for info in chosen[place])
+                    for share in balance(costs, num_ranks)
+                ),
+                num_tokens=sum(pair[0].num_response_tokens for pair in chosen),
+                num_sequences=2 * len(chosen),
+            )
+        )
+    return BatchPlan(step=step, minibatches=tuple(minibatches), scores={}, kl_coef=0.0)
+
+
 def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num_ranks: int) -> list[list[RolloutInfo]]:
     """A share for each rank: of whole groups, or of single sequences where the largest share is smaller that way.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
+from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
@@ -59,7 +60,7 @@ async def evaluate(
                 answers.ledger.forget_failures()
                 raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
             record.add(_metrics(name, sound))
-            selections += group_samples(sound, None, {}, split=name, most=None)
+            selections += group_samples(sound, Signals(), split=name, most=None)
         await reward.write_samples(samples_path(record.folder.path, step), selections)
 
 

@@ -14,50 +14,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.config.derive import pairs_rollouts
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
-from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.evaluation import evaluate
+from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
-from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.rewards.scoring import describe
 from rlhf.roles import (
     CriticRole,
     PolicyRole,
-    PrepareReport,
-    Ref,
     ReferenceRole,
     RewardRole,
     RolloutRole,
     ScoredGroup,
     TrainedRole,
 )
-from rlhf.tracking.reductions import Last, Max, Mean, Sum
+from rlhf.tracking.reductions import Last, Max, Sum
 from rlhf.tracking.samples import samples_path
-from rlhf.types import BatchPlan, GroupRequest, Prompt, Sampling, TokenValues
+from rlhf.types import GroupRequest, Prompt, Sampling
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnlineRoles:
-    """Who takes part. None: the run has no such role."""
-
-    policy: PolicyRole
-    rollout: RolloutRole
-    reward: RewardRole
-    reference: ReferenceRole | None
-    critic: CriticRole | None
 
 
 class OnlineController:
@@ -66,7 +52,6 @@ class OnlineController:
     def __init__(
         self,
         config: Config,
-        algorithm: OnlineAlgorithm,
         roles: OnlineRoles,
         record: RunRecord,
         *,
@@ -78,7 +63,6 @@ class OnlineController:
     ) -> None:
         assert config.rollouts is not None
         self.config = config
-        self.algorithm = algorithm
         self.roles = roles
         self.record = record
         self.prompts = prompts
@@ -95,7 +79,7 @@ class OnlineController:
         )
         self.step = 0
         self.next_group = 0
-        self.kl_coef = algorithm.config.kl.coef
+        self.learning: Learning = (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/score", default_lower=False)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
@@ -140,24 +124,12 @@ class OnlineController:
             groups = await self._collect(step)
         record.add(rollout_metrics(groups, version=step - 1))
         await self._to_trainers(keep_weights=False)
-        plan = self._plan(groups, step, roles.policy)
-        with record.stage("experience", role="policy"):
-            report, advantages = await self._experience(plan, groups)
-        with record.stage("update", role="policy"):
-            order = visits(
-                len(plan.minibatches),
-                epochs=self.config.train.epochs_per_batch,
-                seed=self.config.run.seed,
-                step=step,
-            )
-            for minibatch in order:
-                await self._update(minibatch, step)
+        signals = await self.learning.learn(groups, step)
         await self._sync(step)
         kept = self.config.tracking.samples_per_step
         if kept:
-            chosen = group_samples(groups, report, advantages, split="train", most=kept)
+            chosen = group_samples(groups, signals, split="train", most=kept)
             await roles.reward.write_samples(samples_path(record.folder.path, step), chosen)
-        self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
 
     async def _collect(self, step: int) -> list[ScoredGroup]:
         """A whole batch of scored groups in plan order. A group whose reward failed is replaced by another prompt's."""
@@ -202,98 +174,6 @@ class OnlineController:
         )
         self.next_group += 1
         return group
-
-    def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
-        """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
-        return plan_batch(
-            groups,
-            step=step,
-            seed=self.config.run.seed,
-            sequences_per_update=self.config.train.sequences_per_update,
-            num_ranks=role.num_ranks,
-            kl_coef=self.kl_coef,
-        )
-
-    async def _experience(
-        self, plan: BatchPlan, groups: Sequence[ScoredGroup]
-    ) -> tuple[PrepareReport, Mapping[int, float]]:
-        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts."""
-        roles, config = self.roles, self.algorithm.config
-        rollouts = [scored.group.rollouts for scored in groups]
-        reference, critic = roles.reference, roles.critic
-        in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
-
-        async def logprobs() -> Sequence[Ref[TokenValues]]:
-            async with in_turn:
-                return [] if reference is None else await reference.logprobs(rollouts)
-
-        async def old_values() -> Sequence[Ref[TokenValues]]:
-            async with in_turn:
-                return [] if critic is None else await critic.values(self._plan(groups, plan.step, critic), rollouts)
-
-        references, values = await asyncio.gather(logprobs(), old_values())
-        report = await roles.policy.prepare(plan, rollouts, references)
-        scores = dict(plan.scores)
-        if config.kl.place == "reward" and critic is None:
-            for sequence in report.sequences:
-                if sequence.kl_ref is not None:
-                    scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
-        by_sequence = self.algorithm.sequence_advantages(
-            torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
-            group_size=self.rollouts.samples_per_prompt,
-        )
-        advantages = await roles.policy.set_advantages(
-            None if by_sequence is None else dict(zip(sorted(scores), by_sequence.tolist(), strict=True)), values
-        )
-        if critic is not None:
-            await critic.prepare(plan, advantages.returns)
-        self.record.add(report.metrics)
-        self.record.add(advantages.metrics)
-        if by_sequence is not None:
-            flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
-            self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
-        return report, advantages.mean_advantages
-
-    def _share_bundles(self) -> bool:
-        """Whether reference and critic compute on the same hardware."""
-        placed = self.config.cluster.roles
-        return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
-
-    async def _update(self, minibatch: int, step: int) -> None:
-        """One optimizer step of each trained role; together where they have their own hardware."""
-        roles, config = self.roles, self.config
-        critic = roles.critic
-        warming = critic is not None and step <= self._critic_warmup_steps()
-        if critic is None:
-            self.record.add(await roles.policy.update(minibatch))
-        elif warming:
-            self.record.add(await critic.update(minibatch))
-        elif config.cluster.roles.critic.colocate_with is not None:
-            self.record.add(await roles.policy.update(minibatch))
-            self.record.add(await critic.update(minibatch))
-        else:
-            for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
-                self.record.add(metrics)
-
-    def _critic_warmup_steps(self) -> int:
-        config = self.config.algorithm
-        return config.critic_warmup_steps if config.name == "ppo" else 0
-
-    def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
-        adaptive = self.algorithm.config.kl.adaptive
-        self.record.add({"experience/kl_coef": Last(value=self.kl_coef)} if self._has_reference() else {})
-        kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
-        if adaptive is not None:
-            self.kl_coef = adaptive_kl_coef(
-                self.kl_coef,
-                kl=sum(kls) / len(kls),
-                target=adaptive.target,
-                horizon=adaptive.horizon,
-                num_sequences=num_sequences,
-            )
-
-    def _has_reference(self) -> bool:
-        return self.algorithm.config.kl.coef > 0.0
 
     async def _sync(self, version: int) -> None:
         """Weights to the engines, proven; then the engines have the GPU."""
@@ -397,7 +277,7 @@ class OnlineController:
             "step": self.step,
             "cursor": asdict(self.prompts.state()),
             "next_group": self.next_group,
-            "kl_coef": self.kl_coef,
+            **self.learning.state(),
             "best": self.best.state(),
             "policy": self.fingerprint,
             "algorithm": self.config.algorithm.name,
@@ -408,7 +288,8 @@ class OnlineController:
         state = self.record.read_state(step)
         folder = self.record.folder.checkpoint(step)
         self.prompts.restore(Cursor(**state["cursor"]))
-        self.step, self.next_group, self.kl_coef = state["step"], state["next_group"], state["kl_coef"]
+        self.step, self.next_group = state["step"], state["next_group"]
+        await self.learning.restore(state, step)
         self.best.restore(state["best"])
         if self.best.step == step:  # the run may have been killed before it was marked
             self.record.folder.mark_best(step)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from rlhf.roles import Metrics, PrepareReport, SampleSelection, ScoredGroup
+from rlhf.controller.learning import Signals
+from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.samples import SampleRecord
 
@@ -34,15 +35,9 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
 
 
 def group_samples(
-    groups: Sequence[ScoredGroup],
-    report: PrepareReport | None,
-    advantages: Mapping[int, float],
-    *,
-    split: str,
-    most: int | None,
+    groups: Sequence[ScoredGroup], signals: Signals, *, split: str, most: int | None
 ) -> list[SampleSelection]:
     """Records of the first `most` responses (None: all), group by group, without their text."""
-    measured = {s.sequence_id: s for s in report.sequences} if report is not None else {}
     selections = []
     left = most
     for scored in groups:
@@ -53,7 +48,7 @@ def group_samples(
         left = None if left is None else left - len(taken)
         records = []
         for sample, info in enumerate(taken):
-            sequence = measured.get(info.sequence_id)
+            sequence = signals.reports.get(info.sequence_id)
             records.append(
                 SampleRecord(
                     split=split,
@@ -64,7 +59,8 @@ def group_samples(
                     response="",
                     score=scored.scores.scores[sample],
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
-                    advantage=advantages.get(info.sequence_id),
+                    advantage=signals.advantages.get(info.sequence_id),
+                    preferred=signals.preferred.get(info.sequence_id),
                     truncated=info.finish_reason == "length",
                     response_tokens=info.num_response_tokens,
                     min_version=info.min_version,

@@ -14,16 +14,19 @@ from typing import Literal
 
 from rlhf.tracking.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
 
-Trait = Literal["online", "sft", "preference", "steps", "reference", "critic", "groups", "correction", "eval", "gpu"]
+Trait = Literal[
+    "online", "advantages", "sft", "preference", "steps", "reference", "critic", "groups", "correction", "eval", "gpu"
+]
 
 TRAITS: Mapping[Trait, str] = {
-    "online": "responses are sampled during the run (PPO, GRPO, ...)",
+    "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
+    "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
     "sft": "supervised training on given responses",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
     "steps": "training on labelled steps of responses (process reward models)",
     "reference": "there is a reference model",
     "critic": "there is a critic",
-    "groups": "advantages compare the responses to one prompt",
+    "groups": "the responses to one prompt are compared (GRPO, online DPO, ...)",
     "correction": "the gap between sampler and trainer is corrected by importance weights",
     "eval": "there is an evaluation set",
     "gpu": "the role has a GPU",
@@ -98,7 +101,7 @@ _DECLARATIONS = (
         "online reference",
         "KL(policy || reference) per sampled token, by the configured estimator",
     ),
-    _metric("experience/kl_coef", "1", Last, "online reference", "Coefficient of that KL in this step"),
+    _metric("experience/kl_coef", "1", Last, "online advantages reference", "Coefficient of that KL in this step"),
     _metric(
         "experience/kl_rollout/mean",
         "nats",
@@ -128,8 +131,8 @@ _DECLARATIONS = (
     ),
     _metric("experience/returns/mean", "1", Mean, "online critic", "Critic's target"),
     # advantages
-    _metric("advantages/mean", "1", Mean, "online", "Advantage of a sampled token, before whitening"),
-    _metric("advantages/std", "1", Std, "online", "Its deviation, before whitening"),
+    _metric("advantages/mean", "1", Mean, "online advantages", "Advantage of a sampled token, before whitening"),
+    _metric("advantages/std", "1", Std, "online advantages", "Its deviation, before whitening"),
     _metric(
         "advantages/zero_groups/fraction",
         "1",
@@ -139,15 +142,23 @@ _DECLARATIONS = (
     ),
     # update
     _metric("update/loss/mean", "1", Mean, "", "The loss that is differentiated, all terms"),
-    _metric("update/policy_loss/mean", "1", Mean, "online", "Policy term of the loss"),
-    _metric("update/kl_loss/mean", "nats", Mean, "online reference", "KL term (`kl.place: loss`)", always=False),
+    _metric("update/policy_loss/mean", "1", Mean, "online advantages", "Policy term of the loss"),
+    _metric(
+        "update/kl_loss/mean", "nats", Mean, "online advantages reference", "KL term (`kl.place: loss`)", always=False
+    ),
     _metric("update/value_loss/mean", "1", Mean, "online critic", "Critic's loss"),
-    _metric("update/clip_fraction/mean", "1", Mean, "online", "Sampled tokens where the clipped objective applies"),
+    _metric(
+        "update/clip_fraction/mean",
+        "1",
+        Mean,
+        "online advantages",
+        "Sampled tokens where the clipped objective applies",
+    ),
     _metric(
         "update/dual_clip_fraction/mean",
         "1",
         Mean,
-        "online",
+        "online advantages",
         "Tokens at the dual clip, if one is set",
         always=False,
     ),
@@ -159,9 +170,17 @@ _DECLARATIONS = (
         "Values at their clip, if one is set",
         always=False,
     ),
-    _metric("update/kl_old/mean", "nats", Mean, "online", "KL from the weights at the start of the update, per token"),
-    _metric("update/ratio/max", "1", Max, "online", "Largest exp(logprobs - old_logprobs)"),
-    _metric("update/entropy/mean", "nats", Mean, "online", "Entropy of the policy's next-token distribution"),
+    _metric(
+        "update/kl_old/mean",
+        "nats",
+        Mean,
+        "online advantages",
+        "KL from the weights at the start of the update, per token",
+    ),
+    _metric("update/ratio/max", "1", Max, "online advantages", "Largest exp(logprobs - old_logprobs)"),
+    _metric(
+        "update/entropy/mean", "nats", Mean, "online advantages", "Entropy of the policy's next-token distribution"
+    ),
     _metric("update/token_accuracy/mean", "1", Mean, "sft", "Learnt tokens that were the likeliest"),
     _metric(
         "update/step_accuracy/mean",
@@ -187,6 +206,13 @@ _DECLARATIONS = (
     _metric("preference/margin/mean", "1", Mean, "preference", "Chosen minus rejected (implicit) reward"),
     _metric("preference/chosen_reward/mean", "1", Mean, "preference", "(Implicit) reward of a chosen response"),
     _metric("preference/rejected_reward/mean", "1", Mean, "preference", "(Implicit) reward of a rejected response"),
+    _metric(
+        "preference/pairs/total",
+        "pairs",
+        Sum,
+        "online preference",
+        "Pairs that the step trained on: one of each prompt whose responses did not all score alike",
+    ),
     _metric(
         "preference/on_policy_weight/mean",
         "1",

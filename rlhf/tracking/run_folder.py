@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ class RunFolder:
         self.timeline = path / "timeline.json"
         self.checkpoints = path / "checkpoints"
         self.spool = path / "spool"  # finished rollouts that a resumed step takes up again
+        self.references = path / "references"  # what the policy was where the reference became it
         self.final = path / "final"  # the trained model
         self._lock: int | None = lock
 
@@ -135,6 +137,23 @@ class RunFolder:
         _commit(self.final)
         return self.final
 
+    def reference(self, step: int) -> Path:
+        """Where the model lies that the reference became after a step."""
+        return self.references / f"step_{step:06d}"
+
+    def begin_reference(self, step: int) -> Path:
+        """An empty folder to write that model into; `commit_reference` makes it one."""
+        self.references.mkdir(exist_ok=True)
+        return _begin(self.reference(step))
+
+    def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
+        """Make the begun model durable and whole, then remove those of other steps than these and `keep`."""
+        _commit(self.reference(step))
+        for path in self.references.glob("step_*"):
+            if path not in {self.reference(kept) for kept in (step, *keep)}:
+                _remove(path)
+        return self.reference(step)
+
     def mark_best(self, step: int) -> None:
         """Point `best` at a complete checkpoint, which is then kept for as long as it is the best."""
         if step not in self.checkpoint_steps():
@@ -190,13 +209,13 @@ class RunFolder:
         """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
         for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
-        for path in (self.samples, self.spool):
+        for path in (self.samples, self.spool, self.references):
             if path.exists():
                 shutil.rmtree(path)
 
     def _sweep(self) -> None:
         """Remove what a killed run left half done."""
-        for folder in (self.path, self.checkpoints, self.samples):
+        for folder in (self.path, self.checkpoints, self.samples, self.references):
             for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -28,6 +28,7 @@ class SampleRecord:
     score: float  # weighted sum
     scores: Mapping[str, float]  # each reward before its weight
     advantage: float | None  # mean over its tokens
+    preferred: bool | None  # whether it is the chosen response of its pair
     truncated: bool
     response_tokens: int
     min_version: int  # oldest and newest weights that sampled a token of it

@@ -14,6 +14,19 @@ from rlhf.roles import Metrics
 from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
 
 
+def sampler_metrics(
+    logprobs: Float[Tensor, " N"], rollout_logprobs: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
+) -> dict[str, Reduction]:
+    """How far trainer and sampler are apart on the sampled tokens; `logprobs` by the weights that sampled them."""
+    count = int(mask.sum())
+    diff = torch.where(mask, logprobs - rollout_logprobs, 0.0)
+    return {
+        "experience/rollout_logprob_diff/mean": Mean(total=float(diff.abs().sum()), count=count),
+        "experience/rollout_logprob_diff/max": Max(value=float(diff.abs().max())),
+        "experience/kl_rollout/mean": Mean(total=-float(diff.sum()), count=count),
+    }
+
+
 def experience_metrics(
     config: OnlineConfig,
     old_logprobs: Float[Tensor, " N"],
@@ -24,12 +37,7 @@ def experience_metrics(
 ) -> Metrics:
     """How far trainer, sampler and reference are apart on the sampled tokens, before they are trained on."""
     count = int(mask.sum())
-    diff = torch.where(mask, old_logprobs - rollout_logprobs, 0.0)
-    found: dict[str, Reduction] = {
-        "experience/rollout_logprob_diff/mean": Mean(total=float(diff.abs().sum()), count=count),
-        "experience/rollout_logprob_diff/max": Max(value=float(diff.abs().max())),
-        "experience/kl_rollout/mean": Mean(total=-float(diff.sum()), count=count),
-    }
+    found = sampler_metrics(old_logprobs, rollout_logprobs, mask)
     if ref_logprobs is not None:
         divergence = reference_kl(config, old_logprobs, ref_logprobs, mask)
         found["experience/kl_ref/mean"] = Mean(total=float(divergence.sum()), count=count)

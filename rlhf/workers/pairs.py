@@ -7,9 +7,9 @@ prompt that they share once. Losses are sums over pairs, divided by the pairs of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,9 +62,11 @@ class _Slopes:
 class PairWorker(PairsWorker):
     """Rows to numbers, numbers to losses, losses to updates and metrics."""
 
+    algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
+
     def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm: PairAlgorithm = PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
 
     @abstractmethod
     def numbers(self, batch: Batch, piece: Slice) -> Numbers:
@@ -202,9 +204,14 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
             weights = on_policy_weights(logprobs, collisions, mask, lengths) if piece.rows else no_weights
         else:
             logprobs = self.logprobs(examples, piece)
+        if torch.is_grad_enabled() and piece.rows:
+            self.observe(batch, piece, logprobs.detach())
         if batch.reference is not None:
             reference = self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
         return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
+
+    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+        """What may be measured of a micro-batch on its way to the loss: of fixed data nothing."""
 
     def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
         alpha = self.algorithm.length_alpha

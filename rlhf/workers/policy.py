@@ -30,6 +30,7 @@ from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, experience_metrics, update_metrics
 from rlhf.workers.place import RankPlace
+from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
@@ -174,15 +175,7 @@ class PolicyWorker(TrainedWorker):
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
-        ids = torch.tensor(list(token_ids), device=self.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        mask[0] = False
-        with torch.no_grad():
-            logprobs = self.engine.forward(
-                policy_logprobs_only, ids, torch.tensor([len(ids)], device=self.device), mask=mask
-            )
-        result: list[float] = logprobs[1:].float().tolist()
-        return result
+        return probe_logprobs(self.engine, token_ids)
 
     def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
         mask = self.share.rollouts.response_mask[piece.tokens]

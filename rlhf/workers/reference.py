@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rlhf.config.model import ReferenceConfig
@@ -36,17 +38,23 @@ class ReferenceWorker:
 
     def start(self) -> None:
         """Load the model."""
-        config = self.model_config
-        with explains_out_of_memory(role="reference", stage="start", rank=self.place.rank):
-            model = load_causal_lm(
-                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
-            )
-            self.model = model.to(self.device).eval().requires_grad_(False)
+        self.become(self.model_config.model)
 
-    def logprobs(self, *parts: Rollouts) -> tuple[TokenValues | int, ...]:
-        """One column for each batch, computed packed together over the batches; last, the tokens in all."""
-        ids = [i for part in parts for i in part.sequence_ids.tolist()]
-        rollouts = Rollouts.gather(parts, ids)
+    def become(self, model: str) -> None:
+        """Hold this model, whatever was held before."""
+        config = self.model_config
+        self.model: Any = None  # never two at once
+        with explains_out_of_memory(role="reference", stage="start", rank=self.place.rank):
+            loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
+            self.model = loaded.to(self.device).eval().requires_grad_(False)
+
+    def logprobs(self, only: frozenset[int] | None, *given: Rollouts) -> tuple[TokenValues | int, ...]:
+        """One column for each batch, computed packed together over the batches; last, the tokens in all.
+
+        only: the sequences that are wanted; None: all.
+        """
+        parts = given if only is None else [part.take(_places(part, only)) for part in given]
+        rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
         prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
@@ -77,3 +85,7 @@ class ReferenceWorker:
         """Peaks of this process."""
         peak = peak_memory()
         return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+
+def _places(part: Rollouts, wanted: frozenset[int]) -> list[int]:
+    return [place for place, sequence_id in enumerate(part.sequence_ids.tolist()) if sequence_id in wanted]

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
+from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 
 COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
@@ -154,3 +155,18 @@ def test_grpo_compares_a_response_with_its_group() -> None:
     assert scaled.sequence_advantages(scores, group_size=2).tolist() == pytest.approx(
         [0.70710, -0.70710, 0.0, 0.0], abs=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "pair"),
+    [
+        ((0.0, 1.0), (1, 0)),
+        ((0.5, 2.0, -1.0, 1.0), (1, 2)),
+        ((1.0, 0.0, 1.0, 0.0), (0, 1)),  # of equals the first
+        ((3.0, 3.0, 3.0), None),
+    ],
+)
+def test_online_dpo_prefers_the_best_response_to_the_worst(
+    scores: tuple[float, ...], pair: tuple[int, int] | None
+) -> None:
+    assert OnlineDPO(OnlineDPOConfig(name="online_dpo")).pair(scores) == pair

@@ -25,6 +25,7 @@ data: {train: examples.jsonl, eval: heldout.jsonl}
 train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
 """
 GRPO = "algorithm={name: grpo}"
+PAIRS = ["algorithm={name: online_dpo}", "train.sequences_per_update=8"]
 CUDA = "cluster.device=cuda"
 REWARD_MODEL = ["rewards.taste.role=reward", "reward.model=a/b"]
 LORA = "policy.lora={}"
@@ -91,6 +92,37 @@ RELATIONS = {
     "the policy is trained": (
         ["algorithm.critic_warmup_steps=10"],
         "algorithm.critic_warmup_steps: is 10 and must be below train.steps = 10",
+    ),
+    "a step has no more pairs than prompts": (
+        PAIRS[:1],
+        "train.sequences_per_update: is 16, but a step has only 8 pairs, one a prompt",
+    ),
+    "minibatches divide the pairs": (
+        [PAIRS[0], "train.sequences_per_update=3"],
+        "train.sequences_per_update: is 3 and must divide rollouts.prompts_per_step = 8; 2 would fit",
+    ),
+    "both responses of a pair fit": (
+        [*PAIRS, "train.max_tokens_per_microbatch=199"],
+        "is 199 and must hold both responses of a pair: data.max_prompt_tokens + 2 * rollouts.max_new_tokens = 100 + "
+        "2 * 50 = 200",
+    ),
+    "a pair has two responses": (
+        [*PAIRS, "rollouts.samples_per_prompt=1"],
+        "rollouts.samples_per_prompt: is 1, but online_dpo compares a prompt's responses",
+    ),
+    "pairs have no advantages": (
+        [*PAIRS, "algorithm.clip_low=0.1"],
+        "algorithm.clip_low: is a key of `ppo` or `grpo`; `online_dpo` has beta",
+    ),
+    "pairs have no penalty": ([*PAIRS, "algorithm.kl.coef=0.1"], "algorithm.kl: is a key of `ppo` or `grpo`"),
+    # 10 steps * 8/8 updates = 10
+    "the warm-up ends with pairs too": (
+        [*PAIRS, "train.warmup_steps=10"],
+        "is 10 and must be below the run's 10 optimizer steps",
+    ),
+    "a reference does not become a policy with an adapter": (
+        [*PAIRS, "algorithm.reference_every=2", LORA],
+        "algorithm.reference_every: is 2, but the reference does not become a policy with policy.lora",
     ),
     "an adaptive coefficient starts above 0": (
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
@@ -208,6 +240,15 @@ INERT = {
     ),
     "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
     "reward.model=a/b": ([], "no reward uses it"),
+    "algorithm.reference_every=10": (PAIRS, "before a new reference is read"),
+    "algorithm.label_smoothing=0.1": (
+        ["algorithm={name: online_dpo, loss: ipo}", "train.sequences_per_update=8"],
+        "algorithm.loss ipo does not read it",
+    ),
+    "cluster.roles.critic.threads=1": (PAIRS, "this run starts no critic role"),
+    "cluster.roles.reference.threads=1": ([*PAIRS, LORA], "the policy with its adapter off is the reference"),
+    "reward_policy.max_dropped_fraction=0.4": (PAIRS, "reward_policy.on_error is fail"),
+    "data.too_long=skip": (PAIRS, "algorithm online_dpo samples what it trains on"),
     "algorithm.kl.estimator=k2": ([GRPO], "algorithm.kl.coef is 0"),
     "algorithm.kl.place=reward": ([GRPO], "algorithm.kl.coef is 0"),
     "algorithm.clip_low=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),

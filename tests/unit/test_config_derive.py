@@ -48,6 +48,13 @@ def test_the_batch_of_an_online_run() -> None:
     assert derived.tokens_per_step == 2880  # 24 * 120
 
 
+def test_a_step_of_pairs_has_one_a_prompt() -> None:
+    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 3, "epochs_per_batch": 2}
+    derived = derive(config({"name": "online_dpo"}, train=train))
+    assert (derived.sequences_per_step, derived.rows_per_step) == (24, 6)  # 6 * 4 responses, 6 prompts
+    assert (derived.updates_per_batch, derived.updates_per_step, derived.policy_optimizer_steps) == (2, 4, 40)
+
+
 def test_a_supervised_step_is_an_optimizer_step() -> None:
     train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
     derived = derive(config({"name": "sft"}, rollouts=None, rewards={}, train=train))
@@ -69,6 +76,13 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
         (GRPO, {}, {"policy", "rollout", "reward"}, "none"),
         ({"name": "grpo", "kl": {"coef": 0.1}}, {}, {"policy", "rollout", "reward", "reference"}, "workers"),
         (PPO, {"policy": {"model": "m", "lora": {}}}, {"policy", "rollout", "critic", "reward"}, "adapter off"),
+        ({"name": "online_dpo"}, {}, {"policy", "rollout", "reward", "reference"}, "workers"),
+        (
+            {"name": "online_dpo"},
+            {"policy": {"model": "m", "lora": {}}},
+            {"policy", "rollout", "reward"},
+            "adapter off",
+        ),
         (
             PPO,
             {"policy": {"model": "m", "lora": {}}, "reference": {"model": "n"}},

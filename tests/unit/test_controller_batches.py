@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.batches import plan_batch, plan_pairs, visits
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
 
@@ -136,3 +136,35 @@ def test_every_epoch_visits_all_minibatches_in_an_order_of_its_own() -> None:
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert order == visits(8, epochs=3, seed=0, step=5)
+
+
+def paired(count: int, *, minibatches: int, ranks: int = 1, step: int = 1) -> BatchPlan:
+    """Pairs of sequences 4i + 1 (chosen, 10 + i tokens) and 4i (rejected, 3 tokens), of groups of four."""
+    found = [scored.group.infos for scored in groups([[3, 10 + i, 5, 5] for i in range(count)])]
+    return plan_pairs(
+        [(infos[1], infos[0]) for infos in found], step=step, seed=0, num_minibatches=minibatches, num_ranks=ranks
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_pair_stays_together_chosen_first(ranks: int) -> None:
+    found = paired(7, minibatches=2, ranks=ranks)
+    dealt_out = [ids for minibatch in found.minibatches for ids in minibatch.sequences_by_rank]
+    pairs = [ids[i : i + 2] for ids in dealt_out for i in range(0, len(ids), 2)]
+    assert sorted(pairs) == [(4 * i + 1, 4 * i) for i in range(7)]
+    assert [len(minibatch.sequences_by_rank) for minibatch in found.minibatches] == [ranks, ranks]
+
+
+def test_pairs_make_equal_minibatches_whatever_the_ranks() -> None:
+    one, two = paired(7, minibatches=3), paired(7, minibatches=3, ranks=2)
+    assert members(one) == members(two)
+    assert [minibatch.num_sequences for minibatch in one.minibatches] == [6, 4, 4]
+    for minibatch, ids in zip(one.minibatches, members(one), strict=True):
+        assert minibatch.num_tokens == sum(10 + i // 4 for i in ids if i % 4 == 1)  # of the chosen ones
+    assert len({tuple(map(min, members(paired(7, minibatches=3, step=step)))) for step in range(8)}) > 1
+
+
+def test_few_pairs_make_few_minibatches() -> None:
+    found = paired(2, minibatches=4, ranks=3)
+    assert [minibatch.num_sequences for minibatch in found.minibatches] == [2, 2]
+    assert [sorted(map(len, minibatch.sequences_by_rank)) for minibatch in found.minibatches] == [[0, 0, 2]] * 2

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.controller.online import OnlineController, OnlineRoles
+from rlhf.controller.learning import OnlineRoles
+from rlhf.controller.online import OnlineController
 
 ASIDE = ["policy leaves", "critic leaves"]
 BACK = ["policy comes back", "critic comes back"]

@@ -63,13 +63,18 @@ def test_placeholders_are_explained() -> None:
 
 
 def test_expected_follows_the_roles() -> None:
-    grpo = expected(["online", "groups", "eval"])
-    ppo = expected(["online", "critic", "reference", "eval"])
+    grpo = expected(["online", "advantages", "groups", "eval"])
+    ppo = expected(["online", "advantages", "critic", "reference", "eval"])
+    pairs = expected(["online", "preference", "groups", "reference", "eval"])
     assert "update/value_loss/mean" in ppo
     assert "update/value_loss/mean" not in grpo
     assert "experience/kl_ref/mean" not in grpo
     assert "advantages/zero_groups/fraction" in grpo
     assert "advantages/zero_groups/fraction" not in ppo
+    assert "update/clip_fraction/mean" in grpo
+    assert "preference/pairs/total" not in grpo
+    assert {"preference/pairs/total", "preference/accuracy/mean", "advantages/zero_groups/fraction"} <= set(pairs)
+    assert not {"update/clip_fraction/mean", "advantages/std", "experience/kl_coef"} & set(pairs)
     assert "update/dual_clip_fraction/mean" not in ppo  # only with its setting
     assert not any(name.startswith(("rollouts/", "rewards/")) for name in expected(["sft"]))
 

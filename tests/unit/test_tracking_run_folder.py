@@ -179,3 +179,15 @@ def test_environment_and_config(
         assert not caplog.records
         folder.write_environment(seed=6)
         assert "changed environment: seed differ" in caplog.text
+
+
+def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step, keep in ((2, set()), (4, {2}), (6, {0, 4})):
+            (folder.begin_reference(step) / "model.safetensors").write_text(f"weights {step}")
+            assert folder.commit_reference(step, keep=keep) == folder.reference(step)
+        assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
+        assert (folder.reference(6) / "model.safetensors").read_text() == "weights 6"
+        folder.begin_reference(8)
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:  # killed before it was whole
+        assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]

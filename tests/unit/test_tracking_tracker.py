@@ -40,6 +40,7 @@ def sample(response: str, *, score: float = 1.0, split: str = "train") -> Sample
         score=score,
         scores={"correct": score},
         advantage=None,
+        preferred=None,
         truncated=False,
         response_tokens=2,
         min_version=1,

@@ -1,0 +1,154 @@
+"""Learning by advantages: every sampled token is weighed by how much better it went than expected (PPO, GRPO).
+
+batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlhf.algorithms import ONLINE_ALGORITHMS
+from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.config.root import Config
+from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.record import RunRecord
+from rlhf.objectives.kl import adaptive_kl_coef
+from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
+from rlhf.tracking.reductions import Last, Mean
+from rlhf.types import BatchPlan, TokenValues
+
+
+class AdvantageLearning:
+    """All responses are trained on. `kl_coef` is the coefficient in force."""
+
+    def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
+        assert config.rollouts is not None
+        self.config = config
+        self.roles = roles
+        self.record = record
+        self.rollouts = config.rollouts
+        self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.kl_coef = self.algorithm.config.kl.coef
+
+    async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
+        """The arrows of the module's docstring."""
+        record, roles = self.record, self.roles
+        plan = self._plan(groups, step, roles.policy)
+        with record.stage("experience", role="policy"):
+            report, advantages = await self._experience(plan, groups)
+        with record.stage("update", role="policy"):
+            order = visits(
+                len(plan.minibatches),
+                epochs=self.config.train.epochs_per_batch,
+                seed=self.config.run.seed,
+                step=step,
+            )
+            for minibatch in order:
+                await self._update(minibatch, step)
+        self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
+        return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
+
+    def state(self) -> Mapping[str, Any]:
+        """The coefficient."""
+        return {"kl_coef": self.kl_coef}
+
+    async def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Take the coefficient up."""
+        self.kl_coef = state["kl_coef"]
+
+    def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
+        """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
+        return plan_batch(
+            groups,
+            step=step,
+            seed=self.config.run.seed,
+            sequences_per_update=self.config.train.sequences_per_update,
+            num_ranks=role.num_ranks,
+            kl_coef=self.kl_coef,
+        )
+
+    async def _experience(
+        self, plan: BatchPlan, groups: Sequence[ScoredGroup]
+    ) -> tuple[PrepareReport, Mapping[int, float]]:
+        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts."""
+        roles, config = self.roles, self.algorithm.config
+        rollouts = [scored.group.rollouts for scored in groups]
+        reference, critic = roles.reference, roles.critic
+        in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
+
+        async def logprobs() -> Sequence[Ref[TokenValues]]:
+            async with in_turn:
+                return [] if reference is None else await reference.logprobs(rollouts)
+
+        async def old_values() -> Sequence[Ref[TokenValues]]:
+            async with in_turn:
+                return [] if critic is None else await critic.values(self._plan(groups, plan.step, critic), rollouts)
+
+        references, values = await asyncio.gather(logprobs(), old_values())
+        report = await roles.policy.prepare(plan, rollouts, references)
+        scores = dict(plan.scores)
+        if config.kl.place == "reward" and critic is None:
+            for sequence in report.sequences:
+                if sequence.kl_ref is not None:
+                    scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
+        by_sequence = self.algorithm.sequence_advantages(
+            torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
+            group_size=self.rollouts.samples_per_prompt,
+        )
+        advantages = await roles.policy.set_advantages(
+            None if by_sequence is None else dict(zip(sorted(scores), by_sequence.tolist(), strict=True)), values
+        )
+        if critic is not None:
+            await critic.prepare(plan, advantages.returns)
+        self.record.add(report.metrics)
+        self.record.add(advantages.metrics)
+        if by_sequence is not None:
+            flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
+            self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
+        return report, advantages.mean_advantages
+
+    def _share_bundles(self) -> bool:
+        """Whether reference and critic compute on the same hardware."""
+        placed = self.config.cluster.roles
+        return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
+
+    async def _update(self, minibatch: int, step: int) -> None:
+        """One optimizer step of each trained role; together where they have their own hardware."""
+        roles, config = self.roles, self.config
+        critic = roles.critic
+        warming = critic is not None and step <= self._critic_warmup_steps()
+        if critic is None:
+            self.record.add(await roles.policy.update(minibatch))
+        elif warming:
+            self.record.add(await critic.update(minibatch))
+        elif config.cluster.roles.critic.colocate_with is not None:
+            self.record.add(await roles.policy.update(minibatch))
+            self.record.add(await critic.update(minibatch))
+        else:
+            for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
+                self.record.add(metrics)
+
+    def _critic_warmup_steps(self) -> int:
+        config = self.config.algorithm
+        return config.critic_warmup_steps if config.name == "ppo" else 0
+
+    def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
+        adaptive = self.algorithm.config.kl.adaptive
+        self.record.add({"experience/kl_coef": Last(value=self.kl_coef)} if self._has_reference() else {})
+        kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
+        if adaptive is not None:
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef,
+                kl=sum(kls) / len(kls),
+                target=adaptive.target,
+                horizon=adaptive.horizon,
+                num_sequences=num_sequences,
+            )
+
+    def _has_reference(self) -> bool:
+        return self.algorithm.config.kl.coef > 0.0

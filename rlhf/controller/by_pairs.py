@@ -1,0 +1,109 @@
+"""Learning by pairs: of a prompt's responses, one is preferred to another (online and iterative DPO).
+
+    pairs -> reference logprobs -> minibatches -> updates
+
+A group whose responses all scored alike has no pair. What is not in a pair is not computed on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
+from rlhf.algorithms.pairs import OnlinePairAlgorithm
+from rlhf.config.root import Config
+from rlhf.controller.batches import plan_pairs, visits
+from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.record import RunRecord
+from rlhf.errors import UserError
+from rlhf.roles import ScoredGroup
+from rlhf.tracking.reductions import Mean, Sum
+from rlhf.types import RolloutInfo
+
+logger = logging.getLogger(__name__)
+Pair = tuple[RolloutInfo, RolloutInfo]  # chosen and rejected
+
+
+class PairLearning:
+    """One pair a prompt at most."""
+
+    def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
+        assert config.rollouts is not None
+        self.config = config
+        self.roles = roles
+        self.record = record
+        self.algorithm: OnlinePairAlgorithm = ONLINE_PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
+        self.reference_step = 0  # after which the reference was the policy
+        self.num_minibatches = config.rollouts.prompts_per_step // config.train.sequences_per_update
+
+    async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
+        """The arrows of the module's docstring. Without a pair there is no optimizer step: the weights stay."""
+        record, config = self.record, self.config
+        found = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
+        record.add(
+            {
+                "advantages/zero_groups/fraction": Mean(total=len(groups) - len(found), count=len(groups)),
+                "preference/pairs/total": Sum(total=len(found)),
+            }
+        )
+        if not found:
+            logger.warning("step %d: the responses to every prompt scored alike, so the policy is not updated", step)
+        with record.stage("experience", role="policy"):
+            minibatches = await self._prepare(found, step) if found else 0
+        with record.stage("update", role="policy"):
+            for minibatch in visits(minibatches, epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step):
+                record.add(await self.roles.policy.update(minibatch))
+        pairs = [pair for _, pair in found]
+        await self._renew_reference(step)
+        return Signals(preferred={info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)})
+
+    def state(self) -> Mapping[str, Any]:
+        """Which reference it is."""
+        return {"reference_step": self.reference_step}
+
+    async def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Give the reference back what it was."""
+        self.reference_step = state["reference_step"]
+        if self.reference_step:
+            folder = self.record.folder.reference(self.reference_step)
+            if not folder.exists():
+                raise UserError(
+                    f"{folder} is missing: it is the reference of the checkpoint of step {step}. Bring it back from a "
+                    "copy, or start again under another run.name."
+                )
+            assert self.roles.reference is not None
+            await self.roles.reference.become(folder)
+
+    async def _renew_reference(self, step: int) -> None:
+        """Where it is time, the reference becomes the policy; by a folder, which a resumed run finds."""
+        every, folder = self.algorithm.reference_every, self.record.folder
+        if every is None or step % every:
+            return
+        assert self.roles.reference is not None
+        with self.record.stage("reference", role="reference"):
+            await self.roles.policy.export(folder.begin_reference(step))
+            needed = {self.record.read_state(other)["reference_step"] for other in folder.checkpoint_steps()}
+            await self.roles.reference.become(folder.commit_reference(step, keep=needed))
+        self.reference_step = step
+
+    async def _prepare(self, found: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
+        """Give the policy the pairs with what the reference says of them. Returns the number of minibatches."""
+        pairs, policy, reference = [pair for _, pair in found], self.roles.policy, self.roles.reference
+        plan = plan_pairs(
+            pairs,
+            step=step,
+            seed=self.config.run.seed,
+            num_minibatches=self.num_minibatches,
+            num_ranks=policy.num_ranks,
+        )
+        rollouts = [scored.group.rollouts for scored, _ in found]
+        only = frozenset(info.sequence_id for pair in pairs for info in pair)
+        references = [] if reference is None else await reference.logprobs(rollouts, only=only)
+        self.record.add((await policy.prepare(plan, rollouts, references)).metrics)
+        return len(plan.minibatches)
+
+    def _pair(self, scored: ScoredGroup) -> Pair | None:
+        places = self.algorithm.pair(scored.scores.scores)
+        return None if places is None else (scored.group.infos[places[0]], scored.group.infos[places[1]])

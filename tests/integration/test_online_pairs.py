@@ -1,0 +1,281 @@
+"""The worker that learns from pairs of rollouts, without Ray or vLLM: against offline DPO on the same pairs.
+
+The laws: a step does not depend on ranks or micro-batches, also where a rank has no pair; it is offline DPO's on these
+pairs, at temperature 1. One process a rank is started for each layout and serves all tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.config.load import checked
+from rlhf.config.model import ReferenceConfig
+from rlhf.config.root import Config
+from rlhf.controller.batches import plan_pairs
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.tracking.metrics import merge, results
+from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
+from rlhf.workers.online_pairs import OnlinePreferenceWorker
+from rlhf.workers.pairs import PreferenceWorker
+from rlhf.workers.place import RankPlace
+from rlhf.workers.reference import ReferenceWorker
+from tests.integration.rank_gang import DEADLINE_S, Gang
+
+GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9
+CHOSEN, REJECTED = 2, 0  # samples of each group
+
+
+def config_of(
+    algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, **policy: Any
+) -> Config:
+    online = algorithm["name"] == "online_dpo"
+    sections: dict[str, Any] = {"rollouts": None, "rewards": {}}
+    if online:
+        sections["rollouts"] = {
+            "prompts_per_step": GROUPS,
+            "samples_per_prompt": SAMPLES,
+            "max_new_tokens": MOST_NEW,
+            "temperature": policy.pop("temperature", 1.0),
+        }
+        sections["rewards"] = {"r": {"function": "f"}}
+    data = {"train": "x.jsonl", "apply_chat_template": False, **({"max_prompt_tokens": PROMPT} if online else {})}
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": folder},
+            "policy": {"model": model, "dtype": "float32", **policy},
+            "algorithm": algorithm,
+            "data": data,
+            "train": {
+                "steps": 2,
+                "lr": 1e-2,
+                "sequences_per_update": GROUPS // 2,
+                "max_tokens_per_microbatch": tokens,
+                "grad_clip": 100.0,
+            },
+            "cluster": {"roles": {"policy": {"workers": workers}}},
+            **sections,
+        }
+    )
+    return next(iter(checked(config).stages.values()))
+
+
+def rollouts_of(group: int) -> Rollouts:
+    """A group's responses, of 1 to 9 tokens."""
+    random = torch.Generator().manual_seed(group)
+    prompt = torch.randint(3, 300, (PROMPT,), generator=random)
+    sizes = [int(torch.randint(1, MOST_NEW + 1, (), generator=random)) for _ in range(SAMPLES)]
+    responses = [torch.randint(3, 300, (size,), generator=random) for size in sizes]
+    lengths = torch.tensor([PROMPT + size for size in sizes])
+    mask = torch.cat([torch.arange(PROMPT + size) >= PROMPT for size in sizes])
+    return Rollouts(
+        sequence_ids=torch.arange(group * SAMPLES, (group + 1) * SAMPLES),
+        lengths=lengths,
+        token_ids=torch.cat([part for response in responses for part in (prompt, response)]),
+        response_mask=mask,
+        rollout_logprobs=torch.where(mask, -5.0, 0.0),
+        versions=torch.where(mask, 0, -1),
+    )
+
+
+def pair_of(rollouts: Rollouts) -> tuple[RolloutInfo, RolloutInfo]:
+    infos = [
+        RolloutInfo(
+            sequence_id=sequence_id,
+            num_prompt_tokens=PROMPT,
+            num_response_tokens=length - PROMPT,
+            finish_reason="stop",
+            min_version=0,
+            max_version=0,
+            mean_logprob=-5.0,
+        )
+        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True)
+    ]
+    return infos[CHOSEN], infos[REJECTED]
+
+
+def place_of(rank: int, world_size: int) -> RankPlace:
+    return RankPlace(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        device="cpu",
+        threads=1,
+        deadline_s=DEADLINE_S,
+    )
+
+
+def learn(
+    rank: int,
+    world_size: int,
+    *,
+    algorithm: dict[str, Any],
+    model: str,
+    reference: str | None,
+    folder: str,
+    tokens: int,
+    groups: int,
+    options: dict[str, Any],
+) -> list[Any]:
+    """One rank: metrics of two updates from the weights of the model folder. reference: None is the adapter off."""
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, **options)
+    assert config.rollouts is not None
+    place = place_of(rank, world_size)
+    worker = OnlinePreferenceWorker(config, place, optimizer_steps=2, reference_is_adapter_off=reference is None)
+    worker.build()
+    rollouts = [rollouts_of(group) for group in range(groups)]
+    pairs = [pair_of(one) for one in rollouts]
+    plan = plan_pairs(pairs, step=1, seed=0, num_minibatches=2, num_ranks=world_size)
+    references: list[Any] = []
+    if reference is not None:
+        other = ReferenceWorker(
+            ReferenceConfig(model=reference, dtype="float32"),
+            place,
+            temperature=config.rollouts.temperature,
+            samples_per_prompt=SAMPLES,
+            max_tokens_per_microbatch=tokens,
+        )
+        other.start()
+        wanted = frozenset(info.sequence_id for pair in pairs for info in pair)
+        *references, count = other.logprobs(wanted, *rollouts)
+        assert count == sum(info.num_prompt_tokens + info.num_response_tokens for pair in pairs for info in pair)
+    worker.prepare(plan, len(rollouts), *rollouts, *references)
+    return [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
+
+
+def learn_offline(
+    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
+) -> list[Any]:
+    """The same updates by the worker of fixed data, which is given the pairs."""
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    worker = PreferenceWorker(config, place_of(rank, world_size), optimizer_steps=2)
+    worker.build()
+    rollouts = [rollouts_of(group) for group in range(GROUPS)]
+    taken = Rollouts.gather(rollouts, [group * SAMPLES + i for group in range(GROUPS) for i in (CHOSEN, REJECTED)])
+    worker.load_data(
+        Pairs(
+            examples=Examples(
+                sequence_ids=taken.sequence_ids,
+                lengths=taken.lengths,
+                token_ids=taken.token_ids,
+                loss_mask=taken.response_mask,
+            ),
+            prompt_tokens=torch.full((GROUPS,), PROMPT),
+            margins=torch.zeros(GROUPS),
+            labels=torch.ones(GROUPS, dtype=torch.bool),
+        )
+    )
+    plan = plan_pairs([pair_of(one) for one in rollouts], step=1, seed=0, num_minibatches=2, num_ranks=1)
+    minibatches = [
+        MinibatchPlan(
+            sequences_by_rank=(tuple(i // SAMPLES for i in one.sequences_by_rank[0][::2]),),
+            num_tokens=one.num_tokens,
+            num_sequences=one.num_sequences // 2,
+        )
+        for one in plan.minibatches
+    ]
+    everything = MinibatchPlan(sequences_by_rank=(tuple(range(GROUPS)),), num_tokens=1, num_sequences=GROUPS)
+    column, _ = worker.reference_logprobs(0, everything)
+    worker.keep_reference(0, Path(folder, "reference.safetensors"), column)
+    return [worker.update_on(one) for one in minibatches]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A policy and another model as its reference."""
+    folder = tmp_path_factory.mktemp("models")
+    return str(build_tiny_llama(folder / "policy", seed=3)), str(build_tiny_llama(folder / "reference", seed=4))
+
+
+Learn = Callable[..., list[dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def run(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+    """Metrics of both updates, by 1 rank with all pairs in a micro-batch or by 2 with about one."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    gangs = {1: Gang(1), 2: Gang(2)}
+
+    def run(function: Callable[..., Any], algorithm: dict[str, Any], *, ranks: int, **options: Any) -> Any:
+        tokens = 4096 if ranks == 1 else PROMPT + 2 * MOST_NEW
+        found = gangs[ranks].run(
+            function, algorithm=algorithm, model=models[0], folder=folder, tokens=tokens, **options
+        )
+        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+
+    yield run
+    for gang in gangs.values():
+        gang.close()
+
+
+def equal(one: list[dict[str, float]], two: list[dict[str, float]], keys: set[str] | None = None) -> None:
+    for first, second in zip(one, two, strict=True):
+        assert keys is not None or first.keys() == second.keys()
+        for key in keys or first.keys() - {"update/tokens/total"}:  # ranks without pairs pass one token
+            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+LOSSES: list[dict[str, Any]] = [
+    {"loss": "sigmoid", "label_smoothing": 0.1},
+    {"loss": {"ipo": 0.7, "hinge": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
+    {"loss": "aot", "length_alpha": 0.5},
+    {"loss": "hinge", "wpo": True},
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss"])[:7])
+def test_a_step_depends_on_neither_ranks_nor_microbatches(
+    run: Learn, models: tuple[str, str], loss: dict[str, Any]
+) -> None:
+    options = {"reference": models[1], "groups": GROUPS, "options": {"temperature": 0.7}}
+    one, two = (run(learn, {"name": "online_dpo", **loss}, ranks=ranks, **options) for ranks in (1, 2))
+    assert one[0]["update/grad_norm"] > 0
+    assert "experience/kl_ref/mean" in one[0]  # of the weights that sampled: in the first update alone
+    assert "experience/kl_ref/mean" not in one[1]
+    equal(one, two)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss"])[:7])
+def test_it_is_offline_dpo_on_the_same_pairs(run: Learn, models: tuple[str, str], loss: dict[str, Any]) -> None:
+    online = run(learn, {"name": "online_dpo", **loss}, ranks=1, reference=models[0], groups=GROUPS, options={})
+    offline = run(learn_offline, {"name": "dpo", **loss}, ranks=1)
+    assert online[0]["experience/kl_ref/mean"] < 1e-9  # but for rounding, the reference is the policy
+    equal(online, offline, set(offline[0]))
+    assert online[1]["preference/margin/mean"] != 0.0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["workers", "adapter_off"])
+def test_a_rank_may_be_without_a_pair(run: Learn, models: tuple[str, str], lora: dict[str, Any] | None) -> None:
+    options = {"reference": models[0] if lora is None else None, "groups": 1, "options": {"lora": lora}}
+    one, two = (run(learn, {"name": "online_dpo"}, ranks=ranks, **options) for ranks in (1, 2))
+    assert len(one) == len(two) == 1
+    assert one[0]["update/loss/mean"] == pytest.approx(math.log(2.0))  # policy and reference are one
+    assert one[0]["update/grad_norm"] > 0
+    equal(one, two)
+
+
+@pytest.mark.timeout(600)
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(run: Learn, models: tuple[str, str]) -> None:
+    cold, warm = (
+        run(
+            learn,
+            {"name": "online_dpo"},
+            ranks=1,
+            reference=models[1],
+            groups=GROUPS,
+            options={"temperature": temperature},
+        )[0]
+        for temperature in (0.5, 1.0)
+    )
+    # rollout_logprobs are -5 throughout: the difference to them moves with the temperature
+    assert abs(cold["experience/kl_rollout/mean"] - warm["experience/kl_rollout/mean"]) > 0.01
+    assert cold["update/loss/mean"] != pytest.approx(warm["update/loss/mean"], rel=1e-3)
