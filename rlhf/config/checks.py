@@ -55,6 +55,8 @@ def _presence(config: Config) -> Iterator[Problem]:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
         if not config.rewards:
             yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
+    if derive.has_teacher(config) and config.teacher is None:
+        yield _problem("teacher", f"is missing: algorithm {name} learns from a model; name it as teacher.model")
     if derive.uses_reward_model(config) and config.reward is None:
         users = ", ".join(f"rewards.{name}" for name, reward in config.rewards.items() if reward.role == "reward")
         yield _problem("reward", f"is missing: {users} has `role: reward`; name its model as reward.model")
@@ -73,7 +75,7 @@ def _presence(config: Config) -> Iterator[Problem]:
     if best is not None and sets and best.removeprefix("-") not in known:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
         yield _problem("train.best_metric", text)
-    for field in ("policy", "reference", "critic", "reward"):
+    for field in ("policy", "reference", "teacher", "critic", "reward"):
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):
             text = (
@@ -221,6 +223,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
         elif "parameters" in section.offload and section.zero_stage != 3:
             text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
             yield _problem(f"cluster.roles.{role}.offload", text)
+    yield from _guests(config)
     if "rollout" not in needed:
         return
     engine = roles.rollout
@@ -233,7 +236,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
 
 
 def _colocation(config: Config) -> Iterator[Problem]:
-    """Each guest has a host's bundle of its own."""
+    """What may share the engines' bundles, or the engines the policy's."""
     roles, needed = config.cluster.roles, derive.needs(config)
     engine = roles.rollout
     if engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
@@ -252,7 +255,13 @@ def _colocation(config: Config) -> Iterator[Problem]:
         if engine.colocate_with == "policy":
             text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
             yield _problem("cluster.roles.rollout.colocate_with", text)
-    for role in ("critic", "reference", "reward"):
+
+
+def _guests(config: Config) -> Iterator[Problem]:
+    """Each guest has a host's bundle of its own."""
+    roles, needed = config.cluster.roles, derive.needs(config)
+    engine = roles.rollout
+    for role in ("critic", "reference", "teacher", "reward"):
         section = getattr(roles, role)
         if role not in needed or section.colocate_with is None:
             continue

@@ -28,6 +28,7 @@ MODELS = (
     ("policy", "model"),
     ("policy", "adapter"),
     ("reference", "model"),
+    ("teacher", "model"),
     ("critic", "model"),
     ("critic", "adapter"),
     ("reward", "model"),

@@ -23,12 +23,14 @@ from rlhf.errors import UserError
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
+from rlhf.objectives.distillation import Divergence, TeacherStates, chunked_divergence_and_logprobs
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_only,
     weighted_logprob_sum,
 )
 from rlhf.objectives.products import widens_products
+from rlhf.types import VocabularyHead
 
 ATTENTION = "rlhf_packed"  # its name among transformers' attention functions
 
@@ -170,6 +172,62 @@ def supervised_loss(
     )
     likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
     return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest
+
+
+def learnt_states(
+    model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], *, mask: Bool[Tensor, " N"]
+) -> Float[Tensor, "n H"]:
+    """The last hidden states in which the tokens in mask are predicted, in the tokens' order."""
+    _, before = _masked_positions(mask, lengths)
+    return hidden_states(model, token_ids, lengths).index_select(0, before)
+
+
+def teacher_divergence(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    teacher: Float[Tensor, "n K"],
+    head: VocabularyHead,
+    divergence: Divergence,
+    temperature: float,
+    logprob_grad: bool,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(divergence from a teacher, logprobs at temperature 1, whether the likeliest) of the tokens in mask; 0 elsewhere.
+
+    `teacher`: its `learnt_states` of the same row, `head`: its own. Where one of the heads has rows beyond the other's,
+    which stand for no token, both distributions are over the rows that they share. The logprobs have a gradient only
+    with logprob_grad.
+    """
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
+    weight, settings = lm_head_weight(model), lm_head_settings(model)
+    shared = partial(_first, count=min(len(weight), len(head.weight)))
+    places = mask.cumsum(0)[chosen] - 1  # among all in mask, of which this rank may hold a part
+    found, logprobs, is_top1 = chunked_divergence_and_logprobs(
+        divergence,
+        hidden,
+        shared(weight),
+        token_ids[chosen],
+        TeacherStates(
+            hidden=teacher[places],
+            weight=shared(head.weight),
+            bias=head.bias if head.bias is None else shared(head.bias),
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        ),
+        temperature=temperature,
+        logprob_grad=logprob_grad,
+        **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
+    )
+    likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
+    return _spread(found, chosen, len(token_ids)), _spread(logprobs, chosen, len(token_ids)), likeliest
+
+
+def _first(rows: Tensor, *, count: int) -> Tensor:
+    """Itself where nothing is cut: a slice would have a gradient of its own, as large."""
+    return rows if len(rows) == count else rows[:count]
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
