@@ -14,6 +14,7 @@ from rlhf.objectives.distillation import (
     Divergence,
     TeacherStates,
     chunked_divergence,
+    chunked_divergence_and_logprobs,
     chunked_logprobs_of,
     forward_kl,
     generalized_jsd,
@@ -100,6 +101,36 @@ def test_chunks_give_what_whole_logits_give(divergence: Divergence, chunk_size: 
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("logprob_grad", [False, True])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_divergence_logprobs_and_accuracy_of_one_product(
+    temperature: float, logprob_grad: bool, chunk_size: int
+) -> None:
+    hidden, weight = random(10, 4, seed=0).requires_grad_(), random(7, 4, seed=1).requires_grad_()
+    teacher = TeacherStates(hidden=random(10, 3, seed=3), weight=random(7, 3, seed=4))
+    targets = torch.arange(10) % 7
+    settings: dict[str, Any] = {"temperature": temperature, "softcap": 2.0}
+    found, logprobs, is_top1 = chunked_divergence_and_logprobs(
+        forward_kl, hidden, weight, targets, teacher, **settings, logprob_grad=logprob_grad, chunk_size=chunk_size
+    )
+    logits = 2.0 * (hidden @ weight.T / 2.0).tanh()
+    whole = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    divergence = chunked_divergence(forward_kl, hidden, weight, teacher, **settings)
+    torch.testing.assert_close(found, divergence)
+    torch.testing.assert_close(logprobs, whole)
+    assert is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
+    assert 0 < int(is_top1.sum()) < 10
+    assert logprobs.requires_grad == logprob_grad
+    loss, wanted = found.sum(), divergence.sum()
+    if logprob_grad:
+        loss, wanted = loss - 0.3 * logprobs.sum(), wanted - 0.3 * whole.sum()
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(wanted, [hidden, weight]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bfloat16_is_reduced_in_float32() -> None:
     hidden, weight = (random(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate([(5, 4), (7, 4)]))
     teacher = TeacherStates(hidden=random(5, 4, seed=2).bfloat16(), weight=random(7, 4, seed=3).bfloat16())
@@ -140,3 +171,5 @@ def test_other_rows_or_vocabularies_are_refused() -> None:
     for hidden, weight in ((random(4, 4, seed=2), random(7, 4, seed=3)), (random(5, 4, seed=2), random(8, 4, seed=3))):
         with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
             chunked_divergence(forward_kl, hidden, weight, teacher)
+        with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
+            chunked_divergence_and_logprobs(forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher)
