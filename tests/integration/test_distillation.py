@@ -213,22 +213,25 @@ def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
         gang.close()
 
 
-ALGORITHMS = [
-    {"divergence": "forward_kl"},
-    {"divergence": "reverse_kl", "temperature": 2.0, "sft_coef": 0.3},
-    {"divergence": "jsd", "beta": BETA},
-]
-LAYOUTS = [
-    {"workers": 1},
-    {"workers": 2, "tokens": 64},
-    {"workers": 2, "tokens": 64, "zero_stage": 3},
-    {"workers": 2, "tokens": 64, "sequence_parallel": 2},
+FORWARD = {"divergence": "forward_kl"}
+REVERSE = {"divergence": "reverse_kl", "temperature": 2.0, "sft_coef": 0.3}
+JSD = {"divergence": "jsd", "beta": BETA}
+CASES = [
+    (FORWARD, {"workers": 1}),
+    (JSD, {"workers": 2, "tokens": 64}),
+    (REVERSE, {"workers": 1}),
+    (REVERSE, {"workers": 2, "tokens": 64}),
+    (REVERSE, {"workers": 2, "tokens": 64, "zero_stage": 3}),
+    (REVERSE, {"workers": 2, "tokens": 64, "sequence_parallel": 2}),
 ]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()))
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a["divergence"])
+@pytest.mark.parametrize(
+    ("algorithm", "layout"),
+    CASES,
+    ids=["-".join([a["divergence"], *layout, str(layout["workers"])]) for a, layout in CASES],
+)
 def test_steps_are_those_of_whole_logits(
     run: Train, models: Path, algorithm: Mapping[str, Any], layout: Mapping[str, int]
 ) -> None:
@@ -249,8 +252,8 @@ def test_steps_are_those_of_whole_logits(
 @pytest.mark.timeout(600)
 def test_an_adapter_learns_from_the_teacher(run: Train, models: Path) -> None:
     policy = {"lora": {"rank": 4}}
-    one, two = (run(ALGORITHMS[0], policy=policy, workers=workers, tokens=64) for workers in (1, 2))
-    plain = Dense(models, ALGORITHMS[0]).step(data_of(ROWS, models).take(range(ROWS // STEPS)))
+    one, two = (run(FORWARD, policy=policy, workers=workers, tokens=64) for workers in (1, 2))
+    plain = Dense(models, FORWARD).step(data_of(ROWS, models).take(range(ROWS // STEPS)))
     assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # it begins as nothing
     assert 0.0 < one[0]["update/grad_norm"] < plain["update/grad_norm"]
     for first, second in zip(one, two, strict=True):
@@ -273,14 +276,14 @@ def config_file(folder: Path, name: str, models: Path) -> Path:
             "apply_chat_template": False,
         },
         "train": {
-            "steps": 12,
+            "steps": 30,
             "lr": LR,
             "sequences_per_update": 16,
             "max_tokens_per_microbatch": 128,
             "grad_clip": 100.0,
-            "checkpoint_every": 3,
+            "checkpoint_every": 4,
         },
-        "eval": {"every": 6},
+        "eval": {"every": 15},
         "cluster": {
             "object_store_gib": 0.25,
             "start_timeout_s": 200.0,
@@ -309,8 +312,8 @@ def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: P
     assert found[0]["eval/heldout/nll"] == pytest.approx(before["nll"].item(), rel=1e-4)
     for key, value in dense.step(data_of(16, models)).items():
         assert found[1][key] == pytest.approx(value, rel=2e-4), key
-    assert found[-1]["step"] == 12
-    assert found[-1]["eval/heldout/loss"] < 0.8 * found[0]["eval/heldout/loss"]
+    assert found[-1]["step"] == 30
+    assert found[-1]["eval/heldout/loss"] < 0.5 * found[0]["eval/heldout/loss"]
     assert {name for name in expected(["sft", "distillation"]) if "<" not in name} <= set(found[-1])
     assert found[-1]["memory/teacher_rss_gib"] > 0.0
     assert (unbroken / "final" / "model.safetensors").exists()
@@ -320,8 +323,9 @@ def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: P
 def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path) -> None:
     again = config_file(unbroken.parent, "killed", models)
     process = start(again)
-    wait_for(unbroken.parent / "killed" / "metrics.jsonl", 5, timeout_s=200)
+    wait_for(unbroken.parent / "killed" / "metrics.jsonl", 7, timeout_s=200)
     kill_all(process.pid)
+    assert not (unbroken.parent / "killed" / "final").exists()
     train(again, "--resume", "auto")
     assert without_clocks(rows(unbroken.parent / "killed")) == without_clocks(rows(unbroken))
     ours, theirs = (
