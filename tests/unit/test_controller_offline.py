@@ -86,7 +86,7 @@ def test_each_step_has_its_own_rows_and_the_cursor_stands_behind_them(colocate_w
     assert [call for call in calls if call.startswith("update ")] == [
         "update (0, 1) by states of (0, 1)",
         "update (2, 3) by states of (2, 3)",
-        "update (0, 4) by states of (0, 4)",
+        "update (4, 0) by states of (4, 0)",
     ]
     assert positions == [2, 4, 6]
 
@@ -98,10 +98,10 @@ def test_a_teacher_beside_the_student_waits_for_it_and_another_is_a_step_ahead()
     assert short(three_steps(colocate_with="policy")[0]) == [
         *("teach (0, 1)", "update (0, 1)", "updated"),
         *("teach (2, 3)", "update (2, 3)", "updated"),
-        *("teach (0, 4)", "update (0, 4)", "updated"),
+        *("teach (4, 0)", "update (4, 0)", "updated"),
     ]
     assert short(three_steps(colocate_with=None)[0]) == [
         *("teach (0, 1)", "update (0, 1)", "teach (2, 3)", "updated"),
-        *("update (2, 3)", "teach (0, 4)", "updated"),
-        *("update (0, 4)", "updated"),
+        *("update (2, 3)", "teach (4, 0)", "updated"),
+        *("update (4, 0)", "updated"),
     ]
