@@ -55,8 +55,6 @@ def _presence(config: Config) -> Iterator[Problem]:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
         if not config.rewards:
             yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
-    if derive.has_teacher(config) and config.teacher is None:
-        yield _problem("teacher", f"is missing: algorithm {name} learns from a model; name it as teacher.model")
     if derive.uses_reward_model(config) and config.reward is None:
         users = ", ".join(f"rewards.{name}" for name, reward in config.rewards.items() if reward.role == "reward")
         yield _problem("reward", f"is missing: {users} has `role: reward`; name its model as reward.model")
@@ -65,6 +63,9 @@ def _presence(config: Config) -> Iterator[Problem]:
         yield _problem("rewards.score", text)
     if config.rewards and all(reward.weight == 0.0 for reward in config.rewards.values()):
         yield _problem("rewards", "all have weight 0, so every score is 0; give one a weight")
+    if derive.has_teacher(config) and config.teacher is None:
+        text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
+        yield _problem("teacher", text)
     if config.data.train == {}:
         yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
