@@ -10,9 +10,6 @@ from pydantic import Field
 from rlhf.algorithms.section import Section
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
     from rlhf.objectives.distillation import Divergence
 
 
@@ -48,11 +45,3 @@ class Distillation:
         if self.config.divergence == "jsd":
             return partial(of.generalized_jsd, beta=self.config.beta)
         return of.forward_kl if self.config.divergence == "forward_kl" else of.reverse_kl
-
-    def losses(
-        self, divergences: Float[Tensor, " N"], logprobs: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
-    ) -> Float[Tensor, " N"]:
-        """One a token."""
-        from rlhf.objectives.supervised import negative_logprob
-
-        return divergences + self.config.sft_coef * negative_logprob(logprobs, mask)

@@ -23,7 +23,7 @@ from rlhf.errors import UserError
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
-from rlhf.objectives.distillation import Divergence, TeacherStates, chunked_divergence_and_logprobs
+from rlhf.objectives.distillation import Divergence, TeacherStates, weighted_divergence_sum
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_only,
@@ -182,7 +182,7 @@ def learnt_states(
     return hidden_states(model, token_ids, lengths).index_select(0, before)
 
 
-def teacher_divergence(
+def distillation_loss(
     model: nn.Module,
     token_ids: Int[Tensor, " N"],
     lengths: Int[Tensor, " B"],
@@ -192,20 +192,21 @@ def teacher_divergence(
     head: VocabularyHead,
     divergence: Divergence,
     temperature: float,
-    logprob_grad: bool,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(divergence from a teacher, logprobs at temperature 1, whether the likeliest) of the tokens in mask; 0 elsewhere.
+    token_weight: float,
+    sft_coef: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(sum of token_weight * (divergence - sft_coef * logprob) over the tokens in mask, the divergences, the logprobs,
+    whether the likeliest). The columns have no gradient and are 0 outside mask, the logprobs are at temperature 1.
 
     `teacher`: its `learnt_states` of the same row, `head`: its own. Where one of the heads has rows beyond the other's,
-    which stand for no token, both distributions are over the rows that they share. The logprobs have a gradient only
-    with logprob_grad.
+    which stand for no token, both distributions are over the rows that they share.
     """
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
     shared = partial(_first, count=min(len(weight), len(head.weight)))
     places = mask.cumsum(0)[chosen] - 1  # among all in mask, of which this rank may hold a part
-    found, logprobs, is_top1 = chunked_divergence_and_logprobs(
+    loss, *columns = weighted_divergence_sum(
         divergence,
         hidden,
         shared(weight),
@@ -217,12 +218,13 @@ def teacher_divergence(
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         ),
+        token_weight=token_weight,
+        sft_coef=sft_coef,
         temperature=temperature,
-        logprob_grad=logprob_grad,
         **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
     )
-    likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
-    return _spread(found, chosen, len(token_ids)), _spread(logprobs, chosen, len(token_ids)), likeliest
+    divergences, logprobs, is_top1 = (_spread(column.float(), chosen, len(token_ids)) for column in columns)
+    return summed(loss), divergences, logprobs, is_top1.bool()
 
 
 def _first(rows: Tensor, *, count: int) -> Tensor:

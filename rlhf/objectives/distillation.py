@@ -1,7 +1,7 @@
 """Divergences between a student's and a teacher's next-token distributions.
 
 forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis: the vocabulary, or a
-top-k support made by with_tail or renormalized. chunked_divergence and chunked_divergence_and_logprobs apply one of
+top-k support made by with_tail or renormalized. chunked_divergence and weighted_divergence_sum apply one of
 them to two models' hidden states, with the logits of a few hundred rows alive at a time. One value a row; the caller
 masks, weighs and sums. The gradient goes to the student alone.
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits
+from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits, sum_over_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
 
@@ -115,36 +115,39 @@ def chunked_divergence(
     )
 
 
-def chunked_divergence_and_logprobs(
+def weighted_divergence_sum(
     divergence: Divergence,
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " N"],
     teacher: TeacherStates,
     *,
+    token_weight: float,
+    sft_coef: float = 0.0,
     bias: Float[Tensor, " V"] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    logprob_grad: bool = False,
     chunk_size: int = CHUNK_ROWS,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(chunked_divergence of each row, log-probability of its target at temperature 1, whether that is the likeliest).
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(token_weight times the sum of divergence - sft_coef * logprob, the divergences, the logprobs, whether the target
+    is the likeliest): the last three are columns without gradient, the logprobs those of the targets at temperature 1.
 
-    One product with each head serves all three. The log-probabilities have a gradient only with logprob_grad.
+    For losses whose weights are known beforehand: each head is applied once, not twice as by `chunked_divergence`.
     """
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
-    def of_rows(logits: Tensor, rows: slice) -> Tensor:
+    def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
         found = divergence(log_p, teacher_logprobs(rows).to(logits.dtype))
-        kept = log_p if logprob_grad else log_p.detach()
+        kept = log_p if sft_coef else log_p.detach()
         plain = kept if temperature == 1.0 else (kept * temperature).log_softmax(-1)
-        chosen = plain.gather(-1, targets[rows, None])[:, 0]
-        is_top1 = (logits.argmax(-1) == targets[rows]).to(found.dtype)
-        return torch.stack([found, chosen, is_top1], dim=-1)
+        logprobs = plain.gather(-1, targets[rows, None])[:, 0]
+        is_top1 = (log_p.argmax(-1) == targets[rows]).to(found.dtype)
+        losses = found - sft_coef * logprobs if sft_coef else found
+        return token_weight * losses, torch.stack([found, logprobs, is_top1], dim=-1)
 
-    columns = rows_of_logits(
+    loss, columns = sum_over_rows(
         of_rows,
         hidden,
         weight,
@@ -155,7 +158,7 @@ def chunked_divergence_and_logprobs(
         chunk_size=chunk_size,
     )
     found, logprobs, is_top1 = columns.unbind(-1)
-    return found, logprobs if logprob_grad else logprobs.detach(), is_top1.detach().bool()
+    return loss, found, logprobs, is_top1.bool()
 
 
 def _teacher_logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rlhf.algorithms.distillation import Distillation, DistillationConfig
 from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import teacher_divergence
+from rlhf.models.packed import distillation_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Reduction, Sum
@@ -50,15 +51,14 @@ class DistillationWorker(ExamplesWorker[Examples]):
         hidden = self._hidden(plan, states)
         for index, piece in enumerate(cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                mask, divergences, logprobs, is_top1 = self._forward(examples, piece, hidden)
-                loss = self.algorithm.losses(divergences, logprobs, mask).sum() / plan.num_tokens
+                loss, *columns = self._forward(examples, piece, hidden, token_weight=1.0 / plan.num_tokens)
                 self.engine.backward(loss, last=index == len(cut) - 1)
-            learnt = int(mask.sum())
-            divergence, nll, top1 = _totals(divergences, logprobs, is_top1)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            divergence, logprob, top1 = _totals(columns)
             found: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/divergence/mean": Mean(total=divergence, count=learnt),
-                "update/nll/mean": Mean(total=nll, count=learnt),
+                "update/nll/mean": Mean(total=-logprob, count=learnt),
                 "update/token_accuracy/mean": Mean(total=top1, count=learnt),
                 "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
             }
@@ -76,12 +76,12 @@ class DistillationWorker(ExamplesWorker[Examples]):
                 torch.no_grad(),
                 explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
             ):
-                mask, divergences, logprobs, is_top1 = self._forward(examples, piece, hidden)
-            learnt = int(mask.sum())
-            divergence, nll, top1 = _totals(divergences, logprobs, is_top1)
+                _, *columns = self._forward(examples, piece, hidden, token_weight=1.0)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            divergence, logprob, top1 = _totals(columns)
             found: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=divergence, count=learnt),
-                f"eval/{name}/nll": Mean(total=nll, count=learnt),
+                f"eval/{name}/nll": Mean(total=-logprob, count=learnt),
                 f"eval/{name}/token_accuracy": Mean(total=top1, count=learnt),
             }
             parts.append(found)
@@ -93,30 +93,27 @@ class DistillationWorker(ExamplesWorker[Examples]):
         return LearntStates.gather(states, rows).hidden if rows else states[0].hidden[:0]
 
     def _forward(
-        self, examples: Examples, piece: Slice, hidden: Float[Tensor, "n K"]
-    ) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-        """(which tokens are learnt, divergences, log-probabilities, whether the likeliest) of a micro-batch."""
+        self, examples: Examples, piece: Slice, hidden: Float[Tensor, "n K"], *, token_weight: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+        """(weighted loss, divergences, log-probabilities, whether the likeliest) of a micro-batch."""
+        config = self.algorithm.config
         mask = examples.loss_mask[piece.tokens]
         places = examples.loss_mask.cumsum(0)[piece.tokens[mask]] - 1
-        on_device = mask.to(self.device)
-        terms = self.engine.forward(
-            teacher_divergence,
+        return self.engine.forward(
+            distillation_loss,
             examples.token_ids[piece.tokens].to(self.device),
             piece.lengths.to(self.device),
-            mask=on_device,
+            mask=mask.to(self.device),
             teacher=hidden[places].to(self.device),
             head=self.teacher,
             divergence=self.algorithm.divergence,
-            temperature=self.algorithm.config.temperature,
-            logprob_grad=self.algorithm.config.sft_coef > 0.0,
+            temperature=config.temperature,
+            token_weight=token_weight,
+            sft_coef=config.sft_coef,
         )
-        return (on_device, *terms)
 
 
-def _totals(
-    divergences: Float[Tensor, " N"], logprobs: Float[Tensor, " N"], is_top1: Bool[Tensor, " N"]
-) -> tuple[float, float, float]:
-    """Sums over the tokens, the log-probabilities' negative; one wait for the device."""
-    sums = torch.stack([divergences.detach().sum(), -logprobs.detach().sum(), is_top1.sum()])
-    divergence, nll, top1 = sums.tolist()
-    return divergence, nll, top1
+def _totals(columns: Sequence[Tensor]) -> list[float]:
+    """Sums over the tokens; one wait for the device."""
+    totals: list[float] = torch.stack([column.sum() for column in columns]).tolist()
+    return totals

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.packed import (
+    distillation_loss,
     hidden_states,
     learnt_states,
     lm_head_settings,
@@ -19,7 +20,6 @@ from rlhf.models.packed import (
     policy_logprobs,
     policy_logprobs_only,
     supervised_loss,
-    teacher_divergence,
 )
 from rlhf.objectives.distillation import forward_kl, reverse_kl
 from rlhf.types import VocabularyHead
@@ -174,10 +174,11 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     token_ids, mask = some_tokens()
     states = learnt_states(other, token_ids, LENGTHS, mask=mask)
     assert len(states) == int(mask.sum())
-    settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "logprob_grad": True}
-    got = teacher_divergence(model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings)
-    weights = torch.randn(2, len(token_ids))
-    (got[0] @ weights[0] + got[1] @ weights[1]).backward()
+    settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2, "sft_coef": 0.3}
+    loss, *got = distillation_loss(
+        model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings
+    )
+    loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
@@ -193,13 +194,15 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[1], logprobs, rtol=1e-5, atol=1e-6)
     assert got[2].tolist() == (mask & (ours.argmax(-1) == token_ids)).tolist()
-    (expected @ weights[0] + logprobs @ weights[1]).backward()
+    whole = 0.2 * (expected.sum() - 0.3 * logprobs.sum())
+    torch.testing.assert_close(loss, whole)
+    whole.backward()
     torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
     model = make("llama")
-    found, *_ = teacher_divergence(
+    loss, *_ = distillation_loss(
         model,
         torch.tensor([3]),
         torch.tensor([1]),
@@ -208,9 +211,10 @@ def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None
         head=head_of(model),
         divergence=forward_kl,
         temperature=1.0,
-        logprob_grad=False,
+        token_weight=1.0,
+        sft_coef=0.0,
     )
-    found.sum().backward()
+    loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 

@@ -14,12 +14,12 @@ from rlhf.objectives.distillation import (
     Divergence,
     TeacherStates,
     chunked_divergence,
-    chunked_divergence_and_logprobs,
     chunked_logprobs_of,
     forward_kl,
     generalized_jsd,
     renormalized,
     reverse_kl,
+    weighted_divergence_sum,
     with_tail,
 )
 from rlhf.objectives.vocabulary_head import rows_of_logits
@@ -102,33 +102,36 @@ def test_chunks_give_what_whole_logits_give(divergence: Divergence, chunk_size: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("logprob_grad", [False, True])
-@pytest.mark.parametrize("chunk_size", [3, 100])
-def test_divergence_logprobs_and_accuracy_of_one_product(
-    temperature: float, logprob_grad: bool, chunk_size: int
-) -> None:
-    hidden, weight = random(10, 4, seed=0).requires_grad_(), random(7, 4, seed=1).requires_grad_()
+@pytest.mark.parametrize("sft_coef", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_a_weighted_sum_is_that_of_whole_logits(temperature: float, sft_coef: float, chunk_size: int) -> None:
+    inputs = hidden, weight, bias = [
+        random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(10, 4), (7, 4), (7,)])
+    ]
     teacher = TeacherStates(hidden=random(10, 3, seed=3), weight=random(7, 3, seed=4))
     targets = torch.arange(10) % 7
-    settings: dict[str, Any] = {"temperature": temperature, "softcap": 2.0}
-    found, logprobs, is_top1 = chunked_divergence_and_logprobs(
-        forward_kl, hidden, weight, targets, teacher, **settings, logprob_grad=logprob_grad, chunk_size=chunk_size
+    settings: dict[str, Any] = {"temperature": temperature, "softcap": 2.0, "chunk_size": chunk_size}
+    loss, found, logprobs, is_top1 = weighted_divergence_sum(
+        forward_kl, hidden, weight, targets, teacher, bias=bias, token_weight=0.2, sft_coef=sft_coef, **settings
     )
-    logits = 2.0 * (hidden @ weight.T / 2.0).tanh()
+    logits = 2.0 * ((hidden @ weight.T + bias) / 2.0).tanh()
+    divergences = forward_kl(
+        (logits / temperature).log_softmax(-1), (teacher.hidden @ teacher.weight.T / temperature).log_softmax(-1)
+    )
     whole = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    divergence = chunked_divergence(forward_kl, hidden, weight, teacher, **settings)
-    torch.testing.assert_close(found, divergence)
-    torch.testing.assert_close(logprobs, whole)
+    expected = 0.2 * (divergences.sum() - sft_coef * whole.sum())
+    torch.testing.assert_close([loss, found, logprobs], [expected, divergences.detach(), whole.detach()])
     assert is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
     assert 0 < int(is_top1.sum()) < 10
-    assert logprobs.requires_grad == logprob_grad
-    loss, wanted = found.sum(), divergence.sum()
-    if logprob_grad:
-        loss, wanted = loss - 0.3 * logprobs.sum(), wanted - 0.3 * whole.sum()
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(wanted, [hidden, weight]), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(2.0 * loss, inputs), torch.autograd.grad(2.0 * expected, inputs), rtol=1e-6, atol=1e-8
+    )
+    assert not any(column.requires_grad for column in (found, logprobs, is_top1))
+    with torch.no_grad():
+        again, *_ = weighted_divergence_sum(
+            forward_kl, hidden, weight, targets, teacher, bias=bias, token_weight=0.2, sft_coef=sft_coef, **settings
+        )
+    assert again == loss
 
 
 def test_bfloat16_is_reduced_in_float32() -> None:
@@ -172,4 +175,6 @@ def test_other_rows_or_vocabularies_are_refused() -> None:
         with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
             chunked_divergence(forward_kl, hidden, weight, teacher)
         with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
-            chunked_divergence_and_logprobs(forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher)
+            weighted_divergence_sum(
+                forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher, token_weight=1.0
+            )
