@@ -21,9 +21,9 @@ from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
-from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref
+from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics import merge
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Role, Rollouts, TokenValues
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Role, Rollouts, TokenValues, VocabularyHead
 from rlhf.workers.place import RankPlace
 
 T = TypeVar("T")
@@ -221,14 +221,25 @@ class OfflineGang(Gang):
         """Each rank maps the data sets."""
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
-    async def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step."""
-        return merge(self.distinct(await self.all([h.update_on.remote(plan) for h in self.handles], "update")))
+    async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
+        """Each rank keeps the teacher's vocabulary head."""
+        await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
+        """One optimizer step."""
+        refs = [h.update_on.remote(plan, *own) for h, own in zip(self.handles, self._own(states), strict=True)]
+        return merge(self.distinct(await self.all(refs, "update")))
+
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Loss and accuracy on rows of a data set."""
-        found = await self.all([h.evaluate.remote(dataset, name, plan) for h in self.handles], "eval")
-        return merge(self.distinct(found))
+        refs = [
+            h.evaluate.remote(dataset, name, plan, *own) for h, own in zip(self.handles, self._own(states), strict=True)
+        ]
+        return merge(self.distinct(await self.all(refs, "eval")))
+
+    def _own(self, states: StatesByRank) -> StatesByRank:
+        """Of each rank those of its rows."""
+        return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
 
     async def reference_key(self, dataset: int) -> str:
         """All ranks gather the weights; the first one's name for them."""

@@ -66,6 +66,7 @@ OfflineRow = Example | Pair | StepLabelled | Labelled
 logger = logging.getLogger(__name__)
 LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
     "supervised": load_examples,
+    "distillation": load_examples,
     "preference": load_pairs,
     "reward_model": load_pairs,
     "step_rewards": load_step_labelled,
@@ -73,6 +74,7 @@ LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
 }
 COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
     "supervised": collate,
+    "distillation": collate,
     "preference": collate_pairs,
     "reward_model": collate_pairs,
     "step_rewards": collate_steps,
@@ -138,6 +140,8 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             for section, model in _models(local).items():
                 if model.model in finals:
                     _refuse_other_kind(section, model.model, local, trained_by=scored.get(model.model))
+                    with named(f"{section}.model"):
+                        _refuse_other_vocabulary(section, finals[model.model], source, model.trust_remote_code)
                 else:
                     _refuse_unusable_model(section, model, local, finals, vocabulary_of=source)
             inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
@@ -168,8 +172,7 @@ def _refuse_unusable_model(
             _refuse_other_head(model.model, shape)
         else:
             refuse_no_language_model(model.model, trust_remote_code=remote)
-        if model.model != vocabulary_of:
-            _refuse_other_vocabulary(model.model, vocabulary_of, trust_remote_code=remote)
+        _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
     _refuse_misfit(section, model, finals, scalar=is_scalar)
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
@@ -190,21 +193,37 @@ def _refuse_other_head(path: str, shape: Any) -> None:
         raise UserError(f"{path} has a head of {shape.num_labels} labels, expected one label, or a language model")
 
 
-def _refuse_other_vocabulary(path: str, policy: str, *, trust_remote_code: bool) -> None:
-    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do."""
+def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_code: bool) -> None:
+    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do.
+
+    A teacher says something of every token, so it may have no others either.
+    """
+    if path == policy:
+        return
     tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
-    ours = tokenizer.get_vocab()
-    ours.pop(tokenizer.pad_token, None)  # often added for training; no sequence has it
     try:
-        theirs = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+        other = load_tokenizer(path, trust_remote_code=trust_remote_code)
     except UserError:
         size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-        theirs = ours if size >= len(ours) else {}
-    if any(theirs.get(token) != number for token, number in ours.items()):
+        fits = size >= len(_words(tokenizer))
+    else:
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        fits = _words(tokenizer).items() <= theirs.items()
+        if section == "teacher":
+            fits = fits and _words(other).items() <= ours.items()
+    if not fits:
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
             "the same tokenizer"
         )
+
+
+def _words(tokenizer: Any) -> dict[str, int]:
+    """Its tokens but one that only pads: that is often added for training, and no sequence has it."""
+    words: dict[str, int] = tokenizer.get_vocab()
+    if tokenizer.pad_token != tokenizer.eos_token:
+        words.pop(tokenizer.pad_token, None)
+    return words
 
 
 def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
@@ -239,7 +258,7 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
 def with_tiny(config: Config, folder: Path) -> Config:
     """The same run with tiny:llama as a folder, made now if it is not there."""
     changed: dict[str, Any] = {}
-    for name in ("policy", "reference", "critic"):
+    for name in ("policy", "reference", "teacher", "critic"):
         section: ModelConfig | None = getattr(config, name)
         if section is not None:
             path = local_model(section.model, folder, seed=config.run.seed)
@@ -320,6 +339,8 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     found: dict[str, ModelConfig] = {"policy": config.policy}
     if "reference" in roles:
         found["reference"] = reference_model(config)
+    if "teacher" in roles and config.teacher is not None:
+        found["teacher"] = config.teacher
     if "critic" in roles:
         found["critic"] = critic_model(config)
     if uses_reward_model(config) and config.reward is not None:

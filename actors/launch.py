@@ -25,9 +25,11 @@ from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank
 from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
+from actors.teacher import spawn_teacher
 from rlhf.config.derive import (
     critic_model,
     derive,
+    has_teacher,
     needs,
     needs_reference_logprobs,
     offline_kind,
@@ -166,10 +168,19 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         deadline_s=config.cluster.call_timeout_s,
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
-    async with ending([gang], placement):
-        await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
-        collate = COLLATE[offline_kind(config)]
-        await gang.load_data([ray.put(collate(rows)) for rows in (inputs.rows, *inputs.eval_sets.values())])
+    teacher = spawn_teacher(config, placement) if has_teacher(config) else None
+    async with ending([gang, *([teacher] if teacher is not None else [])], placement):
+        limit_s = config.cluster.start_timeout_s
+        await asyncio.gather(
+            gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
+            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
+        )
+        collate, sets = COLLATE[offline_kind(config)], (inputs.rows, *inputs.eval_sets.values())
+        data = [ray.put(collate(rows)) for rows in sets]
+        await gang.load_data(data)
+        if teacher is not None:
+            await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])
+            await gang.take_teacher(await teacher.head())
         controller = OfflineController(
             config,
             gang,
@@ -178,6 +189,7 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             rows=_stream(stage),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=gang.fingerprint,
+            teacher=teacher,
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()

@@ -16,6 +16,7 @@ from actors.weights.adapter import AdapterSender
 from rlhf.config.derive import OfflineKind, ships_adapter
 from rlhf.models.export import adapter_config
 from rlhf.workers.critic import CriticWorker
+from rlhf.workers.distillation import DistillationWorker
 from rlhf.workers.online_pairs import OnlinePreferenceWorker
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import torch_dtype
@@ -97,6 +98,10 @@ class SupervisedRank(Meets, SupervisedWorker):
     """One rank of a model trained on examples."""
 
 
+class DistillationRank(Meets, DistillationWorker):
+    """One rank of a student."""
+
+
 class PreferenceRank(Meets, PreferenceWorker):
     """One rank of a policy trained on pairs."""
 
@@ -115,6 +120,7 @@ class UnpairedRank(Meets, UnpairedWorker):
 
 OFFLINE_RANKS: Mapping[OfflineKind, type[TrainedWorker]] = {
     "supervised": SupervisedRank,
+    "distillation": DistillationRank,
     "preference": PreferenceRank,
     "reward_model": RewardModelRank,
     "step_rewards": StepRewardRank,

@@ -18,6 +18,7 @@ from rlhf.types import (
     Examples,
     GroupRequest,
     GroupScores,
+    LearntStates,
     MinibatchPlan,
     Pairs,
     RolloutInfo,
@@ -150,6 +151,9 @@ class RewardRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
+StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns that hold its rows
+
+
 class ReferenceRole(Protocol):
     """The frozen model."""
 
@@ -161,6 +165,16 @@ class ReferenceRole(Protocol):
         self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
     ) -> list[Ref[TokenValues]]:
         """One column for each given batch, in order; of these sequences only, at least one of each batch."""
+        ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class TeacherRole(Protocol):
+    """The frozen model that a student learns from."""
+
+    async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
+        """Its states in which the tokens to be learnt of the named rows of a data set are predicted."""
         ...
 
     async def memory(self) -> MemoryReport: ...
@@ -252,11 +266,11 @@ class OfflineRole(TrainedRole, Protocol):
         """Train set first, then the evaluation sets."""
         ...
 
-    async def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step on rows of the training set."""
+    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
+        """One optimizer step on rows of the training set. `states`: what a teacher says of them, if there is one."""
         ...
 
-    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Loss and accuracy on the named rows of a data set, without an update."""
         ...
 

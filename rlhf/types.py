@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["policy", "reference", "reward", "critic", "rollout"]
+Role = Literal["policy", "reference", "teacher", "reward", "critic", "rollout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ragged:
-    """B sequences in flat columns: every other field of a subclass has one entry a token.
+    """B sequences in flat columns: every other field of a subclass has one entry (or row) a token.
 
     Example: sequences 4 and 7 of 2 and 3 tokens:
         sequence_ids = [4, 7]   lengths = [2, 3]   token_ids = [a0 a1 b0 b1 b2]
@@ -35,7 +35,7 @@ class Ragged:
         total = int(self.lengths.sum())
         for name in self.columns():
             column = getattr(self, name)
-            if column.shape != (total,):
+            if column.shape[:1] != (total,):
                 raise ValueError(
                     f"{type(self).__name__}.{name} has {tuple(column.shape)} entries, lengths sum to {total}"
                 )
@@ -136,6 +136,26 @@ class TokenValues(Ragged):
     """One number a token: reference logprobs, critic values or returns, as a worker hands them on."""
 
     values: Float[Tensor, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearntStates(Ragged):
+    """A teacher's last hidden states, one for each token to be learnt: that in which it predicts the token.
+
+    `lengths` counts the learnt tokens alone. Made by the teacher in its own dtype, read by the student's ranks.
+    """
+
+    hidden: Float[Tensor, "N H"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyHead:
+    """What makes a model's logits of its last hidden states: softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None
+    softcap: float | None
+    logit_scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf.algorithms.cpo import CPO, CPOConfig
+from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import DPO, DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.kto import KTO, KTOConfig
@@ -24,6 +25,7 @@ AlgorithmConfig = (
     PPOConfig
     | GRPOConfig
     | SFTConfig
+    | DistillationConfig
     | RewardModelingConfig
     | ProcessRewardModelConfig
     | DPOConfig

@@ -67,6 +67,9 @@ def _presence(config: Config) -> Iterator[Problem]:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
         if not config.rewards:
             yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
+    if derive.has_teacher(config) and config.teacher is None:
+        text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
+        yield _problem("teacher", text)
     if config.data.train == {}:
         yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
@@ -77,7 +80,7 @@ def _presence(config: Config) -> Iterator[Problem]:
     if best is not None and sets and best.removeprefix("-") not in known:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
         yield _problem("train.best_metric", text)
-    for field in ("policy", "reference", "critic", "reward"):
+    for field in ("policy", "reference", "teacher", "critic", "reward"):
         section = getattr(config, field)
         if section is not None and section.model.startswith("stage:"):
             text = (
@@ -243,9 +246,10 @@ def _cluster(config: Config) -> Iterator[Problem]:
 
 
 def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """The address and the engines, whatever is run."""
+    """The address, guests and engines, whatever is run."""
     if cluster.address == "local":
         yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
+    yield from _guests(cluster, needed)
     if "rollout" not in needed:
         return
     engine = cluster.roles.rollout
@@ -256,7 +260,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 
 
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """Each guest has a host's bundle of its own."""
+    """What may share the engines' bundles, or the engines the policy's."""
     roles = cluster.roles
     engine, with_policy = roles.rollout, "policy" in needed  # a host that is not there takes no guests
     if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
@@ -275,7 +279,13 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
         if with_policy and engine.colocate_with == "policy":
             text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
             yield _problem("cluster.roles.rollout.colocate_with", text)
-    for role in ("critic", "reference", "reward"):
+
+
+def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Problem]:
+    """Each guest has a host's bundle of its own."""
+    roles = cluster.roles
+    engine = roles.rollout
+    for role in ("critic", "reference", "teacher", "reward"):
         section = getattr(roles, role)
         host = section.colocate_with
         if role not in needed or host not in needed:

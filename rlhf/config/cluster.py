@@ -51,7 +51,8 @@ class CriticRole(TrainedRole):
 
 
 class ForwardRole(Section):
-    """Workers of the reference or the reward role: each holds the whole model; groups are dealt out among them."""
+    """Workers of the reference, the teacher or the reward role: each holds the whole model; work is dealt out among
+    them."""
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Processes."""
@@ -66,6 +67,13 @@ class ReferenceRole(ForwardRole):
 
     colocate_with: Literal["policy", "rollout"] | None = "policy"
     """Use that role's bundles and take turns with it; null: bundles of its own."""
+
+
+class TeacherRole(ForwardRole):
+    """Workers of the teacher."""
+
+    colocate_with: Literal["policy"] | None = "policy"
+    """Use that role's bundles and take turns with it; null: bundles of its own, and the teacher is a step ahead."""
 
 
 class RewardRole(ForwardRole):
@@ -107,6 +115,8 @@ class Roles(Section):
     """Ranks of the critic."""
     reference: ReferenceRole = ReferenceRole()
     """Workers of the reference model."""
+    teacher: TeacherRole = TeacherRole()
+    """Workers of the teacher."""
     reward: RewardRole = RewardRole()
     """Workers that score responses."""
     rollout: RolloutRole = RolloutRole()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
+from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 SyncMethod = Literal["shm", "gloo", "nccl", "ipc"]
-OfflineKind = Literal["supervised", "preference", "reward_model", "step_rewards", "unpaired"]
+OfflineKind = Literal["supervised", "distillation", "preference", "reward_model", "step_rewards", "unpaired"]
 
 MAX_ENGINE_RANK = 512  # of an adapter in vLLM
 
 # Bundles are laid out in this order, so that a role follows the one that it may be colocated with.
-ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "reward")
+ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "teacher", "reward")
 
 
 def is_online(config: Config) -> bool:
@@ -50,7 +51,7 @@ def offline_kind(config: Config) -> OfflineKind:
         return "reward_model" if name == "reward_model" else "preference"
     if name == "process_reward_model":
         return "step_rewards"
-    return "supervised"
+    return "distillation" if has_teacher(config) else "supervised"
 
 
 def has_scalar_head(config: Config) -> bool:
@@ -75,6 +76,11 @@ def has_critic(config: Config) -> bool:
     """Whether the algorithm trains a value model."""
     name = config.algorithm.name
     return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).has_critic
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether the algorithm learns from the distributions of another model."""
+    return isinstance(config.algorithm, DistillationConfig)
 
 
 def uses_reference(config: Config) -> bool:
@@ -134,6 +140,8 @@ def needs(config: Config) -> frozenset[Role]:
         roles.add("critic")
     if uses_reference(config) and not reference_is_adapter_off(config):
         roles.add("reference")
+    if has_teacher(config):
+        roles.add("teacher")
     return frozenset(roles)
 
 
@@ -188,6 +196,7 @@ def eval_sets(config: Config) -> Mapping[str, DataSource]:
 
 EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
     "supervised": ("loss", "token_accuracy"),
+    "distillation": ("loss", "token_accuracy", "nll"),
     "preference": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
     "reward_model": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
     "step_rewards": ("loss", "accuracy"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from rlhf.algorithms.cpo import CPOConfig
+from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
@@ -55,6 +56,9 @@ def inert_keys(config: Config) -> Iterator[Inert]:
     if derive.is_online(config):
         yield from _of_rewards(config)
     yield from _of_preferences(config)
+    if isinstance(config.algorithm, DistillationConfig) and config.algorithm.divergence != "jsd":
+        why = f"algorithm.divergence is {config.algorithm.divergence}"
+        yield from _all("algorithm.beta", why, "set algorithm.divergence to jsd")
     yield from _of_data_and_training(config)
     yield from inert_in_cluster(config.cluster)
 
@@ -86,6 +90,8 @@ def _of_method(config: Config) -> Iterator[Inert]:
         )
         if not derive.has_critic(config):
             yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
+    if not derive.has_teacher(config):
+        yield from _all("teacher", f"algorithm {name} has no teacher", "use distillation")
     if derive.is_online(config) and not derive.uses_reward_model(config):
         yield from _all("reward", "no reward uses it", "add a reward with `role: reward` to rewards")
     for role in derive.ROLE_ORDER:
@@ -98,6 +104,8 @@ def _how_to_need(config: Config, role: str) -> str:
         return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
     if role == "reference" and derive.is_online(config):
         return "set algorithm.kl.coef above 0"
+    if role == "teacher":
+        return "use distillation"
     return "use ppo" if role == "critic" else "choose an algorithm that samples responses"
 
 

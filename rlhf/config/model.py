@@ -77,5 +77,9 @@ class ReferenceConfig(ModelConfig):
     """The frozen model that the policy is compared with."""
 
 
+class TeacherConfig(ModelConfig):
+    """The frozen model that a student learns from: a language model with the policy's tokenizer."""
+
+
 class RewardModelConfig(ModelConfig):
     """A sequence-classification model with one label, used by `rewards.<name>.role: reward`."""

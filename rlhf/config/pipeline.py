@@ -39,6 +39,7 @@ MODELS: tuple[Key, ...] = (
     ("policy", "model"),
     ("policy", "adapter"),
     ("reference", "model"),
+    ("teacher", "model"),
     ("critic", "model"),
     ("critic", "adapter"),
     ("reward", "model"),

@@ -240,6 +240,7 @@ def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]
         "policy": config.policy.model,
         "critic": critic_model(config).model,
         "reference": reference_model(config).model,
+        "teacher": config.teacher.model if config.teacher else "none",
         "rollout": config.policy.model,
         "reward": config.reward.model if config.reward else "functions",
     }

@@ -10,7 +10,7 @@ from rlhf.algorithms import AlgorithmConfig
 from rlhf.algorithms.section import Section
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataConfig
-from rlhf.config.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
+from rlhf.config.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig, TeacherConfig
 from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
 from rlhf.config.run import RunConfig, TrackingConfig
 from rlhf.config.train import EvalConfig, TrainConfig
@@ -28,6 +28,8 @@ class Config(Section):
     reference: ReferenceConfig | None = None
     """null: the policy's model before training, where the run needs a reference; a LoRA policy is its own reference
     with the adapter off."""
+    teacher: TeacherConfig | None = None
+    """The model that is distilled, if the algorithm learns from one."""
     critic: CriticConfig | None = None
     """null: as the policy (model, dtype, LoRA), with a value head, where the run needs a critic."""
     reward: RewardModelConfig | None = None

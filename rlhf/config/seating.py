@@ -131,7 +131,7 @@ def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
             count=engine.engines, cpus=engine.cpus, gpus=gpu * engine.tensor_parallel, host=host(engine.colocate_with)
         ),
     }
-    for role in ("critic", "reference", "reward"):
+    for role in ("critic", "reference", "teacher", "reward"):
         section = getattr(roles, role)
         gpus = 0.0 if role == "reward" and not with_reward_model else gpu
         wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, host=host(section.colocate_with))

@@ -1,6 +1,6 @@
 """The loop of training on fixed data: examples, pairs of responses, or responses with labels.
 
-    rows -> reference logprobs -> minibatches -> update
+    rows -> reference logprobs or teacher's states -> minibatches -> update
 
 The data sets are handed to the trained role once, as columns; a step names rows. As online, a checkpoint is written
 aside, its row is logged, and only then is it made valid.
@@ -8,9 +8,10 @@ aside, its row is logged, and only then is it made valid.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.config.root import Config
@@ -18,7 +19,7 @@ from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.reference import provide_reference
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
-from rlhf.roles import OfflineRole
+from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last
 from rlhf.types import MinibatchPlan
@@ -46,6 +47,16 @@ class DataRow(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows of one optimizer step."""
+
+    plan: MinibatchPlan
+    states: StatesByRank  # what the teacher says of them; empty: there is none
+    epoch: int  # of its last row
+    cursor: Cursor  # where the next one begins
+
+
 class OfflineController:
     """One run. `step` is the last step that is done; a step is one optimizer step."""
 
@@ -59,6 +70,7 @@ class OfflineController:
         rows: Stream[DataRow],
         eval_sets: Mapping[str, Sequence[DataRow]],
         policy_fingerprint: str,
+        teacher: TeacherRole | None = None,
     ) -> None:
         self.config = config
         self.role = role
@@ -67,6 +79,10 @@ class OfflineController:
         self.rows = rows
         self.eval_sets = eval_sets
         self.fingerprint = policy_fingerprint
+        self.teacher = teacher
+        self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
+        self.cursor = rows.state()
+        self.next_batch: Batch | None = None
         self.step = 0
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
@@ -82,21 +98,21 @@ class OfflineController:
         while self.step < train.steps and not self.best.is_over:
             step = self.step + 1
             record.begin_step()
-            with record.stage("step"), record.stage("update", role="policy"):
-                taken = self.rows.next(train.sequences_per_update)
-                record.add(await self.role.update_on(self._plan([row for _, row in taken])))
-            record.add({"data/epoch": Last(value=float(taken[-1][0]))})
             last = step == train.steps
+            with record.stage("step"):
+                await self._update(last=last)
             evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
             if evaluates:
                 await self._evaluate()
             record.memory("policy", await self.role.memory())
+            if self.teacher is not None:
+                record.memory("teacher", await self.teacher.memory())
             row = record.row()
             rate = row["update/tokens/total"] / row["time/update_s"]
             length = row["update/tokens/total"] / train.sequences_per_update
             record.add(
                 {
-                    "throughput/tokens_per_s": Last(value=rate),
+                    "throughput/tokens_per_s": Last(value=row["update/tokens/total"] / row["time/step_s"]),
                     "throughput/train_tokens_per_s": Last(value=rate),
                     "throughput/mfu": Last(value=arithmetic.utilisation(tokens_per_s=rate, mean_length=length)),
                 }
@@ -108,6 +124,33 @@ class OfflineController:
             else:
                 record.write_row(step, record.row())
         await self._take_best()
+
+    async def _update(self, *, last: bool) -> None:
+        """One optimizer step. A teacher with hardware of its own is meanwhile asked for the next one's rows."""
+        batch = self.next_batch or await self._take_batch()
+
+        async def update() -> None:
+            with self.record.stage("update", role="policy"):
+                self.record.add(await self.role.update_on(batch.plan, batch.states))
+
+        if self.is_ahead and not last:
+            _, self.next_batch = await asyncio.gather(update(), self._take_batch())
+        else:
+            await update()
+        self.cursor = batch.cursor
+        self.record.add({"data/epoch": Last(value=float(batch.epoch))})
+
+    async def _take_batch(self) -> Batch:
+        taken = self.rows.next(self.config.train.sequences_per_update)
+        plan, cursor = self._plan([row for _, row in taken]), self.rows.state()
+        return Batch(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
+
+    async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
+        """What the teacher says of the named rows of a data set."""
+        if self.teacher is None:
+            return ()
+        with self.record.stage("teacher", role="teacher"):
+            return await self.teacher.states(dataset, plan)
 
     async def _take_best(self) -> None:
         """After an early stop, the weights of the best checkpoint: for the export."""
@@ -147,7 +190,7 @@ class OfflineController:
                 for start in range(0, len(rows), size):
                     shares = self._plan(rows[start : start + size]).sequences_by_rank
                     piece = replace(whole, sequences_by_rank=shares)  # divided by the counts of all pieces
-                    parts.append(await self.role.evaluate(index, name, piece))
+                    parts.append(await self.role.evaluate(index, name, piece, await self._states(index, piece)))
                 self.record.add(merge(parts))
 
     async def _checkpoint(self, *, is_best: bool) -> None:
@@ -166,7 +209,7 @@ class OfflineController:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "cursor": asdict(self.rows.state()),
+            "cursor": asdict(self.cursor),
             "best": self.best.state(),
             "policy": self.fingerprint,
             "algorithm": self.config.algorithm.name,
@@ -175,7 +218,8 @@ class OfflineController:
     async def restore(self, step: int) -> None:
         """Continue from the checkpoint of a step."""
         state = self.record.read_state(step)
-        self.rows.restore(Cursor(**state["cursor"]))
+        self.cursor = Cursor(**state["cursor"])
+        self.rows.restore(self.cursor)
         self.step = state["step"]
         self.best.restore(state["best"])
         if self.best.step == step:  # the run may have been killed before it was marked

@@ -65,7 +65,7 @@ def what_shrinks(role: Role) -> str:
             f"a lower {at}.max_num_seqs, a lower {at}.kv_cache_gib (on a CPU) or {at}.gpu_memory_utilization, a higher "
             f"{at}.tensor_parallel (on GPUs)"
         )
-    elif role in ("reference", "reward"):
+    elif role in ("reference", "teacher", "reward"):
         keys = f"a lower train.max_tokens_per_microbatch, {role}.dtype=bfloat16, {at}.colocate_with=null (on GPUs)"
     else:
         keys = (

@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
+from rlhf.objectives.distillation import Divergence, TeacherStates, weighted_divergence_sum
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_collisions,
@@ -30,6 +31,7 @@ from rlhf.objectives.logprobs import (
     weighted_logprob_sum,
 )
 from rlhf.objectives.products import widens_products
+from rlhf.types import VocabularyHead
 
 ATTENTION = "rlhf_packed"  # its name among transformers' attention functions
 
@@ -193,6 +195,64 @@ def supervised_loss(
     )
     likeliest = _spread(is_top1.to(torch.uint8), chosen, len(token_ids)).bool()
     return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest
+
+
+def learnt_states(
+    model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], *, mask: Bool[Tensor, " N"]
+) -> Float[Tensor, "n H"]:
+    """The last hidden states in which the tokens in mask are predicted, in the tokens' order."""
+    _, before = _masked_positions(mask, lengths)
+    return hidden_states(model, token_ids, lengths).index_select(0, before)
+
+
+def distillation_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    teacher: Float[Tensor, "n K"],
+    head: VocabularyHead,
+    divergence: Divergence,
+    temperature: float,
+    token_weight: float,
+    sft_coef: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(sum of token_weight * (divergence - sft_coef * logprob) over the tokens in mask, the divergences, the logprobs,
+    whether the likeliest). The columns have no gradient and are 0 outside mask, the logprobs are at temperature 1.
+
+    `teacher`: its `learnt_states` of the same row, `head`: its own. Where one of the heads has rows beyond the other's,
+    which stand for no token, both distributions are over the rows that they share.
+    """
+    chosen, before = _masked_positions(mask, lengths)
+    hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
+    weight, settings = lm_head_weight(model), lm_head_settings(model)
+    shared = partial(_first, count=min(len(weight), len(head.weight)))
+    places = mask.cumsum(0)[chosen] - 1  # among all in mask, of which this rank may hold a part
+    loss, *columns = weighted_divergence_sum(
+        divergence,
+        hidden,
+        shared(weight),
+        token_ids[chosen],
+        TeacherStates(
+            hidden=teacher[places],
+            weight=shared(head.weight),
+            bias=head.bias if head.bias is None else shared(head.bias),
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        ),
+        token_weight=token_weight,
+        sft_coef=sft_coef,
+        temperature=temperature,
+        **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
+    )
+    divergences, logprobs, is_top1 = (_spread(column.float(), chosen, len(token_ids)) for column in columns)
+    return summed(loss), divergences, logprobs, is_top1.bool()
+
+
+def _first(rows: Tensor, *, count: int) -> Tensor:
+    """Itself where nothing is cut: a slice would have a gradient of its own, as large."""
+    return rows if len(rows) == count else rows[:count]
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:

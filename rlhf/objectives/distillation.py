@@ -1,9 +1,9 @@
 """Divergences between a student's and a teacher's next-token distributions.
 
 forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis: the vocabulary, or a
-top-k support made by with_tail or renormalized. chunked_divergence applies one of them to two models' hidden states,
-with the logits of a few hundred rows alive at a time. One value a row; the caller masks, weighs and sums. The gradient
-goes to the student alone.
+top-k support made by with_tail or renormalized. chunked_divergence and weighted_divergence_sum apply one of
+them to two models' hidden states, with the logits of a few hundred rows alive at a time. One value a row; the caller
+masks, weighs and sums. The gradient goes to the student alone.
 
 On-policy distillation from one sampled token a position (arXiv:2306.08543; TRL's sampled_token) needs none of these:
 it is policy_loss.reinforce with advantages teacher_logprobs - logprobs.
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits
+from rlhf.objectives.vocabulary_head import CHUNK_ROWS, Factors, Head, rows_of_logits, sum_over_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
 
@@ -98,19 +98,10 @@ def chunked_divergence(
     Both models' logits are divided by temperature (GKD does not multiply the loss by its square). ValueError if rows
     or vocabularies differ: cut both heads to the tokens they share.
     """
-    if (len(hidden), len(weight)) != (len(teacher.hidden), len(teacher.weight)):
-        raise ValueError(
-            f"chunked_divergence needs one teacher row a student row and one vocabulary, got {len(hidden)} and "
-            f"{len(teacher.hidden)} rows over {len(weight)} and {len(teacher.weight)} tokens"
-        )
-    head = Head(temperature=temperature, softcap=teacher.softcap, logit_scale=teacher.logit_scale)
-    with torch.no_grad():
-        factors = Factors.of(teacher.hidden, teacher.weight, teacher.bias)
+    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
     def of_rows(logits: Tensor, rows: slice) -> Tensor:
-        with torch.no_grad():
-            teacher_logprobs = head.logits(factors, rows).log_softmax(-1).to(logits.dtype)
-        return divergence(logits.log_softmax(-1), teacher_logprobs)
+        return divergence(logits.log_softmax(-1), teacher_logprobs(rows).to(logits.dtype))
 
     return rows_of_logits(
         of_rows,
@@ -122,6 +113,73 @@ def chunked_divergence(
         logit_scale=logit_scale,
         chunk_size=chunk_size,
     )
+
+
+def weighted_divergence_sum(
+    divergence: Divergence,
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    teacher: TeacherStates,
+    *,
+    token_weight: float,
+    sft_coef: float = 0.0,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """(token_weight times the sum of divergence - sft_coef * logprob, the divergences, the logprobs, whether the target
+    is the likeliest): the last three are columns without gradient, the logprobs those of the targets at temperature 1.
+
+    For losses whose weights are known beforehand: each head is applied once, not twice as by `chunked_divergence`.
+    """
+    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
+
+    def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(-1)
+        found = divergence(log_p, teacher_logprobs(rows).to(logits.dtype))
+        kept = log_p if sft_coef else log_p.detach()
+        plain = kept if temperature == 1.0 else (kept * temperature).log_softmax(-1)
+        logprobs = plain.gather(-1, targets[rows, None])[:, 0]
+        is_top1 = (log_p.argmax(-1) == targets[rows]).to(found.dtype)
+        losses = found - sft_coef * logprobs if sft_coef else found
+        return token_weight * losses, torch.stack([found, logprobs, is_top1], dim=-1)
+
+    loss, columns = sum_over_rows(
+        of_rows,
+        hidden,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_size=chunk_size,
+    )
+    found, logprobs, is_top1 = columns.unbind(-1)
+    return loss, found, logprobs, is_top1.bool()
+
+
+def _teacher_logprobs(
+    teacher: TeacherStates, *, like: tuple[Tensor, Tensor], temperature: float
+) -> Callable[[slice], Tensor]:
+    """The teacher's log-probabilities of some rows. ValueError if it has not the student's rows and vocabulary."""
+    hidden, weight = like
+    if (len(hidden), len(weight)) != (len(teacher.hidden), len(teacher.weight)):
+        raise ValueError(
+            f"a divergence needs one teacher row a student row and one vocabulary, got {len(hidden)} and "
+            f"{len(teacher.hidden)} rows over {len(weight)} and {len(teacher.weight)} tokens"
+        )
+    head = Head(temperature=temperature, softcap=teacher.softcap, logit_scale=teacher.logit_scale)
+    with torch.no_grad():
+        factors = Factors.of(teacher.hidden, teacher.weight, teacher.bias)
+
+    def of_rows(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return head.logits(factors, rows).log_softmax(-1)
+
+    return of_rows
 
 
 def chunked_logprobs_of(

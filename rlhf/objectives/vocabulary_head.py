@@ -170,3 +170,70 @@ def rows_of_logits(
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     rows: Tensor = _RowsOfLogits.apply(hidden, weight, bias, head, chunk_size, function)
     return rows
+
+
+class _SumOverRows(torch.autograd.Function):
+    """Takes the gradient chunk by chunk while the logits are there, and keeps it for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        chunk_size: int,
+        function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        factors = Factors.of(hidden, weight, bias)
+        needed = ctx.needs_input_grad[:3]
+        gradients = ProductGradients(factors, needed=needed)
+        terms, columns = [], []
+        for block in chunks(len(hidden), chunk_size * CHUNKS_PER_PRODUCT) or [slice(0, 0)]:
+            block_grad = factors.hidden.new_empty(block.stop - block.start, len(weight)) if any(needed) else None
+            for rows in chunks(block.stop, chunk_size, start=block.start) or [block]:
+                logits = head.logits(factors, rows).requires_grad_(block_grad is not None)
+                with torch.set_grad_enabled(block_grad is not None):
+                    of_rows, column = function(logits, rows)
+                terms.append(of_rows.detach())
+                columns.append(column.detach())
+                if block_grad is not None:
+                    (grad,) = torch.autograd.grad(of_rows, logits, torch.ones_like(of_rows))
+                    block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
+                        grad, logits.detach()
+                    )
+            if block_grad is not None:
+                gradients.add(block, block_grad)
+        ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
+        column = torch.cat(columns)
+        ctx.mark_non_differentiable(column)
+        return torch.cat(terms).sum(), column
+
+    @staticmethod
+    def backward(
+        ctx: Any, outer: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, weight, bias, None, None, None
+
+
+def sum_over_rows(
+    function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N ..."]]:
+    """(sum of the rows' terms, other values of theirs without gradient), both made by function(logits of some rows,
+    which rows) as of `rows_of_logits`.
+
+    For sums whose weights are in the terms already: head and function are evaluated once, not twice as by
+    `rows_of_logits`. The price is one gradient of the head's weight kept from the forward to the backward pass.
+    """
+    head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, bias, head, chunk_size, function)
+    return results

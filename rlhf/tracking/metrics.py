@@ -15,13 +15,25 @@ from typing import Literal
 from rlhf.tracking.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
 
 Trait = Literal[
-    "online", "advantages", "sft", "preference", "steps", "reference", "critic", "groups", "correction", "eval", "gpu"
+    "online",
+    "advantages",
+    "sft",
+    "distillation",
+    "preference",
+    "steps",
+    "reference",
+    "critic",
+    "groups",
+    "correction",
+    "eval",
+    "gpu",
 ]
 
 TRAITS: Mapping[Trait, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
     "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
-    "sft": "supervised training on given responses",
+    "sft": "supervised training on given responses, by their tokens or a teacher's distributions",
+    "distillation": "training towards a teacher's distributions",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
     "steps": "training on labelled steps of responses (process reward models)",
     "reference": "there is a reference model",
@@ -36,12 +48,12 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
-    "role": ("policy|reference|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
+    "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
-        "data|rollouts|rewards|reference|values|old_logprobs|experience|advantages|update|weight_sync|probe"
+        "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
         "|snapshot|checkpoint|eval",
-        "`data`, `rollouts`, `rewards`, `reference`, `values`, `old_logprobs`, `experience`, `advantages`, `update`, "
-        "`weight_sync`, `probe`, `snapshot`, `checkpoint` or `eval`",
+        "`data`, `rollouts`, `rewards`, `reference`, `teacher`, `values`, `old_logprobs`, `experience`, `advantages`, "
+        "`update`, `weight_sync`, `probe`, `snapshot`, `checkpoint` or `eval`",
     ),
 }
 
@@ -182,6 +194,8 @@ _DECLARATIONS = (
         "update/entropy/mean", "nats", Mean, "online advantages", "Entropy of the policy's next-token distribution"
     ),
     _metric("update/token_accuracy/mean", "1", Mean, "sft", "Learnt tokens that were the likeliest"),
+    _metric("update/divergence/mean", "nats", Mean, "distillation", "Divergence from the teacher at a learnt token"),
+    _metric("update/nll/mean", "nats", Mean, "distillation", "Negative log-probability of a learnt token"),
     _metric(
         "update/step_accuracy/mean",
         "1",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_ROLES = ("controller", "policy", "critic", "reference", "reward", "rollout")  # rows from top to bottom
+_ROLES = ("controller", "policy", "critic", "reference", "teacher", "reward", "rollout")  # rows from top to bottom
 _REMEMBERED = 256  # spans of a lane that a later one is checked against
 
 

@@ -123,6 +123,45 @@ def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp
         assert load_inputs(ppo(tmp_path, tiny_model, critic={"model": str(models / name)}))
 
 
+def test_a_teacher_has_the_students_tokens_and_no_others(tiny_model: Path, models: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in PAIRS))
+
+    def run(teacher: str) -> Any:
+        student = {"model": str(tiny_model), "dtype": "float32"}
+        distilled = {"algorithm": {"name": "distillation"}, "data": {"train": str(data)}, "policy": student}
+        return loaded(tmp_path, **distilled, teacher={"model": teacher})
+
+    for name in ("other_words", "more_words"):
+        message = refusal(run(str(models / name)))
+        assert message.startswith(
+            f"teacher.model: {models}/{name} has another vocabulary than policy.model {tiny_model}"
+        )
+    assert refusal(run(str(models / "encoder"))).startswith(f"teacher.model: The model {models}/encoder is a BertModel")
+    for folder in (models / "no_words", tiny_model):
+        assert load_inputs(run(str(folder)))
+
+
+def test_the_result_of_a_stage_has_the_vocabulary_of_what_it_trained(
+    tiny_model: Path, models: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in PAIRS))
+    shared = {
+        "data": {"train": str(data)},
+        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256},
+    }
+    large = shared | {"policy": {"model": str(models / "other_words")}, "algorithm": {"name": "sft"}}
+    small = shared | {"policy": {"model": str(tiny_model)}, "algorithm": {"name": "distillation"}}
+    small["teacher"] = {"model": "stage:large"}
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        json.dumps({"run": {"name": "a", "dir": str(tmp_path)}, "stages": {"large": large, "small": small}})
+    )
+    message = refusal(load(path))
+    assert message.startswith(f"stages.small: teacher.model: {models}/other_words has another vocabulary")
+
+
 def test_in_a_pipeline_the_stage_is_named(tiny_model: Path, models: Path, tmp_path: Path) -> None:
     stage = {
         "algorithm": {"name": "dpo"},

@@ -485,3 +485,66 @@ def test_preference_configs_pass(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path = tmp_path / "run.yaml"
     path.write_text(PREFERENCES)
     assert main(["plan", str(path), override]) == 0, capsys.readouterr().err
+
+
+DISTILLATION = """\
+run: {name: demo}
+policy: {model: some/model}
+teacher: {model: large/model}
+algorithm: {name: distillation}
+data: {train: examples.jsonl, eval: heldout.jsonl}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["teacher=null"], "teacher: is missing: algorithm distillation learns from a model; name it as teacher.model"),
+        (
+            ["algorithm={name: sft}"],
+            "teacher: has no effect here: algorithm sft has no teacher; remove it, or use dist",
+        ),
+        (
+            ["algorithm={name: sft}", "teacher=null", "cluster.roles.teacher.workers=1"],
+            "cluster.roles.teacher: has no effect here: this run starts no teacher role; remove it, or use distill",
+        ),
+        (
+            ["algorithm.beta=0.3"],
+            "algorithm.beta: has no effect here: algorithm.divergence is forward_kl; remove it, or",
+        ),
+        (["algorithm={name: distillation, divergence: jsd, beta: 1}"], "algorithm.beta: got 1, expected a number > 0"),
+        (["algorithm.temperature=0"], "algorithm.temperature: got 0, expected a number > 0"),
+        (["teacher.model=stage:sft"], "teacher.model: got 'stage:sft', but this run is no stage of a pipeline"),
+        (
+            ["cluster.roles.teacher.workers=2"],
+            "cluster.roles.teacher.workers: is 2, but it is colocated with policy, which has 1 workers",
+        ),
+        (["cluster.roles.teacher.cpus=2"], "cluster.roles.teacher.cpus: has no effect here"),
+        ([CUDA, "cluster.roles.teacher.threads=2"], "cluster.roles.teacher.threads: has no effect here"),
+        (["reference.model=a/b"], "reference: has no effect here: algorithm distillation has no reference"),
+        (
+            ["train.best_metric=eval/heldout/accuracy"],
+            "before it: eval/heldout/loss, eval/heldout/token_accuracy, eval",
+        ),
+    ],
+)
+def test_what_distillation_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], text: str
+) -> None:
+    assert text in refusal(tmp_path, capsys, DISTILLATION, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm={name: distillation, divergence: jsd, beta: 0.3, temperature: 2, sft_coef: 0.1}"],
+        ["cluster.roles.teacher={workers: 3, cpus: 2, colocate_with: null}"],
+        ["policy.lora={}", "cluster.roles.policy.workers=2", "cluster.roles.teacher.workers=2", CUDA],
+        ["train.best_metric=-eval/heldout/nll"],
+    ],
+)
+def test_distillation_configs_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(DISTILLATION)
+    assert main(["plan", str(path), *overrides]) == 0, capsys.readouterr().err

@@ -102,6 +102,12 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
             "workers",
         ),
         ({"name": "sft"}, {"rollouts": None, "rewards": {}}, {"policy"}, "none"),
+        (
+            {"name": "distillation"},
+            {"rollouts": None, "rewards": {}, "teacher": {"model": "n"}},
+            {"policy", "teacher"},
+            "none",
+        ),
     ],
 )
 def test_roles_that_start(algorithm: dict[str, Any], sections: dict[str, Any], roles: set[str], reference: str) -> None:

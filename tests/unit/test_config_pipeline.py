@@ -154,3 +154,21 @@ def test_a_stage_goes_on_from_the_adapter_of_another(file: Path) -> None:
     assert "adapter: stage:sft" in again.read_text()
     assert load(again).stages == loaded.stages
     assert "stages.ppo.policy.adapter: got 'stage:stf'" in error(file, changes[0], changes[1].replace("sft", "stf"))
+
+
+def test_a_stage_may_be_the_teacher_of_a_later_one(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    stage = "data: {train: a.jsonl}, train: {steps: 1, lr: 1e-3, sequences_per_update: 2}"
+    path.write_text(
+        "run: {name: demo, dir: out}\nstages:\n"
+        f"  large: {{policy: {{model: a/b}}, algorithm: {{name: sft}}, {stage}}}\n"
+        "  small: {policy: {model: a/c}, teacher: {model: stage:large}, algorithm: {name: distillation}, "
+        f"{stage}}}\n"
+    )
+    loaded = load(path)
+    small = loaded.stages["small"]
+    assert small.teacher is not None
+    assert small.teacher.model == "out/demo/large/final"
+    assert "model: stage:large" in dump_yaml(loaded)
+    path.write_text(path.read_text().replace("stage:large", "stage:lage"))
+    assert "stages.small.teacher.model: got 'stage:lage', but there is no stage lage" in error(path)

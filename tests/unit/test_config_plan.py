@@ -84,6 +84,22 @@ def test_the_roles_and_the_bundles(tmp_path: Path) -> None:
     assert fact(text, "all").split() == ["3", "0"]
 
 
+def test_a_teacher_beside_its_student_or_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "distil.yaml"
+    path.write_text(
+        "run: {name: demo}\npolicy: {model: some/model}\nteacher: {model: large/model}\n"
+        "algorithm: {name: distillation}\ndata: {train: a.jsonl}\n"
+        "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
+    )
+    text = render(load(path))
+    assert fact(text, "teacher").split() == ["1", "0", "0.5", "0", "auto", "large/model"]
+    assert fact(text, "all").split() == ["1", "0"]
+    roles = "cluster.roles.teacher={workers: 2, colocate_with: null}"
+    text = render(load(path, ["cluster.device=cuda", roles]))
+    assert fact(text, "teacher").split() == ["2", "1-2", "1", "1", "-", "large/model"]
+    assert fact(text, "all").split() == ["3", "3"]
+
+
 def test_across_hosts_the_way_of_the_weights_depends_on_the_placement(tmp_path: Path) -> None:
     sync = fact(plan(tmp_path, "cluster.address=auto"), "weight sync")
     assert sync == "gloo: policy and engines are on several CPU hosts; shm if they are placed on one"

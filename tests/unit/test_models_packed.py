@@ -6,17 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.packed import (
+    distillation_loss,
     hidden_states,
+    learnt_states,
+    lm_head_settings,
+    lm_head_weight,
     policy_logprobs,
     policy_logprobs_and_collisions,
     policy_logprobs_only,
     supervised_loss,
 )
+from rlhf.objectives.distillation import forward_kl, reverse_kl
+from rlhf.types import VocabularyHead
 
 VOCABULARY = 61
 LENGTHS = torch.tensor([5, 1, 8])
@@ -155,6 +162,76 @@ def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
     loss.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], expected)
     torch.testing.assert_close(loss, -0.25 * logprobs.sum())
+
+
+def head_of(model: Any) -> VocabularyHead:
+    return VocabularyHead(weight=lm_head_weight(model).detach(), **lm_head_settings(model))
+
+
+def with_rows(config: Any, size: int) -> Any:
+    """A model of another vocabulary size, its head's bias, if it has one, not zero."""
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | {"vocab_size": size}))
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(("phi", 61), ("capped_attention", 64)), (("capped_attention", 64), ("phi", 61)), (("llama", 61), ("phi", 61))],
+)
+def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
+    student: tuple[str, int], teacher: tuple[str, int]
+) -> None:
+    configs = CONFIGS | {"phi": transformers.PhiConfig(**SIZES)}
+    model, other = with_rows(configs[student[0]], student[1]), with_rows(configs[teacher[0]], teacher[1])
+    other.requires_grad_(False)
+    token_ids, mask = some_tokens()
+    states = learnt_states(other, token_ids, LENGTHS, mask=mask)
+    assert len(states) == int(mask.sum())
+    settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2, "sft_coef": 0.3}
+    loss, *got = distillation_loss(
+        model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings
+    )
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    def logits(of: Any) -> Tensor:
+        of.set_attn_implementation("eager")
+        parts = [F.pad(of(ids[None]).logits[0, :-1, :61], (0, 0, 1, 0)) for ids in token_ids.split(LENGTHS.tolist())]
+        return torch.cat(parts)
+
+    ours, theirs = logits(model), logits(other)
+    log_p, log_q = ((x / 0.7).log_softmax(-1) for x in (ours, theirs))
+    expected = torch.where(mask, F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1), 0.0)
+    logprobs = torch.where(mask, -F.cross_entropy(ours, token_ids, reduction="none"), 0.0)
+    torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], logprobs, rtol=1e-5, atol=1e-6)
+    assert got[2].tolist() == (mask & (ours.argmax(-1) == token_ids)).tolist()
+    whole = 0.2 * (expected.sum() - 0.3 * logprobs.sum())
+    torch.testing.assert_close(loss, whole)
+    whole.backward()
+    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
+    model = make("llama")
+    loss, *_ = distillation_loss(
+        model,
+        torch.tensor([3]),
+        torch.tensor([1]),
+        mask=torch.tensor([False]),
+        teacher=torch.zeros(0, 32),
+        head=head_of(model),
+        divergence=forward_kl,
+        temperature=1.0,
+        token_weight=1.0,
+        sft_coef=0.0,
+    )
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:

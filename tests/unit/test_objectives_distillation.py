@@ -19,6 +19,7 @@ from rlhf.objectives.distillation import (
     generalized_jsd,
     renormalized,
     reverse_kl,
+    weighted_divergence_sum,
     with_tail,
 )
 from rlhf.objectives.vocabulary_head import rows_of_logits
@@ -100,6 +101,39 @@ def test_chunks_give_what_whole_logits_give(divergence: Divergence, chunk_size: 
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("sft_coef", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_a_weighted_sum_is_that_of_whole_logits(temperature: float, sft_coef: float, chunk_size: int) -> None:
+    inputs = hidden, weight, bias = [
+        random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(10, 4), (7, 4), (7,)])
+    ]
+    teacher = TeacherStates(hidden=random(10, 3, seed=3), weight=random(7, 3, seed=4))
+    targets = torch.arange(10) % 7
+    settings: dict[str, Any] = {"temperature": temperature, "softcap": 2.0, "chunk_size": chunk_size}
+    loss, found, logprobs, is_top1 = weighted_divergence_sum(
+        forward_kl, hidden, weight, targets, teacher, bias=bias, token_weight=0.2, sft_coef=sft_coef, **settings
+    )
+    logits = 2.0 * ((hidden @ weight.T + bias) / 2.0).tanh()
+    divergences = forward_kl(
+        (logits / temperature).log_softmax(-1), (teacher.hidden @ teacher.weight.T / temperature).log_softmax(-1)
+    )
+    whole = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    expected = 0.2 * (divergences.sum() - sft_coef * whole.sum())
+    torch.testing.assert_close([loss, found, logprobs], [expected, divergences.detach(), whole.detach()])
+    assert is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
+    assert 0 < int(is_top1.sum()) < 10
+    torch.testing.assert_close(
+        torch.autograd.grad(2.0 * loss, inputs), torch.autograd.grad(2.0 * expected, inputs), rtol=1e-6, atol=1e-8
+    )
+    assert not any(column.requires_grad for column in (found, logprobs, is_top1))
+    with torch.no_grad():
+        again, *_ = weighted_divergence_sum(
+            forward_kl, hidden, weight, targets, teacher, bias=bias, token_weight=0.2, sft_coef=sft_coef, **settings
+        )
+    assert again == loss
+
+
 def test_bfloat16_is_reduced_in_float32() -> None:
     hidden, weight = (random(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate([(5, 4), (7, 4)]))
     teacher = TeacherStates(hidden=random(5, 4, seed=2).bfloat16(), weight=random(7, 4, seed=3).bfloat16())
@@ -140,3 +174,7 @@ def test_other_rows_or_vocabularies_are_refused() -> None:
     for hidden, weight in ((random(4, 4, seed=2), random(7, 4, seed=3)), (random(5, 4, seed=2), random(8, 4, seed=3))):
         with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
             chunked_divergence(forward_kl, hidden, weight, teacher)
+        with pytest.raises(ValueError, match="one teacher row a student row and one vocabulary"):
+            weighted_divergence_sum(
+                forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher, token_weight=1.0
+            )

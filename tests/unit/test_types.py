@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from rlhf.types import BatchPlan, MinibatchPlan, TokenValues
+from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, TokenValues
 
 
 def column(ids: list[int], lengths: list[int], values: list[float]) -> TokenValues:
@@ -35,6 +35,19 @@ def test_batches_survive_the_way_between_processes() -> None:
     part = pickle.loads(pickle.dumps(column([3], [2], [0.5, 0.25])))
     assert part.values.tolist() == [0.5, 0.25]
     assert part.sequence_ids.tolist() == [3]
+
+
+def test_a_column_may_hold_a_row_a_token() -> None:
+    first = LearntStates(sequence_ids=torch.tensor([4]), lengths=torch.tensor([1]), hidden=torch.tensor([[1.0, 2.0]]))
+    none = LearntStates(sequence_ids=torch.zeros(0), lengths=torch.zeros(0), hidden=torch.zeros(0, 2))
+    second = LearntStates(
+        sequence_ids=torch.tensor([7, 9]), lengths=torch.tensor([2, 0]), hidden=torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    )
+    found = LearntStates.gather([first, none, pickle.loads(pickle.dumps(second))], [7, 9, 4, 7])
+    assert found.lengths.tolist() == [2, 0, 1, 2]
+    assert found.hidden.tolist() == [[3.0, 4.0], [5.0, 6.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    with pytest.raises(ValueError, match=r"hidden has \(1, 2\) entries, lengths sum to 2"):
+        LearntStates(sequence_ids=torch.tensor([4]), lengths=torch.tensor([2]), hidden=torch.zeros(1, 2))
 
 
 def test_a_ranks_sequences_follow_the_minibatches() -> None:

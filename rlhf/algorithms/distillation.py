@@ -1,0 +1,47 @@
+"""Distillation: a student learns the next-token distributions of a frozen teacher on given responses (GKD,
+arXiv:2306.13649, with fixed data)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.section import Section
+
+if TYPE_CHECKING:
+    from rlhf.objectives.distillation import Divergence
+
+
+class DistillationConfig(Section):
+    """Distillation of the model of `teacher`: the loss is the mean over all learnt tokens of the optimizer step."""
+
+    name: Literal["distillation"]
+    """The algorithm."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """`forward_kl`: KL(teacher || student), which covers all that the teacher says. `reverse_kl`: KL(student ||
+    teacher), which keeps to what the teacher would say. `jsd`: between the two, by beta."""
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Share of the teacher in the mixture of `jsd`."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Both models' logits are divided by it. The loss is not multiplied by its square."""
+    sft_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the negative log-probability of the data's own tokens, at temperature 1."""
+
+
+class Distillation:
+    """A divergence over the whole vocabulary, and a supervised term."""
+
+    def __init__(self, config: DistillationConfig) -> None:
+        self.config = config
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of two distributions."""
+        from functools import partial
+
+        from rlhf.objectives import distillation as of
+
+        if self.config.divergence == "jsd":
+            return partial(of.generalized_jsd, beta=self.config.beta)
+        return of.forward_kl if self.config.divergence == "forward_kl" else of.reverse_kl

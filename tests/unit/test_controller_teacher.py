@@ -1,0 +1,107 @@
+"""When a teacher is asked, and where the data stand meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.config.root import Config
+from rlhf.controller.offline import OfflineController
+from rlhf.data.examples import Example
+from rlhf.data.stream import Stream
+from rlhf.types import MinibatchPlan
+
+ROWS = tuple(Example(example_id=i, token_ids=(1, 2), loss_mask=(False, True)) for i in range(5))
+
+
+class Student:
+    """Takes its time, and notes of which rows it was given what."""
+
+    num_ranks = 1
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    async def update_on(self, plan: MinibatchPlan, states: Any) -> dict[str, Any]:
+        self.calls.append(f"update {plan.sequences_by_rank[0]} by {states}")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.calls.append("updated")
+        return {}
+
+
+class Teacher:
+    """Notes of what it is asked."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    async def states(self, dataset: int, plan: MinibatchPlan) -> str:
+        rows = plan.sequences_by_rank[0]
+        self.calls.append(f"teach {rows}")
+        return f"states of {rows}"
+
+
+@contextmanager
+def stage(name: str, *, role: str = "controller") -> Iterator[None]:
+    yield
+
+
+def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
+    """What is called in order, and the position of the cursor after each step."""
+    config = Config.model_validate(
+        {
+            "run": {"name": "demo"},
+            "policy": {"model": "m"},
+            "teacher": {"model": "n"},
+            "algorithm": {"name": "distillation"},
+            "data": {"train": "a.jsonl"},
+            "train": {"steps": 3, "lr": 1.0, "sequences_per_update": 2},
+            "cluster": {"roles": {"teacher": {"colocate_with": colocate_with}}},
+        }
+    )
+    calls: list[str] = []
+    parts: Any = {"role": Student(calls), "record": SimpleNamespace(stage=stage, add=lambda metrics: None)}
+    stream = Stream(ROWS, seed=0, shuffle=False)
+    teacher: Any = Teacher(calls)
+    controller = OfflineController(
+        config, **parts, train_set=ROWS, rows=stream, eval_sets={}, policy_fingerprint="", teacher=teacher
+    )
+    positions = []
+    for step in range(3):
+        asyncio.run(controller._update(last=step == 2))
+        cursor = controller._state()["cursor"]
+        positions.append(5 * cursor["epoch"] + cursor["position"])
+    return calls, positions
+
+
+@pytest.mark.parametrize("colocate_with", ["policy", None])
+def test_each_step_has_its_own_rows_and_the_cursor_stands_behind_them(colocate_with: str | None) -> None:
+    calls, positions = three_steps(colocate_with=colocate_with)
+    assert [call for call in calls if call.startswith("update ")] == [
+        "update (0, 1) by states of (0, 1)",
+        "update (2, 3) by states of (2, 3)",
+        "update (4, 0) by states of (4, 0)",
+    ]
+    assert positions == [2, 4, 6]
+
+
+def test_a_teacher_beside_the_student_waits_for_it_and_another_is_a_step_ahead() -> None:
+    def short(calls: list[str]) -> list[str]:
+        return [" ".join(call.split()[:3]) if call.startswith("update ") else call for call in calls]
+
+    assert short(three_steps(colocate_with="policy")[0]) == [
+        *("teach (0, 1)", "update (0, 1)", "updated"),
+        *("teach (2, 3)", "update (2, 3)", "updated"),
+        *("teach (4, 0)", "update (4, 0)", "updated"),
+    ]
+    assert short(three_steps(colocate_with=None)[0]) == [
+        *("teach (0, 1)", "update (0, 1)", "teach (2, 3)", "updated"),
+        *("update (2, 3)", "teach (4, 0)", "updated"),
+        *("update (4, 0)", "updated"),
+    ]
