@@ -167,6 +167,7 @@ def _unknown(root: type[Section], section: Key, word: str, nodes: Sequence[Any])
     if here:
         return f"unknown key; did you mean {'.'.join((*section, here))}?"
     elsewhere = [key for key in all_keys(root) if not section or key[: len(section)] != section]
+    elsewhere.sort(key=lambda key: len(_alternatives(root, key[:-1])) > 1)  # what every run has comes first
     everywhere = {key[-1]: ".".join(key) for key in reversed(elsewhere)}
     there = word if word in everywhere else nearest(word, list(everywhere))
     if there:

@@ -29,7 +29,7 @@ class Role:
     def __init__(self) -> None:
         self.plans: list[MinibatchPlan] = []
 
-    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> dict[str, Any]:
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: tuple[()]) -> dict[str, Any]:
         self.plans.append(plan)
         return {}
 
