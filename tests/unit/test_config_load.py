@@ -123,12 +123,12 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         (
             "algorithm.name=pp",
             "algorithm.name: got 'pp', expected `ppo`, `grpo`, `sft`, `reward_model`, "
-            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo` or `kto`",
+            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
         ),
         (
             "algorithm={}",
             "algorithm.name: is missing: expected `ppo`, `grpo`, `sft`, `reward_model`, "
-            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo` or `kto`",
+            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
         ),
         (
             "cluster.roles.policy.threads=0",
