@@ -1,0 +1,87 @@
+"""Each recipe of configs/ really trains, cut down to the tiny model, one step and this machine.
+
+What is cut are models, data, sizes, steps and devices; methods, roles and their placement stay. A pipeline runs whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import rlhf
+from rlhf.config.load import load
+from rlhf.config.stages import MergeStage, result_of
+from rlhf.config.yaml_tree import read_tree
+from tests.integration.recipes import merge
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "merge" not in read_tree(path).values]
+
+ONLINE = {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 4}
+TRAIN = {"steps": 1, "sequences_per_update": 4, "checkpoint_every": 1}
+DROPPED = {"warmup_steps", "keep_checkpoints", "best_metric"}  # of `train`: they speak of more steps
+ROLE_KEYS = {"zero_stage", "colocate_with"}  # what stays of a role: the rest is of GPUs and of a larger cluster
+HERE = {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0}
+
+
+def source(written: Any) -> Any:
+    """A data source as small as the run: a task of its own, or another for files that are not here."""
+    if isinstance(written, dict) and "task" in written:
+        return {**written, "size": 8}
+    return {"task": "running_totals", "split": "train", "size": 8}
+
+
+def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """One run's tree, cut down."""
+    small = dict(tree)
+    for role in ("policy", "reference", "teacher", "critic"):
+        if role in small and not small[role].get("model", "stage:").startswith("stage:"):
+            small[role] = {**small[role], "model": "tiny:llama"}
+    if "data" in small:
+        data = dict(small["data"])
+        if "train" in data:
+            data["train"] = source(data["train"])
+        if "eval" in data:
+            evals = data["eval"]
+            data["eval"] = source(evals) if "task" in evals else {name: source(one) for name, one in evals.items()}
+        small["data"] = data
+    if "train" in small:
+        kept = {key: value for key, value in small["train"].items() if key not in DROPPED}
+        small["train"] = {**kept, **TRAIN}
+    if "algorithm" in small:
+        small["algorithm"] = {k: v for k, v in small["algorithm"].items() if k != "critic_warmup_steps"}
+    if "rollouts" in small:
+        small["rollouts"] = {**small["rollouts"], **ONLINE}
+    if "evaluate" in small:
+        wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
+        small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}
+    if "eval" in small:
+        small["eval"] = {"every": 1}
+    if "cluster" in small:
+        roles = small["cluster"].get("roles", {})
+        kept_of = {name: {k: v for k, v in role.items() if k in ROLE_KEYS} for name, role in roles.items()}
+        small["cluster"] = {"roles": {name: role for name, role in kept_of.items() if role}}
+    if "stages" in small:
+        small["stages"] = {name: cut(stage) for name, stage in small["stages"].items()}
+    return small
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(path: Path, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mine = {"run": {"dir": str(tmp_path)}, "tracking": {"wandb": "offline"}, "cluster": HERE}
+    config = tmp_path / "recipe.yaml"
+    tree = functools.reduce(merge, (cut(read_tree(path).values), mine))
+    config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    rlhf.train(config, quiet=True)
+    for stage in load(config).stages.values():
+        assert result_of(stage).exists()
+        if not isinstance(stage, MergeStage):
+            assert (result_of(stage).parent / "metrics.jsonl").read_text(encoding="utf-8").count("\n") >= 1
