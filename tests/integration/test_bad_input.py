@@ -135,7 +135,7 @@ def test_a_supervised_example_without_its_column_or_too_long(
     rows = json.dumps({"prompt": "a", "completion": "b" * 300}) + "\n"
     said = refused(capsys, str(config(tmp_path, with_data(rows), base=SFT)))
     assert "rows.jsonl:1: the example has 302 tokens, more than data.max_sequence_tokens (null: " in said
-    assert "train.max_tokens_per_microbatch, of pairs half of it): 256." in said
+    assert "train.max_tokens_per_microbatch, which a row's sequences share): 256." in said
 
 
 def test_sequences_longer_than_the_models_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["two_ranks", pytest.param("one_row", marks=pytest.mark.slow)])
 def test_ranks_engines_and_microbatches_change_nothing_but_rounding(unbroken: Path, name: str) -> None:
     folder = unbroken.parent
@@ -153,7 +153,7 @@ def test_ranks_engines_and_microbatches_change_nothing_but_rounding(unbroken: Pa
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "kind",
     [{}, pytest.param({"init": "pissa", "rslora": True}, marks=pytest.mark.slow)],
@@ -183,7 +183,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_dora_policy_goes_on_from_an_adapter_and_ships_merged_weights(tmp_path: Path) -> None:
     base = build_tiny_llama(tmp_path / "base", seed=0)
     trained = peft.get_peft_model(

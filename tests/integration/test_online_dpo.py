@@ -71,7 +71,8 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     wait_for(folder / "killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4, which renewed the reference again
     kill_all(process.pid)
     process.wait(timeout=30)
-    assert (folder / "killed" / "checkpoints" / "latest").resolve().name == "step_000003"
+    latest = (folder / "killed" / "checkpoints" / "latest").resolve().name
+    assert latest in ("step_000003", "step_000004")  # a best one's checkpoint becomes valid just after its row
     assert not (folder / "killed" / "final").exists()
     train(killed, "--resume", "auto")
     assert without_clocks(rows(folder / "killed")) == without_clocks(rows(unbroken))
