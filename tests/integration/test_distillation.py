@@ -319,6 +319,7 @@ def test_a_run_begins_as_plain_torch_and_comes_nearer_to_its_teacher(unbroken: P
     assert (unbroken / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path) -> None:
     again = config_file(unbroken.parent, "killed", models)

@@ -153,6 +153,7 @@ def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_p
             )
 
 
+@pytest.mark.slow
 def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
     """Each line a turn, blank ones none; the responses alone on stdout; the end of input ends it."""
     done = subprocess.run(

@@ -183,6 +183,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_dora_policy_goes_on_from_an_adapter_and_ships_merged_weights(tmp_path: Path) -> None:
     base = build_tiny_llama(tmp_path / "base", seed=0)

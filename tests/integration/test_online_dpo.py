@@ -63,6 +63,7 @@ def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
     assert (unbroken / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None:
     folder = unbroken.parent
@@ -98,6 +99,7 @@ def test_ranks_and_microbatches_change_nothing_but_rounding(unbroken: Path) -> N
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_without_preferences_says_so_and_keeps_its_weights(tmp_path: Path) -> None:
     config = write_config(

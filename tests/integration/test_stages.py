@@ -65,6 +65,7 @@ def seen(prompt, response, answer):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_evaluation_killed_half_way_is_done_again(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", {"run": {"name": "demo", "dir": str(tmp_path), "seed": 3}}, PIPELINE)
