@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.cluster import connected
 from actors.gang import OfflineGang, ending, rank_places, spawn
-from actors.inputs import with_adapters, with_tiny
+from actors.models import with_adapters, with_tiny
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig

@@ -18,9 +18,10 @@ from actors.cluster import connected
 from actors.engines import start_engines
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
-from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, load_inputs, refuse_other_model
+from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, load_inputs
 from actors.interrupts import sigterm_interrupts
 from actors.merge import run_merge
+from actors.models import refuse_other_model
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank
 from actors.recording import recording

@@ -32,6 +32,7 @@ class GRPO:
     """
 
     has_critic = False
+    critic_warmup_steps = 0
     whitens = False
 
     def __init__(self, config: GRPOConfig) -> None:

@@ -58,6 +58,7 @@ class PPO:
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
+        self.critic_warmup_steps = config.critic_warmup_steps
 
     @property
     def whitens(self) -> bool:

@@ -80,6 +80,11 @@ class OnlineAlgorithm(Protocol):
     def has_critic(self) -> bool: ...
 
     @property
+    def critic_warmup_steps(self) -> int:
+        """First steps in which the critic alone is trained."""
+        ...
+
+    @property
     def whitens(self) -> bool:
         """Whether token advantages get mean 0 and variance 1 over the batch."""
         ...

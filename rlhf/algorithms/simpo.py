@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,50 +14,65 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SimPOConfig(PreferenceConfig):
-    """Simple preference optimisation."""
+class MarginConfig(PreferenceConfig):
+    """A margin between two rewards, which are made without a reference."""
 
-    name: Literal["simpo"]
-    """The algorithm."""
     beta: float = Field(default=2.0, gt=0.0)
     """Factor of the reward."""
     gamma: float = Field(default=1.0, ge=0.0)
     """Margin by which the chosen reward is to exceed the rejected one, after beta; some half of beta is usual."""
-    alpha: float = 0.0
-    """Shape of the reward (1 - p^-alpha) / alpha: above 0 it falls faster for unlikely responses (AlphaPO,
-    arXiv:2501.03884); 0 is log p, SimPO's own."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Share of pairs whose preference is taken to be wrong."""
 
 
-class SimPO:
-    """A margin between average log-probabilities."""
+class SimPOConfig(MarginConfig):
+    """Simple preference optimisation."""
+
+    name: Literal["simpo"]
+    """The algorithm."""
+    alpha: float = 0.0
+    """Shape of the reward (1 - p^-alpha) / alpha: above 0 it falls faster for unlikely responses (AlphaPO,
+    arXiv:2501.03884); 0 is log p, SimPO's own."""
+
+
+class RewardMargin(ABC):
+    """The loss of a margin between rewards; a subclass says what a reward is before beta."""
 
     needs_reference = False
     needs_gold = False
     couples = False
     length_alpha = 1.0
+    config: MarginConfig
 
-    def __init__(self, config: SimPOConfig) -> None:
+    def __init__(self, config: MarginConfig) -> None:
         self.config = config
         self.sft_coef = config.sft_coef
         self.wpo = config.wpo
+
+    @abstractmethod
+    def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Rewards of the chosen and of the rejected responses, before beta."""
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
         """One a pair."""
         from rlhf.objectives.preference_loss import simpo
 
         config = self.config
-        return simpo(
-            *self._scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing
-        )
+        return simpo(*self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """beta times the average log-probabilities, shaped."""
-        chosen, rejected = self._scores(scores)
+        """beta times those of `scores`."""
+        chosen, rejected = self.scores(scores)
         return self.config.beta * chosen, self.config.beta * rejected
 
-    def _scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+
+class SimPO(RewardMargin):
+    """Average log-probabilities, shaped."""
+
+    config: SimPOConfig
+
+    def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """(1 - p^-alpha) / alpha of the averages."""
         from rlhf.objectives.divergences import alphapo_scores
 
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens

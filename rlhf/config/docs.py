@@ -1,4 +1,4 @@
-"""docs/configuration.md, written from the schema: `python -m rlhf.config.docs docs/configuration.md`.
+"""docs/configuration.md, written from the schema: `python -m rlhf.config.docs > docs/configuration.md`.
 
 The words are the docstrings of the sections and their fields; nothing about a key stands here.
 """
@@ -22,7 +22,7 @@ from rlhf.config.root import Config
 HEAD = """\
 # Configuration
 
-Generated from the schema by `python -m rlhf.config.docs docs/configuration.md`; edit the docstrings in `rlhf/config/`
+Generated from the schema by `python -m rlhf.config.docs > docs/configuration.md`; edit the docstrings in `rlhf/config/`
 and `rlhf/algorithms/`.
 
 One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names its nearest
@@ -163,4 +163,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(render(), encoding="utf-8")
+    sys.stdout.write(render())

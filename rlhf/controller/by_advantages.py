@@ -121,7 +121,7 @@ class AdvantageLearning:
         """One optimizer step of each trained role; together where they have their own hardware."""
         roles, config = self.roles, self.config
         critic = roles.critic
-        warming = critic is not None and step <= self._critic_warmup_steps()
+        warming = critic is not None and step <= self.algorithm.critic_warmup_steps
         if critic is None:
             self.record.add(await roles.policy.update(minibatch))
         elif warming:
@@ -132,10 +132,6 @@ class AdvantageLearning:
         else:
             for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
-
-    def _critic_warmup_steps(self) -> int:
-        config = self.config.algorithm
-        return config.critic_warmup_steps if config.name == "ppo" else 0
 
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

@@ -68,7 +68,7 @@ def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, sh
             if config.method in RANDOM:
                 torch.manual_seed(config.seed)
             run_merge(MergeConfiguration.model_validate(mergekit_config(config, folders)), str(out), options)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what mergekit raises
         raise RunError(f"mergekit could not merge: {' '.join(str(error).split())}") from error
     finally:
         for log, level in zip(logs, levels, strict=True):

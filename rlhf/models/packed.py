@@ -1,28 +1,23 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
-Called by every worker that holds a model. Attention runs sequence by sequence: on a GPU all of them in one call of
-flash attention (rlhf.models.varlen), elsewhere one after the other through PyTorch's scaled_dot_product_attention. The
-layers between see one row of N tokens. Positions restart at every sequence. Nothing here computes a loss.
+Called by every worker that holds a model. Attention runs sequence by sequence (rlhf.models.attention); the layers
+between see one row of N tokens. Positions restart at every sequence. The equations are in rlhf.objectives.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from itertools import groupby
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.errors import UserError
+from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
-from rlhf.models.varlen import Borders, borders, obstacle, varlen_attention
+from rlhf.models.varlen import borders
 from rlhf.objectives.distillation import Divergence, TeacherStates, weighted_divergence_sum
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
@@ -30,12 +25,7 @@ from rlhf.objectives.logprobs import (
     chunked_logprobs_only,
     weighted_logprob_sum,
 )
-from rlhf.objectives.products import widens_products
 from rlhf.types import VocabularyHead
-
-ATTENTION = "rlhf_packed"  # its name among transformers' attention functions
-
-_log = logging.getLogger(__name__)
 
 
 def hidden_states(
@@ -294,118 +284,3 @@ def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
 def _set_attention(body: Any, name: str) -> None:
     if body.config._attn_implementation != name:
         body.set_attn_implementation(name)
-
-
-@cache
-def _say_slow(why: str) -> None:
-    _log.warning("attention runs one sequence at a time, which is slower on a GPU: %s", why)
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Float[Tensor, "1 Q N D"],
-    key: Float[Tensor, "1 K N D"],
-    value: Float[Tensor, "1 K N D"],
-    attention_mask: None,
-    *,
-    sequence_lengths: Sequence[int],
-    branches: Branches | None = None,
-    borders: Borders | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "1 N Q D"], None]:
-    """Causal attention inside each sequence, as transformers calls it.
-
-    With borders (on a GPU) in one kernel call, where that kernel knows the model's attention; else neighbours of equal
-    length share one. Grouped heads, sliding windows and capped logits (Gemma 2) are handled, learnt sinks and position
-    biases refused.
-    """
-    if s_aux is not None or position_bias is not None:
-        raise UserError(
-            f"{type(module).__name__} has attention sinks or a position bias, which the attention of packed sequences "
-            "does not know. Use another model."
-        )
-    if borders is not None:
-        why = obstacle(query, softcap=softcap, dropout=dropout)
-        if why is None:
-            return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
-        _say_slow(why)
-    dtype = query.dtype
-    if widens_products(query):
-        query, key, value = query.float(), key.float(), value.float()
-    attend = partial(_attention, window=sliding_window, scale=scaling, softcap=softcap, dropout=dropout)
-    if branches is None:
-        parts = _by_sequence(query, key, value, sequence_lengths, attend)
-    else:
-        parts = _by_branch(query, key, value, sequence_lengths, branches, attend)
-    return torch.cat(list(parts))[None].to(dtype), None
-
-
-def _by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], attend: Callable[..., Tensor]
-) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Each run of neighbours of equal length in one kernel call."""
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    parts = (x[0].split(sizes, 1) for x in (query, key, value))  # one backward for all parts
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
-        yield attend(q, k, v).transpose(1, 2).flatten(0, 1)
-
-
-def _by_branch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    branches: Branches,
-    attend: Callable[..., Tensor],
-) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Each sequence against itself and, if it is a branch, the part of its trunk that it continues."""
-    queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
-    for q, k, v, branch in zip(queries, keys, values, branches, strict=True):
-        if branch is not None:
-            k = torch.cat([keys[branch.of][:, :, : branch.length], k], 2)
-            v = torch.cat([values[branch.of][:, :, : branch.length], v], 2)
-        yield attend(q, k, v).transpose(1, 2)[0]
-
-
-def _attention(
-    q: Float[Tensor, "b Q n D"],
-    k: Float[Tensor, "b K m D"],
-    v: Float[Tensor, "b K m D"],
-    *,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout: float,
-) -> Float[Tensor, "b Q n D"]:
-    """Causal attention of the last n of m tokens. softcap: logits become softcap * tanh(logits / softcap) (Gemma 2)."""
-    seen, asking = k.shape[2], q.shape[2]
-    is_plain = softcap is None and seen == asking and (window is None or seen <= window)
-    allowed = None if is_plain else _causal(seen, window=window or seen, device=q.device)[seen - asking :]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=is_plain, scale=scale, dropout_p=dropout, enable_gqa=True
-        )
-    assert allowed is not None
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    capped = softcap * torch.tanh(logits.float() / softcap)
-    return capped.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
-def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "n n"]:
-    """True where a token (row) sees another (column): itself and the window - 1 before it."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) & (distance < window)
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)

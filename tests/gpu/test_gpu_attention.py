@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.packed import packed_attention, policy_logprobs
+from rlhf.models.attention import packed_attention
+from rlhf.models.packed import policy_logprobs
 from rlhf.models.varlen import borders, obstacle
 from tests.gpu.gpu_helpers import GPU
 from tests.unit.test_models_branches import BRANCHES, LENGTHS, shared_and_copied

@@ -22,6 +22,7 @@ PAIRS: dict[str, Any] = {
     "algorithm": {"name": "online_dpo", "beta": 0.5, "reference_every": 2},
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"steps": 6, "sequences_per_update": 4, "epochs_per_batch": 2, "checkpoint_every": 3},
+    "eval": {"every": 3},  # step 4 has no best checkpoint: what is killed after it goes on from step 3
 }
 
 
@@ -44,7 +45,7 @@ def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == list(range(7))
     always = {name for name in expected(["online", "preference", "groups", "reference", "eval"]) if "<" not in name}
-    assert always <= set(found[2]), sorted(always - set(found[2]))
+    assert always <= set(found[3]), sorted(always - set(found[3]))
     for row in found[1:]:
         assert 0 < row["preference/pairs/total"] == 8 * (1 - row["advantages/zero_groups/fraction"])
         assert row["experience/rollout_logprob_diff/max"] < 1e-4  # of the weights that sampled, or it would be more
@@ -72,8 +73,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     wait_for(folder / "killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4, which renewed the reference again
     kill_all(process.pid)
     process.wait(timeout=30)
-    latest = (folder / "killed" / "checkpoints" / "latest").resolve().name
-    assert latest in ("step_000003", "step_000004")  # a best one's checkpoint becomes valid just after its row
+    assert (folder / "killed" / "checkpoints" / "latest").resolve().name == "step_000003"
     assert not (folder / "killed" / "final").exists()
     train(killed, "--resume", "auto")
     assert without_clocks(rows(folder / "killed")) == without_clocks(rows(unbroken))
@@ -93,7 +93,7 @@ def test_ranks_and_microbatches_change_nothing_but_rounding(unbroken: Path) -> N
             cluster={"roles": {"policy": {"workers": 2, "cpus": 0.5, "zero_stage": 3}}},
         )
     )
-    for one, two in zip(rows(unbroken)[:3], rows(folder / "two_ranks"), strict=False):
+    for one, two in zip(rows(unbroken)[:3], rows(folder / "two_ranks")[:3], strict=True):
         for key, value in without_clocks([one])[0].items():
             if key not in ("update/tokens/total", "update/lr") and value is not None:
                 assert two[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], key)

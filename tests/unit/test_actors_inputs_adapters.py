@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.inputs import load_inputs, with_adapters
+from actors.inputs import load_inputs
+from actors.models import with_adapters
 from rlhf.config.derive import ships_adapter
 from rlhf.config.load import load
 from rlhf.errors import UserError

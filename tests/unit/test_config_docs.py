@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == render(), "run: python -m rlhf.config.docs docs/configuration.md"
+    assert PAGE.read_text() == render(), "run: python -m rlhf.config.docs > docs/configuration.md"
 
 
 def test_every_key_has_words() -> None:

@@ -249,7 +249,7 @@ def test_the_first_token_has_no_logprob() -> None:
 
 
 def test_attention_sinks_are_refused() -> None:
-    from rlhf.models.packed import packed_attention
+    from rlhf.models.attention import packed_attention
 
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(UserError, match="sinks or a position bias"):

@@ -1,4 +1,4 @@
-"""A base in 4 bits: what it computes, an adapter over it, and both merged. Where bitsandbytes is installed."""
+"""A base in 4 bits: what it computes, an adapter over it, and both merged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizable
 from rlhf.models.weights import weight_sources
 
-IS_THERE = importlib.util.find_spec("bitsandbytes") is not None
-needs_bitsandbytes = pytest.mark.skipif(not IS_THERE, reason="bitsandbytes is not installed: pip install -e '.[qlora]'")
 TOKENS = torch.arange(9)[None]
 CONFIG = LlamaConfig(
     vocab_size=320,
@@ -58,7 +56,6 @@ def test_a_plain_parameter_is_itself() -> None:
     assert dequantized(parameter) is parameter
 
 
-@needs_bitsandbytes
 def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
     refuse_unquantizable("policy.lora.quantize", CONFIG, device="cpu")
     plain = load_causal_lm(str(base), dtype=torch.float32)
@@ -76,7 +73,6 @@ def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
     assert 0 < error.max() < 0.16 * weight.abs().max()  # half the widest gap of nf4, 0.30 of a block's largest weight
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True, "modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -102,7 +98,6 @@ def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, 
     assert (after - before).abs().max() > 0.3
 
 
-@needs_bitsandbytes
 def test_uneven_rows_are_refused_on_a_cpu(tiny_model: Path) -> None:
     uneven = load_config(str(tiny_model))  # 96 wide
     refuse_unquantizable("policy.lora.quantize", uneven, device="cuda")
@@ -110,7 +105,6 @@ def test_uneven_rows_are_refused_on_a_cpu(tiny_model: Path) -> None:
         refuse_unquantizable("policy.lora.quantize", uneven, device="cpu")
 
 
-@needs_bitsandbytes
 def test_a_critic_keeps_its_head_whole(base: Path) -> None:
     critic = load_critic(str(base), dtype=torch.float32, quantize="nf4")
     assert is_quantized(critic)

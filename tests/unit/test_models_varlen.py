@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.models import packed
+from rlhf.models import attention
+from rlhf.models.attention import packed_attention
 from rlhf.models.branches import Branch, Branches
-from rlhf.models.packed import packed_attention
 from rlhf.models.varlen import borders, obstacle, varlen_attention
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_what_the_kernel_cannot_do_is_named(size: int, dtype: torch.dtype, setti
 
 
 def test_then_attention_runs_sequence_by_sequence_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    packed._say_slow.cache_clear()
+    attention._say_slow.cache_clear()
     tensors = heads(LENGTHS, size=8)
     layout: dict[str, Any] = {"sequence_lengths": LENGTHS, "branches": BRANCHES}
     at = borders(LENGTHS, BRANCHES, device=CPU)

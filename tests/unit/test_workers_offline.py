@@ -29,7 +29,7 @@ class Worker(PairsWorker):
         )
 
     def load_module(self) -> Any:
-        raise NotImplementedError
+        raise AssertionError("it has no model")
 
 
 def some_pairs(draw: random.Random, *, sides: int) -> Pairs:

@@ -1,0 +1,239 @@
+"""The models of a run: which there are, that they can be loaded, and that they fit what it makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.made import Made
+from actors.reading import local_model, named
+from rlhf.config.derive import (
+    adapter_options,
+    critic_model,
+    has_scalar_head,
+    needs,
+    reference_model,
+    saved_rank,
+    uses_reward_model,
+)
+from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
+from rlhf.config.root import Config
+from rlhf.errors import UserError
+from rlhf.models.loading import (
+    architecture_fingerprint,
+    load_config,
+    load_tokenizer,
+    refuse_no_language_model,
+    refuse_without_head,
+)
+from rlhf.models.on_disk import refuse_broken_weights
+from rlhf.models.quantized import refuse_unquantizable
+from rlhf.models.sequence_parallel import refuse_uneven_heads
+
+
+def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
+    """UserError if a model is not there, is of another kind than its section holds, or has another vocabulary.
+
+    made: what earlier stages will have made, which is checked by its configuration.
+    """
+    for section, model in models_of(config).items():
+        if model.model in made.finals:
+            _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))
+            with named(f"{section}.model"):
+                source = made.finals[model.model]
+                _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
+        else:
+            _refuse_unusable_model(section, model, config, made.finals, vocabulary_of=vocabulary_of)
+
+
+def _refuse_unusable_model(
+    section: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
+) -> None:
+    """UserError if a section's model is not there, is of another kind than it must be, or has another vocabulary."""
+    remote = model.trust_remote_code
+    is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
+    with named(f"{section}.model"):
+        shape = load_config(model.model, trust_remote_code=remote)
+        refuse_broken_weights(Path(model.model))
+        if section == "reward":
+            refuse_without_head(model.model, trust_remote_code=remote)
+        elif is_scalar:
+            _refuse_other_head(model.model, shape)
+        else:
+            refuse_no_language_model(model.model, trust_remote_code=remote)
+        _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
+    _refuse_misfit(section, model, finals, scalar=is_scalar)
+    _refuse_unquantizable(section, model, shape, device=config.cluster.device)
+    if isinstance(model, PolicyConfig | CriticConfig):
+        with named(f"cluster.roles.{section}"):
+            refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
+        if model.lora is not None and model.adapter is None:
+            from rlhf.models.lora import refuse_unfit  # with peft, which takes seconds
+
+            try:
+                refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
+            except UserError as error:
+                raise UserError(f"{section}.{error}") from error
+
+
+def _refuse_other_head(path: str, shape: Any) -> None:
+    names = shape.architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names) and shape.num_labels != 1:
+        raise UserError(f"{path} has a head of {shape.num_labels} labels, expected one label, or a language model")
+
+
+def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_code: bool) -> None:
+    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do.
+
+    A teacher says something of every token, so it may have no others either.
+    """
+    if path == policy:
+        return
+    tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+    try:
+        other = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    except UserError:
+        size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        fits = size >= len(_words(tokenizer))
+    else:
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        fits = _words(tokenizer).items() <= theirs.items()
+        if section == "teacher":
+            fits = fits and _words(other).items() <= ours.items()
+    if not fits:
+        raise UserError(
+            f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
+            "the same tokenizer"
+        )
+
+
+def _words(tokenizer: Any) -> dict[str, int]:
+    """Its tokens but one that only pads: that is often added for training, and no sequence has it."""
+    words: dict[str, int] = tokenizer.get_vocab()
+    if tokenizer.pad_token != tokenizer.eos_token:
+        words.pop(tokenizer.pad_token, None)
+    return words
+
+
+def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
+    """UserError if the result of an earlier stage is not what a section holds. trained_by: None: a language model."""
+    if section == "reward":
+        fits, wanted = trained_by == "reward_model", "a reward model"
+    elif section == "critic" or (section == "policy" and has_scalar_head(config)):
+        return  # a new head, or the one that is there
+    else:
+        fits, wanted = trained_by is None, "a language model"
+    if not fits:
+        will = "language model" if trained_by is None else trained_by.replace("_", " ")
+        raise UserError(f"{section}.model: {folder} will be a {will}, expected {wanted}")
+
+
+def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
+    """UserError if a checkpoint is of another model than the run's policy."""
+    policy = config.policy
+    ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
+    if state["policy"] != ours:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
+            "differ. Resume with the model that it was made with, or choose another run.name."
+        )
+    if state["algorithm"] != config.algorithm.name:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {config.algorithm.name}. Resume "
+            "with the one that it was made with, or choose another run.name."
+        )
+
+
+def with_tiny(config: Config, folder: Path) -> Config:
+    """The same run with tiny:llama as a folder, made now if it is not there."""
+    changed: dict[str, Any] = {}
+    for name in ("policy", "reference", "teacher", "critic"):
+        section: ModelConfig | None = getattr(config, name)
+        if section is not None:
+            path = local_model(section.model, folder, seed=config.run.seed)
+            changed[name] = section.model_copy(update={"model": path})
+    return config.model_copy(update=changed)
+
+
+def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
+    """The same run with the shape of each adapter that it goes on from. `ours`: shapes of folders yet to be made."""
+    changed: dict[str, Any] = {}
+    for name in ("policy", "critic"):
+        section: PolicyConfig | CriticConfig | None = getattr(config, name)
+        if section is None or section.adapter is None or section.lora is None:
+            continue
+        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # with peft, which takes seconds
+
+        if section.adapter in ours:
+            made = ours[section.adapter]
+            shape = AdapterShape(
+                rank=saved_rank(made),
+                alpha=made.alpha,
+                rslora=made.rslora,
+                dora=made.dora,
+                modules_to_save=made.modules_to_save,
+            )
+        else:
+            with named(f"{name}.adapter"):
+                shape = read_adapter_shape(Path(section.adapter))
+        lora = section.lora.model_copy(update=dataclasses.asdict(shape))
+        changed[name] = section.model_copy(update={"lora": lora})
+    return config.model_copy(update=changed)
+
+
+def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device: Literal["cpu", "cuda"]) -> None:
+    """UserError if the section's base is to be kept in 4 bits and cannot be, here."""
+    if (
+        isinstance(section, PolicyConfig | CriticConfig)
+        and section.lora is not None
+        and section.lora.quantize is not None
+    ):
+        refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
+
+
+def refuse_other_results(config: Config, made: Made) -> None:
+    """UserError if a stage's adapter is taken for a model, or its model for an adapter."""
+    for name, section in models_of(config).items():
+        if section.model in made.adapters:
+            raise UserError(
+                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora. Name the base "
+                f"as {name}.model and the stage as {name}.adapter (policy and critic), or train without lora there."
+            )
+        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        if adapter in made.finals and adapter not in made.adapters:
+            raise UserError(
+                f"{name}.adapter: {adapter} will be a whole model, as its stage has no lora; name it as {name}.model."
+            )
+
+
+def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *, scalar: bool) -> None:
+    """UserError if an adapter was trained on another model than the section's."""
+    if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
+        if section.adapter in finals:
+            return
+        from rlhf.models.adapter_folder import refuse_misfit  # with peft, which takes seconds
+
+        with named(f"{name}.adapter"):
+            refuse_misfit(
+                Path(section.adapter),
+                section.model,
+                scalar=scalar,
+                trust_remote_code=section.trust_remote_code,
+            )
+
+
+def models_of(config: Config) -> dict[str, ModelConfig]:
+    """The models that the run will load, by section."""
+    roles = needs(config)
+    found: dict[str, ModelConfig] = {"policy": config.policy}
+    if "reference" in roles:
+        found["reference"] = reference_model(config)
+    if "teacher" in roles and config.teacher is not None:
+        found["teacher"] = config.teacher
+    if "critic" in roles:
+        found["critic"] = critic_model(config)
+    if uses_reward_model(config) and config.reward is not None:
+        found["reward"] = config.reward
+    return found
