@@ -1,0 +1,139 @@
+"""The same of algorithms on fixed data: preferences and distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from tests.unit.test_config_checks import CUDA, refusal
+
+PREFERENCES = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: dpo}
+data: {train: pairs.jsonl, eval: heldout.jsonl}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["algorithm.loss=exo"], "algorithm: `loss: exo` needs `label_smoothing` above 0"),
+        (["algorithm.loss={}"], "algorithm: `loss` is an empty mapping"),
+        (["algorithm.loss={ipo: 0.5, sigmo: 1}"], "algorithm: `loss` names 'sigmo'; there are sigmoid, robust"),
+        (["algorithm.loss={ipo: 0.5, hinge: -1}"], "expected numbers above 0"),
+        (["algorithm.loss=nca", "algorithm.label_smoothing=0.1"], "algorithm.label_smoothing: has no effect here"),
+        (["algorithm.loss=nca", "algorithm.divergence=forward_kl"], "algorithm: `divergence` is for loss"),
+        (["algorithm.divergence_alpha=0.3"], "algorithm.divergence_alpha: has no effect here"),
+        (["reference.model=a/b"], "reference: has no effect here: the reference of algorithm dpo is the policy before"),
+        (["algorithm={name: simpo}", "reference.model=a/b"], "reference: has no effect here: algorithm simpo has no"),
+        (["algorithm={name: cpo, loss: ipo, label_smoothing: 0.1}"], "algorithm.label_smoothing: has no effect here"),
+        (["data.max_sequence_tokens=4097"], "data.max_sequence_tokens: is 4097 and must be at most 4096"),
+        (["data.eval=null", "train.early_stopping.patience=2"], "train.early_stopping: has no effect here"),
+        (["eval.every=2", "train.early_stopping.patience=5"], "the run has 5 evaluations, too few to wait for 5"),
+        (["algorithm.neftune_alpha=5"], "algorithm.neftune_alpha: is a key of `sft`; `dpo` has beta, "),
+        (["train.best_metric=eval/heldout/score"], "before it: eval/heldout/loss, eval/heldout/accuracy"),
+        (["algorithm.loss={sigmoid: 1e999}"], "is not a finite number"),
+        (["algorithm={name: dpo, length_alpha: 0.5, sft_coef: 1}"], "algorithm: `length_alpha` below 1 weighs"),
+        (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
+        (
+            ["algorithm={name: dpo, loss: {sigmoid: 1, aot: 1}, wpo: true}"],
+            "algorithm: `wpo` weighs each pair, and `loss: aot` sorts over all; give up one of them",
+        ),
+        (["algorithm={name: orpo, wpo: true}"], "algorithm.wpo: is a key of "),
+        (["algorithm={name: tpo, sft_coef: 0}"], "algorithm.sft_coef: got 0, expected a number > 0"),
+        (
+            ["algorithm={name: tpo}", "data.max_sequence_tokens=2731"],
+            "data.max_sequence_tokens: is 2731 and must be at most 2730: train.max_tokens_per_microbatch = 8192 holds "
+            "the 3 sequences of a row",
+        ),
+    ],
+)
+def test_what_preferences_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], text: str
+) -> None:
+    assert text in refusal(tmp_path, capsys, PREFERENCES, overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algorithm.loss={sigmoid: 0.8, bco: 0.2}",
+        "algorithm={name: kto, loss: apo_zero}",
+        "algorithm={name: orpo}",
+        "algorithm={name: tpo, length_normalize: true, beta: 2, gamma: 0.5, wpo: true}",
+        "algorithm={name: simpo, wpo: true}",
+        "algorithm={name: reward_model, centering: 0.01}",
+        "algorithm={name: dpo, divergence: alpha, divergence_alpha: 0.3}",
+    ],
+)
+def test_preference_configs_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(PREFERENCES)
+    assert main(["plan", str(path), override]) == 0, capsys.readouterr().err
+
+
+DISTILLATION = """\
+run: {name: demo}
+policy: {model: some/model}
+teacher: {model: large/model}
+algorithm: {name: distillation}
+data: {train: examples.jsonl, eval: heldout.jsonl}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["teacher=null"], "teacher: is missing: algorithm distillation learns from a model; name it as teacher.model"),
+        (
+            ["algorithm={name: sft}"],
+            "teacher: has no effect here: algorithm sft has no teacher; remove it, or use dist",
+        ),
+        (
+            ["algorithm={name: sft}", "teacher=null", "cluster.roles.teacher.workers=1"],
+            "cluster.roles.teacher: has no effect here: this run starts no teacher role; remove it, or use distill",
+        ),
+        (
+            ["algorithm.beta=0.3"],
+            "algorithm.beta: has no effect here: algorithm.divergence is forward_kl; remove it, or",
+        ),
+        (["algorithm={name: distillation, divergence: jsd, beta: 1}"], "algorithm.beta: got 1, expected a number > 0"),
+        (["algorithm.temperature=0"], "algorithm.temperature: got 0, expected a number > 0"),
+        (["teacher.model=stage:sft"], "teacher.model: got 'stage:sft', but this run is no stage of a pipeline"),
+        (
+            ["cluster.roles.teacher.workers=2"],
+            "cluster.roles.teacher.workers: is 2, but it is colocated with policy, which has 1 workers",
+        ),
+        (["cluster.roles.teacher.cpus=2"], "cluster.roles.teacher.cpus: has no effect here"),
+        ([CUDA, "cluster.roles.teacher.threads=2"], "cluster.roles.teacher.threads: has no effect here"),
+        (["reference.model=a/b"], "reference: has no effect here: algorithm distillation has no reference"),
+        (
+            ["train.best_metric=eval/heldout/accuracy"],
+            "before it: eval/heldout/loss, eval/heldout/token_accuracy, eval",
+        ),
+    ],
+)
+def test_what_distillation_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], text: str
+) -> None:
+    assert text in refusal(tmp_path, capsys, DISTILLATION, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm={name: distillation, divergence: jsd, beta: 0.3, temperature: 2, sft_coef: 0.1}"],
+        ["cluster.roles.teacher={workers: 3, cpus: 2, colocate_with: null}"],
+        ["policy.lora={}", "cluster.roles.policy.workers=2", "cluster.roles.teacher.workers=2", CUDA],
+        ["train.best_metric=-eval/heldout/nll"],
+    ],
+)
+def test_distillation_configs_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(DISTILLATION)
+    assert main(["plan", str(path), *overrides]) == 0, capsys.readouterr().err
