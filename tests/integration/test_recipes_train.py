@@ -49,6 +49,8 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         if "eval" in data:
             evals = data["eval"]
             data["eval"] = source(evals) if "task" in evals else {name: source(one) for name, one in evals.items()}
+        if "max_prompt_tokens" in data:
+            data["max_prompt_tokens"] = 1024  # the tiny model's tokens are bytes
         small["data"] = data
     if "train" in small:
         kept = {key: value for key, value in small["train"].items() if key not in DROPPED}

@@ -1,4 +1,4 @@
-"""Every relation and every key without effect: exit code 2 and a message that names key, values, rule and fix."""
+"""Every relation between keys: exit code 2 and a message that names key, values, rule and fix."""
 
 from __future__ import annotations
 
@@ -225,102 +225,6 @@ def test_impossible_relation_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert message in refusal(tmp_path, capsys, ONLINE, overrides)
 
 
-INERT = {
-    "critic.model=a/b": ([GRPO], "algorithm grpo has no critic"),
-    "cluster.roles.critic.workers=1": ([GRPO], "this run starts no critic role; remove it, or use ppo"),
-    "cluster.roles.reference.workers=1": (["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
-    "reference.model=a/b": (["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
-    "reference={model: some/model}": ([LORA], "the policy with its LoRA adapter off is that very model"),
-    "cluster.roles.reference.cpus=2": ([LORA], "the policy with its adapter off is the reference"),
-    "policy.lora.rank=8": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
-    "policy.lora.dora=true": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
-    "critic.lora.init=pissa": (
-        ["critic={model: a/b, lora: {}, adapter: c}"],
-        "critic.adapter names an adapter, which has its own",
-    ),
-    "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
-    "reward.model=a/b": ([], "no reward uses it"),
-    "algorithm.reference_every=10": (PAIRS, "before a new reference is read"),
-    "algorithm.label_smoothing=0.1": (
-        ["algorithm={name: online_dpo, loss: ipo}", "train.sequences_per_update=8"],
-        "algorithm.loss ipo does not read it",
-    ),
-    "cluster.roles.critic.threads=1": (PAIRS, "this run starts no critic role"),
-    "cluster.roles.reference.threads=1": ([*PAIRS, LORA], "the policy with its adapter off is the reference"),
-    "reward_policy.max_dropped_fraction=0.4": (PAIRS, "reward_policy.on_error is fail"),
-    "data.too_long=skip": (PAIRS, "algorithm online_dpo samples what it trains on"),
-    "algorithm.kl.estimator=k2": ([GRPO], "algorithm.kl.coef is 0"),
-    "algorithm.kl.place=reward": ([GRPO], "algorithm.kl.coef is 0"),
-    "algorithm.clip_low=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
-    "algorithm.clip_high=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
-    "algorithm.dual_clip=3": (["train.sequences_per_update=32"], "every ratio is 1"),
-    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
-    "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
-    "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
-    "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
-    "reward_policy.memory_gib=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
-    "eval.every=2": (["data.eval=null"], "there is no data.eval"),
-    "train.best_metric=eval/heldout/score": (["data.eval=null"], "there is no data.eval"),
-    "eval.samples_per_prompt=4": ([], "greedy responses to one prompt are all equal"),
-    "data.system_prompt=hello": (["data.apply_chat_template=false"], "data.apply_chat_template is false"),
-    "train.min_lr_ratio=0.1": ([], "train.lr_schedule is constant"),
-    "tracking.wandb_project=p": ([], "tracking.wandb is off"),
-    "cluster.object_store_gib=2": (["cluster.address=auto"], "cluster.address names a running Ray"),
-    "cluster.roles.rollout.gpu_memory_utilization=0.5": ([], "cluster.device is cpu"),
-    "cluster.roles.rollout.enforce_eager=true": ([], "cluster.device is cpu"),
-    "cluster.roles.rollout.kv_cache_gib=2": ([CUDA], "cluster.device is cuda"),
-    "cluster.roles.policy.threads=2": ([CUDA], "cluster.device is cuda"),
-    "data.max_sequence_tokens=100": ([], "algorithm ppo samples what it trains on"),
-    "data.too_long=cut": ([], "algorithm ppo samples what it trains on"),
-    "data.max_unusable_fraction=0.1": ([], "algorithm ppo samples what it trains on"),
-    "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to be mixed with"),
-    "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
-    "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
-}
-
-
-@pytest.mark.parametrize("override", INERT)
-def test_a_key_without_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    others, why = INERT[override]
-    message = refusal(tmp_path, capsys, ONLINE, [*others, override])
-    assert f"argument {override!r}: " in message
-    assert "has no effect here: " in message
-    assert why in message
-    assert "; remove it, or " in message
-
-
-@pytest.mark.parametrize("override", INERT)
-def test_the_rest_of_such_a_config_passes(tmp_path: Path, override: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(ONLINE)
-    assert main(["plan", str(path), *INERT[override][0]]) == 0
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "rollouts.top_p=0.9",
-        "rewards.correct.function=f",
-        "reward_policy.on_error=drop",
-        "reference.model=a/b",
-        "reward.model=a/b",
-        "critic.model=a/b",
-        "data.max_prompt_tokens=5",
-        "train.epochs_per_batch=2",
-        "eval.temperature=0.5",
-        "eval.samples_per_prompt=2",
-        "tracking.samples_per_step=3",
-        "cluster.weight_sync=shm",
-        "cluster.roles.rollout.engines=2",
-        "cluster.roles.reward.workers=2",
-    ],
-)
-def test_supervised_runs_take_no_keys_of_rollouts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
-) -> None:
-    assert "has no effect here: " in refusal(tmp_path, capsys, SFT, [override])
-
-
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
@@ -354,36 +258,6 @@ def test_offline_data_that_can_be_read(tmp_path: Path, overrides: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
-        ["cluster.roles.rollout.tensor_parallel=1"],
-        [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
-        [LORA, "policy.adapter=a", "reference.model=some/model"],  # without the adapter
-        ["policy.lora={quantize: nf4}", "reference.model=some/model"],  # in full precision
-        [LORA, "policy.adapter=a", "policy.lora.lora_plus_ratio=16", "policy.lora.quantize=nf4"],
-        ["policy.lora={dora: true, rslora: true, layers: [0, 1], quantize: nf4}"],
-        [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
-        [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
-        ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
-        ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
-        [GRPO, "rollouts.samples_per_prompt=2"],
-        ["cluster.roles.policy.workers=16"],  # one sequence each
-        ["cluster.roles.policy={workers: 32, sequence_parallel: 2}"],  # 16 data-parallel ranks
-        ["cluster.roles.policy.workers=2", "cluster.roles.critic={workers: 2, sequence_parallel: 2}"],
-        ["train.warmup_steps=19"],
-        ["algorithm.critic_warmup_steps=9"],
-        ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],
-        ["train.best_metric=-eval/heldout/response_tokens"],
-    ],
-)
-def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(ONLINE)
-    assert main(["plan", str(path), *overrides]) == 0
-
-
-@pytest.mark.parametrize(
     ("override", "text"),
     [
         ("cluster.roles.policy.zero_stage=0", "cluster.roles.policy.zero_stage: is 0, but an engine takes turns"),
@@ -408,13 +282,3 @@ def test_beside_an_engine_zero_3_takes_no_adapter(tmp_path: Path, capsys: pytest
     beside = "cluster.roles.rollout.colocate_with=policy"
     message = refusal(tmp_path, capsys, ONLINE, [CUDA, LORA, beside, "cluster.roles.policy.zero_stage=3"])
     assert "cluster.roles.policy.zero_stage: is 3, but an engine takes turns" in message
-
-
-def test_a_section_without_effect_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(tmp_path, capsys, ONLINE, [GRPO, "cluster.roles.critic.cpus=2"])
-    assert message.count("no effect") == 1
-
-
-def test_a_role_of_rollouts_in_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(tmp_path, capsys, SFT, ["cluster.roles.reference.workers=2"])
-    assert "this run starts no reference role; remove it, or choose an algorithm that samples responses" in message
