@@ -6,7 +6,7 @@ between see one row of N tokens. Positions restart at every sequence. The equati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,17 +100,9 @@ def policy_logprobs(
 
     The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches)
-    logprobs, entropy = chunked_logprobs(
-        hidden.index_select(0, before),
-        lm_head_weight(model),
-        token_ids[chosen],
-        temperature=temperature,
-        entropy_grad=entropy_grad,
-        **lm_head_settings(model),
-    )
-    return _spread(logprobs, chosen, len(token_ids)), _spread(entropy, chosen, len(token_ids))
+    of_rows = partial(chunked_logprobs, temperature=temperature, entropy_grad=entropy_grad)
+    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    return logprobs, entropy
 
 
 def policy_logprobs_only(
@@ -123,16 +115,12 @@ def policy_logprobs_only(
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """`policy_logprobs` without the work of the entropy: for references."""
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches)
-    logprobs = chunked_logprobs_only(
-        hidden.index_select(0, before),
-        lm_head_weight(model),
-        token_ids[chosen],
-        temperature=temperature,
-        **lm_head_settings(model),
-    )
-    return _spread(logprobs, chosen, len(token_ids))
+
+    def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
+        return (chunked_logprobs_only(*rows, temperature=temperature, **settings),)
+
+    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    return logprobs
 
 
 def policy_logprobs_and_collisions(
@@ -145,16 +133,24 @@ def policy_logprobs_and_collisions(
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
+    of_rows = partial(chunked_logprobs_and_collisions, temperature=temperature)
+    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    return logprobs, collisions
+
+
+def _columns(
+    of_rows: Callable[..., tuple[Tensor, ...]],
+    model: nn.Module,
+    token_ids: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    branches: Branches | None,
+) -> tuple[Tensor, ...]:
+    """What one of rlhf.objectives.logprobs makes of the tokens in mask, each as a whole column."""
     chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches)
-    logprobs, collisions = chunked_logprobs_and_collisions(
-        hidden.index_select(0, before),
-        lm_head_weight(model),
-        token_ids[chosen],
-        temperature=temperature,
-        **lm_head_settings(model),
-    )
-    return _spread(logprobs, chosen, len(token_ids)), _spread(collisions, chosen, len(token_ids))
+    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], **lm_head_settings(model))
+    return tuple(_spread(values, chosen, len(token_ids)) for values in found)
 
 
 def supervised_loss(
