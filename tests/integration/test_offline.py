@@ -102,6 +102,7 @@ def test_the_reward_model_is_one_for_transformers(unbroken: Path) -> None:
     torch.testing.assert_close(ours, scores, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pipeline_killed_in_its_second_stage_equals_an_unbroken_one(unbroken: Path) -> None:
     folder = unbroken.parent

@@ -41,6 +41,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "unbroken"
 
 
+@pytest.mark.slow
 def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == list(range(7))
