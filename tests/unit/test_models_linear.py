@@ -14,7 +14,7 @@ from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
 
 @pytest.fixture(autouse=True)
 def _slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without AMX, whatever this one has."""
+    """As on a CPU that multiplies float32 faster, whatever this one does."""
     for module in (rlhf.models.linear, rlhf.objectives.vocabulary_head):
         monkeypatch.setattr(module, "widens_products", lambda tensor: tensor.dtype == torch.bfloat16)
 
