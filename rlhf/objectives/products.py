@@ -1,8 +1,8 @@
 """When to take products of bfloat16 tensors in float32: on CPUs that multiply float32 faster.
 
-Two cores of a Xeon with AVX-512 BF16 and no AMX tiles do 165 Gflop/s in bfloat16 and 320 in float32; of an EPYC (Zen 5),
-whose bfloat16 dot products run at full width, 900 and 220. Widening the operands first is exact, and the sums are no
-less precise. It never changes what a tensor is stored as.
+Two cores of a Xeon with AVX-512 BF16 and no AMX tiles do 165 Gflop/s in bfloat16 and 320 in float32; of an EPYC
+(Zen 5), whose bfloat16 dot products run at full width, 900 and 220. Widening the operands first is exact, and the sums
+are no less precise. It never changes what a tensor is stored as.
 """
 
 from __future__ import annotations
