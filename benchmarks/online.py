@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,8 @@ def main() -> None:
         return
     if not (args.model / "config.json").exists():
         parser.error(f"--model: no model in {args.model}; `make smollm2` puts it there")
+    if args.sides != "ours" and find_spec("trl") is None:
+        parser.error("TRL is not installed: `make benchmarks` installs it, or compare nothing with --sides ours")
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
