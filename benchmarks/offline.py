@@ -161,6 +161,7 @@ def ours(job: Job) -> Measured:
             "policy": {"model": job.model, "dtype": job.dtype},
             "algorithm": {"name": job.method} | ({"beta": BETA} if job.method == "dpo" else {}),
             "data": {"train": "rows.jsonl"},
+            "cluster": {"roles": {"policy": {"zero_stage": 0}}},  # one rank has nothing to shard
             "train": {
                 "steps": len(job.batches),
                 "lr": LR,
@@ -337,7 +338,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="model folder")
     parser.add_argument("--methods", default=",".join(SIDES))
     parser.add_argument("--dtypes", default=",".join(STEPS))
-    parser.add_argument("--sequences", type=int, default=6, help="of a step; half as many pairs")
+    parser.add_argument("--sequences", type=int, default=16, help="of a step; half as many pairs")
     parser.add_argument("--trl-sequences", type=int, default=1, help="of a padded micro-batch")
     arguments = parser.parse_args()
     if not Path(arguments.model).is_dir():
