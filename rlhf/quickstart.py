@@ -33,7 +33,11 @@ def show(folder: Path) -> None:
     pairs = _pairs(folder, before["step"], after["step"])
     console = Console()
     console.print(before_after_table(_evaluation(before), _evaluation(after), pairs))
-    console.print(f"plot: {plot_curves(folder, CURVES)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"plot: {plot_curves({folder.name: folder}, CURVES, output=folder / 'curves.png')}",
+        highlight=False,
+        soft_wrap=True,
+    )
     start, end = before[ACCURACY], after[ACCURACY]
     if not BEFORE[0] <= start <= BEFORE[1]:
         raise RunError(

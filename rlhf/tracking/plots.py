@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -20,48 +22,60 @@ from rlhf.tracking.tracker import read_metrics
 
 _PANEL_INCHES = (4.6, 3.0)
 _COLUMNS = 2
+_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
 
 
-def plot_curves(folder: Path, metrics: Sequence[str], *, output: Path | None = None) -> Path:
-    """One panel for each metric over the steps; evaluations (`eval/...`) also as points. Returns the picture's path,
-    <folder>/curves.png unless given.
+def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Path) -> Path:
+    """Draw metrics of run folders, named by the keys: one panel for each metric over the steps; evaluations
+    (`eval/...`) also as points. Returns output, a PNG.
 
-    KeyError: an undeclared metric. UserError: the run has none of them yet.
+    KeyError: an undeclared metric. UserError: no run has any of them yet.
     """
     from matplotlib.figure import Figure
+
+    names = {key: declared(key) for key in metrics}
+    rows = {name: read_metrics(folder) for name, folder in runs.items()}
+    panels = [key for key in names if any(_points(run, key) for run in rows.values())]
+    if not panels:
+        files = ", ".join(str(folder / "metrics.jsonl") for folder in runs.values())
+        raise UserError(f"{files} has no value of {', '.join(metrics)}: nothing to plot.")
+    columns = min(_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
+    for place, key in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        for color, (name, run) in zip(cycle(_COLORS), rows.items(), strict=False):
+            _draw(axes, key, _points(run, key), color=color, label=name)
+        if len(runs) > 1 and place == 1:
+            axes.legend(fontsize=8, frameon=False)
+        unit = names[key].unit
+        axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
+    figure.savefig(output, dpi=144)
+    return output
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
+    """One curve, and the look of its panel."""
     from matplotlib.ticker import MaxNLocator
 
-    rows = read_metrics(folder)
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for key in metrics:
-        declared(key)
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            curves[key] = points
-    if not curves:
-        raise UserError(f"{folder / 'metrics.jsonl'} has no value of {', '.join(metrics)}: nothing to plot.")
-    columns = min(_COLUMNS, len(curves))
-    lines = -(-len(curves) // columns)
-    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
-    for place, (key, points) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(lines, columns, place)
-        steps, values = zip(*points, strict=True)
-        sparse = key.startswith("eval/") or len(points) == 1
-        axes.plot(steps, values, color="#2563eb", linewidth=1.6, marker="o" if sparse else None, markersize=5)
-        if sparse:
-            for step, value in {points[0], points[-1]}:
-                axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
-            axes.margins(y=0.2)
-        unit = declared(key).unit
-        axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
-        axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    path = folder / "curves.png" if output is None else output
-    figure.savefig(path, dpi=144)
-    return path
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    sparse = key.startswith("eval/") or len(points) == 1
+    axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if sparse else None, markersize=5, label=label)
+    if sparse:
+        for step, value in {points[0], points[-1]}:
+            axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
+        axes.margins(y=0.2)
+    axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

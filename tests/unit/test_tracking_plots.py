@@ -25,19 +25,31 @@ def test_one_panel_for_each_metric_that_the_run_has(tmp_path: Path) -> None:
     tracker.log(0, {"eval/held/score": 0.4})
     for step in (1, 2, 3):
         tracker.log(step, {"rewards/score/mean": step / 3, "update/loss/mean": float("nan")})
-    one = plot_curves(tmp_path, ["rewards/score/mean", "update/loss/mean"], output=tmp_path / "one.png")
-    two = plot_curves(tmp_path, ["rewards/score/mean", "eval/held/score"])
-    assert two == tmp_path / "curves.png"
+    runs = {"run": tmp_path}
+    one = plot_curves(runs, ["rewards/score/mean", "update/loss/mean"], output=tmp_path / "one.png")
+    two = plot_curves(runs, ["rewards/score/mean", "eval/held/score"], output=tmp_path / "two.png")
     assert png_size(two)[0] == 2 * png_size(one)[0]
     assert png_size(two)[1] == png_size(one)[1]
 
 
+def test_runs_share_a_panel_and_a_metric_of_one_has_one(tmp_path: Path) -> None:
+    for name, extra in (("a", {}), ("b", {"update/lr": 1.0})):
+        (tmp_path / name).mkdir()
+        Tracker(tmp_path / name).log(1, {"rewards/score/mean": 0.5, **extra})
+    alone = plot_curves({"a": tmp_path / "a"}, ["rewards/score/mean", "update/lr"], output=tmp_path / "alone.png")
+    both = {name: tmp_path / name for name in ("a", "b")}
+    beside = plot_curves(both, ["rewards/score/mean", "update/lr"], output=tmp_path / "beside.png")
+    assert png_size(beside)[0] == 2 * png_size(alone)[0]
+
+
 def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    runs, output = {"run": tmp_path}, tmp_path / "curves.png"
     with pytest.raises(UserError, match="nothing to plot"):
-        plot_curves(tmp_path, ["rewards/score/mean"])
+        plot_curves(runs, ["rewards/score/mean"], output=output)
     Tracker(tmp_path).log(1, {"update/lr": 1.0})
     with pytest.raises(KeyError, match="not declared"):
-        plot_curves(tmp_path, ["update/speed"])
+        plot_curves(runs, ["update/speed"], output=output)
+    assert not output.exists()
 
 
 def test_before_and_after() -> None:
