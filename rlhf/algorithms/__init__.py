@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.algorithms.cispo import CISPO, CISPOConfig
 from rlhf.algorithms.cpo import CPO, CPOConfig
 from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import DPO, DPOConfig
+from rlhf.algorithms.dr_grpo import DrGRPO, DrGRPOConfig
+from rlhf.algorithms.gmpo import GMPO, GMPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
+from rlhf.algorithms.gspo import GSPO, GSPOConfig
 from rlhf.algorithms.kto import KTO, KTOConfig
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
+from rlhf.algorithms.opo import OPO, OPOConfig
 from rlhf.algorithms.orpo import ORPO, ORPOConfig
 from rlhf.algorithms.pairs import OnlinePairAlgorithm, PairAlgorithm
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
+from rlhf.algorithms.rloo import RLOO, RLOOConfig
+from rlhf.algorithms.sapo import SAPO, SAPOConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.algorithms.simpo import SimPO, SimPOConfig
@@ -24,6 +31,13 @@ from rlhf.algorithms.tpo import TPO, TPOConfig
 AlgorithmConfig = (
     PPOConfig
     | GRPOConfig
+    | DrGRPOConfig
+    | GSPOConfig
+    | CISPOConfig
+    | GMPOConfig
+    | SAPOConfig
+    | RLOOConfig
+    | OPOConfig
     | SFTConfig
     | DistillationConfig
     | RewardModelingConfig
@@ -40,6 +54,13 @@ AlgorithmConfig = (
 ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
     "ppo": PPO,
     "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "gmpo": GMPO,
+    "sapo": SAPO,
+    "rloo": RLOO,
+    "opo": OPO,
 }
 PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "reward_model": RewardModeling,

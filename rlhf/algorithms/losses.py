@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import ClippedConfig, OnlineConfig
 from rlhf.objectives import corrections, kl, policy_loss, value_loss
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.masking import masked_sum
@@ -51,6 +51,16 @@ class ValueMicrobatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """The policy's term of each token, zero where it was not sampled, and what the metrics say of it."""
+
+    per_token: Float[Tensor, " N"]  # with its graph
+    ratio: Float[Tensor, " N"]  # the importance ratio that it reads
+    clipped: Bool[Tensor, " N"]  # where the algorithm holds the ratio back
+    capped: Bool[Tensor, " N"] | None = None  # where the dual clip does; None: the algorithm has none set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
     """This micro-batch's share of the step's loss, and sums over its tokens for the metrics."""
 
@@ -58,6 +68,7 @@ class LossTerms:
     surrogate: Float[Tensor, ""]  # its part without KL and entropy, detached
     kl_loss: Float[Tensor, ""]  # its KL part, before the coefficient, detached
     clipped_tokens: Float[Tensor, ""]
+    capped_tokens: Float[Tensor, ""] | None
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
@@ -71,10 +82,26 @@ class ValueLossTerms:
     clipped_tokens: Float[Tensor, ""]
 
 
-def clipped_policy_loss(
-    config: OnlineConfig, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float
+def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:
+    """PPO's clipped surrogate with the configured bounds, of each token's own importance ratio unless one is given."""
+    mask, advantages = batch.response_mask, batch.advantages
+    if ratio is None:
+        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+    columns, low, high = (ratio, advantages, mask), config.clip_low, config.clip_high
+    below, above = policy_loss.clipped_ratios(*columns, clip_low=low, clip_high=high)
+    capped = None
+    if config.dual_clip is None:
+        per_token = policy_loss.clipped_loss(*columns, clip_low=low, clip_high=high)
+    else:
+        per_token = policy_loss.dual_clipped_loss(*columns, clip_low=low, clip_high=high, max_ratio=config.dual_clip)
+        capped = mask & (advantages < 0) & (ratio > config.dual_clip)
+    return Surrogate(per_token=per_token, ratio=ratio.detach(), clipped=below | above, capped=capped)
+
+
+def composed_loss(
+    config: OnlineConfig, batch: PolicyMicrobatch, counts: StepCounts, surrogate: Surrogate, *, kl_coef: float
 ) -> LossTerms:
-    """Clipped surrogate with the configured correction, KL penalty and entropy bonus.
+    """The surrogate with the configured correction, KL penalty and entropy bonus.
 
     The correction weighs the surrogate alone. The KL penalty and the bonus are aggregated as the surrogate is.
     """
@@ -87,23 +114,16 @@ def clipped_policy_loss(
         num_sequences=counts.num_sequences,
         max_new_tokens=counts.max_new_tokens,
     )
-    columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
-    low, high = config.clip_low, config.clip_high
-    if config.dual_clip is None:
-        surrogate = policy_loss.clipped_surrogate(*columns, clip_low=low, clip_high=high)
-    else:
-        surrogate = policy_loss.dual_clipped_surrogate(
-            *columns, clip_low=low, clip_high=high, max_ratio=config.dual_clip
-        )
+    per_token = surrogate.per_token
     if config.correction is not None:
         gap = (batch.old_logprobs, batch.rollout_logprobs, mask)
         if config.correction.level == "token":
-            surrogate = surrogate * corrections.token_truncated(*gap, max_ratio=config.correction.max_ratio)
+            per_token = per_token * corrections.token_truncated(*gap, max_ratio=config.correction.max_ratio)
         else:
-            surrogate = surrogate * corrections.sequence_truncated(
+            per_token = per_token * corrections.sequence_truncated(
                 *gap, batch.lengths, max_ratio=config.correction.max_ratio
             )
-    surrogate_loss = (surrogate * weights).sum()
+    surrogate_loss = (per_token * weights).sum()
     loss = surrogate_loss
     kl_loss = torch.zeros((), device=mask.device)
     if batch.ref_logprobs is not None and config.kl.place == "loss":
@@ -113,17 +133,16 @@ def clipped_policy_loss(
         loss = loss - config.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
 
     with torch.no_grad():
-        below, above = policy_loss.clipped_tokens(*columns, clip_low=low, clip_high=high)
         old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
-        ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
         return LossTerms(
             loss=loss,
             surrogate=surrogate_loss.detach(),
             kl_loss=kl_loss.detach(),
-            clipped_tokens=(below | above).sum().float(),
+            clipped_tokens=surrogate.clipped.sum().float(),
+            capped_tokens=None if surrogate.capped is None else surrogate.capped.sum().float(),
             kl_old_sum=kl.kl_k3(old, new).sum(),
             entropy_sum=masked_sum(batch.entropy, mask),
-            ratio_max=ratio.max(),
+            ratio_max=surrogate.ratio.max(),
         )
 
 

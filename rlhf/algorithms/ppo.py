@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import KLConfig, OnlineConfig
+from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -15,23 +15,13 @@ if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
 
 
-class PPOKLConfig(KLConfig):
-    """Penalty of PPO towards the reference model: in the reward unless placed elsewhere."""
-
-    coef: float = Field(default=0.01, ge=0.0)
-    """Weight of the penalty (its initial value if adaptive)."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
-    place: Literal["reward", "loss"] = "reward"
-    """reward: subtracted from the rewards; loss: added to the loss."""
-
-
-class PPOConfig(OnlineConfig):
+class PPOConfig(ClippedConfig):
     """PPO with a critic of its own."""
 
+    felt_off_policy: ClassVar[tuple[str, ...]] = (*ClippedConfig.felt_off_policy, "value_clip")
     name: Literal["ppo"]
     """The algorithm."""
-    kl: PPOKLConfig = PPOKLConfig()
+    kl: RewardKLConfig = RewardKLConfig()
     """Penalty towards the reference model."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount per sampled token. 1.0 is usual for one reward at the end of a response."""
@@ -65,7 +55,9 @@ class PPO:
         """Whether token advantages get mean 0 and variance 1 over the batch."""
         return self.config.whiten_advantages
 
-    def sequence_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> None:
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> None:
         """None: PPO's advantages are per token."""
         return None
 
@@ -83,9 +75,9 @@ class PPO:
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""
-        from rlhf.algorithms.losses import clipped_policy_loss
+        from rlhf.algorithms.losses import clipped, composed_loss
 
-        return clipped_policy_loss(self.config, batch, counts, kl_coef=kl_coef)
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
         """This micro-batch's share of the critic's loss."""

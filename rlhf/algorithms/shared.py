@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -42,6 +42,17 @@ class KLConfig(Section):
     """null: the coefficient is fixed."""
 
 
+class RewardKLConfig(KLConfig):
+    """The penalty of algorithms that subtract it from the reward unless told otherwise."""
+
+    coef: float = Field(default=0.01, ge=0.0)
+    """Weight of the penalty (its initial value if adaptive)."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
+    place: Literal["reward", "loss"] = "reward"
+    """reward: subtracted from the rewards; loss: added to the loss."""
+
+
 class CorrectionConfig(Section):
     """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
 
@@ -54,12 +65,7 @@ class CorrectionConfig(Section):
 class OnlineConfig(Section):
     """What every algorithm on rollouts has."""
 
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0.0)
-    """The ratio is clipped above at 1 + clip_high."""
-    dual_clip: float | None = Field(default=None, gt=1.0)
-    """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
+    felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy_coef: float = Field(default=0.0, ge=0.0)
@@ -68,6 +74,18 @@ class OnlineConfig(Section):
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None
     """Weights against the mismatch of rollout engine and trainer; null: none."""
+
+
+class ClippedConfig(OnlineConfig):
+    """What every algorithm has that clips importance ratios as PPO does."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "dual_clip")
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0.0)
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
 
 
 class OnlineAlgorithm(Protocol):
@@ -89,8 +107,10 @@ class OnlineAlgorithm(Protocol):
         """Whether token advantages get mean 0 and variance 1 over the batch."""
         ...
 
-    def sequence_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"] | None:
-        """Advantages that scores alone give, prompt-major; None if they are per token."""
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"] | None:
+        """Advantages that scores and lengths of responses alone give, prompt-major; None if they are per token."""
         ...
 
     def token_advantages(
@@ -106,3 +126,25 @@ class OnlineAlgorithm(Protocol):
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms: ...
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms: ...
+
+
+class WithoutCritic:
+    """What algorithms that compare a prompt's responses with each other have in common."""
+
+    has_critic = False
+    critic_warmup_steps = 0
+    whitens = False
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"],
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """TypeError: there are no values."""
+        raise TypeError(f"{type(self).__name__} has advantages per sequence, not per token")
+
+    def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
+        """TypeError: there is no critic."""
+        raise TypeError(f"{type(self).__name__} has no critic")

@@ -14,7 +14,6 @@ from rlhf.algorithms.cpo import CPOConfig
 from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
-from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
@@ -136,9 +135,8 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if rollouts is not None and train.epochs_per_batch == 1:
         responses = derive.responses_per_step(rollouts)
         if train.sequences_per_update == responses:
-            critic = " algorithm.value_clip" if isinstance(algorithm, PPOConfig) else ""
             yield from _all(
-                f"algorithm.clip_low algorithm.clip_high algorithm.dual_clip{critic}",
+                " ".join(f"algorithm.{key}" for key in algorithm.felt_off_policy),
                 f"the batch of {responses} responses is trained on in one optimizer step, from the weights that sampled"
                 " it: every ratio is 1 and nothing is clipped",
                 "lower train.sequences_per_update or raise train.epochs_per_batch",

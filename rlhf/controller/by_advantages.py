@@ -96,8 +96,10 @@ class AdvantageLearning:
             for sequence in report.sequences:
                 if sequence.kl_ref is not None:
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
+        lengths = {info.sequence_id: info.num_response_tokens for scored in groups for info in scored.group.infos}
         by_sequence = self.algorithm.sequence_advantages(
             torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
+            torch.tensor([lengths[i] for i in sorted(scores)]),
             group_size=self.rollouts.samples_per_prompt,
         )
         advantages = await roles.policy.set_advantages(

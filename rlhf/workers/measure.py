@@ -84,6 +84,8 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
         "update/ratio/max": Max(value=ratio_max),
         "update/tokens/total": Sum(total=passed),
     }
+    if terms.capped_tokens is not None:
+        found["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
     if has_kl_loss:
         found["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
     return found

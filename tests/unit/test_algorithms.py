@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import pytest
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.algorithms.grpo import GRPO, GRPOConfig
+from rlhf.algorithms import ONLINE_ALGORITHMS, AlgorithmConfig
 from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
+from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm
 
 COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
 # Two sequences of 3 tokens; the policy sampled the last two of each.
@@ -32,9 +33,15 @@ def microbatch(logprobs: Tensor, **columns: Tensor | None) -> PolicyMicrobatch:
     return PolicyMicrobatch(lengths=LENGTHS, response_mask=MASK, logprobs=logprobs, **whole)
 
 
+def made(name: str, **settings: Any) -> OnlineAlgorithm:
+    config = TypeAdapter(Annotated[AlgorithmConfig, Field(discriminator="name")]).validate_python(
+        {"name": name, **settings}
+    )
+    return ONLINE_ALGORITHMS[name](config)
+
+
 def grpo_loss(settings: dict[str, Any], logprobs: Tensor, *, kl_coef: float = 0.0, **columns: Tensor) -> LossTerms:
-    algorithm = GRPO(GRPOConfig.model_validate({"name": "grpo", **settings}))
-    return algorithm.policy_loss(microbatch(logprobs, **columns), COUNTS, kl_coef=kl_coef)
+    return made("grpo", **settings).policy_loss(microbatch(logprobs, **columns), COUNTS, kl_coef=kl_coef)
 
 
 def test_equal_policies_lose_the_mean_advantage_and_clip_nothing() -> None:
@@ -61,7 +68,11 @@ def test_dual_clip_bounds_what_a_negative_advantage_costs() -> None:
     advantages = -torch.ones(6)
     # without it one token costs 5 and three cost 1: 8 / 4; with it 3 and three 1: 6 / 4
     assert float(grpo_loss({}, logprobs, advantages=advantages).loss) == pytest.approx(2.0)
-    assert float(grpo_loss({"dual_clip": 3.0}, logprobs, advantages=advantages).loss) == pytest.approx(1.5)
+    capped = grpo_loss({"dual_clip": 3.0}, logprobs, advantages=advantages)
+    assert float(capped.loss) == pytest.approx(1.5)
+    assert capped.capped_tokens is not None
+    assert float(capped.capped_tokens) == 1.0
+    assert grpo_loss({}, logprobs, advantages=advantages).capped_tokens is None
 
 
 def test_the_penalty_in_the_loss_is_weighted_by_the_coefficient_in_force() -> None:
@@ -97,15 +108,19 @@ def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, exp
 
 
 @pytest.mark.parametrize(
-    "mode", ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+    ("name", "mode"),
+    [
+        *(("grpo", mode) for mode in get_args(Aggregation)),
+        *((name, None) for name in ONLINE_ALGORITHMS if name != "grpo"),
+    ],
 )
-def test_the_gradient_is_that_of_the_step_however_it_is_cut(mode: str) -> None:
+def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, mode: str | None) -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([3, 5, 2])
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
     start, old, rollout, advantages = (torch.randn(10) for _ in range(4))
     counts = StepCounts(num_tokens=int(mask.sum()), num_sequences=3, max_new_tokens=4)
-    algorithm = ONLINE_ALGORITHMS["grpo"](GRPOConfig.model_validate({"name": "grpo", "aggregation": mode}))
+    algorithm = made(name) if mode is None else made(name, aggregation=mode)
 
     def gradient(pieces: list[list[int]]) -> Tensor:
         logprobs = start.clone().requires_grad_()
@@ -143,18 +158,66 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
     batch = ValueMicrobatch(lengths=LENGTHS, response_mask=MASK, values=values, old_values=values, returns=returns)
     # halved squares of 0.8, 0.5, 1, 1 over four tokens: (0.64 + 0.25 + 1 + 1) / 2 / 4
     assert float(algorithm.critic_loss(batch, COUNTS).loss) == pytest.approx(0.36125)
-    assert algorithm.sequence_advantages(torch.zeros(4), group_size=2) is None
+    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=2) is None
 
 
-def test_grpo_compares_a_response_with_its_group() -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("grpo", {"std_normalize": False}, [0.5, -0.5, 0.0, 0.0]),
+        # the unbiased std of (1, 0) is sqrt(0.5): 0.5 / 0.7071
+        ("grpo", {}, [0.70710, -0.70710, 0.0, 0.0]),
+        ("gspo", {}, [0.70710, -0.70710, 0.0, 0.0]),
+        ("dr_grpo", {}, [0.5, -0.5, 0.0, 0.0]),
+        ("rloo", {}, [1.0, -1.0, 0.0, 0.0]),
+        # lengths 3 and 1: the baseline is 3 / 4
+        ("opo", {}, [0.25, -0.75, 0.0, 0.0]),
+    ],
+)
+def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, Any], expected: list[float]) -> None:
     scores = torch.tensor([1.0, 0.0, 3.0, 3.0], dtype=torch.float64)
-    plain = GRPO(GRPOConfig.model_validate({"name": "grpo", "std_normalize": False}))
-    assert plain.sequence_advantages(scores, group_size=2).tolist() == [0.5, -0.5, 0.0, 0.0]
-    scaled = GRPO(GRPOConfig.model_validate({"name": "grpo"}))
-    # unbiased std of (1, 0) is sqrt(0.5): 0.5 / 0.7071
-    assert scaled.sequence_advantages(scores, group_size=2).tolist() == pytest.approx(
-        [0.70710, -0.70710, 0.0, 0.0], abs=1e-4
-    )
+    found = made(name, **settings).sequence_advantages(scores, torch.tensor([3, 1, 2, 2]), group_size=2)
+    assert found is not None
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "ratio", "advantage", "loss", "clipped"),
+    [
+        # one of four tokens has the ratio, the others 1; one sequence holds tokens 1 and 2, the other 4 and 5
+        ("dr_grpo", {}, 1.5, 1.0, -(1.2 + 3.0) / 8 / 2, 1),  # two sequences of at most 8 tokens
+        ("gspo", {"clip_high": 1.0}, 4.0, 1.0, -(2.0 + 1.0) / 2, 0),  # sqrt(4) on both tokens of its sequence
+        ("gspo", {}, 4.0, 1.0, -(1.0004 + 1.0) / 2, 2),
+        ("cispo", {"max_ratio": 2.0}, 4.0, 1.0, (2.0 * (1.0 - math.log(4.0)) + 3.0) / 4, 1),  # -weight * logprob
+        ("cispo", {}, 4.0, 1.0, (4.0 * (1.0 - math.log(4.0)) + 3.0) / 4, 0),
+        ("gmpo", {}, 4.0, 1.0, -(math.exp(0.4 / 2) + 1.0) / 2, 1),
+        ("gmpo", {}, 4.0, -1.0, (2.0 + 1.0) / 2, 0),  # held from below only
+        ("sapo", {"temperature_positive": 2.0}, 1.5, 1.0, -(2.0 / (1.0 + math.exp(-1.0)) + 3.0) / 4, 0),
+        ("rloo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),  # tokens summed, over two sequences
+        ("opo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+    ],
+)
+def test_the_loss_of_one_token_that_moved(
+    name: str, settings: dict[str, Any], ratio: float, advantage: float, loss: float, clipped: int
+) -> None:
+    logprobs = torch.full((6,), -1.0)
+    logprobs[1] += math.log(ratio)
+    batch = microbatch(logprobs, advantages=torch.full((6,), advantage))
+    terms = made(name, **settings).policy_loss(batch, COUNTS, kl_coef=0.0)
+    assert float(terms.loss) == pytest.approx(loss, rel=1e-5)
+    assert float(terms.clipped_tokens) == clipped
+
+
+@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name != "ppo"])
+def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    logprobs = torch.full((6,), -1.0, requires_grad=True)
+    advantages = torch.tensor([0.0, 0.5, 0.5, 0.0, -2.0, -2.0])
+    algorithm = made(name)
+    algorithm.policy_loss(microbatch(logprobs, advantages=advantages), COUNTS, kl_coef=0.0).loss.backward()
+    share = {"token_sum_norm": 1 / 16, "sequence_mean_token_sum": 1 / 2}.get(algorithm.config.aggregation, 1 / 4)
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, -advantages * share)
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,9 @@ RELATIONS = {
     ),
     "pairs have no advantages": (
         [*PAIRS, "algorithm.clip_low=0.1"],
-        "algorithm.clip_low: is a key of `ppo` or `grpo`; `online_dpo` has beta",
+        "algorithm.clip_low: is a key of `ppo`, `grpo`, ",
     ),
-    "pairs have no penalty": ([*PAIRS, "algorithm.kl.coef=0.1"], "algorithm.kl: is a key of `ppo` or `grpo`"),
+    "pairs have no penalty": ([*PAIRS, "algorithm.kl.coef=0.1"], "algorithm.kl: is a key of `ppo`, `grpo`, "),
     # 10 steps * 8/8 updates = 10
     "the warm-up ends with pairs too": (
         [*PAIRS, "train.warmup_steps=10"],

@@ -38,6 +38,12 @@ INERT = {
     "algorithm.clip_low=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.clip_high=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.dual_clip=3": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.max_ratio=3": (["algorithm={name: cispo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.temperature_positive=2": (
+        ["algorithm={name: sapo}", "train.sequences_per_update=32"],
+        "every ratio is 1",
+    ),
+    "algorithm.clip_low=0.3": (["algorithm={name: gmpo}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
@@ -118,6 +124,8 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
+        ["algorithm={name: cispo, max_ratio: 3}"],
+        ["algorithm={name: gspo, dual_clip: 3}"],
         ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
         [GRPO, "rollouts.samples_per_prompt=2"],
         ["cluster.roles.policy.workers=16"],  # one sequence each

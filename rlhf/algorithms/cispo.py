@@ -1,0 +1,58 @@
+"""CISPO (MiniMax-M1, arXiv:2506.13585): the importance weight is held, and no token loses its gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import group_advantages
+from rlhf.algorithms.shared import OnlineConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class CISPOConfig(OnlineConfig):
+    """REINFORCE with bounded importance weights that carry no gradient."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("min_ratio", "max_ratio")
+    name: Literal["cispo"]
+    """The algorithm."""
+    min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Lower bound on the weight. The paper has none."""
+    max_ratio: float = Field(default=5.0, gt=1.0)
+    """Upper bound on the weight (arXiv:2510.13786 finds 4 to 8 alike)."""
+
+
+class CISPO(WithoutCritic):
+    """Weights times log-probabilities, aggregated over the tokens of the whole optimizer step (eq. 4)."""
+
+    def __init__(self, config: CISPOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score against its group."""
+        return group_advantages(scores, group_size=group_size, std_normalize=True)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.policy_loss import importance_ratio
+        from rlhf.objectives.weighted_loss import cispo
+
+        config, mask = self.config, batch.response_mask
+        ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
+        surrogate = Surrogate(
+            per_token=cispo(
+                ratio, batch.logprobs, batch.advantages, mask, min_ratio=config.min_ratio, max_ratio=config.max_ratio
+            ),
+            ratio=ratio,
+            clipped=mask & ((ratio < config.min_ratio) | (ratio > config.max_ratio)),
+        )
+        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

@@ -1,0 +1,42 @@
+"""Dr. GRPO (arXiv:2503.20783): GRPO without its biases of response length and of question difficulty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rlhf.algorithms.grpo import group_advantages
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class DrGRPOConfig(ClippedConfig):
+    """GRPO done right: no division by the group's standard deviation, nor by a response's length."""
+
+    name: Literal["dr_grpo"]
+    """The algorithm."""
+    aggregation: Aggregation = "token_sum_norm"
+    """How per-token losses are weighted over the whole optimizer step."""
+
+
+class DrGRPO(WithoutCritic):
+    """Centred scores; token losses are summed and divided by a constant, so that no length weighs more than another."""
+
+    def __init__(self, config: DrGRPOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score less its group's mean."""
+        return group_advantages(scores, group_size=group_size, std_normalize=False)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,0 +1,69 @@
+"""GMPO (arXiv:2507.20673): the geometric mean of token ratios, each clipped before it is taken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import group_advantages
+from rlhf.algorithms.shared import Aggregation, OnlineConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class GMPOConfig(OnlineConfig):
+    """Geometric-mean policy optimisation: outliers among token ratios count little, so that the clip can be wide."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
+    name: Literal["gmpo"]
+    """The algorithm."""
+    clip_low: float = Field(default=0.4, gt=0.0)
+    """A token's log-ratio is held above -clip_low where the advantage is negative."""
+    clip_high: float = Field(default=0.4, gt=0.0)
+    """A token's log-ratio is held below clip_high where the advantage is positive."""
+    aggregation: Aggregation = "sequence_mean_token_mean"
+    """How per-token losses are weighted over the whole optimizer step."""
+
+
+class GMPO(WithoutCritic):
+    """-ratio * advantage, with one ratio for all tokens of a response."""
+
+    def __init__(self, config: GMPOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score against its group."""
+        return group_advantages(scores, group_size=group_size, std_normalize=True)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        import torch
+
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.sequence_ratios import geometric_mean_ratio
+
+        config, mask, advantages = self.config, batch.response_mask, batch.advantages
+        ratio = geometric_mean_ratio(
+            batch.logprobs,
+            batch.old_logprobs,
+            advantages,
+            mask,
+            batch.lengths,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+        )
+        log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
+        surrogate = Surrogate(
+            per_token=torch.where(mask, -ratio * advantages, 0.0),
+            ratio=ratio.detach(),
+            clipped=((log_ratio > config.clip_high) & (advantages > 0))
+            | ((log_ratio < -config.clip_low) & (advantages < 0)),
+        )
+        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

@@ -1,0 +1,54 @@
+"""GSPO (arXiv:2507.18071): the importance ratio is that of the whole response, and so is the clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import group_advantages
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class GSPOConfig(ClippedConfig):
+    """Group sequence policy optimisation. Its ratios are near 1, and so are the bounds."""
+
+    name: Literal["gspo"]
+    """The algorithm."""
+    clip_low: float = Field(default=3e-4, gt=0.0, lt=1.0)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=4e-4, gt=0.0)
+    """The ratio is clipped above at 1 + clip_high."""
+    aggregation: Aggregation = "sequence_mean_token_mean"
+    """How per-token losses are weighted over the whole optimizer step."""
+
+
+class GSPO(WithoutCritic):
+    """The geometric mean of a response's token ratios stands for each of them.
+
+    It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
+    tokens of a response have one advantage, as here.
+    """
+
+    def __init__(self, config: GSPOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score against its group."""
+        return group_advantages(scores, group_size=group_size, std_normalize=True)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+        from rlhf.objectives.sequence_ratios import sequence_token_ratio
+
+        ratio = sequence_token_ratio(batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths)
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch, ratio), kl_coef=kl_coef)

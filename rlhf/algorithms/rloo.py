@@ -1,0 +1,49 @@
+"""RLOO (arXiv:2402.14740): REINFORCE whose baseline is the mean score of a prompt's other responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardKLConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class RLOOConfig(ClippedConfig):
+    """REINFORCE leave-one-out."""
+
+    name: Literal["rloo"]
+    """The algorithm."""
+    kl: RewardKLConfig = RewardKLConfig()
+    """Penalty towards the reference model."""
+    aggregation: Aggregation = "sequence_mean_token_sum"
+    """How per-token losses are weighted over the whole optimizer step."""
+
+
+class RLOO(WithoutCritic):
+    """A response is one action: its tokens' losses are summed.
+
+    Deviation from the paper: where a batch is trained on in several optimizer steps, token ratios are clipped as PPO's
+    are. In the first of them every ratio is 1 and the gradient is that of REINFORCE.
+    """
+
+    def __init__(self, config: RLOOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score less the mean of its group's other scores."""
+        from rlhf.objectives.advantages import leave_one_out
+
+        return leave_one_out(scores, group_size=group_size)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

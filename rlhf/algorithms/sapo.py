@@ -1,0 +1,63 @@
+"""SAPO (arXiv:2511.20347): a smooth gate in the place of the clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import group_advantages
+from rlhf.algorithms.shared import Aggregation, OnlineConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class SAPOConfig(OnlineConfig):
+    """Soft adaptive policy optimisation: a token's gradient fades with the distance of its ratio from 1."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("temperature_positive", "temperature_negative")
+    name: Literal["sapo"]
+    """The algorithm."""
+    temperature_positive: float = Field(default=1.0, gt=0.0)
+    """How fast it fades where the advantage is positive."""
+    temperature_negative: float = Field(default=1.05, gt=0.0)
+    """The same where it is not: faster, because lowering one token raises many others."""
+    aggregation: Aggregation = "sequence_mean_token_mean"
+    """How per-token losses are weighted over the whole optimizer step."""
+
+
+class SAPO(WithoutCritic):
+    """4 / t * sigmoid(t * (ratio - 1)) takes the ratio's place. Nothing is clipped: the clip fraction is 0."""
+
+    def __init__(self, config: SAPOConfig) -> None:
+        self.config = config
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
+        """Each score against its group."""
+        return group_advantages(scores, group_size=group_size, std_normalize=True)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        import torch
+
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.policy_loss import importance_ratio
+        from rlhf.objectives.weighted_loss import sapo
+
+        mask = batch.response_mask
+        ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+        per_token = sapo(
+            ratio,
+            batch.advantages,
+            mask,
+            temperature_positive=self.config.temperature_positive,
+            temperature_negative=self.config.temperature_negative,
+        )
+        surrogate = Surrogate(per_token=per_token, ratio=ratio.detach(), clipped=torch.zeros_like(mask))
+        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)
