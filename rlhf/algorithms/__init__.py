@@ -20,6 +20,7 @@ from rlhf.algorithms.orpo import ORPO, ORPOConfig
 from rlhf.algorithms.pairs import OnlinePairAlgorithm, PairAlgorithm
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
+from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
 from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.rloo import RLOO, RLOOConfig
 from rlhf.algorithms.sapo import SAPO, SAPOConfig
@@ -38,6 +39,7 @@ AlgorithmConfig = (
     | SAPOConfig
     | RLOOConfig
     | OPOConfig
+    | ReinforcePlusPlusConfig
     | SFTConfig
     | DistillationConfig
     | RewardModelingConfig
@@ -61,6 +63,7 @@ ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
     "sapo": SAPO,
     "rloo": RLOO,
     "opo": OPO,
+    "reinforce_plus_plus": ReinforcePlusPlus,
 }
 PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "reward_model": RewardModeling,

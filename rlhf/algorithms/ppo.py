@@ -45,6 +45,7 @@ class PPO:
     """
 
     has_critic = True
+    compares_responses = False
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
@@ -52,7 +53,7 @@ class PPO:
 
     @property
     def whitens(self) -> bool:
-        """Whether token advantages get mean 0 and variance 1 over the batch."""
+        """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         return self.config.whiten_advantages
 
     def sequence_advantages(
@@ -64,13 +65,14 @@ class PPO:
     def token_advantages(
         self,
         rewards: Float[Tensor, " N"],
-        values: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Generalised advantages and the critic's targets."""
         from rlhf.objectives.advantages import gae
 
+        assert values is not None, "PPO has a critic"
         return gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:

@@ -103,8 +103,13 @@ class OnlineAlgorithm(Protocol):
         ...
 
     @property
+    def compares_responses(self) -> bool:
+        """Whether a response's advantage depends on the others to its prompt."""
+        ...
+
+    @property
     def whitens(self) -> bool:
-        """Whether token advantages get mean 0 and variance 1 over the batch."""
+        """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         ...
 
     def sequence_advantages(
@@ -116,11 +121,11 @@ class OnlineAlgorithm(Protocol):
     def token_advantages(
         self,
         rewards: Float[Tensor, " N"],
-        values: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """(advantages, returns) of an algorithm with a critic."""
+        """(advantages, returns), where `sequence_advantages` has none; values: None without a critic."""
         ...
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms: ...
@@ -135,14 +140,19 @@ class WithoutCritic:
     critic_warmup_steps = 0
     whitens = False
 
+    @property
+    def compares_responses(self) -> bool:
+        """Unless one says otherwise."""
+        return True
+
     def token_advantages(
         self,
         rewards: Float[Tensor, " N"],
-        values: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """TypeError: there are no values."""
+        """TypeError: there are none."""
         raise TypeError(f"{type(self).__name__} has advantages per sequence, not per token")
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:

@@ -151,7 +151,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
             f"{times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}; raise it, or lower one of those"
         )
         yield _problem("train.max_tokens_per_microbatch", text)
-    if not derive.has_critic(config) and samples < 2:
+    if derive.compares_responses(config) and samples < 2:
         text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
 

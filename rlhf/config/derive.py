@@ -72,6 +72,14 @@ def needs_reference_logprobs(config: Config) -> bool:
     )
 
 
+def compares_responses(config: Config) -> bool:
+    """Whether training on rollouts needs more than one response to a prompt."""
+    name = config.algorithm.name
+    return pairs_rollouts(config) or (
+        name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).compares_responses
+    )
+
+
 def has_critic(config: Config) -> bool:
     """Whether the algorithm trains a value model."""
     name = config.algorithm.name

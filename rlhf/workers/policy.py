@@ -131,21 +131,21 @@ class PolicyWorker(TrainedWorker):
         if by_sequence is not None:
             per_sequence = torch.tensor([by_sequence[i] for i in ids], dtype=torch.float32)
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
-            own = moments(advantages, mask)
         else:
-            old_values = TokenValues.gather(values, ids).values
+            old_values = TokenValues.gather(values, ids).values if values else None
             advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
-            own = moments(advantages, mask)
-            if self.algorithm.whitens:
-                whole = self._moments_over_ranks(own)
-                advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
-            returns = TokenValues(sequence_ids=rollouts.sequence_ids, lengths=lengths, values=targets)
-            residual, target = moments(targets - old_values, mask), moments(targets, mask)
-            metrics = {
-                "experience/values/mean": Mean(total=float(old_values[mask].sum()), count=own.count),
-                "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=own.count),
-                "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
-            }
+            if old_values is not None:
+                returns = TokenValues(sequence_ids=rollouts.sequence_ids, lengths=lengths, values=targets)
+                residual, target = moments(targets - old_values, mask), moments(targets, mask)
+                metrics = {
+                    "experience/values/mean": Mean(total=float(old_values[mask].sum()), count=target.count),
+                    "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=target.count),
+                    "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
+                }
+        own = moments(advantages, mask)
+        if self.algorithm.whitens:
+            whole = self._moments_over_ranks(own)
+            advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
         self.advantages = advantages
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)

@@ -171,6 +171,7 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
         ("dr_grpo", {}, [0.5, -0.5, 0.0, 0.0]),
         ("rloo", {}, [1.0, -1.0, 0.0, 0.0]),
         # lengths 3 and 1: the baseline is 3 / 4
+        ("reinforce_plus_plus", {"group_baseline": True}, [0.5, -0.5, 0.0, 0.0]),
         ("opo", {}, [0.25, -0.75, 0.0, 0.0]),
     ],
 )
@@ -179,6 +180,18 @@ def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, An
     found = made(name, **settings).sequence_advantages(scores, torch.tensor([3, 1, 2, 2]), group_size=2)
     assert found is not None
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
+    algorithm = made("reinforce_plus_plus")
+    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=1) is None
+    # the first token's penalty is felt by itself alone, the score by both
+    rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
+    advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
+    torch.testing.assert_close(advantages, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
+    assert algorithm.whitens
+    assert not algorithm.compares_responses
+    assert made("reinforce_plus_plus", group_baseline=True).compares_responses
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,10 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
+        [
+            "algorithm={name: reinforce_plus_plus}",
+            "rollouts={samples_per_prompt: 1, prompts_per_step: 32, max_new_tokens: 50}",
+        ],
         ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
         [GRPO, "rollouts.samples_per_prompt=2"],
         ["cluster.roles.policy.workers=16"],  # one sequence each

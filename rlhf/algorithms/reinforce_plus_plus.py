@@ -1,0 +1,69 @@
+"""REINFORCE++ (arXiv:2501.03262): rewards to come, whitened over the whole batch, without a critic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, WithoutCritic
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class ReinforcePlusPlusConfig(ClippedConfig):
+    """REINFORCE with the batch as its baseline, and PPO's clip."""
+
+    name: Literal["reinforce_plus_plus"]
+    """The algorithm."""
+    kl: RewardKLConfig = RewardKLConfig()
+    """Penalty towards the reference model."""
+    group_baseline: bool = False
+    """Take the mean of its prompt's group off each score first (the paper's REINFORCE++-baseline)."""
+
+
+class ReinforcePlusPlus(WithoutCritic):
+    """A token's advantage is the score less the KL penalties from it on, whitened over the batch's sampled tokens.
+
+    With group_baseline all tokens of a response have one advantage. Deviation from the paper's baseline form: its KL
+    penalty is that of the configuration, not always a k2 term of the loss; set kl.place and kl.estimator for that.
+    """
+
+    whitens = True
+
+    def __init__(self, config: ReinforcePlusPlusConfig) -> None:
+        self.config = config
+
+    @property
+    def compares_responses(self) -> bool:
+        """With a group baseline."""
+        return self.config.group_baseline
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"] | None:
+        """Each score less its group's mean, or None: advantages are per token."""
+        from rlhf.objectives.advantages import group_centered
+
+        return group_centered(scores, group_size=group_size) if self.config.group_baseline else None
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """The rewards to come, twice: nothing is taken off them yet."""
+        from rlhf.objectives.advantages import reward_to_go
+
+        returns = reward_to_go(rewards, response_mask, lengths, gamma=1.0)
+        return returns, returns
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
