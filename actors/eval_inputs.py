@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,23 @@ from actors.reading import REWARD_KEY, check_rewards, load_rewards, local_model,
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
-from rlhf.config.derive import eval_sets, uses_reward_model
+from rlhf.config.derive import (
+    OfflineKind,
+    eval_sets,
+    is_online,
+    max_sequence_tokens,
+    offline_kind,
+    uses_reward_model,
+)
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RewardPolicy
-from rlhf.config.stages import MergeStage
+from rlhf.config.root import Config
+from rlhf.config.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.prompts import load_prompts
-from rlhf.data.sources import Source, read_rows
+from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
@@ -33,6 +42,7 @@ from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights, refuse_unser
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Prompt
 
+logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # of `--data TASK` without a size
 MICROBATCH_TOKENS = 8192  # of likelihoods and reward models, where no configuration says it
 
@@ -79,6 +89,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
             _refuse_without_rewards((), against, marks)
         return inputs_of_stage(stages[-1].model_copy(update={"evaluate": section}), loaded)
     config = stages[-1]
+    _refuse_other_measures(config, model or str(final_folder(config)))
     sets = {name: source_of(source) for name, source in eval_sets(config).items()}
     if not sets:
         raise UserError(f"data.eval: {loaded.source} names no held-out set; give one, or evaluate a model on --data")
@@ -104,7 +115,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
                 found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
-            how: dict[str, Any] = {"columns": data.columns, "max_tokens": config.train.max_tokens_per_microbatch}
+            how: dict[str, Any] = {"columns": data.columns, "reading": _reading_of(config)}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
     return _inputs(
         candidates,
@@ -115,6 +126,33 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         reward_policy=config.reward_policy,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         cluster=config.cluster,
+    )
+
+
+def _refuse_other_measures(config: Config, model: str) -> None:
+    """UserError if the run measures its held-out sets neither by rewards nor by the likelihood of completions."""
+    if is_online(config) or offline_kind(config) == "supervised":
+        return
+    others: Mapping[OfflineKind, str] = {
+        "reward_model": f"let it score a model's responses: rlhf eval MODEL --data PROMPTS --reward-model {model}",
+        "step_rewards": "read them there",
+    }
+    instead = f"name prompts or SFT examples: rlhf eval {model} --data SET, with --reward NAME to score responses"
+    raise UserError(
+        f"algorithm.name: is {config.algorithm.name}, whose held-out sets only the run itself measures (eval/ in its "
+        f"metrics.jsonl); {others.get(offline_kind(config), instead)}"
+    )
+
+
+def _reading_of(config: Config) -> Reading:
+    """How the run reads its held-out examples."""
+    data = config.data
+    return Reading(
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+        max_tokens=max_sequence_tokens(config),
+        too_long=data.too_long,
+        max_unusable_fraction=data.max_unusable_fraction,
     )
 
 
@@ -136,6 +174,11 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
         system_prompt=config.system_prompt,
         apply_chat_template=config.apply_chat_template,
     )
+    reading = Reading(
+        system_prompt=config.system_prompt,
+        apply_chat_template=config.apply_chat_template,
+        max_tokens=config.max_tokens_per_microbatch,
+    )
     key = f"evaluate.{REWARD_KEY}"
     rewards = load_rewards(
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
@@ -148,7 +191,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
                 local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
                 found = found_model(local, trust_remote_code=config.trust_remote_code)
             found = replace(found, name=wanted, dtype=config.dtype or found.dtype)
-            how: dict[str, Any] = {"columns": config.columns, "max_tokens": config.max_tokens_per_microbatch}
+            how: dict[str, Any] = {"columns": config.columns, "reading": reading}
             candidates.append(
                 _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
             )
@@ -227,12 +270,17 @@ def inputs_of_model(
     policy = RewardPolicy()
     specs = load_rewards(configs, beside=Path.cwd(), memory_gib=policy.memory_gib, key="--reward {}")
     _refuse_without_rewards(specs, against, marks)
+    reading = Reading(
+        system_prompt=decoding.system_prompt,
+        apply_chat_template=decoding.apply_chat_template,
+        max_tokens=MICROBATCH_TOKENS,
+    )
     candidates = []
     for key, wanted in (("MODEL", model), ("--against", against)):
         if wanted is not None:
             with named(key):
                 found = found_model(wanted, trust_remote_code=trust_remote_code)
-            how: dict[str, Any] = {"columns": {}, "max_tokens": MICROBATCH_TOKENS}
+            how: dict[str, Any] = {"columns": {}, "reading": reading}
             candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
     return _inputs(
         candidates,
@@ -253,7 +301,7 @@ def _candidate(
     rewards: Sequence[RewardSpec],
     *,
     columns: Mapping[str, str],
-    max_tokens: int,
+    reading: Reading,
     set_key: str,
     reward_key: str = REWARD_KEY,
 ) -> Candidate:
@@ -272,15 +320,32 @@ def _candidate(
         with named(key):
             rows = read_rows(source, columns=columns)
         if not rewards:
-            reading = Reading(max_tokens=min(max_tokens, model.max_length or max_tokens), **how)
             with named(f"{key} (without rewards its completions are measured)"):
-                examples[name] = load_examples(rows, tokenizer, reading).items
+                examples[name] = _examples(rows, tokenizer, reading, model, key=key)
             continue
         check_rewards(rewards, rows, key, key=reward_key)
         with named(key):
             prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=ANY_LENGTH, **how)
             refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
     return Candidate(model=model, prompts=prompts, examples=examples)
+
+
+def _examples(
+    rows: Sequence[Row], tokenizer: Any, reading: Reading, model: ModelOnDisk, *, key: str
+) -> tuple[Example, ...]:
+    """A set's examples. UserError if the model has no room for one of them."""
+    loaded = load_examples(rows, tokenizer, reading)
+    if loaded.unusable:
+        logger.warning("%s: %d of %d rows cannot be used and are left out", key, len(loaded.unusable), len(rows))
+    left_out = {one.place for one in loaded.unusable}
+    used = [row for row in rows if row.place not in left_out]
+    for example, row in zip(loaded.items, used, strict=True):
+        if model.max_length is not None and example.longest > model.max_length:
+            raise UserError(
+                f"{row.place}: the example has {example.longest} tokens, more than the {model.max_length} that "
+                f"{model.name} takes. Shorten it."
+            )
+    return loaded.items
 
 
 def _inputs(

@@ -19,7 +19,7 @@ from rlhf.tracking import logs
 from rlhf.types import Prompt
 
 CHAT_TOKENS = 8192  # of a conversation, where the model takes more: the engine's cache has to hold it
-_READ = ("prompt", "messages")
+_READ = ("prompt", "messages", "tools")
 
 
 def generate(
@@ -94,7 +94,9 @@ def _rows(source: Sequence[str] | Path) -> list[Row]:
             Row(
                 file=row.file,
                 line=row.line,
-                columns={k: v for k, v in row.columns.items() if k in _READ} or row.columns,
+                columns={k: v for k, v in row.columns.items() if k in _READ}
+                if row.columns.keys() & {"prompt", "messages"}
+                else row.columns,
             )
             for row in rows
         ]

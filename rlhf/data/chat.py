@@ -133,6 +133,16 @@ def names(tools: Sequence[Message]) -> list[str]:
     return [_name(tool) for tool in tools]
 
 
+def refuse_untold_tools(tools: Sequence[Message] | None, text: str, tokenizer: Any, place: str) -> None:
+    """UserError if the text before a turn of the assistant, as the template writes it, lacks the name of a tool."""
+    missing = [name for name in names(tools or ()) if name not in text]
+    if missing:
+        raise UserError(
+            f"{place}: the chat template of {tokenizer.name_or_path} does not tell the model of tool `{missing[0]}` of "
+            "column `tools`."
+        )
+
+
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """The conversation with the system prompt, if there is one, before it."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

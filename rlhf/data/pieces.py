@@ -20,6 +20,7 @@ from rlhf.data.chat import (
     raw_prompt,
     read_messages,
     read_tools,
+    refuse_untold_tools,
     render,
     require_template,
     with_system_prompt,
@@ -128,9 +129,7 @@ class Writer:
                 raise self._refusal(row, f"leaves out {lost} of message {index + 1}, which is to be learnt")
             pieces += [Piece(before[done:], False), Piece(turn, True)]
             done = end
-        missing = [name for name in names(tools or ()) if name not in pieces[0].text]
-        if missing:
-            raise self._refusal(row, f"does not tell the model of tool `{missing[0]}` of column `tools`")
+        refuse_untold_tools(tools, pieces[0].text, self.tokenizer, row.place)
         return pieces
 
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:

@@ -10,7 +10,17 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from rlhf.data.chat import encode, raw_prefix, raw_prompt, read_messages, render, require_template, with_system_prompt
+from rlhf.data.chat import (
+    encode,
+    raw_prefix,
+    raw_prompt,
+    read_messages,
+    read_tools,
+    refuse_untold_tools,
+    render,
+    require_template,
+    with_system_prompt,
+)
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.errors import UserError
@@ -32,8 +42,9 @@ def load_prompts(
 ) -> tuple[Prompt, ...]:
     """One prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id`.
 
-    Conversations always go through the chat template, string prompts if `apply_chat_template`; either ends where the
-    assistant's turn begins. All columns but `prompt` go on to the rewards. UserError names the row that is wrong.
+    Conversations always go through the chat template, string prompts if `apply_chat_template`, with the tools of column
+    `tools`; either ends where the assistant's turn begins. All columns but `prompt` go on to the rewards. UserError
+    names the row that is wrong.
     """
     prefix = raw_prefix(tokenizer)
     texts = [
@@ -79,7 +90,10 @@ def _prompt_text(row: Row, tokenizer: Any, *, system_prompt: str | None, apply_c
         text = row.text("prompt", alternative="messages")
         return raw_prompt(text, place=row.place, system_prompt=system_prompt, prefix=prefix)
     require_template(tokenizer, row.place)
-    return render(messages, tokenizer, add_generation_prompt=True, place=row.place)
+    tools = read_tools(row)
+    text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
+    refuse_untold_tools(tools, text, tokenizer, row.place)
+    return text
 
 
 def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:

@@ -23,8 +23,9 @@ def answer_of(response: str, form: AnswerForm) -> str | None:
     found = _last_boxed(response) if form == "boxed" else EXTRACTORS[form](response)
     if found is None or form != "last_number":
         return found or None
-    number = Decimal(found)
-    return str(number.quantize(Decimal(1)) if number == number.to_integral_value() else number.normalize())
+    text = format(Decimal(found), "f")  # exact, whatever the number of digits; the extractor finds no exponents
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def answer_form(function: str, args: Mapping[str, Any]) -> AnswerForm | None:

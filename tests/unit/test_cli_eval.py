@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 import rlhf
 from actors.eval_inputs import inputs_of_model, inputs_of_run, marking_of
+from actors.inputs import load_inputs
 from actors.rollout import RolloutSpec, RolloutWorker
 from rlhf.cli import main
 from rlhf.config.cluster import ClusterConfig
@@ -32,6 +36,13 @@ rewards: {correct: {function: last_number}}
 train: {steps: 10, lr: 1.0e-6, sequences_per_update: 16}
 eval: {temperature: 0.8, samples_per_prompt: 8}
 """
+OFFLINE = """\
+run: {name: demo, dir: DIR}
+policy: {model: MODEL, dtype: float32}
+algorithm: {name: sft}
+data: {train: DIR/rows.jsonl, eval: DIR/rows.jsonl, apply_chat_template: false}
+train: {steps: 1, lr: 1e-3, sequences_per_update: 2, max_tokens_per_microbatch: 64}
+"""
 
 
 @pytest.fixture
@@ -45,6 +56,13 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
 def prompts(tmp_path: Path) -> str:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n')
+    return str(path)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    path = tmp_path / "tools.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": "2", "tools": [{"function": {"name": "weather"}}]}\n')
     return str(path)
 
 
@@ -62,6 +80,7 @@ def prompts(tmp_path: Path) -> str:
         ("generate MODEL --prompt a --system-prompt b --no-chat-template", "system_prompt: has no effect without"),
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
+        ("generate MODEL --file TOOLS --max-new-tokens 9000", "does not tell the model of tool `weather`"),
         ("generate MODEL --file none.jsonl", "none.jsonl does not exist"),
         ("generate MODEL --prompt a --out PROMPTS", "prompts.jsonl exists already"),
         ("generate ./none --prompt a", "The model folder ./none does not exist"),
@@ -73,6 +92,10 @@ def prompts(tmp_path: Path) -> str:
             "--reward nothing: there is no built-in reward `nothing`",
         ),
         ("eval MODEL --data PROMPTS --reward last_number", "needs the column `answer`"),
+        (
+            "eval MODEL --data TOOLS --reward exact_match --max-new-tokens 9000",
+            "does not tell the model of tool `weather`",
+        ),
         ("eval MODEL --data PROMPTS", "(without rewards its completions are measured)"),
         ("eval MODEL --data running_totals --k 1", "no reward scores responses; give a reward"),
         (
@@ -96,6 +119,7 @@ def test_wrong_input_exits_with_2(
     tiny_model: Path,
     config: str,
     prompts: str,
+    tools: str,
     tmp_path: Path,
     words: str,
     message: str,
@@ -103,6 +127,7 @@ def test_wrong_input_exits_with_2(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "eval.json").write_text("{}")
     names = {"MODEL": str(tiny_model), "CONFIG": config, "PROMPTS": prompts, "TAKEN": str(tmp_path / "taken")}
+    names |= {"TOOLS": tools}
     assert main([names.get(word, word) for word in words.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -128,6 +153,70 @@ def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:
     assert [one.model.dtype for one in inputs.candidates] == ["float32", "float32"]
     assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
     assert inputs.candidates[0].longest_prompt == 8
+
+
+def offline(tmp_path: Path, model: Path, *rows: dict[str, Any]) -> Path:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "run.yaml"
+    path.write_text(OFFLINE.replace("DIR", str(tmp_path)).replace("MODEL", str(model)))
+    return path
+
+
+@pytest.mark.parametrize(("too_long", "num_examples", "num_left_out"), [("skip", 1, 2), ("cut", 2, 1)])
+def test_a_run_and_its_evaluation_read_the_same_examples(
+    tmp_path: Path,
+    tiny_model: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    too_long: str,
+    num_examples: int,
+    num_left_out: int,
+) -> None:
+    """One row fits, one is empty, one has 2 + 9 + 1 tokens."""
+    monkeypatch.setattr(logging.getLogger("actors"), "propagate", True)  # commands before this test turn it off
+    rows = [{"prompt": "1+", "completion": text} for text in ("2", " ", "123456789")]
+    path = offline(tmp_path, tiny_model, *rows)
+    settings = ["data.max_sequence_tokens=8", f"data.too_long={too_long}", "data.max_unusable_fraction=0.7"]
+    loaded = load(path, settings)
+    (stage,) = load_inputs(loaded)
+    caplog.clear()
+    (candidate,) = inputs_of_run(loaded, model=None, against=None, marks=Marks()).candidates
+    assert len(candidate.examples["heldout"]) == num_examples
+    assert candidate.examples == stage.inputs.eval_sets  # type: ignore[union-attr]
+    assert f"data.eval.heldout: {num_left_out} of 3 rows cannot be used and are left out" in caplog.text
+
+
+def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    shape = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 8}))
+    path = offline(tmp_path, short, {"prompt": "1+", "completion": " "}, {"prompt": "1+", "completion": "123456"})
+    loaded = load(path, ["data.too_long=cut", "data.max_unusable_fraction=0.5"])
+    with pytest.raises(rlhf.UserError, match=r"rows.jsonl:2: the example has 9 tokens, more than the 8 that"):
+        inputs_of_run(loaded, model=None, against=None, marks=Marks())
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        ("algorithm.name=kto", "rlhf eval DIR/demo/final --data SET"),
+        ("algorithm.name=dpo --model other", "rlhf eval other --data SET"),
+        ("algorithm.name=distillation teacher.model=MODEL", "rlhf eval DIR/demo/final --data SET"),
+        ("algorithm.name=reward_model", "rlhf eval MODEL --data PROMPTS --reward-model DIR/demo/final"),
+        ("algorithm.name=process_reward_model", "metrics.jsonl); read them there"),
+    ],
+)
+def test_held_out_sets_that_only_their_run_measures_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, words: str, instead: str
+) -> None:
+    path = offline(tmp_path, tiny_model)
+    given = [word.replace("=MODEL", f"={tiny_model}") for word in words.split()]
+    assert main(["eval", str(path), *given]) == 2
+    err = capsys.readouterr().err
+    name = given[0].partition("=")[2]
+    assert err.startswith(f"rlhf: error: algorithm.name: is {name}, whose held-out sets only the run itself measures")
+    assert instead.replace("DIR", str(tmp_path)) in err
 
 
 def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Path) -> None:

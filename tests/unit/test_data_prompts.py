@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from rlhf.data.examples import Reading, load_examples
 from rlhf.data.prompts import load_prompts, rollout_seed
 from rlhf.data.sources import Row
 from rlhf.errors import UserError
@@ -16,6 +18,7 @@ from rlhf.types import Prompt
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yes"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture
@@ -59,6 +62,23 @@ def test_messages_use_the_template_and_the_system_prompt_comes_first(tokenizer: 
     assert prompt.text == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>yes<|eos|><|user|>hi<|eos|><|assistant|>"
 
 
+def test_tools_are_told_as_in_the_prompt_of_an_example(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{%- for tool in tools or [] -%}<|system|>{{ tool | tojson }}<|eos|>{%- endfor -%}" + tokenizer.chat_template
+    )
+    row: dict[str, Any] = {"messages": [USER], "tools": [TOOL]}
+    prompts = load(tokenizer, row, {"prompt": "hi", "tools": json.dumps([TOOL])}, max_prompt_tokens=200)
+    example_row = Row(file="c.jsonl", line=1, columns=row | {"messages": [USER, ASSISTANT]})
+    reading = Reading(system_prompt=None, apply_chat_template=True, max_tokens=200)
+    (example,) = load_examples([example_row], tokenizer, reading).items
+    told = example.token_ids[: example.loss_mask.index(True)]
+    assert [prompt.token_ids for prompt in prompts] == [told, told]
+    assert prompts[0].text == f"<|system|>{json.dumps(TOOL)}<|eos|><|user|>hi<|eos|><|assistant|>"
+    assert prompts[0].columns == row
+    (raw,) = load(tokenizer, {"prompt": "hi", "tools": [TOOL]}, apply_chat_template=False)
+    assert raw.text == "hi"
+
+
 def test_the_first_token_is_never_doubled_and_no_last_one_is_added(bos_tokenizer: Any) -> None:
     assert bos_tokenizer("a").input_ids == [261, 97, 257]
     (chat,) = load(bos_tokenizer, {"prompt": "a"})
@@ -89,6 +109,9 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
             {},
             r"message 1 of column `messages` holds `\\udfff` at character",
         ),
+        ({"messages": [USER], "tools": [TOOL]}, {}, "does not tell the model of tool `weather` of column `tools`"),
+        ({"prompt": "a", "tools": [TOOL]}, {}, "does not tell the model of tool `weather` of column `tools`"),
+        ({"prompt": "a", "tools": "x"}, {}, "column `tools` is 'x', expected a list of objects"),
         ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
         ({"messages": [{"role": "tool", "content": "x"}]}, {}, "refuses the roles tool: roles are system, user"),

@@ -88,6 +88,9 @@ def test_example_metrics_by_hand() -> None:
         ("from 3 to 2.50", "last_number", "2.5"),
         ("100", "last_number", "100"),
         ("none", "last_number", None),
+        ("it is " + "1234567890" * 4, "last_number", "1234567890" * 4),
+        ("0." + "1234567890" * 3 + "12", "last_number", "0." + "1234567890" * 3 + "12"),
+        ("so 0.0000001", "last_number", "0.0000001"),
         ("<answer>a</answer> <answer> b </answer>", "answer_tag", "b"),
         (r"\boxed{1} and \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
         (r"\boxed{1} and \boxed{2", "boxed", None),
@@ -98,6 +101,19 @@ def test_example_metrics_by_hand() -> None:
 )
 def test_answers(response: str, form: AnswerForm, answer: str | None) -> None:
     assert answer_of(response, form) == answer
+
+
+@pytest.mark.parametrize(
+    "equal",
+    [
+        ["7", "007", "7.0", "7.000"],
+        ["1234.5", "1,234.50", "01234.500"],
+        ["0", "-0", "-0.00", "0.0"],
+        ["9" * 40, "9" * 40 + ".0", "0" + "9" * 40],
+    ],
+)
+def test_equal_numbers_vote_together(equal: list[str]) -> None:
+    assert {answer_of(text, "last_number") for text in equal} == {equal[0]}
 
 
 def test_rewards_know_their_form_of_answer() -> None:
