@@ -28,7 +28,7 @@ from rlhf.models.loading import (
     refuse_no_language_model,
     refuse_without_head,
 )
-from rlhf.models.on_disk import refuse_broken_weights
+from rlhf.models.on_disk import refuse_broken_weights, tokenizer_of
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 
@@ -55,11 +55,14 @@ def _refuse_unusable_model(
     remote = model.trust_remote_code
     is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
     with named(f"{section}.model"):
-        shape = load_config(model.model, trust_remote_code=remote)
-        refuse_broken_weights(Path(model.model))
         if section == "reward":
             refuse_without_head(model.model, trust_remote_code=remote)
-        elif is_scalar:
+            refuse_broken_weights(Path(model.model))
+            _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
+            return
+        shape = load_config(model.model, trust_remote_code=remote)
+        refuse_broken_weights(Path(model.model))
+        if is_scalar:
             _refuse_other_head(model.model, shape)
         else:
             refuse_no_language_model(model.model, trust_remote_code=remote)
@@ -120,7 +123,7 @@ def _words(tokenizer: Any) -> dict[str, int]:
 def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
     """UserError if the result of an earlier stage is not what a section holds. trained_by: None: a language model."""
     if section == "reward":
-        fits, wanted = trained_by == "reward_model", "a reward model"
+        fits, wanted = trained_by is not None, "a reward model"
     elif section == "critic" or (section == "policy" and has_scalar_head(config)):
         return  # a new head, or the one that is there
     else:
@@ -196,10 +199,12 @@ def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device
 def refuse_other_results(config: Config, made: Made) -> None:
     """UserError if a stage's adapter is taken for a model, or its model for an adapter."""
     for name, section in models_of(config).items():
-        if section.model in made.adapters:
+        if section.model in made.adapters and name != "reward":
+            merge = "merge it into its base in a stage between (method fold)."
+            if name in ("policy", "critic"):
+                merge = f"name the base as {name}.model and the stage as {name}.adapter, or {merge}"
             raise UserError(
-                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora. Name the base "
-                f"as {name}.model and the stage as {name}.adapter (policy and critic), or train without lora there."
+                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora; {merge}"
             )
         adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
         if adapter in made.finals and adapter not in made.adapters:

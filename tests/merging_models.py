@@ -9,7 +9,7 @@ import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.models.tiny import build_tiny_llama
 
@@ -24,13 +24,22 @@ def make_models(folder: Path) -> Path:
 
 def make_adapter(folder: Path, base: Path, *, seed: int, rank: int = 4, **settings: Any) -> Path:
     """A LoRA adapter on two layers of each block, with weights as after training."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    values: dict[str, Any] = {"r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **(values | settings)))
+    return _trained(AutoModelForCausalLM.from_pretrained(base), folder, base, seed, r=rank, **settings)
+
+
+def make_reward_adapter(folder: Path, base: Path, *, seed: int, num_labels: int = 1) -> Path:
+    """The same of a sequence classifier, with the head that was trained beside it."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
+    return _trained(model, folder, base, seed, r=4, task_type="SEQ_CLS")
+
+
+def _trained(model: Any, folder: Path, base: Path, seed: int, **settings: Any) -> Path:
+    values = {"lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**(values | settings)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
                 parameter.normal_(0.0, 0.05, generator=generator)
     adapted.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)

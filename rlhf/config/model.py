@@ -82,4 +82,5 @@ class TeacherConfig(ModelConfig):
 
 
 class RewardModelConfig(ModelConfig):
-    """A sequence-classification model with one label, used by `rewards.<name>.role: reward`."""
+    """A sequence-classification model with one label, or the folder of a LoRA adapter of one, used by
+    `rewards.<name>.role: reward`."""

@@ -16,6 +16,8 @@ import transformers
 
 from rlhf.errors import UserError
 from rlhf.merging.sources import Source
+from rlhf.models.export import name_padding
+from rlhf.models.lora import folded
 
 COMBINED = "combined"
 
@@ -25,8 +27,8 @@ _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
 def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
     """W + the adapter's update, in float32, for every layer that it adapts; saved as whole weights in dtype."""
     assert source.adapter is not None
-    model = _load_base(source)
-    model = peft.PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload(safe_merge=True)
+    model = folded(_load_base(source), str(source.adapter.folder))
+    name_padding(model.config, source.tokenizer())
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)
 
 
@@ -124,7 +126,7 @@ def _load_base(source: Source) -> Any:
     """The model under an adapter: a language model, or one with a scalar head if the adapter is of such a one."""
     assert source.adapter is not None
     folder = str(source.folder)
-    if source.adapter.settings.get("task_type") == "SEQ_CLS":
+    if source.adapter.is_scored:
         return transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, num_labels=1
         )

@@ -29,7 +29,7 @@ from rlhf.merging.sources import (
     weight_shapes,
 )
 from rlhf.merging.whole import require_mergekit, run_mergekit
-from rlhf.models.export import appearing
+from rlhf.models.export import appearing, name_padding
 from rlhf.models.loading import load_config
 
 RECORD = "merge.yaml"
@@ -147,6 +147,7 @@ def _merge_whole(config: MergeConfig, sources: Sequence[Source], folder: Path, s
     if config.method == "passthrough":
         _set_layers(config, sources, result)
     result.dtype = _DTYPES[config.dtype]
+    name_padding(result, donor.tokenizer())
     result.save_pretrained(folder)
     if config.method != "passthrough":
         _check_complete(folders[donor.name], folder, result)

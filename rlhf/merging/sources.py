@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
+)
 
 from rlhf.errors import UserError
 from rlhf.models.loading import load_config, load_tokenizer
@@ -33,6 +36,11 @@ class Adapter:
     settings: dict[str, Any]  # adapter_config.json
     shapes: Shapes
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether it belongs on a model with a scalar head: a reward model, or a critic."""
+        return bool(self.settings.get("task_type") == "SEQ_CLS")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -41,7 +49,7 @@ class Source:
     key: str  # as the configuration has it, for messages: merge.models.math
     name: str  # math, or base
     folder: Path  # of the whole weights
-    config: Any  # of transformers
+    config: Any  # of transformers; its architecture is that of the model with the adapter
     shapes: Shapes  # a tied head is left out
     adapter: Adapter | None
 
@@ -73,6 +81,10 @@ def find_source(key: str, name: str, model: str) -> Source:
     with _named(key):
         config = load_config(str(folder))
     shapes = weight_shapes(key, folder, config)
+    if adapter is not None and adapter.is_scored:
+        config.architectures = [SEQUENCE_CLASSIFIERS.get(config.model_type, "ForSequenceClassification")]
+        shapes.pop("lm_head.weight", None)
+        shapes["score.weight"] = (1, config.get_text_config().hidden_size)
     return Source(key=key, name=name, folder=folder, config=config, shapes=shapes, adapter=adapter)
 
 

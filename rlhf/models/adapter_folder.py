@@ -20,9 +20,18 @@ from torch import nn
 
 from rlhf.errors import UserError
 from rlhf.models.export import export_model
-from rlhf.models.loading import architecture_fingerprint, load_causal_lm, load_config, load_critic, load_tokenizer
-from rlhf.models.lora import inject, keep_initial
-from rlhf.models.on_disk import read_adapter_settings
+from rlhf.models.loading import (
+    architecture_fingerprint,
+    has_scalar_head,
+    load_causal_lm,
+    load_config,
+    load_critic,
+    load_scalar_model,
+    load_tokenizer,
+    no_reward_head,
+)
+from rlhf.models.lora import folded, inject, keep_initial
+from rlhf.models.on_disk import base_of, read_adapter_settings, refuse_broken_weights
 from rlhf.models.weights import saved_name, weight_sources
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
@@ -125,12 +134,22 @@ def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote
     with torch.device("meta"):
         model = kind.from_config(architecture, trust_remote_code=trust_remote_code)
         model = _injected(model, folder, config)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): it is damaged or cut. Get it again.") from error
-    _refuse_other_shapes(folder, base, found, _places(model), scalar=scalar)
+    _refuse_other_shapes(folder, base, _read_shapes(folder), _places(model), scalar=scalar)
+
+
+def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """UserError if an adapter is not of a model with one score, or does not fit its base. Reads headers alone."""
+    config = read_adapter_config(folder)
+    if config.task_type != peft.TaskType.SEQ_CLS:
+        raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")
+    base, _ = base_of(folder)
+    head = _read_shapes(folder).get(saved_name("score.weight"))
+    if head is None and not has_scalar_head(load_config(base, trust_remote_code=trust_remote_code)):
+        raise no_reward_head(str(folder), f"LoRA adapter without a head, as is its base {base}")
+    if head is not None and head[0] != 1:
+        raise no_reward_head(str(folder), f"LoRA adapter with {head[0]} labels")
+    refuse_broken_weights(Path(base))
+    refuse_misfit(folder, base, scalar=True, trust_remote_code=trust_remote_code)
 
 
 def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
@@ -143,6 +162,16 @@ def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
     config.lora_dropout = dropout
     model = _filled(model, folder, config)
     keep_initial(model, config)
+    return model
+
+
+def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The scalar model that an adapter and its base are together: added in float32, then rounded to dtype."""
+    base, _ = base_of(folder)
+    model = load_scalar_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = folded(model, str(folder))
+    for parameter in model.parameters():  # buffers stay: some are float32 in a model of any dtype
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -184,6 +213,14 @@ def merge_adapter(
             dtype=dtype,
             generation_config=getattr(model, "generation_config", None),
         )
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): it is damaged or cut. Get it again.") from error
 
 
 def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:

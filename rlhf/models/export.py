@@ -41,8 +41,7 @@ def export_model(
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.use_cache = True  # off while training
-    if config.pad_token_id is None:  # a scalar head is read at a row's last token that is no padding
-        config.pad_token_id = tokenizer.pad_token_id
+    name_padding(config, tokenizer)
     with appearing(folder) as partial:
         _write_shards(partial, ((name, weight.to(dtype)) for name, weight in named_weights), shard_bytes=shard_bytes)
         config.save_pretrained(partial)
@@ -70,6 +69,13 @@ def adapter_config(model: Any) -> dict[str, Any]:
         config.save_pretrained(folder)
         values: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return values
+
+
+def name_padding(config: Any, tokenizer: Any) -> None:
+    """Give a model's config the tokenizer's padding if it names none, without which a scalar head scores no batch."""
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:  # some kinds lack it
+        text.pad_token_id = tokenizer.pad_token_id
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from rlhf.models.quantized import Quantize, is_quantized, quantization_options
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
 # Of a config: what changes no weight's shape or meaning, and so may differ between a run and its checkpoint.
 _NOT_ARCHITECTURE = frozenset(
@@ -94,43 +95,50 @@ def load_critic(
 
     A checkpoint that has a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
     """
-    has_head = _has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
+    has_head = has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
     options = quantization_options(quantize, dtype=dtype, device=device)
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, options=options)
+    model = load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not has_head:
         with whole([model.score.weight]):
             nn.init.zeros_(model.score.weight)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
-def load_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    quantize: Quantize | None = None,
-    device: torch.device = CPU,
-) -> Any:
+def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A sequence-classification model with one label. UserError if the checkpoint has no such head.
 
-    quantize: as in load_causal_lm.
+    The folder of a LoRA adapter of one stands for its base with the adapter added, in float32, and rounded to dtype.
     """
     refuse_without_head(path, trust_remote_code=trust_remote_code)
-    options = quantization_options(quantize, dtype=dtype, device=device)
-    model = _load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code, options=options)
-    return _prepared(model, gradient_checkpointing=gradient_checkpointing)
+    if is_adapter(Path(path)):
+        from rlhf.models.adapter_folder import load_folded  # with peft, which takes seconds
+
+        model = load_folded(Path(path), dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        model = load_scalar_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _prepared(model, gradient_checkpointing=False)
 
 
 def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
-    """UserError if a model has no reward head. Reads its config alone."""
+    """UserError if a model has no reward head. Reads its config alone, and of a LoRA adapter headers and its base's."""
+    if is_adapter(Path(path)):
+        from rlhf.models.adapter_folder import refuse_no_reward_adapter  # with peft, which takes seconds
+
+        refuse_no_reward_adapter(Path(path), trust_remote_code=trust_remote_code)
+        return
     config = load_config(path, trust_remote_code=trust_remote_code)
-    if not _has_scalar_head(config):
-        raise UserError(
-            f"The reward model {path} is a {', '.join(config.architectures or ['model of unknown class'])} with "
-            f"{config.num_labels} labels: it has no reward head. A reward model is a sequence-classification "
-            "checkpoint with one label; train one first (algorithm reward_model), or name another model."
-        )
+    if not has_scalar_head(config):
+        kind = ", ".join(config.architectures or ["model of unknown class"])
+        raise no_reward_head(path, f"{kind} with {config.num_labels} labels")
+
+
+def no_reward_head(path: str, what: str) -> UserError:
+    """The error of a model that cannot score responses. what: what it is instead."""
+    return UserError(
+        f"The reward model {path} is a {what}: it has no reward head. A reward model is a sequence-classification "
+        "checkpoint with one label, or a LoRA adapter of one; train one first (algorithm reward_model), or name "
+        "another model."
+    )
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
@@ -142,6 +150,11 @@ def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> N
             f"The model {path} is a {classes}, not a causal language model: it has no head for the next token. Name "
             "a language model."
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -160,7 +173,8 @@ def architecture_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A model with one linear head of one value, as it comes: in evaluation mode, the head random if it has none."""
     model = _load(
         path,
         transformers.AutoModelForSequenceClassification.from_pretrained,
@@ -175,7 +189,8 @@ def _load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool
     return model
 
 
-def _has_scalar_head(config: Any) -> bool:
+def has_scalar_head(config: Any) -> bool:
+    """Whether a model of that config scores: a sequence classifier with one label."""
     return config.num_labels == 1 and any(
         name.endswith("ForSequenceClassification") for name in config.architectures or []
     )
@@ -247,7 +262,7 @@ def _no_model(path: str) -> str | None:
     folder = Path(path)
     if (folder / "config.json").exists():
         return None
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         return (
             f"{path} is an adapter, and this needs a whole model. Name the model it was trained on, and of a policy or "
             "critic the folder as `adapter` beside `model`; or merge it into that model (`rlhf merge`, method fold)."

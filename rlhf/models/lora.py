@@ -161,13 +161,15 @@ def starts_as_identity(model: nn.Module) -> bool:
 
 def with_adapter(model: Any, folder: str) -> Any:
     """The model with the adapter of a folder in it, to be used as it is. UserError if the adapter does not fit."""
-    try:
-        adapted: Any = peft.PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"
-        ) from error
-    return adapted.get_base_model()
+    return _adapted(model, folder).get_base_model()
+
+
+def folded(model: Any, folder: str) -> Any:
+    """The model with the update of a folder's adapter added to its weights, and the modules that were trained whole.
+
+    The sums are in the dtype of the weights. UserError if the adapter does not fit.
+    """
+    return _adapted(model, folder).merge_and_unload(safe_merge=True)
 
 
 def principal_pair(
@@ -199,6 +201,15 @@ def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
     saved = model.peft_config[ADAPTER]
     saved.r = 2 * config.r
     saved.lora_alpha = config.lora_alpha * (math.sqrt(2.0) if config.use_rslora else 2.0)  # the scaling stays
+
+
+def _adapted(model: Any, folder: str) -> Any:
+    try:
+        return peft.PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _adapted_parts(model: nn.Module) -> list[Any]:

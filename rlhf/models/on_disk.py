@@ -14,10 +14,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
-from rlhf.models.loading import load_config, refuse_no_language_model
+from rlhf.models.loading import ADAPTER_CONFIG, is_adapter, load_config, refuse_no_language_model
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +40,9 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
     """
     folder = _of_run(Path(name).expanduser())
     base, adapter, rank = name if folder is None else str(folder), None, None
-    tokenizer = base
-    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
-        base, rank, adapter = *_base_of(folder), base
-        if not (folder / "tokenizer_config.json").is_file():
-            tokenizer = base
+    tokenizer = tokenizer_of(base)
+    if folder is not None and is_adapter(folder):
+        base, rank, adapter = *base_of(folder), base
         refuse_broken_weights(folder)
     config = load_config(base, trust_remote_code=trust_remote_code)
     refuse_no_language_model(base, trust_remote_code=trust_remote_code)
@@ -66,9 +63,28 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
 def may_ask_the_hub(name: str) -> bool:
     """Whether the model, or the base of its adapter, may be a name on the hub."""
     folder = _of_run(Path(name).expanduser())
-    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+    if folder is None or not is_adapter(folder):
         return folder is None
-    return not Path(_base_of(folder)[0]).exists()
+    return not Path(base_of(folder)[0]).exists()
+
+
+def tokenizer_of(model: str) -> str:
+    """Where a model's tokenizer is: that of an adapter's folder without one is its base's."""
+    folder = Path(model)
+    own = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
+    return model if own else base_of(folder)[0]
+
+
+def base_of(folder: Path) -> tuple[str, int]:
+    """The base model of an adapter's folder, and the adapter's rank."""
+    path = folder / ADAPTER_CONFIG
+    config = read_adapter_settings(folder)
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{path}: is an adapter of type {config['peft_type']}; LORA alone is known here.")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
+    return base, max(_ranks(config).values())
 
 
 def refuse_unservable(model: ModelOnDisk) -> None:
@@ -132,18 +148,6 @@ def _of_run(path: Path) -> Path | None:
     raise UserError(
         f"{path} is a run without final/: it has not ended. `rlhf export` writes one of its checkpoints as a model."
     )
-
-
-def _base_of(folder: Path) -> tuple[str, int]:
-    """The base model of an adapter's folder, and the adapter's rank."""
-    path = folder / ADAPTER_CONFIG
-    config = read_adapter_settings(folder)
-    if config["peft_type"] != "LORA":
-        raise UserError(f"{path}: is an adapter of type {config['peft_type']}; the engines know LORA alone.")
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
-    return base, max(_ranks(config).values())
 
 
 def _ranks(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rlhf.models.export import export_adapter
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.lora import add_lora
 from rlhf.models.weights import adapter_sources
+from tests.merging_models import make_reward_adapter
 
 EXAMPLES = [{"prompt": f"{n} + {n} =", "completion": f" {n + n}"} for n in range(8)]
 
@@ -83,6 +84,65 @@ def test_an_adapter_is_no_model(
     a, b = sft(tmp_path, tiny_model, **first), sft(tmp_path, tiny_model)
     b["policy"] |= second
     with pytest.raises(UserError, match=message):
+        load_inputs(loaded(tmp_path, {"stages": {"a": a, "b": b}}))
+
+
+def online(model: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "policy": {"model": str(model), "dtype": "float32"},
+        "algorithm": {"name": "grpo"},
+        "data": {"train": {"task": "running_totals", "size": 8}, "max_prompt_tokens": 64},
+        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4},
+        "rewards": {"taste": {"role": "reward"}},
+        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256},
+        **sections,
+    }
+
+
+def scoring(folder: Path, model: Path, name: str, **policy: Any) -> dict[str, Any]:
+    """A stage that trains a model of that algorithm, on two pairs or labelled answers."""
+    data = folder / f"{name}.jsonl"
+    rows = [{"prompt": "1 =", "chosen": "1", "rejected": "0", "completions": ["1"], "labels": [True]}] * 4
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {**sft(folder, model, **policy), "algorithm": {"name": name}, "data": {"train": str(data)}}
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_a_reward_models_adapter_scores(tiny_model: Path, tmp_path: Path, own_tokenizer: bool) -> None:
+    adapter = make_reward_adapter(tmp_path / "adapter", tiny_model, seed=1)
+    for file in adapter.glob("*token*") if not own_tokenizer else ():
+        file.unlink()
+    assert load_inputs(loaded(tmp_path, online(tiny_model, reward={"model": str(adapter)})))
+
+
+def test_a_language_models_adapter_scores_nothing(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    run = loaded(tmp_path, online(tiny_model, reward={"model": str(adapter)}))
+    with pytest.raises(
+        UserError, match=rf"^reward\.model: The reward model {adapter} is a LoRA adapter with task_type"
+    ):
+        load_inputs(run)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize("name", ["reward_model", "process_reward_model"])
+def test_what_a_stage_trains_to_score_is_a_reward(
+    tiny_model: Path, tmp_path: Path, name: str, lora: dict[str, Any] | None
+) -> None:
+    first = scoring(tmp_path, tiny_model, name, lora=lora)
+    second = online(tiny_model, reward={"model": "stage:a"})
+    assert len(load_inputs(loaded(tmp_path, {"stages": {"a": first, "b": second}}))) == 2
+
+
+def test_of_an_adapter_that_is_no_model_no_key_is_named_that_there_is_not(tiny_model: Path, tmp_path: Path) -> None:
+    a = sft(tmp_path, tiny_model, lora={})
+    b = online(tiny_model, reference={"model": "stage:a"}, rewards={"right": {"function": "exact_match"}})
+    b["algorithm"]["kl"] = {"coef": 0.1}
+    with pytest.raises(
+        UserError, match=r"reference\.model: .* as its stage has lora; merge it into its base in a stage"
+    ):
+        load_inputs(loaded(tmp_path, {"stages": {"a": a, "b": b}}))
+    b = online(tiny_model, reward={"model": "stage:a"})
+    with pytest.raises(UserError, match=r"reward\.model: .* will be a language model, expected a reward model"):
         load_inputs(loaded(tmp_path, {"stages": {"a": a, "b": b}}))
 
 

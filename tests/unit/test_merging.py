@@ -17,7 +17,7 @@ from rlhf.cli import main
 from rlhf.config.merge import MergeConfig, MergeRun, load_merge
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
-from tests.merging_models import make_adapter, make_models, weights
+from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,39 @@ def test_fold(tmp_path: Path, models: Path) -> None:
     torch.testing.assert_close(out[name], base[name] + update(models / "lora_a"))
     assert torch.equal(out["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
     assert out.keys() == base.keys()
+
+
+@pytest.mark.parametrize("method", ["fold", "linear"])
+def test_a_reward_models_adapter_gives_a_model_that_scores_a_batch(tmp_path: Path, models: Path, method: str) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    names = ["one", "two"] if method == "linear" else ["one"]
+    heads = [
+        weights(make_reward_adapter(tmp_path / name, base, seed=seed))["base_model.model.score.weight"]
+        for seed, name in enumerate(names)
+    ]
+    out = merge(tmp_path / "out", tmp_path, names, method=method, dtype="float32")
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    torch.testing.assert_close(model.score.weight, sum(heads) / len(heads))
+    assert model(torch.arange(10).view(2, 5)).logits.shape == (2, 1)
+
+
+def test_a_reward_models_adapter_is_a_reward_model(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_reward_adapter(tmp_path / "reward", models / "base", seed=1)
+    whole = merge(tmp_path / "whole", tmp_path, ["reward"], method="fold", dtype="float32")
+    out = merge(tmp_path / "out", tmp_path, ["reward", "whole"], method="linear", dtype="float32")
+    torch.testing.assert_close(weights(out), weights(whole))
+    capsys.readouterr()
+    for other in ("lora_a", "a"):
+        inputs = f"r: {{model: {adapter}}}, m: {{model: {models / other}}}"
+        (tmp_path / "m.yaml").write_text(f"merge: {{method: linear, models: {{{inputs}}}, out: {tmp_path / 'none'}}}\n")
+        assert main(["merge", str(tmp_path / "m.yaml")]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"rlhf: error: merge.models.r ({adapter}) and merge.models.m ({models / other}) do ")
+        assert "architecture is LlamaForSequenceClassification in the one and LlamaForCausalLM in the other" in message
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])

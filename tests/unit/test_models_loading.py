@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from rlhf.config.merge import MergeConfig
 from rlhf.errors import UserError
+from rlhf.merging.merge import merge_models
+from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import (
     architecture_fingerprint,
     load_causal_lm,
@@ -18,7 +23,9 @@ from rlhf.models.loading import (
     load_reward_model,
     load_tokenizer,
     refuse_no_language_model,
+    refuse_without_head,
 )
+from tests.merging_models import make_adapter, make_reward_adapter
 
 
 def with_config(source: Path, folder: Path, **changes: object) -> str:
@@ -53,6 +60,51 @@ def test_a_reward_model_has_a_reward_head(tiny_model: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "reward")
     assert torch.equal(load_reward_model(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
     assert torch.equal(load_critic(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reward_models_adapter_scores_as_the_folded_model(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
+    adapter = make_reward_adapter(tmp_path / "adapter", tiny_model, seed=1)
+    fold = MergeConfig.model_validate({"method": "fold", "models": {"a": {"model": str(adapter)}}, "dtype": dtype})
+    merge_models(fold, tmp_path / "folded", quiet=True)
+    tokens, lengths = torch.arange(12), torch.tensor([5, 7])
+    scores = []
+    for folder in (adapter, tmp_path / "folded"):
+        model = load_reward_model(str(folder), dtype=getattr(torch, dtype))
+        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+        scores.append(sequence_scores(model, tokens, lengths))
+    assert torch.equal(*scores)
+    assert scores[0][0] != scores[0][1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("language model", "task_type CAUSAL_LM: it has no reward head"),
+        ("two labels", "LoRA adapter with 2 labels: it has no reward head"),
+        ("no head", "LoRA adapter without a head, as is its base .*: it has no reward head"),
+        ("other base", r"does not fit .*: .* has shape \[96, 4\], and the model needs \[48, 4\]"),
+        ("cut", r"adapter_model.safetensors cannot be read"),
+        ("no base", "base_model_name_or_path is None, so the base model is unknown"),
+    ],
+)
+def test_an_adapter_that_gives_no_score_is_refused(tiny_model: Path, tmp_path: Path, kind: str, message: str) -> None:
+    adapter = tmp_path / "adapter"
+    if kind == "language model":
+        make_adapter(adapter, tiny_model, seed=1)
+    else:
+        make_reward_adapter(adapter, tiny_model, seed=1, num_labels=2 if kind == "two labels" else 1)
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if kind == "no head":
+        save_file({name: one for name, one in load_file(file).items() if ".lora_" in name}, file)
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif kind in ("other base", "no base"):
+        base = with_config(tiny_model, tmp_path / "narrow", hidden_size=48) if kind == "other base" else None
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+    for check in (refuse_without_head, partial(load_reward_model, dtype=torch.float32)):
+        with pytest.raises(UserError, match=message):
+            check(str(adapter))
 
 
 @pytest.mark.parametrize(
