@@ -20,6 +20,7 @@ from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
+    compares_with_divergence,
     eval_sets,
     has_scalar_head,
     is_online,
@@ -65,7 +66,6 @@ COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
     "preference": collate_pairs,
     "reward_model": collate_pairs,
     "step_rewards": collate_steps,
-    "unpaired": collate_labelled,
 }
 PROBE_TOKENS = 64
 
@@ -232,8 +232,11 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     for name, group in {"data.train": rows, **{f"data.eval.{name}": one for name, one in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
-        if len(prompts) == 1:
-            raise UserError(f"{name}: all rows have one prompt; algorithm {config.algorithm.name} needs two or more.")
+        if len(prompts) == 1 and compares_with_divergence(config):
+            raise UserError(
+                f"{name}: all rows have one prompt; algorithm.loss kto compares answers with those to other prompts. "
+                "Use bco or apo_zero."
+            )
     longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return OfflineInputs(
@@ -242,6 +245,14 @@ def _offline(config: Config, source: str) -> OfflineInputs:
         eval_sets=held_out,
         unusable=tuple(unusable),
     )
+
+
+def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
+    """Rows of a data set as the workers of the algorithm take them."""
+    kind = offline_kind(config)
+    if kind == "unpaired":
+        return collate_labelled(rows, mismatched=compares_with_divergence(config))  # type: ignore[arg-type]
+    return COLLATE[kind](rows)
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:

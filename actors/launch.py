@@ -18,7 +18,7 @@ from actors.cluster import connected
 from actors.engines import start_engines
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
-from actors.inputs import COLLATE, OfflineInputs, OnlineInputs, StageInputs, load_inputs
+from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import sigterm_interrupts
 from actors.merge import run_merge
 from actors.models import refuse_other_model
@@ -176,8 +176,8 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
             *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
         )
-        collate, sets = COLLATE[offline_kind(config)], (inputs.rows, *inputs.eval_sets.values())
-        data = [ray.put(collate(rows)) for rows in sets]
+        sets = (inputs.rows, *inputs.eval_sets.values())
+        data = [ray.put(collated(config, rows)) for rows in sets]
         await gang.load_data(data)
         if teacher is not None:
             await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])

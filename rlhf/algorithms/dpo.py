@@ -36,7 +36,7 @@ DPOLoss = Literal[
     "discopop",
 ]
 SMOOTHED = frozenset({"sigmoid", "robust", "exo", "aot", "aot_unpaired"})  # losses that read label_smoothing
-COUPLED = frozenset({"aot", "aot_unpaired"})  # that sort over the pairs of a step
+COUPLED = frozenset({"aot", "aot_unpaired", "bco"})  # that look at all pairs of a step
 OF_MARGINS = frozenset(
     {"sigmoid", "robust", "ipo", "hinge", "discopop"}
 )  # that another divergence may replace log u in
@@ -81,7 +81,7 @@ class LogRatioConfig(PreferenceConfig):
             raise ValueError("`loss: exo` needs `label_smoothing` above 0: 0.001 is usual")
         if self.wpo and COUPLED & names:
             coupled = ", ".join(sorted(COUPLED & names))
-            raise ValueError(f"`wpo` weighs each pair, and `loss: {coupled}` sorts over all; give up one of them")
+            raise ValueError(f"`wpo` weighs each pair, and `loss: {coupled}` looks at all; give up one of them")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
             others = ", ".join(sorted(names - OF_MARGINS))
             raise ValueError(f"`divergence` is for loss {', '.join(sorted(OF_MARGINS))}, not for {others}")
@@ -109,7 +109,7 @@ class DPO:
 
     @property
     def couples(self) -> bool:
-        """Whether a loss sorts over the pairs of a step."""
+        """Whether a loss looks at all pairs of a step."""
         return bool(COUPLED & set(self.config.losses))
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
@@ -137,7 +137,7 @@ class DPO:
             "hinge": of.hinge,
             "exo": partial(of.exo_pair, label_smoothing=smoothing),
             "nca": of.nca_pair,
-            "bco": partial(of.bco_pair, delta=0.0),
+            "bco": lambda c, r, *, beta: of.bco_pair(c, r, beta=beta, delta=beta * float((c + r).mean()) / 2),
             "sppo": of.sppo_hard,
             "aot": lambda c, r, *, beta: of.aot(
                 *self._margins(scores), beta=beta, label_smoothing=smoothing

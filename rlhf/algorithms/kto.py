@@ -5,6 +5,7 @@ The reference is the policy before training. Its log-probabilities are computed 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -15,14 +16,18 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
+Comparison = Literal["divergence", "mean", "zero"]
+_COMPARED: Mapping[str, Comparison] = {"kto": "divergence", "bco": "mean", "apo_zero": "zero"}
+
 
 class KTOConfig(Section):
     """Kahneman-Tversky optimisation."""
 
     name: Literal["kto"]
     """The algorithm."""
-    loss: Literal["kto", "apo_zero"] = "kto"
-    """`kto` compares with an estimate of the divergence from the reference; `apo_zero` (arXiv:2408.06266) with 0."""
+    loss: Literal["kto", "apo_zero", "bco"] = "kto"
+    """What a reward is compared with: `kto` the divergence from the reference, `apo_zero` (arXiv:2408.06266) 0, `bco`
+    (arXiv:2404.04656) the mean reward."""
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the bond to the reference."""
     desirable_weight: float = Field(default=1.0, gt=0.0)
@@ -34,19 +39,21 @@ class KTOConfig(Section):
 class KTO:
     """Losses of log-ratios with labels.
 
-    Deviation from the paper: the divergence is estimated over the whole optimizer step, from each row's prompt with the
-    response of the row after it in the data.
+    Deviations from the papers: 1. KTO's divergence is estimated over the whole optimizer step, from each row's prompt
+    with the response of the row after it in the data; 2. BCO's mean reward is that of the step, not a running one.
     """
 
     def __init__(self, config: KTOConfig) -> None:
         self.config = config
 
     @property
-    def compares_with_kl(self) -> bool:
-        """Whether the losses read the divergence from the reference."""
-        return self.config.loss == "kto"
+    def compares_with(self) -> Comparison:
+        """What the losses hold log-ratios against: KTO's mismatched ones, the mean of these, or nothing."""
+        return _COMPARED[self.config.loss]
 
-    def losses(self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, kl: float) -> Float[Tensor, " B"]:
+    def losses(
+        self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, compared: float
+    ) -> Float[Tensor, " B"]:
         """One a response, weighed by its label."""
         from rlhf.objectives import unpaired_loss as of
 
@@ -55,5 +62,7 @@ class KTO:
             labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype
         )
         if config.loss == "kto":
-            return weights * of.kto(log_ratios, labels, beta=config.beta, kl=kl)
+            return weights * of.kto(log_ratios, labels, beta=config.beta, kl=compared)
+        if config.loss == "bco":
+            return weights * of.bco(log_ratios, labels, beta=config.beta, delta=config.beta * compared)
         return weights * of.apo_zero_unpaired(log_ratios, labels, beta=config.beta)

@@ -54,6 +54,12 @@ def offline_kind(config: Config) -> OfflineKind:
     return "distillation" if has_teacher(config) else "supervised"
 
 
+def compares_with_divergence(config: Config) -> bool:
+    """Whether single responses are held against those to other prompts, as KTO does."""
+    name = config.algorithm.name
+    return name in UNPAIRED_ALGORITHMS and UNPAIRED_ALGORITHMS[name](config.algorithm).compares_with == "divergence"
+
+
 def has_scalar_head(config: Config) -> bool:
     """Whether what the run trains is no language model: it scores."""
     return config.algorithm.name in ("reward_model", "process_reward_model")
@@ -203,12 +209,12 @@ def eval_sets(config: Config) -> Mapping[str, DataSource]:
 
 
 EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
-    "supervised": ("loss", "token_accuracy"),
+    "supervised": ("loss", "perplexity", "token_accuracy"),
     "distillation": ("loss", "token_accuracy", "nll"),
     "preference": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
-    "reward_model": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
+    "reward_model": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "calibration_error"),
     "step_rewards": ("loss", "accuracy"),
-    "unpaired": ("loss", "accuracy", "chosen_reward", "rejected_reward"),
+    "unpaired": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
 }
 
 

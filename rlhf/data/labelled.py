@@ -75,12 +75,23 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     )
 
 
-def collate_labelled(labelled: Sequence[Labelled]) -> Pairs:
-    """Flat columns of several answers: answer i is sequence 2i; 2i + 1 is its prompt with another one's answer.
+def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs:
+    """Flat columns of several answers: with mismatched, answer i is sequence 2i, and 2i + 1 is its prompt with another
+    one's answer; without, it is sequence i.
 
-    That is the next answer to another prompt. It loses its end where the sequence would be longer than the longest of
-    the data. ValueError if there is one prompt only.
+    That other is the next answer to another prompt. It loses its end where the sequence would be longer than the
+    longest of the data. ValueError if it is asked for and there is one prompt only.
     """
+    sequences = _beside_mismatched(labelled) if mismatched else [one.example for one in labelled]
+    return Pairs(
+        examples=collate(sequences),
+        prompt_tokens=torch.tensor([one.prompt_tokens for one in labelled], dtype=torch.int64),
+        margins=torch.zeros(len(labelled)),
+        labels=torch.tensor([one.label for one in labelled], dtype=torch.bool),
+    )
+
+
+def _beside_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
     longest = max(len(one.token_ids) for one in labelled)
     prompts = [one.token_ids[: one.prompt_tokens] for one in labelled]
     sequences: list[Example] = []
@@ -92,15 +103,10 @@ def collate_labelled(labelled: Sequence[Labelled]) -> Pairs:
         other, prompt = labelled[found].example, one.prompt_tokens
         answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
         learnt = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
-        mismatched = Example(
+        swapped = Example(
             example_id=2 * index + 1,
             token_ids=one.token_ids[:prompt] + answer,
             loss_mask=(False,) * prompt + learnt,
         )
-        sequences += [one.example, mismatched]
-    return Pairs(
-        examples=collate(sequences),
-        prompt_tokens=torch.tensor([one.prompt_tokens for one in labelled], dtype=torch.int64),
-        margins=torch.zeros(len(labelled)),
-        labels=torch.tensor([one.label for one in labelled], dtype=torch.bool),
-    )
+        sequences += [one.example, swapped]
+    return sequences

@@ -51,7 +51,8 @@ def calibration_bins(margins: Float[Tensor, " B"], *, num_bins: int) -> Float[Te
     """(pairs, summed confidence, correct pairs) in equal bins of the confidence sigmoid(|margin|), from 1/2 to 1.
 
     margins are chosen - rejected. A pair is correct if its margin is positive, half correct if it is 0. Bins of several
-    ranks or batches add up. ValueError for num_bins below 1 and for a margin that is not a number.
+    ranks or batches add up; tracking.reductions.CalibrationError makes one number of them. ValueError for num_bins
+    below 1 and for a margin that is not a number.
     """
     if num_bins < 1:
         raise ValueError(f"calibration_bins needs num_bins >= 1, got {num_bins}")
@@ -63,14 +64,3 @@ def calibration_bins(margins: Float[Tensor, " B"], *, num_bins: int) -> Float[Te
     correct = 0.5 * (margins.sign() + 1.0)
     rows = torch.stack([torch.ones_like(confidence), confidence, correct], dim=1)
     return rows.new_zeros(num_bins, 3).index_add(0, place, rows)
-
-
-def expected_calibration_error(bins: Float[Tensor, "num_bins 3"]) -> Float[Tensor, ""]:
-    """Mean over pairs of |accuracy - mean confidence| of their bin (arXiv:1706.04599, eq. 3), from calibration_bins.
-
-    0 if scores are log-odds of preference. ValueError for bins without a pair.
-    """
-    pairs, confidence, correct = bins.unbind(1)
-    if not bool(pairs.sum() > 0):
-        raise ValueError("expected_calibration_error needs at least 1 pair, got 0")
-    return (correct - confidence).abs().sum() / pairs.sum()

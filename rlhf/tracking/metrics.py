@@ -12,7 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.tracking.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
+from rlhf.tracking.reductions import (
+    CalibrationError,
+    DifferenceOfMeans,
+    ExplainedVariance,
+    Last,
+    Max,
+    Mean,
+    Reduction,
+    Std,
+    Sum,
+)
 
 Trait = Literal[
     "online",
@@ -65,7 +75,7 @@ class Metric:
     name: str
     unit: str  # "1" for pure numbers
     meaning: str
-    reduction: type[Reduction]
+    reduction: type[Reduction] | None  # None: that of whatever it is a value of
     traits: frozenset[Trait]  # a run has the metric if all of these are true of it
     always: bool  # False: only with a setting named in `meaning`, even if the traits hold
 
@@ -75,7 +85,7 @@ class Metric:
 
 
 def _metric(
-    name: str, unit: str, reduction: type[Reduction], traits: str, meaning: str, *, always: bool = True
+    name: str, unit: str, reduction: type[Reduction] | None, traits: str, meaning: str, *, always: bool = True
 ) -> Metric:
     known: dict[str, Trait] = {trait: trait for trait in TRAITS}
     words = frozenset(known[word] for word in traits.split())
@@ -217,7 +227,21 @@ _DECLARATIONS = (
     ),
     # preference
     _metric("preference/accuracy/mean", "1", Mean, "preference", "Pairs whose chosen response is preferred"),
-    _metric("preference/margin/mean", "1", Mean, "preference", "Chosen minus rejected (implicit) reward"),
+    _metric(
+        "preference/margin/mean",
+        "1",
+        DifferenceOfMeans,
+        "preference",
+        "Mean (implicit) reward of chosen, or desirable, responses less that of the others",
+    ),
+    _metric(
+        "preference/calibration_error",
+        "1",
+        CalibrationError,
+        "preference",
+        "Reward models: mean gap, over bins, of accuracy and the confidence sigmoid(|margin|)",
+        always=False,
+    ),
     _metric("preference/chosen_reward/mean", "1", Mean, "preference", "(Implicit) reward of a chosen response"),
     _metric("preference/rejected_reward/mean", "1", Mean, "preference", "(Implicit) reward of a rejected response"),
     _metric(
@@ -244,7 +268,7 @@ _DECLARATIONS = (
         always=False,
     ),
     # evaluation
-    _metric("eval/<set>/<metric>", "1", Mean, "eval", "A value on a held-out set, before training at step 0"),
+    _metric("eval/<set>/<metric>", "1", None, "eval", "A value on a held-out set, before training at step 0"),
     # weight sync
     _metric("weight_sync/version", "version", Last, "online", "Version of the weights that the engines now hold"),
     _metric(
@@ -292,7 +316,7 @@ def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
     for part in parts:
         for key, value in part.items():
             wanted = declared(key).reduction
-            if type(value) is not wanted:
+            if wanted is not None and type(value) is not wanted:
                 raise TypeError(f"metric {key!r} reduces by {wanted.__name__}, got {type(value).__name__}")
             merged[key] = merged[key].merge(value) if key in merged else value
     return merged
@@ -343,7 +367,8 @@ def markdown() -> str:
             ]
         traits = ", ".join(trait for trait in TRAITS if trait in metric.traits) or "(all)"
         meaning = metric.meaning.replace("|", "\\|")
-        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.reduction.__name__} | {traits} | {meaning} |")
+        reduction = metric.reduction.__name__ if metric.reduction else ""
+        lines.append(f"| `{metric.name}` | {metric.unit} | {reduction} | {traits} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

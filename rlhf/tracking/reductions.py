@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+_LARGEST_LOG = 709.0  # exp of more is no float
+
 
 class Reduction(ABC):
     """Values of one metric, so far. Immutable; `merge` gives that of both operands' values together."""
@@ -44,6 +46,48 @@ class Mean(Reduction):
 
     def result(self) -> float:
         return self.total / self.count if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpMean(Mean):
+    """exp of the mean: of negative log-probabilities a perplexity."""
+
+    def result(self) -> float:
+        mean = super(ExpMean, self).result()
+        return math.exp(mean) if mean < _LARGEST_LOG else math.inf if mean == mean else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DifferenceOfMeans(Reduction):
+    """One mean less another, each over its own cases; nan if one of them has none."""
+
+    left: Mean
+    right: Mean
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(left=self.left.merge(other.left), right=self.right.merge(other.right))
+
+    def result(self) -> float:
+        return self.left.result() - self.right.result()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationError(Reduction):
+    """Mean over cases of |accuracy - mean confidence| of their bin (arXiv:1706.04599, eq. 3): 0 is calibrated.
+
+    Bins are (cases, summed confidence, right cases), the same ones in both operands of a merge.
+    """
+
+    bins: tuple[tuple[float, float, float], ...]
+
+    def merge(self, other: Self) -> Self:
+        pairs = zip(self.bins, other.bins, strict=True)
+        return type(self)(bins=tuple((a + x, b + y, c + z) for (a, b, c), (x, y, z) in pairs))
+
+    def result(self) -> float:
+        cases = sum(count for count, _, _ in self.bins)
+        gaps = sum(abs(right - confidence) for _, confidence, right in self.bins)
+        return gaps / cases if cases else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,15 +23,18 @@ from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_critic
 from rlhf.models.packed import policy_logprobs_and_collisions
 from rlhf.objectives.masking import sequence_counts, sequence_sums
+from rlhf.objectives.reward_model_loss import calibration_bins
 from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
-from rlhf.tracking.reductions import Mean, Sum
+from rlhf.tracking.reductions import CalibrationError, DifferenceOfMeans, Mean, Sum
 from rlhf.types import MinibatchPlan
 from rlhf.workers.offline import Batch, PairsWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import Slice
 from rlhf.workers.referenced import ReferencedPolicy
+
+CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,11 +186,13 @@ class PairWorker(PairsWorker):
         """How the pairs of a micro-batch compare. `name` has a place for the quantity's."""
         with torch.no_grad():
             chosen, rejected = self.algorithm.rewards(scores)
-            sums = torch.stack([(chosen > rejected).float(), chosen - rejected, chosen, rejected]).sum(1).tolist()
-        quantities = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+            sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
+        accuracy, good, bad = (Mean(total=total, count=len(chosen)) for total in sums)
         return {
-            name.format(quantity): Mean(total=total, count=len(chosen))
-            for quantity, total in zip(quantities, sums, strict=True)
+            name.format("accuracy"): accuracy,
+            name.format("margin"): DifferenceOfMeans(left=good, right=bad),
+            name.format("chosen_reward"): good,
+            name.format("rejected_reward"): bad,
         }
 
 
@@ -237,3 +242,10 @@ class RewardModelWorker(PairWorker):
             piece.branches,
         )
         return Numbers(ours=scores, reference=None)
+
+    def _metrics(self, scores: PairScores, name: str) -> Metrics:
+        """With how well a margin tells the chance that the pair is ranked right."""
+        margins = (scores.chosen - scores.rejected).detach()
+        bins = calibration_bins(margins[margins.isfinite()], num_bins=CALIBRATION_BINS).tolist()
+        key = name.format("calibration_error").removesuffix("/mean")
+        return {**super()._metrics(scores, name), key: CalibrationError(bins=tuple((n, c, r) for n, c, r in bins))}

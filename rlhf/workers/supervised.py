@@ -14,7 +14,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import supervised_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
-from rlhf.tracking.reductions import Mean, Reduction, Sum
+from rlhf.tracking.reductions import ExpMean, Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
 from rlhf.workers.offline import ExamplesWorker
 from rlhf.workers.ragged import Slice
@@ -58,6 +58,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
             learnt = int(examples.loss_mask[piece.tokens].sum())
             found: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=-logprob_sum, count=learnt),
+                f"eval/{name}/perplexity": ExpMean(total=-logprob_sum, count=learnt),
                 f"eval/{name}/token_accuracy": Mean(total=correct, count=learnt),
             }
             parts.append(found)

@@ -17,7 +17,7 @@ from rlhf.objectives.masking import sequence_sums
 from rlhf.objectives.unpaired_loss import mismatched_kl
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics import merge
-from rlhf.tracking.reductions import Last, Mean, Sum
+from rlhf.tracking.reductions import DifferenceOfMeans, Last, Mean, Sum
 from rlhf.types import MinibatchPlan
 from rlhf.workers.offline import Batch
 from rlhf.workers.place import RankPlace
@@ -36,32 +36,32 @@ class UnpairedWorker(ReferencedPolicy):
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """One optimizer step on the named rows of the training set. Collective."""
-        kl = self._kl(0, plan)
+        compared = self._compared(0, plan)
         parts: list[Metrics] = []
         batch = self.batch(0, plan, sides=RESPONSE)
         for index, piece in enumerate(batch.cut):
             with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, found = self._loss(batch, piece, plan, kl=kl, name="preference/{}/mean")
+                loss, found = self._loss(batch, piece, plan, compared=compared, name="preference/{}/mean")
                 self.engine.backward(loss, last=index == len(batch.cut) - 1)
             if piece.rows:
                 total = Mean(total=float(loss.detach()) * plan.num_sequences, count=len(piece.rows))
                 parts += [{"update/loss/mean": total, "update/tokens/total": Sum(total=len(piece.tokens))}, found]
         parts.append(self.step_metrics(self.engine.step()))
-        if self.place.rank == 0 and self.algorithm.compares_with_kl:
-            parts.append({"preference/mismatched_kl": Last(value=kl)})
+        if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
+            parts.append({"preference/mismatched_kl": Last(value=compared)})
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Loss and accuracy on the named rows of a data set, compared with the divergence on these. Collective."""
         parts: list[Metrics] = []
         with torch.no_grad():
-            kl = self._kl(dataset, plan)
+            compared = self._compared(dataset, plan)
             batch = self.batch(dataset, plan, sides=RESPONSE)
             for piece in batch.cut:
                 with explains_out_of_memory(
                     role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
                 ):
-                    loss, found = self._loss(batch, piece, plan, kl=kl, name=f"eval/{name}/{{}}")
+                    loss, found = self._loss(batch, piece, plan, compared=compared, name=f"eval/{name}/{{}}")
                 if piece.rows:
                     total = Mean(total=float(loss) * plan.num_sequences, count=len(piece.rows))
                     parts += [{f"eval/{name}/loss": total}, found]
@@ -76,38 +76,41 @@ class UnpairedWorker(ReferencedPolicy):
             torch.where(mask, self.logprobs(examples, piece) - reference, 0.0), piece.lengths.to(self.device)
         )
 
-    def _kl(self, dataset: int, plan: MinibatchPlan) -> float:
-        """The divergence from the reference, over all rows that the plan names. Collective."""
-        if not self.algorithm.compares_with_kl:
+    def _compared(self, dataset: int, plan: MinibatchPlan) -> float:
+        """What log-ratios are held against, over all rows that the plan names. Collective."""
+        of = self.algorithm.compares_with
+        if of == "zero":
             return 0.0
-        batch = self.batch(dataset, plan, sides=MISMATCHED)
+        batch = self.batch(dataset, plan, sides=MISMATCHED if of == "divergence" else RESPONSE)
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
             for piece in batch.cut:
                 log_ratios = self._log_ratios(batch, piece)
                 if piece.rows:
                     total += log_ratios.double().sum().cpu()
-        whole = float(self.engine.all_reduce_sum(total.to(self.device)))
+        whole = float(self.engine.all_reduce_sum(total.to(self.device))) / self.resources.sequence_parallel
         num_rows = sum(map(len, plan.sequences_by_rank))  # of an evaluation in pieces, the piece's
-        return mismatched_kl(whole / self.resources.sequence_parallel, num_rows)
+        return mismatched_kl(whole, num_rows) if of == "divergence" else whole / num_rows
 
     def _loss(
-        self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, kl: float, name: str
+        self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, compared: float, name: str
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """A micro-batch's share of the step's loss, and how its rewards compare with their labels."""
         log_ratios = self._log_ratios(batch, piece)
         if not piece.rows:
             return log_ratios.sum() * 0.0, {}
         labels = batch.pairs.labels[batch.places(piece)].to(self.device)
-        losses = self.algorithm.losses(log_ratios, labels, kl=kl)
+        losses = self.algorithm.losses(log_ratios, labels, compared=compared)
         with torch.no_grad():
             rewards = self.algorithm.config.beta * log_ratios
             good, bad = rewards[labels], rewards[~labels]
-            right = ((rewards > self.algorithm.config.beta * kl) == labels).sum()
+            right = ((rewards > self.algorithm.config.beta * compared) == labels).sum()
             sums = torch.stack([right.to(rewards.dtype), good.sum(), bad.sum()]).tolist()
+        of_good, of_bad = Mean(total=sums[1], count=len(good)), Mean(total=sums[2], count=len(bad))
         found: Metrics = {
             name.format("accuracy"): Mean(total=sums[0], count=len(labels)),
-            name.format("chosen_reward"): Mean(total=sums[1], count=len(good)),
-            name.format("rejected_reward"): Mean(total=sums[2], count=len(bad)),
+            name.format("margin"): DifferenceOfMeans(left=of_good, right=of_bad),
+            name.format("chosen_reward"): of_good,
+            name.format("rejected_reward"): of_bad,
         }
         return losses.sum() / plan.num_sequences, found

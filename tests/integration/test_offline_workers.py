@@ -29,8 +29,8 @@ from rlhf.data.steps import collate_steps, load_step_labelled
 from rlhf.data.tasks import TaskSource
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.objectives.preference_loss import aot_unpaired, dpo
-from rlhf.objectives.unpaired_loss import kto
+from rlhf.objectives.preference_loss import aot_unpaired, bco_pair, dpo
+from rlhf.objectives.unpaired_loss import bco, kto
 from rlhf.tracking.metrics import merge, results
 from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
 from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
@@ -98,7 +98,7 @@ def data_of(name: str, model: str) -> Any:
     reading = Reading(system_prompt=None, apply_chat_template=False, max_tokens=64)
     tokenizer = load_tokenizer(model)
     if name == "kto":
-        return collate_labelled(load_labelled(rows, tokenizer, reading).items)
+        return collate_labelled(load_labelled(rows, tokenizer, reading).items, mismatched=True)
     if name == "tpo":  # a gold response like no other
         rows = [replace(row, columns=row.columns | {"reference": row.columns["answer"][::-1] + "!"}) for row in rows]
     return collate_pairs(load_pairs(rows, tokenizer, reading, with_gold=name == "tpo").items)
@@ -287,9 +287,11 @@ def test_tpo_with_weights_is_that_of_plain_torch(train: Train, model: str) -> No
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(train: Train, model: str, ranks: int) -> None:
-    ours = train({"name": "dpo", "loss": "aot_unpaired", "beta": 0.3}, ranks=ranks, repeated=(0, 7, 7))
+@pytest.mark.parametrize(("loss_name", "ranks"), [("aot_unpaired", 1), ("aot_unpaired", 2), ("bco", 2)])
+def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(
+    train: Train, model: str, loss_name: str, ranks: int
+) -> None:
+    ours = train({"name": "dpo", "loss": loss_name, "beta": 0.3}, ranks=ranks, repeated=(0, 7, 7))
     plain, pairs = AutoModelForCausalLM.from_pretrained(model), data_of("dpo", model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
     with torch.no_grad():
@@ -298,11 +300,39 @@ def test_a_coupled_loss_takes_a_row_as_often_as_the_step_has_it(train: Train, mo
         rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), 0, 7, 7]
         ratios = sequence_logprobs(plain, pairs) - reference
         chosen, rejected = (ratios[[2 * row + side for row in rows]] for side in (0, 1))
-        loss = aot_unpaired(chosen, rejected, beta=0.3).mean()
+        delta = 0.3 * torch.cat([chosen, rejected]).mean().item()
+        losses = {
+            "aot_unpaired": aot_unpaired(chosen, rejected, beta=0.3),
+            "bco": bco_pair(chosen, rejected, beta=0.3, delta=delta),
+        }
+        loss = losses[loss_name].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_bco_compares_with_the_mean_of_the_step(train: Train, model: str) -> None:
+    ours = train({"name": "kto", "loss": "bco", "beta": 0.3}, ranks=2)
+    plain, rows = AutoModelForCausalLM.from_pretrained(model), data_of("kto", model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=0.0)
+    with torch.no_grad():
+        reference = sequence_logprobs(plain, rows)
+    for step in range(STEPS):
+        at = slice(step * ROWS // STEPS, (step + 1) * ROWS // STEPS)
+        ratios = (sequence_logprobs(plain, rows) - reference)[0::2][at]
+        labels = rows.labels[at]
+        delta = 0.3 * ratios.mean().item()
+        loss = bco(ratios, labels, beta=0.3, delta=delta).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert ours[step]["update/loss/mean"] == pytest.approx(loss.item(), rel=1e-5)
+        rewards = 0.3 * ratios.detach()
+        margin = (rewards[labels].mean() - rewards[~labels].mean()).item()
+        assert ours[step]["preference/margin/mean"] == pytest.approx(margin, abs=1e-5)
+        assert "preference/mismatched_kl" not in ours[step]
 
 
 @pytest.mark.timeout(600)
@@ -339,7 +369,12 @@ def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) 
             [plain(ids[None]).logits[0, 0] for ids in pairs.examples.token_ids.split(pairs.examples.lengths.tolist())]
         )
         at = slice(step * 2 * ROWS // STEPS, (step + 1) * 2 * ROWS // STEPS)
-        loss = -torch.nn.functional.logsigmoid(scores[at][0::2] - scores[at][1::2]).mean()
+        margins = scores[at][0::2] - scores[at][1::2]
+        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        confidence, right = margins.detach().abs().sigmoid(), (margins.detach().sign() + 1) / 2
+        assert bool((confidence < 0.55).all())  # one bin of ten
+        error = (confidence - right).mean().abs().item()
+        assert ours[step]["preference/calibration_error"] == pytest.approx(error, abs=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

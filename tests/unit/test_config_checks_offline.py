@@ -41,7 +41,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
         (["rollouts.top_p=0.9"], "rollouts: has no effect here: algorithm dpo samples no responses"),
         (
             ["algorithm={name: dpo, loss: {sigmoid: 1, aot: 1}, wpo: true}"],
-            "algorithm: `wpo` weighs each pair, and `loss: aot` sorts over all; give up one of them",
+            "algorithm: `wpo` weighs each pair, and `loss: aot` looks at all; give up one of them",
         ),
         (["algorithm={name: orpo, wpo: true}"], "algorithm.wpo: is a key of "),
         (["algorithm={name: tpo, sft_coef: 0}"], "algorithm.sft_coef: got 0, expected a number > 0"),

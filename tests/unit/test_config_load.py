@@ -122,8 +122,9 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
         (
             "algorithm.name=pp",
-            "algorithm.name: got 'pp', expected `ppo`, `grpo`, `sft`, `distillation`, `reward_model`, "
-            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
+            "algorithm.name: got 'pp', expected `ppo`, `grpo`, `dr_grpo`, `gspo`, `cispo`, `gmpo`, `sapo`, `rloo`, "
+            "`opo`, `reinforce_plus_plus`, `sft`, `distillation`, `reward_model`, `process_reward_model`, `dpo`, "
+            "`simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
         ),
         (
             "algorithm={}",

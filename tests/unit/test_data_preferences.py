@@ -271,7 +271,7 @@ def test_labelled_answers_token_by_token(tokenizer: Any) -> None:
     assert [item.label for item in items] == [True, False]
     assert items[0].token_ids == (*b"abc", EOS)
     assert (items[0].prompt_tokens, items[1].prompt_tokens) == (2, 5)
-    collated = collate_labelled(items)
+    collated = collate_labelled(items, mismatched=True)
     assert collated.labels.tolist() == [item.label for item in items]
     assert collated.prompt_tokens.tolist() == [2, 5]
     batch = collated.examples
@@ -285,6 +285,9 @@ def test_labelled_answers_token_by_token(tokenizer: Any) -> None:
     first, mismatched, second, other = batch.token_ids.split(batch.lengths.tolist())
     assert mismatched.tolist() == [*first[:2].tolist(), *second[5:].tolist()]
     assert other.tolist() == [*second[:5].tolist(), *first[2:].tolist()]
+    alone = collate_labelled(items, mismatched=False)
+    assert alone.num_sides == 1
+    assert alone.examples.token_ids.tolist() == [*first.tolist(), *second.tolist()]
 
 
 def test_a_mismatched_answer_is_never_longer_than_the_data(tokenizer: Any) -> None:
@@ -293,7 +296,7 @@ def test_a_mismatched_answer_is_never_longer_than_the_data(tokenizer: Any) -> No
         {"prompt": "abcd", "completion": "e", "label": True},
         {"prompt": "a", "completion": "bcde", "label": False},
     ).items
-    batch = collate_labelled(items).examples
+    batch = collate_labelled(items, mismatched=True).examples
     assert batch.lengths.tolist() == [6, 6, 6, 3]  # the first prompt leaves room for two tokens of the other's answer
 
 
