@@ -29,13 +29,10 @@ def named(key: str) -> Iterator[None]:
 
 
 def local_model(name: str, folder: Path, *, seed: int) -> str:
-    """The name; tiny:llama as a folder, made now below `folder` if it is not there."""
+    """The name; tiny:llama as a folder of that seed, made now below `folder` if it is not there."""
     if name != TINY:
         return name
-    path = folder / "models" / "tiny-llama"
-    if not path.exists():
-        build_tiny_llama(path, seed=seed)
-    return str(path)
+    return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
 
 
 def source_of(source: DataSource) -> Source:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlhf.errors import RunError, UserError
+from rlhf.tracking.logs import hush_imports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +32,7 @@ RECIPES = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the arguments say; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
+    hush_imports()
     try:
         args = _parse(given)
     except UserError as error:

@@ -15,7 +15,7 @@ class TaskConfig(Section):
 
     task: str = Field(min_length=1)
     """`running_totals`, or `reasoning_gym/NAME`, or several joined by commas."""
-    split: Literal["sft", "pairs", "labelled", "train", "eval"] = "train"
+    split: Literal["sft", "pairs", "labelled", "steps", "train", "eval"] = "train"
     """`train` and `eval` are prompts for rollouts; `sft`, `pairs` and `labelled` are the same other questions, with
     responses. No question is in two of these three sets."""
     size: int = Field(ge=1)

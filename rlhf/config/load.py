@@ -1,10 +1,12 @@
-"""From a YAML file and `section.key=value` arguments to checked configurations. Opens that one file, nothing else."""
+"""From a YAML file and `section.key=value` arguments to checked configurations. Opens that one file, and looks whether
+the files of rewards stand beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.config.checks import problems
 from rlhf.config.explain import nearest, parse, refuse
@@ -37,6 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tree = read_tree(Path(path))
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
+    _locate_rewards(tree.values, Path(path).resolve().parent)
     if "merge" in tree.values and "stages" not in tree.values:
         raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
     if "evaluate" in tree.values and "stages" not in tree.values:
@@ -51,6 +54,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     refuse(config if isinstance(config, tuple) else problems(config), tree.place)
     assert isinstance(config, Config)
     return _single(config, tree.source)
+
+
+def _locate_rewards(section: Any, folder: Path) -> None:
+    """Give reward files that stand beside the configuration their whole path: the resolved file stands elsewhere."""
+    if not isinstance(section, dict):
+        return
+    rewards, stages = section.get("rewards"), section.get("stages")
+    for reward in rewards.values() if isinstance(rewards, dict) else ():
+        function = reward.get("function") if isinstance(reward, dict) else None
+        file = function.rpartition(":")[0] if isinstance(function, str) else ""
+        if file and (folder / file).is_file():
+            reward["function"] = f"{folder / file}{function[len(file) :]}"
+    for below in (section.get("evaluate"), *(stages.values() if isinstance(stages, dict) else ())):
+        _locate_rewards(below, folder)
 
 
 def checked(config: Config) -> LoadedConfig:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 
-Split = Literal["sft", "pairs", "labelled", "train", "eval"]
+Split = Literal["sft", "pairs", "labelled", "steps", "train", "eval"]
 Columns = dict[str, Any]
 
 RUNNING_TOTALS = "running_totals"
@@ -27,7 +27,7 @@ class TaskSource:
     """Rows of `running_totals`, of `reasoning_gym/NAME`, or of several of them in turn, joined by commas."""
 
     task: str
-    split: Split  # sft, pairs, labelled: rows with responses; train, eval: prompts with an answer
+    split: Split  # sft, pairs, labelled, steps: rows with responses; train, eval: prompts with an answer
     size: int
     seed: int = 0
     args: Mapping[str, Any] = field(default_factory=dict)  # for several tasks: each one's args under its name
@@ -44,7 +44,8 @@ def make_rows(source: TaskSource) -> list[Columns]:
     Every row has `answer` and `task`. running_totals has a string `prompt`; reasoning_gym has `messages`, in split sft
     up to the assistant's answer, and the columns that its own scorer reads: `question`, `answer`, `metadata`. Splits
     with responses have them as `completion` (sft), `chosen`, `rejected` and `reference`, which is the chosen one again
-    (pairs), or `completion` and `label` (labelled: every other one is right), of the same questions.
+    (pairs), or `completion` and `label` (labelled: every other one is right), of the same questions. Of running_totals
+    there are also `completions` and `labels`, a total each (steps).
     """
     names = [name.strip() for name in source.task.split(",")]
     if len(set(names)) < len(names):
@@ -88,6 +89,7 @@ _RUNNING_TOTALS_SPLITS: dict[Split, slice] = {
     "sft": slice(0, 2500),
     "pairs": slice(0, 2500),
     "labelled": slice(0, 2500),
+    "steps": slice(0, 2500),
     "train": slice(2500, 5500),
     "eval": slice(5500, 6012),
 }
@@ -109,6 +111,10 @@ def _running_totals(source: TaskSource) -> list[Columns]:
             row["completion"] = careless_totals(digits) if index % 2 else row["answer"]
         elif source.split in ("pairs", "labelled"):
             row |= _responses(source.split, row["answer"], _wrong_totals(digits, careless=index % 4 < 2), index)
+        elif source.split == "steps":
+            right = row["answer"].split(",")
+            said = _wrong_totals(digits, careless=index % 4 < 2).split(",") if index % 2 else right
+            row |= {"completions": said, "labels": [one == other for one, other in zip(said, right, strict=True)]}
         rows.append(row | {"task": RUNNING_TOTALS})
     return rows
 
@@ -151,6 +157,8 @@ _SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbo
 
 def _reasoning_gym(source: TaskSource) -> list[Columns]:
     """Few-shot chat rows. `args.shots` worked examples come first; the other args configure the generator."""
+    if source.split == "steps":
+        raise UserError(f"{source.name}: its answers have no steps; {RUNNING_TOTALS} has that split.")
     shots = source.args.get("shots", _DEFAULT_SHOTS)
     if not isinstance(shots, int) or isinstance(shots, bool) or shots < 0:
         raise UserError(f"{source.name}: args.shots is {shots!r}, expected a whole number from 0.")

@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from rlhf.errors import UserError
 
@@ -116,5 +117,7 @@ def _write(folder: Path, *, seed: int, tied: bool) -> None:
             if parameter.ndim == 2:  # the others are norm scales, which stay at 1
                 parameter.normal_(0.0, 0.02, generator=generator)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    disable_progress_bar()  # of one file of megabytes
     model.save_pretrained(folder)
+    enable_progress_bar()
     tokenizer.save_pretrained(folder)

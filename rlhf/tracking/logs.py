@@ -86,6 +86,16 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
         logger.propagate = False
 
 
+def hush_imports() -> None:
+    """What libraries say when they are imported, and no user can do anything about. To be called before."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
+    logging.getLogger("DeepSpeed").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()  # said by a driver, which has no need of one
+
+
 def set_step(step: int) -> None:
     """The step that later records of this process belong to."""
     for handler in logging.getLogger("rlhf").handlers:

@@ -105,8 +105,9 @@ class PolicyWorker(TrainedWorker):
             with adapter_disabled(self.engine.module):
                 self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
         config = self.algorithm.config
-        penalises_reward = config.kl.place == "reward" and self.share.ref_logprobs is not None
-        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not penalises_reward:
+        has_reference = self.share.ref_logprobs is not None
+        is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
+        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
             return (), {}
         self._set(old_logprobs=self._compute_logprobs("old logprobs"))
         assert self.share.old_logprobs is not None

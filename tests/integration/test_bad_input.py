@@ -230,7 +230,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
     run = str(config(tmp_path, with_data(ROW)))
 
     def resumed_from(*overrides: str, **changes: Any) -> str:
-        model = architecture_fingerprint(load_config(str(tmp_path / "r" / "models" / "tiny-llama")))
+        model = architecture_fingerprint(load_config(str(tmp_path / "r" / "models" / "tiny-llama-0")))
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:
             state = {"step": 3, "policy": model, "algorithm": "grpo", "cursor": cursor, **changes}
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
             folder.commit_checkpoint(3)
         return refused(capsys, run, "--resume", "auto", *overrides)
 
-    build_tiny_llama(tmp_path / "r" / "models" / "tiny-llama", seed=0)
+    build_tiny_llama(tmp_path / "r" / "models" / "tiny-llama-0", seed=0)
     assert "cursor belongs to other data: the rows, the tokenizer, the weights of data sets, run.seed" in resumed_from()
     assert "is a checkpoint of algorithm dpo, not of grpo" in resumed_from(algorithm="dpo")
     assert "is a checkpoint of another model than policy.model" in resumed_from(policy="another")

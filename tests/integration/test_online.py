@@ -162,9 +162,13 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
         {
             "run": {"name": "lora", "dir": str(tmp_path)},
             "policy": {"model": "tiny:llama", "dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, **kind}},
-            "algorithm": {"name": "grpo", "kl": {"coef": 0.05}, "correction": {"level": "token", "max_ratio": 2.0}},
+            "algorithm": {
+                "name": "grpo",
+                "kl": {"coef": 0.05, "adaptive": {"target": 0.5, "horizon": 64}},  # in the loss, and one update a batch
+                "correction": {"level": "token", "max_ratio": 2.0},
+            },
             "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
-            "train": {"steps": 2, "lr": 1e-2},
+            "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": 32},
         },
     )
     train(config)
@@ -175,6 +179,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     # The adapter begins as the identity; of PiSSA, what is added and taken away again is rounded.
     assert abs(found[1]["experience/kl_ref/mean"]) <= (1e-6 if kind else 0.0)
     assert found[2]["experience/kl_ref/mean"] > 0.0
+    assert found[2]["experience/kl_coef"] < 0.05  # no KL in step 1, so the penalty was lowered
     assert "memory/reference_rss_gib" not in found[2]
     assert (tmp_path / "lora" / "final" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()

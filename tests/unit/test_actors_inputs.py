@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from actors.inputs import OfflineInputs, OnlineInputs, load_inputs
+from actors.reading import local_model
 from rlhf.config.load import load
 from rlhf.data.stream import Share
 from rlhf.errors import UserError
@@ -82,3 +83,10 @@ def test_prompts_of_several_sets_have_ids_of_their_own(folder: Path) -> None:
     assert isinstance(found, OnlineInputs)
     assert [prompt.prompt_id for prompt in found.prompts] == [0, 1, 2, 3, 4]
     assert [share.size for share in found.shares] == [3, 2]
+
+
+def test_another_seed_is_another_tiny_model(tmp_path: Path) -> None:
+    first, second, again = (local_model("tiny:llama", tmp_path, seed=seed) for seed in (0, 1, 0))
+    assert first == again
+    weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] != weights[1]

@@ -128,8 +128,9 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ),
         (
             "algorithm={}",
-            "algorithm.name: is missing: expected `ppo`, `grpo`, `sft`, `distillation`, `reward_model`, "
-            "`process_reward_model`, `dpo`, `simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
+            "algorithm.name: is missing: expected `ppo`, `grpo`, `dr_grpo`, `gspo`, `cispo`, `gmpo`, `sapo`, `rloo`, "
+            "`opo`, `reinforce_plus_plus`, `sft`, `distillation`, `reward_model`, `process_reward_model`, `dpo`, "
+            "`simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
         ),
         (
             "cluster.roles.policy.threads=0",
@@ -246,3 +247,15 @@ def test_a_stage_s_section_makes_no_run(tmp_path: Path) -> None:
             load(path)
         assert str(caught.value).startswith(f"{path}:2: {section.partition(':')[0]}: ")
         assert fix in str(caught.value)
+
+
+def test_a_reward_beside_the_file_keeps_its_place(file: Path) -> None:
+    """config.resolved.yaml stands in the run folder, and must name the same file."""
+    (file.parent / "mine.py").write_text("")
+    rewards = {"mine": "mine.py:score", "far": "elsewhere.py:score", "builtin": "last_number"}
+    overrides = [f"rewards.{name}.function={function}" for name, function in rewards.items()]
+    config = load(file, overrides).stages["demo"]
+    assert isinstance(config, Config)
+    assert config.rewards["mine"].function == f"{file.parent.resolve() / 'mine.py'}:score"
+    assert config.rewards["far"].function == "elsewhere.py:score"
+    assert config.rewards["builtin"].function == "last_number"

@@ -50,6 +50,16 @@ def test_half_of_the_demonstrations_are_careless() -> None:
     assert 1150 < sum(row["completion"] != row["answer"] for row in rows) <= 1250
 
 
+def test_steps_are_totals_with_a_label_each() -> None:
+    rows = make_rows(TaskSource(task="running_totals", split="steps", size=100))
+    for index, row in enumerate(rows):
+        right = row["answer"].split(",")
+        assert row["labels"] == [said == total for said, total in zip(row["completions"], right, strict=True)]
+        assert all(row["labels"]) == (index % 2 == 0)
+    with pytest.raises(UserError, match="have no steps; running_totals has that split"):
+        make_rows(TaskSource(task="reasoning_gym/gcd", split="steps", size=10))
+
+
 def test_splits_of_running_totals_share_no_prompt_whatever_the_seed() -> None:
     prompts = {
         split: {row["prompt"] for row in totals(split, size=SIZES[split], seed=i)} for i, split in enumerate(SPLITS)
