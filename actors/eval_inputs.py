@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from actors.hub import use_cache_if_silent
 from actors.made import Made
-from actors.reading import REWARD_KEY, check_rewards, load_rewards, local_model, named, source_of
+from actors.reading import REWARD_KEY, check_rewards, load_rewards, local_model, named, reading_of, source_of
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
@@ -18,7 +18,6 @@ from rlhf.config.derive import (
     OfflineKind,
     eval_sets,
     is_online,
-    max_sequence_tokens,
     offline_kind,
     uses_reward_model,
 )
@@ -115,7 +114,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
                 found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
-            how: dict[str, Any] = {"columns": data.columns, "reading": _reading_of(config)}
+            how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config)}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
     return _inputs(
         candidates,
@@ -141,18 +140,6 @@ def _refuse_other_measures(config: Config, model: str) -> None:
     raise UserError(
         f"algorithm.name: is {config.algorithm.name}, whose held-out sets only the run itself measures (eval/ in its "
         f"metrics.jsonl); {others.get(offline_kind(config), instead)}"
-    )
-
-
-def _reading_of(config: Config) -> Reading:
-    """How the run reads its held-out examples."""
-    data = config.data
-    return Reading(
-        system_prompt=data.system_prompt,
-        apply_chat_template=data.apply_chat_template,
-        max_tokens=max_sequence_tokens(config),
-        too_long=data.too_long,
-        max_unusable_fraction=data.max_unusable_fraction,
     )
 
 
@@ -233,9 +220,8 @@ def _refuse_unfit_results(stage: EvaluationStage, made: Made) -> None:
             raise UserError(f"evaluate.{key}: {model} {text}")
     if stage.uses_reward_model and config.reward is not None and config.reward.model in made.finals:
         folder = config.reward.model
-        if made.scored.get(folder) != "reward_model":
-            what = made.scored.get(folder, "language model").replace("_", " ")
-            raise UserError(f"evaluate.reward.model: {folder} will be a {what}, expected a reward model")
+        if folder not in made.scored:
+            raise UserError(f"evaluate.reward.model: {folder} will be a language model, expected a reward model")
 
 
 def inputs_of_model(

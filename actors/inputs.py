@@ -15,7 +15,7 @@ from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.merge import foresee, with_local_models
 from actors.models import check_models, models_of, refuse_other_results, with_adapters, with_tiny
-from actors.reading import check_rewards, load_rewards, named, source_of
+from actors.reading import check_rewards, load_rewards, named, reading_of, source_of
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
@@ -24,7 +24,6 @@ from rlhf.config.derive import (
     eval_sets,
     has_scalar_head,
     is_online,
-    max_sequence_tokens,
     needs_gold,
     offline_kind,
     train_sets,
@@ -33,7 +32,7 @@ from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, final_folder
-from rlhf.data.examples import Example, Reading, collate, load_examples
+from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import Pair, collate_pairs, load_pairs
 from rlhf.data.prompts import load_prompts
@@ -46,6 +45,7 @@ from rlhf.models.loading import (
     load_config,
     load_tokenizer,
 )
+from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Examples, Pairs, Prompt
 
@@ -143,7 +143,9 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
     data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
-    return any(not name.startswith(("/", ".", "~")) and not Path(name).exists() for name in names)
+    absent = [name for name in names if not Path(name).exists()]
+    bases = [model for model in models if model not in absent and may_ask_the_hub(model)]  # of adapters
+    return bool(bases) or any(not name.startswith(("/", ".", "~")) for name in absent)
 
 
 def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
@@ -200,13 +202,7 @@ def _offline(config: Config, source: str) -> OfflineInputs:
     with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
-    reading = Reading(
-        system_prompt=data.system_prompt,
-        apply_chat_template=data.apply_chat_template,
-        max_tokens=max_sequence_tokens(config),
-        too_long=data.too_long,
-        max_unusable_fraction=data.max_unusable_fraction,
-    )
+    reading = reading_of(config)
     unusable: list[Unusable] = []
     load = LOADERS[offline_kind(config)]
     if isinstance(config.algorithm, ProcessRewardModelConfig):

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.config.data import DataSource
+from rlhf.config.derive import max_sequence_tokens
 from rlhf.config.rollouts import RewardConfig
+from rlhf.config.root import Config
+from rlhf.data.examples import Reading
 from rlhf.data.sources import Row, Source
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
@@ -40,6 +43,18 @@ def source_of(source: DataSource) -> Source:
     if isinstance(source, str):
         return source
     return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
+
+
+def reading_of(config: Config) -> Reading:
+    """How a run reads its examples."""
+    data = config.data
+    return Reading(
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+        max_tokens=max_sequence_tokens(config),
+        too_long=data.too_long,
+        max_unusable_fraction=data.max_unusable_fraction,
+    )
 
 
 def load_rewards(

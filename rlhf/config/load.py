@@ -62,10 +62,10 @@ def _locate_rewards(section: Any, folder: Path) -> None:
         return
     rewards, stages = section.get("rewards"), section.get("stages")
     for reward in rewards.values() if isinstance(rewards, dict) else ():
-        function = reward.get("function") if isinstance(reward, dict) else None
-        file = function.rpartition(":")[0] if isinstance(function, str) else ""
-        if file and (folder / file).is_file():
-            reward["function"] = f"{folder / file}{function[len(file) :]}"
+        if isinstance(reward, dict) and isinstance(function := reward.get("function"), str):
+            file = function.rpartition(":")[0]
+            if file and (folder / file).is_file():
+                reward["function"] = f"{folder / file}{function[len(file) :]}"
     for below in (section.get("evaluate"), *(stages.values() if isinstance(stages, dict) else ())):
         _locate_rewards(below, folder)
 
