@@ -40,8 +40,9 @@ from rlhf.config.derive import (
     ships_adapter,
     uses_reward_model,
 )
+from rlhf.config.differences import changes
 from rlhf.config.dump import dump_yaml
-from rlhf.config.load import LoadedConfig
+from rlhf.config.load import LoadedConfig, load
 from rlhf.config.stages import MergeStage, Stage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
@@ -101,6 +102,7 @@ def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
     """UserError if the run's folder cannot be written, is in use, or holds what this run would not go on from."""
     path = run_folder(stage)
     if resume and result_of(stage).exists():
+        _refuse_other_settings(stage)
         return
     try:
         with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
@@ -113,6 +115,21 @@ def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
         raise UserError(
             f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
         ) from error
+
+
+def _refuse_other_settings(stage: Stage) -> None:
+    """UserError if a finished run was made with other settings than it has now."""
+    try:
+        (made_with,) = load(run_folder(stage) / "config.resolved.yaml").stages.values()
+    except UserError as error:
+        logger.warning("%s is finished; with which settings is not known: %s", run_folder(stage), error)
+        return
+    changed = changes(made_with, stage)
+    if changed:
+        raise UserError(
+            f"--resume: {run_folder(stage)} is finished, with other settings: {'; '.join(changed)}. Choose another "
+            "run.name, or remove the folder to do it anew."
+        )
 
 
 def _refuse_other_checkpoint(stage: StageInputs) -> None:

@@ -18,8 +18,10 @@ from rlhf.config.derive import (
     saved_rank,
     uses_reward_model,
 )
+from rlhf.config.differences import differences
 from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.root import Config
+from rlhf.controller.trained import trained_models
 from rlhf.errors import UserError
 from rlhf.models.loading import (
     architecture_fingerprint,
@@ -134,7 +136,7 @@ def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by:
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
-    """UserError if a checkpoint is of another model than the run's policy."""
+    """UserError if a checkpoint is of other models than the run's policy and critic, or of another layout of them."""
     policy = config.policy
     ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
     if state["policy"] != ours:
@@ -146,6 +148,12 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         raise UserError(
             f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {config.algorithm.name}. Resume "
             "with the one that it was made with, or choose another run.name."
+        )
+    differing = list(differences(state["trained"], trained_models(config)))
+    if differing:
+        raise UserError(
+            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with what it was made with, "
+            "or choose another run.name."
         )
 
 

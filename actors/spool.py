@@ -7,14 +7,18 @@ all. A file speaks for a request only if prompt, seeds and sampling are the same
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from rlhf.rollouts.identity import request_identity
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
+
+logger = logging.getLogger(__name__)
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
@@ -36,29 +40,24 @@ def write_group(
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     told = json.dumps([asdict(info) for info in infos])
-    save_file(columns, aside, metadata={**_identity(request, sampling), "infos": told})
+    save_file(columns, aside, metadata={**request_identity(request, sampling), "infos": told})
     aside.replace(path)
 
 
 def read_group(
     folder: Path, request: GroupRequest, sampling: Sampling, version: int
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
-    """The group, if it is there and answers this very request."""
+    """The group, if it is there, whole, and answers this very request."""
     path = group_path(folder, request.group_id, version)
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if any(metadata.get(key) != value for key, value in _identity(request, sampling).items()):
-            return None
-        rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if any(metadata.get(key) != value for key, value in request_identity(request, sampling).items()):
+                return None
+            rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
+    except (SafetensorError, ValueError) as error:
+        logger.warning("%s is damaged (%s); its group is drawn again", path, error)
+        return None
     return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
-
-
-def _identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
-    return {
-        "sampling": json.dumps(asdict(sampling)),
-        "prompt_token_ids": json.dumps(request.prompt.token_ids),
-        "seeds": json.dumps(request.seeds),
-        "first_sequence_id": json.dumps(request.first_sequence_id),
-    }

@@ -115,6 +115,11 @@ def to_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def from_yaml(text: str) -> Any:
+    """Those values again."""
+    return _parse(text, "the configuration", {}, ())
+
+
 def kind(value: object) -> str:
     """The value as a message shows it."""
     if isinstance(value, dict):

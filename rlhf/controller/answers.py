@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from rlhf.controller.record import RunRecord
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
+from rlhf.rollouts.identity import scored_identity
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Sum
@@ -82,16 +83,16 @@ class Answers:
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.progress.stage("rollouts", num_done, len(requests))
-            return await self._score(group, step=step, version=version)
+            return await self._score(group, sampling, step=step, version=version)
 
         return await answered(self.rollout, requests, sampling, score)
 
-    async def _score(self, group: CompletedGroup, *, step: int, version: int) -> ScoredGroup:
-        group_id = group.request.group_id
-        scores = self.ledger.get(group_id, version)
+    async def _score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
+        group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
+        scores = self.ledger.get(group_id, version, request)
         if scores is None:
             scores = await self.reward.score(group)
-            self.ledger.put(group_id, version, scores)
+            self.ledger.put(group_id, version, request, scores)
         for error in scores.errors:
             self.record.tracker.log_error(error_record(error, step=step))
         self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})

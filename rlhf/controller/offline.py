@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rlhf.config.root import Config
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.reference import provide_reference
+from rlhf.controller.trained import trained_models
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
 from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
@@ -213,6 +214,7 @@ class OfflineController:
             "best": self.best.state(),
             "policy": self.fingerprint,
             "algorithm": self.config.algorithm.name,
+            "trained": trained_models(self.config),
         }
 
     async def restore(self, step: int) -> None:

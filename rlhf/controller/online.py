@@ -26,6 +26,7 @@ from rlhf.controller.evaluation import evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
+from rlhf.controller.trained import trained_models
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
@@ -281,6 +282,7 @@ class OnlineController:
             "best": self.best.state(),
             "policy": self.fingerprint,
             "algorithm": self.config.algorithm.name,
+            "trained": trained_models(self.config),
         }
 
     async def restore(self, step: int) -> None:

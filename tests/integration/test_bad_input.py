@@ -26,9 +26,11 @@ import ray
 import actors.cluster
 import actors.export
 import actors.launch
+from actors.models import with_tiny
 from rlhf.cli import main
+from rlhf.config.load import load
+from rlhf.controller.trained import trained_models
 from rlhf.models.loading import architecture_fingerprint, load_config
-from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.run_folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config
 
@@ -230,18 +232,21 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
     run = str(config(tmp_path, with_data(ROW)))
 
     def resumed_from(*overrides: str, **changes: Any) -> str:
-        model = architecture_fingerprint(load_config(str(tmp_path / "r" / "models" / "tiny-llama-0")))
+        local = with_tiny(load(run).runs["r"], tmp_path / "r")
+        model = architecture_fingerprint(load_config(local.policy.model))
+        trained = trained_models(local)
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:
-            state = {"step": 3, "policy": model, "algorithm": "grpo", "cursor": cursor, **changes}
+            state = {"step": 3, "policy": model, "algorithm": "grpo", "trained": trained, "cursor": cursor, **changes}
             (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
             folder.commit_checkpoint(3)
         return refused(capsys, run, "--resume", "auto", *overrides)
 
-    build_tiny_llama(tmp_path / "r" / "models" / "tiny-llama-0", seed=0)
     assert "cursor belongs to other data: the rows, the tokenizer, the weights of data sets, run.seed" in resumed_from()
     assert "is a checkpoint of algorithm dpo, not of grpo" in resumed_from(algorithm="dpo")
     assert "is a checkpoint of another model than policy.model" in resumed_from(policy="another")
+    said = resumed_from("policy.lora={rank: 8}")
+    assert "cannot be continued by this run: policy.lora is null there and a mapping here. Resume with what it" in said
     assert "train.steps: is 2, but r/checkpoints/step_000003 has done 3 already" in resumed_from("train.steps=2")
 
 

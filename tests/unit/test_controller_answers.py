@@ -1,8 +1,9 @@
-"""What a resumed run takes up again: a group's scores by the weights that answered it, and by no others."""
+"""What a resumed run takes up again: a group's scores, given to the same weights, request and row, and no others."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,15 +15,28 @@ import pytest
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.evaluation import evaluate
 from rlhf.roles import CompletedGroup
-from rlhf.types import GroupRequest, GroupScores, Prompt, Sampling
+from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Sampling
 
-PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={}) for i in range(2)]
+PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
+SAMPLING = Sampling(max_new_tokens=4)
 
 
 class Engines:
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
         for request in reversed(requests):
-            yield CompletedGroup(request=request, rollouts=None, infos=())  # type: ignore[arg-type]
+            info = RolloutInfo(
+                sequence_id=request.first_sequence_id,
+                num_prompt_tokens=2,
+                num_response_tokens=1,
+                finish_reason="stop",
+                min_version=0,
+                max_version=0,
+                mean_logprob=self.logprob,
+            )
+            yield CompletedGroup(request=request, rollouts=None, infos=(info,))  # type: ignore[arg-type]
 
 
 class Reward:
@@ -37,7 +51,7 @@ class Reward:
         pass
 
 
-def begun(folder: Path) -> tuple[Answers, Reward, Any]:
+def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]:
     """A run on that folder, as each start of it makes them."""
     reward = Reward()
     record: Any = SimpleNamespace(
@@ -46,14 +60,22 @@ def begun(folder: Path) -> tuple[Answers, Reward, Any]:
         add=lambda metrics: None,
         stage=lambda *_, **__: nullcontext(),
     )
-    return Answers(Engines(), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
+    return Answers(Engines(logprob), reward, record, rewards_fingerprint="f"), reward, record  # type: ignore[arg-type]
 
 
-def ask(answers: Answers, *, version: int) -> list[int]:
+def ask(
+    answers: Answers,
+    *,
+    version: int = 0,
+    sampling: Sampling = SAMPLING,
+    prompts: Sequence[Prompt] = PROMPTS,
+    run_seed: int = 0,
+) -> list[int]:
     requests = [
-        request_for(prompt, group_id=i, first_sequence_id=i, samples=1, run_seed=0) for i, prompt in enumerate(PROMPTS)
+        request_for(prompt, group_id=i, first_sequence_id=i, samples=1, run_seed=run_seed)
+        for i, prompt in enumerate(prompts)
     ]
-    scored = asyncio.run(answers.to(requests, Sampling(max_new_tokens=4), step=1, version=version))
+    scored = asyncio.run(answers.to(requests, sampling, step=1, version=version))
     return [one.group.request.group_id for one in scored]
 
 
@@ -65,6 +87,35 @@ def test_answers_come_in_the_order_of_their_requests_and_are_taken_up_again(tmp_
     assert ask(again, version=0) == [0, 1]
     assert reward.asked == []
     assert ask(again, version=1) == [0, 1]
+    assert sorted(reward.asked) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sampling": Sampling(max_new_tokens=2)},
+        {"sampling": Sampling(max_new_tokens=4, temperature=0.5)},
+        {"sampling": Sampling(max_new_tokens=4, stop=(";",))},
+        {"prompts": [dataclasses.replace(prompt, columns={"answer": "4"}) for prompt in PROMPTS]},
+        {"prompts": [dataclasses.replace(prompt, token_ids=(1, 3)) for prompt in PROMPTS]},
+        {"prompts": [dataclasses.replace(prompt, text="as a reward is told it") for prompt in PROMPTS]},
+        {"run_seed": 1},
+    ],
+)
+def test_what_was_drawn_or_asked_otherwise_is_scored_again(tmp_path: Path, changed: dict[str, Any]) -> None:
+    ask(begun(tmp_path)[0])
+    again, reward, _ = begun(tmp_path)
+    ask(again, **changed)
+    assert sorted(reward.asked) == [0, 1]
+    once_more, reward, _ = begun(tmp_path)
+    ask(once_more, **changed)
+    assert reward.asked == []
+
+
+def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) -> None:
+    ask(begun(tmp_path)[0])
+    again, reward, _ = begun(tmp_path, logprob=-0.75)  # the spooled ones are lost, and a GPU rounds otherwise
+    ask(again)
     assert sorted(reward.asked) == [0, 1]
 
 

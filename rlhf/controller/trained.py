@@ -1,0 +1,28 @@
+"""What the weights of a checkpoint are, in the keys of the configuration: written with it, compared before a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.config.derive import critic_model, has_critic
+from rlhf.config.differences import home, portable
+from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.root import Config
+
+
+def trained_models(config: Config) -> dict[str, Any]:
+    """Of each trained role the model, the adapter's shape, the dtype, the ranks and how they share the weights."""
+    models: dict[str, PolicyConfig | CriticConfig] = {"policy": config.policy}
+    if has_critic(config):
+        models["critic"] = critic_model(config)
+    roles = config.cluster.roles.model_dump(mode="json")
+    tree: dict[str, Any] = {
+        role: model.model_dump(mode="json", include={"model", "adapter", "dtype", "lora"})
+        for role, model in models.items()
+    }
+    for role in models:
+        if tree[role]["lora"] is not None:
+            del tree[role]["lora"]["dropout"]  # as the learning rate is, it is the run's own affair
+    ranks = {role: {key: roles[role][key] for key in ("workers", "zero_stage")} for role in models}
+    found: dict[str, Any] = portable(tree | {"cluster": {"roles": ranks}}, home(config))
+    return found

@@ -1,0 +1,94 @@
+"""What a run must not go on from, and must not take for its own result, is refused before a Ray starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.launch import launch
+from actors.models import refuse_other_model, with_tiny
+from rlhf.config.dump import dump_yaml
+from rlhf.config.load import LoadedConfig, load
+from rlhf.config.root import Config
+from rlhf.controller.trained import trained_models
+from rlhf.errors import UserError
+from rlhf.models.loading import architecture_fingerprint, load_config
+
+RUN = """
+run: {name: demo, dir: %s}
+policy: {model: tiny:llama, dtype: float32}
+critic: {model: tiny:llama, dtype: float32}
+algorithm: {name: ppo}
+data: {train: {task: running_totals, size: 8}, max_prompt_tokens: 64}
+rollouts: {prompts_per_step: 2, samples_per_prompt: 2, max_new_tokens: 4}
+rewards: {correct: {function: exact_match}}
+train: {steps: 2, lr: 1.0e-3, sequences_per_update: 4, max_tokens_per_microbatch: 256}
+"""
+
+
+def loaded(folder: Path, *overrides: str) -> LoadedConfig:
+    path = folder / "run.yaml"
+    path.write_text(RUN % folder)
+    return load(path, overrides)
+
+
+def local(folder: Path, *overrides: str) -> Config:
+    """With models that can be loaded, as the controller gets it."""
+    run = loaded(folder, *overrides)
+    return with_tiny(run.runs["demo"], run.folder)
+
+
+def state_of(config: Config) -> Any:
+    """What its checkpoints say of the models."""
+    policy = architecture_fingerprint(load_config(config.policy.model))
+    return json.loads(json.dumps({"policy": policy, "algorithm": "ppo", "trained": trained_models(config)}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy.lora={rank: 8}"], "policy.lora is null there and a mapping here"),
+        (["cluster.roles.policy.workers=2"], "cluster.roles.policy.workers is 1 there and 2 here"),
+        (["cluster.roles.policy.zero_stage=1"], "cluster.roles.policy.zero_stage is 2 there and 1 here"),
+        (["policy.dtype=bfloat16"], "policy.dtype is 'float32' there and 'bfloat16' here"),
+        (["critic.lora={rank: 8}"], "critic.lora is null there and a mapping here"),
+        (["critic.model=MODEL"], "critic.model is '<run>/models/"),
+        (["policy.model=MODEL"], "policy.model is '<run>/models/"),  # of the same architecture
+    ],
+)
+def test_a_checkpoint_of_other_models(tmp_path: Path, tiny_model: Path, overrides: list[str], message: str) -> None:
+    state = state_of(local(tmp_path))
+    other = local(tmp_path, *(text.replace("MODEL", str(tiny_model)) for text in overrides))
+    with pytest.raises(UserError) as caught:
+        refuse_other_model(other, state, checkpoint=Path("step_000001"))
+    assert str(caught.value).startswith("step_000001 cannot be continued by this run: ")
+    assert message in str(caught.value)
+
+
+def test_a_checkpoint_of_another_adapter(tmp_path: Path) -> None:
+    state = state_of(local(tmp_path, "policy.lora={rank: 8}"))
+    with pytest.raises(UserError, match=r"policy\.lora\.rank is 8 there and 4 here\. Resume"):
+        refuse_other_model(local(tmp_path, "policy.lora={rank: 4}"), state, checkpoint=Path("step_000001"))
+
+
+def test_a_checkpoint_may_be_moved_and_trained_otherwise(tmp_path: Path) -> None:
+    state = state_of(local(tmp_path, "policy.lora={rank: 8}"))
+    shutil.move(tmp_path / "demo", tmp_path / "moved" / "demo")
+    hyper = ["train.lr=1.0e-4", "policy.lora={rank: 8, dropout: 0.1}", "policy.gradient_checkpointing=true"]
+    refuse_other_model(local(tmp_path / "moved", *hyper), state, checkpoint=Path("step_000001"))
+
+
+def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> None:
+    run = loaded(tmp_path)
+    (run.folder / "final").mkdir(parents=True)
+    (run.folder / "config.resolved.yaml").write_text(dump_yaml(run))
+    launch(run, resume=True)
+    launch(loaded(tmp_path, "tracking.wandb=offline", "train.checkpoint_every=1"), resume=True)
+    with pytest.raises(UserError) as caught:
+        launch(loaded(tmp_path, "train.steps=500"), resume=True)
+    assert f"{run.folder} is finished, with other settings: train.steps is 2 there and 500 here." in str(caught.value)
+    assert "Choose another run.name" in str(caught.value)
