@@ -1,7 +1,12 @@
-"""Connecting to Ray: a local one with bounded memory, or the cluster that the run was given."""
+"""Connecting to Ray: a local one with bounded memory, or the cluster that the run was given.
+
+Whoever sends SIGTERM to all processes of a run at once ends the daemons of its own Ray too, each in its time. A driver
+that asks such a Ray waits for a minute and is then aborted. So an interrupt kills it outright, and it is asked no more.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -22,6 +27,30 @@ logger = logging.getLogger(__name__)
 
 CONNECT_WITHIN_S = 10.0  # to a port; Ray itself tries for over ten minutes
 ANSWER_WITHIN_S = 30.0  # of the Ray behind it
+GONE_WITHIN_S = 10.0
+
+
+class OwnRay:
+    """The local Ray that this process has started, if any."""
+
+    def __init__(self) -> None:
+        self.daemons: list[psutil.Process] = []
+        self.killed = False
+
+    def kill(self) -> None:
+        """Kill the daemons and all that they have started. Nothing where there is no Ray of our own."""
+        self.killed = bool(self.daemons)
+        below = list(self.daemons)
+        for daemon in self.daemons:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += daemon.children(recursive=True)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+
+
+OWN_RAY = OwnRay()
 
 
 @contextmanager
@@ -49,6 +78,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        before = psutil.Process().children()
         try:
             ray.init(
                 address="local",
@@ -64,6 +94,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 f"start: the local Ray did not come up: {' '.join(str(error).split())} The machine may be short of "
                 "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
             ) from error
+        OWN_RAY.daemons = [process for process in psutil.Process().children() if process not in before]
     else:
         _refuse_dead(address)
         try:
@@ -75,6 +106,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        OWN_RAY.daemons, OWN_RAY.killed = [], False
 
 
 def _refuse_dead(address: str) -> None:

@@ -158,6 +158,7 @@ async def _answers(
                 RewardWorker,
                 concurrency=policy.processes + 1,
             ),
+            settings,
             deadline_s=cluster.call_timeout_s,
         )
         groups.append(reward)

@@ -296,6 +296,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 RewardWorker,
                 concurrency=config.reward_policy.processes + 1,
             ),
+            settings,
             deadline_s=deadline_s,
         )
         groups.append(reward)

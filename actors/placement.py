@@ -13,6 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster import OWN_RAY
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
 from rlhf.errors import RunError, UserError
@@ -58,8 +59,11 @@ class Placement:
         return next(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node)
 
     def release(self) -> None:
-        """Give the resources back."""
-        remove_placement_group(self.group)
+        """Give the resources back; to a Ray of our own that is killed, nothing."""
+        if OWN_RAY.killed:
+            ray.shutdown()  # at once: a driver that outlives its Ray by a minute is aborted
+        else:
+            remove_placement_group(self.group)
 
 
 async def reserve(config: Config) -> Placement:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rlhf.config.dump import dump_yaml
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
+from rlhf.errors import RunError
 from rlhf.tracking.progress import open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
 from rlhf.tracking.tracker import Tracker, TrackerBackend
 from rlhf.tracking.wandb_backend import open_wandb
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -40,12 +44,23 @@ def recording(
                 try:
                     yield record, step
                 except Exception as error:
-                    record.failed(error)
+                    with _hiding_nothing():
+                        record.failed(error)
                     raise
             failed = False
         finally:
-            tracker.close(failed=failed)
+            with _hiding_nothing() if failed else nullcontext():
+                tracker.close(failed=failed)
             timeline.close()
+
+
+@contextmanager
+def _hiding_nothing() -> Iterator[None]:
+    """What fails inside is only logged: another failure is on its way, and is the one to be told."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        logger.warning("the end of the run could not be written down: %s", error)
 
 
 def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from actors.processes import Processes
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
+from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
 from rlhf.types import GroupScores, Rollouts, TokenValues
+from rlhf.workers.reward import RewardSettings
 
 
 class RewardWorkers:
     """The reward role."""
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+    def __init__(self, handles: Sequence[ActorHandle[Any]], settings: RewardSettings, *, deadline_s: float) -> None:
         self.handles = handles
+        self.settings = settings
+        self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.deadline_s = deadline_s
         self.processes = Processes("reward", handles)
 
@@ -32,13 +37,14 @@ class RewardWorkers:
         await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
-        """Groups go to the workers in turn."""
+        """Groups go to the workers in turn, to each as many at once as it has processes: the limit is for one group's
+        own work, not for its wait."""
         worker = group.request.group_id % len(self.handles)
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
-        ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts, truncated)
-        scores: GroupScores = await wait_one(
-            ref, role="reward", rank=worker, stage="rewards", deadline_s=self.deadline_s
-        )
+        limit_s = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s) + self.deadline_s
+        async with self.free[worker]:
+            ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts, truncated)
+            scores: GroupScores = await wait_one(ref, role="reward", rank=worker, stage="rewards", deadline_s=limit_s)
         return scores
 
     async def texts(self, group: CompletedGroup) -> list[str]:

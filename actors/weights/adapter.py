@@ -7,6 +7,7 @@ model's weights never travel: engines and policy load the same folder at the sta
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,20 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
+from actors.weights.owned import ADAPTER, HELD, hold, sweep
 from rlhf.errors import RunError
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
+WEIGHTS, CONFIG = "adapter_model.safetensors", HELD  # peft's file names
 
 
 class AdapterSender:
     """The policy's end. `config` is peft's, as in adapter_config.json."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
-        self.folder = folder / f"rlhf-adapter-{secrets.token_hex(8)}" if rank == 0 else None
+        self.folder: Path | None = None
         self.dtype = dtype
-        if self.folder is not None:
-            self.folder.mkdir(parents=True)
-            (self.folder / CONFIG).write_text(json.dumps(dict(config)))
+        if rank == 0:
+            sweep(folder)
+            token = secrets.token_hex(8)
+            aside = folder / f".{ADAPTER}{token}"
+            aside.mkdir(parents=True)
+            self.descriptor = hold(aside / CONFIG)
+            (aside / CONFIG).write_text(json.dumps(dict(config)))
+            self.folder = aside.rename(folder / f"{ADAPTER}{token}")  # locked before a sweep can see it
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. None on ranks other than 0."""
@@ -67,9 +74,11 @@ class AdapterSender:
         """Nothing: it is written again at the next sync."""
 
     def close(self) -> None:
-        """Remove the folder."""
+        """Remove the folder; safe to call twice."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self.descriptor)
+            self.folder = None
 
 
 def file_checksum(path: Path) -> str:

@@ -1,13 +1,11 @@
 """Weights over one file in /dev/shm: trainer and engines on one host, no copy in between.
 
-The file is written in place at every sync, so both sides keep their mapping and its pages. Its owner holds a file lock
-for as long as it lives; whoever starts later removes the files that nobody holds.
+The file is written in place at every sync, so both sides keep their mapping and its pages.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,11 +16,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
+from actors.weights.owned import WEIGHTS, hold, sweep
 from actors.weights.staging import stage
 from rlhf.errors import RunError
 
 SHM = Path("/dev/shm")
-PREFIX = "rlhf-weights-"
 GROW_BY = 64 << 20  # bytes; only the first publication grows the file
 
 
@@ -66,10 +64,9 @@ class ShmFile:
     def __init__(self, folder: Path) -> None:
         sweep(folder)
         token = secrets.token_hex(8)
-        aside = folder / f".{PREFIX}{token}"
-        self.descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        self.path = aside.rename(folder / f"{PREFIX}{token}")  # locked before a sweep can see it
+        aside = folder / f".{WEIGHTS}{token}"
+        self.descriptor = hold(aside)
+        self.path = aside.rename(folder / f"{WEIGHTS}{token}")  # locked before a sweep can see it
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, nbytes: int) -> UInt8[Tensor, " bytes"]:
@@ -93,22 +90,6 @@ class ShmFile:
             os.close(self.descriptor)
             self.descriptor = -1
             self.flat = torch.empty(0, dtype=torch.uint8)
-
-
-def sweep(folder: Path) -> None:
-    """Remove weight files whose owner is dead: a live owner holds a lock, which the kernel frees with the process."""
-    for path in folder.glob(f"{PREFIX}*"):
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # swept by another process, or another user's
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)
 
 
 def _full(folder: Path, wanted: int, have: int) -> str:

@@ -19,7 +19,6 @@ from rlhf.rewards.process import ProcessDied, ProcessTimeout, RewardProcess
 from rlhf.rewards.worker import LoadError, Reply, Request, Signature, Source
 
 START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
-IDLE_TIMEOUT_S = 600.0  # to wait for a process that other threads use
 
 FailureKind = Literal["raised", "timeout", "not_a_number", "died"]
 
@@ -39,6 +38,11 @@ class Outcome:
 
     scores: tuple[float, ...]
     failures: tuple[Failure, ...]
+
+
+def longest_s(num_responses: int, timeout_s: float) -> float:
+    """The longest that one group can take by one reward once a process is free."""
+    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # with a death, a fresh process, and once more
 
 
 class RewardPool:
@@ -96,7 +100,7 @@ class RewardPool:
         pickled = pickle.dumps(dict(columns))
         replies: list[Reply] = []
         retried = False
-        with self._borrow() as slot:
+        with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
             while len(replies) < len(responses):
                 request = Request(
                     reward=reward, prompt=prompt, responses=tuple(responses[len(replies) :]), columns=pickled
@@ -136,12 +140,12 @@ class RewardPool:
         return None
 
     @contextmanager
-    def _borrow(self) -> Iterator[_Slot]:
+    def _borrow(self, limit_s: float) -> Iterator[_Slot]:
         try:
-            slot = self._idle.get(timeout=IDLE_TIMEOUT_S)
+            slot = self._idle.get(timeout=limit_s)
         except queue.Empty as error:
             raise RunError(
-                f"waited {IDLE_TIMEOUT_S:g} s for one of {len(self._slots)} reward processes: all are busy. "
+                f"waited {limit_s:g} s for one of {len(self._slots)} reward processes: all are busy. "
                 "Raise reward_policy.processes or lower reward_policy.timeout_s"
             ) from error
         answered = False

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rlhf.rewards.loading import LoadedReward
-from rlhf.rewards.pool import START_TIMEOUT_S, Failure, Outcome, RewardPool
+from rlhf.rewards.pool import Failure, Outcome, RewardPool, longest_s
 from rlhf.types import GroupScores, Prompt, RewardError
 
 _NONE: Mapping[str, Sequence[float]] = MappingProxyType({})
@@ -41,6 +41,11 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     return digest.hexdigest()
 
 
+def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: float) -> float:
+    """The longest that the functions can take for one group once a process is free."""
+    return sum(spec.function is not None for spec in specs) * longest_s(num_responses, timeout_s)
+
+
 class RewardSet:
     """All rewards of a run. `score` may be called from as many threads at once as there are `processes`."""
 
@@ -50,7 +55,6 @@ class RewardSet:
         if not specs:
             raise ValueError("a reward set needs at least one reward")
         self.specs = tuple(specs)
-        self._timeout_s = timeout_s
         sources = [spec.function.source for spec in self.specs if spec.function is not None]
         self._pool = (
             RewardPool(sources, timeout_s=timeout_s, processes=processes, memory_gib=memory_gib) if sources else None
@@ -66,11 +70,6 @@ class RewardSet:
         """End the reward processes."""
         if self._pool is not None:
             self._pool.close()
-
-    def deadline_s(self, num_responses: int) -> float:
-        """The longest that `score` can take once a process is free; for the caller's own deadline."""
-        recovery_s = 2 * (self._timeout_s + START_TIMEOUT_S)  # a death, a fresh process, and once more
-        return len(self.specs) * (num_responses * self._timeout_s + recovery_s)
 
     def score(
         self,

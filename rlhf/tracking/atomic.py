@@ -6,11 +6,28 @@ knows what a row means.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rlhf.errors import RunError
+
+
+@contextmanager
+def explains_full(path: Path) -> Iterator[None]:
+    """A full disk, or a used-up quota, as a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"{path} could not be written: {error.strerror}. Make room, and go on with --resume auto."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -37,12 +54,13 @@ def sync_tree(folder: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replace the file: a reader, and a run killed at any moment, sees the old text or the new."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    with explains_full(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -52,7 +70,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one row and wait until it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with explains_full(path), path.open("a", encoding="utf-8") as file:
         file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())

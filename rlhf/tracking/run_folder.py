@@ -216,7 +216,7 @@ class RunFolder:
     def _sweep(self) -> None:
         """Remove what a killed run left half done."""
         for folder in (self.path, self.checkpoints, self.samples, self.references):
-            for pattern in (".*.partial", ".*.removed"):
+            for pattern in (".*.partial", ".*.removed", "rlhf-adapter-*", ".rlhf-adapter-*"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -1,19 +1,23 @@
 """timeline.json: who did what when, as a Chrome trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 One row group per role, in it as many lanes as there were spans at once. Events are written as they end, so a killed run
-leaves all but the spans then open; a resumed one goes on in the same file. It measures nothing by itself.
+leaves all but the spans then open; a resumed one goes on in the same file. It measures nothing by itself. Where it
+cannot be written, as on a full disk, the run goes on without it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _ROLES = ("controller", "policy", "critic", "reference", "teacher", "reward", "rollout")  # rows from top to bottom
 _REMEMBERED = 256  # spans of a lane that a later one is checked against
@@ -39,6 +43,7 @@ class Timeline:
         self._file.truncate(end)
         self._file.seek(end)
         self._empty = end == 0
+        self._lost = False
 
     @contextmanager
     def span(
@@ -84,8 +89,9 @@ class Timeline:
         """End the array: the file is then strict JSON."""
         with self._guard:
             if not self._file.closed:
-                self._file.write(b"[\n]\n" if self._empty else b"\n]\n")
-                self._file.close()
+                self._put(b"[\n]\n" if self._empty else b"\n]\n")
+                with suppress(OSError):  # of what could not be written before, which it tries again
+                    self._file.close()
 
     def _pid(self, role: str) -> int:
         if role not in self._pids:
@@ -114,9 +120,18 @@ class Timeline:
         return _copy(lane, len(lanes) - 1)
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        self._file.write((b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode())
-        self._file.flush()  # to the kernel, which outlives the process
+        self._put((b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode())
         self._empty = False
+
+    def _put(self, text: bytes) -> None:
+        if self._lost:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()  # to the kernel, which outlives the process
+        except OSError as error:
+            self._lost = True
+            logger.warning("%s ends here: it could not be written: %s", self._file.name, error)
 
 
 def _copy(lane: str, number: int) -> str:

@@ -323,6 +323,22 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     assert "authentication" not in log
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run = tmp_path / "all"
+    process = start(write_run(tmp_path, run.name, SFT, {"cluster": {"roles": None}}), without=["RAY_AUTH_MODE"])
+    request.addfinalizer(process.kill)
+    await_steps({run: process}, {run: 3})
+    end(process, signal.SIGTERM, 130, send=os.killpg)  # its own Ray's daemons are of its group
+    log = run.with_suffix(".log").read_text(encoding="utf-8")
+    assert "rlhf: interrupted; continue with: rlhf train" in log
+    assert "Traceback" not in log
+    assert "GCS" not in log
+
+
 def await_steps(runs: Mapping[Path, subprocess.Popen[str]], wanted: Mapping[Path, int]) -> None:
     """Until the runs, which must not end, have done so many steps."""
     until = time.monotonic() + 240.0
@@ -333,10 +349,17 @@ def await_steps(runs: Mapping[Path, subprocess.Popen[str]], wanted: Mapping[Path
         time.sleep(0.05)
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals, code: int, *, late: Collection[str] = ()) -> None:
+def end(
+    process: subprocess.Popen[str],
+    number: signal.Signals,
+    code: int,
+    *,
+    late: Collection[str] = (),
+    send: Callable[[int, int], None] = os.kill,
+) -> None:
     """Send a signal; the process ends with the code, and all that it started are gone but those that come late."""
     started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
-    os.kill(process.pid, number)
+    send(process.pid, number)
     assert process.wait(timeout=60) == code
     _, alive = psutil.wait_procs([one for one, title in started.items() if title not in late], timeout=60.0)
     assert not alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,19 @@ def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]])
     assert opened[0]["group"] is None
     (row,) = (record.folder.path / "errors.jsonl").read_text().splitlines()
     assert json.loads(row)["message"] == "it broke"
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: 'off'"))
+    stage = next(iter(load(path).stages.values()))
+    monkeypatch.setattr("rlhf.tracking.tracker.write_error", full)
+    monkeypatch.setattr("rlhf.tracking.tracker.Tracker.close", full)
+    with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
+        raise RunError("update: policy rank 1 died")
+    assert caplog.text.count("could not be written down: [Errno 28]") == 2

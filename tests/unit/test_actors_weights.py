@@ -107,6 +107,24 @@ def test_files_of_dead_owners_are_swept_and_those_of_live_ones_stay(tmp_path: Pa
     other.close()
 
 
+def test_adapter_folders_of_dead_owners_are_swept_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, torch; from pathlib import Path; from actors.weights.adapter import AdapterSender\n"
+        "AdapterSender(Path(sys.argv[1]), {}, rank=0, dtype=torch.float32); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120, check=False)
+    (left,) = tmp_path.iterdir()
+    mine = AdapterSender(tmp_path, {}, rank=0, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == [mine.folder]
+    assert mine.folder != left
+    file = ShmFile(tmp_path)  # either kind sweeps both
+    assert mine.folder is not None
+    assert (mine.folder / "adapter_config.json").read_text() == "{}"
+    for owner in (file, mine, mine):
+        owner.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_shared_memory_is_a_run_error_with_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
         raise OSError(28, "No space left on device")

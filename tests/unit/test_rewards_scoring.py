@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.rewards.loading import load_reward
-from rlhf.rewards.scoring import RewardSet, RewardSpec, describe, fingerprint
+from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe, fingerprint
 from rlhf.types import Prompt, RewardError
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
@@ -27,6 +27,12 @@ def test_weighted_sum_by_hand() -> None:
     assert scores.scores == (10.5, -4.0)
     assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
     assert scores.errors == ()
+
+
+def test_a_group_may_take_the_time_of_all_its_calls_and_of_a_fresh_process() -> None:
+    specs = [spec("length", "simple.py:length"), spec("taste", None), spec("exact", "exact_match")]
+    # 2 functions, each 8 calls of 5 s, and twice a call of 5 s with a start of 120 s
+    assert deadline_s(specs, 8, timeout_s=5.0) == 2 * (8 * 5.0 + 2 * (5.0 + 120.0))
 
 
 def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path) -> None:

@@ -150,11 +150,13 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         folder.checkpoint(1).rename(folder.checkpoints / ".step_000001.removed")
         (folder.samples / ".step_000002.jsonl.partial").write_text("{")
         (folder.begin_final() / "half").write_text("x")
+        (folder.path / "rlhf-adapter-0123").mkdir()
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
         assert folder.latest_checkpoint() is None
         assert list(folder.samples.iterdir()) == []
         assert not list(folder.path.glob(".*.partial"))
+        assert not list(folder.path.glob("rlhf-adapter-*"))
 
 
 def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,14 @@ def test_an_empty_trace_is_valid(tmp_path: Path) -> None:
     timeline.record("a", "policy", start_s=1.0, end_s=2.0)
     timeline.close()
     assert len(events(path)) == 1
+
+
+def test_a_full_disk_ends_the_trace_and_hides_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    timeline = Timeline(tmp_path / "timeline.json")
+    monkeypatch.setattr(timeline, "_file", io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    with pytest.raises(RuntimeError, match="stop"), timeline.span("rollouts"):
+        raise RuntimeError("stop")
+    timeline.close()
+    assert caplog.text.count("could not be written") == 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from rlhf.tracking.atomic import read_lines, write_atomic
+from rlhf.errors import RunError
+from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.tracker import Tracker, read_metrics
@@ -175,3 +178,19 @@ def test_back_ends_are_told_how_it_ended(tmp_path: Path) -> None:
     tracker.close(failed=True)
     assert recorder.rows == [(1, {"update/lr": 1.0})]
     assert recorder.closed is True
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: No space left.*--resume auto"):
+        tracker.log(1, {})
+
+
+def test_a_disk_that_is_full_at_a_whole_file_names_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"/step_000001\.jsonl could not be written: Disk quota"):
+        write_lines(tmp_path / "step_000001.jsonl", [{}])
