@@ -187,8 +187,8 @@ def train(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
 
 ALGORITHMS = [
     {"name": "dpo"},
-    {"name": "dpo", "loss": {"ipo": 0.7, "bco": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
-    {"name": "dpo", "loss": "aot", "length_alpha": 0.5},
+    {"name": "dpo", "loss": {"ipo": 0.7, "nca": 0.3}, "length_normalize": True, "sft_coef": 0.2, "beta": 0.5},
+    {"name": "dpo", "loss": {"aot": 0.5, "bco": 0.5}, "length_alpha": 0.5},
     {"name": "simpo", "wpo": True},
     {"name": "tpo", "length_normalize": True, "beta": 1.0, "gamma": 0.2, "sft_coef": 0.3, "wpo": True},
     {"name": "reward_model", "centering": 0.01},
