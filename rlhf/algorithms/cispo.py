@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.grpo import group_advantages
-from rlhf.algorithms.shared import OnlineConfig, WithoutCritic
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import OnlineConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
 
 
@@ -28,17 +25,10 @@ class CISPOConfig(OnlineConfig):
     """Upper bound on the weight (arXiv:2510.13786 finds 4 to 8 alike)."""
 
 
-class CISPO(WithoutCritic):
+class CISPO(GroupRelative):
     """Weights times log-probabilities, aggregated over the tokens of the whole optimizer step (eq. 4)."""
 
-    def __init__(self, config: CISPOConfig) -> None:
-        self.config = config
-
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
-        """Each score against its group."""
-        return group_advantages(scores, group_size=group_size, std_normalize=True)
+    config: CISPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

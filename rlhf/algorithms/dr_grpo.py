@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.grpo import group_advantages
 from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
 
 if TYPE_CHECKING:
@@ -33,7 +32,9 @@ class DrGRPO(WithoutCritic):
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
     ) -> Float[Tensor, " B"]:
         """Each score less its group's mean."""
-        return group_advantages(scores, group_size=group_size, std_normalize=False)
+        from rlhf.objectives.advantages import group_centered
+
+        return group_centered(scores, group_size=group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

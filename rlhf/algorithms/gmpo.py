@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.grpo import group_advantages
-from rlhf.algorithms.shared import Aggregation, OnlineConfig, WithoutCritic
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import Aggregation, OnlineConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
 
 
@@ -30,17 +27,10 @@ class GMPOConfig(OnlineConfig):
     """How per-token losses are weighted over the whole optimizer step."""
 
 
-class GMPO(WithoutCritic):
+class GMPO(GroupRelative):
     """-ratio * advantage, with one ratio for all tokens of a response."""
 
-    def __init__(self, config: GMPOConfig) -> None:
-        self.config = config
-
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
-        """Each score against its group."""
-        return group_advantages(scores, group_size=group_size, std_normalize=True)
+    config: GMPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

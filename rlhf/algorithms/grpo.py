@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, WithoutCritic
+from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, WithoutCritic
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -24,33 +24,42 @@ class GRPOConfig(ClippedConfig):
     """Divide the centred scores by their group's standard deviation; dr_grpo does not."""
 
 
-class GRPO(WithoutCritic):
-    """Group-relative policy optimisation. Every token of a response has the response's advantage.
+class GroupRelative(WithoutCritic):
+    """Every token of a response has the response's advantage: its score against its group."""
 
-    Deviations from the paper: 1. the loss is aggregated over the tokens of the whole optimizer step
-    (aggregation: token_mean), set sequence_mean_token_mean for the paper's; 2. no KL penalty by default.
-    """
-
-    def __init__(self, config: GRPOConfig) -> None:
+    def __init__(self, config: OnlineConfig) -> None:
         self.config = config
 
     def sequence_advantages(
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
     ) -> Float[Tensor, " B"]:
+        """Scores less their group's mean, over its standard deviation."""
+        from rlhf.objectives.advantages import group_normalized
+
+        return group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
+
+
+class GRPO(GroupRelative):
+    """Group-relative policy optimisation.
+
+    Deviations from the paper: 1. the loss is aggregated over the tokens of the whole optimizer step
+    (aggregation: token_mean), set sequence_mean_token_mean for the paper's; 2. no KL penalty by default.
+    """
+
+    config: GRPOConfig
+
+    def sequence_advantages(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
+    ) -> Float[Tensor, " B"]:
         """Each score against its group."""
-        return group_advantages(scores, group_size=group_size, std_normalize=self.config.std_normalize)
+        from rlhf.objectives.advantages import group_centered
+
+        if not self.config.std_normalize:
+            return group_centered(scores, group_size=group_size)
+        return super().sequence_advantages(scores, num_tokens, group_size=group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
-
-
-def group_advantages(scores: Float[Tensor, " B"], *, group_size: int, std_normalize: bool) -> Float[Tensor, " B"]:
-    """Scores less their group's mean, over its standard deviation if asked for."""
-    from rlhf.objectives.advantages import group_centered, group_normalized
-
-    if std_normalize:
-        return group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
-    return group_centered(scores, group_size=group_size)

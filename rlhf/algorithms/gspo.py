@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.grpo import group_advantages
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import Aggregation, ClippedConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
 
 
@@ -29,21 +26,14 @@ class GSPOConfig(ClippedConfig):
     """How per-token losses are weighted over the whole optimizer step."""
 
 
-class GSPO(WithoutCritic):
+class GSPO(GroupRelative):
     """The geometric mean of a response's token ratios stands for each of them.
 
     It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
     tokens of a response have one advantage, as here.
     """
 
-    def __init__(self, config: GSPOConfig) -> None:
-        self.config = config
-
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
-        """Each score against its group."""
-        return group_advantages(scores, group_size=group_size, std_normalize=True)
+    config: GSPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""
