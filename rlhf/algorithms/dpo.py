@@ -96,7 +96,10 @@ class DPOConfig(LogRatioConfig):
 
 
 class DPO:
-    """Weighted losses of a pair's log-ratios."""
+    """Weighted losses of a pair's log-ratios.
+
+    Deviation from BCO's paper: its delta is the mean reward of the optimizer step, not a running one.
+    """
 
     needs_reference = True
     needs_gold = False
