@@ -43,7 +43,7 @@ def plan(num_ranks: int, *, step: int = 1) -> BatchPlan:
         groups([[1, 9, 4, 2], [7, 3, 8, 5]]),
         step=step,
         seed=0,
-        sequences_per_update=4,
+        num_minibatches=2,
         num_ranks=num_ranks,
         kl_coef=0.1,
     )
@@ -70,7 +70,7 @@ def dealt(
         groups(lengths, prompt=prompt),
         step=1,
         seed=seed,
-        sequences_per_update=per_update or sum(map(len, lengths)),
+        num_minibatches=sum(map(len, lengths)) // per_update if per_update else 1,
         num_ranks=ranks,
         kl_coef=0.0,
     )
