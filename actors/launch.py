@@ -329,6 +329,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             record,
             prompts=_stream(stage),
             eval_sets=inputs.eval_sets,
+            marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),

@@ -15,6 +15,7 @@ from actors.processes import Processes
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
+from rlhf.evaluation.voting import AnswerForm
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
 from rlhf.types import GroupScores, Rollouts, TokenValues
@@ -53,6 +54,14 @@ class RewardWorkers:
         ref = self.handles[worker].texts.remote(group.rollouts)
         texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
         return texts
+
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].answers.remote(group.rollouts, form)
+        limit_s = self.deadline_s
+        said: tuple[str | None, ...] = await wait_one(ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s)
+        return said
 
     async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
         """The first worker writes them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from rlhf.evaluation.voting import AnswerForm
 from rlhf.tracking.reductions import Reduction
 from rlhf.tracking.samples import SampleRecord
 from rlhf.types import (
@@ -144,6 +145,10 @@ class RewardRole(Protocol):
     """Scores responses and, having their text, writes the samples files."""
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
+
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        ...
 
     async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
         """Add the text and write the file."""

@@ -38,7 +38,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
-    found += _updates(config)
+    found += [*_updates(config), *_evaluation(config)]
     return tuple(found)
 
 
@@ -79,7 +79,8 @@ def _presence(config: Config) -> Iterator[Problem]:
     best = config.train.best_metric
     sets = derive.eval_sets(config)
     known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
-    if best is not None and sets and best.removeprefix("-") not in known:
+    of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
+    if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
         yield _problem("train.best_metric", text)
     for field in ("policy", "reference", "teacher", "critic", "reward"):
@@ -193,6 +194,15 @@ def _offline(config: Config) -> Iterator[Problem]:
     if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
         yield _problem("data.too_long", text)
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    """What an evaluation by responses is asked for."""
+    settings = config.eval
+    if derive.is_online(config) and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
+        samples = settings.samples_per_prompt
+        text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
+        yield _problem("eval.k", text)
 
 
 def _updates(config: Config) -> Iterator[Problem]:

@@ -254,7 +254,12 @@ EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
 def eval_metrics(config: Config) -> tuple[str, ...]:
     """What an evaluation of the run measures on each set."""
     if is_online(config):
-        return ("score", "truncated", "response_tokens", *config.rewards)
+        samples, settings = config.eval.samples_per_prompt, config.eval
+        ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
+        votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks]
+        interval = ("score_low", "score_high")
+        greedy = ("greedy",) if settings.greedy else ()
+        return ("score", *interval, "truncated", "response_tokens", *config.rewards, *votes, *greedy)
     return EVAL_METRICS[offline_kind(config)]
 
 

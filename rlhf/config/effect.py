@@ -73,7 +73,8 @@ def _of_method(config: Config) -> Iterator[Inert]:
     if not derive.is_online(config):
         yield from _all(
             "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens "
-            "eval.temperature eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
+            "eval.temperature eval.samples_per_prompt eval.greedy eval.k eval.pass_score eval.answer eval.by "
+            "tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",
             "choose an algorithm that does",
         )
@@ -190,7 +191,11 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
             yield from _all("train.early_stopping", why, "evaluate more often, or lower its patience")
     if config.data.eval is not None and derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
-        yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")
+        yield from _all("eval.samples_per_prompt eval.greedy", why, "set eval.temperature above 0")
+    functions = [reward for reward in config.rewards.values() if reward.function is not None]
+    if config.data.eval is not None and derive.is_online(config) and not functions and config.eval.pass_score is None:
+        why = "no reward is a function and eval.pass_score is null, so no response passes"
+        yield from _all("eval.k eval.answer", why, "set eval.pass_score")
     if isinstance(config.data.train, dict) and len(config.data.train) == 1:
         key = ("data", "train", next(iter(config.data.train)), "weight")
         yield Inert(key=key, why="there is no other set to be mixed with", fix="name another one beside it")

@@ -22,7 +22,7 @@ from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.by_pairs import PairLearning
-from rlhf.controller.evaluation import evaluate
+from rlhf.controller.evaluation import EvalSet, evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
@@ -30,6 +30,7 @@ from rlhf.controller.trained import trained_models
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
+from rlhf.evaluation.results import Marking
 from rlhf.rewards.scoring import describe
 from rlhf.roles import (
     CriticRole,
@@ -57,7 +58,8 @@ class OnlineController:
         record: RunRecord,
         *,
         prompts: Stream[Prompt],
-        eval_sets: Mapping[str, Sequence[Prompt]],
+        eval_sets: Mapping[str, EvalSet],
+        marking: Marking,
         probe_ids: Sequence[int],
         policy_fingerprint: str,
         rewards_fingerprint: str,
@@ -68,6 +70,7 @@ class OnlineController:
         self.record = record
         self.prompts = prompts
         self.eval_sets = eval_sets
+        self.marking = marking
         self.probe_ids = probe_ids
         self.fingerprint = policy_fingerprint
         self.rollouts = config.rollouts
@@ -220,7 +223,15 @@ class OnlineController:
         return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
-        await evaluate(self.eval_sets, self.config, self.answers, self.roles.reward, self.record, step=step)
+        await evaluate(
+            self.eval_sets,
+            self.config,
+            self.marking,
+            self.answers,
+            self.roles.reward,
+            self.record,
+            step=step,
+        )
 
     async def _add_memory(self) -> None:
         roles = self.roles

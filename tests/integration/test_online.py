@@ -72,6 +72,8 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
         "rewards/digits/mean",
         "eval/heldout/score",
         "eval/heldout/digits",
+        "eval/heldout/pass@1",
+        "eval/heldout/score_low",
         "time/rollouts_s",
         "time/update_s",
         "time/checkpoint_s",

@@ -177,7 +177,11 @@ RELATIONS = {
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
         "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, or one with `-` before it: "
-        "eval/heldout/score, eval/heldout/truncated",
+        "eval/heldout/score, eval/heldout/score_low",
+    ),
+    "a vote needs its samples": (
+        ["eval.temperature=1.0", "eval.samples_per_prompt=4", "eval.k=[1, 8]"],
+        "eval.k: has 8, but eval.samples_per_prompt is 4; raise that, or lower k",
     ),
     "a single run has no stages": (
         ["policy.model=stage:sft"],
