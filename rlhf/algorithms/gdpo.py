@@ -26,7 +26,7 @@ class GDPOConfig(ClippedConfig):
 class GDPO(GroupRelative):
     """A reward counts by its weight, whatever its scale, and rewards of (1, 0) differ from (0, 1) in a group.
 
-    Deviations from the paper: those of GRPO, and rewards with weight 0, which are watched, take no part.
+    Deviations from the paper: those of GRPO.
     """
 
     config: GDPOConfig
@@ -35,9 +35,7 @@ class GDPO(GroupRelative):
         """The weighted sum of each reward against its group, normalised over the batch."""
         from rlhf.objectives.advantages import group_decoupled
 
-        weights = {name: weight for name, weight in outcomes.weights.items() if weight != 0.0}
-        by_reward = {name: outcomes.by_reward[name] for name in weights}
-        return group_decoupled(by_reward, weights, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
+        return group_decoupled(outcomes.by_reward, outcomes.weights, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""
