@@ -53,6 +53,7 @@ class ScoredGroup:
 
     group: CompletedGroup
     scores: GroupScores
+    greedy_score: float | None = None  # of the greedy response to the same prompt; None: none was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -252,3 +252,7 @@ class BatchPlan:
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
+
+    def some_sequence(self) -> tuple[int]:
+        """The first that any rank has: a rank without sequences has a token to pass in it, and learns nothing of it."""
+        return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)

@@ -1,6 +1,7 @@
 """Relations between sections, each checked here and nowhere else, before anything starts.
 
-A range of one value stands on its field; a key without effect stands in rlhf.config.effect.
+A range of one value stands on its field; a key without effect stands in rlhf.config.effect; what concerns a prompt's
+group of responses in rlhf.config.group_checks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
+from rlhf.config.group_checks import group_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
@@ -35,7 +37,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
-        found += [*_batch(config, config.rollouts), *_algorithm(config)]
+        found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
     found += [*_updates(config), *_evaluation(config)]
     return tuple(found)
 
@@ -132,8 +134,8 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if derive.pairs_rollouts(config):
         counted, found = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
     else:
-        product = f"{rollouts.prompts_per_step} * {samples} = {rows}"
-        counted = f"rollouts.prompts_per_step * rollouts.samples_per_prompt = {product}"
+        product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
+        counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
         found = f"{counted} responses"
     if train.sequences_per_update > rows:
         text = f"is {train.sequences_per_update}, but a step has only {found}; lower it, or sample more"

@@ -86,6 +86,39 @@ def compares_responses(config: Config) -> bool:
     )
 
 
+def wants_greedy(config: Config) -> bool:
+    """Whether each prompt is answered greedily too, as a baseline."""
+    name = config.algorithm.name
+    return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).wants_greedy
+
+
+def most_kept(config: Config) -> int | None:
+    """Of each prompt's responses the algorithm trains on at most so many, by its own choice; None: all."""
+    name = config.algorithm.name
+    return ONLINE_ALGORITHMS[name](config.algorithm).most_kept if name in ONLINE_ALGORITHMS else None
+
+
+def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
+    """Of each prompt's responses at most so many are trained on by their advantages."""
+    own, keep = most_kept(config), rollouts.keep_per_prompt
+    if own is not None:
+        return own
+    return rollouts.samples_per_prompt if keep is None else keep.count
+
+
+def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
+    """The key that `trained_per_prompt` is the value of."""
+    if most_kept(config) is not None:
+        return "algorithm.keep"
+    return "rollouts.samples_per_prompt" if rollouts.keep_per_prompt is None else "rollouts.keep_per_prompt.count"
+
+
+def leaves_out(config: Config) -> bool:
+    """Whether some of the responses to be weighed by advantages are not trained on."""
+    keeps = config.rollouts is not None and config.rollouts.keep_per_prompt is not None
+    return keeps or most_kept(config) is not None
+
+
 def has_critic(config: Config) -> bool:
     """Whether the algorithm trains a value model."""
     name = config.algorithm.name
@@ -231,13 +264,13 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
-    """Responses sampled, scored and trained on in one step."""
+    """Responses sampled and scored in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
-    """What one step trains on: all responses, or, of pairs of them, one a prompt at most."""
-    return rollouts.prompts_per_step if pairs_rollouts(config) else responses_per_step(rollouts)
+    """What one step trains on, at most: responses, or, of pairs of them, one a prompt."""
+    return rollouts.prompts_per_step * (1 if pairs_rollouts(config) else trained_per_prompt(config, rollouts))
 
 
 def _as_reference(config: Config) -> ReferenceConfig:

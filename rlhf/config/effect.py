@@ -54,6 +54,7 @@ def inert_keys(config: Config) -> Iterator[Inert]:
         yield from _of_algorithm(config, config.algorithm)
     if derive.is_online(config):
         yield from _of_rewards(config)
+        yield from _of_kept(config)
     yield from _of_preferences(config)
     if isinstance(config.algorithm, DistillationConfig) and config.algorithm.divergence != "jsd":
         why = f"algorithm.divergence is {config.algorithm.divergence}"
@@ -134,7 +135,7 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     rollouts, train = config.rollouts, config.train
     if rollouts is not None and train.epochs_per_batch == 1:
-        responses = derive.responses_per_step(rollouts)
+        responses = derive.rows_per_step(config, rollouts)
         if train.sequences_per_update == responses:
             yield from _all(
                 " ".join(f"algorithm.{key}" for key in algorithm.felt_off_policy),
@@ -142,6 +143,15 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
                 " it: every ratio is 1 and nothing is clipped",
                 "lower train.sequences_per_update or raise train.epochs_per_batch",
             )
+
+
+def _of_kept(config: Config) -> Iterator[Inert]:
+    """Who chooses which of a prompt's responses are trained on."""
+    key, name = "rollouts.keep_per_prompt", config.algorithm.name
+    if derive.pairs_rollouts(config):
+        yield from _all(key, f"algorithm {name} takes a pair of them", "choose an algorithm with advantages")
+    elif derive.most_kept(config) is not None:
+        yield from _all(key, f"algorithm {name} keeps the best by itself", "set algorithm.keep")
 
 
 def _of_rewards(config: Config) -> Iterator[Inert]:

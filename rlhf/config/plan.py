@@ -18,11 +18,14 @@ from rlhf.config.derive import (
     critic_model,
     derive,
     eval_sets,
+    leaves_out,
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
     reference_model,
     train_sets,
+    trained_per_prompt,
+    wants_greedy,
     weight_sync,
 )
 from rlhf.config.evaluate import EvaluationStage
@@ -137,6 +140,14 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     return "\n\n".join(parts)
 
 
+def _beside(config: Config) -> str:
+    """What is sampled or left out besides."""
+    assert config.rollouts is not None
+    greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if wants_greedy(config) else ""
+    most = trained_per_prompt(config, config.rollouts)
+    return greedy + (f", of which at most {most} a prompt are trained on" if leaves_out(config) else "")
+
+
 def _facts(config: Config, derived: Derived) -> list[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
@@ -150,7 +161,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
         passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
         facts += [
-            ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}"],
+            ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}" + _beside(config)],
             [
                 "updates a step",
                 f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlhf.config.derive import pairs_rollouts
+from rlhf.config.derive import pairs_rollouts, wants_greedy
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.by_advantages import AdvantageLearning
@@ -139,6 +139,7 @@ class OnlineController:
         """A whole batch of scored groups in plan order. A group whose reward failed is replaced by another prompt's."""
         count, per_prompt = self.rollouts.prompts_per_step, self.rollouts.samples_per_prompt
         policy = self.config.reward_policy
+        answer = self.answers.with_greedy if wants_greedy(self.config) else self.answers.to
         slots: list[ScoredGroup | None] = [None] * count
         dropped = 0
         while any(slot is None for slot in slots):
@@ -147,7 +148,7 @@ class OnlineController:
                 self._request(prompt, epoch, first_sequence_id=index * per_prompt)
                 for index, (epoch, prompt) in zip(empty, self.prompts.next(len(empty)), strict=True)
             ]
-            scored = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+            scored = await answer(requests, self.sampling, step=step, version=step - 1)
             for index, group in zip(empty, scored, strict=True):
                 if not group.scores.errors:
                     slots[index] = group

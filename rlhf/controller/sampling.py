@@ -29,6 +29,9 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         "rewards/score/mean": Mean.of(scores),
         "rewards/score/std": Std.of(scores),
     }
+    if groups[0].greedy_score is not None:
+        greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+        found["rewards/greedy/mean"] = Mean.of(greedy)
     for name in groups[0].scores.by_name:
         found[f"rewards/{name}/mean"] = Mean.of([v for scored in groups for v in scored.scores.by_name[name]])
     return found

@@ -114,6 +114,14 @@ _DECLARATIONS = (
     _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
     _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
     _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric(
+        "rewards/greedy/mean",
+        "1",
+        Mean,
+        "online advantages",
+        "Score of the greedy response to a prompt, the baseline of remax",
+        always=False,
+    ),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
     # experience
     _metric(
@@ -161,6 +169,14 @@ _DECLARATIONS = (
         Mean,
         "online groups",
         "Prompts whose responses all scored the same: they teach nothing",
+    ),
+    _metric(
+        "advantages/kept/fraction",
+        "1",
+        Mean,
+        "online advantages",
+        "Responses that are trained on, where some are left out (`rollouts.keep_per_prompt`, raft)",
+        always=False,
     ),
     # update
     _metric("update/loss/mean", "1", Mean, "", "The loss that is differentiated, all terms"),
