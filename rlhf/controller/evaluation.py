@@ -1,4 +1,4 @@
-"""Scores of held-out prompts under the current weights."""
+"""Scores of held-out prompts under the current weights, and what a teacher says of the responses to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
 from rlhf.rewards.scoring import describe
-from rlhf.roles import RewardRole, SampleSelection, ScoredGroup
+from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
 from rlhf.tracking.reductions import Mean, Reduction
 from rlhf.tracking.samples import samples_path
 from rlhf.types import Prompt, Sampling
@@ -25,8 +25,9 @@ async def evaluate(
     record: RunRecord,
     *,
     step: int,
-) -> None:
+) -> dict[str, list[ScoredGroup]]:
     """Answer and score every set by the weights of a step; the values stand in its row, the responses in its samples.
+    Returns what could be scored of each set.
 
     RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
     """
@@ -36,6 +37,7 @@ async def evaluate(
         max_new_tokens=config.rollouts.max_new_tokens, temperature=settings.temperature, stop=config.rollouts.stop
     )
     selections: list[SampleSelection] = []
+    answered: dict[str, list[ScoredGroup]] = {}
     with record.stage("eval", role="rollout"):
         offset = 0
         for name, prompts in sets.items():
@@ -59,16 +61,39 @@ async def evaluate(
             if not sound:
                 answers.ledger.forget_failures()
                 raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
+            answered[name] = sound
             record.add(_metrics(name, sound))
             selections += group_samples(sound, Signals(), split=name, most=None)
         await reward.write_samples(samples_path(record.folder.path, step), selections)
+    return answered
+
+
+async def compare_with_teacher(
+    answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
+) -> None:
+    """How much likelier each set's responses are to the student than to its teacher, a token.
+
+    Greedy responses are held against both at temperature 1, since the engine says of them what they are there.
+    """
+    settings = config.eval
+    with record.stage("teacher", role="teacher"):
+        for name, groups in answered.items():
+            told = await teacher.mean_logprobs(
+                [scored.group.rollouts for scored in groups],
+                temperature=settings.temperature or 1.0,
+                samples_per_prompt=settings.samples_per_prompt,
+            )
+            infos = [info for scored in groups for info in scored.group.infos]
+            gaps = [info.num_response_tokens * (info.mean_logprob - told[info.sequence_id]) for info in infos]
+            count = sum(info.num_response_tokens for info in infos)
+            record.add({f"eval/{name}/kl_teacher": Mean(total=sum(gaps), count=count)})
 
 
 def _metrics(name: str, groups: Sequence[ScoredGroup]) -> dict[str, Reduction]:
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
     return {
-        f"eval/{name}/score": Mean.of(scores),
+        **({f"eval/{name}/score": Mean.of(scores)} if scores else {}),
         f"eval/{name}/truncated": Mean.of([float(info.finish_reason == "length") for info in infos]),
         f"eval/{name}/response_tokens": Mean.of([float(info.num_response_tokens) for info in infos]),
         **{

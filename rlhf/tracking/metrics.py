@@ -27,6 +27,8 @@ from rlhf.tracking.reductions import (
 Trait = Literal[
     "online",
     "advantages",
+    "rewards",
+    "teacher",
     "sft",
     "distillation",
     "preference",
@@ -42,6 +44,8 @@ Trait = Literal[
 TRAITS: Mapping[Trait, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
     "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
+    "rewards": "responses are scored",
+    "teacher": "a teacher says something of the sampled responses (on-policy distillation)",
     "sft": "supervised training on given responses, by their tokens or a teacher's distributions",
     "distillation": "training towards a teacher's distributions",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
@@ -111,9 +115,9 @@ _DECLARATIONS = (
         "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
     ),
     # rewards
-    _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
-    _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
-    _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric("rewards/score/mean", "1", Mean, "online rewards", "Weighted sum of the rewards of a response"),
+    _metric("rewards/score/std", "1", Std, "online rewards", "Its deviation over the step's responses"),
+    _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its weight"),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
     # experience
     _metric(
@@ -122,6 +126,14 @@ _DECLARATIONS = (
         Mean,
         "online reference",
         "KL(policy || reference) per sampled token, by the configured estimator",
+    ),
+    _metric(
+        "experience/kl_teacher/mean",
+        "nats",
+        Mean,
+        "online teacher",
+        "KL(policy || teacher) per sampled token, estimated by old_logprobs - teacher_logprobs; where the whole vocabulary "
+        "is learnt, on the step's first minibatch",
     ),
     _metric("experience/kl_coef", "1", Last, "online advantages reference", "Coefficient of that KL in this step"),
     _metric(
