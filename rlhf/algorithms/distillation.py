@@ -46,7 +46,7 @@ def divergence_of(name: str, *, beta: float) -> Divergence:
     """The divergence that a configuration names; beta: of `jsd`."""
     from rlhf.objectives import distillation as of
 
-    by_name = {
+    by_name: dict[str, Divergence] = {
         "forward_kl": of.forward_kl,
         "reverse_kl": of.reverse_kl,
         "jsd": partial(of.generalized_jsd, beta=beta),

@@ -215,12 +215,8 @@ def _reference(config: Config, derived: Derived) -> str:
 
 
 def _teacher(config: Config) -> list[str]:
-    says = (
-        "its distributions at the sampled tokens"
-        if reads_teacher_states(config)
-        else "how likely the sampled tokens are"
-    )
-    return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says}"]
+    says = "its distributions at" if reads_teacher_states(config) else "its log-probabilities of"
+    return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says} the sampled tokens"]
 
 
 def _renewed(config: Config) -> str:

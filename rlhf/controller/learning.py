@@ -32,7 +32,7 @@ class OnlineRoles:
     reward: RewardRole
     reference: ReferenceRole | None
     critic: CriticRole | None
-    teacher: OnlineTeacherRole | None
+    teacher: OnlineTeacherRole | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

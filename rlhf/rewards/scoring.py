@@ -47,7 +47,8 @@ def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: fl
 
 
 class RewardSet:
-    """All rewards of a run, maybe none: then there are no scores. `score` may be called from as many threads at once as there are `processes`."""
+    """All rewards of a run, if it has any: without them there are no scores. `score` may be called from as many threads
+    at once as there are `processes`."""
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0

@@ -61,7 +61,7 @@ TRAITS: Mapping[Trait, str] = {
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
-    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
+    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
@@ -132,8 +132,8 @@ _DECLARATIONS = (
         "nats",
         Mean,
         "online teacher",
-        "KL(policy || teacher) per sampled token, estimated by old_logprobs - teacher_logprobs; where the whole vocabulary "
-        "is learnt, on the step's first minibatch",
+        "KL(policy || teacher) per sampled token, estimated by old_logprobs - teacher_logprobs; of the step's first "
+        "minibatch alone where the divergence is over the whole vocabulary",
     ),
     _metric("experience/kl_coef", "1", Last, "online advantages reference", "Coefficient of that KL in this step"),
     _metric(

@@ -1,7 +1,7 @@
 """A worker of the frozen teacher of a student that learns on its own responses.
 
-It says how likely the sampled tokens are to it, or gives the hidden states in which it predicts them; from these and its
-vocabulary head the student's ranks make its distributions. No logits leave the process.
+It says how likely the sampled tokens are to it, or gives the hidden states in which it predicts them; from these and
+its vocabulary head the student's ranks make its distributions. No logits leave the process.
 """
 
 from __future__ import annotations

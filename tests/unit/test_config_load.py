@@ -124,13 +124,13 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
             "algorithm.name=pp",
             "algorithm.name: got 'pp', expected `ppo`, `grpo`, `dr_grpo`, `gspo`, `cispo`, `gmpo`, `sapo`, `rloo`, "
             "`opo`, `reinforce_plus_plus`, `sft`, `distillation`, `reward_model`, `process_reward_model`, `dpo`, "
-            "`simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
+            "`simpo`, `cpo`, `orpo`, `tpo`, `kto`, `online_dpo` or `on_policy_distillation`",
         ),
         (
             "algorithm={}",
             "algorithm.name: is missing: expected `ppo`, `grpo`, `dr_grpo`, `gspo`, `cispo`, `gmpo`, `sapo`, `rloo`, "
             "`opo`, `reinforce_plus_plus`, `sft`, `distillation`, `reward_model`, `process_reward_model`, `dpo`, "
-            "`simpo`, `cpo`, `orpo`, `tpo`, `kto` or `online_dpo`",
+            "`simpo`, `cpo`, `orpo`, `tpo`, `kto`, `online_dpo` or `on_policy_distillation`",
         ),
         (
             "cluster.roles.policy.threads=0",
