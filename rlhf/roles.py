@@ -186,6 +186,26 @@ class TeacherRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
+class OnlineTeacherRole(Protocol):
+    """The frozen model that a student learns from on its own responses."""
+
+    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+        """Log-probabilities of the sampled tokens, one column for each given batch, in order."""
+        ...
+
+    async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
+        """Its states in which the sampled tokens of a minibatch's sequences are predicted."""
+        ...
+
+    async def mean_logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
+    ) -> Mapping[int, float]:
+        """By sequence id, over its sampled tokens."""
+        ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
 class TrainedRole(Protocol):
     """What the policy and the critic share."""
 
@@ -230,8 +250,8 @@ class PolicyRole(TrainedRole, Protocol):
         """Give every sampled token its advantage: its sequence's, or (None) estimated from the critic's values."""
         ...
 
-    async def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on the prepared batch's minibatch."""
+    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
+        """One optimizer step on the prepared batch's minibatch. `states`: what a teacher says of it, if it is asked."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:

@@ -15,6 +15,7 @@ from rlhf.algorithms.gmpo import GMPO, GMPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.gspo import GSPO, GSPOConfig
 from rlhf.algorithms.kto import KTO, KTOConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.opo import OPO, OPOConfig
 from rlhf.algorithms.orpo import ORPO, ORPOConfig
@@ -61,6 +62,7 @@ AlgorithmConfig = (
     | TPOConfig
     | KTOConfig
     | OnlineDPOConfig
+    | OnPolicyDistillationConfig
 )
 
 ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {

@@ -67,8 +67,9 @@ def _presence(config: Config) -> Iterator[Problem]:
     if derive.is_online(config):
         if config.rollouts is None:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
-        if not config.rewards:
-            yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
+        if not config.rewards and derive.needs_rewards(config):
+            by = "algorithm.reward_coef" if derive.distils_rollouts(config) else f"algorithm {name}"
+            yield _problem("rewards", f"is missing: {by} needs at least one reward")
     if derive.has_teacher(config) and config.teacher is None:
         text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
         yield _problem("teacher", text)
@@ -155,7 +156,8 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         )
         yield _problem("train.max_tokens_per_microbatch", text)
     if derive.compares_responses(config) and samples < 2:
-        text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
+        by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
+        text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
 
 

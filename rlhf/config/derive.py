@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.distillation import DistillationConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
@@ -34,12 +35,30 @@ ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "tea
 
 def is_online(config: Config) -> bool:
     """Whether the algorithm learns from rollouts."""
-    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config)
+    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config) or distils_rollouts(config)
 
 
 def pairs_rollouts(config: Config) -> bool:
     """Whether it learns from rollouts by comparing two of a prompt's, instead of by advantages."""
     return config.algorithm.name in ONLINE_PAIR_ALGORITHMS
+
+
+def distils_rollouts(config: Config) -> bool:
+    """Whether it learns from rollouts what a teacher says of them; rewards are then optional."""
+    return isinstance(config.algorithm, OnPolicyDistillationConfig)
+
+
+def needs_rewards(config: Config) -> bool:
+    """Whether responses must have scores."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, OnPolicyDistillationConfig):
+        return algorithm.reward_coef > 0.0
+    return is_online(config)
+
+
+def reads_teacher_states(config: Config) -> bool:
+    """Whether an online run learns the teacher's distributions, not its log-probabilities of the sampled tokens."""
+    return isinstance(config.algorithm, OnPolicyDistillationConfig) and not config.algorithm.is_sampled
 
 
 def offline_kind(config: Config) -> OfflineKind:
@@ -81,6 +100,8 @@ def needs_reference_logprobs(config: Config) -> bool:
 def compares_responses(config: Config) -> bool:
     """Whether training on rollouts needs more than one response to a prompt."""
     name = config.algorithm.name
+    if distils_rollouts(config):
+        return needs_rewards(config)
     return pairs_rollouts(config) or (
         name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).compares_responses
     )
@@ -126,8 +147,8 @@ def has_critic(config: Config) -> bool:
 
 
 def has_teacher(config: Config) -> bool:
-    """Whether the algorithm learns from the distributions of another model."""
-    return isinstance(config.algorithm, DistillationConfig)
+    """Whether the algorithm learns from another model."""
+    return isinstance(config.algorithm, DistillationConfig | OnPolicyDistillationConfig)
 
 
 def uses_reference(config: Config) -> bool:
@@ -257,9 +278,9 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
         samples, settings = config.eval.samples_per_prompt, config.eval
         ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
         votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks]
-        interval = ("score_low", "score_high")
-        greedy = ("greedy",) if settings.greedy else ()
-        return ("score", *interval, "truncated", "response_tokens", *config.rewards, *votes, *greedy)
+        scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
+        teacher = ("kl_teacher",) if distils_rollouts(config) else ()
+        return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
     return EVAL_METRICS[offline_kind(config)]
 
 

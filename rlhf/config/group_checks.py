@@ -58,7 +58,5 @@ def _rejection(algorithm: RAFTConfig, samples: int) -> Iterator[Problem]:
         text = f"is {algorithm.keep}, but a prompt has rollouts.samples_per_prompt = {samples} responses; lower it"
         yield _problem("algorithm.keep", text)
     elif algorithm.keep == samples and algorithm.min_score is None:
-        text = (
-            f"is {samples}, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score"
-        )
+        text = f"is {samples}, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score"
         yield _problem("algorithm.keep", text)

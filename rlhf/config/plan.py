@@ -18,10 +18,12 @@ from rlhf.config.derive import (
     critic_model,
     derive,
     eval_sets,
+    has_teacher,
     leaves_out,
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
+    reads_teacher_states,
     reference_model,
     train_sets,
     trained_per_prompt,
@@ -190,7 +192,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         where = config.run.dir / "reference_logprobs"
         facts.append(["reference", f"the policy before training: computed once, then taken from {where}"])
     if rollouts is not None:
-        facts.append(["reference", _reference(config, derived)])
+        facts.append(_teacher(config) if has_teacher(config) else ["reference", _reference(config, derived)])
         facts.append(["weight sync", _sync(config)])
     facts.append(
         ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
@@ -223,6 +225,11 @@ def _reference(config: Config, derived: Derived) -> str:
     }[derived.reference]
 
 
+def _teacher(config: Config) -> list[str]:
+    says = "its distributions at" if reads_teacher_states(config) else "its log-probabilities of"
+    return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says} the sampled tokens"]
+
+
 def _renewed(config: Config) -> str:
     every = config.algorithm.reference_every if isinstance(config.algorithm, OnlineDPOConfig) else None
     return "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
@@ -253,7 +260,7 @@ def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]
         "reference": reference_model(config).model,
         "teacher": config.teacher.model if config.teacher else "none",
         "rollout": config.policy.model,
-        "reward": config.reward.model if config.reward else "functions",
+        "reward": config.reward.model if config.reward else "functions" if config.rewards else "none",
     }
     return _role_rows(derived.needs, config.cluster, seating, models)
 

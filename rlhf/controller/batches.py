@@ -55,7 +55,7 @@ def plan_batch(
     return BatchPlan(
         step=step,
         minibatches=tuple(minibatches),
-        scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)),
+        scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)) if scores else {},
         kl_coef=kl_coef,
     )
 

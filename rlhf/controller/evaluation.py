@@ -1,4 +1,4 @@
-"""Scores of held-out prompts under the current weights, with intervals, and by the sources that prompts come from."""
+"""Scores of held-out prompts under the current weights, with intervals and by source, and what a teacher says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate
 from rlhf.rewards.scoring import describe
-from rlhf.roles import RewardRole, SampleSelection, ScoredGroup
+from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
 from rlhf.tracking.atomic import write_atomic
-from rlhf.tracking.reductions import Last
+from rlhf.tracking.reductions import Last, Mean
 from rlhf.tracking.run_folder import evaluation_path
 from rlhf.tracking.samples import samples_path
 from rlhf.types import Prompt, Sampling
@@ -41,8 +41,8 @@ async def evaluate(
     record: RunRecord,
     *,
     step: int,
-) -> None:
-    """Answer and score every set by the weights of a step.
+) -> dict[str, list[ScoredGroup]]:
+    """Answer and score every set by the weights of a step. Returns what could be scored of each.
 
     The values stand in its row, the whole with its intervals in evals/, the responses in its samples. RunError if a
     reward failed and reward_policy.on_error is fail, or if a set has no score at all.
@@ -54,6 +54,7 @@ async def evaluate(
     )
     selections: list[SampleSelection] = []
     reports: list[SetReport] = []
+    answered: dict[str, list[ScoredGroup]] = {}
     offset = 0
 
     async def scored(name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[ScoredGroup]:
@@ -87,6 +88,7 @@ async def evaluate(
                 greedy = await scored(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
                 found[0] = _with_greedy(found[0], greedy, seed=config.run.seed)
             reports += found
+            answered[name] = groups
             selections += group_samples(groups, Signals(), split=name, most=None)
         whole = Evaluation(
             model=config.run.name,
@@ -99,6 +101,28 @@ async def evaluate(
         text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
         write_atomic(evaluation_path(record.folder.path, step), text)
         await reward.write_samples(samples_path(record.folder.path, step), selections)
+    return answered
+
+
+async def compare_with_teacher(
+    answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
+) -> None:
+    """How much likelier each set's responses are to the student than to its teacher, a token.
+
+    Greedy responses are held against both at temperature 1, since the engine says of them what they are there.
+    """
+    settings = config.eval
+    with record.stage("teacher", role="teacher"):
+        for name, groups in answered.items():
+            told = await teacher.mean_logprobs(
+                [scored.group.rollouts for scored in groups],
+                temperature=settings.temperature or 1.0,
+                samples_per_prompt=settings.samples_per_prompt,
+            )
+            infos = [info for scored in groups for info in scored.group.infos]
+            gaps = [info.num_response_tokens * (info.mean_logprob - told[info.sequence_id]) for info in infos]
+            count = sum(info.num_response_tokens for info in infos)
+            record.add({f"eval/{name}/kl_teacher": Mean(total=sum(gaps), count=count)})
 
 
 async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: RewardRole) -> list[PromptScores]:

@@ -169,7 +169,7 @@ def prompt_metrics(
     def over_prompts(values: Sequence[float]) -> Estimate:
         return mean_estimate(values, seed=seed)
 
-    found = {"score": over_prompts([_mean(one.scores) for one in results])}
+    found = {"score": over_prompts([_mean(one.scores) for one in results])} if results[0].scores else {}
     for name in dict.fromkeys(name for one in results for name in one.by_name):
         found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results if name in one.by_name])
     if marking.pass_score is not None:
