@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rlhf.controller.answers import GREEDY_GROUPS, Answers, request_for
-from rlhf.controller.evaluation import evaluate
+from rlhf.controller.evaluation import EvalSet, evaluate
+from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
@@ -61,8 +62,9 @@ class Reward:
 def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]:
     """A run on that folder, as each start of it makes them."""
     reward = Reward()
+    (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
-        folder=SimpleNamespace(spool=folder, path=folder),
+        folder=SimpleNamespace(spool=folder / "spool", path=folder),
         progress=SimpleNamespace(stage=lambda *_: None),
         tracker=SimpleNamespace(log_error=lambda error: None),
         add=lambda metrics: None,
@@ -131,14 +133,17 @@ def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) ->
 def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path, before: int, asks: bool) -> None:
     config: Any = SimpleNamespace(
         rollouts=SimpleNamespace(max_new_tokens=4, stop=()),
-        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1),
-        run=SimpleNamespace(seed=0),
+        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1, greedy=False),
+        run=SimpleNamespace(seed=0, name="demo"),
         reward_policy=SimpleNamespace(on_error="fail"),
     )
 
+    sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
+    marking = Marking(ks=(1,), pass_score=None, answers=None)
+
     def evaluated(step: int) -> Reward:
         answers, reward, record = begun(tmp_path)
-        asyncio.run(evaluate({"heldout": PROMPTS}, config, answers, reward, record, step=step))  # type: ignore[arg-type]
+        asyncio.run(evaluate(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
         return reward
 
     assert len(evaluated(before).asked) == 2
