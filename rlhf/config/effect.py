@@ -131,16 +131,22 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
         keys = "algorithm.kl.estimator algorithm.kl.place"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
-    rollouts, train = config.rollouts, config.train
-    if rollouts is not None and train.epochs_per_batch == 1:
-        responses = derive.responses_per_step(rollouts)
-        if train.sequences_per_update == responses:
-            yield from _all(
-                " ".join(f"algorithm.{key}" for key in algorithm.felt_off_policy),
-                f"the batch of {responses} responses is trained on in one optimizer step, from the weights that sampled"
-                " it: every ratio is 1 and nothing is clipped",
-                "lower train.sequences_per_update or raise train.epochs_per_batch",
-            )
+    correction, clips = algorithm.correction, " ".join(f"algorithm.{key}" for key in algorithm.felt_off_policy)
+    if correction is not None and correction.weights is None:
+        keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
+        yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
+    if correction is not None and correction.mode == "policy_gradient":
+        why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
+        yield from _all(clips, why, "set algorithm.correction.mode to bypass or decoupled")
+    if config.rollouts is not None and derive.updates_per_step(config) == 1:
+        responses = derive.responses_per_step(config.rollouts)
+        whole = f"the batch of {responses} responses is trained on in one optimizer step, from the weights that "
+        more = "lower train.sequences_per_update or raise train.epochs_per_batch"
+        if not algorithm.bypasses_old_logprobs:
+            why = f"{whole}sampled it: every ratio is 1 and nothing is clipped"
+            yield from _all(clips, why, f"{more}, or set algorithm.correction.mode to bypass")
+        keys = " ".join(f"algorithm.{key}" for key in algorithm.felt_by_moved_critic)
+        yield from _all(keys, f"{whole}the values were computed with: none has moved yet", more)
 
 
 def _of_rewards(config: Config) -> Iterator[Inert]:

@@ -13,8 +13,10 @@ import torch
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.config.derive import updates_per_step
 from rlhf.config.root import Config
 from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
@@ -34,6 +36,7 @@ class AdvantageLearning:
         self.rollouts = config.rollouts
         self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
         self.kl_coef = self.algorithm.config.kl.coef
+        self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring."""
@@ -50,6 +53,8 @@ class AdvantageLearning:
             )
             for minibatch in order:
                 await self._update(minibatch, step)
+        if self.idle.watches:
+            self.idle.see(record.row())
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
 

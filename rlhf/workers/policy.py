@@ -28,7 +28,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.measure import as_std, experience_metrics, update_metrics
+from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
@@ -78,7 +78,7 @@ class PolicyWorker(TrainedWorker):
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
         updates, or a KL penalty in the reward. They are computed in the micro-batches of the update, so that the ratio
-        of the first update is exactly 1.
+        of the first update is exactly 1. Where the rollout's own stand for them, nothing is computed.
         """
         ids = plan.sequences_of(self.data_rank)
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
@@ -104,21 +104,23 @@ class PolicyWorker(TrainedWorker):
 
             with adapter_disabled(self.engine.module):
                 self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
-        config = self.algorithm.config
+        config, mask = self.algorithm.config, rollouts.response_mask
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
-        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
+        self.observes = True  # the first update measures how far trainer and sampler are apart
+        if config.bypasses_old_logprobs:
+            self._set(old_logprobs=rollouts.rollout_logprobs)
+        elif len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
             return (), {}
-        self._set(old_logprobs=self._compute_logprobs("old logprobs"))
-        assert self.share.old_logprobs is not None
-        return self._sequence_reports(self.share.old_logprobs), experience_metrics(
-            config,
-            self.share.old_logprobs,
-            rollouts.rollout_logprobs,
-            self.share.ref_logprobs,
-            rollouts.response_mask,
-            rollouts.lengths,
-        )
+        else:
+            self._set(old_logprobs=self._compute_logprobs("old logprobs"))
+            self.observes = False
+        old, ref = self.share.old_logprobs, self.share.ref_logprobs
+        assert old is not None
+        found = reference_metrics(config, old, ref, mask)
+        if not self.observes:
+            found |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
+        return self._sequence_reports(old), found
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
@@ -169,6 +171,7 @@ class PolicyWorker(TrainedWorker):
                 self.engine.backward(terms.loss, last=index == len(cut) - 1)
             if piece.rows:
                 parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
             parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
@@ -263,7 +266,7 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
-        """The loss of one micro-batch and, where `prepare` has not measured them, its experience metrics."""
+        """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
         share, config = self.share, self.algorithm.config
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(
@@ -288,7 +291,10 @@ class PolicyWorker(TrainedWorker):
             advantages=self.advantages[piece.tokens].to(self.device),
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if old is not None or not piece.rows:
+        if not self.observes or not piece.rows:
             return terms, {}
-        columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
-        return terms, experience_metrics(config, logprobs.detach(), *columns)
+        now = logprobs.detach()
+        found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        if old is None:
+            found.update(reference_metrics(config, now, batch.ref_logprobs, mask))
+        return terms, found
