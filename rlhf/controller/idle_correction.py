@@ -44,14 +44,14 @@ class IdleCorrection:
         if not self.watches or difference is None or self.acts[0] not in row:
             return
         self.largest = max(self.largest, difference)
-        if not self.largest < NEGLIGIBLE or any(row[key] != 0.0 for key in self.acts):
+        if not difference < NEGLIGIBLE or any(row[key] != 0.0 for key in self.acts):
             self.steps_left = 0
             return
         self.steps_left -= 1
         if self.steps_left == 0:
             logger.warning(
                 "algorithm.correction has touched no token in %d steps: sampler and trainer differ by at most %.1e "
-                "nats a token, which meets no bound of it, nor the clip of mode bypass. Remove it, or keep it as guard",
+                "nats, which meets none of its bounds, nor mode bypass's clip. Remove it, or keep it as a guard",
                 STEPS,
                 self.largest,
             )

@@ -258,7 +258,7 @@ _DECLARATIONS = (
         "nats",
         Mean,
         "online advantages",
-        "KL from the weights at the start of the update, per token",
+        "KL from old_logprobs (the weights at the start of the update, or a bypassing correction's sampler), per token",
     ),
     _metric("update/ratio/max", "1", Max, "online advantages", "Largest exp(logprobs - old_logprobs)"),
     _metric(

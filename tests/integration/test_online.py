@@ -165,7 +165,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
             "algorithm": {
                 "name": "grpo",
                 "kl": {"coef": 0.05, "adaptive": {"target": 0.5, "horizon": 64}},  # in the loss, and one update a batch
-                "correction": {"level": "token", "max_ratio": 2.0},
+                "correction": {"preset": "token_tis", "reject": {"sequence_mean_k3": 0.01}},
             },
             "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": 32},
