@@ -219,7 +219,7 @@ def _describe(annotation: Any, bounds: str = "") -> str:
         return f"a list of {_plural(_describe(arguments[0]))}"
     if origin is tuple:
         one = _describe(arguments[0])
-        each = f", each {one}" if " or " in one else f" {_plural(one)}"
+        each = f" (each {one})" if " or " in one else f" {_plural(one)}"
         return f"a list of {len(arguments)}{each}"
     if is_section(annotation):
         return "a mapping"
