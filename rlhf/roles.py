@@ -120,6 +120,10 @@ class RolloutRole(Protocol):
         """Answer all requests; groups come as they are completed."""
         ...
 
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        """Drop requests of the `generate` at work: it yields none of them any more, and ends without them."""
+        ...
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights; RunError if version or checksum is not the manifest's afterwards."""
         ...

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from rlhf.controller.record import RunRecord
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
+from rlhf.rollouts.firsts import FirstsLedger, race_identity
 from rlhf.rollouts.identity import scored_identity
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
@@ -72,6 +73,7 @@ class Answers:
         self.reward = reward
         self.record = record
         self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.firsts = FirstsLedger(record.folder.spool, rewards=rewards_fingerprint)
 
     async def to(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
@@ -83,17 +85,84 @@ class Answers:
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.progress.stage("rollouts", num_done, len(requests))
-            return await self._score(group, sampling, step=step, version=version)
+            scored = await self._score(group, sampling, version=version)
+            self._note_errors(scored, step=step)
+            return scored
 
         return await answered(self.rollout, requests, sampling, score)
 
-    async def _score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
+    async def to_first(
+        self,
+        requests: Sequence[GroupRequest],
+        sampling: Sampling,
+        is_enough: Callable[[ScoredGroup], bool],
+        *,
+        rule: str,
+        step: int,
+        version: int,
+    ) -> list[ScoredGroup]:
+        """Responses and scores in the order of their requests, of those that came first: up to the one of which
+        `is_enough` was true. The others are cancelled.
+
+        rule: names what `is_enough` goes by. A resumed run, which asks the same by the same rule, gets the same groups.
+        """
+        race = race_identity(requests, sampling, version=version, rule=rule)
+        firsts = self.firsts.get(race)
+        found: list[ScoredGroup] = []
+        closing: asyncio.Task[Any] | None = None
+
+        async def take(group: CompletedGroup) -> None:
+            nonlocal closing
+            scored = await self._score(group, sampling, version=version)
+            if closing is not None:
+                return
+            self._note_errors(scored, step=step)
+            found.append(scored)
+            self.record.progress.stage("rollouts", len(found), len(requests))
+            if is_enough(scored) if firsts is None else len(found) == len(firsts):
+                closing = asyncio.current_task()
+                done = {one.group.request.group_id for one in found}
+                await self.rollout.cancel([request for request in requests if request.group_id not in done])
+
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async for group in self.rollout.generate(requests, sampling):
+                if firsts is None or group.request.group_id in firsts:
+                    tasks.append(asyncio.create_task(take(group)))
+            waiting: set[asyncio.Task[None]] = set(tasks)
+            while closing is None and waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            if closing is not None:
+                await closing
+        finally:
+            for task in tasks:
+                task.cancel()
+        found.sort(key=lambda scored: scored.group.request.group_id)
+        if firsts is None:
+            self.firsts.put(race, [scored.group.request.group_id for scored in found])
+        return found
+
+    def forget_failures(self) -> None:
+        """The run ends because of a reward: whoever resumes it has mended it, and wants it asked again."""
+        self.ledger.forget_failures()
+        self.firsts.clear()  # another score may make another batch
+
+    def clear(self) -> None:
+        """A checkpoint covers all that was written."""
+        self.ledger.clear()
+        self.firsts.clear()
+
+    async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
         scores = self.ledger.get(group_id, version, request)
         if scores is None:
             scores = await self.reward.score(group)
             self.ledger.put(group_id, version, request, scores)
-        for error in scores.errors:
-            self.record.tracker.log_error(error_record(error, step=step))
-        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
         return ScoredGroup(group=group, scores=scores)
+
+    def _note_errors(self, scored: ScoredGroup, *, step: int) -> None:
+        for error in scored.scores.errors:
+            self.record.tracker.log_error(error_record(error, step=step))
+        self.record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors))})

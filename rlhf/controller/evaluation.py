@@ -53,11 +53,11 @@ async def evaluate(
             groups = await answers.to(requests, sampling, step=step, version=step)
             failed = [group for group in groups if group.scores.errors]
             if failed and config.reward_policy.on_error == "fail":
-                answers.ledger.forget_failures()
+                answers.forget_failures()
                 raise RunError(f"eval {name}, step {step}: {describe(failed[0].scores.errors)}")
             sound = [group for group in groups if not group.scores.errors]
             if not sound:
-                answers.ledger.forget_failures()
+                answers.forget_failures()
                 raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
             record.add(_metrics(name, sound))
             selections += group_samples(sound, Signals(), split=name, most=None)
