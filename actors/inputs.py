@@ -26,6 +26,7 @@ from rlhf.config.derive import (
     is_online,
     needs_gold,
     offline_kind,
+    prompts_asked,
     train_sets,
 )
 from rlhf.config.evaluate import EvaluationStage
@@ -177,6 +178,12 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
+            f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
+            "remove it, or raise train.steps or rollouts.prompts_per_step."
+        )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = longest + config.rollouts.max_new_tokens

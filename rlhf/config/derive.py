@@ -6,6 +6,7 @@ take any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -228,6 +229,16 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
 def responses_per_step(rollouts: RolloutsConfig) -> int:
     """Responses sampled, scored and trained on in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
+
+
+def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
+    """Prompts that a run asks at most, with those whose groups are left out or cancelled."""
+    left_out = 0.0
+    if rollouts.dynamic_sampling is not None:
+        left_out += rollouts.dynamic_sampling.max_filtered_fraction
+    if config.reward_policy.on_error == "drop":
+        left_out += config.reward_policy.max_dropped_fraction
+    return config.train.steps * math.ceil(rollouts.prompts_per_step * (1.0 + left_out) * rollouts.oversample)
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:

@@ -186,7 +186,9 @@ class Collector:
                 "Add other prompts, or end the run here"
             )
         else:
-            fix = "Choose other prompts, sample more responses a prompt, widen the bounds of the mean, or raise that share"
+            fix = (
+                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise that share"
+            )
         raise RunError(
             f"rollouts, step {step}: {len(batch.filtered)} groups were filtered, more than rollouts.dynamic_sampling."
             f"max_filtered_fraction {rule.max_filtered_fraction:g} of {count} prompts allows, and {len(batch.kept)} "

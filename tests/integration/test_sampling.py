@@ -1,0 +1,73 @@
+"""Batches that are made of some of the prompts that were asked, by real engines and rewards.
+
+A run that is killed after it trained on such a batch makes the very same one when it is resumed, also where chance had
+made it: the row that it had logged before comes again bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.test_online import kill_all, wait_for
+
+GRPO: dict[str, Any] = {
+    "algorithm": {"name": "grpo"},
+    "data": {"train": {"task": "running_totals", "split": "train", "size": 24}, "eval": None},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+    "eval": None,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "refilled": {"rollouts": {"dynamic_sampling": {}}, "data": {"curriculum": {"outside": 0.5}}},
+    "first": {"rollouts": {"dynamic_sampling": {"max_mean": 0.8}, "oversample": 1.5, "max_new_tokens": 24}},
+}
+
+
+def samples(run: Path, step: int) -> list[dict[str, Any]]:
+    """Of one step's batch."""
+    return [json.loads(line) for line in (run / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", WAYS)
+def test_a_resumed_run_makes_the_batches_that_it_had_trained_on(tmp_path: Path, name: str) -> None:
+    way, folder = WAYS[name], tmp_path / name
+    config = write_config(
+        tmp_path / f"{name}.yaml",
+        {
+            **GRPO,
+            "run": {"name": name, "dir": str(tmp_path), "seed": 3},
+            "data": {**GRPO["data"], **way.get("data", {})},
+            "rollouts": way["rollouts"],
+            "tracking": {"samples_per_step": 32},
+        },
+    )
+    process = start(config)
+    wait_for(folder / "metrics.jsonl", 3, timeout_s=240)  # steps 1 to 3: past the checkpoint of step 2
+    kill_all(process.pid)
+    process.wait(timeout=30)
+    assert (folder / "checkpoints" / "latest").resolve().name == "step_000002"
+    before, drawn = rows(folder)[:3], samples(folder, 3)
+    train(config, "--resume", "auto")
+
+    after = rows(folder)
+    assert without_clocks(after[:3]) == without_clocks(before)
+    assert samples(folder, 3) == drawn
+    assert [row["step"] for row in after] == [1, 2, 3, 4]
+    assert sum(row["rollouts/filtered_groups/fraction"] for row in after) > 0.0  # or nothing was proven
+    for row in after:
+        step = samples(folder, int(row["step"]))
+        by_group: dict[int, set[float]] = {}
+        for sample in step:
+            by_group.setdefault(sample["group_id"], set()).add(sample["score"])
+        assert len(by_group) == 8
+        assert all(len(scores) == 2 for scores in by_group.values())
+    if name == "first":
+        assert sum(row["rollouts/cancelled_groups/total"] for row in after) > 0
+    else:
+        assert after[-1]["data/passed_over/total"] + after[-2]["data/passed_over/total"] > 0
