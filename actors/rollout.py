@@ -295,7 +295,7 @@ class RolloutWorker:
             Submission(
                 request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(sampling, seed),
+                params=sampling_params(request.drawn_by(sampling), seed),
                 lora=self._lora,
             )
             for seed in request.seeds

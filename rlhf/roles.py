@@ -166,9 +166,16 @@ class ReferenceRole(Protocol):
         ...
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float],
     ) -> list[Ref[TokenValues]]:
-        """One column for each given batch, in order; of these sequences only, at least one of each batch."""
+        """One column for each given batch, in order; of these sequences only, at least one of each batch.
+
+        temperatures: by sequence id, where it is not that of all.
+        """
         ...
 
     async def memory(self) -> MemoryReport: ...

@@ -20,7 +20,14 @@ T = TypeVar("T")
 
 
 def request_for(
-    prompt: Prompt, *, group_id: int, first_sequence_id: int, samples: int, run_seed: int, epoch: int = 0
+    prompt: Prompt,
+    *,
+    group_id: int,
+    first_sequence_id: int,
+    samples: int,
+    run_seed: int,
+    epoch: int = 0,
+    temperature: float | None = None,
 ) -> GroupRequest:
     """So many samples of a prompt. Their seeds are the prompt's own, whenever and wherever it is answered."""
     return GroupRequest(
@@ -28,6 +35,7 @@ def request_for(
         prompt=prompt,
         seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
         first_sequence_id=first_sequence_id,
+        temperature=temperature,
     )
 
 

@@ -83,7 +83,7 @@ class AdvantageLearning:
 
         async def logprobs() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
-                return [] if reference is None else await reference.logprobs(rollouts)
+                return [] if reference is None else await reference.logprobs(rollouts, temperatures=plan.temperatures)
 
         async def old_values() -> Sequence[Ref[TokenValues]]:
             async with in_turn:

@@ -154,6 +154,7 @@ class Collector:
             samples=samples,
             run_seed=self.config.run.seed,
             epoch=epoch,
+            temperature=prompt.temperature,
         )
         self.next_group += 1
         return group

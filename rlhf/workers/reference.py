@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rlhf.models.packed import policy_logprobs_only
 from rlhf.roles import MemoryReport
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.place import RankPlace, torch_dtype
-from rlhf.workers.ragged import shared_prompts, slices
+from rlhf.workers.ragged import Temperatures, shared_prompts, slices
 
 
 class ReferenceWorker:
@@ -48,15 +49,18 @@ class ReferenceWorker:
             loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
             self.model = loaded.to(self.device).eval().requires_grad_(False)
 
-    def logprobs(self, only: frozenset[int] | None, *given: Rollouts) -> tuple[TokenValues | int, ...]:
+    def logprobs(
+        self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts
+    ) -> tuple[TokenValues | int, ...]:
         """One column for each batch, computed packed together over the batches; last, the tokens in all.
 
-        only: the sequences that are wanted; None: all.
+        only: the sequences that are wanted; None: all. temperatures: by sequence id, of those that have their own.
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
+        at = Temperatures.of(rollouts, temperatures, common=self.temperature)
         prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
         for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
             with (
@@ -71,7 +75,7 @@ class ReferenceWorker:
                     piece.lengths.to(self.device),
                     mask=rollouts.response_mask[piece.tokens].to(self.device),
                     branches=piece.branches,
-                    temperature=self.temperature,
+                    temperature=at.at(piece, self.device),
                 )
             values[piece.tokens] = logprobs.float().cpu()
         sizes = [len(part.token_ids) for part in parts]

@@ -27,6 +27,39 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("algorithm", ["grpo", "online_dpo"])
+def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algorithm: str) -> None:
+    """Sampler and trainer, and trainer and reference, agree although two prompts in a batch differ in temperature."""
+    data = [{"prompt": f"{i}+{i}=", "temperature": (0.3, 1.0, None)[i % 3]} for i in range(10, 34)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    config = write_config(
+        tmp_path / "run.yaml",
+        {
+            **GRPO,
+            "run": {"name": "warm", "dir": str(tmp_path)},
+            "algorithm": {"grpo": {"name": "grpo", "kl": {"coef": 0.1}}, "online_dpo": {"name": "online_dpo"}}[
+                algorithm
+            ],
+            "data": {**GRPO["data"], "train": str(tmp_path / "prompts.jsonl")},
+            "rollouts": {"temperature": 1.7},
+            "train": {"steps": 2, "sequences_per_update": 8},
+            "tracking": {"samples_per_step": 32},
+        },
+    )
+    train(config)
+    first, second = rows(tmp_path / "warm")
+    for row in (first, second):
+        assert row["experience/rollout_logprob_diff/max"] < 1e-4
+    assert first["experience/kl_ref/mean"] < 1e-6 < second["experience/kl_ref/mean"]
+    likelihood: dict[float | None, list[float]] = {}
+    for sample in samples(tmp_path / "warm", 1):
+        likelihood.setdefault(data[sample["prompt_id"]]["temperature"], []).append(sample["mean_rollout_logprob"])  # type: ignore[arg-type]
+    cold, usual, warm = (sum(likelihood[at]) / len(likelihood[at]) for at in (0.3, 1.0, None))
+    assert cold > usual > warm
+
+
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
     """Of one step's batch."""
     return [json.loads(line) for line in (run / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()]

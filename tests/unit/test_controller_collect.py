@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf.controller.collect import Collected, Collector, teaches
 from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
+from rlhf.rollouts.identity import request_identity
 from rlhf.tracking.metrics import merge, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
@@ -66,7 +68,7 @@ class Run:
     def __init__(
         self, folder: Path, scores: Scores = lambda _: VARIED, *, order: Order = list, prompts: int = 12, **keys: Any
     ) -> None:
-        curriculum = keys.pop("curriculum", None)
+        curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
         reward_policy = keys.pop("reward_policy", {})
         config = Config.model_validate(
             {
@@ -92,7 +94,10 @@ class Run:
         )
         roles: tuple[Any, Any] = (self.engines, self)
         self.answers = Answers(*roles, record, rewards_fingerprint="f")
-        items = [Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}) for i in range(prompts)]
+        items = [
+            Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
+            for i in range(prompts)
+        ]
         stream = Stream(items, seed=0, shuffle=False)
         self.collector = Collector(config, stream, self.answers, record, Sampling(max_new_tokens=4))
 
@@ -317,6 +322,16 @@ def test_a_prompts_samples_do_not_depend_on_what_else_is_asked_or_when(tmp_path:
         both = seeds[0].keys() & asked.keys()
         assert len(both) > 12
         assert all(asked[turn] == seeds[0][turn] for turn in both)
+
+
+def test_a_prompt_is_answered_at_its_own_temperature(tmp_path: Path) -> None:
+    usual = Sampling(max_new_tokens=4)
+    requests = [one.group.request for one in Run(tmp_path, warmth={2: 0.5}).collect().groups]
+    assert [request.drawn_by(usual).temperature for request in requests] == [1.0, 1.0, 0.5, 1.0]
+    cooler = replace(usual, temperature=0.5)
+    told = [[request_identity(request, sampling) for sampling in (usual, cooler)] for request in requests[1:3]]
+    assert told[0][0] != told[0][1]
+    assert told[1][0] == told[1][1]
 
 
 def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) -> None:
