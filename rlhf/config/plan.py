@@ -22,6 +22,7 @@ from rlhf.config.derive import (
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
+    prompts_at_once,
     reference_model,
     train_sets,
     weight_sync,
@@ -193,8 +194,7 @@ def _replaced(rollouts: RolloutsConfig) -> str:
     """What is asked besides, to make a step's batch."""
     told = ""
     if rollouts.oversample > 1.0:
-        asked = math.ceil(rollouts.prompts_per_step * rollouts.oversample)
-        told += f", the first of {asked} prompts to be answered"
+        told += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
     if rollouts.dynamic_sampling is not None:
         most = math.floor(rollouts.prompts_per_step * rollouts.dynamic_sampling.max_filtered_fraction)
         told += f", in place of at most {most} prompts that are filtered"

@@ -10,11 +10,11 @@ Like the loop, this sees scalars, ids and references.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rlhf.config.derive import prompts_at_once
 from rlhf.config.rollouts import DynamicSampling
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
@@ -111,7 +111,7 @@ class Collector:
 
     async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
         """Ask prompts; the groups that count, in plan order. The prompts of the others wait."""
-        turns = self._next(math.ceil(needed * self.rollouts.oversample))
+        turns = self._next(prompts_at_once(needed, self.rollouts))
         requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
         batch.num_asked += len(requests)
         if len(requests) == needed:
