@@ -154,7 +154,9 @@ def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_pat
     assert row["rewards/answered_score/mean"] == (4 * 1.0 + 3 * 2.0) / 16
     assert row["rollouts/tokens/total"] == 4 * 2 * (2 + 3)  # of what was left out; the batch's own are added elsewhere
     assert batch.sampled_tokens == 8 * 2 * 3
-    assert run.trained(2) == [8, 9, 10, 11]
+    second = run.collect(2).groups
+    assert [one.group.request.prompt.prompt_id for one in second] == [8, 9, 10, 11]
+    assert [one.group.infos[0].sequence_id for one in second] == [0, 2, 4, 6]
 
 
 def test_without_dynamic_sampling_all_groups_are_kept(tmp_path: Path) -> None:
