@@ -37,8 +37,8 @@ class RolloutsConfig(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
     temperature: float = Field(default=1.0, ge=0.01, le=10.0)
-    """Sampling temperature; the trainer's log-probabilities are taken at the same one. A row with a column `temperature`
-    has its own in training."""
+    """Sampling temperature; the trainer's log-probabilities are taken at the same one. In training, a row with a column
+    `temperature` has its own."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling; 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
