@@ -144,6 +144,9 @@ class Answers:
                     task.result()
             if closing is not None:
                 await closing
+            for task in tasks:  # the batch is whole without what failed, but not in silence
+                if task.done():
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()

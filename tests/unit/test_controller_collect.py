@@ -216,6 +216,19 @@ def test_the_slowest_of_more_prompts_are_cancelled_and_come_first_in_the_next_st
     assert [prompt.prompt_id for _, prompt in run.collector.waiting] == [6, 9]
 
 
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+def test_a_reward_worker_that_dies_ends_the_run_also_where_enough_others_have_scores(
+    tmp_path: Path, oversample: float
+) -> None:
+    def dies(prompt_id: int) -> Sequence[float]:
+        if prompt_id == 2:
+            raise RunError("reward worker 0 died")
+        return VARIED
+
+    with pytest.raises(RunError, match="reward worker 0 died"):
+        Run(tmp_path, dies, oversample=oversample).collect()
+
+
 def test_oversampling_and_filtering_go_together(tmp_path: Path) -> None:
     run = Run(tmp_path, by_prompt(solved=[0, 2, 4, 5]), order=slowest(3), oversample=1.5, dynamic_sampling={})
     # Of the first six, 1 and 3 teach: all are waited for. Two are missing: three are asked, and 8 was one too many.
