@@ -21,11 +21,13 @@ from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     compares_with_divergence,
+    distils_rollouts,
     eval_sets,
     has_scalar_head,
     is_online,
     needs_gold,
     offline_kind,
+    prompts_asked,
     train_sets,
 )
 from rlhf.config.evaluate import EvaluationStage
@@ -181,6 +183,12 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
+            f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
+            "remove it, or raise train.steps or rollouts.prompts_per_step."
+        )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     settings = config.eval
     sources = {
@@ -188,6 +196,11 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         for name, group in held_out.items()
     }
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
+    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+        raise UserError(
+            f"data.train: has a column `temperature`, and {config.algorithm.name} compares student and teacher at one "
+            "temperature: rollouts.temperature. Remove the column, or rename it with data.columns."
+        )
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = longest + config.rollouts.max_new_tokens
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)

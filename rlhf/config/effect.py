@@ -74,7 +74,7 @@ def _of_method(config: Config) -> Iterator[Inert]:
     name = config.algorithm.name
     if not derive.is_online(config):
         yield from _all(
-            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens "
+            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens data.curriculum "
             "eval.temperature eval.samples_per_prompt eval.greedy eval.k eval.pass_score eval.answer eval.by "
             "tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",

@@ -124,7 +124,9 @@ class AdvantageLearning:
 
         async def logprobs() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
-                return [] if reference is None else await reference.logprobs(rollouts, only=wanted)
+                if reference is None:
+                    return []
+                return await reference.logprobs(rollouts, only=wanted, temperatures=plan.temperatures)
 
         async def old_values() -> Sequence[Ref[TokenValues]]:
             async with in_turn:

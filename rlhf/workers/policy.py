@@ -40,7 +40,7 @@ from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
-from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
+from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 
 STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
@@ -109,6 +109,7 @@ class PolicyWorker(TrainedWorker):
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
+        self.temperatures = Temperatures.of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         self.share = _Share(
             plan=plan,
             ids=ids,
@@ -233,7 +234,7 @@ class PolicyWorker(TrainedWorker):
                         lengths,
                         mask=mask,
                         branches=piece.branches,
-                        temperature=self.rollouts_config.temperature,
+                        temperature=self.temperatures.at(piece, self.device),
                     )
                 results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
                 for column, values in zip(results, found, strict=True):
@@ -310,7 +311,7 @@ class PolicyWorker(TrainedWorker):
             lengths,
             mask=mask,
             branches=piece.branches,
-            temperature=self.rollouts_config.temperature,
+            temperature=self.temperatures.at(piece, self.device),
             entropy_grad=config.entropy_coef > 0.0,
         )
         logprobs = logprobs.float()

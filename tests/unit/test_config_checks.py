@@ -103,6 +103,18 @@ RELATIONS = {
         ["train.max_tokens_per_microbatch=149"],
         "is 149 and must hold the longest sequence: data.max_prompt_tokens + rollouts.max_new_tokens = 100 + 50 = 150",
     ),
+    "groups to choose from have two responses": (
+        ["rollouts.dynamic_sampling={}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
+        "rollouts.samples_per_prompt: is 1, but rollouts.dynamic_sampling looks for prompts whose responses differ",
+    ),
+    "a band of means has something in it": (
+        ["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"],
+        "`min_mean` 0.5 is above `max_mean` 0.25",
+    ),
+    "a curriculum's band has something in it": (
+        ["data.curriculum={low: 0.95}"],
+        "`low` 0.95 is above `high` 0.9",
+    ),
     "every rank has a sequence": (
         ["cluster.roles.policy.workers=17"],
         "train.sequences_per_update: is 16, but 17 data-parallel ranks of cluster.roles.policy",

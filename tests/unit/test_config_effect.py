@@ -112,6 +112,7 @@ def test_the_rest_of_such_a_config_passes(tmp_path: Path, override: str) -> None
         "reward.model=a/b",
         "critic.model=a/b",
         "data.max_prompt_tokens=5",
+        "data.curriculum.low=0.2",
         "train.epochs_per_batch=2",
         "eval.temperature=0.5",
         "eval.samples_per_prompt=2",

@@ -57,7 +57,9 @@ class Reference:
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None
 
-    async def logprobs(self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None) -> list[Any]:
+    async def logprobs(
+        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+    ) -> list[Any]:
         self.only = only
         return [None for _ in rollouts]
 
