@@ -27,6 +27,16 @@ class DynamicSampling(Section):
         return self
 
 
+class KeepPerPrompt(Section):
+    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
+
+    count: int = Field(ge=1)
+    """How many."""
+    by: Literal["spread", "best"] = "spread"
+    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
+    best: those with the highest scores."""
+
+
 class RolloutsConfig(Section):
     """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
@@ -50,6 +60,8 @@ class RolloutsConfig(Section):
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts asked for each that is needed. Above 1, the slowest are cancelled once the batch is whole and come first
     in the next step: steps wait less for long responses, and train on fewer of them."""
+    keep_per_prompt: KeepPerPrompt | None = None
+    """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
 

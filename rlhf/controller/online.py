@@ -16,21 +16,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.config.derive import pairs_rollouts
+from rlhf.config.derive import distils_rollouts, pairs_rollouts
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.collect import Collector
-from rlhf.controller.evaluation import evaluate
+from rlhf.controller.evaluation import EvalSet, compare_with_teacher, evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.trained import trained_models
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
+from rlhf.evaluation.results import Marking
 from rlhf.roles import (
     CriticRole,
+    OnlineTeacherRole,
     PolicyRole,
     ReferenceRole,
     RewardRole,
@@ -54,7 +57,8 @@ class OnlineController:
         record: RunRecord,
         *,
         prompts: Stream[Prompt],
-        eval_sets: Mapping[str, Sequence[Prompt]],
+        eval_sets: Mapping[str, EvalSet],
+        marking: Marking,
         probe_ids: Sequence[int],
         policy_fingerprint: str,
         rewards_fingerprint: str,
@@ -64,6 +68,7 @@ class OnlineController:
         self.roles = roles
         self.record = record
         self.eval_sets = eval_sets
+        self.marking = marking
         self.probe_ids = probe_ids
         self.fingerprint = policy_fingerprint
         self.rollouts = config.rollouts
@@ -75,9 +80,11 @@ class OnlineController:
             stop=self.rollouts.stop,
         )
         self.step = 0
-        self.learning: Learning = (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)
+        self.learning = _learning(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.of(config.train, f"eval/{first_set}/score", default_lower=False)
+        scored = bool(config.rewards)
+        metric = f"eval/{first_set}/{'score' if scored else 'kl_teacher'}"
+        self.best = Best.of(config.train, metric, default_lower=not scored)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.collector = Collector(config, prompts, self.answers, record, sampling)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
@@ -173,15 +180,30 @@ class OnlineController:
         return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
-        await evaluate(self.eval_sets, self.config, self.answers, self.roles.reward, self.record, step=step)
+        roles = self.roles
+        answered = await evaluate(
+            self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
+        )
+        if roles.teacher is None:
+            return
+        beside_engines = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
+        if beside_engines:  # it needs room to compute
+            await roles.rollout.sleep(keep_weights=True)
+        await compare_with_teacher(answered, self.config, roles.teacher, self.record)
+        if beside_engines:
+            await roles.rollout.wake("weights")
+            await roles.rollout.wake("cache")
 
     async def _add_memory(self) -> None:
         roles = self.roles
-        members: dict[str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | CriticRole | None] = {
+        members: dict[
+            str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | OnlineTeacherRole | CriticRole | None
+        ] = {
             "policy": roles.policy,
             "rollout": roles.rollout,
             "reward": roles.reward,
             "reference": roles.reference,
+            "teacher": roles.teacher,
             "critic": roles.critic,
         }
         for name, role in members.items():
@@ -248,3 +270,10 @@ class OnlineController:
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")
         logger.info("resumed from the checkpoint of step %d", step)
+
+
+def _learning(config: Config, roles: OnlineRoles, record: RunRecord) -> Learning:
+    """The algorithm's way from responses to updates."""
+    if distils_rollouts(config):
+        return DistillationLearning(config, roles, record)
+    return (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)

@@ -44,6 +44,15 @@ INERT = {
         "every ratio is 1",
     ),
     "algorithm.clip_low=0.3": (["algorithm={name: gmpo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.clip_low=0.4": (
+        [GRPO, "rollouts.keep_per_prompt={count: 2}", "train.sequences_per_update=16"],
+        "the batch of 16 responses is trained on in one optimizer step",
+    ),
+    "rollouts.keep_per_prompt={count: 2}": (PAIRS, "algorithm online_dpo takes a pair of them"),
+    "rollouts.keep_per_prompt={count: 3}": (
+        ["algorithm={name: raft, keep: 2}"],
+        "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
+    ),
     "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
