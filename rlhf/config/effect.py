@@ -54,7 +54,6 @@ def inert_keys(config: Config) -> Iterator[Inert]:
     if isinstance(config.algorithm, OnlineConfig):
         yield from _of_algorithm(config, config.algorithm)
     if derive.is_online(config):
-        yield from _of_scores(config)
         yield from _of_rewards(config)
         yield from _of_kept(config)
     yield from _of_preferences(config)
@@ -179,16 +178,10 @@ def _of_distillation(config: Config) -> Iterator[Inert]:
             yield from _all(keys, why, "set algorithm.divergence to sampled_reverse_kl")
 
 
-def _of_scores(config: Config) -> Iterator[Inert]:
-    """Choices by score, where nothing is scored."""
-    if not config.rewards:
-        keys = "rollouts.dynamic_sampling data.curriculum"
-        yield from _all(keys, "there are no rewards, so no response has a score", "add one to rewards")
-
-
 def _of_rewards(config: Config) -> Iterator[Inert]:
     if not config.rewards:
-        yield from _all("reward_policy", "there are no rewards", "name one in rewards")
+        keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
+        yield from _all(keys, "there are no rewards", "name one in rewards")
         return
     if config.reward_policy.on_error == "fail":
         why = "reward_policy.on_error is fail: nothing is dropped"
