@@ -37,7 +37,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.measure import as_std, experience_metrics, update_metrics
+from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
@@ -91,7 +91,8 @@ class PolicyWorker(TrainedWorker):
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
         updates, a KL penalty in the reward, or a baseline by step. They are computed in the micro-batches of the
-        update, so that the ratio of the first update is exactly 1.
+        update, so that the ratio of the first update is exactly 1. Where the rollout's own stand for them, nothing is
+        computed, but for a baseline by step.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -123,22 +124,24 @@ class PolicyWorker(TrainedWorker):
             with adapter_disabled(self.engine.module):
                 (ref_logprobs,) = self._compute("reference logprobs", _logprobs)
                 self.share = replace(self.share, ref_logprobs=ref_logprobs)
-        config = self.algorithm.config
+        config, mask = self.algorithm.config, rollouts.response_mask
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
-        by_step = self.algorithm.has_step_baseline
-        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked and not by_step:
-            return (), {}
-        found = self._compute("old logprobs", policy_logprobs_and_collisions if by_step else _logprobs)
-        self.share = replace(self.share, old_logprobs=found[0], collision_logprobs=found[1] if by_step else None)
-        return self._sequence_reports(found[0]), experience_metrics(
-            config,
-            found[0],
-            rollouts.rollout_logprobs,
-            self.share.ref_logprobs,
-            rollouts.response_mask,
-            rollouts.lengths,
-        )
+        by_step, bypasses = self.algorithm.has_step_baseline, config.bypasses_old_logprobs
+        self.observes = True  # the first update measures how far trainer and sampler are apart
+        old, collisions = rollouts.rollout_logprobs, None
+        if by_step or not bypasses:
+            if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked and not by_step:
+                return (), {}
+            found = self._compute("old logprobs", policy_logprobs_and_collisions if by_step else _logprobs)
+            collisions = found[1] if by_step else None
+            if not bypasses:
+                old, self.observes = found[0], False
+        self.share = replace(self.share, old_logprobs=old, collision_logprobs=collisions)
+        metrics = reference_metrics(config, old, self.share.ref_logprobs, mask)
+        if not self.observes:
+            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
+        return self._sequence_reports(old), metrics
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
@@ -190,6 +193,7 @@ class PolicyWorker(TrainedWorker):
                 self.engine.backward(terms.loss, last=index == len(cut) - 1)
             if piece.rows:
                 parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
             parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
@@ -298,7 +302,7 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
-        """The loss of one micro-batch and, where `prepare` has not measured them, its experience metrics."""
+        """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
         share, config = self.share, self.algorithm.config
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(
@@ -323,10 +327,13 @@ class PolicyWorker(TrainedWorker):
             advantages=self.advantages[piece.tokens].to(self.device),
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if old is not None or not piece.rows:
+        if not self.observes or not piece.rows:
             return terms, {}
-        columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
-        return terms, experience_metrics(config, logprobs.detach(), *columns)
+        now = logprobs.detach()
+        found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        if old is None:
+            found.update(reference_metrics(config, now, batch.ref_logprobs, mask))
+        return terms, found
 
 
 def _logprobs(*columns: Any, **settings: Any) -> tuple[Tensor]:

@@ -62,8 +62,9 @@ class Reward:
 def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]:
     """A run on that folder, as each start of it makes them."""
     reward = Reward()
+    (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
-        folder=SimpleNamespace(spool=folder, path=folder),
+        folder=SimpleNamespace(spool=folder / "spool", path=folder),
         progress=SimpleNamespace(stage=lambda *_: None),
         tracker=SimpleNamespace(log_error=lambda error: None),
         add=lambda metrics: None,
@@ -137,10 +138,11 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
         reward_policy=SimpleNamespace(on_error="fail"),
     )
 
+    sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
+    marking = Marking(ks=(1,), pass_score=None, answers=None)
+
     def evaluated(step: int) -> Reward:
         answers, reward, record = begun(tmp_path)
-        sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
-        marking = Marking(ks=(1,), pass_score=None, answers=None)
         (tmp_path / "evals").mkdir(exist_ok=True)
         asyncio.run(evaluate(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
         return reward
