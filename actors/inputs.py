@@ -189,6 +189,11 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
             f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
             "remove it, or raise train.steps or rollouts.prompts_per_step."
         )
+    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+        raise UserError(
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
+            "rollouts.temperature. Give the column another name, or leave it out."
+        )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     settings = config.eval
     sources = {

@@ -112,7 +112,7 @@ class ReferenceWorkers:
         rollouts: Sequence[Ref[Rollouts]],
         *,
         only: frozenset[int] | None = None,
-        temperatures: Mapping[int, float],
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
         """Batches are dealt out evenly; each worker packs its own together."""
         columns: list[Any] = [None] * len(rollouts)
@@ -120,7 +120,7 @@ class ReferenceWorkers:
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
             given = [rollouts[i] for i in share]
-            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures, *given)
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given)
             for i, ref in zip(share, found, strict=True):
                 columns[i] = ref
             waits.append(done)

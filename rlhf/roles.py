@@ -176,11 +176,11 @@ class ReferenceRole(Protocol):
         rollouts: Sequence[Ref[Rollouts]],
         *,
         only: frozenset[int] | None = None,
-        temperatures: Mapping[int, float],
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
         """One column for each given batch, in order; of these sequences only, at least one of each batch.
 
-        temperatures: by sequence id, where it is not that of all.
+        temperatures: by sequence id, where it is not that of all; None: nowhere.
         """
         ...
 

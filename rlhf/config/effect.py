@@ -194,7 +194,8 @@ def _of_distillation(config: Config) -> Iterator[Inert]:
 
 def _of_rewards(config: Config) -> Iterator[Inert]:
     if not config.rewards:
-        yield from _all("reward_policy", "there are no rewards", "name one in rewards")
+        keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
+        yield from _all(keys, "there are no rewards", "name one in rewards")
         return
     if config.reward_policy.on_error == "fail":
         why = "reward_policy.on_error is fail: nothing is dropped"

@@ -168,7 +168,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         facts += [
             [
                 "responses a step",
-                f"{prompts} prompts * {samples} samples = {sequences}{_replaced(rollouts)}{_beside(config)}",
+                f"{prompts} prompts * {samples} samples = {sequences}{_beside(config)}{_replaced(rollouts)}",
             ],
             [
                 "updates a step",

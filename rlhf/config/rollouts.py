@@ -9,16 +9,6 @@ from pydantic import Field, JsonValue, model_validator
 from rlhf.algorithms.section import Section
 
 
-class KeepPerPrompt(Section):
-    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
-
-    count: int = Field(ge=1)
-    """How many."""
-    by: Literal["spread", "best"] = "spread"
-    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
-    best: those with the highest scores."""
-
-
 class DynamicSampling(Section):
     """Groups that teach nothing are filtered, and replaced by other prompts' until the batch is whole (DAPO,
     arXiv:2503.14476, section 3.2). A group is filtered if all its responses score alike, or by its mean score."""
@@ -35,6 +25,16 @@ class DynamicSampling(Section):
         if self.min_mean is not None and self.max_mean is not None and self.min_mean > self.max_mean:
             raise ValueError(f"`min_mean` {self.min_mean:g} is above `max_mean` {self.max_mean:g}: nothing is between")
         return self
+
+
+class KeepPerPrompt(Section):
+    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
+
+    count: int = Field(ge=1)
+    """How many."""
+    by: Literal["spread", "best"] = "spread"
+    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
+    best: those with the highest scores."""
 
 
 class RolloutsConfig(Section):
@@ -55,13 +55,13 @@ class RolloutsConfig(Section):
     """Sample among the k likeliest tokens; null keeps all."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response; they stay in it."""
-    keep_per_prompt: KeepPerPrompt | None = None
-    """Train on some of a prompt's responses; null: on all."""
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups that teach nothing; null: all groups are trained on."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
     """Prompts asked for each that is needed. Above 1, the slowest are cancelled once the batch is whole and come first
     in the next step: steps wait less for long responses, and train on fewer of them."""
+    keep_per_prompt: KeepPerPrompt | None = None
+    """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
 

@@ -102,22 +102,6 @@ class Answers:
 
         return await answered(self.rollout, requests, sampling, score)
 
-    async def with_greedy(
-        self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
-    ) -> list[ScoredGroup]:
-        """The groups with the score of one greedy response to each prompt, by the same weights and rewards.
-
-        A group whose greedy response could not be scored has its errors.
-        """
-        sound = [scored.group.request for scored in groups if not scored.scores.errors]
-        beside = [
-            replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
-        ]
-        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None)
-        answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
-        greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
-        return [_beside(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
-
     async def to_first(
         self,
         requests: Sequence[GroupRequest],
@@ -183,6 +167,22 @@ class Answers:
         """A checkpoint covers all that was written."""
         self.ledger.clear()
         self.firsts.clear()
+
+    async def beside_greedy(
+        self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
+    ) -> list[ScoredGroup]:
+        """The groups with the score of one greedy response to each prompt, by the same weights and rewards.
+
+        A group whose greedy response could not be scored has its errors.
+        """
+        sound = [group.group.request for group in groups if not group.scores.errors]
+        beside = [
+            replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
+        ]
+        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None)
+        answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
+        greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
+        return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
 
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)

@@ -110,18 +110,22 @@ class Collector:
         return Collected(groups=batch.kept, sampled_tokens=tokens)
 
     async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
-        """Ask prompts; the groups that count, in plan order. The prompts of the others wait."""
-        found = await self._answered(batch, needed, step)
-        if wants_greedy(self.config):
-            found = await self.answers.with_greedy(found, self.sampling, step=step, version=step - 1)
-        return found
-
-    async def _answered(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
+        """Ask prompts; the groups that are answered, in plan order."""
         turns = self._next(prompts_at_once(needed, self.rollouts))
         requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
         batch.num_asked += len(requests)
         if len(requests) == needed:
-            return await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+            found = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+        else:
+            found = await self._first(turns, requests, needed, step)
+        if wants_greedy(self.config):
+            found = await self.answers.beside_greedy(found, self.sampling, step=step, version=step - 1)
+        return found
+
+    async def _first(
+        self, turns: Sequence[Turn], requests: Sequence[GroupRequest], needed: int, step: int
+    ) -> list[ScoredGroup]:
+        """So many groups that can be trained on, with the others that came before them. What did not come waits."""
         rule, left = self.rollouts.dynamic_sampling, needed
 
         def is_enough(scored: ScoredGroup) -> bool:

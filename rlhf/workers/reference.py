@@ -62,7 +62,10 @@ class ReferenceWorker:
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
         values = self.values_of(
-            parts, temperature=self.temperature, own=temperatures, samples_per_prompt=self.samples_per_prompt
+            parts,
+            temperature=self.temperature,
+            temperatures=temperatures,
+            samples_per_prompt=self.samples_per_prompt,
         )
         columns = [
             TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
@@ -71,14 +74,19 @@ class ReferenceWorker:
         return (*columns, len(values))
 
     def values_of(
-        self, parts: Sequence[Rollouts], *, temperature: float, own: Mapping[int, float], samples_per_prompt: int
+        self,
+        parts: Sequence[Rollouts],
+        *,
+        temperature: float,
+        temperatures: Mapping[int, float],
+        samples_per_prompt: int,
     ) -> Float[Tensor, " N"]:
         """Log-probabilities of the sampled tokens of all batches, one behind the other. own: temperatures by sequence
         id, of those that have their own."""
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
-        at = Temperatures.of(rollouts, own, common=temperature)
+        at = Temperatures.of(rollouts, temperatures, common=temperature)
         prompts = shared_prompts(rollouts, samples_per_prompt=samples_per_prompt)
         for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
             with (

@@ -159,7 +159,7 @@ def ask_with_greedy(answers: Answers, sampling: Sampling = SAMPLING) -> list[Sco
 
     async def both() -> list[ScoredGroup]:
         groups = await answers.to(requests, sampling, step=1, version=0)
-        return await answers.with_greedy(groups, sampling, step=1, version=0)
+        return await answers.beside_greedy(groups, sampling, step=1, version=0)
 
     return asyncio.run(both())
 

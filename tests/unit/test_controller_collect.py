@@ -69,12 +69,13 @@ class Run:
         self, folder: Path, scores: Scores = lambda _: VARIED, *, order: Order = list, prompts: int = 12, **keys: Any
     ) -> None:
         curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
+        algorithm = keys.pop("algorithm", "grpo")
         reward_policy = keys.pop("reward_policy", {})
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
                 "policy": {"model": "m"},
-                "algorithm": {"name": "grpo"},
+                "algorithm": {"name": algorithm},
                 "data": {"train": "x.jsonl", "curriculum": curriculum},
                 "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2, **keys},
                 "rewards": {"r": {"function": "f"}},
@@ -347,6 +348,23 @@ def test_a_prompt_is_answered_at_its_own_temperature(tmp_path: Path) -> None:
     told = [[request_identity(request, sampling) for sampling in (usual, cooler)] for request in requests[1:3]]
     assert told[0][0] != told[0][1]
     assert told[1][0] == told[1][1]
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+def test_only_what_may_be_trained_on_is_answered_greedily_too(tmp_path: Path, oversample: float) -> None:
+    run = Run(
+        tmp_path,
+        by_prompt(broken=[1]),
+        algorithm="remax",
+        oversample=oversample,
+        reward_policy={"on_error": "drop", "max_dropped_fraction": 1.0},
+        warmth={2: 0.5},
+    )
+    batch = run.collect()
+    assert [one.greedy_score for one in batch.groups] == [0.0] * 4
+    assert [one.group.request.prompt.prompt_id for one in batch.groups] == [0, 2, 3, 4]
+    rounds = [[0, 1, 2, 3], [0, 2, 3], [4], [4]] if oversample == 1.0 else [[0, 1, 2, 3, 4, 5], [0, 2, 3, 4]]
+    assert run.engines.asked == rounds
 
 
 def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) -> None:
