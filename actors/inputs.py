@@ -201,11 +201,6 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         for name, group in held_out.items()
     }
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
-    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
-        raise UserError(
-            f"data.train: has a column `temperature`, and {config.algorithm.name} compares student and teacher at one "
-            "temperature: rollouts.temperature. Remove the column, or rename it with data.columns."
-        )
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = longest + config.rollouts.max_new_tokens
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)

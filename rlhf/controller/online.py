@@ -184,15 +184,18 @@ class OnlineController:
         answered = await evaluate(
             self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
         )
-        if roles.teacher is None:
-            return
-        beside_engines = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
-        if beside_engines:  # it needs room to compute
-            await roles.rollout.sleep(keep_weights=True)
-        await compare_with_teacher(answered, self.config, roles.teacher, self.record)
-        if beside_engines:
-            await roles.rollout.wake("weights")
-            await roles.rollout.wake("cache")
+        if roles.teacher is not None:
+            await self._compare(answered, roles.teacher)
+
+    async def _compare(self, answered: Mapping[str, Sequence[ScoredGroup]], teacher: OnlineTeacherRole) -> None:
+        """What the teacher says of held-out responses. Where it shares the engines' GPUs they sleep meanwhile."""
+        turn = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
+        if turn:
+            await self.roles.rollout.sleep(keep_weights=True)
+        await compare_with_teacher(answered, self.config, teacher, self.record)
+        if turn:
+            await self.roles.rollout.wake("weights")
+            await self.roles.rollout.wake("cache")
 
     async def _add_memory(self) -> None:
         roles = self.roles

@@ -81,7 +81,7 @@ class ReferenceWorker:
         temperatures: Mapping[int, float],
         samples_per_prompt: int,
     ) -> Float[Tensor, " N"]:
-        """Log-probabilities of the sampled tokens of all batches, one behind the other. own: temperatures by sequence
+        """Log-probabilities of the sampled tokens of all batches, one behind the other. temperatures: by sequence
         id, of those that have their own."""
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
