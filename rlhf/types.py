@@ -248,6 +248,7 @@ class BatchPlan:
     minibatches: tuple[MinibatchPlan, ...]
     scores: Mapping[int, float]  # by sequence id
     kl_coef: float
+    entropy_coef: float = 0.0
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""

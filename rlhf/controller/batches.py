@@ -24,6 +24,7 @@ def plan_batch(
     sequences_per_update: int,
     num_ranks: int,
     kl_coef: float,
+    entropy_coef: float = 0.0,
 ) -> BatchPlan:
     """Deal a batch's sequences out to minibatches and ranks.
 
@@ -54,6 +55,7 @@ def plan_batch(
         minibatches=tuple(minibatches),
         scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)),
         kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
     )
 
 

@@ -15,6 +15,7 @@ from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.config.root import Config
 from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
@@ -24,7 +25,7 @@ from rlhf.types import BatchPlan, TokenValues
 
 
 class AdvantageLearning:
-    """All responses are trained on. `kl_coef` is the coefficient in force."""
+    """All responses are trained on. `kl_coef` is the coefficient in force, and so is what `entropy` gives."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -34,6 +35,7 @@ class AdvantageLearning:
         self.rollouts = config.rollouts
         self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
         self.kl_coef = self.algorithm.config.kl.coef
+        self.entropy = EntropyBonus(self.algorithm.config.entropy)
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring."""
@@ -50,16 +52,18 @@ class AdvantageLearning:
             )
             for minibatch in order:
                 await self._update(minibatch, step)
+        self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
 
     def state(self) -> Mapping[str, Any]:
-        """The coefficient."""
-        return {"kl_coef": self.kl_coef}
+        """The coefficients."""
+        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Take the coefficient up."""
+        """Take the coefficients up."""
         self.kl_coef = state["kl_coef"]
+        self.entropy.restore(state["entropy"])
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
         """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
@@ -70,6 +74,7 @@ class AdvantageLearning:
             sequences_per_update=self.config.train.sequences_per_update,
             num_ranks=role.num_ranks,
             kl_coef=self.kl_coef,
+            entropy_coef=self.entropy.in_force,
         )
 
     async def _experience(
@@ -97,9 +102,10 @@ class AdvantageLearning:
                 if sequence.kl_ref is not None:
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
         lengths = {info.sequence_id: info.num_response_tokens for scored in groups for info in scored.group.infos}
+        num_tokens = torch.tensor([lengths[i] for i in sorted(scores)])
         by_sequence = self.algorithm.sequence_advantages(
-            torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
-            torch.tensor([lengths[i] for i in sorted(scores)]),
+            self._shaped(torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64), num_tokens),
+            num_tokens,
             group_size=self.rollouts.samples_per_prompt,
         )
         advantages = await roles.policy.set_advantages(
@@ -113,6 +119,14 @@ class AdvantageLearning:
             flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
             self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
         return report, advantages.mean_advantages
+
+    def _shaped(self, scores: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        """The scores as the algorithm compares them, and how much it has taken off."""
+        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_new_tokens)
+        if shaped is not scores:
+            taken = float((scores - shaped).sum())
+            self.record.add({"advantages/overlong_penalty/mean": Mean(total=taken, count=len(scores))})
+        return shaped
 
     def _share_bundles(self) -> bool:
         """Whether reference and critic compute on the same hardware."""
@@ -134,6 +148,11 @@ class AdvantageLearning:
         else:
             for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
+
+    def _adapt_entropy(self) -> None:
+        if self.algorithm.config.entropy.adaptive is not None:
+            self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
+            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while the critic alone is trained
 
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

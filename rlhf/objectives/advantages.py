@@ -123,6 +123,17 @@ def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, 
     return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
 
 
+def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
+    """Groups over those whose scores differ (GPG's alpha, arXiv:2504.02546); 1 if none does.
+
+    Groups of equal scores have no gradient but count in the mean; this factor takes them out of it. Scores are
+    prompt-major; ValueError as in group_centered.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
+    uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())
+    return len(scores_P_G) / uneven if uneven else 1.0
+
+
 def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
     """How far the best score of a group is above the second best; 0 for all others (pass@k, arXiv:2503.19595).
 

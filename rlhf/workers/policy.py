@@ -6,7 +6,7 @@ last `update` a rank holds the sequences of its share of the batch, in the order
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
+from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class _Share:
     rollouts: Rollouts
     microbatches: tuple[tuple[Slice, ...], ...]
     old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
+    old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
 
 
@@ -77,8 +79,8 @@ class PolicyWorker(TrainedWorker):
         """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
-        updates, or a KL penalty in the reward. They are computed in the micro-batches of the update, so that the ratio
-        of the first update is exactly 1.
+        updates, a KL penalty in the reward, or tokens that are told apart by the whole step's. They are computed in the
+        micro-batches of the update, so that the ratio of the first update is exactly 1.
         """
         ids = plan.sequences_of(self.data_rank)
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
@@ -97,6 +99,7 @@ class PolicyWorker(TrainedWorker):
             rollouts=rollouts,
             microbatches=tuple(microbatches),
             old_logprobs=None,
+            old_entropy=None,
             ref_logprobs=ref_logprobs,
         )
         if self.reference_is_adapter_off:
@@ -107,9 +110,14 @@ class PolicyWorker(TrainedWorker):
         config = self.algorithm.config
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
+        is_asked = is_asked or reads_whole_step(self.algorithm)
         if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
             return (), {}
-        self._set(old_logprobs=self._compute_logprobs("old logprobs"))
+        if config.top_entropy_fraction is None:
+            self._set(old_logprobs=self._compute_logprobs("old logprobs"))
+        else:
+            old_logprobs, old_entropy = self._compute_columns("old logprobs", policy_logprobs)
+            self._set(old_logprobs=old_logprobs, old_entropy=old_entropy)
         assert self.share.old_logprobs is not None
         return self._sequence_reports(self.share.old_logprobs), experience_metrics(
             config,
@@ -147,7 +155,15 @@ class PolicyWorker(TrainedWorker):
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(own)
             advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
+        elif self.algorithm.centers:
+            advantages = torch.where(mask, advantages - self._moments_over_ranks(own).mean, 0.0)
+        bound = self.algorithm.config.advantage_clip
+        if bound is not None:
+            held = int((advantages.abs() > bound).sum())
+            metrics["advantages/clipped/fraction"] = Mean(total=held, count=own.count)
+            advantages = advantages.clamp(-bound, bound)
         self.advantages = advantages
+        self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
         means = sequence_means(advantages, mask, lengths).tolist()
@@ -181,17 +197,28 @@ class PolicyWorker(TrainedWorker):
     def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
         mask = self.share.rollouts.response_mask[piece.tokens]
         has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
-        return update_metrics(
+        found = update_metrics(
             terms, sampled=int(mask.sum()), passed=len(piece.tokens), step_tokens=step_tokens, has_kl_loss=has_kl_loss
         )
+        if self.selections.selected is None:
+            return found
+        chosen = int(self.selections.selected[piece.tokens].sum())
+        return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
-    def _set(self, *, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None) -> None:
+    def _set(
+        self,
+        *,
+        old_logprobs: Tensor | None = None,
+        old_entropy: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+    ) -> None:
         share = self.share
         self.share = _Share(
             plan=share.plan,
             rollouts=share.rollouts,
             microbatches=share.microbatches,
             old_logprobs=share.old_logprobs if old_logprobs is None else old_logprobs,
+            old_entropy=share.old_entropy if old_entropy is None else old_entropy,
             ref_logprobs=share.ref_logprobs if ref_logprobs is None else ref_logprobs,
         )
 
@@ -205,7 +232,13 @@ class PolicyWorker(TrainedWorker):
 
     def _compute_logprobs(self, stage: str) -> Float[Tensor, " N"]:
         """Log-probabilities of all sampled tokens of the share, without a gradient."""
-        result = torch.zeros(len(self.share.rollouts.token_ids))
+        return self._compute_columns(stage, policy_logprobs_only)[0]
+
+    def _compute_columns(
+        self, stage: str, of_tokens: Callable[..., Tensor | tuple[Tensor, ...]]
+    ) -> tuple[Float[Tensor, " N"], ...]:
+        """What the pass makes of all sampled tokens of the share, without a gradient."""
+        columns: dict[int, Tensor] = {}
         for cut in self.share.microbatches:
             for piece in cut:
                 token_ids, lengths, mask = self._columns(piece)
@@ -213,16 +246,39 @@ class PolicyWorker(TrainedWorker):
                     torch.no_grad(),
                     explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
                 ):
-                    logprobs = self.engine.forward(
-                        policy_logprobs_only,
+                    found = self.engine.forward(
+                        of_tokens,
                         token_ids,
                         lengths,
                         mask=mask,
                         branches=piece.branches,
                         temperature=self.rollouts_config.temperature,
                     )
-                result[piece.tokens] = logprobs.float().cpu()
-        return result
+                for number, values in enumerate([found] if isinstance(found, Tensor) else found):
+                    whole = columns.setdefault(number, torch.zeros(len(self.share.rollouts.token_ids)))
+                    whole[piece.tokens] = values.float().cpu()
+        return tuple(columns.values())
+
+    def _select(self) -> Selections:
+        """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
+        share = self.share
+        if not reads_whole_step(self.algorithm):
+            return Selections(high_entropy=None, selected=None)
+        assert share.old_logprobs is not None
+        columns = ShareColumns(
+            ids=share.rollouts.sequence_ids.tolist(),
+            lengths=share.rollouts.lengths,
+            response_mask=share.rollouts.response_mask,
+            old_logprobs=share.old_logprobs,
+            advantages=self.advantages,
+            entropy=share.old_entropy,
+        )
+        ranks = Ranks(
+            rank=self.data_rank,
+            contributes=self.place.rank % self.resources.sequence_parallel == 0,
+            all_reduce_sum=self.engine.all_reduce_sum,
+        )
+        return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
         """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
@@ -273,10 +329,10 @@ class PolicyWorker(TrainedWorker):
             mask=mask,
             branches=piece.branches,
             temperature=self.rollouts_config.temperature,
-            entropy_grad=config.entropy_coef > 0.0,
+            entropy_grad=share.plan.entropy_coef > 0.0,
         )
         logprobs = logprobs.float()
-        old, ref = share.old_logprobs, share.ref_logprobs
+        old, ref, chosen = share.old_logprobs, share.ref_logprobs, self.selections
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -286,6 +342,9 @@ class PolicyWorker(TrainedWorker):
             rollout_logprobs=share.rollouts.rollout_logprobs[piece.tokens].to(self.device),
             ref_logprobs=None if ref is None else ref[piece.tokens].to(self.device),
             advantages=self.advantages[piece.tokens].to(self.device),
+            high_entropy=None if chosen.high_entropy is None else chosen.high_entropy[piece.tokens].to(self.device),
+            selected=None if chosen.selected is None else chosen.selected[piece.tokens].to(self.device),
+            entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
         if old is not None or not piece.rows:
