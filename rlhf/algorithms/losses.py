@@ -91,7 +91,6 @@ class LossTerms:
     kl_loss: Float[Tensor, ""]  # its KL part, before the coefficient, detached
     clipped_tokens: Float[Tensor, ""]
     capped_tokens: Float[Tensor, ""] | None
-    left_tokens: Float[Tensor, ""] | None  # in sequences that the policy has left; None: they are not looked for
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
@@ -140,7 +139,6 @@ def composed_loss(
     divided by is the same. The KL penalty and the bonus are aggregated as the surrogate is.
     """
     mask = batch.response_mask
-    left = left_tokens(config, batch)
     weights = token_weights(
         mask,
         batch.lengths,
@@ -158,7 +156,8 @@ def composed_loss(
             per_token = per_token * corrections.sequence_truncated(
                 *gap, batch.lengths, max_ratio=config.correction.max_ratio
             )
-    surrogate_loss = (torch.where(trained_tokens(batch, left), per_token, 0.0) * weights).sum()
+    trained = mask if batch.high_entropy is None else mask & batch.high_entropy
+    surrogate_loss = (torch.where(trained, per_token, 0.0) * weights).sum()
     loss = surrogate_loss
     kl_loss = torch.zeros((), device=mask.device)
     if batch.ref_logprobs is not None and config.kl.place == "loss":
@@ -175,25 +174,10 @@ def composed_loss(
             kl_loss=kl_loss.detach(),
             clipped_tokens=surrogate.clipped.sum().float(),
             capped_tokens=None if surrogate.capped is None else surrogate.capped.sum().float(),
-            left_tokens=None if left is None else left.sum().float(),
             kl_old_sum=kl.kl_k3(old, new).sum(),
             entropy_sum=masked_sum(batch.entropy, mask),
             ratio_max=surrogate.ratio.max(),
         )
-
-
-def left_tokens(config: OnlineConfig, batch: PolicyMicrobatch) -> Bool[Tensor, " N"] | None:
-    """Tokens that the off-policy mask leaves out; None without one."""
-    if config.off_policy_mask is None:
-        return None
-    columns = (batch.logprobs, batch.rollout_logprobs, batch.advantages, batch.response_mask, batch.lengths)
-    return batch.response_mask & ~corrections.on_policy_sequences(*columns, max_kl=config.off_policy_mask.max_kl)
-
-
-def trained_tokens(batch: PolicyMicrobatch, left: Bool[Tensor, " N"] | None) -> Bool[Tensor, " N"]:
-    """Sampled tokens whose surrogate counts."""
-    kept = batch.response_mask if batch.high_entropy is None else batch.response_mask & batch.high_entropy
-    return kept if left is None else kept & ~left
 
 
 def reference_kl(

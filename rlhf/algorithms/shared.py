@@ -82,13 +82,6 @@ class EntropyConfig(Section):
     """null: the coefficient is fixed."""
 
 
-class OffPolicyMask(Section):
-    """Leaves out responses of negative advantage that the policy has left (DeepSeek-V3.2, arXiv:2512.02556, eq. 9)."""
-
-    max_kl: float = Field(gt=0.0)
-    """Bound on a response's mean of rollout_logprobs - logprobs, in nats per token."""
-
-
 class CorrectionConfig(Section):
     """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
 
@@ -111,8 +104,6 @@ class OnlineConfig(Section):
     (arXiv:2506.01939 takes 0.2). The loss is still divided by all tokens. null: on all."""
     advantage_clip: float | None = Field(default=None, gt=0.0)
     """Advantages are held in [-advantage_clip, advantage_clip], after whitening; null: not held."""
-    off_policy_mask: OffPolicyMask | None = None
-    """Responses left out of the policy's term because the policy has moved away from them; null: none."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None

@@ -1,6 +1,7 @@
 """Relations between sections, each checked here and nowhere else, before anything starts.
 
-A range of one value stands on its field; a key without effect stands in rlhf.config.effect.
+A range of one value stands on its field; a key without effect stands in rlhf.config.effect; what concerns a
+policy loss alone in rlhf.config.loss_checks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
+from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
@@ -36,6 +38,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *_algorithm(config)]
+        found += loss_problems(config, config.rollouts)
     found += _updates(config)
     return tuple(found)
 

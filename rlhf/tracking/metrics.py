@@ -201,14 +201,6 @@ _DECLARATIONS = (
         always=False,
     ),
     _metric(
-        "update/off_policy_masked/fraction",
-        "1",
-        Mean,
-        "online advantages",
-        "Tokens left out because the policy has moved away from their response (`algorithm.off_policy_mask`)",
-        always=False,
-    ),
-    _metric(
         "update/selected/fraction",
         "1",
         Mean,

@@ -86,8 +86,6 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
     }
     if terms.capped_tokens is not None:
         found["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
-    if terms.left_tokens is not None:
-        found["update/off_policy_masked/fraction"] = Mean(total=float(terms.left_tokens), count=sampled)
     if has_kl_loss:
         found["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
     return found

@@ -7,7 +7,7 @@ last `update` a rank holds the sequences of its share of the batch, in the order
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,18 +106,17 @@ class PolicyWorker(TrainedWorker):
             from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
-                self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
+                (ref_logprobs,) = self._compute("reference logprobs", _logprobs)
+                self.share = replace(self.share, ref_logprobs=ref_logprobs)
         config = self.algorithm.config
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
         is_asked = is_asked or reads_whole_step(self.algorithm)
         if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
             return (), {}
-        if config.top_entropy_fraction is None:
-            self._set(old_logprobs=self._compute_logprobs("old logprobs"))
-        else:
-            old_logprobs, old_entropy = self._compute_columns("old logprobs", policy_logprobs)
-            self._set(old_logprobs=old_logprobs, old_entropy=old_entropy)
+        by_entropy = config.top_entropy_fraction is not None
+        found = self._compute("old logprobs", policy_logprobs if by_entropy else _logprobs)
+        self.share = replace(self.share, old_logprobs=found[0], old_entropy=found[1] if by_entropy else None)
         assert self.share.old_logprobs is not None
         return self._sequence_reports(self.share.old_logprobs), experience_metrics(
             config,
@@ -205,23 +204,6 @@ class PolicyWorker(TrainedWorker):
         chosen = int(self.selections.selected[piece.tokens].sum())
         return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
-    def _set(
-        self,
-        *,
-        old_logprobs: Tensor | None = None,
-        old_entropy: Tensor | None = None,
-        ref_logprobs: Tensor | None = None,
-    ) -> None:
-        share = self.share
-        self.share = _Share(
-            plan=share.plan,
-            rollouts=share.rollouts,
-            microbatches=share.microbatches,
-            old_logprobs=share.old_logprobs if old_logprobs is None else old_logprobs,
-            old_entropy=share.old_entropy if old_entropy is None else old_entropy,
-            ref_logprobs=share.ref_logprobs if ref_logprobs is None else ref_logprobs,
-        )
-
     def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.share.rollouts
         return (
@@ -230,15 +212,9 @@ class PolicyWorker(TrainedWorker):
             rollouts.response_mask[piece.tokens].to(self.device),
         )
 
-    def _compute_logprobs(self, stage: str) -> Float[Tensor, " N"]:
-        """Log-probabilities of all sampled tokens of the share, without a gradient."""
-        return self._compute_columns(stage, policy_logprobs_only)[0]
-
-    def _compute_columns(
-        self, stage: str, of_tokens: Callable[..., Tensor | tuple[Tensor, ...]]
-    ) -> tuple[Float[Tensor, " N"], ...]:
-        """What the pass makes of all sampled tokens of the share, without a gradient."""
-        columns: dict[int, Tensor] = {}
+    def _compute(self, stage: str, function: Callable[..., tuple[Tensor, ...]]) -> tuple[Float[Tensor, " N"], ...]:
+        """Columns that one of rlhf.models.packed gives for all sampled tokens of the share, without a gradient."""
+        results: tuple[Tensor, ...] = ()
         for cut in self.share.microbatches:
             for piece in cut:
                 token_ids, lengths, mask = self._columns(piece)
@@ -247,17 +223,17 @@ class PolicyWorker(TrainedWorker):
                     explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
                 ):
                     found = self.engine.forward(
-                        of_tokens,
+                        function,
                         token_ids,
                         lengths,
                         mask=mask,
                         branches=piece.branches,
                         temperature=self.rollouts_config.temperature,
                     )
-                for number, values in enumerate([found] if isinstance(found, Tensor) else found):
-                    whole = columns.setdefault(number, torch.zeros(len(self.share.rollouts.token_ids)))
-                    whole[piece.tokens] = values.float().cpu()
-        return tuple(columns.values())
+                results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
+                for column, values in zip(results, found, strict=True):
+                    column[piece.tokens] = values.float().cpu()
+        return results
 
     def _select(self) -> Selections:
         """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
@@ -351,3 +327,7 @@ class PolicyWorker(TrainedWorker):
             return terms, {}
         columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
         return terms, experience_metrics(config, logprobs.detach(), *columns)
+
+
+def _logprobs(*columns: Any, **settings: Any) -> tuple[Tensor]:
+    return (policy_logprobs_only(*columns, **settings),)

@@ -93,7 +93,7 @@ def gathered(
     row = {i: place for place, i in enumerate(sorted(chain.from_iterable(minibatch.sequences_by_rank)))}
     lengths = torch.zeros(len(row), dtype=torch.int64)
     if ranks.contributes:
-        lengths[[row[i] for i in counts]] = torch.tensor(list(counts.values()))
+        lengths[[row[i] for i in counts]] = torch.tensor(list(counts.values()), dtype=torch.int64)
     lengths = ranks.all_reduce_sum(lengths).cpu()
     starts = (lengths.cumsum(0) - lengths).tolist()
     spans = [torch.arange(starts[row[i]], starts[row[i]] + count) for i, count in counts.items()]

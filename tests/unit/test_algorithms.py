@@ -125,7 +125,6 @@ def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, exp
     ("name", "settings"),
     [
         *(("grpo", {"aggregation": mode}) for mode in get_args(Aggregation)),
-        ("grpo", {"off_policy_mask": {"max_kl": 0.1}}),
         ("clip_cov", {"min_covariance": 0.0, "fraction": 0.5}),
         *((name, {}) for name in ONLINE_ALGORITHMS if name != "grpo"),
     ],
@@ -346,18 +345,6 @@ def test_the_policy_is_trained_on_tokens_of_high_entropy_alone_and_divided_by_al
     high_entropy = torch.tensor([True, True, False, True, False, True])
     terms = grpo_loss({}, torch.full((6,), -1.0), high_entropy=high_entropy, advantages=torch.arange(6.0))
     assert float(terms.loss) == pytest.approx(-(1.0 + 5.0) / 4)
-
-
-def test_the_off_policy_mask_leaves_out_bad_responses_that_the_policy_has_left() -> None:
-    logprobs = torch.tensor([0.0, -1.0, -2.0, 0.0, -1.0, -2.0])  # mean distance from the sampler's -1: 0.5
-    columns = {"old_logprobs": logprobs, "advantages": torch.tensor([0.0, 1.0, 1.0, 0.0, -2.0, -2.0])}
-    terms = grpo_loss({"off_policy_mask": {"max_kl": 0.4}}, logprobs, **columns)
-    assert float(terms.loss) == pytest.approx(-(1.0 + 1.0) / 4)  # good ones stay
-    assert terms.left_tokens is not None
-    assert float(terms.left_tokens) == 2.0
-    terms = grpo_loss({"off_policy_mask": {"max_kl": 0.6}}, logprobs, **columns)
-    assert float(terms.loss) == pytest.approx((4.0 - 2.0) / 4)
-    assert grpo_loss({}, logprobs, **columns).left_tokens is None
 
 
 @pytest.mark.parametrize(
