@@ -15,6 +15,7 @@ from rlhf.config.load import checked
 from rlhf.config.root import Config
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan
 from rlhf.workers.policy import PolicyWorker
 from tests.integration.rank_gang import Gang
@@ -69,7 +70,7 @@ def plan_of(config: Config, num_ranks: int) -> BatchPlan:
 
 
 def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> list[Any]:
-    """One rank: metrics of the advantages and of two updates."""
+    """One rank: metrics of the advantages, their mean when they are done, and metrics of two updates."""
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
@@ -78,7 +79,9 @@ def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, 
     worker.prepare(plan, len(rollouts), *rollouts)
     by_sequence = None if algorithm["name"] == "reinforce" else {i: 2.0 - (i * 7 % 5) for i in plan.scores}
     _, (_, found) = worker.set_advantages(by_sequence)
-    return [found, *(worker.update(minibatch) for minibatch in range(2))]
+    count = int(worker.share.rollouts.response_mask.sum())
+    done = {"advantages/mean": Mean(total=float(worker.advantages.sum()), count=count)}
+    return [found, done, *(worker.update(minibatch) for minibatch in range(2))]
 
 
 Learn = Callable[..., list[dict[str, float]]]
@@ -105,13 +108,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
 @pytest.mark.parametrize("case", ALGORITHMS)
 def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, case: str) -> None:
     one, two = (run(ALGORITHMS[case], ranks=ranks) for ranks in (1, 2))
-    assert one[1]["update/grad_norm"] > 0
+    assert one[2]["update/grad_norm"] > 0
     if case in ("clip_cov", "kl_cov"):
-        assert one[1]["update/selected/fraction"] > 0.1
+        assert one[2]["update/selected/fraction"] > 0.1
+    if case == "reinforce":
+        assert abs(one[0]["advantages/mean"]) > 0.1
+        assert one[1]["advantages/mean"] == pytest.approx(0.0, abs=1e-6)
     if case == "entropy":
         assert one[0]["advantages/clipped/fraction"] > 0.1
         whole = run({**ALGORITHMS[case], "top_entropy_fraction": None}, ranks=1)
-        assert one[1]["update/grad_norm"] != pytest.approx(whole[1]["update/grad_norm"], rel=0.1)
+        assert one[2]["update/grad_norm"] != pytest.approx(whole[2]["update/grad_norm"], rel=0.1)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for key in first.keys() - {"update/tokens/total"}:  # a prompt may be computed for fewer of its responses
