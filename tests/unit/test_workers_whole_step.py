@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from rlhf.algorithms.kl_cov import KLCov, KLCovConfig
 from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.objectives.entropy import advantage_covariance, high_entropy_tokens, top_covariance_tokens
 from rlhf.types import BatchPlan, MinibatchPlan
-from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
+from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, gathered, reads_whole_step, select_tokens
 
 SIZES = {0: (3, 2), 1: (1, 4), 2: (2, 3), 3: (4, 1), 4: (1, 6)}  # prompt and sampled tokens by sequence id
 MINIBATCHES = ((3, 0, 4), (2, 1))
@@ -93,6 +94,24 @@ LAYOUTS: list[tuple[list[tuple[tuple[int, ...], ...]], int]] = [
     ([((3,), (2,)), ((0, 4), (1,))], 2),  # two processes share a rank's sequences
     ([((0, 3, 4), (1, 2)), ((), ())], 1),
 ]
+
+
+def test_every_token_is_exchanged_once_in_the_order_of_the_ids() -> None:
+    minibatch = MinibatchPlan(sequences_by_rank=((4, 0), (2,)), num_tokens=6, num_sequences=3)
+    columns, counts = [torch.tensor([[4.0, 4.5, 0.0]]), torch.tensor([[2.0, 2.1, 2.2]])], [{4: 2, 0: 1}, {2: 3}]
+    total = Sum(4)
+
+    def one(process: int) -> tuple[list[float], list[int]]:
+        rank, copy = divmod(process, 2)
+        ranks = Ranks(rank=rank, contributes=copy == 0, all_reduce_sum=total)
+        whole, at = gathered(columns[rank], counts[rank], minibatch, ranks)
+        return whole[0].tolist(), at.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(one, range(4)))
+    for whole, _ in found:
+        assert whole == pytest.approx([0.0, 2.0, 2.1, 2.2, 4.0, 4.5])
+    assert [at for _, at in found] == [[4, 5, 0], [4, 5, 0], [1, 2, 3], [1, 2, 3]]
 
 
 def test_high_entropy_is_that_of_the_whole_step() -> None:
