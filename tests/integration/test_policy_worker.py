@@ -64,7 +64,7 @@ def plan_of(config: Config, num_ranks: int) -> BatchPlan:
                 num_sequences=len(ids),
             )
         )
-    coef = config.algorithm.entropy.coef  # type: ignore[union-attr]
+    coef = config.algorithm.entropy.coef
     scores = {i: float(i % SAMPLES) - 0.3 * i for i in range(GROUPS * SAMPLES)}
     return BatchPlan(step=1, minibatches=tuple(minibatches), scores=scores, kl_coef=0.0, entropy_coef=coef)
 
