@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.algorithms.grpo import GROUP_STD_EPS
-from rlhf.algorithms.shared import OnlineConfig, WithoutCritic
+from rlhf.algorithms.shared import OnlineConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -32,12 +32,11 @@ class GPG(WithoutCritic):
     def __init__(self, config: GPGConfig) -> None:
         self.config = config
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Scores less their group's mean, scaled."""
         from rlhf.objectives.advantages import group_centered, group_normalized, uneven_group_scale
 
+        scores, group_size = outcomes.scores, outcomes.group_size
         scale = uneven_group_scale(scores, group_size=group_size)
         if self.config.std_normalize:
             return scale * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)

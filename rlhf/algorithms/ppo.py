@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig
+from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,9 +56,7 @@ class PPO(OnlineDefaults):
         """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         return self.config.whiten_advantages
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> None:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
         """None: PPO's advantages are per token."""
         return None
 

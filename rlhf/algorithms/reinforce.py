@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, WithoutCritic
+from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -41,9 +41,7 @@ class Reinforce(WithoutCritic):
         """With the batch's mean as the baseline."""
         return self.config.baseline == "batch_mean"
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> None:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
         """None: advantages are per token."""
         return None
 

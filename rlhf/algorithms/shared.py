@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -60,6 +62,13 @@ class RewardKLConfig(KLConfig):
     """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
     place: Literal["reward", "loss"] = "reward"
     """reward: subtracted from the rewards; loss: added to the loss."""
+
+
+class LossKLConfig(KLConfig):
+    """The penalty of algorithms whose advantages do not come from the sum of the rewards."""
+
+    place: Literal["loss"] = "loss"
+    """It is added to the loss."""
 
 
 class AdaptiveEntropy(Section):
@@ -122,6 +131,18 @@ class ClippedConfig(OnlineConfig):
     """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutcomes:
+    """What is known of B responses without their tokens, prompt-major: group_size of them answer one prompt."""
+
+    scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight
+    weights: Mapping[str, float]
+    num_tokens: Int[Tensor, " B"]  # sampled ones
+    group_size: int
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response a prompt; None: the algorithm wants none
+
+
 class OnlineAlgorithm(Protocol):
     """What differs between the algorithms on rollouts."""
 
@@ -166,10 +187,27 @@ class OnlineAlgorithm(Protocol):
         """The scores that `sequence_advantages` gets: less what the algorithm takes off them for their lengths."""
         ...
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"] | None:
-        """Advantages that scores and lengths of responses alone give, prompt-major; None if they are per token."""
+    @property
+    def wants_greedy(self) -> bool:
+        """Whether a response is compared with the greedy one to its prompt."""
+        ...
+
+    @property
+    def has_step_baseline(self) -> bool:
+        """Whether a token's return is compared with those of its group's tokens at the same step, over all ranks."""
+        ...
+
+    @property
+    def most_kept(self) -> int | None:
+        """Of each prompt's responses at most so many are trained on; None: all."""
+        ...
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """Places of those of a prompt's responses that are trained on, ascending; there may be none."""
+        ...
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
+        """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
         ...
 
     def token_advantages(
@@ -188,14 +226,21 @@ class OnlineAlgorithm(Protocol):
 
 
 class OnlineDefaults:
-    """What an algorithm on rollouts does unless it says otherwise."""
+    """What an algorithm on rollouts does unless it says otherwise: it trains on all responses and all tokens alike."""
 
+    wants_greedy = False
+    has_step_baseline = False
     selects_tokens = False
+    most_kept: int | None = None
 
     @property
     def centers(self) -> bool:
         """No."""
         return False
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """All of them."""
+        return range(len(scores))
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """TypeError: there are none."""

@@ -27,6 +27,8 @@ from rlhf.tracking.reductions import (
 Trait = Literal[
     "online",
     "advantages",
+    "rewards",
+    "teacher",
     "sft",
     "distillation",
     "preference",
@@ -42,6 +44,8 @@ Trait = Literal[
 TRAITS: Mapping[Trait, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
     "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
+    "rewards": "responses are scored",
+    "teacher": "a teacher says something of the sampled responses (on-policy distillation)",
     "sft": "supervised training on given responses, by their tokens or a teacher's distributions",
     "distillation": "training towards a teacher's distributions",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
@@ -57,7 +61,7 @@ TRAITS: Mapping[Trait, str] = {
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
-    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
+    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
@@ -111,9 +115,17 @@ _DECLARATIONS = (
         "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
     ),
     # rewards
-    _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
-    _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
-    _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric("rewards/score/mean", "1", Mean, "online rewards", "Weighted sum of the rewards of a response"),
+    _metric("rewards/score/std", "1", Std, "online rewards", "Its deviation over the step's responses"),
+    _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its weight"),
+    _metric(
+        "rewards/greedy/mean",
+        "1",
+        Mean,
+        "online advantages",
+        "Score of the greedy response to a prompt, the baseline of remax",
+        always=False,
+    ),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
     # experience
     _metric(
@@ -122,6 +134,14 @@ _DECLARATIONS = (
         Mean,
         "online reference",
         "KL(policy || reference) per sampled token, by the configured estimator",
+    ),
+    _metric(
+        "experience/kl_teacher/mean",
+        "nats",
+        Mean,
+        "online teacher",
+        "KL(policy || teacher) per sampled token, estimated by old_logprobs - teacher_logprobs; of the step's first "
+        "minibatch alone where the divergence is over the whole vocabulary",
     ),
     _metric("experience/kl_coef", "1", Last, "online advantages reference", "Coefficient of that KL in this step"),
     _metric(
@@ -176,6 +196,14 @@ _DECLARATIONS = (
         Mean,
         "online advantages",
         "Sampled tokens whose advantage was held (`algorithm.advantage_clip`)",
+        always=False,
+    ),
+    _metric(
+        "advantages/kept/fraction",
+        "1",
+        Mean,
+        "online advantages",
+        "Responses that are trained on, where some are left out (`rollouts.keep_per_prompt`, raft)",
         always=False,
     ),
     # update

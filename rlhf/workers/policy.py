@@ -20,10 +20,19 @@ from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only
+from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
-from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
+from rlhf.objectives.masking import (
+    Moments,
+    merge_moments,
+    moments,
+    sequence_counts,
+    sequence_means,
+    sequence_sums,
+    to_tokens,
+)
 from rlhf.objectives.rewards import token_rewards
+from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
@@ -35,17 +44,21 @@ from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
 from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
 
+STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
     """This rank's sequences of the batch, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
+    ids: tuple[int, ...]  # empty: another rank's sequence is held, unsampled, for a token to pass
     rollouts: Rollouts
     microbatches: tuple[tuple[Slice, ...], ...]
     old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
     old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
+    collision_logprobs: Float[Tensor, " N"] | None = None  # None: nothing reads them
 
 
 class PolicyWorker(TrainedWorker):
@@ -79,16 +92,19 @@ class PolicyWorker(TrainedWorker):
         """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
-        updates, a KL penalty in the reward, or tokens that are told apart by the whole step's. They are computed in the
-        micro-batches of the update, so that the ratio of the first update is exactly 1.
+        updates, a KL penalty in the reward, a baseline by step, or tokens that are told apart by the whole step's. They
+        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1.
         """
         ids = plan.sequences_of(self.data_rank)
-        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        held = ids or plan.some_sequence()
+        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], held)
         references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
-        ref_logprobs = TokenValues.gather(references, ids).values if references else None
+        ref_logprobs = TokenValues.gather(references, held).values if references else None
         lengths = rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        if not ids:
+            rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
         microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
@@ -96,6 +112,7 @@ class PolicyWorker(TrainedWorker):
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
         self.share = _Share(
             plan=plan,
+            ids=ids,
             rollouts=rollouts,
             microbatches=tuple(microbatches),
             old_logprobs=None,
@@ -111,12 +128,10 @@ class PolicyWorker(TrainedWorker):
         config = self.algorithm.config
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
-        is_asked = is_asked or reads_whole_step(self.algorithm)
+        is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
         if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
             return (), {}
-        by_entropy = config.top_entropy_fraction is not None
-        found = self._compute("old logprobs", policy_logprobs if by_entropy else _logprobs)
-        self.share = replace(self.share, old_logprobs=found[0], old_entropy=found[1] if by_entropy else None)
+        self.share = self._with_old_columns()
         assert self.share.old_logprobs is not None
         return self._sequence_reports(self.share.old_logprobs), experience_metrics(
             config,
@@ -133,14 +148,13 @@ class PolicyWorker(TrainedWorker):
         """Every sampled token's advantage; with a critic, the returns of this rank's sequences too. Collective."""
         share = self.share
         rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
-        ids = rollouts.sequence_ids.tolist()
         metrics: dict[str, Reduction] = {}
         returns: TokenValues | None = None
         if by_sequence is not None:
-            per_sequence = torch.tensor([by_sequence[i] for i in ids], dtype=torch.float32)
+            per_sequence = torch.tensor([by_sequence[i] for i in rollouts.sequence_ids.tolist()], dtype=torch.float32)
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
         else:
-            old_values = TokenValues.gather(values, ids).values if values else None
+            old_values = TokenValues.gather(values, rollouts.sequence_ids.tolist()).values if values else None
             advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
             if old_values is not None:
                 returns = TokenValues(sequence_ids=rollouts.sequence_ids, lengths=lengths, values=targets)
@@ -150,6 +164,8 @@ class PolicyWorker(TrainedWorker):
                     "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=target.count),
                     "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
                 }
+        if self.algorithm.has_step_baseline:
+            advantages = self._less_step_baseline(advantages)
         own = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(own)
@@ -165,8 +181,8 @@ class PolicyWorker(TrainedWorker):
         self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
-        means = sequence_means(advantages, mask, lengths).tolist()
-        return returns, (dict(zip(ids, means, strict=True)), metrics)
+        means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
+        return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 
     def update(self, minibatch: int) -> Metrics:
         """One optimizer step on a minibatch of the prepared batch. Collective."""
@@ -235,6 +251,20 @@ class PolicyWorker(TrainedWorker):
                     column[piece.tokens] = values.float().cpu()
         return results
 
+    def _with_old_columns(self) -> _Share:
+        """The share with what the weights that sampled say of its tokens, as far as it is read."""
+        share = self.share
+        by_step, by_entropy = self.algorithm.has_step_baseline, self.algorithm.config.top_entropy_fraction is not None
+        if by_step:
+            logprobs, collisions = self._compute("old logprobs", policy_logprobs_and_collisions)
+            share = replace(share, old_logprobs=logprobs, collision_logprobs=collisions)
+        if by_entropy:
+            logprobs, entropy = self._compute("old logprobs", policy_logprobs)
+            share = replace(share, old_logprobs=logprobs, old_entropy=entropy)
+        if not by_step and not by_entropy:
+            share = replace(share, old_logprobs=self._compute("old logprobs", _logprobs)[0])
+        return share
+
     def _select(self) -> Selections:
         """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
         share = self.share
@@ -261,11 +291,31 @@ class PolicyWorker(TrainedWorker):
         share, config = self.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
+        if not share.ids:
+            return penalty
         if config.kl.place == "reward" and share.ref_logprobs is not None:
             assert share.old_logprobs is not None
             penalty = reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
         scores = torch.tensor([share.plan.scores[i] for i in rollouts.sequence_ids.tolist()])
         return token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
+
+    def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Returns less their groups' baselines, whichever ranks a group's sequences are on."""
+        share = self.share
+        rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
+        assert share.old_logprobs is not None
+        assert share.collision_logprobs is not None
+        samples = self.rollouts_config.samples_per_prompt
+        max_steps = self.engine.max_over_ranks(int(sequence_counts(mask, lengths).max()))
+        num_cells = (max(share.plan.scores) // samples + 1) * max_steps
+        cells = step_cells(mask, lengths, rollouts.sequence_ids // samples, max_steps=max_steps)
+        energy = realized_energy(share.old_logprobs, share.collision_logprobs, mask, lengths)
+        sums = step_sums(returns.double(), energy.double(), mask, cells, num_cells=num_cells)
+        if self.place.rank % self.resources.sequence_parallel:  # another rank adds the same sequences
+            sums = torch.zeros_like(sums)
+        whole = self.engine.all_reduce_sum(sums.to(self.device)).cpu()
+        baseline, alone = step_baseline(whole, mask, cells, eps=STEP_BASELINE_EPS)
+        return torch.where(alone, returns, returns - baseline.to(returns.dtype))
 
     def _moments_over_ranks(self, own: Moments) -> Moments:
         """Moments of all ranks' values together, the same on every rank."""
@@ -280,8 +330,10 @@ class PolicyWorker(TrainedWorker):
     def _sequence_reports(self, logprobs: Float[Tensor, " N"]) -> tuple[SequenceReport, ...]:
         rollouts, ref = self.share.rollouts, self.share.ref_logprobs
         mask, lengths = rollouts.response_mask, rollouts.lengths
+        ids = self.share.ids
+        if not ids:
+            return ()
         olds = sequence_means(logprobs, mask, lengths).tolist()
-        ids = rollouts.sequence_ids.tolist()
         if ref is None:
             return tuple(
                 SequenceReport(sequence_id=i, kl_ref=None, mean_old_logprob=old, mean_ref_logprob=None)

@@ -2,7 +2,7 @@
 
 The policy writes three of four tokens, each from a row of logits; a response scores the share of tokens that are 2.
 Plain gradient descent, two optimizer steps a batch, so that importance ratios are felt. Not covered: the workers, the
-critic's learning (values are 0), whitening over ranks.
+critic's learning (values are 0), OTB's baseline by step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.losses import PolicyMicrobatch, StepCounts
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import moments
 from tests.unit.test_algorithms import made, selected
@@ -27,14 +27,22 @@ LENGTHS = torch.full((RESPONSES,), LENGTH)
 COUNTS = StepCounts(num_tokens=RESPONSES * LENGTH, num_sequences=RESPONSES, max_new_tokens=LENGTH)
 
 
-def advantages_of(algorithm: OnlineAlgorithm, scores: Tensor) -> Tensor:
-    """Of each token, as controller and worker make them."""
-    shaped = algorithm.shaped(scores, LENGTHS, max_new_tokens=LENGTH)
-    by_sequence = algorithm.sequence_advantages(shaped, LENGTHS, group_size=SAMPLES)
+def advantages_of(algorithm: OnlineAlgorithm, wanted: Tensor, greedy: float) -> Tensor:
+    """Of each token, as controller and worker make them. wanted: whether it is the token that scores."""
+    scores = wanted.mean(1)
+    told = SequenceOutcomes(
+        scores=algorithm.shaped(scores, LENGTHS, max_new_tokens=LENGTH),
+        by_reward={"first": wanted[:, 0], "others": wanted[:, 1:].mean(1)},
+        weights={"first": 1.0, "others": 2.0},
+        num_tokens=LENGTHS,
+        group_size=SAMPLES,
+        greedy_scores=torch.full((PROMPTS,), greedy, dtype=scores.dtype) if algorithm.wants_greedy else None,
+    )
+    by_sequence = algorithm.sequence_advantages(told)
     if by_sequence is not None:
         found = by_sequence.repeat_interleave(LENGTH)
     else:
-        rewards = torch.zeros(RESPONSES, LENGTH, dtype=scores.dtype)
+        rewards = torch.zeros_like(wanted)
         rewards[:, -1] = scores
         found, _ = algorithm.token_advantages(rewards.flatten(), torch.zeros_like(rewards.flatten()), MASK, LENGTHS)
     whole = moments(found, MASK)
@@ -45,13 +53,23 @@ def advantages_of(algorithm: OnlineAlgorithm, scores: Tensor) -> Tensor:
     return found
 
 
+def trained_on(algorithm: OnlineAlgorithm, scores: Tensor) -> Tensor:
+    """Which tokens are of responses that are kept."""
+    kept = torch.zeros(PROMPTS, SAMPLES, dtype=torch.bool)
+    for prompt, group in enumerate(scores.view(PROMPTS, SAMPLES).tolist()):
+        kept[prompt, list(algorithm.kept(group))] = True
+    return kept.flatten().repeat_interleave(LENGTH)
+
+
 def learnt(algorithm: OnlineAlgorithm, *, steps: int, lr: float) -> float:
     """Probability of the wanted token, from one in four."""
     torch.manual_seed(0)
     logits = torch.zeros(LENGTH, 4, dtype=torch.float64, requires_grad=True)
     for _ in range(steps):
         tokens = torch.multinomial(logits.detach().softmax(-1), RESPONSES, replacement=True).T  # [responses, length]
-        advantages = advantages_of(algorithm, (tokens == WANTED).double().mean(1))
+        wanted, greedy = (tokens == WANTED).double(), (logits.detach().argmax(-1) == WANTED).double().mean()
+        advantages = advantages_of(algorithm, wanted, float(greedy))
+        mask = trained_on(algorithm, wanted.mean(1))
         old: Tensor | None = None
         for _ in range(2):
             table = logits.log_softmax(-1)
@@ -60,7 +78,7 @@ def learnt(algorithm: OnlineAlgorithm, *, steps: int, lr: float) -> float:
             entropy = -(table.exp() * table).sum(-1).expand(RESPONSES, -1).flatten()
             batch = PolicyMicrobatch(
                 lengths=LENGTHS,
-                response_mask=MASK,
+                response_mask=mask,
                 logprobs=logprobs,
                 entropy=entropy,
                 old_logprobs=old,
@@ -86,4 +104,4 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_it_learns_which_token_scores(name: str) -> None:
     algorithm = made(name, **SETTINGS.get(name, {}))
     summed = algorithm.config.aggregation == "sequence_mean_token_sum"
-    assert learnt(algorithm, steps=40, lr=0.5 if summed else 1.5) > 0.8
+    assert learnt(algorithm, steps=40, lr=0.5 if summed else 1.5) > 0.7
