@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class ClipCovConfig(ClippedConfig):
     """GRPO without a few tokens whose log-probability and advantage move together."""
 
+    felt_by_selection: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
     name: Literal["clip_cov"]
     """The algorithm."""
     fraction: float = Field(default=2e-4, gt=0.0, le=1.0)

@@ -32,7 +32,8 @@ class DPPOConfig(OnlineConfig):
 class DPPO(GroupRelative):
     """CISPO's weighted log-probabilities over the tokens inside the trust region.
 
-    The paper's old policy is the sampler; here it is the trainer's at the start of the update.
+    The paper's old policy is the sampler; here it is the trainer's at the start of the update, unless correction.mode
+    is bypass.
     """
 
     config: DPPOConfig

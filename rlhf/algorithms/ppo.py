@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class PPOConfig(ClippedConfig):
     """PPO with a critic of its own."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = (*ClippedConfig.felt_off_policy, "value_clip")
+    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ("value_clip",)
     name: Literal["ppo"]
     """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.section import Section
 
 if TYPE_CHECKING:
@@ -91,19 +92,12 @@ class EntropyConfig(Section):
     """null: the coefficient is fixed."""
 
 
-class CorrectionConfig(Section):
-    """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
-
-    level: Literal["token", "sequence"] = "token"
-    """Whether the ratio is taken for each token or for the whole response."""
-    max_ratio: float = Field(default=2.0, gt=1.0)
-    """Upper bound on exp(old_logprobs - rollout_logprobs)."""
-
-
 class OnlineConfig(Section):
     """What every algorithm on rollouts has."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
+    felt_by_selection: ClassVar[tuple[str, ...]] = ()  # the others that say which tokens the loss treats apart
+    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy: EntropyConfig = EntropyConfig()
@@ -116,7 +110,12 @@ class OnlineConfig(Section):
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None
-    """Weights against the mismatch of rollout engine and trainer; null: none."""
+    """What is done about the mismatch of rollout engine and trainer; null: nothing."""
+
+    @property
+    def bypasses_old_logprobs(self) -> bool:
+        """Whether the rollout's log-probabilities stand for the old ones."""
+        return self.correction is not None and self.correction.mode != "decoupled"
 
 
 class ClippedConfig(OnlineConfig):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
@@ -166,6 +167,8 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 def _algorithm(config: Config) -> Iterator[Problem]:
     """Keys of an algorithm on rollouts that contradict others."""
     algorithm, train = config.algorithm, config.train
+    if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
+        yield from _correction(algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
@@ -181,6 +184,19 @@ def _algorithm(config: Config) -> Iterator[Problem]:
             "null, or train all weights"
         )
         yield _problem("algorithm.reference_every", text)
+
+
+def _correction(correction: CorrectionConfig) -> Iterator[Problem]:
+    """A correction must correct something, and once."""
+    if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
+        text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
+        yield _problem("algorithm.correction", text)
+    if correction.mode == "bypass" and correction.weights is not None:
+        text = (
+            f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
+            "weights would count it twice; set null, or mode policy_gradient"
+        )
+        yield _problem("algorithm.correction.weights", text)
 
 
 def _offline(config: Config) -> Iterator[Problem]:

@@ -33,6 +33,9 @@ class Inert:
     fix: str  # what to change if the key was meant
 
 
+MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
+
+
 def is_written(config: Section, key: Key) -> bool:
     """Whether the user gave the key. Null or an empty mapping, where that is the default, says nothing and does not
     count."""
@@ -139,21 +142,33 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if isinstance(algorithm, RAFTConfig):
         why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
         yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
-    yield from _of_ratios(config, algorithm.felt_off_policy)
+    correction, clips = algorithm.correction, algorithm.felt_off_policy
+    if correction is not None and correction.weights is None:
+        keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
+        yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
+    if correction is not None and correction.mode == "policy_gradient":
+        why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
+        fix = "set algorithm.correction.mode to bypass or decoupled"
+        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.felt_by_selection))
+        yield from _all(keys, why, fix)
+    if not algorithm.bypasses_old_logprobs:
+        yield from _of_ratios(config, clips, or_else=", or set algorithm.correction.mode to bypass")
+    if config.rollouts is not None and derive.updates_per_step(config) == 1:
+        why = "each batch is trained on in one optimizer step, from the values it was computed with: none has moved yet"
+        keys = " ".join(f"algorithm.{key}" for key in algorithm.felt_by_moved_critic)
+        yield from _all(keys, why, MORE_UPDATES)
 
 
-def _of_ratios(config: Config, keys: Sequence[str]) -> Iterator[Inert]:
+def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Iterator[Inert]:
     """Keys of the algorithm that importance ratios other than 1 alone feel."""
-    rollouts, train = config.rollouts, config.train
-    if rollouts is not None and train.epochs_per_batch == 1:
-        responses = derive.rows_per_step(config, rollouts)
-        if train.sequences_per_update == responses:
-            yield from _all(
-                " ".join(f"algorithm.{key}" for key in keys),
-                f"the batch of {responses} responses is trained on in one optimizer step, from the weights that sampled"
-                " it: every ratio is 1 and nothing is clipped",
-                "lower train.sequences_per_update or raise train.epochs_per_batch",
-            )
+    rollouts = config.rollouts
+    if rollouts is not None and derive.updates_per_step(config) == 1:
+        yield from _all(
+            " ".join(f"algorithm.{key}" for key in keys),
+            f"the batch of {derive.rows_per_step(config, rollouts)} responses is trained on in one optimizer step, "
+            "from the weights that sampled it: every ratio is 1 and nothing is clipped",
+            MORE_UPDATES + or_else,
+        )
 
 
 def _of_kept(config: Config) -> Iterator[Inert]:

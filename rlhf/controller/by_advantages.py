@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
-from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt
+from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
 from rlhf.config.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
 from rlhf.controller.entropy_bonus import EntropyBonus
+from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
@@ -49,6 +50,7 @@ class AdvantageLearning:
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.group_size = trained_per_prompt(config, self.rollouts)
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
+        self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring. Where nothing is kept there is no optimizer step: the weights stay."""
@@ -71,6 +73,8 @@ class AdvantageLearning:
             )
             for minibatch in order:
                 await self._update(minibatch, step)
+        if self.idle.watches:
+            self.idle.see(record.row())
         self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)

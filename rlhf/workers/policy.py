@@ -37,7 +37,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.measure import as_std, experience_metrics, update_metrics
+from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
@@ -93,7 +93,8 @@ class PolicyWorker(TrainedWorker):
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
         updates, a KL penalty in the reward, a baseline by step, or tokens that are told apart by the whole step's. They
-        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1.
+        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1. Where the
+        rollout's own stand for them, nothing is computed, but for a baseline by step or a choice by entropy.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -125,22 +126,22 @@ class PolicyWorker(TrainedWorker):
             with adapter_disabled(self.engine.module):
                 (ref_logprobs,) = self._compute("reference logprobs", _logprobs)
                 self.share = replace(self.share, ref_logprobs=ref_logprobs)
-        config = self.algorithm.config
+        config, mask = self.algorithm.config, rollouts.response_mask
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
         is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
-        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
+        once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
+        self.observes = True  # the first update measures how far trainer and sampler are apart
+        if once and not is_asked and not config.bypasses_old_logprobs:
             return (), {}
         self.share = self._with_old_columns()
-        assert self.share.old_logprobs is not None
-        return self._sequence_reports(self.share.old_logprobs), experience_metrics(
-            config,
-            self.share.old_logprobs,
-            rollouts.rollout_logprobs,
-            self.share.ref_logprobs,
-            rollouts.response_mask,
-            rollouts.lengths,
-        )
+        old = self.share.old_logprobs
+        assert old is not None
+        metrics = reference_metrics(config, old, self.share.ref_logprobs, mask)
+        if not config.bypasses_old_logprobs:
+            self.observes = False
+            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
+        return self._sequence_reports(old), metrics
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
@@ -200,6 +201,7 @@ class PolicyWorker(TrainedWorker):
                 self.engine.backward(terms.loss, last=index == len(cut) - 1)
             if piece.rows:
                 parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
             parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
@@ -261,6 +263,8 @@ class PolicyWorker(TrainedWorker):
         if by_entropy:
             logprobs, entropy = self._compute("old logprobs", policy_logprobs)
             share = replace(share, old_logprobs=logprobs, old_entropy=entropy)
+        if self.algorithm.config.bypasses_old_logprobs:
+            return replace(share, old_logprobs=share.rollouts.rollout_logprobs)
         if not by_step and not by_entropy:
             share = replace(share, old_logprobs=self._compute("old logprobs", _logprobs)[0])
         return share
@@ -347,7 +351,7 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
-        """The loss of one micro-batch and, where `prepare` has not measured them, its experience metrics."""
+        """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
         share, config = self.share, self.algorithm.config
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(
@@ -375,10 +379,13 @@ class PolicyWorker(TrainedWorker):
             entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if old is not None or not piece.rows:
+        if not self.observes or not piece.rows:
             return terms, {}
-        columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
-        return terms, experience_metrics(config, logprobs.detach(), *columns)
+        now = logprobs.detach()
+        found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        if old is None:
+            found.update(reference_metrics(config, now, batch.ref_logprobs, mask))
+        return terms, found
 
 
 def _logprobs(*columns: Any, **settings: Any) -> tuple[Tensor]:

@@ -143,7 +143,7 @@ class StudentWorker(OfflineWorker):
         )
         spread = moments(advantages, mask)
         before = {
-            **_observed(old, told, rollout_logprobs, mask),
+            **_observed(old, told, rollout_logprobs, mask, lengths),
             "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
             "advantages/std": as_std(spread),
         }
@@ -172,7 +172,8 @@ class StudentWorker(OfflineWorker):
             "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
             "update/tokens/total": Sum(total=len(piece.tokens)),
         }
-        return loss, updated, _observed(logprobs, told, self._of(self.rollouts.rollout_logprobs, piece), mask)
+        rollout_logprobs = self._of(self.rollouts.rollout_logprobs, piece)
+        return loss, updated, _observed(logprobs, told, rollout_logprobs, mask, lengths)
 
     def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
         """The teacher's states of this rank's sequences of a minibatch, one behind the other; None: it gave none."""
@@ -227,10 +228,11 @@ def _observed(
     teacher_logprobs: Float[Tensor, " N"],
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
 ) -> Metrics:
     """How far student, sampler and teacher are apart on the sampled tokens, by the weights that sampled them."""
     gap = masked_sum(logprobs - teacher_logprobs, mask)
     return {
-        **sampler_metrics(logprobs, rollout_logprobs, mask),
+        **sampler_metrics(logprobs, rollout_logprobs, mask, lengths),
         "experience/kl_teacher/mean": Mean(total=float(gap), count=int(mask.sum())),
     }

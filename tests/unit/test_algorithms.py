@@ -129,21 +129,6 @@ def test_the_entropy_bonus_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "expected"),
-    [
-        ("token", -(1.5 + 0.5 + 1.0 + 1.0) / 4),  # ratios 3 (held at 1.5), 0.5, 1, 1
-        ("sequence", -(1.5 + 1.5 + 1.0 + 1.0) / 4),  # products 3 * 0.5 = 1.5 and 1
-    ],
-)
-def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, expected: float) -> None:
-    rollout = torch.full((6,), -1.0)
-    rollout[1] -= math.log(3.0)
-    rollout[2] -= math.log(0.5)
-    settings = {"correction": {"level": level, "max_ratio": 1.5}}
-    assert float(grpo_loss(settings, torch.full((6,), -1.0), rollout_logprobs=rollout).loss) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
     ("name", "settings"),
     [
         *(("grpo", {"aggregation": mode}) for mode in get_args(Aggregation)),

@@ -182,6 +182,31 @@ RELATIONS = {
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
         "algorithm.kl.adaptive: multiplies algorithm.kl.coef, and 0 stays 0",
     ),
+    "a correction corrects": (
+        ["algorithm.correction={}"],
+        "algorithm.correction: corrects nothing: name a preset",
+    ),
+    "a correction is not counted twice": (
+        ["algorithm.correction={mode: bypass, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated, but with mode bypass the clipped ratio is",
+    ),
+    "weights cannot be added to a bypass": (
+        ["algorithm.correction={preset: bypass_clip, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated",
+    ),
+    "what agrees is not rejected": (
+        ["algorithm.correction={reject: {geometric_mean_ratio: [1.1, 2]}}"],
+        "algorithm.correction.reject.geometric_mean_ratio: got [1.1, 2.0], expected [low, high] with low < 1 < high",
+    ),
+    "a rejection has a bound": (
+        ["algorithm.correction={reject: {token_k1: [null, null]}}"],
+        "algorithm.correction.reject.token_k1: both bounds are null",
+    ),
+    "a rejection is known": (
+        ["algorithm.correction={reject: {seq_mean_k3: 0.1}}"],
+        "algorithm.correction.reject.seq_mean_k3: unknown key; did you mean "
+        "algorithm.correction.reject.sequence_mean_k3?",
+    ),
     "rollouts are there": (["rollouts=null"], "rollouts: is missing: algorithm ppo samples responses"),
     "a reward is there": (["rewards={}"], "rewards: is missing"),
     "a reward counts": (["rewards.correct.weight=0"], "rewards: all have weight 0"),

@@ -47,6 +47,10 @@ INERT = {
         ["algorithm={name: raft}", "train.sequences_per_update=8"],
         "algorithm raft imitates what it keeps, without advantages",
     ),
+    "algorithm.min_covariance=0.5": (
+        ["algorithm={name: clip_cov, correction: {preset: bypass_pg_is}}"],
+        "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio",
+    ),
     "algorithm.beta=0.2": (["algorithm={name: dro}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.penalty=2": (["algorithm={name: kl_cov}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.max_decrease=0.1": (["algorithm={name: dppo}", "train.sequences_per_update=32"], "every ratio is 1"),
@@ -61,7 +65,14 @@ INERT = {
         ["algorithm={name: raft, keep: 2}"],
         "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
     ),
-    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "none has moved yet"),
+    "algorithm.value_clip=0.2": (
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}"],
+        "none has moved yet",
+    ),
+    "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "has no importance ratio of its own"),
+    "algorithm.correction.max_ratio=3": (["algorithm.correction={preset: geo_rs}"], "correction.weights is null"),
+    "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
@@ -141,6 +152,8 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
+        ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
         ["algorithm={name: dapo, overlong: {buffer: 50}}"],
