@@ -260,6 +260,7 @@ class BatchPlan:
     minibatches: tuple[MinibatchPlan, ...]
     scores: Mapping[int, float]  # by sequence id
     kl_coef: float
+    entropy_coef: float = 0.0
     temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, where its prompt has its own
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:

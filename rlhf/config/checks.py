@@ -1,7 +1,7 @@
 """Relations between sections, each checked here and nowhere else, before anything starts.
 
 A range of one value stands on its field; a key without effect stands in rlhf.config.effect; what concerns a prompt's
-group of responses in rlhf.config.group_checks.
+group of responses in rlhf.config.group_checks, and a policy loss alone in rlhf.config.loss_checks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
+from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
@@ -39,6 +40,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
+        found += loss_problems(config, config.rollouts)
     found += [*_updates(config), *_evaluation(config)]
     return tuple(found)
 

@@ -25,6 +25,7 @@ def plan_batch(
     num_minibatches: int,
     num_ranks: int,
     kl_coef: float,
+    entropy_coef: float = 0.0,
 ) -> BatchPlan:
     """Deal a batch's sequences out to minibatches of about equal size, and to ranks.
 
@@ -58,6 +59,7 @@ def plan_batch(
         scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)) if scores else {},
         kl_coef=kl_coef,
         temperatures=temperatures(groups),
+        entropy_coef=entropy_coef,
     )
 
 

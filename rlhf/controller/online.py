@@ -38,6 +38,7 @@ from rlhf.roles import (
     ReferenceRole,
     RewardRole,
     RolloutRole,
+    ScoredGroup,
     TrainedRole,
 )
 from rlhf.tracking.reductions import Last, Max, Sum

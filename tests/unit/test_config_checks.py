@@ -173,6 +173,23 @@ RELATIONS = {
         [*PAIRS, "algorithm.reference_every=2", LORA],
         "algorithm.reference_every: is 2, but the reference does not become a policy with policy.lora",
     ),
+    "a straight-through estimator has a gradient": (
+        ["algorithm.kl.estimator=k3_straight_through"],
+        "algorithm.kl.estimator: is k3_straight_through, but algorithm.kl.place is reward, where nothing has a "
+        "gradient; set k3",
+    ),
+    "a penalty in the loss has a gradient": (
+        ["algorithm={name: grpo, kl: {coef: 0.1, estimator: k1}}"],
+        "algorithm.kl.estimator: is k1, but algorithm.kl.place is loss, where its mean gradient is 0",
+    ),
+    "an adaptive entropy bonus starts within its bound": (
+        ["algorithm={name: grpo, entropy: {coef: 0.1, adaptive: {target: 0.3, max_coef: 0.05}}}"],
+        "algorithm.entropy.coef: is 0.1, above algorithm.entropy.adaptive.max_coef 0.05; lower it",
+    ),
+    "the overlong buffer is a part of the response": (
+        ["algorithm={name: dapo, overlong: {buffer: 51}}"],
+        "algorithm.overlong.buffer: is 51 and must be at most rollouts.max_new_tokens = 50",
+    ),
     "an adaptive coefficient starts above 0": (
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
         "algorithm.kl.adaptive: multiplies algorithm.kl.coef, and 0 stays 0",
