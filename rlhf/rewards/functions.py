@@ -1,13 +1,14 @@
-"""Built-in rewards: rules that compare a response with the `answer` column of its data row.
+"""Built-in rewards: the table of all, and rules that compare a response with a column of its data row.
 
-Each is 1.0 for right and 0.0 for wrong, but `reasoning_gym`, which gives its task's partial credit. They run in reward
-processes like a user's own. Keep imports at the top to the standard library: a heavy one belongs in a constructor,
-which runs once a process and outside the limit of a call. An `answer` that a rule cannot read raises: the data is
-wrong then, not the response.
+The rules here give 1.0 for right and 0.0 for wrong, but `reasoning_gym`, which gives its task's partial credit. They
+run in reward processes like a user's own. Keep imports at the top to the standard library: a heavy one belongs in a
+constructor, which runs once a process and outside the limit of a call. An `answer` that a rule cannot read raises: the
+data is wrong then, not the response.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -17,10 +18,20 @@ from decimal import Decimal
 from types import FrameType
 from typing import Any, Literal
 
+from rlhf.rewards.code_tests import CodeTests, last_code_block
+from rlhf.rewards.shaping import CosineLength, length_penalty, overlong, repetition_penalty, target_length
+
 # A minus sign belongs to the number unless it stands behind a digit, a letter or a closing bracket ("10-3" ends in 3).
 # A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+# Where a response says which choice it takes: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
+# small letter needs something to close it, since "a" is a word.
+_CHOICE = re.compile(
+    r"(?i:\\boxed\{\s*(?:\\text\{)?|<answer>|\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?)[\s*(\[]*"
+    r"([A-Z](?![\w'])|[a-z](?=\s*[*)\]}<]))"
+)
+_LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
 
 
 def exact_match(prompt: str, response: str, answer: object) -> float:
@@ -43,6 +54,57 @@ def last_number(prompt: str, response: str, answer: object) -> float:
         raise ValueError(f"there is no number in the answer {answer!r}")
     found = _last_number(response)
     return float(found is not None and Decimal(found) == Decimal(expected))
+
+
+def multiple_choice(prompt: str, response: str, answer: object) -> float:
+    """The choice that the response settles on is the letter of the answer: "C", "(C)" and "c." are one.
+
+    The last of \\boxed{C}, <answer>C</answer> and "answer is C" counts, or a response that is nothing but a letter. A
+    letter that stands in a sentence does not: "A" is a word too.
+    """
+    expected = _LONE_CHOICE.fullmatch(str(answer))
+    if expected is None:
+        raise ValueError(f"the answer {answer!r} is not the letter of a choice")
+    lone = _LONE_CHOICE.fullmatch(response)
+    found = [lone[1]] if lone else _CHOICE.findall(response)
+    return float(bool(found) and found[-1].upper() == expected[1].upper())
+
+
+def regex_match(prompt: str, response: str, pattern: str, answer: object) -> float:
+    """What the pattern's first group, or else the whole pattern, captures in its last match equals the answer."""
+    found = [match[match.re.groups and 1] for match in re.finditer(pattern, response, re.DOTALL)]
+    return float(bool(found) and found[-1] is not None and found[-1].strip() == str(answer).strip())
+
+
+class JsonSchema:
+    """The response is JSON that a schema allows: its last fenced block, or else all of it.
+
+    The schema is the argument, or else the column `schema`: an object or its JSON. A reference to another document is
+    never fetched.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | None = None) -> None:
+        import jsonschema
+        import referencing
+
+        self._library, self._registry = jsonschema, referencing.Registry()
+        self._fixed = None if schema is None else self._validator(schema)
+
+    def __call__(self, prompt: str, response: str, schema: object = None) -> float:
+        if self._fixed is None and schema is None:
+            raise ValueError("there is no schema: give args.schema, or a column `schema`")
+        validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
+        block = last_code_block(response)
+        try:
+            value = json.loads(response if block is None else block)
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(validator.is_valid(value))
+
+    def _validator(self, schema: Any) -> Any:
+        kind = self._library.validators.validator_for(schema)
+        kind.check_schema(schema)
+        return kind(schema, registry=self._registry)
 
 
 class FormatRegex:
@@ -116,12 +178,21 @@ class ReasoningGym:
 
 
 BUILT_INS: dict[str, Callable[..., Any]] = {
+    "code_tests": CodeTests,
     "contains": contains,
+    "cosine_length": CosineLength,
     "exact_match": exact_match,
     "format_regex": FormatRegex,
+    "json_schema": JsonSchema,
     "last_number": last_number,
+    "length_penalty": length_penalty,
     "math_answer": MathAnswer,
+    "multiple_choice": multiple_choice,
+    "overlong": overlong,
     "reasoning_gym": ReasoningGym,
+    "regex_match": regex_match,
+    "repetition_penalty": repetition_penalty,
+    "target_length": target_length,
 }
 
 
