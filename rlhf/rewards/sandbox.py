@@ -75,7 +75,8 @@ class Sandbox:
     """Runs programs, several threads at once, by the first of these rungs that runs `print(1)` here:
 
     1. bubblewrap: namespaces with nothing mounted but libraries, as an unprivileged user; and the seccomp filter.
-    2. landlock: Landlock's rules on files, and the seccomp filter.
+    2. landlock: Landlock's rules on files, and the seccomp filter; where this process is root, as an unprivileged user,
+       or as root without any capability if only root may read the interpreter.
     3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
 
     python: the interpreter, with the packages that are installed for it. None: this process's own without packages, or
@@ -88,7 +89,8 @@ class Sandbox:
         self._memory_bytes = memory_mib * 2**20
         self._flags = ["-s"] if python else ["-s", "-S"]
         refusals = []
-        for rung in rungs or ("bubblewrap", "landlock", *(["unsafe"] if unsafe else [])):
+        ladder: tuple[Rung, ...] = ("bubblewrap", "landlock", "unsafe") if unsafe else ("bubblewrap", "landlock")
+        for rung in rungs or ladder:
             for interpreter in [python] if python else _interpreters():
                 try:
                     self._prepare(rung, interpreter)
@@ -101,7 +103,7 @@ class Sandbox:
                 return
         raise SandboxError(
             "no sandbox for programs works on this machine. Install bubblewrap (`apt-get install bubblewrap`), or use "
-            "a kernel with Landlock (5.13 or later) and an interpreter that all users may read. " + "; ".join(refusals)
+            "a kernel with Landlock (5.13 or later). " + "; ".join(refusals)
         )
 
     def _prepare(self, rung: Rung, python: str) -> None:
@@ -112,7 +114,9 @@ class Sandbox:
         )
         if found.returncode != 0:
             raise SandboxError(f"the interpreter does not run: {found.stderr.strip()[-200:]}")
-        readable = [*_READABLE, *dict.fromkeys(found.stdout.split("\n")[:2])]
+        prefixes = list(dict.fromkeys(found.stdout.split("\n")[:2]))
+        readable = [*_READABLE, *prefixes]
+        self._uid = NOBODY if os.geteuid() == 0 and all(map(_everybody_reads, prefixes)) else None
         self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
         self._filter = None if rung == "unsafe" else seccomp_filter().hex()
         self._ruleset = landlock_ruleset(readable, _WRITABLE) if rung == "landlock" else None
@@ -178,7 +182,7 @@ class Sandbox:
             "memory_bytes": self._memory_bytes,
             "output_bytes": OUTPUT_BYTES,
             "cpu_s": int(wall_s) + 1,
-            "uid": NOBODY if os.geteuid() == 0 and self.rung == "landlock" else None,
+            "uid": self._uid if self.rung == "landlock" else None,
             "threads": MAX_THREADS if wrapped else None,  # elsewhere all processes of the user would count
             "parent": None if wrapped else os.getpid(),
             "filter": self._filter,
@@ -204,6 +208,11 @@ class Sandbox:
 def _interpreters() -> list[str]:
     base = getattr(sys, "_base_executable", sys.executable)
     return [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
+
+
+def _everybody_reads(folder: str) -> bool:
+    path = Path(folder).resolve()
+    return path.stat().st_mode & 0o5 == 0o5 and all(parent.stat().st_mode & 0o1 for parent in path.parents)
 
 
 def _namespaces(readable: Sequence[str]) -> list[str]:

@@ -59,6 +59,9 @@ def _take_on(job: Job) -> None:
         ask("PR_SET_PDEATHSIG", libc.prctl(1, 9, 0, 0, 0))
         if os.getppid() != job["parent"]:
             os._exit(1)
+    if os.geteuid() == 0:
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        ask("capset", libc.capset(header, (ctypes.c_uint32 * 6)()))
     ask("PR_SET_NO_NEW_PRIVS", libc.prctl(38, 1, 0, 0, 0))
     if job["ruleset"] is not None:
         ask("landlock_restrict_self", libc.syscall(446, job["ruleset"], 0))

@@ -98,8 +98,10 @@ def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
     target = BUILT_INS.get(name)
     if target is None or target is CosineLength:
         raise ValueError(f"verifier is {name!r}; it must be another built-in reward")
-    made: Callable[..., float] = target(**args) if inspect.isclass(target) else functools.partial(target, **args)
-    return made
+    if inspect.isclass(target):
+        made: Callable[..., float] = target(**args)
+        return made
+    return functools.partial(target, **args)
 
 
 def _positive(name: str, value: float) -> float:
