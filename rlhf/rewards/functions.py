@@ -8,6 +8,7 @@ data is wrong then, not the response.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -194,6 +195,15 @@ BUILT_INS: dict[str, Callable[..., Any]] = {
     "repetition_penalty": repetition_penalty,
     "target_length": target_length,
 }
+
+
+def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
+    """Seconds after which a built-in calls a response wrong by itself; None: it has no such limit."""
+    if function not in BUILT_INS:
+        return None
+    parameter = inspect.signature(BUILT_INS[function]).parameters.get("limit_s")
+    limit = args.get("limit_s", parameter.default) if parameter is not None else None
+    return float(limit) if isinstance(limit, int | float) else None
 
 
 def _last_number(text: str) -> str | None:

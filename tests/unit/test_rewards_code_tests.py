@@ -7,6 +7,7 @@ import json
 import pytest
 
 from rlhf.rewards.code_tests import (
+    Cases,
     CodeTests,
     last_code_block,
     read_test_code,
