@@ -79,8 +79,8 @@ class Sandbox:
        or as root without any capability if only root may read the interpreter.
     3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
 
-    python: the interpreter, with the packages that are installed for it. None: this process's own without packages, or
-    the system's where an unprivileged user cannot read that one. SandboxError if no rung works.
+    python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's where
+    an unprivileged user cannot read that one; without packages. SandboxError if no rung works.
     """
 
     def __init__(
@@ -206,12 +206,14 @@ class Sandbox:
 
 
 def _interpreters() -> list[str]:
+    """This process's and the system's; first those that an unprivileged user may read."""
     base = getattr(sys, "_base_executable", sys.executable)
-    return [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
+    found = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
+    return sorted(found, key=lambda path: not _everybody_reads(path))
 
 
-def _everybody_reads(folder: str) -> bool:
-    path = Path(folder).resolve()
+def _everybody_reads(name: str) -> bool:
+    path = Path(name).resolve()
     return path.stat().st_mode & 0o5 == 0o5 and all(parent.stat().st_mode & 0o1 for parent in path.parents)
 
 
