@@ -97,10 +97,9 @@ class JsonSchema:
         validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
         block = last_code_block(response)
         try:
-            value = json.loads(response if block is None else block)
-        except (ValueError, RecursionError):
+            return float(validator.is_valid(json.loads(response if block is None else block)))
+        except (json.JSONDecodeError, RecursionError):
             return 0.0
-        return float(validator.is_valid(value))
 
     def _validator(self, schema: Any) -> Any:
         kind = self._library.validators.validator_for(schema)

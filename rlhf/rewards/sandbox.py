@@ -79,8 +79,8 @@ class Sandbox:
        or as root without any capability if only root may read the interpreter.
     3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
 
-    python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's where
-    an unprivileged user cannot read that one; without packages. SandboxError if no rung works.
+    python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's
+    where an unprivileged user cannot read that one; without packages. SandboxError if no rung works.
     """
 
     def __init__(
