@@ -152,7 +152,9 @@ class ReasoningGym:
     """The score that a reasoning-gym task gives to the answer in the response.
 
     Reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where the
-    data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets 0.
+    data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets 0, as
+    does one on which the task's scorer raises, unless it raises on the right answer too: then the entry is wrong. A
+    task that gives full marks to nonsense is refused; one that gives them to "nan" does not get to see it.
     """
 
     def __init__(self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number") -> None:
@@ -162,19 +164,37 @@ class ReasoningGym:
             raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(EXTRACTORS)}")
         self._library = reasoning_gym
         self._extract = EXTRACTORS[extract]
-        self._score: dict[str, Callable[..., float]] = {}
+        self._tasks: dict[str, tuple[Callable[..., float], bool]] = {}
 
     def __call__(
         self, prompt: str, response: str, answer: str, metadata: Mapping[str, Any], question: str | None = None
     ) -> float:
-        task = metadata["source_dataset"]
-        if task not in self._score:
-            self._score[task] = self._library.get_score_answer_fn(task)
-        extracted = self._extract(response)
-        if extracted is None:
-            return 0.0
         entry = {"question": prompt if question is None else question, "answer": answer, "metadata": metadata}
-        return float(self._score[task](extracted, entry))
+        task = metadata["source_dataset"]
+        if task not in self._tasks:
+            self._tasks[task] = self._examined(task, entry)
+        score, believes_nan = self._tasks[task]
+        extracted = self._extract(response)
+        if extracted is None or (believes_nan and "nan" in extracted.lower()):
+            return 0.0
+        return _score(score, extracted, entry)
+
+    def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
+        """The task's scorer, and whether it takes "nan" for the right answer."""
+        score = self._library.get_score_answer_fn(task)
+        if _score(score, "\N{REPLACEMENT CHARACTER}", entry) >= 1.0:
+            raise ValueError(
+                f"the scorer of reasoning-gym's task {task} gives full marks to nonsense: leave the task out"
+            )
+        return score, _score(score, "nan", entry) >= 1.0
+
+
+def _score(score: Callable[..., float], extracted: str, entry: Mapping[str, Any]) -> float:
+    try:
+        return float(score(extracted, entry))
+    except Exception:  # noqa: BLE001  each task has its own; what the right answer raises too goes up from here
+        score(entry["answer"], entry)
+        return 0.0
 
 
 BUILT_INS: dict[str, Callable[..., Any]] = {
