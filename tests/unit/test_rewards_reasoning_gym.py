@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,19 +50,24 @@ def test_there_are_as_many_gym_tasks_as_the_documentation_says() -> None:
     assert set(GYM_TASKS) >= WITHOUT_ANSWER
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    source = Source(path=None, name="reasoning_gym", args={"extract": "whole"})
+    with RewardPool([source], timeout_s=20.0) as pool:
+        yield pool
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(set(GYM_TASKS) - {"game_of_life_halting"}))
-def test_every_gym_task_by_name(task: str) -> None:
+def test_every_gym_task_by_name(task: str, pool: RewardPool) -> None:
     """Rows as runs have them, scored in a reward process: the stored answer gets 1, nonsense less and no error."""
     shots = 1 if task in WITHOUT_ANSWER else 2
     rows = make_rows(TaskSource(task=f"reasoning_gym/{task}", split="train", size=2, args={"shots": shots}))
     nonsense = ["nonsense", "", "[]", "{}", "None", "nan", "1/0", "9" * 50, "a b\nc"]
-    source = Source(path=None, name="reasoning_gym", args={"extract": "whole"})
-    with RewardPool([source], timeout_s=20.0) as pool:
-        for row in rows:
-            columns = {name: row[name] for name in ("answer", "metadata", "question")}
-            responses = nonsense if task in WITHOUT_ANSWER else [*nonsense, str(row["answer"])]
-            outcome = pool.score(0, "p", responses, columns)
-            assert outcome.failures == ()
-            assert all(score < 1.0 for score in outcome.scores[: len(nonsense)])
-            assert task in WITHOUT_ANSWER or outcome.scores[-1] == 1.0
+    for row in rows:
+        columns = {name: row[name] for name in ("answer", "metadata", "question")}
+        responses = nonsense if task in WITHOUT_ANSWER else [*nonsense, str(row["answer"])]
+        outcome = pool.score(0, "p", responses, columns)
+        assert outcome.failures == ()
+        assert all(score < 1.0 for score in outcome.scores[: len(nonsense)])
+        assert task in WITHOUT_ANSWER or outcome.scores[-1] == 1.0
