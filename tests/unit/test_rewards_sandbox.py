@@ -98,6 +98,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setenv("HOSTILE_TEST_SECRET", "secret")
     made = Host(tmp_path)
     yield made
+    Path("/dev/shm/escaped").unlink(missing_ok=True)
     for listener in made.listeners:
         listener.close()
 
