@@ -76,7 +76,7 @@ class Sandbox:
 
     1. bubblewrap: namespaces with nothing mounted but libraries, as an unprivileged user; and the seccomp filter.
     2. landlock: Landlock's rules on files, and the seccomp filter; where this process is root, as an unprivileged user,
-       or as root without any capability if only root may read the interpreter.
+       or as root without any capability if only root may read the interpreter, or it may not change its user.
     3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
 
     python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's
@@ -116,7 +116,7 @@ class Sandbox:
             raise SandboxError(f"the interpreter does not run: {found.stderr.strip()[-200:]}")
         prefixes = list(dict.fromkeys(found.stdout.split("\n")[:2]))
         readable = [*_READABLE, *prefixes]
-        self._uid = NOBODY if os.geteuid() == 0 and all(map(_everybody_reads, prefixes)) else None
+        self._uid = NOBODY if _may_change_user() and all(map(_everybody_reads, prefixes)) else None
         self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
         self._filter = None if rung == "unsafe" else seccomp_filter().hex()
         self._ruleset = landlock_ruleset(readable, _WRITABLE) if rung == "landlock" else None
@@ -210,6 +210,13 @@ def _interpreters() -> list[str]:
     base = getattr(sys, "_base_executable", sys.executable)
     found = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
     return sorted(found, key=lambda path: not _everybody_reads(path))
+
+
+def _may_change_user() -> bool:
+    """Whether this process is root with CAP_SETGID and CAP_SETUID, which containers may have dropped."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return os.geteuid() == 0 and effective is not None and int(effective[1], 16) & 0xC0 == 0xC0
 
 
 def _everybody_reads(name: str) -> bool:
