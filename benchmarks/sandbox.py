@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def hostile(sandboxes: dict[Rung, Sandbox], folder: Path, *, limit_s: float) -> None:
-    """One line a program and rung."""
+    """One line a program."""
     folder.chmod(0o777)
     secret = folder / "secret"
     secret.write_text("secret")
@@ -65,14 +66,16 @@ def hostile(sandboxes: dict[Rung, Sandbox], folder: Path, *, limit_s: float) -> 
         abstract.listen()
         port = listener.getsockname()[1]
         values = {"FOLDER": folder, "SECRET": secret, "PID": os.getpid(), "PORT": port, "NAME": name}
-        sys.stdout.write("| program | rung | outcome | seconds | left behind |\n|---|---|---|---|---|\n")
+        sys.stdout.write(f"| program | {' | '.join(sandboxes)} | left behind |\n|---|{'---|' * len(sandboxes)}---|\n")
         for title, text in PROGRAMS.items():
             program = string.Template(text).substitute(values)
-            for rung, sandbox in sandboxes.items():
+            cells = []
+            for sandbox in sandboxes.values():
                 done, seconds = timed(sandbox, program, limit_s=limit_s)
-                left = len(psutil.Process().children(recursive=True)) + len(os.listdir(folder)) - 1
-                sys.stdout.write(f"| {title} | {rung} | {outcome(done)} | {seconds:.2f} | {left or 'nothing'} |\n")
-                sys.stdout.flush()
+                cells.append(f"{outcome(done)}, {seconds:.2f} s")
+            left = len(psutil.Process().children(recursive=True)) + len(os.listdir(folder)) - 1
+            sys.stdout.write(f"| {title} | {' | '.join(cells)} | {left or 'nothing'} |\n")
+            sys.stdout.flush()
 
 
 def timed(sandbox: Sandbox, program: str, *, limit_s: float) -> tuple[Finished, float]:
@@ -83,16 +86,18 @@ def timed(sandbox: Sandbox, program: str, *, limit_s: float) -> tuple[Finished, 
 
 
 def outcome(done: Finished) -> str:
-    """In words, with the last line of a traceback."""
+    """In words, with the reason of a traceback."""
     if b"ESCAPED" in done.stdout:
         return "ESCAPED"
     if done.code is None:
         return "stopped at a limit"
     if done.code < 0:
         return f"killed by signal {-done.code}"
-    last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-    error = last.split(":")[0] + (": " + last.split("] ")[1].split(":")[0] if "] " in last else "")
-    return f"{error}" if done.code == 1 and error else f"got nothing, exit code {done.code}"
+    error = done.stderr.decode(errors="replace").strip().split("\n")[-1]
+    known = re.match(r"(\w+)(?:: (?:\[Errno \d+\] )?([A-Z][\w' -]*))?", error)
+    if done.code != 1 or known is None:
+        return f"got nothing, exit code {done.code}"
+    return f"{known[1]}: {known[2].split(' - ')[0]}" if known[2] else known[1]
 
 
 if __name__ == "__main__":

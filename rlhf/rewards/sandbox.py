@@ -36,7 +36,7 @@ Rung = Literal["bubblewrap", "landlock", "unsafe"]
 NOBODY = 65534  # whom programs run as where this process is root
 MAX_THREADS = 64
 OUTPUT_BYTES = 16 * 2**20  # of each of standard output, standard error and results
-START_LIMIT_S = 5.0  # until the process is confined; not counted against the program
+START_LIMIT_S = 30.0  # until the process is confined, on a busy machine; not counted against the program
 KILL_WAIT_S = 10.0
 _LOOK_S = 0.05  # between two looks at the number of threads
 
@@ -164,7 +164,7 @@ class Sandbox:
             if not _says_ready(ready):
                 _end(process, info)
                 reason = _content(stderr).decode(errors="replace").strip()[-300:]
-                raise SandboxError(f"{self.rung} confined no process: it ended with {process.returncode}: {reason}")
+                raise SandboxError(f"{self.rung} started no program: it ended with {process.returncode}: {reason}")
             began = time.monotonic()
             in_time = self._wait(process, began + wall_s)
             seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from rlhf.errors import UserError
 from rlhf.rewards.code_tests import (
     Cases,
     CodeTests,
@@ -15,6 +16,7 @@ from rlhf.rewards.code_tests import (
     same_output,
     same_value,
 )
+from rlhf.rewards.loading import load_reward
 
 ADD = "def add(a, b):\n    return a + b"
 SUM_SCRIPT = "a, b = map(int, input().split())\nprint(a + b)"
@@ -231,3 +233,8 @@ def test_tests_that_need_a_missing_package_are_an_error(share: CodeTests) -> Non
 def test_arguments_are_checked(args: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(args))):
         CodeTests(**args)  # type: ignore[arg-type]
+
+
+def test_a_machine_without_a_sandbox_is_refused_before_a_run_starts() -> None:
+    with pytest.raises(UserError, match=r"^rewards\.x: .*no sandbox .*apt-get install bubblewrap"):
+        load_reward("code_tests", args={"python": "/nowhere/python"}, folders=[], key="rewards.x")
