@@ -281,7 +281,8 @@ def _returned(given: object, expected: object) -> Returned:
         raise ValueError(f"the arguments of a test are {_short(given)}; they must be a list, or lines of JSON")
     if isinstance(given, str) and isinstance(expected, str):
         expected = json.loads(expected)
-    return Returned(arguments=arguments, expected=json.loads(json.dumps(expected)))
+    plain = json.loads(json.dumps([arguments, expected]))
+    return Returned(arguments=plain[0], expected=plain[1])
 
 
 def _text(value: object) -> str:

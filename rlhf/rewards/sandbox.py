@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
-import json
 import logging
+import marshal
 import os
 import re
 import select
@@ -139,7 +139,7 @@ class Sandbox:
             user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         job = {"mark": None, **(tests or {}), "program": program, **self._restrictions(wall_s)}
         with ExitStack() as held:
-            job_file, stdin_file = (held.enter_context(_memory(data)) for data in (json.dumps(job).encode(), stdin))
+            job_file, stdin_file = (held.enter_context(_memory(data)) for data in (marshal.dumps(job, 2), stdin))
             stdout, stderr, results = (held.enter_context(_memory()) for _ in range(3))
             ready, say_ready = _pipe(held)
             info, say_info = _pipe(held)
