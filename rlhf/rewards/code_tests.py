@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from rlhf.rewards.sandbox import Sandbox
+from rlhf.rewards.sandbox import START_LIMIT_S, Sandbox
 
 Score = Literal["all", "share"]
 Extract = Literal["code_block", "whole"]
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)[^`]*")
 _PYTHON = {"py", "python", "python3"}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -154,7 +154,7 @@ class CodeTests:
         for name in dict.fromkeys(name for code in statements for name in _imports(code)):
             if name not in self._importable:
                 script = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is None)"
-                self._importable[name] = self._sandbox.run(script, wall_s=self._test_s).code == 0
+                self._importable[name] = self._sandbox.run(script, wall_s=START_LIMIT_S).code == 0
             if not self._importable[name]:
                 raise ValueError(
                     f"the tests import {name}, which {self._sandbox.python} lacks in the sandbox: name an interpreter "
@@ -164,11 +164,24 @@ class CodeTests:
 
 def last_code_block(response: str) -> str | None:
     """The last closed fenced block that is marked as Python, or else the last; None if there is none."""
-    blocks = _BLOCK.findall(response)
+    blocks = list(_code_blocks(response))
     marked = [code for language, code in blocks if language.lower() in _PYTHON]
-    if marked:
-        return str(marked[-1])
-    return str(blocks[-1][1]) if blocks else None
+    return marked[-1] if marked else blocks[-1][1] if blocks else None
+
+
+def _code_blocks(response: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each. A fence that names a language opens a block, also where one was never closed."""
+    language: str | None = None
+    content: list[str] = []
+    for line in response.split("\n"):
+        fence = _FENCE.fullmatch(line)
+        if fence is not None and (language is None or fence[1]):
+            language, content = fence[1], []
+        elif fence is not None and language is not None:
+            yield language, "".join(f"{held}\n" for held in content)
+            language = None
+        else:
+            content.append(line)
 
 
 def read_tests(column: object) -> Cases:

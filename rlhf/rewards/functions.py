@@ -25,12 +25,12 @@ from rlhf.rewards.shaping import CosineLength, length_penalty, overlong, repetit
 # A minus sign belongs to the number unless it stands behind a digit, a letter or a closing bracket ("10-3" ends in 3).
 # A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 # Where a response says which choice it takes: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
-# small letter needs something to close it, since "a" is a word.
+# small letter needs something to close it, since "a" is a word. Counts are bounded: a response may be all white space.
 _CHOICE = re.compile(
-    r"(?i:\\boxed\{\s*(?:\\text\{)?|<answer>|\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?)[\s*(\[]*"
-    r"([A-Z](?![\w'])|[a-z](?=\s*[*)\]}<]))"
+    r"(?i:\\boxed\{\s{0,3}(?:\\text\{)?|<answer>|\banswer(?:\s{1,3}is)?[\s:*]{0,9}(?:option\s{1,3})?)[\s*(\[]{0,9}"
+    r"([A-Z](?![\w'])|[a-z](?=\s{0,3}[*)\]}<]))"
 )
 _LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
 

@@ -2,8 +2,8 @@
 
 A sandboxed program is one process without files, network, other processes or the parent's environment. It may read the
 system's libraries and its interpreter, and write to what was given it: standard output, standard error, results. These
-live in memory and are capped, so that nothing is left behind. Two ladders of protection end in the same behaviour, and
-the first that works here is used (`Sandbox`). Never start a model's program by any other way.
+live in memory and are capped, so that nothing is left behind. Of two rungs of protection, on which programs behave
+alike, the first that works here is used (`Sandbox`). Never start a model's program by any other way.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Sandbox:
             for interpreter in [python] if python else _interpreters():
                 try:
                     self._prepare(rung, interpreter)
-                except (SandboxError, Unavailable, OSError) as error:
+                except (SandboxError, Unavailable, OSError, subprocess.SubprocessError) as error:
                     refusals.append(f"{rung} with {interpreter}: {error}")
                     continue
                 if rung == "unsafe":

@@ -42,6 +42,8 @@ def test_the_last_block_of_python_is_the_program() -> None:
     assert last_code_block("```\na\n```\ntext\n  ```\n  b\n  ```") == "  b\n"
     assert last_code_block("```Python title\na\n```") == "a\n"
     assert last_code_block("```python\na\n```\n```python\ncut off") == "a\n"
+    assert last_code_block("```python\ncut\n```python\na\n```\nend") == "a\n"
+    assert last_code_block("```python\n```") == ""
     assert last_code_block("no block") is None
     assert last_code_block("``` a ```") is None
 

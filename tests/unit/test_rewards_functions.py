@@ -11,6 +11,7 @@ import referencing.exceptions
 
 from rlhf.rewards.functions import (
     BUILT_INS,
+    EXTRACTORS,
     FormatRegex,
     JsonSchema,
     contains,
@@ -132,6 +133,22 @@ def test_json_schema_fetches_nothing() -> None:
     remote = JsonSchema(schema={"$ref": "http://127.0.0.1:1/schema.json"})
     with pytest.raises(referencing.exceptions.Unresolvable):
         remote("p", "{}")
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["```python\n", "``` \n", "answer" + " " * 1000, "answer is ", "<answer>", "</answer>", "\\boxed{", " ", "1,"],
+)
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """Models that collapse write such things, and a rule that takes quadratic time would look like a hang."""
+    response = piece * (200_000 // len(piece))
+    began = time.monotonic()
+    assert multiple_choice("p", response, "A") == 0.0
+    assert last_number("p", response, 7) == 0.0
+    assert JsonSchema(schema=SCHEMA)("p", response) == 0.0
+    for extract in EXTRACTORS.values():
+        extract(response)
+    assert time.monotonic() - began < 3.0
 
 
 def test_limits_of_their_own() -> None:
