@@ -9,7 +9,7 @@ has neither: it stands there as 0 and is never in `response_mask`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -157,6 +157,11 @@ class VocabularyHead:
     softcap: float | None
     logit_scale: float
 
+    def to(self, device: torch.device) -> Self:
+        """The same there."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -211,7 +216,7 @@ class RolloutInfo:
 class GroupScores:
     """Rewards of one group, or why it has none. Built by the reward role."""
 
-    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors
+    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
     by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
 
@@ -252,3 +257,7 @@ class BatchPlan:
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
+
+    def some_sequence(self) -> tuple[int]:
+        """The first that any rank has: a rank without sequences has a token to pass in it, and learns nothing of it."""
+        return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)

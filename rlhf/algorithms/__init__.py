@@ -10,17 +10,23 @@ from rlhf.algorithms.cpo import CPO, CPOConfig
 from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import DPO, DPOConfig
 from rlhf.algorithms.dr_grpo import DrGRPO, DrGRPOConfig
+from rlhf.algorithms.gdpo import GDPO, GDPOConfig
 from rlhf.algorithms.gmpo import GMPO, GMPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
 from rlhf.algorithms.gspo import GSPO, GSPOConfig
 from rlhf.algorithms.kto import KTO, KTOConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.opo import OPO, OPOConfig
 from rlhf.algorithms.orpo import ORPO, ORPOConfig
+from rlhf.algorithms.otb import OTB, OTBConfig
 from rlhf.algorithms.pairs import OnlinePairAlgorithm, PairAlgorithm
+from rlhf.algorithms.pass_at_k import PassAtK, PassAtKConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
+from rlhf.algorithms.raft import RAFT, RAFTConfig
 from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
+from rlhf.algorithms.remax import ReMax, ReMaxConfig
 from rlhf.algorithms.reward_model import RewardModeling, RewardModelingConfig
 from rlhf.algorithms.rloo import RLOO, RLOOConfig
 from rlhf.algorithms.sapo import SAPO, SAPOConfig
@@ -40,6 +46,11 @@ AlgorithmConfig = (
     | RLOOConfig
     | OPOConfig
     | ReinforcePlusPlusConfig
+    | GDPOConfig
+    | PassAtKConfig
+    | ReMaxConfig
+    | OTBConfig
+    | RAFTConfig
     | SFTConfig
     | DistillationConfig
     | RewardModelingConfig
@@ -51,6 +62,7 @@ AlgorithmConfig = (
     | TPOConfig
     | KTOConfig
     | OnlineDPOConfig
+    | OnPolicyDistillationConfig
 )
 
 ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
@@ -64,6 +76,11 @@ ONLINE_ALGORITHMS: Mapping[str, Callable[[Any], OnlineAlgorithm]] = {
     "rloo": RLOO,
     "opo": OPO,
     "reinforce_plus_plus": ReinforcePlusPlus,
+    "gdpo": GDPO,
+    "pass_at_k": PassAtK,
+    "remax": ReMax,
+    "otb": OTB,
+    "raft": RAFT,
 }
 PAIR_ALGORITHMS: Mapping[str, Callable[[Any], PairAlgorithm]] = {
     "reward_model": RewardModeling,

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.algorithms.correction_weights import Correction, corrected
 from rlhf.algorithms.shared import ClippedConfig, OnlineConfig
-from rlhf.objectives import corrections, kl, policy_loss, value_loss
+from rlhf.objectives import kl, policy_loss, value_loss
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.masking import masked_sum
 
@@ -72,6 +73,7 @@ class LossTerms:
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
+    correction: Correction | None  # None: the run has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,16 +116,10 @@ def composed_loss(
         num_sequences=counts.num_sequences,
         max_new_tokens=counts.max_new_tokens,
     )
-    per_token = surrogate.per_token
+    correction = None
     if config.correction is not None:
-        gap = (batch.old_logprobs, batch.rollout_logprobs, mask)
-        if config.correction.level == "token":
-            per_token = per_token * corrections.token_truncated(*gap, max_ratio=config.correction.max_ratio)
-        else:
-            per_token = per_token * corrections.sequence_truncated(
-                *gap, batch.lengths, max_ratio=config.correction.max_ratio
-            )
-    surrogate_loss = (per_token * weights).sum()
+        surrogate, correction = corrected(config.correction, batch, surrogate)
+    surrogate_loss = (surrogate.per_token * weights).sum()
     loss = surrogate_loss
     kl_loss = torch.zeros((), device=mask.device)
     if batch.ref_logprobs is not None and config.kl.place == "loss":
@@ -143,6 +139,7 @@ def composed_loss(
             kl_old_sum=kl.kl_k3(old, new).sum(),
             entropy_sum=masked_sum(batch.entropy, mask),
             ratio_max=surrogate.ratio.max(),
+            correction=correction,
         )
 
 

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.section import Section
 
 if TYPE_CHECKING:
@@ -53,19 +56,18 @@ class RewardKLConfig(KLConfig):
     """reward: subtracted from the rewards; loss: added to the loss."""
 
 
-class CorrectionConfig(Section):
-    """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
+class LossKLConfig(KLConfig):
+    """The penalty of algorithms whose advantages do not come from the sum of the rewards."""
 
-    level: Literal["token", "sequence"] = "token"
-    """Whether the ratio is taken for each token or for the whole response."""
-    max_ratio: float = Field(default=2.0, gt=1.0)
-    """Upper bound on exp(old_logprobs - rollout_logprobs)."""
+    place: Literal["loss"] = "loss"
+    """It is added to the loss."""
 
 
 class OnlineConfig(Section):
     """What every algorithm on rollouts has."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
+    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy_coef: float = Field(default=0.0, ge=0.0)
@@ -73,7 +75,12 @@ class OnlineConfig(Section):
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None
-    """Weights against the mismatch of rollout engine and trainer; null: none."""
+    """What is done about the mismatch of rollout engine and trainer; null: nothing."""
+
+    @property
+    def bypasses_old_logprobs(self) -> bool:
+        """Whether the rollout's log-probabilities stand for the old ones."""
+        return self.correction is not None and self.correction.mode != "decoupled"
 
 
 class ClippedConfig(OnlineConfig):
@@ -86,6 +93,18 @@ class ClippedConfig(OnlineConfig):
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1.0)
     """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutcomes:
+    """What is known of B responses without their tokens, prompt-major: group_size of them answer one prompt."""
+
+    scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight
+    weights: Mapping[str, float]
+    num_tokens: Int[Tensor, " B"]  # sampled ones
+    group_size: int
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response a prompt; None: the algorithm wants none
 
 
 class OnlineAlgorithm(Protocol):
@@ -112,10 +131,27 @@ class OnlineAlgorithm(Protocol):
         """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         ...
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"] | None:
-        """Advantages that scores and lengths of responses alone give, prompt-major; None if they are per token."""
+    @property
+    def wants_greedy(self) -> bool:
+        """Whether a response is compared with the greedy one to its prompt."""
+        ...
+
+    @property
+    def has_step_baseline(self) -> bool:
+        """Whether a token's return is compared with those of its group's tokens at the same step, over all ranks."""
+        ...
+
+    @property
+    def most_kept(self) -> int | None:
+        """Of each prompt's responses at most so many are trained on; None: all."""
+        ...
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """Places of those of a prompt's responses that are trained on, ascending; there may be none."""
+        ...
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
+        """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
         ...
 
     def token_advantages(
@@ -133,7 +169,19 @@ class OnlineAlgorithm(Protocol):
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms: ...
 
 
-class WithoutCritic:
+class OnAllResponses:
+    """What algorithms have in common that train on all sampled responses and ask for no others."""
+
+    wants_greedy = False
+    has_step_baseline = False
+    most_kept: int | None = None
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """All of them."""
+        return range(len(scores))
+
+
+class WithoutCritic(OnAllResponses):
     """What algorithms that compare a prompt's responses with each other have in common."""
 
     has_critic = False

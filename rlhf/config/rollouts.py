@@ -9,6 +9,16 @@ from pydantic import Field, JsonValue, model_validator
 from rlhf.algorithms.section import Section
 
 
+class KeepPerPrompt(Section):
+    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
+
+    count: int = Field(ge=1)
+    """How many."""
+    by: Literal["spread", "best"] = "spread"
+    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
+    best: those with the highest scores."""
+
+
 class RolloutsConfig(Section):
     """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
@@ -26,6 +36,8 @@ class RolloutsConfig(Section):
     """Sample among the k likeliest tokens; null keeps all."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response; they stay in it."""
+    keep_per_prompt: KeepPerPrompt | None = None
+    """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
@@ -13,9 +14,11 @@ from rlhf.rollouts.identity import scored_identity
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Sum
-from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
+
+GREEDY_GROUPS = 1_000_000_000  # the id of a greedy group less that of the group that it stands beside
 
 
 def request_for(
@@ -87,6 +90,21 @@ class Answers:
 
         return await answered(self.rollout, requests, sampling, score)
 
+    async def with_greedy(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
+    ) -> list[ScoredGroup]:
+        """As `to`, and after that the score of one greedy response to each prompt, by the same weights and rewards.
+
+        A group whose greedy response could not be scored has its errors.
+        """
+        groups = await self.to(requests, sampling, step=step, version=version)
+        sound = [group.group.request for group in groups if not group.scores.errors]
+        beside = [replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1]) for one in sound]
+        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None)
+        answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
+        greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
+        return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
+
     async def _score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
         scores = self.ledger.get(group_id, version, request)
@@ -97,3 +115,10 @@ class Answers:
             self.record.tracker.log_error(error_record(error, step=step))
         self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
         return ScoredGroup(group=group, scores=scores)
+
+
+def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
+    """The group with what became of its greedy response."""
+    if greedy is None:
+        return group
+    return replace(group, scores=greedy) if greedy.errors else replace(group, greedy_score=greedy.scores[0])

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlhf.config.derive import pairs_rollouts
+from rlhf.config.derive import distils_rollouts, pairs_rollouts, wants_greedy
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
-from rlhf.controller.evaluation import evaluate
+from rlhf.controller.evaluation import EvalSet, compare_with_teacher, evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
@@ -30,9 +31,11 @@ from rlhf.controller.trained import trained_models
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
+from rlhf.evaluation.results import Marking
 from rlhf.rewards.scoring import describe
 from rlhf.roles import (
     CriticRole,
+    OnlineTeacherRole,
     PolicyRole,
     ReferenceRole,
     RewardRole,
@@ -57,7 +60,8 @@ class OnlineController:
         record: RunRecord,
         *,
         prompts: Stream[Prompt],
-        eval_sets: Mapping[str, Sequence[Prompt]],
+        eval_sets: Mapping[str, EvalSet],
+        marking: Marking,
         probe_ids: Sequence[int],
         policy_fingerprint: str,
         rewards_fingerprint: str,
@@ -68,6 +72,7 @@ class OnlineController:
         self.record = record
         self.prompts = prompts
         self.eval_sets = eval_sets
+        self.marking = marking
         self.probe_ids = probe_ids
         self.fingerprint = policy_fingerprint
         self.rollouts = config.rollouts
@@ -80,9 +85,11 @@ class OnlineController:
         )
         self.step = 0
         self.next_group = 0
-        self.learning: Learning = (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)
+        self.learning = _learning(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.of(config.train, f"eval/{first_set}/score", default_lower=False)
+        scored = bool(config.rewards)
+        metric = f"eval/{first_set}/{'score' if scored else 'kl_teacher'}"
+        self.best = Best.of(config.train, metric, default_lower=not scored)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
@@ -136,6 +143,7 @@ class OnlineController:
         """A whole batch of scored groups in plan order. A group whose reward failed is replaced by another prompt's."""
         count, per_prompt = self.rollouts.prompts_per_step, self.rollouts.samples_per_prompt
         policy = self.config.reward_policy
+        answer = self.answers.with_greedy if wants_greedy(self.config) else self.answers.to
         slots: list[ScoredGroup | None] = [None] * count
         dropped = 0
         while any(slot is None for slot in slots):
@@ -144,7 +152,7 @@ class OnlineController:
                 self._request(prompt, epoch, first_sequence_id=index * per_prompt)
                 for index, (epoch, prompt) in zip(empty, self.prompts.next(len(empty)), strict=True)
             ]
-            scored = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+            scored = await answer(requests, self.sampling, step=step, version=step - 1)
             for index, group in zip(empty, scored, strict=True):
                 if not group.scores.errors:
                     slots[index] = group
@@ -219,15 +227,30 @@ class OnlineController:
         return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
-        await evaluate(self.eval_sets, self.config, self.answers, self.roles.reward, self.record, step=step)
+        roles = self.roles
+        answered = await evaluate(
+            self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
+        )
+        if roles.teacher is None:
+            return
+        beside_engines = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
+        if beside_engines:  # it needs room to compute
+            await roles.rollout.sleep(keep_weights=True)
+        await compare_with_teacher(answered, self.config, roles.teacher, self.record)
+        if beside_engines:
+            await roles.rollout.wake("weights")
+            await roles.rollout.wake("cache")
 
     async def _add_memory(self) -> None:
         roles = self.roles
-        members: dict[str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | CriticRole | None] = {
+        members: dict[
+            str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | OnlineTeacherRole | CriticRole | None
+        ] = {
             "policy": roles.policy,
             "rollout": roles.rollout,
             "reward": roles.reward,
             "reference": roles.reference,
+            "teacher": roles.teacher,
             "critic": roles.critic,
         }
         for name, role in members.items():
@@ -299,3 +322,10 @@ class OnlineController:
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")
         logger.info("resumed from the checkpoint of step %d", step)
+
+
+def _learning(config: Config, roles: OnlineRoles, record: RunRecord) -> Learning:
+    """The algorithm's way from responses to updates."""
+    if distils_rollouts(config):
+        return DistillationLearning(config, roles, record)
+    return (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)

@@ -15,10 +15,12 @@ from typing import Literal
 from rlhf.tracking.reductions import (
     CalibrationError,
     DifferenceOfMeans,
+    EffectiveShare,
     ExplainedVariance,
     Last,
     Max,
     Mean,
+    Min,
     Reduction,
     Std,
     Sum,
@@ -27,6 +29,8 @@ from rlhf.tracking.reductions import (
 Trait = Literal[
     "online",
     "advantages",
+    "rewards",
+    "teacher",
     "sft",
     "distillation",
     "preference",
@@ -42,6 +46,8 @@ Trait = Literal[
 TRAITS: Mapping[Trait, str] = {
     "online": "responses are sampled during the run (PPO, GRPO, online DPO, ...)",
     "advantages": "the sampled tokens are weighed by advantages (PPO, GRPO, ...)",
+    "rewards": "responses are scored",
+    "teacher": "a teacher says something of the sampled responses (on-policy distillation)",
     "sft": "supervised training on given responses, by their tokens or a teacher's distributions",
     "distillation": "training towards a teacher's distributions",
     "preference": "training on pairs of responses (reward models, DPO, ...)",
@@ -49,7 +55,7 @@ TRAITS: Mapping[Trait, str] = {
     "reference": "there is a reference model",
     "critic": "there is a critic",
     "groups": "the responses to one prompt are compared (GRPO, online DPO, ...)",
-    "correction": "the gap between sampler and trainer is corrected by importance weights",
+    "correction": "`algorithm.correction` is set",
     "eval": "there is an evaluation set",
     "gpu": "the role has a GPU",
 }
@@ -57,7 +63,7 @@ TRAITS: Mapping[Trait, str] = {
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
-    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, or what the evaluation calls it"),
+    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
@@ -111,9 +117,17 @@ _DECLARATIONS = (
         "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
     ),
     # rewards
-    _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
-    _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
-    _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric("rewards/score/mean", "1", Mean, "online rewards", "Weighted sum of the rewards of a response"),
+    _metric("rewards/score/std", "1", Std, "online rewards", "Its deviation over the step's responses"),
+    _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its weight"),
+    _metric(
+        "rewards/greedy/mean",
+        "1",
+        Mean,
+        "online advantages",
+        "Score of the greedy response to a prompt, the baseline of remax",
+        always=False,
+    ),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
     # experience
     _metric(
@@ -123,14 +137,23 @@ _DECLARATIONS = (
         "online reference",
         "KL(policy || reference) per sampled token, by the configured estimator",
     ),
+    _metric(
+        "experience/kl_teacher/mean",
+        "nats",
+        Mean,
+        "online teacher",
+        "KL(policy || teacher) per sampled token, estimated by old_logprobs - teacher_logprobs; of the step's first "
+        "minibatch alone where the divergence is over the whole vocabulary",
+    ),
     _metric("experience/kl_coef", "1", Last, "online advantages reference", "Coefficient of that KL in this step"),
     _metric(
         "experience/kl_rollout/mean",
         "nats",
         Mean,
         "online",
-        "KL(sampler || trainer) per sampled token, estimated by rollout_logprobs - old_logprobs",
+        "KL(sampler || trainer) per sampled token, estimated by k1 = rollout_logprobs - old_logprobs",
     ),
+    _metric("experience/kl_rollout_k3/mean", "nats", Mean, "online", "The same by k3: never negative, less noisy"),
     _metric(
         "experience/rollout_logprob_diff/mean",
         "nats",
@@ -139,13 +162,71 @@ _DECLARATIONS = (
         "|old_logprobs - rollout_logprobs|: how far sampler and trainer disagree about a token",
     ),
     _metric("experience/rollout_logprob_diff/max", "nats", Max, "online", "The largest such difference"),
-    _metric("experience/rollout_weight/mean", "1", Mean, "online correction", "Importance weight of a token"),
+    _metric("experience/rollout_ratio/mean", "1", Mean, "online", "exp(old_logprobs - rollout_logprobs) of a token"),
+    _metric("experience/rollout_ratio/max", "1", Max, "online", "The largest"),
+    _metric("experience/rollout_ratio/min", "1", Min, "online", "The smallest"),
+    _metric(
+        "experience/rollout_chi2_token",
+        "1",
+        Mean,
+        "online",
+        "Chi-square divergence of trainer from sampler per token: the mean squared ratio less 1",
+    ),
+    _metric(
+        "experience/rollout_chi2_sequence",
+        "1",
+        Mean,
+        "online",
+        "The same of responses, by the products of their ratios",
+    ),
+    _metric(
+        "experience/rollout_ess_token",
+        "1",
+        EffectiveShare,
+        "online",
+        "Effective sample size if tokens were weighed by their ratios, as a share of the tokens",
+    ),
+    _metric(
+        "experience/rollout_ess_sequence",
+        "1",
+        EffectiveShare,
+        "online",
+        "The same of responses, by the products of their ratios",
+    ),
+    _metric(
+        "experience/rollout_weight/mean",
+        "1",
+        Mean,
+        "online correction",
+        "What the correction multiplies a token's policy loss by; 0 if it is masked or rejected",
+    ),
+    _metric(
+        "experience/rollout_weight_ess",
+        "1",
+        EffectiveShare,
+        "online correction",
+        "Effective sample size under these weights, as a share of the tokens",
+    ),
     _metric(
         "experience/rollout_weight_truncated/fraction",
         "1",
         Mean,
         "online correction",
-        "Tokens whose importance weight was cut at its bound",
+        "Tokens whose weight was held at a bound",
+    ),
+    _metric(
+        "experience/rollout_weight_masked/fraction",
+        "1",
+        Mean,
+        "online correction",
+        "Tokens whose weight is 0 because the ratio is out of bounds",
+    ),
+    _metric(
+        "experience/rollout_rejected/fraction",
+        "1",
+        Mean,
+        "online correction",
+        "Tokens that `reject` or `off_policy_mask` left out",
     ),
     _metric("experience/policy_lag/max", "versions", Max, "online", "Age of the oldest weights that sampled a token"),
     _metric(
@@ -161,6 +242,14 @@ _DECLARATIONS = (
         Mean,
         "online groups",
         "Prompts whose responses all scored the same: they teach nothing",
+    ),
+    _metric(
+        "advantages/kept/fraction",
+        "1",
+        Mean,
+        "online advantages",
+        "Responses that are trained on, where some are left out (`rollouts.keep_per_prompt`, raft)",
+        always=False,
     ),
     # update
     _metric("update/loss/mean", "1", Mean, "", "The loss that is differentiated, all terms"),
@@ -197,7 +286,7 @@ _DECLARATIONS = (
         "nats",
         Mean,
         "online advantages",
-        "KL from the weights at the start of the update, per token",
+        "KL from old_logprobs (the weights at the start of the update, or a bypassing correction's sampler), per token",
     ),
     _metric("update/ratio/max", "1", Max, "online advantages", "Largest exp(logprobs - old_logprobs)"),
     _metric(

@@ -100,7 +100,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         if not self.observes or not isinstance(examples, SampledExamples):
             return
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[piece.tokens]
-        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask)
+        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask, piece.lengths)
         if batch.reference is not None:
             kl = kl_k3(logprobs[mask], batch.reference.values[piece.tokens][mask])
             found["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))

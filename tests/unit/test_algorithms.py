@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -12,7 +14,7 @@ from rlhf.algorithms import ONLINE_ALGORITHMS, AlgorithmConfig
 from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
-from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm
+from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm, SequenceOutcomes
 
 COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
 # Two sequences of 3 tokens; the policy sampled the last two of each.
@@ -38,6 +40,26 @@ def made(name: str, **settings: Any) -> OnlineAlgorithm:
         {"name": name, **settings}
     )
     return ONLINE_ALGORITHMS[name](config)
+
+
+def outcomes(
+    scores: Sequence[float],
+    *,
+    group_size: int,
+    lengths: Sequence[int] = (),
+    by_reward: Mapping[str, Sequence[float]] | None = None,
+    weights: Mapping[str, float] | None = None,
+    greedy: Sequence[float] | None = None,
+) -> SequenceOutcomes:
+    """Responses with these scores, of one token each unless lengths are given."""
+    return SequenceOutcomes(
+        scores=torch.tensor(scores, dtype=torch.float64),
+        by_reward={name: torch.tensor(values, dtype=torch.float64) for name, values in (by_reward or {}).items()},
+        weights=weights or {},
+        num_tokens=torch.tensor(lengths or [1] * len(scores)),
+        group_size=group_size,
+        greedy_scores=None if greedy is None else torch.tensor(greedy, dtype=torch.float64),
+    )
 
 
 def grpo_loss(settings: dict[str, Any], logprobs: Tensor, *, kl_coef: float = 0.0, **columns: Tensor) -> LossTerms:
@@ -93,21 +115,6 @@ def test_the_entropy_bonus_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "expected"),
-    [
-        ("token", -(1.5 + 0.5 + 1.0 + 1.0) / 4),  # ratios 3 (held at 1.5), 0.5, 1, 1
-        ("sequence", -(1.5 + 1.5 + 1.0 + 1.0) / 4),  # products 3 * 0.5 = 1.5 and 1
-    ],
-)
-def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, expected: float) -> None:
-    rollout = torch.full((6,), -1.0)
-    rollout[1] -= math.log(3.0)
-    rollout[2] -= math.log(0.5)
-    settings = {"correction": {"level": level, "max_ratio": 1.5}}
-    assert float(grpo_loss(settings, torch.full((6,), -1.0), rollout_logprobs=rollout).loss) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
     ("name", "mode"),
     [
         *(("grpo", mode) for mode in get_args(Aggregation)),
@@ -158,7 +165,7 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
     batch = ValueMicrobatch(lengths=LENGTHS, response_mask=MASK, values=values, old_values=values, returns=returns)
     # halved squares of 0.8, 0.5, 1, 1 over four tokens: (0.64 + 0.25 + 1 + 1) / 2 / 4
     assert float(algorithm.critic_loss(batch, COUNTS).loss) == pytest.approx(0.36125)
-    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=2) is None
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=2)) is None
 
 
 @pytest.mark.parametrize(
@@ -176,15 +183,73 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
     ],
 )
 def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, Any], expected: list[float]) -> None:
-    scores = torch.tensor([1.0, 0.0, 3.0, 3.0], dtype=torch.float64)
-    found = made(name, **settings).sequence_advantages(scores, torch.tensor([3, 1, 2, 2]), group_size=2)
+    told = outcomes([1.0, 0.0, 3.0, 3.0], group_size=2, lengths=[3, 1, 2, 2])
+    found = made(name, **settings).sequence_advantages(told)
     assert found is not None
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_gdpo_compares_by_each_reward_and_whitens_the_sum() -> None:
+    """Against the paper's steps in a loop over groups, with the statistics module."""
+    rewards = {"a": [1.0, 0.0, 0.0, 5.0, 5.0, 7.0], "b": [0.0, 1.0, 0.0, 2.0, 2.0, 2.0], "watched": [9.0] * 6}
+    weights = {"a": 1.0, "b": 0.5, "watched": 0.0}
+    told = outcomes([0.0] * 6, group_size=3, by_reward=rewards, weights=weights)
+    sums = [0.0] * 6
+    for name in ("a", "b"):
+        for first in (0, 3):
+            group = rewards[name][first : first + 3]
+            for place, value in enumerate(group):
+                share = (value - statistics.mean(group)) / (statistics.stdev(group) + 1e-6)
+                sums[first + place] += weights[name] * share
+    expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-6) for value in sums]
+    found = made("gdpo").sequence_advantages(told)
+    assert found is not None
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert found[0] != found[1]  # though both have one of the rewards
+
+
+def test_remax_compares_with_the_greedy_response() -> None:
+    told = outcomes([1.0, 0.0, 3.0, 2.5], group_size=2, greedy=[0.5, 3.0])
+    found = made("remax").sequence_advantages(told)
+    assert found is not None
+    assert found.tolist() == [0.5, -0.5, 0.0, -0.5]
+    assert made("remax").wants_greedy
+    assert [name for name in ONLINE_ALGORITHMS if made(name).wants_greedy] == ["remax"]
+
+
+def test_pass_at_k_rewards_what_the_best_of_k_needs() -> None:
+    # three sets of 2 of the scores 0, 1, 3: best 1, 3, 3, mean 7/3, deviation sqrt(8)/3
+    normalized = made("pass_at_k", k=2).sequence_advantages(outcomes([0.0, 3.0, 1.0], group_size=3))
+    margins = made("pass_at_k", k=2, baseline="leave_one_out").sequence_advantages(outcomes([0.0, 3, 1], group_size=3))
+    assert normalized is not None
+    assert margins is not None
+    std = math.sqrt(8) / 3
+    assert normalized.tolist() == pytest.approx([(2 - 7 / 3) / std, (3 - 7 / 3) / std, (2 - 7 / 3) / std])
+    assert margins.tolist() == pytest.approx([0.0, (3 + 2) / 3, 1 / 3])  # 3 above 0 and 1, 1 above 0
+
+
+def test_raft_keeps_the_best_that_are_good_enough() -> None:
+    scores = (0.5, 2.0, -1.0, 2.0)
+    assert list(made("raft").kept(scores)) == [1]
+    assert list(made("raft", keep=3).kept(scores)) == [0, 1, 3]
+    assert list(made("raft", keep=3, min_score=1.0).kept(scores)) == [1, 3]
+    assert list(made("raft", min_score=3.0).kept(scores)) == []
+    assert made("raft", keep=3).most_kept == 3
+    assert list(made("grpo").kept(scores)) == [0, 1, 2, 3]
+
+
+def test_otb_has_rewards_to_come_before_their_baseline() -> None:
+    algorithm = made("otb")
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=2)) is None
+    rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
+    returns, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
+    torch.testing.assert_close(returns, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
+    assert [name for name in ONLINE_ALGORITHMS if made(name).has_step_baseline] == ["otb"]
+
+
 def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
     algorithm = made("reinforce_plus_plus")
-    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=1) is None
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=1)) is None
     # the first token's penalty is felt by itself alone, the score by both
     rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
     advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
@@ -208,6 +273,11 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
         ("sapo", {"temperature_positive": 2.0}, 1.5, 1.0, -(2.0 / (1.0 + math.exp(-1.0)) + 3.0) / 4, 0),
         ("rloo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),  # tokens summed, over two sequences
         ("opo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("gdpo", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
+        ("pass_at_k", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
+        ("remax", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("otb", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("raft", {}, 4.0, -9.0, (1.0 - math.log(4.0) + 3.0) / 4, 0),  # the mean negative logprob, whatever else
     ],
 )
 def test_the_loss_of_one_token_that_moved(
@@ -221,7 +291,7 @@ def test_the_loss_of_one_token_that_moved(
     assert float(terms.clipped_tokens) == clipped
 
 
-@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name != "ppo"])
+@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name not in ("ppo", "raft")])
 def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> None:
     torch.manual_seed(0)
     logprobs = torch.full((6,), -1.0, requires_grad=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.eval_inputs import inputs_of_model, inputs_of_run, marking_of
+from actors.eval_inputs import inputs_of_model, inputs_of_run
 from actors.inputs import load_inputs
 from actors.rollout import RolloutSpec, RolloutWorker
 from rlhf.cli import main
@@ -20,7 +20,7 @@ from rlhf.config.cluster import ClusterConfig
 from rlhf.config.load import load
 from rlhf.config.seating import seats_of
 from rlhf.evaluation.decoding import Decoding
-from rlhf.evaluation.results import Marking, Marks
+from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.rewards.scoring import RewardSpec
 
 CONFIG = """\

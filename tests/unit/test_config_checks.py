@@ -58,6 +58,43 @@ RELATIONS = {
         "train.sequences_per_update: is 12 and must divide rollouts.prompts_per_step * rollouts.samples_per_prompt = "
         "8 * 4 = 32; 8 would fit",
     ),
+    "minibatches divide what is kept": (
+        [GRPO, "rollouts.keep_per_prompt={count: 3}", "train.sequences_per_update=16"],
+        "is 16 and must divide rollouts.prompts_per_step * rollouts.keep_per_prompt.count = 8 * 3 = 24; 12 would fit",
+    ),
+    "minibatches divide what raft keeps": (
+        ["algorithm={name: raft, keep: 3}", "train.sequences_per_update=16"],
+        "must divide rollouts.prompts_per_step * algorithm.keep = 8 * 3 = 24; 12 would fit",
+    ),
+    "some are left out": (
+        [GRPO, "rollouts.keep_per_prompt={count: 4}"],
+        "rollouts.keep_per_prompt.count: is 4 and must be below rollouts.samples_per_prompt = 4",
+    ),
+    "what is kept can be compared": (
+        [GRPO, "rollouts.keep_per_prompt={count: 1}", "train.sequences_per_update=8"],
+        "rollouts.keep_per_prompt.count: is 1, but grpo compares the kept ones with each other: 2 or more",
+    ),
+    "raft keeps no more than there are": (["algorithm={name: raft, keep: 5}", "train.sequences_per_update=8"], "lower"),
+    "raft rejects some": (
+        ["algorithm={name: raft, keep: 4}"],
+        "algorithm.keep: is 4, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score",
+    ),
+    "a set of k has others to be compared with": (
+        ["algorithm={name: pass_at_k}"],
+        "algorithm.k: is 4, but may be 3 at most: its sets are drawn among rollouts.samples_per_prompt = 4 responses",
+    ),
+    "a set of k fits the group": (
+        ["algorithm={name: pass_at_k, baseline: leave_one_out, k: 5}"],
+        "algorithm.k: is 5, but may be 4 at most",
+    ),
+    "gdpo has several rewards": (
+        ["algorithm={name: gdpo}", "rewards.watched={function: exact_match, weight: 0}"],
+        "rewards: has 1 with a weight other than 0, but gdpo compares by several; add one, or use grpo",
+    ),
+    "no reward has the greedy one's name": (
+        ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],
+        "rewards.greedy: is taken",
+    ),
     "a minibatch is no larger than the batch": (
         ["train.sequences_per_update=64"],
         "has only rollouts.prompts_per_step",
@@ -128,6 +165,31 @@ RELATIONS = {
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
         "algorithm.kl.adaptive: multiplies algorithm.kl.coef, and 0 stays 0",
     ),
+    "a correction corrects": (
+        ["algorithm.correction={}"],
+        "algorithm.correction: corrects nothing: name a preset",
+    ),
+    "a correction is not counted twice": (
+        ["algorithm.correction={mode: bypass, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated, but with mode bypass the clipped ratio is",
+    ),
+    "weights cannot be added to a bypass": (
+        ["algorithm.correction={preset: bypass_clip, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated",
+    ),
+    "what agrees is not rejected": (
+        ["algorithm.correction={reject: {geometric_mean_ratio: [1.1, 2]}}"],
+        "algorithm.correction.reject.geometric_mean_ratio: got [1.1, 2.0], expected [low, high] with low < 1 < high",
+    ),
+    "a rejection has a bound": (
+        ["algorithm.correction={reject: {token_k1: [null, null]}}"],
+        "algorithm.correction.reject.token_k1: both bounds are null",
+    ),
+    "a rejection is known": (
+        ["algorithm.correction={reject: {seq_mean_k3: 0.1}}"],
+        "algorithm.correction.reject.seq_mean_k3: unknown key; did you mean "
+        "algorithm.correction.reject.sequence_mean_k3?",
+    ),
     "rollouts are there": (["rollouts=null"], "rollouts: is missing: algorithm ppo samples responses"),
     "a reward is there": (["rewards={}"], "rewards: is missing"),
     "a reward counts": (["rewards.correct.weight=0"], "rewards: all have weight 0"),
@@ -140,7 +202,11 @@ RELATIONS = {
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
         "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, or one with `-` before it: "
-        "eval/heldout/score, eval/heldout/truncated",
+        "eval/heldout/score, eval/heldout/score_low",
+    ),
+    "a vote needs its samples": (
+        ["eval.temperature=1.0", "eval.samples_per_prompt=4", "eval.k=[1, 8]"],
+        "eval.k: has 8, but eval.samples_per_prompt is 4; raise that, or lower k",
     ),
     "a single run has no stages": (
         ["policy.model=stage:sft"],

@@ -108,6 +108,12 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
             {"policy", "teacher"},
             "none",
         ),
+        (
+            {"name": "on_policy_distillation"},
+            {"rewards": {}, "teacher": {"model": "n"}},
+            {"policy", "rollout", "teacher", "reward"},
+            "none",
+        ),
     ],
 )
 def test_roles_that_start(algorithm: dict[str, Any], sections: dict[str, Any], roles: set[str], reference: str) -> None:

@@ -44,7 +44,23 @@ INERT = {
         "every ratio is 1",
     ),
     "algorithm.clip_low=0.3": (["algorithm={name: gmpo}", "train.sequences_per_update=32"], "every ratio is 1"),
-    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.clip_low=0.4": (
+        [GRPO, "rollouts.keep_per_prompt={count: 2}", "train.sequences_per_update=16"],
+        "the batch of 16 responses is trained on in one optimizer step",
+    ),
+    "rollouts.keep_per_prompt={count: 2}": (PAIRS, "algorithm online_dpo takes a pair of them"),
+    "rollouts.keep_per_prompt={count: 3}": (
+        ["algorithm={name: raft, keep: 2}"],
+        "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
+    ),
+    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "none has moved yet"),
+    "algorithm.value_clip=0.2": (
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}"],
+        "none has moved yet",
+    ),
+    "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "has no importance ratio of its own"),
+    "algorithm.correction.max_ratio=3": (["algorithm.correction={preset: geo_rs}"], "correction.weights is null"),
+    "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
@@ -124,6 +140,8 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
+        ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
         [
