@@ -394,7 +394,6 @@ def reward_problems(
         if limit_s is not None and limit_s >= policy.timeout_s:
             where = ".".join((*at, "rewards", name, "args.limit_s"))
             text = (
-                f"is {policy.timeout_s:g}, and `{reward.function}` may take {limit_s:g} s to find a response wrong "
-                f"({where}), which would be a failure instead; raise it, or lower {where}"
+                f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}); make it the longer"
             )
             yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)
