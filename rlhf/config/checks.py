@@ -393,7 +393,5 @@ def reward_problems(
         limit_s = own_limit_s(reward.function or "", reward.args)
         if limit_s is not None and limit_s >= policy.timeout_s:
             where = ".".join((*at, "rewards", name, "args.limit_s"))
-            text = (
-                f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}); make it the longer"
-            )
+            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
             yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)
