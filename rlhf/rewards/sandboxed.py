@@ -78,7 +78,12 @@ def run_script(program: str) -> None:
     """As `python program.py` would, with standard input and output."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    exec(compile(program, "<program>", "exec"), module.__dict__)
+    exec(_compiled(program, "<program>"), module.__dict__)
+
+
+def _compiled(code: str, name: str) -> types.CodeType:
+    """Without this file's own __future__ imports."""
+    return compile(code, name, "exec", dont_inherit=True)
 
 
 def run_tests(job: Job, results: int) -> None:
@@ -88,8 +93,9 @@ def run_tests(job: Job, results: int) -> None:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     write, dumps = os.write, json.dumps  # taken before the program could replace them
-    tests = _tests(job, module.__dict__, execute=exec)
-    exec(compile(job["program"], "<program>", "exec"), module.__dict__)
+    statements = [_compiled(code, "<tests>") for code in job["statements"]]
+    tests = _tests(job, statements, module.__dict__, execute=exec)
+    exec(_compiled(job["program"], "<program>"), module.__dict__)
     for test in tests:
         try:
             line = dumps(test())
@@ -98,14 +104,16 @@ def run_tests(job: Job, results: int) -> None:
         write(results, (line + "\n").encode())
 
 
-def _tests(job: Job, space: Job, *, execute: Callable[..., None]) -> Iterator[Callable[[], object]]:
+def _tests(
+    job: Job, statements: list[types.CodeType], space: Job, *, execute: Callable[..., None]
+) -> Iterator[Callable[[], object]]:
     if job["function"] is not None:
         name = job["function"]
         target = space[name] if name in space else getattr(space["Solution"](), name)
         for arguments in job["calls"]:
             yield lambda: {"value": target(*arguments)}  # noqa: B023  called before the next is made
         return
-    for code in job["statements"]:
+    for code in statements:
         yield lambda: (execute(code, space), job["mark"])[1]  # type: ignore[func-returns-value]  # noqa: B023
     for name in job["test_functions"]:
         yield lambda: (space[name](), job["mark"])[1]  # noqa: B023

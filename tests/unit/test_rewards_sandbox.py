@@ -155,6 +155,7 @@ def test_how_programs_end(sandbox: Sandbox) -> None:
     assert sandbox.run("pass", wall_s=5.0).code == 0
     assert sandbox.run("1 / 0", wall_s=5.0).code == 1
     assert sandbox.run("def f(:", wall_s=5.0).code == 1
+    assert sandbox.run("def f(x: int): pass\nprint(f.__annotations__)", wall_s=5.0).stdout == b"{'x': <class 'int'>}\n"
     assert sandbox.run("\ud800", wall_s=5.0).code == 1
     assert sandbox.run("import os; os.abort()", wall_s=5.0).code in (-signal.SIGABRT, -signal.SIGSEGV)
     late = sandbox.run("print('early', flush=True)\nwhile True: pass", wall_s=0.2)
