@@ -48,10 +48,10 @@ def main() -> None:
         hostile(sandboxes, folder, limit_s=arguments.limit)
     finally:
         shutil.rmtree(folder)
-    sys.stdout.write("\n| rung | interpreter | ms, median | ms, worst |\n|---|---|---|---|\n")
+    sys.stdout.write("\n| rung | interpreter | ms, median | ms, fastest |\n|---|---|---|---|\n")
     for rung, sandbox in sandboxes.items():
         times = [1000 * timed(sandbox, "print(1)", limit_s=10.0)[1] for _ in range(arguments.runs)]
-        sys.stdout.write(f"| {rung} | {sandbox.python} | {statistics.median(times):.0f} | {max(times):.0f} |\n")
+        sys.stdout.write(f"| {rung} | {sandbox.python} | {statistics.median(times):.0f} | {min(times):.0f} |\n")
 
 
 def hostile(sandboxes: dict[Rung, Sandbox], folder: Path, *, limit_s: float) -> None:
@@ -94,10 +94,10 @@ def outcome(done: Finished) -> str:
     if done.code < 0:
         return f"killed by signal {-done.code}"
     error = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-    known = re.match(r"(\w+)(?:: (?:\[Errno \d+\] )?([A-Z][\w' -]*))?", error)
+    known = re.match(r"(\w+)(?:: (?:\[Errno \d+\] )?([A-Z][\w' -]*\w))?", error)
     if done.code != 1 or known is None:
         return f"got nothing, exit code {done.code}"
-    return f"{known[1]}: {known[2].split(' - ')[0]}" if known[2] else known[1]
+    return f"{known[1]}: {known[2].split(' - ')[0].removesuffix(' in')}" if known[2] else known[1]
 
 
 if __name__ == "__main__":
