@@ -1,6 +1,6 @@
 """Throughput of `math_answer` in the reward pool, with responses mixed in that would hang a checker.
 
-    python benchmarks/rewards.py [--checks 10000] [--processes 1 2] [--hostile-every 100]
+    python benchmarks/rewards.py [--checks 10000] [--processes 1 2] [--hostile-every 0 100]
 
 Each group has eight responses to one prompt, scored as in a run: in reward processes with their limits. Every so many
 responses one is an expression that nobody should evaluate. All must come back with a score: right 1, wrong and
@@ -33,20 +33,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", type=int, default=10_000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--hostile-every", type=int, default=100, help="0: none")
+    parser.add_argument("--hostile-every", type=int, nargs="+", default=[0, 100], help="0: none")
+    parser.add_argument("--seed", type=int, default=0, help="of the answers and responses")
     arguments = parser.parse_args()
     sys.stdout.write("| processes | checks | hostile | seconds | checks / s | failures | wrong results |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|\n")
     bad = 0
     for processes in arguments.processes:
-        for every in dict.fromkeys([0, arguments.hostile_every]):
-            bad += measure(arguments.checks, processes=processes, hostile_every=every)
+        for every in arguments.hostile_every:
+            bad += measure(arguments.checks, processes=processes, hostile_every=every, seed=arguments.seed)
     sys.exit(1 if bad else 0)
 
 
-def measure(checks: int, *, processes: int, hostile_every: int) -> int:
+def measure(checks: int, *, processes: int, hostile_every: int, seed: int) -> int:
     """Print one line. How many checks failed or had the wrong result."""
-    groups = list(itertools.islice(make_groups(hostile_every), checks // GROUP))
+    groups = list(itertools.islice(make_groups(hostile_every, seed), checks // GROUP))
     source = Source(path=None, name="math_answer", args={"limit_s": LIMIT_S})
     with RewardPool([source], timeout_s=10.0, processes=processes) as pool, ThreadPoolExecutor(processes) as threads:
         began = time.monotonic()
@@ -65,9 +66,9 @@ def measure(checks: int, *, processes: int, hostile_every: int) -> int:
     return failures + wrong
 
 
-def make_groups(hostile_every: int) -> Iterator[tuple[list[str], str, tuple[float, ...]]]:
+def make_groups(hostile_every: int, seed: int) -> Iterator[tuple[list[str], str, tuple[float, ...]]]:
     """Responses, the answer, and the scores that they must get."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     number = itertools.count(1)
     while True:
         answer = draw.randrange(2, 10_000)
