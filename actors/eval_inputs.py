@@ -17,7 +17,6 @@ from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     eval_sets,
-    is_online,
     offline_kind,
     uses_reward_model,
 )
@@ -133,7 +132,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
 
 def _refuse_other_measures(config: Config, model: str) -> None:
     """UserError if the run measures its held-out sets neither by rewards nor by the likelihood of completions."""
-    if is_online(config) or offline_kind(config) == "supervised":
+    if config.rewards or offline_kind(config) == "supervised":
         return
     others: Mapping[OfflineKind, str] = {
         "reward_model": f"let it score a model's responses: rlhf eval MODEL --data PROMPTS --reward-model {model}",

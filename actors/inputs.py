@@ -21,11 +21,13 @@ from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     compares_with_divergence,
+    distils_rollouts,
     eval_sets,
     has_scalar_head,
     is_online,
     needs_gold,
     offline_kind,
+    prompts_asked,
     train_sets,
 )
 from rlhf.config.evaluate import EvaluationStage
@@ -181,6 +183,17 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
+            f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
+            "remove it, or raise train.steps or rollouts.prompts_per_step."
+        )
+    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+        raise UserError(
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
+            "rollouts.temperature. Give the column another name, or leave it out."
+        )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
     settings = config.eval
     sources = {

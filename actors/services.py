@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,11 @@ class ReferenceWorkers:
         await wait_all(refs, role=self.role, stage="reference", deadline_s=self.deadline_s)
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
         """Batches are dealt out evenly; each worker packs its own together."""
         columns: list[Any] = [None] * len(rollouts)
@@ -116,7 +120,7 @@ class ReferenceWorkers:
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
             given = [rollouts[i] for i in share]
-            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, *given)
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given)
             for i, ref in zip(share, found, strict=True):
                 columns[i] = ref
             waits.append(done)

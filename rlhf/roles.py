@@ -122,6 +122,10 @@ class RolloutRole(Protocol):
         """Answer all requests; groups come as they are completed."""
         ...
 
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        """Drop requests of the `generate` at work: it yields none of them any more, and ends without them."""
+        ...
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights; RunError if version or checksum is not the manifest's afterwards."""
         ...
@@ -168,9 +172,16 @@ class ReferenceRole(Protocol):
         ...
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
-        """One column for each given batch, in order; of these sequences only, at least one of each batch."""
+        """One column for each given batch, in order; of these sequences only, at least one of each batch.
+
+        temperatures: by sequence id, where it is not that of all; None: nowhere.
+        """
         ...
 
     async def memory(self) -> MemoryReport: ...
@@ -189,7 +200,9 @@ class TeacherRole(Protocol):
 class OnlineTeacherRole(Protocol):
     """The frozen model that a student learns from on its own responses."""
 
-    async def logprobs(self, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
+    async def logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]
+    ) -> list[Ref[TokenValues]]:
         """Log-probabilities of the sampled tokens, one column for each given batch, in order."""
         ...
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import ClippedConfig, OnAllResponses, RewardKLConfig, SequenceOutcomes
+from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -37,7 +37,7 @@ class PPOConfig(ClippedConfig):
     """First steps in which only the critic is trained."""
 
 
-class PPO(OnAllResponses):
+class PPO(OnlineDefaults):
     """Token rewards (the score on the last sampled token, less the KL penalty), GAE, clipped losses.
 
     Deviations from the paper: 1. the penalty towards the reference is that of arXiv:1909.08593; 2. advantages are

@@ -1,7 +1,7 @@
 """Relations between sections, each checked here and nowhere else, before anything starts.
 
 A range of one value stands on its field; a key without effect stands in rlhf.config.effect; what concerns a prompt's
-group of responses in rlhf.config.group_checks.
+group of responses in rlhf.config.group_checks, and a policy loss alone in rlhf.config.loss_checks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
+from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
 from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
 from rlhf.config.root import Config
@@ -40,6 +41,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
+        found += loss_problems(config, config.rollouts)
     found += [*_updates(config), *_evaluation(config)]
     return tuple(found)
 
@@ -160,6 +162,11 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if derive.compares_responses(config) and samples < 2:
         by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
+        yield _problem("rollouts.samples_per_prompt", text)
+    elif rollouts.dynamic_sampling is not None and samples < 2:
+        text = (
+            f"is {samples}, but rollouts.dynamic_sampling looks for prompts whose responses differ in score: 2 or more"
+        )
         yield _problem("rollouts.samples_per_prompt", text)
 
 

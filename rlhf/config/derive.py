@@ -6,6 +6,7 @@ take any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -287,6 +288,23 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
 def responses_per_step(rollouts: RolloutsConfig) -> int:
     """Responses sampled and scored in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
+
+
+def prompts_at_once(needed: int, rollouts: RolloutsConfig) -> int:
+    """Prompts asked where so many are needed: with oversampling, at least one more."""
+    if rollouts.oversample == 1.0:
+        return needed
+    return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is a little above 11
+
+
+def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
+    """Prompts that a run asks at most, with those whose groups are left out or cancelled."""
+    left_out = 0.0
+    if rollouts.dynamic_sampling is not None:
+        left_out += rollouts.dynamic_sampling.max_filtered_fraction
+    if config.reward_policy.on_error == "drop":
+        left_out += config.reward_policy.max_dropped_fraction
+    return config.train.steps * prompts_at_once(math.ceil(rollouts.prompts_per_step * (1.0 + left_out)), rollouts)
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:

@@ -15,6 +15,7 @@ from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
+from rlhf.algorithms.raft import RAFTConfig
 from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
@@ -74,7 +75,7 @@ def _of_method(config: Config) -> Iterator[Inert]:
     name = config.algorithm.name
     if not derive.is_online(config):
         yield from _all(
-            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens "
+            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens data.curriculum "
             "eval.temperature eval.samples_per_prompt eval.greedy eval.k eval.pass_score eval.answer eval.by "
             "tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",
@@ -138,6 +139,9 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
         keys = "algorithm.kl.estimator algorithm.kl.place"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
+    if isinstance(algorithm, RAFTConfig):
+        why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
+        yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
     correction, clips = algorithm.correction, algorithm.felt_off_policy
     if correction is not None and correction.weights is None:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
@@ -145,7 +149,8 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if correction is not None and correction.mode == "policy_gradient":
         why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
         fix = "set algorithm.correction.mode to bypass or decoupled"
-        yield from _all(" ".join(f"algorithm.{key}" for key in clips), why, fix)
+        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.felt_by_selection))
+        yield from _all(keys, why, fix)
     if not algorithm.bypasses_old_logprobs:
         yield from _of_ratios(config, clips, or_else=", or set algorithm.correction.mode to bypass")
     if config.rollouts is not None and derive.updates_per_step(config) == 1:
@@ -194,7 +199,8 @@ def _of_distillation(config: Config) -> Iterator[Inert]:
 
 def _of_rewards(config: Config) -> Iterator[Inert]:
     if not config.rewards:
-        yield from _all("reward_policy", "there are no rewards", "name one in rewards")
+        keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
+        yield from _all(keys, "there are no rewards", "name one in rewards")
         return
     if config.reward_policy.on_error == "fail":
         why = "reward_policy.on_error is fail: nothing is dropped"

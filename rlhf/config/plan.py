@@ -5,6 +5,7 @@ Needs neither the models nor the data nor Ray.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from rlhf.config.derive import (
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
+    prompts_at_once,
     reads_teacher_states,
     reference_model,
     train_sets,
@@ -33,6 +35,7 @@ from rlhf.config.derive import (
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.merge import MergeConfig, in_effect
+from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
 from rlhf.config.stages import MergeStage, Stage, run_folder
@@ -163,7 +166,10 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
         passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
         facts += [
-            ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}" + _beside(config)],
+            [
+                "responses a step",
+                f"{prompts} prompts * {samples} samples = {sequences}{_beside(config)}{_replaced(rollouts)}",
+            ],
             [
                 "updates a step",
                 f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",
@@ -198,6 +204,17 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
     )
     return facts
+
+
+def _replaced(rollouts: RolloutsConfig) -> str:
+    """What is asked besides, to make a step's batch."""
+    told = ""
+    if rollouts.oversample > 1.0:
+        told += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
+    if rollouts.dynamic_sampling is not None:
+        most = math.floor(rollouts.prompts_per_step * rollouts.dynamic_sampling.max_filtered_fraction)
+        told += f", in place of at most {most} prompts that are filtered"
+    return told
 
 
 def _whole_run(config: Config, derived: Derived) -> str:

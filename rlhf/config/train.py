@@ -62,7 +62,7 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the best one is kept beside them."""
     best_metric: str | None = None
     """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
-    first evaluation set's score (loss for runs without rollouts)."""
+    first evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
     early_stopping: EarlyStopping | None = None
     """null: the run does all its steps."""
 

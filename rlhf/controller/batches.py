@@ -25,6 +25,7 @@ def plan_batch(
     num_minibatches: int,
     num_ranks: int,
     kl_coef: float,
+    entropy_coef: float = 0.0,
 ) -> BatchPlan:
     """Deal a batch's sequences out to minibatches of about equal size, and to ranks.
 
@@ -57,11 +58,29 @@ def plan_batch(
         minibatches=tuple(minibatches),
         scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)) if scores else {},
         kl_coef=kl_coef,
+        temperatures=temperatures(groups),
+        entropy_coef=entropy_coef,
     )
 
 
+def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
+    """By sequence id, of the prompts that have a temperature of their own."""
+    return {
+        info.sequence_id: scored.group.request.temperature
+        for scored in groups
+        for info in scored.group.infos
+        if scored.group.request.temperature is not None
+    }
+
+
 def plan_pairs(
-    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]], *, step: int, seed: int, num_minibatches: int, num_ranks: int
+    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]],
+    *,
+    step: int,
+    seed: int,
+    num_minibatches: int,
+    num_ranks: int,
+    temperatures: Mapping[int, float],
 ) -> BatchPlan:
     """Deal the pairs of chosen and rejected responses out to minibatches of about equal size, and to ranks.
 
@@ -85,7 +104,7 @@ def plan_pairs(
                 num_sequences=2 * len(chosen),
             )
         )
-    return BatchPlan(step=step, minibatches=tuple(minibatches), scores={}, kl_coef=0.0)
+    return BatchPlan(step=step, minibatches=tuple(minibatches), scores={}, kl_coef=0.0, temperatures=temperatures)
 
 
 def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
@@ -21,6 +21,7 @@ from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
 from rlhf.config.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
+from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
@@ -35,7 +36,8 @@ KEPT_BY = {"spread": most_spread, "best": best}
 
 
 class AdvantageLearning:
-    """The tokens of all kept responses are trained on. `kl_coef` is the coefficient in force."""
+    """The tokens of all kept responses are trained on. `kl_coef` is the coefficient in force, and so is what `entropy`
+    gives."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -45,6 +47,7 @@ class AdvantageLearning:
         self.rollouts = config.rollouts
         self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
         self.kl_coef = self.algorithm.config.kl.coef
+        self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.group_size = trained_per_prompt(config, self.rollouts)
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
@@ -72,16 +75,18 @@ class AdvantageLearning:
                 await self._update(minibatch, step)
         if self.idle.watches:
             self.idle.see(record.row())
+        self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
 
     def state(self) -> Mapping[str, Any]:
-        """The coefficient."""
-        return {"kl_coef": self.kl_coef}
+        """The coefficients."""
+        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Take the coefficient up."""
+        """Take the coefficients up."""
         self.kl_coef = state["kl_coef"]
+        self.entropy.restore(state["entropy"])
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """The groups with the responses that are trained on; without the groups that have none."""
@@ -110,6 +115,7 @@ class AdvantageLearning:
             num_minibatches=self.num_minibatches,
             num_ranks=role.num_ranks,
             kl_coef=self.kl_coef,
+            entropy_coef=self.entropy.in_force,
         )
 
     async def _experience(
@@ -124,7 +130,9 @@ class AdvantageLearning:
 
         async def logprobs() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
-                return [] if reference is None else await reference.logprobs(rollouts, only=wanted)
+                if reference is None:
+                    return []
+                return await reference.logprobs(rollouts, only=wanted, temperatures=plan.temperatures)
 
         async def old_values() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
@@ -152,14 +160,23 @@ class AdvantageLearning:
         names = groups[0].scores.by_name
         greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
         infos = [info for scored in groups for info in scored.group.infos]
+        num_tokens = torch.tensor([info.num_response_tokens for info in infos])
         return SequenceOutcomes(
-            scores=_column([scores[info.sequence_id] for info in infos]),
+            scores=self._shaped(_column([scores[info.sequence_id] for info in infos]), num_tokens),
             by_reward={name: _column([v for scored in groups for v in scored.scores.by_name[name]]) for name in names},
             weights={name: self.config.rewards[name].weight for name in names},
-            num_tokens=torch.tensor([info.num_response_tokens for info in infos]),
+            num_tokens=num_tokens,
             group_size=self.group_size,
             greedy_scores=_column(greedy) if greedy else None,
         )
+
+    def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The scores as the algorithm compares them, and how much it has taken off."""
+        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_new_tokens)
+        if shaped is not scores:
+            taken = float((scores - shaped).sum())
+            self.record.add({"advantages/overlong_penalty/mean": Mean(total=taken, count=len(scores))})
+        return shaped
 
     def _share_bundles(self) -> bool:
         """Whether reference and critic compute on the same hardware."""
@@ -181,6 +198,11 @@ class AdvantageLearning:
         else:
             for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
+
+    def _adapt_entropy(self) -> None:
+        if self.algorithm.config.entropy.adaptive is not None:
+            self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
+            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while the critic alone is trained
 
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

@@ -44,7 +44,7 @@ class DistillationLearning:
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
         with record.stage("teacher", role="teacher"):
-            told = await self.teacher.logprobs(rollouts) if self.algorithm.config.is_sampled else []
+            told = await self.teacher.logprobs(rollouts, temperatures={}) if self.algorithm.config.is_sampled else []
             shown = rollouts[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
             means = await self._mean_logprobs(shown)
         with record.stage("experience", role="policy"):

@@ -73,7 +73,7 @@ async def evaluate(
         groups = await answers.to(requests, sampling, step=step, version=step)
         sound = [group for group in groups if not group.scores.errors]
         if not sound or (len(sound) < len(groups) and config.reward_policy.on_error == "fail"):
-            answers.ledger.forget_failures()
+            answers.forget_failures()
             failed = next(group for group in groups if group.scores.errors)
             raise RunError(f"eval {name}, step {step}: {describe(failed.scores.errors)}")
         return sound

@@ -98,15 +98,16 @@ def policy_logprobs(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     entropy_grad: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature; 0 elsewhere.
+    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature, which may be
+    one for each token; 0 elsewhere.
 
     The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
-    of_rows = partial(chunked_logprobs, temperature=temperature, entropy_grad=entropy_grad)
-    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    of_rows = partial(chunked_logprobs, entropy_grad=entropy_grad)
+    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs, entropy
 
 
@@ -117,14 +118,14 @@ def policy_logprobs_only(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> Float[Tensor, " N"]:
     """`policy_logprobs` without the work of the entropy: for references."""
 
     def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
-        return (chunked_logprobs_only(*rows, temperature=temperature, **settings),)
+        return (chunked_logprobs_only(*rows, **settings),)
 
-    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs
 
 
@@ -135,11 +136,11 @@ def policy_logprobs_and_collisions(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
-    of_rows = partial(chunked_logprobs_and_collisions, temperature=temperature)
-    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    of_rows = chunked_logprobs_and_collisions
+    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs, collisions
 
 
@@ -150,11 +151,13 @@ def _columns(
     lengths: Tensor,
     mask: Tensor,
     branches: Branches | None,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, ...]:
     """What one of rlhf.objectives.logprobs makes of the tokens in mask, each as a whole column."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
-    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], **lm_head_settings(model))
+    at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
+    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
     return tuple(_spread(values, chosen, len(token_ids)) for values in found)
 
 

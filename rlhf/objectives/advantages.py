@@ -126,6 +126,17 @@ def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, 
     return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
 
 
+def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
+    """Groups over those whose scores differ (GPG's alpha, arXiv:2504.02546); 1 if none does.
+
+    Groups of equal scores have no gradient but count in the mean; this factor takes them out of it. Scores are
+    prompt-major; ValueError as in group_centered.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
+    uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())
+    return len(scores_P_G) / uneven if uneven else 1.0
+
+
 def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -> Float[Tensor, " B"]:
     """What a response adds to the best score of k, averaged over all sets of k of its group; 0 for those without it.
 

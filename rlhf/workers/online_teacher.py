@@ -41,7 +41,7 @@ class OnlineTeacherWorker(ReferenceWorker):
 
     def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:
         """Of each sequence, over its sampled tokens."""
-        values = self.values_of(given, temperature=temperature, samples_per_prompt=samples_per_prompt)
+        values = self.values_of(given, temperature=temperature, temperatures={}, samples_per_prompt=samples_per_prompt)
         rollouts = Rollouts.gather(given, [i for part in given for i in part.sequence_ids.tolist()])
         means = sequence_means(values, rollouts.response_mask, rollouts.lengths)
         return dict(zip(rollouts.sequence_ids.tolist(), means.tolist(), strict=True))

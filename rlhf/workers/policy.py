@@ -40,8 +40,9 @@ from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
-from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
+from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
+from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
 
 STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
 
@@ -55,6 +56,7 @@ class _Share:
     rollouts: Rollouts
     microbatches: tuple[tuple[Slice, ...], ...]
     old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
+    old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
     collision_logprobs: Float[Tensor, " N"] | None = None  # None: nothing reads them
 
@@ -90,9 +92,9 @@ class PolicyWorker(TrainedWorker):
         """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
-        updates, a KL penalty in the reward, or a baseline by step. They are computed in the micro-batches of the
-        update, so that the ratio of the first update is exactly 1. Where the rollout's own stand for them, nothing is
-        computed, but for a baseline by step.
+        updates, a KL penalty in the reward, a baseline by step, or tokens that are told apart by the whole step's. They
+        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1. Where the
+        rollout's own stand for them, nothing is computed, but for a baseline by step or a choice by entropy.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -109,12 +111,14 @@ class PolicyWorker(TrainedWorker):
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
+        self.temperatures = Temperatures.of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         self.share = _Share(
             plan=plan,
             ids=ids,
             rollouts=rollouts,
             microbatches=tuple(microbatches),
             old_logprobs=None,
+            old_entropy=None,
             ref_logprobs=ref_logprobs,
         )
         if self.reference_is_adapter_off:
@@ -126,19 +130,17 @@ class PolicyWorker(TrainedWorker):
         config, mask = self.algorithm.config, rollouts.response_mask
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
-        by_step, bypasses = self.algorithm.has_step_baseline, config.bypasses_old_logprobs
+        is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
+        once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
         self.observes = True  # the first update measures how far trainer and sampler are apart
-        old, collisions = rollouts.rollout_logprobs, None
-        if by_step or not bypasses:
-            if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked and not by_step:
-                return (), {}
-            found = self._compute("old logprobs", policy_logprobs_and_collisions if by_step else _logprobs)
-            collisions = found[1] if by_step else None
-            if not bypasses:
-                old, self.observes = found[0], False
-        self.share = replace(self.share, old_logprobs=old, collision_logprobs=collisions)
+        if once and not is_asked and not config.bypasses_old_logprobs:
+            return (), {}
+        self.share = self._with_old_columns()
+        old = self.share.old_logprobs
+        assert old is not None
         metrics = reference_metrics(config, old, self.share.ref_logprobs, mask)
-        if not self.observes:
+        if not config.bypasses_old_logprobs:
+            self.observes = False
             metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
         return self._sequence_reports(old), metrics
 
@@ -170,7 +172,15 @@ class PolicyWorker(TrainedWorker):
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(own)
             advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
+        elif self.algorithm.centers:
+            advantages = torch.where(mask, advantages - self._moments_over_ranks(own).mean, 0.0)
+        bound = self.algorithm.config.advantage_clip
+        if bound is not None:
+            held = int((advantages.abs() > bound).sum())
+            metrics["advantages/clipped/fraction"] = Mean(total=held, count=own.count)
+            advantages = advantages.clamp(-bound, bound)
         self.advantages = advantages
+        self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
         means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
@@ -205,9 +215,13 @@ class PolicyWorker(TrainedWorker):
     def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
         mask = self.share.rollouts.response_mask[piece.tokens]
         has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
-        return update_metrics(
+        found = update_metrics(
             terms, sampled=int(mask.sum()), passed=len(piece.tokens), step_tokens=step_tokens, has_kl_loss=has_kl_loss
         )
+        if self.selections.selected is None:
+            return found
+        chosen = int(self.selections.selected[piece.tokens].sum())
+        return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
     def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.share.rollouts
@@ -233,12 +247,49 @@ class PolicyWorker(TrainedWorker):
                         lengths,
                         mask=mask,
                         branches=piece.branches,
-                        temperature=self.rollouts_config.temperature,
+                        temperature=self.temperatures.at(piece, self.device),
                     )
                 results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
                 for column, values in zip(results, found, strict=True):
                     column[piece.tokens] = values.float().cpu()
         return results
+
+    def _with_old_columns(self) -> _Share:
+        """The share with what the weights that sampled say of its tokens, as far as it is read."""
+        share = self.share
+        by_step, by_entropy = self.algorithm.has_step_baseline, self.algorithm.config.top_entropy_fraction is not None
+        if by_step:
+            logprobs, collisions = self._compute("old logprobs", policy_logprobs_and_collisions)
+            share = replace(share, old_logprobs=logprobs, collision_logprobs=collisions)
+        if by_entropy:
+            logprobs, entropy = self._compute("old logprobs", policy_logprobs)
+            share = replace(share, old_logprobs=logprobs, old_entropy=entropy)
+        if self.algorithm.config.bypasses_old_logprobs:
+            return replace(share, old_logprobs=share.rollouts.rollout_logprobs)
+        if not by_step and not by_entropy:
+            share = replace(share, old_logprobs=self._compute("old logprobs", _logprobs)[0])
+        return share
+
+    def _select(self) -> Selections:
+        """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
+        share = self.share
+        if not reads_whole_step(self.algorithm):
+            return Selections(high_entropy=None, selected=None)
+        assert share.old_logprobs is not None
+        columns = ShareColumns(
+            ids=share.rollouts.sequence_ids.tolist(),
+            lengths=share.rollouts.lengths,
+            response_mask=share.rollouts.response_mask,
+            old_logprobs=share.old_logprobs,
+            advantages=self.advantages,
+            entropy=share.old_entropy,
+        )
+        ranks = Ranks(
+            rank=self.data_rank,
+            contributes=self.place.rank % self.resources.sequence_parallel == 0,
+            all_reduce_sum=self.engine.all_reduce_sum,
+        )
+        return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
         """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
@@ -310,11 +361,11 @@ class PolicyWorker(TrainedWorker):
             lengths,
             mask=mask,
             branches=piece.branches,
-            temperature=self.rollouts_config.temperature,
-            entropy_grad=config.entropy_coef > 0.0,
+            temperature=self.temperatures.at(piece, self.device),
+            entropy_grad=share.plan.entropy_coef > 0.0,
         )
         logprobs = logprobs.float()
-        old, ref = share.old_logprobs, share.ref_logprobs
+        old, ref, chosen = share.old_logprobs, share.ref_logprobs, self.selections
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -324,6 +375,9 @@ class PolicyWorker(TrainedWorker):
             rollout_logprobs=share.rollouts.rollout_logprobs[piece.tokens].to(self.device),
             ref_logprobs=None if ref is None else ref[piece.tokens].to(self.device),
             advantages=self.advantages[piece.tokens].to(self.device),
+            high_entropy=None if chosen.high_entropy is None else chosen.high_entropy[piece.tokens].to(self.device),
+            selected=None if chosen.selected is None else chosen.selected[piece.tokens].to(self.device),
+            entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
         if not self.observes or not piece.rows:

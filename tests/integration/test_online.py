@@ -27,6 +27,7 @@ PPO: dict[str, Any] = {
         "name": "ppo",
         "critic_lr": 1e-3,
         "kl": {"coef": 0.05, "estimator": "k1", "place": "reward", "adaptive": {"target": 0.5, "horizon": 64}},
+        "entropy": {"adaptive": {"target": 6.0}},
     },
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"epochs_per_batch": 2},
@@ -113,6 +114,8 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     expected_rows, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "killed"))
     assert found == expected_rows
     assert found[4]["experience/kl_coef"] != found[1]["experience/kl_coef"]
+    assert found[1]["update/entropy_coef"] == 0.0
+    assert found[4]["update/entropy_coef"] == pytest.approx(0.003)  # three steps with less entropy than the target
     ours, theirs = (load_file(folder / name / "final" / "model.safetensors") for name in ("killed", "unbroken"))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     samples = [(folder / name / "samples" / "step_000004.jsonl").read_text() for name in ("killed", "unbroken")]

@@ -22,7 +22,7 @@ from rlhf.models.tiny import build_tiny_llama
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics import merge, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
-from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.policy import PolicyWorker, _logprobs
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 
@@ -94,14 +94,14 @@ def learn(
     worker.build()
     rollouts = [sampled(group) for group in range(GROUPS)]
     groups = [scored(one, group) for group, one in enumerate(rollouts)]
-    plan = plan_batch(groups, step=1, seed=0, sequences_per_update=9, num_ranks=world_size, kl_coef=0.0)
+    plan = plan_batch(groups, step=1, seed=0, num_minibatches=2, num_ranks=world_size, kl_coef=0.0)
     if agree:
         worker.prepare(plan, len(rollouts), *rollouts)
-        own = worker._compute_logprobs("old logprobs")
+        own = worker._compute("old logprobs", _logprobs)[0]
         rollouts = [replace(worker.share.rollouts, rollout_logprobs=own)]
     if correction is not None and correction.get("mode") in BYPASSES:
         unusable: Any = None
-        worker._compute_logprobs = unusable  # type: ignore[method-assign]
+        worker._compute = unusable  # type: ignore[method-assign]
     reports, prepared = worker.prepare(plan, len(rollouts), *rollouts)
     assert {report.sequence_id for report in reports} == set(plan.sequences_of(rank))
     by_sequence = {i: (i % SAMPLES) - 1.0 + 0.1 * i for i in range(GROUPS * SAMPLES)}

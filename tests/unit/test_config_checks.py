@@ -103,6 +103,18 @@ RELATIONS = {
         ["train.max_tokens_per_microbatch=149"],
         "is 149 and must hold the longest sequence: data.max_prompt_tokens + rollouts.max_new_tokens = 100 + 50 = 150",
     ),
+    "groups to choose from have two responses": (
+        ["rollouts.dynamic_sampling={}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
+        "rollouts.samples_per_prompt: is 1, but rollouts.dynamic_sampling looks for prompts whose responses differ",
+    ),
+    "a band of means has something in it": (
+        ["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"],
+        "`min_mean` 0.5 is above `max_mean` 0.25",
+    ),
+    "a curriculum's band has something in it": (
+        ["data.curriculum={low: 0.95}"],
+        "`low` 0.95 is above `high` 0.9",
+    ),
     "every rank has a sequence": (
         ["cluster.roles.policy.workers=17"],
         "train.sequences_per_update: is 16, but 17 data-parallel ranks of cluster.roles.policy",
@@ -160,6 +172,23 @@ RELATIONS = {
     "a reference does not become a policy with an adapter": (
         [*PAIRS, "algorithm.reference_every=2", LORA],
         "algorithm.reference_every: is 2, but the reference does not become a policy with policy.lora",
+    ),
+    "a straight-through estimator has a gradient": (
+        ["algorithm.kl.estimator=k3_straight_through"],
+        "algorithm.kl.estimator: is k3_straight_through, but algorithm.kl.place is reward, where nothing has a "
+        "gradient; set k3",
+    ),
+    "a penalty in the loss has a gradient": (
+        ["algorithm={name: grpo, kl: {coef: 0.1, estimator: k1}}"],
+        "algorithm.kl.estimator: is k1, but algorithm.kl.place is loss, where its mean gradient is 0",
+    ),
+    "an adaptive entropy bonus starts within its bound": (
+        ["algorithm={name: grpo, entropy: {coef: 0.1, adaptive: {target: 0.3, max_coef: 0.05}}}"],
+        "algorithm.entropy.coef: is 0.1, above algorithm.entropy.adaptive.max_coef 0.05; lower it",
+    ),
+    "the overlong buffer is a part of the response": (
+        ["algorithm={name: dapo, overlong: {buffer: 51}}"],
+        "algorithm.overlong.buffer: is 51 and must be at most rollouts.max_new_tokens = 50",
     ),
     "an adaptive coefficient starts above 0": (
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],

@@ -47,6 +47,8 @@ WHOLE = "algorithm.divergence=forward_kl"
             "algorithm.clip_high: has no effect here: the batch of 32 responses is trained on in one optimizer step",
         ),
         (["reward_policy.timeout_s=3"], "reward_policy: has no effect here: there are no rewards; remove it, or name"),
+        (["rollouts.dynamic_sampling={}"], "rollouts.dynamic_sampling: has no effect here: there are no rewards"),
+        (["data.curriculum={}"], "data.curriculum: has no effect here: there are no rewards"),
         (["reference.model=a/b"], "reference: has no effect here: algorithm on_policy_distillation has no reference"),
         (
             ["cluster.roles.reference.workers=1"],

@@ -43,6 +43,18 @@ INERT = {
         ["algorithm={name: sapo}", "train.sequences_per_update=32"],
         "every ratio is 1",
     ),
+    "algorithm.advantage_clip=2": (
+        ["algorithm={name: raft}", "train.sequences_per_update=8"],
+        "algorithm raft imitates what it keeps, without advantages",
+    ),
+    "algorithm.min_covariance=0.5": (
+        ["algorithm={name: clip_cov, correction: {preset: bypass_pg_is}}"],
+        "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio",
+    ),
+    "algorithm.beta=0.2": (["algorithm={name: dro}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.penalty=2": (["algorithm={name: kl_cov}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.max_decrease=0.1": (["algorithm={name: dppo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.power_negative=1": (["algorithm={name: vespo}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.clip_low=0.3": (["algorithm={name: gmpo}", "train.sequences_per_update=32"], "every ratio is 1"),
     "algorithm.clip_low=0.4": (
         [GRPO, "rollouts.keep_per_prompt={count: 2}", "train.sequences_per_update=16"],
@@ -112,6 +124,7 @@ def test_the_rest_of_such_a_config_passes(tmp_path: Path, override: str) -> None
         "reward.model=a/b",
         "critic.model=a/b",
         "data.max_prompt_tokens=5",
+        "data.curriculum.low=0.2",
         "train.epochs_per_batch=2",
         "eval.temperature=0.5",
         "eval.samples_per_prompt=2",
@@ -144,6 +157,15 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
+        ["algorithm={name: dapo, overlong: {buffer: 50}}"],
+        ["algorithm={name: clip_cov, fraction: 0.1}", "train.sequences_per_update=32"],
+        ["algorithm={name: grpo, kl: {coef: 0.1, estimator: k1_straight_through}}"],
+        ["algorithm={name: grpo, top_entropy_fraction: 0.2, advantage_clip: 3}", "train.sequences_per_update=32"],
+        ["algorithm={name: grpo, entropy: {adaptive: {target: 0.3}}}"],
+        [
+            "algorithm={name: reinforce}",
+            "rollouts={samples_per_prompt: 1, prompts_per_step: 32, max_new_tokens: 50}",
+        ],
         [
             "algorithm={name: reinforce_plus_plus}",
             "rollouts={samples_per_prompt: 1, prompts_per_step: 32, max_new_tokens: 50}",

@@ -156,7 +156,12 @@ def ask_with_greedy(answers: Answers, sampling: Sampling = SAMPLING) -> list[Sco
         request_for(prompt, group_id=5 + i, first_sequence_id=2 * i, samples=2, run_seed=0)
         for i, prompt in enumerate(PROMPTS)
     ]
-    return asyncio.run(answers.with_greedy(requests, sampling, step=1, version=0))
+
+    async def both() -> list[ScoredGroup]:
+        groups = await answers.to(requests, sampling, step=1, version=0)
+        return await answers.beside_greedy(groups, sampling, step=1, version=0)
+
+    return asyncio.run(both())
 
 
 def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -56,6 +57,14 @@ def members(found: BatchPlan) -> list[set[int]]:
 
 def test_every_sequence_is_trained_on_once() -> None:
     assert sorted(i for minibatch in members(plan(2)) for i in minibatch) == list(range(8))
+
+
+def test_a_plan_says_which_sequences_have_a_temperature_of_their_own() -> None:
+    assert plan(1).temperatures == {}
+    first, second = groups([[1, 9], [7, 3]])
+    second = replace(second, group=replace(second.group, request=replace(second.group.request, temperature=0.5)))
+    found = plan_batch([first, second], step=1, seed=0, num_minibatches=1, num_ranks=1, kl_coef=0.0)
+    assert found.temperatures == {2: 0.5, 3: 0.5}
 
 
 def test_what_makes_a_minibatch_does_not_depend_on_the_ranks() -> None:
@@ -143,7 +152,12 @@ def paired(count: int, *, minibatches: int, ranks: int = 1, step: int = 1) -> Ba
     """Pairs of sequences 4i + 1 (chosen, 10 + i tokens) and 4i (rejected, 3 tokens), of groups of four."""
     found = [scored.group.infos for scored in groups([[3, 10 + i, 5, 5] for i in range(count)])]
     return plan_pairs(
-        [(infos[1], infos[0]) for infos in found], step=step, seed=0, num_minibatches=minibatches, num_ranks=ranks
+        [(infos[1], infos[0]) for infos in found],
+        step=step,
+        seed=0,
+        num_minibatches=minibatches,
+        num_ranks=ranks,
+        temperatures={},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf.controller.sampling import rollout_metrics
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.metrics import merge, results
 from rlhf.tracking.progress import open_progress
+from rlhf.tracking.reductions import Mean
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
@@ -30,6 +32,7 @@ class Policy:
 
     def __init__(self, kl: float | None) -> None:
         self.kl = kl
+        self.entropy = 0.5
         self.plan: BatchPlan | None = None
         self.rollouts: list[Any] = []
         self.advantages: Mapping[int, float] | None = None
@@ -50,14 +53,16 @@ class Policy:
 
     async def update(self, minibatch: int) -> dict[str, Any]:
         self.updates.append(minibatch)
-        return {}
+        return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
 
 
 class Reference:
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None
 
-    async def logprobs(self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None) -> list[Any]:
+    async def logprobs(
+        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+    ) -> list[Any]:
         self.only = only
         return [None for _ in rollouts]
 
@@ -182,7 +187,7 @@ def test_without_a_good_response_the_policy_stays(folder: RunFolder, caplog: pyt
         signals = run.learn(groups(FIRST, SECOND, FLAT), step=7)
     assert "step 7: no response reaches algorithm.min_score, so the policy is not updated" in caplog.text
     assert (run.policy.plan, run.policy.updates, signals.reports, signals.advantages) == (None, [], {}, {})
-    assert run.learning.state() == {"kl_coef": 0.1}
+    assert run.learning.state()["kl_coef"] == 0.1
     row = run.record.row()
     assert row["advantages/kept/fraction"] == 0.0
     assert row["time/update_s"] > 0.0  # by which the throughput is divided
@@ -207,3 +212,34 @@ def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:
     found = [signals.advantages[i] for i in range(4)]
     assert found == pytest.approx([found[1] / z[1] * value for value in z], rel=1e-4)
     assert sum(signals.advantages.values()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_dapo_takes_the_penalty_for_length_off_before_the_comparison(folder: RunFolder) -> None:
+    overlong = {"buffer": 2, "factor": 3.0}
+    run = Run(folder, {"name": "dapo", "overlong": overlong}, per_update=12, max_new_tokens=4)
+    found = groups(FIRST, SECOND, FLAT)
+    short = replace(found[2].group.infos[0], num_response_tokens=2)  # all others have 3 tokens, half of the buffer
+    infos = (short, *found[2].group.infos[1:])
+    found[2] = replace(found[2], group=replace(found[2].group, infos=infos))
+    signals = run.learn(found)
+    assert run.record.row()["advantages/overlong_penalty/mean"] == pytest.approx(1.5 * 11 / 12)
+    # scores of 1 and three times 1 - 1.5: mean -0.125, deviations 1.125 and -0.375, std 0.75
+    assert [signals.advantages[i] for i in range(8, 12)] == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+
+
+def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) -> None:
+    bonus = {"coef": 0.01, "adaptive": {"target": 0.6, "step": 0.005}}
+    run = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
+    in_force = []
+    for entropy in (0.5, 0.7, 0.4):  # 0.01, up; 0.015, down and not given; 0.01
+        run.policy.entropy = entropy
+        run.learn(groups(FIRST, SECOND, FLAT))
+        assert run.policy.plan is not None
+        in_force.append(run.policy.plan.entropy_coef)
+        assert run.record.row()["update/entropy_coef"] == in_force[-1]
+    assert in_force == pytest.approx([0.01, 0.015, 0.0])
+    other = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
+    asyncio.run(other.learning.restore(run.learning.state(), 3))
+    other.learn(groups(FIRST, SECOND, FLAT))
+    assert other.policy.plan is not None
+    assert other.policy.plan.entropy_coef == pytest.approx(0.015)

@@ -51,7 +51,7 @@ class Teacher:
         self.calls = calls
         self.asked: dict[str, Any] = {}
 
-    async def logprobs(self, rollouts: Sequence[Any]) -> list[str]:
+    async def logprobs(self, rollouts: Sequence[Any], *, temperatures: Mapping[int, float]) -> list[str]:
         return [f"teacher of {one}" for one in rollouts]
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> str:

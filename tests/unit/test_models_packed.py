@@ -95,6 +95,21 @@ def test_packed_equals_one_by_one(name: str) -> None:
     torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", [policy_logprobs, policy_logprobs_and_collisions])
+def test_tokens_may_have_a_temperature_each(function: Any) -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    mixed = torch.tensor([0.5, 1.0, 2.0]).repeat_interleave(LENGTHS)
+    got = function(model, token_ids, LENGTHS, mask=mask, temperature=mixed)
+    torch.testing.assert_close(policy_logprobs_only(model, token_ids, LENGTHS, mask=mask, temperature=mixed), got[0])
+    for temperature in (0.5, 2.0):
+        expected = function(model, token_ids, LENGTHS, mask=mask, temperature=temperature)
+        where = mixed == temperature
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours[where], theirs[where])
+            assert not torch.allclose(ours[~where], theirs[~where])
+
+
 def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
     model = make("llama")
     token_ids, _ = some_tokens()

@@ -22,6 +22,7 @@ from rlhf.objectives.advantages import (
     leave_one_out,
     length_weighted_centered,
     reward_to_go,
+    uneven_group_scale,
     whiten,
 )
 
@@ -102,6 +103,12 @@ def test_equal_scores_teach_nothing() -> None:
 def test_leave_one_out() -> None:
     # 0 - (1 + 2) / 2, 1 - (0 + 2) / 2, 2 - (0 + 1) / 2
     assert leave_one_out(SCORES, group_size=3).tolist()[:3] == [-1.5, 0.0, 1.5]
+
+
+def test_flat_groups_are_scaled_away() -> None:
+    assert uneven_group_scale(column(0, 1, 2, 5, 5, 5, 1, 1, 1), group_size=3) == 3.0  # one of three
+    assert uneven_group_scale(SCORES, group_size=3) == 1.0
+    assert uneven_group_scale(column(4, 4, 4), group_size=3) == 1.0
 
 
 def test_best_of_group() -> None:

@@ -99,7 +99,7 @@ def test_of_sampled_responses_there_are_states_and_log_probabilities(tiny_model:
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     given = rollouts_of(0, 1)
     *columns, count = teacher.states([(3, 0), (), (1,)], *given)
-    told = [one for one in teacher.logprobs(None, *given)[:-1] if not isinstance(one, int)]
+    told = [one for one in teacher.logprobs(None, {}, *given)[:-1] if not isinstance(one, int)]
     means = teacher.mean_logprobs(2.0, 2, *given)
     assert count == 2 + 4 + 2
     assert sorted(means) == [0, 1, 2, 3]
