@@ -22,9 +22,10 @@ from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RolloutsConfig
+from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
+from rlhf.rewards.functions import own_limit_s
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -34,7 +35,7 @@ _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_t
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
+    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward, config.reward_policy)]
     found += [*_adapters(config), *_cluster(config)]
     if not derive.is_online(config):
         found += _offline(config)
@@ -377,7 +378,7 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
 
 
 def reward_problems(
-    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
+    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, policy: RewardPolicy, *, at: Key = ()
 ) -> Iterator[Problem]:
     """What is wrong among the rewards. `at`: the section that they stand in."""
     users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
@@ -396,3 +397,8 @@ def reward_problems(
             if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
                 yield Problem(key=(*at, "rewards", name, "args", argument), text=text)
+        limit_s = own_limit_s(reward.function or "", reward.args)
+        if limit_s is not None and limit_s >= policy.timeout_s:
+            where = ".".join((*at, "rewards", name, "args.limit_s"))
+            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
+            yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)
