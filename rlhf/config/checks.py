@@ -5,7 +5,6 @@ A range of one value stands on its field; a key without effect stands in rlhf.co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -18,20 +17,19 @@ from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RolloutsConfig
+from rlhf.config.rewards import SECRET, RewardConfig
+from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
 if TYPE_CHECKING:
     from rlhf.types import Role
 
-_SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
-
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
-    found += [*_adapters(config), *_cluster(config)]
+    found += [*_adapters(config), *_cluster(config), *_normalized(config)]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
@@ -339,6 +337,14 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
         yield _problem("cluster.weight_sync", text)
 
 
+def _normalized(config: Config) -> Iterator[Problem]:
+    """Rewards that are compared within a group need one."""
+    for name, reward in config.rewards.items():
+        if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
+            text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
+            yield Problem(key=("rewards", name, "normalize"), text=text)
+
+
 def reward_problems(
     rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
 ) -> Iterator[Problem]:
@@ -355,7 +361,12 @@ def reward_problems(
         text = "all have weight 0, so every score is 0; give one a weight"
         yield Problem(key=(*at, "rewards"), text=text)
     for name, reward in rewards.items():
-        for argument in reward.args:
-            if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
+        if reward.gate is not None and (reward.gate not in rewards or reward.gate == name):
+            others = ", ".join(other for other in rewards if other != name) or "none"
+            text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
+            yield Problem(key=(*at, "rewards", name, "gate"), text=text)
+        for argument in (*reward.args, *(reward.judge.request if reward.judge is not None else ())):
+            if SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                yield Problem(key=(*at, "rewards", name, "args", argument), text=text)
+                where = ("args", argument) if argument in reward.args else ("judge", "request", argument)
+                yield Problem(key=(*at, "rewards", name, *where), text=text)

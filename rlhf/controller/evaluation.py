@@ -8,7 +8,7 @@ from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.sampling import group_samples
+from rlhf.controller.sampling import group_samples, values_by_reward
 from rlhf.errors import RunError
 from rlhf.rewards.scoring import describe
 from rlhf.roles import RewardRole, SampleSelection, ScoredGroup
@@ -71,8 +71,5 @@ def _metrics(name: str, groups: Sequence[ScoredGroup]) -> dict[str, Reduction]:
         f"eval/{name}/score": Mean.of(scores),
         f"eval/{name}/truncated": Mean.of([float(info.finish_reason == "length") for info in infos]),
         f"eval/{name}/response_tokens": Mean.of([float(info.num_response_tokens) for info in infos]),
-        **{
-            f"eval/{name}/{reward}": Mean.of([v for scored in groups for v in scored.scores.by_name[reward]])
-            for reward in groups[0].scores.by_name
-        },
+        **{f"eval/{name}/{reward}": Mean.of(values) for reward, values in values_by_reward(groups).items()},
     }

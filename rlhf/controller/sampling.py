@@ -29,8 +29,15 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         "rewards/score/mean": Mean.of(scores),
         "rewards/score/std": Std.of(scores),
     }
-    for name in groups[0].scores.by_name:
-        found[f"rewards/{name}/mean"] = Mean.of([v for scored in groups for v in scored.scores.by_name[name]])
+    return found | {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+
+
+def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
+    """What each reward said of the responses that it applies to; a reward that applies to none is not there."""
+    found: dict[str, list[float]] = {}
+    for scored in groups:
+        for name, values in scored.scores.by_name.items():
+            found.setdefault(name, []).extend(values)
     return found
 
 

@@ -22,7 +22,7 @@ class PromptResult:
     prompt: str
     responses: tuple[str, ...]
     scores: tuple[float, ...]  # weighted sum of the rewards
-    by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    by_name: Mapping[str, tuple[float, ...]]  # each reward that applies, before its gate and weight
     truncated: tuple[bool, ...]
     response_tokens: tuple[int, ...]
 
@@ -117,8 +117,8 @@ def prompt_metrics(
         return mean_estimate(values, seed=seed)
 
     found = {"score": over_prompts([_mean(one.scores) for one in results])}
-    for name in results[0].by_name:
-        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results])
+    for name in dict.fromkeys(name for one in results for name in one.by_name):
+        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results if name in one.by_name])
     if marking.pass_score is not None:
         passed = [[score >= marking.pass_score for score in one.scores] for one in results]
         for k in marking.ks:

@@ -113,7 +113,13 @@ _DECLARATIONS = (
     # rewards
     _metric("rewards/score/mean", "1", Mean, "online", "Weighted sum of the rewards of a response"),
     _metric("rewards/score/std", "1", Std, "online", "Its deviation over the step's responses"),
-    _metric("rewards/<name>/mean", "1", Mean, "online", "One reward, before its weight"),
+    _metric(
+        "rewards/<name>/mean",
+        "1",
+        Mean,
+        "online",
+        "One reward, before its gate and weight, over the responses that it applies to",
+    ),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
     # experience
     _metric(
