@@ -52,7 +52,7 @@ class JudgeConfig(Section):
     """What it is asked. `{prompt}`, `{response}` and `{COLUMN}` are filled in; a brace of its own is doubled."""
     system: str | None = Field(default=None, min_length=1)
     """A system message before it."""
-    pattern: str = r"(?i)score\W*(-?\d+(?:\.\d+)?)"
+    pattern: str = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the number; the last match counts."""
     scale: tuple[float, float] = (1.0, 10.0)
     """Numbers of the worst and the best response, which become 0 and 1. A number outside is a failure."""

@@ -10,6 +10,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -80,6 +81,8 @@ class RemoteRewards:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(limit_s)
+        except CancelledError as error:
+            raise RunError("rewards: the services were closed while a group was being scored") from error
         except TimeoutError as error:
             future.cancel()
             raise RunError(f"rewards: the services were not done within {limit_s:g} s") from error
