@@ -48,21 +48,11 @@ def test_a_gate_must_apply_where_its_reward_does() -> None:
 
 def test_values_are_compared_with_their_types() -> None:
     (spec,) = specs(one={"function": "last_number", "only": {"level": [1, True]}})
-    assert [spec.applies_to({"level": value}) for value in (1, True, "1", 1.0, None)] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert [value for value in (1, True, "1", 1.0, None) if spec.applies_to({"level": value})] == [1, True]
     (spec,) = specs(one={"function": "last_number", "only": {"level": [1], "kind": ["a"]}})
-    assert [
-        spec.applies_to(one) for one in ({"level": 1, "kind": "a"}, {"level": 1}, {"level": True, "kind": "a"})
-    ] == [
-        True,
-        False,
-        False,
-    ]
+    assert spec.applies_to({"level": 1, "kind": "a"})
+    assert not spec.applies_to({"level": 1})
+    assert not spec.applies_to({"level": True, "kind": "a"})
 
 
 def test_a_reward_for_no_row_of_the_training_data_is_refused() -> None:
