@@ -66,7 +66,7 @@ def scoring_of_function(function: str) -> Scoring:
 
 def scoring_of_config(loaded: LoadedConfig) -> Scoring:
     """The rewards of a configuration; of a pipeline, those of its last stage that has any."""
-    for stage in reversed(loaded.stages.values()):
+    for stage in reversed(list(loaded.stages.values())):
         if isinstance(stage, Config) and stage.rewards:
             return _of_run(stage, loaded)
         if isinstance(stage, EvaluationStage) and stage.evaluate.rewards:
