@@ -18,8 +18,6 @@ import pytest
 import rlhf
 from tests.integration.recipes import rows, train, write_config
 
-JUDGE = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
-
 
 @contextmanager
 def running(words: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
@@ -40,7 +38,8 @@ def wait_for_url(url: str, process: subprocess.Popen[str], log: Path, *, timeout
             urllib.request.urlopen(url, timeout=5).close()
             return
         except OSError:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.3)
 
 
@@ -99,13 +98,20 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not JUDGE.is_dir(), reason="needs models/SmolLM2-135M-Instruct (see README)")
-def test_a_judge_on_vllms_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
     log, port = tmp_path / "vllm.log", "18732"
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(JUDGE), "--host", "127.0.0.1"]
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(tiny_model),
+        "--host",
+        "127.0.0.1",
+    ]
     words += ["--port", port, "--api-key", "a-key-of-this-test", "--served-model-name", "judge", "--enforce-eager"]
-    with running([*words, "--max-model-len", "1024"], log, VLLM_CPU_KVCACHE_SPACE="1") as process:
+    with running([*words], log, VLLM_CPU_KVCACHE_SPACE="1") as process:
         wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=280)
         taste: dict[str, Any] = {
             "url": f"http://127.0.0.1:{port}/v1",
@@ -134,6 +140,6 @@ def test_a_judge_on_vllms_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found[0].score == found[2].score
         free = ["rewards.taste.judge={model: judge, prompt: 'Say hello. {response}'}"]
         kinds = {one.kind for row in rlhf.reward(config, tmp_path / "r.jsonl", free).rows for one in row.errors}
-        assert kinds <= {"not_a_number"}  # a model this small rarely gives a score when it is asked for another thing
+        assert kinds == {"not_a_number"}  # this model writes what comes
         refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
         assert {one.kind for row in refused for one in row.errors} == {"refused"}
