@@ -101,17 +101,9 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
 def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
     log, port = tmp_path / "vllm.log", "18732"
-    words = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(tiny_model),
-        "--host",
-        "127.0.0.1",
-    ]
-    words += ["--port", port, "--api-key", "a-key-of-this-test", "--served-model-name", "judge", "--enforce-eager"]
-    with running([*words], log, VLLM_CPU_KVCACHE_SPACE="1") as process:
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model), "--enforce-eager"]
+    words += ["--host", "127.0.0.1", "--port", port, "--api-key", "a-key-of-this-test", "--served-model-name", "judge"]
+    with running(words, log, VLLM_CPU_KVCACHE_SPACE="1") as process:
         wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=280)
         taste: dict[str, Any] = {
             "url": f"http://127.0.0.1:{port}/v1",
@@ -138,7 +130,7 @@ def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypat
         assert [row.errors for row in found] == [()] * 4
         assert all(row.score in (1.0, -1.0) for row in found)
         assert found[0].score == found[2].score
-        free = ["rewards.taste.judge={model: judge, prompt: 'Say hello. {response}'}"]
+        free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
         kinds = {one.kind for row in rlhf.reward(config, tmp_path / "r.jsonl", free).rows for one in row.errors}
         assert kinds == {"not_a_number"}  # this model writes what comes
         refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
