@@ -143,7 +143,7 @@ class RewardConfig(Section):
 
 
 class RewardPolicy(Section):
-    """What happens when a reward raises, hangs or returns no finite number."""
+    """What happens when a reward raises, hangs, returns no finite number, or has a service that does not answer."""
 
     on_error: Literal["fail", "drop"] = "fail"
     """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
