@@ -173,7 +173,8 @@ class Scorer:
     def _model_scores(self, prompt: str, responses: Sequence[str], truncated: Sequence[bool]) -> list[float]:
         assert self.model is not None
         (prompt_ids,) = encode([prompt], self.tokenizer)
-        end = [self.tokenizer.eos_token_id]
+        eos = self.tokenizer.eos_token_id
+        end = [] if eos is None else [eos]
         sequences = [
             [*prompt_ids, *response_ids, *([] if cut else end)]
             for response_ids, cut in zip(encode(responses, self.tokenizer), truncated, strict=True)

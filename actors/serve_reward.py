@@ -136,7 +136,7 @@ def read_group(text: str) -> Asked:
     """A request's body. ValueError says what is wrong with it."""
     try:
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("the body is no JSON object")
