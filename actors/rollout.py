@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from actors.engine_loop import EngineLoop, Submission
+from actors.engine_loop import Aborted, EngineLoop, Submission
 from actors.spool import read_group, write_group
 from actors.vllm_engine import (
     RolloutSpec,
@@ -105,8 +105,11 @@ class RolloutWorker:
             self.spec.start_timeout_s,
         )
 
-    async def generate(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-        """Draw one response a seed. With a spool the group is on disk before this returns.
+    async def generate(
+        self, request: GroupRequest, sampling: Sampling
+    ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | tuple[None, None]:
+        """Draw one response a seed; nothing of a group that is cancelled. With a spool the group is on disk before this
+        returns.
 
         A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
         others of its batch are then scheduled, and rounded, as they were.
@@ -121,9 +124,12 @@ class RolloutWorker:
                 self._held.append((request.group_id, submissions, started))
                 self._arrived.notify_all()
             futures = await self._within(started, f"the release of group {request.group_id}")
-        outputs = await asyncio.gather(
-            *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
-        )
+        try:
+            outputs = await asyncio.gather(
+                *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
+            )
+        except Aborted:
+            return None, None
         rollouts, infos = assemble(request, outputs)
         spooled = await self.read_spooled(request, sampling, version)
         if spooled is not None:
@@ -207,7 +213,7 @@ class RolloutWorker:
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
         submission = Submission(
-            request_id=self._next_id("probe"), prompt_token_ids=tuple(token_ids), params=params, lora=self._lora
+            request_id=self._next_id("probe-"), prompt_token_ids=tuple(token_ids), params=params, lora=self._lora
         )
         (future,) = self.loop.submit([submission])
         output = await self._wait(future, "the probe", self.spec.call_timeout_s)
@@ -241,9 +247,10 @@ class RolloutWorker:
         )
         return max(peaks)
 
-    async def abort_all(self) -> int:
-        """Drop every request in flight; how many. Their `generate` raises RunError."""
-        return await self._wait(self.loop.abort_all(), "an abort", self.spec.call_timeout_s)
+    async def cancel(self, group_ids: Sequence[int]) -> int:
+        """Drop what is left of these groups; how many samples. Other groups go on."""
+        prefixes = [_prefix(group_id) for group_id in group_ids]
+        return await self._wait(self.loop.abort(prefixes), "an abort", self.spec.call_timeout_s)
 
     async def health(self) -> EngineHealth:
         """Never waits for the engine."""
@@ -275,7 +282,7 @@ class RolloutWorker:
 
     def _next_id(self, kind: str) -> str:
         self._serial += 1
-        return f"{kind}-{self._serial}"
+        return f"{kind}{self._serial}"
 
     def _submissions(self, request: GroupRequest, sampling: Sampling) -> list[Submission]:
         length = len(request.prompt.token_ids) + sampling.max_new_tokens
@@ -286,9 +293,9 @@ class RolloutWorker:
             )
         return [
             Submission(
-                request_id=self._next_id(f"group{request.group_id}"),
+                request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(sampling, seed),
+                params=sampling_params(request.drawn_by(sampling), seed),
                 lora=self._lora,
             )
             for seed in request.seeds
@@ -310,6 +317,11 @@ class RolloutWorker:
                 f"{self.spec.name}: waited {limit:.0f} s for {what}; {self.loop.num_waiting} requests in flight, last "
                 f"step {time.monotonic() - self.loop.last_step:.0f} s ago"
             ) from error
+
+
+def _prefix(group_id: int) -> str:
+    """What the ids of a group's requests begin with, and no other group's."""
+    return f"group{group_id}-"
 
 
 def assemble(request: GroupRequest, outputs: Sequence[Any]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:

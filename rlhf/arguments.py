@@ -84,6 +84,7 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
     evaluate.add_argument(
         "--answer", choices=("last_number", "answer_tag", "boxed", "whole"), help="by what responses vote (maj@k)"
     )
+    evaluate.add_argument("--by", metavar="COLUMN", help="report each value of a column beside the whole set")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results; evals/NAME if not given")
     evaluate.add_argument("--json", action="store_true", help="print eval.json, not a table")
     for command in (generate, evaluate):

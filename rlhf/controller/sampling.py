@@ -26,10 +26,14 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
             total=sum(info.mean_logprob * info.num_response_tokens for info in infos), count=sum(lengths)
         ),
         "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
-        "rewards/score/mean": Mean.of(scores),
-        "rewards/score/std": Std.of(scores),
     }
-    return found | {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+    if scores:
+        found |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
+    greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+    if greedy:
+        found["rewards/greedy/mean"] = Mean.of(greedy)
+    found |= {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+    return found
 
 
 def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
@@ -64,7 +68,7 @@ def group_samples(
                     sample=sample,
                     prompt=request.prompt.text,
                     response="",
-                    score=scored.scores.scores[sample],
+                    score=scored.scores.scores[sample] if scored.scores.scores else None,
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),
@@ -75,6 +79,7 @@ def group_samples(
                     mean_rollout_logprob=info.mean_logprob,
                     mean_old_logprob=None if sequence is None else sequence.mean_old_logprob,
                     mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
+                    mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )
         selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records)))

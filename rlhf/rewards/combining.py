@@ -31,27 +31,30 @@ def plain_sum(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share
 
     by_name: the rewards that apply to the group's row; the others add nothing.
     """
-    return _sum({name: _gated(name, by_name, shares) for name in by_name}, shares)
+    return _sum(gated(by_name, shares), shares)
 
 
 def training_sum(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:
     """The same, with each reward of `normalize: group` normalised within the group, behind its gate (arXiv:2601.05242,
     GDPO; its second normalisation, of the sum over the batch, is an algorithm's affair)."""
-    terms = {}
-    for name in by_name:
-        values = _gated(name, by_name, shares)
+    terms: dict[str, list[float]] = {}
+    for name, values in gated(by_name, shares).items():
         if shares[name].normalize == "group":
             scores = torch.tensor(values, dtype=torch.float64)
-            values = group_normalized(scores, group_size=len(values), eps=GROUP_STD_EPS).tolist()
-        terms[name] = values
+            terms[name] = group_normalized(scores, group_size=len(values), eps=GROUP_STD_EPS).tolist()
+        else:
+            terms[name] = values
     return _sum(terms, shares)
 
 
-def _gated(name: str, by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:
-    gate = shares[name].gate
-    if gate is None:
-        return list(by_name[name])
-    return [value * factor for value, factor in zip(by_name[name], by_name[gate], strict=True)]
+def gated(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> dict[str, list[float]]:
+    """gate * value, by reward."""
+    found = {}
+    for name, values in by_name.items():
+        gate = shares[name].gate
+        factors = [1.0] * len(values) if gate is None else by_name[gate]
+        found[name] = [value * factor for value, factor in zip(values, factors, strict=True)]
+    return found
 
 
 def _sum(terms: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:

@@ -80,14 +80,12 @@ def asks_in_flight(specs: Sequence[RewardSpec]) -> int:
 
 
 class RewardSet:
-    """All rewards of a run. `score` may be called from as many threads at once as there are `processes`, `ask` from as
-    many as `asks_in_flight` says."""
+    """All rewards of a run, if it has any: without them there are no scores. `score` may be called from as many threads
+    at once as there are `processes`, `ask` from as many as `asks_in_flight` says."""
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
     ) -> None:
-        if not specs:
-            raise ValueError("a reward set needs at least one reward")
         self.specs = tuple(specs)
         self._shares = {spec.name: Share(weight=spec.weight, gate=spec.gate) for spec in specs}
         functions = {spec.name: spec.function.source for spec in self.specs if spec.function is not None}
@@ -162,7 +160,7 @@ class RewardSet:
                 told = zip(outcome.scores, truncated, strict=True)
                 by_name[spec.name] = tuple(spec.truncated_score if cut else score for score, cut in told)
             errors += _as_errors(spec.name, outcome, prompt)
-        if errors:
+        if errors or not self.specs:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))
         total = _check(plain_sum(by_name, self._shares), len(responses), "the weighted sum is")
         if total.failures:

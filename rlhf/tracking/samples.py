@@ -25,7 +25,7 @@ class SampleRecord:
     sample: int  # which of the responses to this prompt
     prompt: str
     response: str
-    score: float  # weighted sum
+    score: float | None  # weighted sum
     scores: Mapping[str, float]  # each reward that applies, before its gate and weight
     advantage: float | None  # mean over its tokens
     preferred: bool | None  # whether it is the chosen response of its pair
@@ -36,6 +36,7 @@ class SampleRecord:
     mean_rollout_logprob: float
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
+    mean_teacher_logprob: float | None
 
 
 def samples_path(folder: Path, step: int) -> Path:

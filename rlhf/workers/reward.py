@@ -14,6 +14,7 @@ import torch
 
 from rlhf.config.model import RewardModelConfig
 from rlhf.engine.memory import peak_memory
+from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
@@ -92,6 +93,10 @@ class RewardWorker:
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""
         return response_texts(rollouts, self.tokenizer)
+
+    def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        return tuple(answer_of(text, form) for text in self.texts(rollouts))
 
     def write_samples(self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *rollouts: Rollouts) -> None:
         """Give each group's records their responses and write the step's file."""

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.config.rewards import RewardConfig
 from rlhf.controller.sampling import rollout_metrics, values_by_reward
-from rlhf.controller.training_scores import for_training
+from rlhf.controller.training_scores import by_reward, for_training
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
 
@@ -62,3 +62,10 @@ def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
 
 def test_without_normalisation_they_are_the_same() -> None:
     assert for_training(GROUPS, rewards(maths={}, style={"gate": "maths"})) == GROUPS
+
+
+def test_an_algorithm_that_compares_by_reward_sees_gates_and_rows() -> None:
+    found = by_reward(GROUPS, rewards(maths={"weight": 9.0}, style={}))
+    assert found == {"maths": [1.0, 3.0, 0.0, 0.0], "style": [4.0, 4.0, 2.0, 6.0]}
+    (first, _) = GROUPS
+    assert by_reward([first], rewards(maths={}, style={"gate": "maths"}))["style"] == [4.0, 12.0]  # 4 * 1, 4 * 3
