@@ -7,7 +7,7 @@ group of responses in rlhf.config.group_checks, and a policy loss alone in rlhf.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
@@ -21,8 +21,8 @@ from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
-from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rewards import SECRET, RewardConfig
+from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.reward_checks import normalization_problems, reward_problems
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
-    found += [*_adapters(config), *_cluster(config), *_normalized(config)]
+    found += [*_adapters(config), *_cluster(config), *normalization_problems(config)]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
@@ -373,41 +373,3 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
             "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
         )
         yield _problem("cluster.weight_sync", text)
-
-
-def _normalized(config: Config) -> Iterator[Problem]:
-    """Rewards that are compared within a group need one."""
-    for name, reward in config.rewards.items():
-        if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
-            text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
-            yield Problem(key=("rewards", name, "normalize"), text=text)
-        elif reward.normalize == "group" and derive.wants_greedy(config):
-            text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
-            yield Problem(key=("rewards", name, "normalize"), text=text + "; set it to none")
-
-
-def reward_problems(
-    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
-) -> Iterator[Problem]:
-    """What is wrong among the rewards. `at`: the section that they stand in."""
-    users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
-    if users and model is None:
-        key = (*at, "reward")
-        text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
-        yield Problem(key=key, text=text)
-    if "score" in rewards:
-        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
-        yield Problem(key=(*at, "rewards", "score"), text=text)
-    if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
-        text = "all have weight 0, so every score is 0; give one a weight"
-        yield Problem(key=(*at, "rewards"), text=text)
-    for name, reward in rewards.items():
-        if reward.gate is not None and (reward.gate not in rewards or reward.gate == name):
-            others = ", ".join(other for other in rewards if other != name) or "none"
-            text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
-            yield Problem(key=(*at, "rewards", name, "gate"), text=text)
-        for argument in (*reward.args, *(reward.judge.request if reward.judge is not None else ())):
-            if SECRET.search(argument):  # the configuration is written to the run folder and to W&B
-                text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                where = ("args", argument) if argument in reward.args else ("judge", "request", argument)
-                yield Problem(key=(*at, "rewards", name, *where), text=text)

@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
-from rlhf.config.checks import cluster_problems, reward_problems, written_inert
+from rlhf.config.checks import cluster_problems, written_inert
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import EvalSource
 from rlhf.config.effect import Inert, inert_in_cluster, inert_in_rewards
 from rlhf.config.explain import Problem
 from rlhf.config.model import Dtype, RewardModelConfig
+from rlhf.config.reward_checks import reward_problems
 from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import RewardName
 from rlhf.config.run import RunConfig, TrackingConfig
