@@ -22,10 +22,10 @@ from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
+from rlhf.config.reward_limits import limit_problems
+from rlhf.config.rollouts import RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
-from rlhf.rewards.functions import own_limit_s
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -35,14 +35,14 @@ _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_t
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward, config.reward_policy)]
+    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
     found += [*_adapters(config), *_cluster(config)]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
         found += loss_problems(config, config.rollouts)
-    found += [*_updates(config), *_evaluation(config)]
+    found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(found)
 
 
@@ -378,7 +378,7 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
 
 
 def reward_problems(
-    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, policy: RewardPolicy, *, at: Key = ()
+    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
 ) -> Iterator[Problem]:
     """What is wrong among the rewards. `at`: the section that they stand in."""
     users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
@@ -397,8 +397,3 @@ def reward_problems(
             if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
                 yield Problem(key=(*at, "rewards", name, "args", argument), text=text)
-        limit_s = own_limit_s(reward.function or "", reward.args)
-        if limit_s is not None and limit_s >= policy.timeout_s:
-            where = ".".join((*at, "rewards", name, "args.limit_s"))
-            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
-            yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)
