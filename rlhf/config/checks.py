@@ -23,6 +23,7 @@ from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.reward_checks import normalization_problems, reward_problems
+from rlhf.config.reward_limits import limit_problems
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
@@ -40,7 +41,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
         found += loss_problems(config, config.rollouts)
-    found += [*_updates(config), *_evaluation(config)]
+    found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from rlhf.config.effect import Inert, inert_in_cluster, inert_in_rewards
 from rlhf.config.explain import Problem
 from rlhf.config.model import Dtype, RewardModelConfig
 from rlhf.config.reward_checks import reward_problems
+from rlhf.config.reward_limits import limit_problems
 from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import RewardName
 from rlhf.config.run import RunConfig, TrackingConfig
@@ -97,6 +98,7 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     return (
         *written_inert(stage, inert_in_evaluation(stage)),
         *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, at=("evaluate",)),
+        *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
         *_problems(stage.evaluate),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
     )
