@@ -77,7 +77,13 @@ def load_rewards(
                 memory_gib=memory_gib,
             )
         specs.append(
-            RewardSpec(name=name, weight=reward.weight, function=function, truncated_score=reward.truncated_score)
+            RewardSpec(
+                name=name,
+                weight=reward.weight,
+                function=function,
+                from_environment=reward.environment,
+                truncated_score=reward.truncated_score,
+            )
         )
     return tuple(specs)
 

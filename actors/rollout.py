@@ -163,9 +163,7 @@ class RolloutWorker:
             conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
         return conversations
 
-    async def _draw(
-        self, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None
-    ) -> Sampled:
+    async def _draw(self, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None) -> Sampled:
         """One turn of a conversation."""
         submission = Submission(
             request_id=self._next_id("turn"),
@@ -366,9 +364,7 @@ class RolloutWorker:
 
 
 def _answer(request: GroupRequest, sampled: Sampled) -> Played:
-    return Played(
-        prompt_token_ids=request.prompt.token_ids, spans=(sampled,), finish_reason=sampled.finish_reason
-    )
+    return Played(prompt_token_ids=request.prompt.token_ids, spans=(sampled,), finish_reason=sampled.finish_reason)
 
 
 def sampled_of(output: Any) -> Sampled:

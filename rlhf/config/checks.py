@@ -18,7 +18,7 @@ from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RolloutsConfig
+from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
@@ -30,7 +30,9 @@ _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_t
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
+    environment = config.rollouts.environment if config.rollouts is not None else None
+    found = [*unused(config), *_presence(config)]
+    found += reward_problems(config.rewards, config.reward, environment=environment)
     found += [*_adapters(config), *_cluster(config)]
     if not derive.is_online(config):
         found += _offline(config)
@@ -141,19 +143,33 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield _problem("train.sequences_per_update", text)
-    prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
-    whole, times, longest = "the longest sequence", "", prompt + new
-    if derive.pairs_rollouts(config):
-        whole, times, longest = "both responses of a pair", "2 * ", prompt + 2 * new
-    if train.max_tokens_per_microbatch < longest:
-        text = (
-            f"is {train.max_tokens_per_microbatch} and must hold {whole}: data.max_prompt_tokens + "
-            f"{times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}; raise it, or lower one of those"
-        )
-        yield _problem("train.max_tokens_per_microbatch", text)
+    yield from _longest(config, rollouts)
     if derive.compares_responses(config) and samples < 2:
         text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
+
+
+def _longest(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """Room for the longest sequence that may be sampled."""
+    prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
+    pairs, room = derive.pairs_rollouts(config), config.train.max_tokens_per_microbatch
+    whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
+    count = 2 if pairs else 1
+    if environment is None:
+        longest = prompt + count * new
+        sum_of = f"data.max_prompt_tokens + {times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}"
+    else:
+        longest = count * environment.max_tokens
+        sum_of = f"{times}rollouts.environment.max_tokens = {longest}"
+        if environment.max_tokens < prompt + new:
+            text = (
+                f"is {environment.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
+                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of those"
+            )
+            yield _problem("rollouts.environment.max_tokens", text)
+    if room < longest:
+        text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of those"
+        yield _problem("train.max_tokens_per_microbatch", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
@@ -340,9 +356,20 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
 
 
 def reward_problems(
-    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
+    rewards: Mapping[str, RewardConfig],
+    model: RewardModelConfig | None,
+    *,
+    environment: EnvironmentConfig | None = None,
+    at: Key = (),
 ) -> Iterator[Problem]:
     """What is wrong among the rewards. `at`: the section that they stand in."""
+    played = [name for name, reward in rewards.items() if reward.environment and environment is None]
+    for name in played:
+        text = "is true, but there is no environment; name one as rollouts.environment of a run that samples responses"
+        yield Problem(key=(*at, "rewards", name, "environment"), text=text)
+    arguments = [((*at, "rewards", name, "args"), reward.args) for name, reward in rewards.items()]
+    if environment is not None:
+        arguments.append((("rollouts", "environment", "args"), environment.args))
     users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
     if users and model is None:
         key = (*at, "reward")
@@ -354,8 +381,8 @@ def reward_problems(
     if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
         text = "all have weight 0, so every score is 0; give one a weight"
         yield Problem(key=(*at, "rewards"), text=text)
-    for name, reward in rewards.items():
-        for argument in reward.args:
+    for key, args in arguments:
+        for argument in args:
             if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                yield Problem(key=(*at, "rewards", name, "args", argument), text=text)
+                yield Problem(key=(*key, argument), text=text)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
+from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.identity import scored_identity
@@ -95,5 +96,5 @@ class Answers:
             self.ledger.put(group_id, version, request, scores)
         for error in scores.errors:
             self.record.tracker.log_error(error_record(error, step=step))
-        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors))})
+        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors)), **environment_failures(group.infos)})
         return ScoredGroup(group=group, scores=scores)

@@ -26,7 +26,8 @@ class RewardSpec:
 
     name: str
     weight: float
-    function: LoadedReward | None  # None: a reward model, whose numbers come to `score`
+    function: LoadedReward | None  # None: a reward model or the environment, whose numbers come to `score`
+    from_environment: bool = False
     truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
 
 
@@ -35,7 +36,7 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
-        digest.update(repr((spec.name, spec.weight, source, spec.truncated_score)).encode())
+        digest.update(repr((spec.name, spec.weight, source, spec.truncated_score, spec.from_environment)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -89,7 +90,8 @@ class RewardSet:
         function_index = 0
         for spec in self.specs:
             if spec.function is None:
-                outcome = _check(model_scores[spec.name], len(responses), "the reward model gave")
+                who = "the environment" if spec.from_environment else "the reward model"
+                outcome = _check(model_scores[spec.name], len(responses), f"{who} gave")
             else:
                 assert self._pool is not None
                 columns = spec.function.select(prompt.columns)

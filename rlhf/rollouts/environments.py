@@ -219,9 +219,7 @@ class Conversations:
         chat = self.spec.chat or "messages" in prompt.columns
         if chat not in self._writers:
             tools = bool(self.description.tools)
-            self._writers[chat] = (
-                ChatTurns(self.tokenizer, with_tools=tools) if chat else RawTurns(self.tokenizer)
-            )
+            self._writers[chat] = ChatTurns(self.tokenizer, with_tools=tools) if chat else RawTurns(self.tokenizer)
         return self._writers[chat]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -101,6 +102,6 @@ def pieces(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
     sizes = rollouts.lengths.tolist()
     for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):
         borders = [0, *(torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist(), len(ids)]
-        spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]
         found.append(spans)
     return found

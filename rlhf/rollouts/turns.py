@@ -96,7 +96,7 @@ class ChatTurns:
     def _behind_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
         text = render(conversation, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
-        before, found, behind = text.partition(_SENTINEL)
+        _, found, behind = text.partition(_SENTINEL)
         if not found or _SENTINEL in behind:
             raise self._refusal("it does not write an assistant's turn once, as it is")
         return behind
@@ -125,5 +125,3 @@ def turn_text(sampled: Sequence[int], tokenizer: Any, *, stop_token: int | None,
     ends = sampled and sampled[-1] in (stop_token, tokenizer.eos_token_id)
     text: str = tokenizer.decode(list(sampled[:-1] if ends else sampled), skip_special_tokens=skip_special_tokens)
     return text
-
-

@@ -7,7 +7,7 @@ role besides the engines that knows the tokenizer's text.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import response_texts
+from rlhf.rollouts.texts import response_texts, turns_of
+from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -69,13 +70,26 @@ class RewardWorker:
                 )
                 self.model = model.to(self.device).eval().requires_grad_(False)
 
-    def score(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> GroupScores:
-        """Scores of one group's responses, of which some may have been cut."""
-        models = [spec.name for spec in self.settings.specs if spec.function is None]
-        by_model: Mapping[str, Sequence[float]] = {}
+    def score(
+        self,
+        prompt: Prompt,
+        rollouts: Rollouts,
+        truncated: Sequence[bool],
+        environment_rewards: Sequence[float | None],
+    ) -> GroupScores:
+        """Scores of one group's responses, of which some may have been cut. environment_rewards: where there is an
+        environment, the rewards that it gave."""
+        models = [spec.name for spec in self.settings.specs if spec.function is None and not spec.from_environment]
+        by_model: dict[str, Sequence[float]] = {
+            spec.name: [reward for reward in environment_rewards if reward is not None]
+            for spec in self.settings.specs
+            if spec.from_environment
+        }
         if models:
             numbers = self._model_scores(rollouts)
-            by_model = {name: numbers for name in models}
+            by_model |= {name: numbers for name in models}
+        if PLACEHOLDER in prompt.text:
+            prompt = replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
         return self.rewards.score(prompt, self.texts(rollouts), truncated=truncated, model_scores=by_model)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
@@ -99,11 +113,16 @@ class RewardWorker:
         return scores
 
     def write_samples(self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *rollouts: Rollouts) -> None:
-        """Give each group's records their responses and write the step's file."""
+        """Give each group's records their responses, of conversations also the turns, and write the step's file."""
         whole = []
         for group, columns in zip(records, rollouts, strict=True):
-            texts = self.texts(columns)
-            whole += [replace(record, response=texts[record.sample]) for record in group]
+            texts, turns = self.texts(columns), turns_of(columns, self.tokenizer)
+            for record in group:
+                record = replace(record, response=texts[record.sample])
+                if record.turns is not None:
+                    said = turns[record.sample]
+                    record = replace(record, prompt=said[0].text, turns=said)
+                whole.append(record)
         write_samples(path, whole)
 
     def memory(self) -> MemoryReport:
