@@ -48,7 +48,7 @@ class ToolCallParser(Protocol):
 def read_calls(
     calls: tuple[ToolCall, ...] | None, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The calls as `{name, arguments}`, and what to answer in place of making them, each a text: none if all is well."""
+    """The calls as `{name, arguments}`, and what to answer in place of making them, a text each; none: all is well."""
     if calls is None:
         return [], ("error: the tool call could not be read",)
     read: list[dict[str, Any]] = []

@@ -59,6 +59,8 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         small["algorithm"] = {k: v for k, v in small["algorithm"].items() if k != "critic_warmup_steps"}
     if "rollouts" in small:
         small["rollouts"] = {**small["rollouts"], **ONLINE}
+        if "environment" in small["rollouts"]:
+            small["rollouts"]["environment"] = {**small["rollouts"]["environment"], "max_tokens": 1100}
     if "evaluate" in small:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
         small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}
