@@ -20,6 +20,7 @@ from rlhf.rollouts.spans import pieces
 from rlhf.types import GroupRequest, Prompt, Sampling
 from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync, worst_difference
 
+pytestmark = pytest.mark.slow
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
 SAMPLING = Sampling(max_new_tokens=12)
 CHAT = "<|user|>{observation}<|eos|><|assistant|>"
