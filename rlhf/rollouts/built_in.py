@@ -10,4 +10,7 @@ from collections.abc import Mapping
 BUILT_INS: Mapping[str, str] = {
     "guess_number": "rlhf.rollouts.guess_number:GuessNumber",
     "calculator": "rlhf.rollouts.calculator:Calculator",
+    "skyrl_gym": "rlhf.rollouts.adapters.skyrl_gym:SkyRLGym",
+    "textarena": "rlhf.rollouts.adapters.textarena:TextArena",
+    "http": "rlhf.rollouts.adapters.http:HttpEnvironment",
 }
