@@ -120,7 +120,13 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
     observation = environment.reset(seed=seed, **columns)
     if not isinstance(observation, str | None):
         raise _NotUsable(f"reset returned {observation!r:.80}, expected a text or None")
-    return {"observation": observation or ""}
+    return {"observation": _whole(observation or "")}
+
+
+def _whole(text: str) -> str:
+    """The text, which a tokenizer takes. UnicodeEncodeError if it holds half a character."""
+    text.encode()
+    return text
 
 
 def _step(environment: Any, **said: Any) -> dict[str, Any]:
@@ -142,6 +148,8 @@ def _step(environment: Any, **said: Any) -> dict[str, Any]:
         raise _NotUsable("step returned no observation, and is not done: the policy would have nothing to answer")
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
+    for text in results or [observation or ""]:
+        _whole(text)
     return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
 
 

@@ -19,7 +19,7 @@ from rlhf.controller.answers import request_for
 from rlhf.errors import RunError, UserError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rewards.worker import Source
-from rlhf.rollouts.environment_host import EnvironmentHost
+from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments import Conversations, EnvironmentSpec, resolve, turn_seed
 from rlhf.rollouts.spans import Played, Sampled, Told
 from rlhf.rollouts.tool_calls import ToolCall
@@ -314,6 +314,22 @@ def test_what_is_no_environment_is_said_before_a_run(tmp_path: Path, code: str, 
     with pytest.raises(UserError) as error:
         in_host(Source(path=str(path), name="E", args={}), nothing)
     assert message in str(error.value)
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    code = "class E:\n    def reset(self, seed): return '\\ud800'\n    def step(self, response): return '', 0.0, True\n"
+    path.write_text(code)
+
+    async def work(host: EnvironmentHost) -> None:
+        conversation = await host.open()
+        try:
+            await conversation.reset(1, {})
+        finally:
+            await conversation.end()
+
+    with pytest.raises(EnvironmentFailure, match="reset: UnicodeEncodeError"):
+        in_host(Source(path=str(path), name="E", args={}), work)
 
 
 def test_names_are_resolved_or_explained(tmp_path: Path) -> None:
