@@ -151,6 +151,12 @@ def test_a_spooled_group_is_taken_up_with_its_reward(played: Any, spool: Path) -
     asked = game(13)
     first = call(handle.generate.remote(asked, SAMPLING))
     assert (spool / "group_00000013_v000001.safetensors").is_file()
+    began = time.monotonic()
+    again = call(handle.generate.remote(game(14, samples=1, sleep_s=1.0), SAMPLING))
+    assert time.monotonic() - began >= 3.0
+    began = time.monotonic()
+    assert call(handle.generate.remote(game(14, samples=1, sleep_s=1.0), SAMPLING))[1] == again[1]
+    assert time.monotonic() - began < 2.0  # it was not played again
     read = call(handle.read_spooled.remote(asked, SAMPLING, 1))
     assert read[1] == first[1]
     assert read[0].token_ids.tolist() == first[0].token_ids.tolist()
