@@ -116,8 +116,8 @@ class RolloutWorker:
         """Draw one response a seed. With a spool the group is on disk before this returns.
 
         A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
-        others of its batch are then scheduled, and rounded, as they were. Not so a conversation: no batch depends on
-        its turns alone, and an environment may have its price.
+        others of its batch are then scheduled, and rounded, as they were. Not so a conversation: its turns are
+        batched as they come in any case, and an environment may have its price.
         """
         version = self._synced_version()
         if self._conversations is not None:
