@@ -32,6 +32,10 @@ class Submission:
     lora: Any  # None: no adapter
 
 
+class Aborted(RunError):
+    """A request was dropped on demand."""
+
+
 class EngineLoop:
     """Runs until `stop`, or until the engine fails: then every waiting and every later call raises RunError."""
 
@@ -92,15 +96,14 @@ class EngineLoop:
         self.call(add).add_done_callback(lambda done: _fail(futures, done.exception()))
         return futures
 
-    def abort_all(self) -> Future[int]:
-        """Drop every request; how many there were. Who waits for them gets RunError."""
+    def abort(self, prefixes: Sequence[str]) -> Future[int]:
+        """Drop the requests whose ids begin with one of these; how many there were. Who waits for them gets Aborted."""
 
         def abort(engine: Any) -> int:
-            count = len(self._waiting)
-            engine.abort_request(list(self._waiting))
-            _fail(list(self._waiting.values()), RunError(f"{self.name}: the request was aborted"))
-            self._waiting.clear()
-            return count
+            dropped = [request_id for request_id in self._waiting if request_id.startswith(tuple(prefixes))]
+            engine.abort_request(dropped)
+            _fail([self._waiting.pop(request_id) for request_id in dropped], Aborted(f"{self.name}: aborted"))
+            return len(dropped)
 
         return self.call(abort)
 

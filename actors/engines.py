@@ -123,6 +123,7 @@ class RolloutEngines:
         self.way = way
         self.deadline_s = deadline_s
         self.processes = Processes("rollout", handles)
+        self._cancelled: set[int] = set()  # groups that a `generate` at work is not to yield
 
     async def connect(
         self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path
@@ -161,7 +162,8 @@ class RolloutEngines:
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests; groups come as they are completed. The first failure ends the wait."""
+        """Answer all requests but those that are cancelled meanwhile; groups come as they are completed. The first
+        failure ends the wait."""
         shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
         await self._all([h.hold.remote() for h in self.handles], "rollouts")
         columns: dict[int, Any] = {}
@@ -186,11 +188,20 @@ class RolloutEngines:
                     request, engine = waits.pop(future)
                     if future.exception() is not None:
                         raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
-                    infos: tuple[RolloutInfo, ...] = future.result()
+                    infos: tuple[RolloutInfo, ...] | None = future.result()
+                    if infos is None or request.group_id in self._cancelled:
+                        continue
                     yield CompletedGroup(request=request, rollouts=columns[request.group_id], infos=infos)
         finally:
             for future in waits:
                 future.cancel()
+            self._cancelled.difference_update(columns)
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        """Drop requests of the `generate` at work."""
+        group_ids = [request.group_id for request in requests]
+        self._cancelled.update(group_ids)
+        await self._all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set; the engines must then have its version and its bytes."""

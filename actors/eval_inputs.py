@@ -17,7 +17,6 @@ from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     eval_sets,
-    is_online,
     offline_kind,
     uses_reward_model,
 )
@@ -33,9 +32,8 @@ from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
-from rlhf.evaluation.results import Marking, Marks
-from rlhf.evaluation.statistics import powers_of_two
-from rlhf.evaluation.voting import answer_form
+from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.evaluation.sources import source_names
 from rlhf.models.loading import load_tokenizer, refuse_without_head
 from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights, refuse_unservable
 from rlhf.rewards.scoring import RewardSpec
@@ -53,6 +51,7 @@ class Candidate:
     model: ModelOnDisk
     prompts: Mapping[str, tuple[Prompt, ...]]
     examples: Mapping[str, tuple[Example, ...]]
+    sources: Mapping[str, Mapping[int, str]]  # of sets that are split by one: by prompt id
 
     @property
     def longest_prompt(self) -> int:
@@ -81,7 +80,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         raise UserError(f"{loaded.source} has only merges: evaluate their models on --data")
     if isinstance(stages[-1], EvaluationStage):
         given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
-        given |= {"pass_score": marks.pass_score, "answer": marks.answers}
+        given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
         said = {key: value for key, value in given.items() if value is not None}
         section = stages[-1].evaluate.model_copy(update=said)
         if not section.rewards:
@@ -106,6 +105,9 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
     )
     _refuse_without_rewards(rewards, against, marks)
+    if rewards:
+        own = config.eval
+        marks = marks.over(Marks(ks=own.k, pass_score=own.pass_score, answers=own.answer, by=own.by))
     candidates = []
     first = ("policy.model", config.policy.model) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
@@ -114,7 +116,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
                 found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
-            how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config)}
+            how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config), "by": marks.by}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
     return _inputs(
         candidates,
@@ -132,7 +134,7 @@ def _refuse_other_measures(config: Config, model: str) -> None:
     """UserError if the run measures its held-out sets neither by single responses nor by given completions."""
     if config.rollouts is not None and config.rollouts.environment is not None:
         raise UserError("rollouts.environment: only the run's own evaluations play it; `rlhf eval` asks for one turn")
-    if is_online(config) or offline_kind(config) == "supervised":
+    if config.rewards or offline_kind(config) == "supervised":
         return
     others: Mapping[OfflineKind, str] = {
         "reward_model": f"let it score a model's responses: rlhf eval MODEL --data PROMPTS --reward-model {model}",
@@ -180,7 +182,12 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
                 local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
                 found = found_model(local, trust_remote_code=config.trust_remote_code)
             found = replace(found, name=wanted, dtype=config.dtype or found.dtype)
-            how: dict[str, Any] = {"columns": config.columns, "reading": reading}
+            how: dict[str, Any] = {
+                "columns": config.columns,
+                "reading": reading,
+                "by": config.by,
+                "by_key": "evaluate.by",
+            }
             candidates.append(
                 _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
             )
@@ -188,7 +195,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
     return _inputs(
         candidates,
         decoding,
-        Marks(ks=config.k, pass_score=config.pass_score, answers=config.answer),
+        Marks(ks=config.k, pass_score=config.pass_score, answers=config.answer, by=config.by),
         rewards,
         reward_model=reward_model,
         is_there=reward_model is None or reward_model.model not in made.finals,
@@ -268,7 +275,7 @@ def inputs_of_model(
         if wanted is not None:
             with named(key):
                 found = found_model(wanted, trust_remote_code=trust_remote_code)
-            how: dict[str, Any] = {"columns": {}, "reading": reading}
+            how: dict[str, Any] = {"columns": {}, "reading": reading, "by": marks.by, "by_key": "--by"}
             candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
     return _inputs(
         candidates,
@@ -290,13 +297,16 @@ def _candidate(
     *,
     columns: Mapping[str, str],
     reading: Reading,
+    by: str | None,
     set_key: str,
     reward_key: str = REWARD_KEY,
+    by_key: str = "eval.by",
 ) -> Candidate:
     """The sets in a model's tokens. UserError names the set and the row that is wrong."""
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
+    sources: dict[str, Mapping[int, str]] = {}
     how: dict[str, Any] = {
         "system_prompt": decoding.system_prompt,
         "apply_chat_template": decoding.apply_chat_template,
@@ -315,7 +325,9 @@ def _candidate(
         with named(key):
             prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=ANY_LENGTH, **how)
             refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
-    return Candidate(model=model, prompts=prompts, examples=examples)
+        if by is not None:
+            sources[name] = source_names(prompts[name], by, key=by_key, data=key)
+    return Candidate(model=model, prompts=prompts, examples=examples, sources=sources)
 
 
 def _examples(
@@ -357,10 +369,14 @@ def _inputs(
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
     longest = max(candidate.longest_prompt for candidate in candidates)
+    try:
+        marking = marking_of(marks, rewards, samples=decoding.samples)
+    except ValueError as error:
+        raise UserError(f"--k: {error}") from error
     return EvalInputs(
         candidates=tuple(candidates),
         decoding=decoding,
-        marking=marking_of(marks, rewards, samples=decoding.samples),
+        marking=marking,
         rewards=rewards,
         reward_model=reward_model,
         reward_policy=reward_policy,
@@ -373,23 +389,8 @@ def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, 
     """UserError for what only scores can be used for."""
     if not rewards and (against is not None or marks != Marks()):
         raise UserError(
-            "--against, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
+            "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
         )
-
-
-def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
-    """A response passes with a score of 1 where a function gives it; a reward model's scores have no such mark."""
-    ks = powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
-    for k in ks:
-        if not 1 <= k <= samples:
-            raise UserError(f"--k: is {k}, expected 1 to the number of samples, {samples}")
-    functions = [spec.function for spec in rewards if spec.function is not None]
-    forms = [answer_form(function.function, function.source.args) for function in functions]
-    return Marking(
-        ks=ks,
-        pass_score=1.0 if marks.pass_score is None and functions else marks.pass_score,
-        answers=marks.answers or next((form for form in forms if form is not None), None),
-    )
 
 
 def _source(text: str) -> tuple[str, Source]:

@@ -37,9 +37,10 @@ from rlhf.evaluation.results import (
     SetReport,
     example_metrics,
     example_rows,
-    prompt_metrics,
+    prompt_reports,
     prompt_rows,
 )
+from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.rewards.scoring import describe
 from rlhf.roles import CompletedGroup
 from rlhf.tracking.atomic import write_atomic, write_lines
@@ -193,7 +194,8 @@ async def _answers(
                 raise RunError(f"eval {name}: {describe(errors[0])}")
             for failed in errors:
                 logger.warning("%s: left out, since %s", name, describe(failed))
-            found[name] = [_result(group, scores, texts) for group, scores, texts in judged if not scores.errors]
+            form = inputs.marking.answers if inputs.marking.pass_score is not None else None
+            found[name] = [_result(group, scores, texts, form) for group, scores, texts in judged if not scores.errors]
     return found
 
 
@@ -222,7 +224,9 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     return found
 
 
-def _result(group: CompletedGroup, scores: GroupScores, texts: Sequence[str]) -> PromptResult:
+def _result(
+    group: CompletedGroup, scores: GroupScores, texts: Sequence[str], answers: AnswerForm | None
+) -> PromptResult:
     prompt = group.request.prompt
     return PromptResult(
         prompt_id=prompt.prompt_id,
@@ -230,6 +234,7 @@ def _result(group: CompletedGroup, scores: GroupScores, texts: Sequence[str]) ->
         responses=tuple(texts),
         scores=scores.scores,
         by_name=scores.by_name,
+        answers=None if answers is None else tuple(answer_of(text, answers) for text in texts),
         truncated=tuple(info.finish_reason == "length" for info in group.infos),
         response_tokens=tuple(info.num_response_tokens for info in group.infos),
     )
@@ -242,14 +247,14 @@ def _prompt_reports(
     first = inputs.candidates[0]
     reports = []
     for name, results in answers[0].items():
-        theirs = answers[1][name] if len(answers) > 1 else None
-        reports.append(
-            SetReport(
-                name=name,
-                num_rows=len(results),
-                num_failed=len(first.prompts[name]) - len(results),
-                metrics=prompt_metrics(results, theirs, inputs.marking, seed=inputs.decoding.seed),
-            )
+        reports += prompt_reports(
+            name,
+            results,
+            inputs.marking,
+            against=answers[1][name] if len(answers) > 1 else None,
+            sources=first.sources.get(name, {}),
+            asked=[prompt.prompt_id for prompt in first.prompts[name]],
+            seed=inputs.decoding.seed,
         )
     rows = [
         row

@@ -96,6 +96,14 @@ class Gang:
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
 
+    async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
+        """Each rank keeps the teacher's vocabulary head."""
+        await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
+
+    def own(self, states: StatesByRank) -> StatesByRank:
+        """Of each rank those of its rows."""
+        return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
+
     async def save(self, folder: Path) -> None:
         """Every rank's part of a checkpoint."""
         await self.all([h.save.remote(folder) for h in self.handles], "checkpoint")
@@ -170,9 +178,10 @@ class PolicyGang(Gang):
             returns=tuple(returns for returns, _ in self.distinct(pairs)),
         )
 
-    async def update(self, minibatch: int) -> Metrics:
+    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         """One optimizer step."""
-        return merge(self.distinct(await self.all([h.update.remote(minibatch) for h in self.handles], "update")))
+        refs = [h.update.remote(minibatch, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
+        return merge(self.distinct(await self.all(refs, "update")))
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the weights; rank 0 knows where."""
@@ -221,25 +230,17 @@ class OfflineGang(Gang):
         """Each rank maps the data sets."""
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
-    async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
-        """Each rank keeps the teacher's vocabulary head."""
-        await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
-
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """One optimizer step."""
-        refs = [h.update_on.remote(plan, *own) for h, own in zip(self.handles, self._own(states), strict=True)]
+        refs = [h.update_on.remote(plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
         return merge(self.distinct(await self.all(refs, "update")))
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Loss and accuracy on rows of a data set."""
         refs = [
-            h.evaluate.remote(dataset, name, plan, *own) for h, own in zip(self.handles, self._own(states), strict=True)
+            h.evaluate.remote(dataset, name, plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)
         ]
         return merge(self.distinct(await self.all(refs, "eval")))
-
-    def _own(self, states: StatesByRank) -> StatesByRank:
-        """Of each rank those of its rows."""
-        return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
 
     async def reference_key(self, dataset: int) -> str:
         """All ranks gather the weights; the first one's name for them."""

@@ -22,17 +22,20 @@ from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
     compares_with_divergence,
+    distils_rollouts,
     eval_sets,
     has_scalar_head,
     is_online,
     needs_gold,
     offline_kind,
+    prompts_asked,
     train_sets,
 )
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, final_folder
+from rlhf.controller.evaluation import EvalSet
 from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import Pair, collate_pairs, load_pairs
@@ -42,6 +45,8 @@ from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import Share
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
+from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.evaluation.sources import source_names
 from rlhf.models.loading import (
     load_config,
     load_tokenizer,
@@ -78,7 +83,8 @@ class OnlineInputs:
 
     prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
     shares: tuple[Share, ...]
-    eval_sets: Mapping[str, tuple[Prompt, ...]]
+    eval_sets: Mapping[str, EvalSet]
+    marking: Marking  # how held-out responses are marked
     rewards: tuple[RewardSpec, ...]
     environment: EnvironmentSpec | None
     max_model_len: int  # tokens of the longest prompt with the longest response, or of the longest conversation
@@ -186,7 +192,24 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
+            f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
+            "remove it, or raise train.steps or rollouts.prompts_per_step."
+        )
+    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+        raise UserError(
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
+            "rollouts.temperature. Give the column another name, or leave it out."
+        )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    settings = config.eval
+    sources = {
+        name: {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
+        for name, group in held_out.items()
+    }
+    marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
     max_model_len = config.rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
@@ -200,7 +223,8 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     return OnlineInputs(
         prompts=prompts,
         shares=tuple(shares),
-        eval_sets=held_out,
+        eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
+        marking=marking_of(marks, specs, samples=settings.samples_per_prompt),
         rewards=specs,
         environment=environment.spec if environment is not None else None,
         max_model_len=max_model_len,

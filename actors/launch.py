@@ -23,18 +23,20 @@ from actors.interrupts import sigterm_interrupts
 from actors.merge import run_merge
 from actors.models import refuse_other_model
 from actors.placement import reserve
-from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank
+from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
-from actors.teacher import spawn_teacher
+from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
     critic_model,
     derive,
+    distils_rollouts,
     has_teacher,
     needs,
     needs_reference_logprobs,
     offline_kind,
     pairs_rollouts,
+    reads_teacher_states,
     reference_is_adapter_off,
     reference_model,
     ships_adapter,
@@ -43,6 +45,7 @@ from rlhf.config.derive import (
 from rlhf.config.differences import changes
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig, load
+from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
@@ -59,7 +62,13 @@ from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
-SHOWN_ONLINE = ("rewards/score/mean", "experience/kl_ref/mean", "rollouts/response_tokens/mean", "time/step_s")
+SHOWN_ONLINE = (
+    "rewards/score/mean",
+    "experience/kl_ref/mean",
+    "experience/kl_teacher/mean",
+    "rollouts/response_tokens/mean",
+    "time/step_s",
+)
 SHOWN_OFFLINE = (
     "update/loss/mean",
     "update/token_accuracy/mean",
@@ -226,10 +235,9 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
     deadline_s = cluster.call_timeout_s
     groups: list[Stoppable] = []
     async with ending(groups, placement):
-        policy_options = {
-            "optimizer_steps": derived.policy_optimizer_steps,
-            "reference_is_adapter_off": reference_is_adapter_off(config),
-        }
+        policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
+        if not distils_rollouts(config):
+            policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
         policy = PolicyGang(
             "policy",
             spawn(
@@ -237,7 +245,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 "policy",
                 rank_places(config, placement, "policy", threads=cluster.roles.policy.threads),
                 lambda place: ((config, place), policy_options),
-                OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank,
+                _policy_rank(config),
             ),
             deadline_s=deadline_s,
             sequence_parallel=cluster.roles.policy.sequence_parallel,
@@ -277,6 +285,8 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 deadline_s=deadline_s,
             )
             groups.append(reference)
+        teacher = spawn_online_teacher(config, placement) if has_teacher(config) else None
+        groups += [teacher] if teacher is not None else []
         settings = RewardSettings(
             specs=inputs.rewards,
             tokenizer=config.policy.model,
@@ -321,7 +331,10 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             reward.start(deadline_s=limit_s),
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),
+            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
         )
+        if teacher is not None and reads_teacher_states(config):
+            await policy.take_teacher(await teacher.head())
         await engines.connect(
             policy,
             one_host=one_host,
@@ -331,10 +344,13 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         )
         controller = OnlineController(
             config,
-            OnlineRoles(policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic),
+            OnlineRoles(
+                policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic, teacher=teacher
+            ),
             record,
             prompts=_stream(stage),
             eval_sets=inputs.eval_sets,
+            marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
@@ -343,6 +359,13 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             await controller.restore(step)
         await controller.run()
         await _finish(policy, record.folder)
+
+
+def _policy_rank(config: Config) -> type[Publishes]:
+    """What a policy's ranks are, which follows from what it learns from."""
+    if distils_rollouts(config):
+        return StudentRank
+    return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
 
 
 async def _finish(gang: PolicyGang | OfflineGang, folder: RunFolder) -> None:

@@ -22,6 +22,7 @@ from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.policy import PolicyWorker
 from rlhf.workers.step_rewards import StepRewardWorker
+from rlhf.workers.student import StudentWorker
 from rlhf.workers.supervised import SupervisedWorker
 from rlhf.workers.trained import TrainedWorker
 from rlhf.workers.unpaired import UnpairedWorker
@@ -88,6 +89,10 @@ class PolicyRank(Publishes, PolicyWorker):
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):
     """One rank of a policy that learns from pairs of its responses."""
+
+
+class StudentRank(Publishes, StudentWorker):
+    """One rank of a policy that learns from a teacher on its responses."""
 
 
 class CriticRank(Meets, CriticWorker):

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from actors.engine_loop import EngineLoop, Submission
+from actors.engine_loop import Aborted, EngineLoop, Submission
 from actors.spool import read_group, write_group
 from actors.tool_calls import VllmToolCalls
 from actors.vllm_engine import (
@@ -87,6 +87,7 @@ class RolloutWorker:
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
         self._arrived = asyncio.Condition()
         self._conversations: Conversations | None = None
+        self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups whose conversations go on
 
     async def start(self) -> EngineInfo:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
@@ -112,28 +113,32 @@ class RolloutWorker:
             self.spec.start_timeout_s,
         )
 
-    async def generate(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-        """Draw one response a seed. With a spool the group is on disk before this returns.
+    async def generate(
+        self, request: GroupRequest, sampling: Sampling
+    ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | tuple[None, None]:
+        """Draw one response a seed; nothing of a group that is cancelled. With a spool the group is on disk before this
+        returns.
 
         A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
         others of its batch are then scheduled, and rounded, as they were. Not so a conversation: its turns are
         batched as they come in any case, and an environment may have its price.
         """
         version = self._synced_version()
-        if self._conversations is not None:
-            await self._admit(request, [])  # its turns come later, each by itself
-            spooled = await self.read_spooled(request, sampling, version)
-            if spooled is not None:
-                return spooled
-            played = await self._conversations.play(request, sampling)
-        else:
-            outputs = await asyncio.gather(
-                *[
-                    self._wait(future, f"group {request.group_id}", self.spec.call_timeout_s)
-                    for future in await self._admit(request, self._submissions(request, sampling))
-                ]
-            )
-            played = [_answer(request, sampled_of(output)) for output in outputs]
+        try:
+            if self._conversations is None:
+                futures = await self._admit(request, self._submissions(request, sampling))
+                outputs = await asyncio.gather(
+                    *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
+                )
+                played = [_answer(request, sampled_of(output)) for output in outputs]
+            else:
+                await self._admit(request, [])  # its turns come later, each by itself
+                spooled = await self.read_spooled(request, sampling, version)
+                if spooled is not None:
+                    return spooled
+                played = await self._play(self._conversations, request, sampling)
+        except Aborted:
+            return None, None
         rollouts, infos = assemble(request, played)
         spooled = await self.read_spooled(request, sampling, version)
         if spooled is not None:
@@ -167,10 +172,25 @@ class RolloutWorker:
             conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
         return conversations
 
-    async def _draw(self, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None) -> Sampled:
+    async def _play(self, conversations: Conversations, request: GroupRequest, sampling: Sampling) -> list[Played]:
+        """A group's conversations. Aborted if it is cancelled, in whose turn it may be."""
+        playing = asyncio.ensure_future(conversations.play(request, request.drawn_by(sampling)))
+        self._playing[request.group_id] = playing
+        try:
+            await asyncio.wait([playing])
+        finally:
+            del self._playing[request.group_id]
+            playing.cancel()
+        if playing.cancelled():
+            raise Aborted(f"{self.spec.name}: aborted")
+        return playing.result()
+
+    async def _draw(
+        self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None
+    ) -> Sampled:
         """One turn of a conversation."""
         submission = Submission(
-            request_id=self._next_id("turn"),
+            request_id=self._next_id(_prefix(group_id)),
             prompt_token_ids=token_ids,
             params=sampling_params(sampling, seed, stop_token=stop_token),
             lora=self._lora,
@@ -260,7 +280,7 @@ class RolloutWorker:
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
         submission = Submission(
-            request_id=self._next_id("probe"), prompt_token_ids=tuple(token_ids), params=params, lora=self._lora
+            request_id=self._next_id("probe-"), prompt_token_ids=tuple(token_ids), params=params, lora=self._lora
         )
         (future,) = self.loop.submit([submission])
         output = await self._wait(future, "the probe", self.spec.call_timeout_s)
@@ -294,9 +314,12 @@ class RolloutWorker:
         )
         return max(peaks)
 
-    async def abort_all(self) -> int:
-        """Drop every request in flight; how many. Their `generate` raises RunError."""
-        return await self._wait(self.loop.abort_all(), "an abort", self.spec.call_timeout_s)
+    async def cancel(self, group_ids: Sequence[int]) -> int:
+        """Drop what is left of these groups; how many samples. Other groups go on."""
+        for playing in [self._playing[group_id] for group_id in group_ids if group_id in self._playing]:
+            playing.cancel()
+        prefixes = [_prefix(group_id) for group_id in group_ids]
+        return await self._wait(self.loop.abort(prefixes), "an abort", self.spec.call_timeout_s)
 
     async def health(self) -> EngineHealth:
         """Never waits for the engine."""
@@ -330,7 +353,7 @@ class RolloutWorker:
 
     def _next_id(self, kind: str) -> str:
         self._serial += 1
-        return f"{kind}-{self._serial}"
+        return f"{kind}{self._serial}"
 
     def _submissions(self, request: GroupRequest, sampling: Sampling) -> list[Submission]:
         length = len(request.prompt.token_ids) + sampling.max_new_tokens
@@ -341,9 +364,9 @@ class RolloutWorker:
             )
         return [
             Submission(
-                request_id=self._next_id(f"group{request.group_id}"),
+                request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(sampling, seed),
+                params=sampling_params(request.drawn_by(sampling), seed),
                 lora=self._lora,
             )
             for seed in request.seeds
@@ -365,6 +388,11 @@ class RolloutWorker:
                 f"{self.spec.name}: waited {limit:.0f} s for {what}; {self.loop.num_waiting} requests in flight, last "
                 f"step {time.monotonic() - self.loop.last_step:.0f} s ago"
             ) from error
+
+
+def _prefix(group_id: int) -> str:
+    """What the ids of a group's requests begin with, and no other group's."""
+    return f"group{group_id}-"
 
 
 def _answer(request: GroupRequest, sampled: Sampled) -> Played:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from actors.processes import Processes
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
+from rlhf.evaluation.voting import AnswerForm
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
-from rlhf.types import GroupScores, Rollouts, TokenValues
+from rlhf.types import GroupScores, Role, Rollouts, TokenValues
 from rlhf.workers.reward import RewardSettings
 
 
@@ -58,6 +59,14 @@ class RewardWorkers:
         texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
         return texts
 
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].answers.remote(group.rollouts, form)
+        limit_s = self.deadline_s
+        said: tuple[str | None, ...] = await wait_one(ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s)
+        return said
+
     async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
         """The first worker writes them."""
         records = [selection.records for selection in selections]
@@ -84,24 +93,30 @@ class RewardWorkers:
 class ReferenceWorkers:
     """The reference role."""
 
+    role: Role = "reference"
+
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles
         self.deadline_s = deadline_s
-        self.processes = Processes("reference", handles)
+        self.processes = Processes(self.role, handles)
 
     async def start(self, *, deadline_s: float) -> None:
         """Load the models."""
         await self.processes.found(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
-        await wait_all(refs, role="reference", stage="start", deadline_s=deadline_s)
+        await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
 
     async def become(self, folder: Path) -> None:
         """Hold the model of a folder from now on."""
         refs = [h.become.remote(str(folder)) for h in self.handles]
-        await wait_all(refs, role="reference", stage="reference", deadline_s=self.deadline_s)
+        await wait_all(refs, role=self.role, stage="reference", deadline_s=self.deadline_s)
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
         """Batches are dealt out evenly; each worker packs its own together."""
         columns: list[Any] = [None] * len(rollouts)
@@ -109,17 +124,17 @@ class ReferenceWorkers:
         waits = []
         for handle, share in zip(self.handles, shares, strict=False):
             given = [rollouts[i] for i in share]
-            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, *given)
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given)
             for i, ref in zip(share, found, strict=True):
                 columns[i] = ref
             waits.append(done)
-        await wait_all(waits, role="reference", stage="reference", deadline_s=self.deadline_s)
+        await wait_all(waits, role=self.role, stage=self.role, deadline_s=self.deadline_s)
         return columns
 
     async def memory(self) -> MemoryReport:
         """Peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]
-        return largest(await wait_all(refs, role="reference", stage="memory", deadline_s=self.deadline_s))
+        return largest(await wait_all(refs, role=self.role, stage="memory", deadline_s=self.deadline_s))
 
     async def stop(self) -> None:
         """End the workers: they hold nothing to be given back."""

@@ -215,6 +215,7 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
     evaluate.add_argument(
         "--answer", choices=("last_number", "answer_tag", "boxed", "whole"), help="by what responses vote (maj@k)"
     )
+    evaluate.add_argument("--by", metavar="COLUMN", help="report each value of a column beside the whole set")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results; evals/NAME if not given")
     evaluate.add_argument("--json", action="store_true", help="print eval.json, not a table")
     for command in (generate, evaluate):
@@ -291,8 +292,23 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.write(render(loaded, cluster=args.cluster))
         return 0
     launch(loaded, resume=args.resume == "auto", quiet=args.quiet)
+    if not args.quiet:
+        _show_evaluations(loaded)
     sys.stdout.write(f"done: {loaded.folder}\n")
     return 0
+
+
+def _show_evaluations(loaded: LoadedConfig) -> None:
+    """Of each run that has some by responses, the first and the last."""
+    from rich.console import Console
+
+    from rlhf.config.stages import run_folder
+    from rlhf.evaluation.comparison import before_after
+
+    for stage in loaded.stages.values():
+        table = before_after(run_folder(stage))
+        if table is not None:
+            Console().print(table)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -352,7 +368,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         rewards=args.reward,
         reward_model=args.reward_model,
         decoding=Decoding(**({"temperature": 0.0} | said)) if said else None,
-        marks=Marks(ks=args.k, pass_score=args.pass_score, answers=args.answer),
+        marks=Marks(ks=args.k, pass_score=args.pass_score, answers=args.answer, by=args.by),
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         out=args.out,

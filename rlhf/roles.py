@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from rlhf.evaluation.voting import AnswerForm
 from rlhf.tracking.reductions import Reduction
 from rlhf.tracking.samples import SampleRecord
 from rlhf.types import (
@@ -52,6 +53,7 @@ class ScoredGroup:
 
     group: CompletedGroup
     scores: GroupScores
+    greedy_score: float | None = None  # of the greedy response to the same prompt; None: none was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,10 @@ class RolloutRole(Protocol):
         """Answer all requests; groups come as they are completed."""
         ...
 
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        """Drop requests of the `generate` at work: it yields none of them any more, and ends without them."""
+        ...
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights; RunError if version or checksum is not the manifest's afterwards."""
         ...
@@ -144,6 +150,10 @@ class RewardRole(Protocol):
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
 
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        ...
+
     async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
         """Add the text and write the file."""
         ...
@@ -162,9 +172,16 @@ class ReferenceRole(Protocol):
         ...
 
     async def logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, only: frozenset[int] | None = None
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
-        """One column for each given batch, in order; of these sequences only, at least one of each batch."""
+        """One column for each given batch, in order; of these sequences only, at least one of each batch.
+
+        temperatures: by sequence id, where it is not that of all; None: nowhere.
+        """
         ...
 
     async def memory(self) -> MemoryReport: ...
@@ -175,6 +192,28 @@ class TeacherRole(Protocol):
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         """Its states in which the tokens to be learnt of the named rows of a data set are predicted."""
+        ...
+
+    async def memory(self) -> MemoryReport: ...
+
+
+class OnlineTeacherRole(Protocol):
+    """The frozen model that a student learns from on its own responses."""
+
+    async def logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]
+    ) -> list[Ref[TokenValues]]:
+        """Log-probabilities of the sampled tokens, one column for each given batch, in order."""
+        ...
+
+    async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
+        """Its states in which the sampled tokens of a minibatch's sequences are predicted."""
+        ...
+
+    async def mean_logprobs(
+        self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
+    ) -> Mapping[int, float]:
+        """By sequence id, over its sampled tokens."""
         ...
 
     async def memory(self) -> MemoryReport: ...
@@ -224,8 +263,8 @@ class PolicyRole(TrainedRole, Protocol):
         """Give every sampled token its advantage: its sequence's, or (None) estimated from the critic's values."""
         ...
 
-    async def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on the prepared batch's minibatch."""
+    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
+        """One optimizer step on the prepared batch's minibatch. `states`: what a teacher says of it, if it is asked."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:

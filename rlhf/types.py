@@ -9,7 +9,7 @@ has neither: it stands there as 0 and is never in `response_mask`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -102,6 +102,7 @@ class SampledExamples(Examples):
     """Responses that the policy gave during the run: `loss_mask` is True where it sampled."""
 
     rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling
+    temperatures: Float[Tensor, " N"]  # at which the response was sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,11 @@ class VocabularyHead:
     softcap: float | None
     logit_scale: float
 
+    def to(self, device: torch.device) -> Self:
+        """The same there."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -177,11 +183,12 @@ class Prompt:
     token_ids: tuple[int, ...]
     text: str  # as the tokenizer was given it
     columns: Mapping[str, Any]
+    temperature: float | None = None  # at which it is answered in training; None: as the others
 
     @property
     def beside_tokens(self) -> bytes:
-        """Nothing: what the rewards read may be mended while a run is stopped."""
-        return b""
+        """Its temperature alone: what the rewards read may be mended while a run is stopped."""
+        return b"" if self.temperature is None else str(self.temperature).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +199,11 @@ class GroupRequest:
     prompt: Prompt
     seeds: tuple[int, ...]  # one a sample: from (run, epoch, prompt id, sample index), whatever the scheduling
     first_sequence_id: int  # its samples are sequences first_sequence_id, +1, ... of their step
+    temperature: float | None = None  # of this group; None: as the others
+
+    def drawn_by(self, sampling: Sampling) -> Sampling:
+        """How its responses are drawn among requests that are drawn by `sampling`."""
+        return sampling if self.temperature is None else replace(sampling, temperature=self.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +237,7 @@ class RolloutInfo:
 class GroupScores:
     """Rewards of one group, or why it has none. Built by the reward role."""
 
-    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors
+    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
     by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
 
@@ -262,7 +274,13 @@ class BatchPlan:
     minibatches: tuple[MinibatchPlan, ...]
     scores: Mapping[int, float]  # by sequence id
     kl_coef: float
+    entropy_coef: float = 0.0
+    temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, where its prompt has its own
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
+
+    def some_sequence(self) -> tuple[int]:
+        """The first that any rank has: a rank without sequences has a token to pass in it, and learns nothing of it."""
+        return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)

@@ -3,6 +3,7 @@ arXiv:2306.13649, with fixed data)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -38,10 +39,16 @@ class Distillation:
     @property
     def divergence(self) -> Divergence:
         """Of two distributions."""
-        from functools import partial
+        return divergence_of(self.config.divergence, beta=self.config.beta)
 
-        from rlhf.objectives import distillation as of
 
-        if self.config.divergence == "jsd":
-            return partial(of.generalized_jsd, beta=self.config.beta)
-        return of.forward_kl if self.config.divergence == "forward_kl" else of.reverse_kl
+def divergence_of(name: str, *, beta: float) -> Divergence:
+    """The divergence that a configuration names; beta: of `jsd`."""
+    from rlhf.objectives import distillation as of
+
+    by_name: dict[str, Divergence] = {
+        "forward_kl": of.forward_kl,
+        "reverse_kl": of.reverse_kl,
+        "jsd": partial(of.generalized_jsd, beta=beta),
+    }
+    return by_name[name]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -28,13 +28,11 @@ class DrGRPO(WithoutCritic):
     def __init__(self, config: DrGRPOConfig) -> None:
         self.config = config
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Each score less its group's mean."""
         from rlhf.objectives.advantages import group_centered
 
-        return group_centered(scores, group_size=group_size)
+        return group_centered(outcomes.scores, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

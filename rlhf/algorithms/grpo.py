@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, WithoutCritic
+from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -30,13 +30,11 @@ class GroupRelative(WithoutCritic):
     def __init__(self, config: OnlineConfig) -> None:
         self.config = config
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Scores less their group's mean, over its standard deviation."""
         from rlhf.objectives.advantages import group_normalized
 
-        return group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
+        return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
 
 class GRPO(GroupRelative):
@@ -48,15 +46,13 @@ class GRPO(GroupRelative):
 
     config: GRPOConfig
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Each score against its group."""
         from rlhf.objectives.advantages import group_centered
 
         if not self.config.std_normalize:
-            return group_centered(scores, group_size=group_size)
-        return super().sequence_advantages(scores, num_tokens, group_size=group_size)
+            return group_centered(outcomes.scores, group_size=outcomes.group_size)
+        return super().sequence_advantages(outcomes)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
 
 
-class GSPOConfig(ClippedConfig):
-    """Group sequence policy optimisation. Its ratios are near 1, and so are the bounds."""
+class SequenceClipConfig(ClippedConfig):
+    """Ratios of whole responses are near 1, and so are the bounds."""
 
-    name: Literal["gspo"]
-    """The algorithm."""
     clip_low: float = Field(default=3e-4, gt=0.0, lt=1.0)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0.0)
     """The ratio is clipped above at 1 + clip_high."""
+
+
+class GSPOConfig(SequenceClipConfig):
+    """Group sequence policy optimisation."""
+
+    name: Literal["gspo"]
+    """The algorithm."""
     aggregation: Aggregation = "sequence_mean_token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
 
@@ -30,10 +35,11 @@ class GSPO(GroupRelative):
     """The geometric mean of a response's token ratios stands for each of them.
 
     It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
-    tokens of a response have one advantage, as here.
+    tokens of a response have one advantage and one weight, as here. Where they have not, because tokens are corrected
+    or chosen one by one, the token form is the one in which a token's weight meets its own gradient.
     """
 
-    config: GSPOConfig
+    config: SequenceClipConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

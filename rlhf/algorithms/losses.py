@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineConfig
-from rlhf.objectives import corrections, kl, policy_loss, value_loss
+from rlhf.algorithms.correction_weights import Correction, corrected
+from rlhf.algorithms.shared import ClippedConfig, Estimator, OnlineConfig
+from rlhf.objectives import kl, policy_loss, value_loss
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.masking import masked_sum
 
-KL_ESTIMATORS = {"k1": kl.kl_k1, "k2": kl.kl_k2, "k3": kl.kl_k3}
+KL_ESTIMATORS: Mapping[Estimator, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": kl.kl_k1,
+    "k2": kl.kl_k2,
+    "k3": kl.kl_k3,
+    "k1_straight_through": kl.kl_k1_straight_through,
+    "k3_straight_through": kl.kl_k3_straight_through,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +31,18 @@ class StepCounts:
     num_tokens: int
     num_sequences: int
     max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """All sampled tokens of one optimizer step, over its ranks and micro-batches, before its update. No gradient.
+
+    They stand in the order of their sequences' ids, so that nothing depends on the ranks that hold them.
+    """
+
+    old_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    order: Float[Tensor, " N"]  # a random number for each, the same whenever the step is repeated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +57,9 @@ class PolicyMicrobatch:
     rollout_logprobs: Float[Tensor, " N"]
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
     advantages: Float[Tensor, " N"]
+    high_entropy: Bool[Tensor, " N"] | None = None  # tokens that are trained on; None: all
+    selected: Bool[Tensor, " N"] | None = None  # what the algorithm treats apart; None: nothing
+    entropy_coef: float = 0.0  # of the bonus, in force
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +95,7 @@ class LossTerms:
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
+    correction: Correction | None  # None: the run has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +122,23 @@ def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor,
     return Surrogate(per_token=per_token, ratio=ratio.detach(), clipped=below | above, capped=capped)
 
 
+def unweighted(batch: PolicyMicrobatch) -> Surrogate:
+    """The plain policy gradient: no ratio weighs it, and nothing is clipped."""
+    mask = batch.response_mask
+    return Surrogate(
+        per_token=policy_loss.reinforce(batch.logprobs, batch.advantages, mask),
+        ratio=policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
+        clipped=torch.zeros_like(mask),
+    )
+
+
 def composed_loss(
     config: OnlineConfig, batch: PolicyMicrobatch, counts: StepCounts, surrogate: Surrogate, *, kl_coef: float
 ) -> LossTerms:
     """The surrogate with the configured correction, KL penalty and entropy bonus.
 
-    The correction weighs the surrogate alone. The KL penalty and the bonus are aggregated as the surrogate is.
+    The correction weighs the surrogate alone, and tokens that are not trained on are left out of it alone; what it is
+    divided by is the same. The KL penalty and the bonus are aggregated as the surrogate is.
     """
     mask = batch.response_mask
     weights = token_weights(
@@ -114,23 +149,18 @@ def composed_loss(
         num_sequences=counts.num_sequences,
         max_new_tokens=counts.max_new_tokens,
     )
-    per_token = surrogate.per_token
+    correction = None
     if config.correction is not None:
-        gap = (batch.old_logprobs, batch.rollout_logprobs, mask)
-        if config.correction.level == "token":
-            per_token = per_token * corrections.token_truncated(*gap, max_ratio=config.correction.max_ratio)
-        else:
-            per_token = per_token * corrections.sequence_truncated(
-                *gap, batch.lengths, max_ratio=config.correction.max_ratio
-            )
-    surrogate_loss = (per_token * weights).sum()
+        surrogate, correction = corrected(config.correction, batch, surrogate)
+    trained = mask if batch.high_entropy is None else mask & batch.high_entropy
+    surrogate_loss = (torch.where(trained, surrogate.per_token, 0.0) * weights).sum()
     loss = surrogate_loss
     kl_loss = torch.zeros((), device=mask.device)
     if batch.ref_logprobs is not None and config.kl.place == "loss":
         kl_loss = (reference_kl(config, batch.logprobs, batch.ref_logprobs, mask) * weights).sum()
         loss = loss + kl_coef * kl_loss
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
+    if batch.entropy_coef:
+        loss = loss - batch.entropy_coef * (torch.where(mask, batch.entropy, 0.0) * weights).sum()
 
     with torch.no_grad():
         old, new = torch.where(mask, batch.old_logprobs, 0.0), torch.where(mask, batch.logprobs, 0.0)
@@ -143,6 +173,7 @@ def composed_loss(
             kl_old_sum=kl.kl_k3(old, new).sum(),
             entropy_sum=masked_sum(batch.entropy, mask),
             ratio_max=surrogate.ratio.max(),
+            correction=correction,
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, WithoutCritic
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -32,13 +32,11 @@ class OPO(WithoutCritic):
     def __init__(self, config: OPOConfig) -> None:
         self.config = config
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Each score less its group's mean, weighted by length."""
         from rlhf.objectives.advantages import length_weighted_centered
 
-        return length_weighted_centered(scores, num_tokens, group_size=group_size)
+        return length_weighted_centered(outcomes.scores, outcomes.num_tokens, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

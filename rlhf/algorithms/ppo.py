@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig
+from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class PPOConfig(ClippedConfig):
     """PPO with a critic of its own."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = (*ClippedConfig.felt_off_policy, "value_clip")
+    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ("value_clip",)
     name: Literal["ppo"]
     """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()
@@ -37,7 +37,7 @@ class PPOConfig(ClippedConfig):
     """First steps in which only the critic is trained."""
 
 
-class PPO:
+class PPO(OnlineDefaults):
     """Token rewards (the score on the last sampled token, less the KL penalty), GAE, clipped losses.
 
     Deviations from the paper: 1. the penalty towards the reference is that of arXiv:1909.08593; 2. advantages are
@@ -56,9 +56,7 @@ class PPO:
         """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         return self.config.whiten_advantages
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> None:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
         """None: PPO's advantages are per token."""
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, WithoutCritic
+from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -41,13 +41,11 @@ class ReinforcePlusPlus(WithoutCritic):
         """With a group baseline."""
         return self.config.group_baseline
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"] | None:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
         """Each score less its group's mean, or None: advantages are per token."""
         from rlhf.objectives.advantages import group_centered
 
-        return group_centered(scores, group_size=group_size) if self.config.group_baseline else None
+        return group_centered(outcomes.scores, group_size=outcomes.group_size) if self.config.group_baseline else None
 
     def token_advantages(
         self,

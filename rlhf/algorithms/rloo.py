@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardKLConfig, WithoutCritic
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardKLConfig, SequenceOutcomes, WithoutCritic
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -34,13 +34,11 @@ class RLOO(WithoutCritic):
     def __init__(self, config: RLOOConfig) -> None:
         self.config = config
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"]:
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
         """Each score less the mean of its group's other scores."""
         from rlhf.objectives.advantages import leave_one_out
 
-        return leave_one_out(scores, group_size=group_size)
+        return leave_one_out(outcomes.scores, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -5,19 +5,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.section import Section
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
+    from rlhf.algorithms.losses import (
+        LossTerms,
+        PolicyMicrobatch,
+        StepCounts,
+        StepTokens,
+        ValueLossTerms,
+        ValueMicrobatch,
+    )
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+Estimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
 
 
 class AdaptiveKL(Section):
@@ -34,8 +45,9 @@ class KLConfig(Section):
 
     coef: float = Field(default=0.0, ge=0.0)
     """Weight of the penalty (its initial value if adaptive)."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
+    estimator: Estimator = "k3"
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss only k2 and the straight-through ones,
+    which have its gradient, lower the KL as such; k3 lowers that of reference to policy, and k1 nothing."""
     place: Literal["reward", "loss"] = "loss"
     """reward: subtracted from the rewards; loss: added to the loss."""
     adaptive: AdaptiveKL | None = None
@@ -47,33 +59,63 @@ class RewardKLConfig(KLConfig):
 
     coef: float = Field(default=0.01, ge=0.0)
     """Weight of the penalty (its initial value if adaptive)."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Estimator = "k1"
     """Per-token estimator (http://joschu.net/blog/kl-approx.html)."""
     place: Literal["reward", "loss"] = "reward"
     """reward: subtracted from the rewards; loss: added to the loss."""
 
 
-class CorrectionConfig(Section):
-    """Truncated importance sampling of the gap between rollout engine and trainer (https://fengyao.notion.site/off-policy-rl)."""
+class LossKLConfig(KLConfig):
+    """The penalty of algorithms whose advantages do not come from the sum of the rewards."""
 
-    level: Literal["token", "sequence"] = "token"
-    """Whether the ratio is taken for each token or for the whole response."""
-    max_ratio: float = Field(default=2.0, gt=1.0)
-    """Upper bound on exp(old_logprobs - rollout_logprobs)."""
+    place: Literal["loss"] = "loss"
+    """It is added to the loss."""
+
+
+class AdaptiveEntropy(Section):
+    """Moves entropy.coef after every step, and gives the bonus only at or below the target (arXiv:2505.22312)."""
+
+    target: float = Field(gt=0.0)
+    """Mean entropy of a sampled token's distribution to keep, in nats."""
+    step: float = Field(default=0.001, gt=0.0)
+    """How far the coefficient moves after a step: up below the target, down above it."""
+    max_coef: float = Field(default=0.05, gt=0.0)
+    """Largest coefficient; the smallest is 0."""
+
+
+class EntropyConfig(Section):
+    """A bonus on the entropy of the policy's next-token distributions."""
+
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the bonus (its initial value if adaptive)."""
+    adaptive: AdaptiveEntropy | None = None
+    """null: the coefficient is fixed."""
 
 
 class OnlineConfig(Section):
     """What every algorithm on rollouts has."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
+    felt_by_selection: ClassVar[tuple[str, ...]] = ()  # the others that say which tokens the loss treats apart
+    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
-    entropy_coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the entropy bonus."""
+    entropy: EntropyConfig = EntropyConfig()
+    """Bonus on the policy's entropy."""
+    top_entropy_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Train on this share of an optimizer step's tokens alone, those of highest entropy before the update
+    (arXiv:2506.01939 takes 0.2). The loss is still divided by all tokens. null: on all."""
+    advantage_clip: float | None = Field(default=None, gt=0.0)
+    """Advantages are held in [-advantage_clip, advantage_clip], after whitening; null: not held."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     correction: CorrectionConfig | None = None
-    """Weights against the mismatch of rollout engine and trainer; null: none."""
+    """What is done about the mismatch of rollout engine and trainer; null: nothing."""
+
+    @property
+    def bypasses_old_logprobs(self) -> bool:
+        """Whether the rollout's log-probabilities stand for the old ones."""
+        return self.correction is not None and self.correction.mode != "decoupled"
 
 
 class ClippedConfig(OnlineConfig):
@@ -86,6 +128,18 @@ class ClippedConfig(OnlineConfig):
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1.0)
     """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutcomes:
+    """What is known of B responses without their tokens, prompt-major: group_size of them answer one prompt."""
+
+    scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight
+    weights: Mapping[str, float]
+    num_tokens: Int[Tensor, " B"]  # sampled ones
+    group_size: int
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response a prompt; None: the algorithm wants none
 
 
 class OnlineAlgorithm(Protocol):
@@ -112,10 +166,47 @@ class OnlineAlgorithm(Protocol):
         """Whether advantages get mean 0 and variance 1 over the sampled tokens of the batch."""
         ...
 
-    def sequence_advantages(
-        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
-    ) -> Float[Tensor, " B"] | None:
-        """Advantages that scores and lengths of responses alone give, prompt-major; None if they are per token."""
+    @property
+    def centers(self) -> bool:
+        """Whether they get mean 0 alone."""
+        ...
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether the loss treats some tokens apart that `selected` names."""
+        ...
+
+    def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
+        """Those of one optimizer step."""
+        ...
+
+    def shaped(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
+    ) -> Float[Tensor, " B"]:
+        """The scores that `sequence_advantages` gets: less what the algorithm takes off them for their lengths."""
+        ...
+
+    @property
+    def wants_greedy(self) -> bool:
+        """Whether a response is compared with the greedy one to its prompt."""
+        ...
+
+    @property
+    def has_step_baseline(self) -> bool:
+        """Whether a token's return is compared with those of its group's tokens at the same step, over all ranks."""
+        ...
+
+    @property
+    def most_kept(self) -> int | None:
+        """Of each prompt's responses at most so many are trained on; None: all."""
+        ...
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """Places of those of a prompt's responses that are trained on, ascending; there may be none."""
+        ...
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
+        """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
         ...
 
     def token_advantages(
@@ -133,7 +224,35 @@ class OnlineAlgorithm(Protocol):
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms: ...
 
 
-class WithoutCritic:
+class OnlineDefaults:
+    """What an algorithm on rollouts does unless it says otherwise: it trains on all responses and all tokens alike."""
+
+    wants_greedy = False
+    has_step_baseline = False
+    selects_tokens = False
+    most_kept: int | None = None
+
+    @property
+    def centers(self) -> bool:
+        """No."""
+        return False
+
+    def kept(self, scores: Sequence[float]) -> Sequence[int]:
+        """All of them."""
+        return range(len(scores))
+
+    def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
+        """TypeError: there are none."""
+        raise TypeError(f"{type(self).__name__} treats all tokens alike")
+
+    def shaped(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
+    ) -> Float[Tensor, " B"]:
+        """As they are."""
+        return scores
+
+
+class WithoutCritic(OnlineDefaults):
     """What algorithms that compare a prompt's responses with each other have in common."""
 
     has_critic = False

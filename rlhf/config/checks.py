@@ -1,6 +1,7 @@
 """Relations between sections, each checked here and nowhere else, before anything starts.
 
-A range of one value stands on its field; a key without effect stands in rlhf.config.effect.
+A range of one value stands on its field; a key without effect stands in rlhf.config.effect; what concerns a prompt's
+group of responses in rlhf.config.group_checks, and a policy loss alone in rlhf.config.loss_checks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from rlhf.algorithms.correction import CorrectionConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
@@ -17,6 +19,8 @@ from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
 from rlhf.config.explain import Problem
+from rlhf.config.group_checks import group_problems
+from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
 from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RolloutsConfig
 from rlhf.config.root import Config
@@ -37,8 +41,9 @@ def problems(config: Config) -> tuple[Problem, ...]:
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
-        found += [*_batch(config, config.rollouts), *_algorithm(config)]
-    found += _updates(config)
+        found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
+        found += loss_problems(config, config.rollouts)
+    found += [*_updates(config), *_evaluation(config)]
     return tuple(found)
 
 
@@ -67,8 +72,9 @@ def _presence(config: Config) -> Iterator[Problem]:
     if derive.is_online(config):
         if config.rollouts is None:
             yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
-        if not config.rewards:
-            yield _problem("rewards", f"is missing: algorithm {name} needs at least one reward")
+        if not config.rewards and derive.needs_rewards(config):
+            by = "algorithm.reward_coef" if derive.distils_rollouts(config) else f"algorithm {name}"
+            yield _problem("rewards", f"is missing: {by} needs at least one reward")
     if derive.has_teacher(config) and config.teacher is None:
         text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
         yield _problem("teacher", text)
@@ -79,7 +85,8 @@ def _presence(config: Config) -> Iterator[Problem]:
     best = config.train.best_metric
     sets = derive.eval_sets(config)
     known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
-    if best is not None and sets and best.removeprefix("-") not in known:
+    of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
+    if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
         text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
         yield _problem("train.best_metric", text)
     for field in ("policy", "reference", "teacher", "critic", "reward"):
@@ -133,8 +140,8 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if derive.pairs_rollouts(config):
         counted, found = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
     else:
-        product = f"{rollouts.prompts_per_step} * {samples} = {rows}"
-        counted = f"rollouts.prompts_per_step * rollouts.samples_per_prompt = {product}"
+        product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
+        counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
         found = f"{counted} responses"
     if train.sequences_per_update > rows:
         text = f"is {train.sequences_per_update}, but a step has only {found}; lower it, or sample more"
@@ -145,7 +152,13 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         yield _problem("train.sequences_per_update", text)
     yield from _longest(config, rollouts)
     if derive.compares_responses(config) and samples < 2:
-        text = f"is {samples}, but {config.algorithm.name} compares a prompt's responses with each other: 2 or more"
+        by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
+        text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
+        yield _problem("rollouts.samples_per_prompt", text)
+    elif rollouts.dynamic_sampling is not None and samples < 2:
+        text = (
+            f"is {samples}, but rollouts.dynamic_sampling looks for prompts whose responses differ in score: 2 or more"
+        )
         yield _problem("rollouts.samples_per_prompt", text)
 
 
@@ -175,6 +188,8 @@ def _longest(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 def _algorithm(config: Config) -> Iterator[Problem]:
     """Keys of an algorithm on rollouts that contradict others."""
     algorithm, train = config.algorithm, config.train
+    if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
+        yield from _correction(algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
@@ -192,6 +207,19 @@ def _algorithm(config: Config) -> Iterator[Problem]:
         yield _problem("algorithm.reference_every", text)
 
 
+def _correction(correction: CorrectionConfig) -> Iterator[Problem]:
+    """A correction must correct something, and once."""
+    if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
+        text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
+        yield _problem("algorithm.correction", text)
+    if correction.mode == "bypass" and correction.weights is not None:
+        text = (
+            f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
+            "weights would count it twice; set null, or mode policy_gradient"
+        )
+        yield _problem("algorithm.correction.weights", text)
+
+
 def _offline(config: Config) -> Iterator[Problem]:
     """The limits of fixed examples."""
     data, train = config.data, config.train
@@ -207,6 +235,15 @@ def _offline(config: Config) -> Iterator[Problem]:
     if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
         yield _problem("data.too_long", text)
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    """What an evaluation by responses is asked for."""
+    settings = config.eval
+    if derive.is_online(config) and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
+        samples = settings.samples_per_prompt
+        text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
+        yield _problem("eval.k", text)
 
 
 def _updates(config: Config) -> Iterator[Problem]:

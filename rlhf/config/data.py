@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from rlhf.algorithms.section import Section
 
@@ -63,6 +63,26 @@ TrainSource = Annotated[
 ]
 
 
+class CurriculumConfig(Section):
+    """Prompts that the run has measured to be too easy or too hard are passed over when they come up again. What is
+    measured is the mean score of a prompt's responses: with scores of 0 and 1 that is its pass rate."""
+
+    low: float = Field(default=0.1, allow_inf_nan=False)
+    """A prompt whose measured score is lower is too hard."""
+    high: float = Field(default=0.9, allow_inf_nan=False)
+    """A prompt whose measured score is higher is too easy."""
+    outside: float = Field(default=0.1, ge=0.001, lt=1.0)
+    """Share of the times that a prompt which is too easy or too hard is asked all the same, and measured anew."""
+    newest: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Weight of the newest group in a prompt's measured score; the groups before it share the rest."""
+
+    @model_validator(mode="after")
+    def _a_band(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"`low` {self.low:g} is above `high` {self.high:g}: no prompt is between")
+        return self
+
+
 class DataConfig(Section):
     """Datasets of one run. A string is a JSONL, JSON, CSV or Parquet file, a saved dataset folder, or a Hugging Face
     name with an optional `:split`."""
@@ -73,6 +93,8 @@ class DataConfig(Section):
     """Held-out sets by name; a single one is called `heldout`."""
     shuffle: bool = True
     """A new order every epoch, from run.seed alone."""
+    curriculum: CurriculumConfig | None = None
+    """Pass over prompts by what the run has measured of them; null: all come up once an epoch."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column name: the dataset's name for it."""
     system_prompt: str | None = None

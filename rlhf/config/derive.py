@@ -6,12 +6,14 @@ take any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS, PAIR_ALGORITHMS, UNPAIRED_ALGORITHMS
 from rlhf.algorithms.distillation import DistillationConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
@@ -34,12 +36,30 @@ ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "tea
 
 def is_online(config: Config) -> bool:
     """Whether the algorithm learns from rollouts."""
-    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config)
+    return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config) or distils_rollouts(config)
 
 
 def pairs_rollouts(config: Config) -> bool:
     """Whether it learns from rollouts by comparing two of a prompt's, instead of by advantages."""
     return config.algorithm.name in ONLINE_PAIR_ALGORITHMS
+
+
+def distils_rollouts(config: Config) -> bool:
+    """Whether it learns from rollouts what a teacher says of them; rewards are then optional."""
+    return isinstance(config.algorithm, OnPolicyDistillationConfig)
+
+
+def needs_rewards(config: Config) -> bool:
+    """Whether responses must have scores."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, OnPolicyDistillationConfig):
+        return algorithm.reward_coef > 0.0
+    return is_online(config)
+
+
+def reads_teacher_states(config: Config) -> bool:
+    """Whether an online run learns the teacher's distributions, not its log-probabilities of the sampled tokens."""
+    return isinstance(config.algorithm, OnPolicyDistillationConfig) and not config.algorithm.is_sampled
 
 
 def offline_kind(config: Config) -> OfflineKind:
@@ -81,9 +101,44 @@ def needs_reference_logprobs(config: Config) -> bool:
 def compares_responses(config: Config) -> bool:
     """Whether training on rollouts needs more than one response to a prompt."""
     name = config.algorithm.name
+    if distils_rollouts(config):
+        return needs_rewards(config)
     return pairs_rollouts(config) or (
         name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).compares_responses
     )
+
+
+def wants_greedy(config: Config) -> bool:
+    """Whether each prompt is answered greedily too, as a baseline."""
+    name = config.algorithm.name
+    return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).wants_greedy
+
+
+def most_kept(config: Config) -> int | None:
+    """Of each prompt's responses the algorithm trains on at most so many, by its own choice; None: all."""
+    name = config.algorithm.name
+    return ONLINE_ALGORITHMS[name](config.algorithm).most_kept if name in ONLINE_ALGORITHMS else None
+
+
+def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
+    """Of each prompt's responses at most so many are trained on by their advantages."""
+    own, keep = most_kept(config), rollouts.keep_per_prompt
+    if own is not None:
+        return own
+    return rollouts.samples_per_prompt if keep is None else keep.count
+
+
+def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
+    """The key that `trained_per_prompt` is the value of."""
+    if most_kept(config) is not None:
+        return "algorithm.keep"
+    return "rollouts.samples_per_prompt" if rollouts.keep_per_prompt is None else "rollouts.keep_per_prompt.count"
+
+
+def leaves_out(config: Config) -> bool:
+    """Whether some of the responses to be weighed by advantages are not trained on."""
+    keeps = config.rollouts is not None and config.rollouts.keep_per_prompt is not None
+    return keeps or most_kept(config) is not None
 
 
 def has_critic(config: Config) -> bool:
@@ -93,8 +148,8 @@ def has_critic(config: Config) -> bool:
 
 
 def has_teacher(config: Config) -> bool:
-    """Whether the algorithm learns from the distributions of another model."""
-    return isinstance(config.algorithm, DistillationConfig)
+    """Whether the algorithm learns from another model."""
+    return isinstance(config.algorithm, DistillationConfig | OnPolicyDistillationConfig)
 
 
 def uses_reference(config: Config) -> bool:
@@ -221,18 +276,40 @@ EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
 def eval_metrics(config: Config) -> tuple[str, ...]:
     """What an evaluation of the run measures on each set."""
     if is_online(config):
-        return ("score", "truncated", "response_tokens", *config.rewards)
+        samples, settings = config.eval.samples_per_prompt, config.eval
+        ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
+        votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks]
+        scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
+        teacher = ("kl_teacher",) if distils_rollouts(config) else ()
+        return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
     return EVAL_METRICS[offline_kind(config)]
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
-    """Responses sampled, scored and trained on in one step."""
+    """Responses sampled and scored in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
 
 
+def prompts_at_once(needed: int, rollouts: RolloutsConfig) -> int:
+    """Prompts asked where so many are needed: with oversampling, at least one more."""
+    if rollouts.oversample == 1.0:
+        return needed
+    return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is a little above 11
+
+
+def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
+    """Prompts that a run asks at most, with those whose groups are left out or cancelled."""
+    left_out = 0.0
+    if rollouts.dynamic_sampling is not None:
+        left_out += rollouts.dynamic_sampling.max_filtered_fraction
+    if config.reward_policy.on_error == "drop":
+        left_out += config.reward_policy.max_dropped_fraction
+    return config.train.steps * prompts_at_once(math.ceil(rollouts.prompts_per_step * (1.0 + left_out)), rollouts)
+
+
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
-    """What one step trains on: all responses, or, of pairs of them, one a prompt at most."""
-    return rollouts.prompts_per_step if pairs_rollouts(config) else responses_per_step(rollouts)
+    """What one step trains on, at most: responses, or, of pairs of them, one a prompt."""
+    return rollouts.prompts_per_step * (1 if pairs_rollouts(config) else trained_per_prompt(config, rollouts))
 
 
 def _as_reference(config: Config) -> ReferenceConfig:

@@ -5,7 +5,7 @@ A key stands here if, and only if, the run would be the same whatever its value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from rlhf.algorithms.cpo import CPOConfig
 from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
+from rlhf.algorithms.raft import RAFTConfig
 from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
@@ -29,6 +31,9 @@ class Inert:
     key: Key
     why: str  # the rule and the values that make it so
     fix: str  # what to change if the key was meant
+
+
+MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
 
 
 def is_written(config: Section, key: Key) -> bool:
@@ -54,10 +59,9 @@ def inert_keys(config: Config) -> Iterator[Inert]:
         yield from _of_algorithm(config, config.algorithm)
     if derive.is_online(config):
         yield from _of_rewards(config)
+        yield from _of_kept(config)
     yield from _of_preferences(config)
-    if isinstance(config.algorithm, DistillationConfig) and config.algorithm.divergence != "jsd":
-        why = f"algorithm.divergence is {config.algorithm.divergence}"
-        yield from _all("algorithm.beta", why, "set algorithm.divergence to jsd")
+    yield from _of_distillation(config)
     yield from _of_data_and_training(config)
     yield from inert_in_cluster(config.cluster)
 
@@ -71,8 +75,9 @@ def _of_method(config: Config) -> Iterator[Inert]:
     name = config.algorithm.name
     if not derive.is_online(config):
         yield from _all(
-            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens "
-            "eval.temperature eval.samples_per_prompt tracking.samples_per_step train.epochs_per_batch",
+            "rollouts rewards reward_policy reward critic cluster.weight_sync data.max_prompt_tokens data.curriculum "
+            "eval.temperature eval.samples_per_prompt eval.greedy eval.k eval.pass_score eval.answer eval.by "
+            "tracking.samples_per_step train.epochs_per_batch",
             f"algorithm {name} samples no responses",
             "choose an algorithm that does",
         )
@@ -90,7 +95,8 @@ def _of_method(config: Config) -> Iterator[Inert]:
         if not derive.has_critic(config):
             yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
     if not derive.has_teacher(config):
-        yield from _all("teacher", f"algorithm {name} has no teacher", "use distillation")
+        other = "on_policy_distillation" if derive.is_online(config) else "distillation"
+        yield from _all("teacher", f"algorithm {name} has no teacher", f"use {other}")
     if derive.is_online(config) and not derive.uses_reward_model(config):
         yield from _all("reward", "no reward uses it", "add a reward with `role: reward` to rewards")
     for role in derive.ROLE_ORDER:
@@ -101,10 +107,10 @@ def _of_method(config: Config) -> Iterator[Inert]:
 def _how_to_need(config: Config, role: str) -> str:
     if role == "reference" and derive.reference_is_adapter_off(config):
         return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
-    if role == "reference" and derive.is_online(config):
+    if role == "reference" and isinstance(config.algorithm, OnlineConfig):
         return "set algorithm.kl.coef above 0"
     if role == "teacher":
-        return "use distillation"
+        return "use on_policy_distillation" if derive.is_online(config) else "use distillation"
     return "use ppo" if role == "critic" else "choose an algorithm that samples responses"
 
 
@@ -120,7 +126,9 @@ def _of_models(config: Config) -> Iterator[Inert]:
             )
     if not derive.is_online(config):
         return
-    if not derive.uses_reference(config):
+    if derive.distils_rollouts(config):
+        yield from _all("reference", f"algorithm {config.algorithm.name} has no reference", "use grpo")
+    elif not derive.uses_reference(config):
         yield from _all("reference", "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     elif derive.reference_is_adapter_off(config):
         why = "the policy with its LoRA adapter off is that very model"
@@ -131,23 +139,73 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
         keys = "algorithm.kl.estimator algorithm.kl.place"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
-    rollouts, train = config.rollouts, config.train
-    if rollouts is not None and train.epochs_per_batch == 1:
-        responses = derive.responses_per_step(rollouts)
-        if train.sequences_per_update == responses:
-            yield from _all(
-                " ".join(f"algorithm.{key}" for key in algorithm.felt_off_policy),
-                f"the batch of {responses} responses is trained on in one optimizer step, from the weights that sampled"
-                " it: every ratio is 1 and nothing is clipped",
-                "lower train.sequences_per_update or raise train.epochs_per_batch",
-            )
+    if isinstance(algorithm, RAFTConfig):
+        why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
+        yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
+    correction, clips = algorithm.correction, algorithm.felt_off_policy
+    if correction is not None and correction.weights is None:
+        keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
+        yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
+    if correction is not None and correction.mode == "policy_gradient":
+        why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
+        fix = "set algorithm.correction.mode to bypass or decoupled"
+        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.felt_by_selection))
+        yield from _all(keys, why, fix)
+    if not algorithm.bypasses_old_logprobs:
+        yield from _of_ratios(config, clips, or_else=", or set algorithm.correction.mode to bypass")
+    if config.rollouts is not None and derive.updates_per_step(config) == 1:
+        why = "each batch is trained on in one optimizer step, from the values it was computed with: none has moved yet"
+        keys = " ".join(f"algorithm.{key}" for key in algorithm.felt_by_moved_critic)
+        yield from _all(keys, why, MORE_UPDATES)
+
+
+def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Iterator[Inert]:
+    """Keys of the algorithm that importance ratios other than 1 alone feel."""
+    rollouts = config.rollouts
+    if rollouts is not None and derive.updates_per_step(config) == 1:
+        yield from _all(
+            " ".join(f"algorithm.{key}" for key in keys),
+            f"the batch of {derive.rows_per_step(config, rollouts)} responses is trained on in one optimizer step, "
+            "from the weights that sampled it: every ratio is 1 and nothing is clipped",
+            MORE_UPDATES + or_else,
+        )
+
+
+def _of_kept(config: Config) -> Iterator[Inert]:
+    """Who chooses which of a prompt's responses are trained on."""
+    key, name = "rollouts.keep_per_prompt", config.algorithm.name
+    if derive.pairs_rollouts(config):
+        yield from _all(key, f"algorithm {name} takes a pair of them", "choose an algorithm with advantages")
+    elif derive.distils_rollouts(config):
+        yield from _all(key, f"algorithm {name} learns from all of them", "choose an algorithm with advantages")
+    elif derive.most_kept(config) is not None:
+        yield from _all(key, f"algorithm {name} keeps the best by itself", "set algorithm.keep")
+
+
+def _of_distillation(config: Config) -> Iterator[Inert]:
+    algorithm = config.algorithm
+    if not isinstance(algorithm, DistillationConfig | OnPolicyDistillationConfig):
+        return
+    why = f"algorithm.divergence is {algorithm.divergence}"
+    if algorithm.divergence != "jsd":
+        yield from _all("algorithm.beta", why, "set algorithm.divergence to jsd")
+    if isinstance(algorithm, OnPolicyDistillationConfig):
+        if algorithm.is_sampled:
+            yield from _of_ratios(config, algorithm.felt_off_policy)
+        else:
+            keys = "algorithm.clip_low algorithm.clip_high algorithm.reward_coef"
+            yield from _all(keys, why, "set algorithm.divergence to sampled_reverse_kl")
 
 
 def _of_rewards(config: Config) -> Iterator[Inert]:
+    if not config.rewards:
+        keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
+        yield from _all(keys, "there are no rewards", "name one in rewards")
+        return
     if config.reward_policy.on_error == "fail":
         why = "reward_policy.on_error is fail: nothing is dropped"
         yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
-    if config.rewards and all(reward.function is None for reward in config.rewards.values()):
+    if all(reward.function is None for reward in config.rewards.values()):
         keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
         yield from _all(keys, "no reward is a function", "add a reward with `function`")
 
@@ -180,7 +238,11 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
             yield from _all("train.early_stopping", why, "evaluate more often, or lower its patience")
     if config.data.eval is not None and derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
-        yield from _all("eval.samples_per_prompt", why, "set eval.temperature above 0")
+        yield from _all("eval.samples_per_prompt eval.greedy", why, "set eval.temperature above 0")
+    functions = [reward for reward in config.rewards.values() if reward.function is not None]
+    if config.data.eval is not None and derive.is_online(config) and not functions and config.eval.pass_score is None:
+        why = "no reward is a function and eval.pass_score is null, so no response passes"
+        yield from _all("eval.k eval.answer", why, "set eval.pass_score")
     if isinstance(config.data.train, dict) and len(config.data.train) == 1:
         key = ("data", "train", next(iter(config.data.train)), "weight")
         yield Inert(key=key, why="there is no other set to be mixed with", fix="name another one beside it")

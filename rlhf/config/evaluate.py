@@ -62,6 +62,8 @@ class EvaluateConfig(Section):
     """Score from which a response passes. null: 1 where a reward is a function; else there is no such mark."""
     answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
     """By what responses vote (maj@k). null: as the rewards compare them."""
+    by: str | None = Field(default=None, min_length=1)
+    """A column whose values split each set: each is reported beside the whole, as `SET.VALUE`. null: none."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
     """Bound on the tokens of one pass of a reward model, or of the model where completions are measured."""
 
@@ -117,7 +119,7 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
     functions = [reward.function for reward in config.rewards.values() if reward.function is not None]
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
-        keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens stop k pass_score answer"
+        keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens stop k pass_score answer by"
         yield from _all(keys, why, "name a reward")
     else:
         if not stage.uses_reward_model:

@@ -218,7 +218,9 @@ def _describe(annotation: Any, bounds: str = "") -> str:
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_plural(_describe(arguments[0]))}"
     if origin is tuple:
-        return f"a list of {len(arguments)} {_plural(_describe(arguments[0]))}"
+        one = _describe(arguments[0])
+        each = f" (each {one})" if " or " in one else f" {_plural(one)}"
+        return f"a list of {len(arguments)}{each}"
     if is_section(annotation):
         return "a mapping"
     return _SCALARS.get(annotation, "any value") + (bounds if annotation in (int, float) else "")

@@ -5,6 +5,7 @@ Needs neither the models nor the data nor Ray.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,16 +19,23 @@ from rlhf.config.derive import (
     critic_model,
     derive,
     eval_sets,
+    has_teacher,
+    leaves_out,
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
+    prompts_at_once,
+    reads_teacher_states,
     reference_model,
     train_sets,
+    trained_per_prompt,
+    wants_greedy,
     weight_sync,
 )
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.merge import MergeConfig, in_effect
+from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
 from rlhf.config.stages import MergeStage, Stage, run_folder
@@ -137,6 +145,14 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     return "\n\n".join(parts)
 
 
+def _beside(config: Config) -> str:
+    """What is sampled or left out besides."""
+    assert config.rollouts is not None
+    greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if wants_greedy(config) else ""
+    most = trained_per_prompt(config, config.rollouts)
+    return greedy + (f", of which at most {most} a prompt are trained on" if leaves_out(config) else "")
+
+
 def _facts(config: Config, derived: Derived) -> list[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
@@ -155,7 +171,10 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
             longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
         passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
         facts += [
-            ["responses a step", f"{prompts} prompts * {samples} samples = {sequences}"],
+            [
+                "responses a step",
+                f"{prompts} prompts * {samples} samples = {sequences}{_beside(config)}{_replaced(rollouts)}",
+            ],
             [
                 "updates a step",
                 f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",
@@ -184,12 +203,23 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         where = config.run.dir / "reference_logprobs"
         facts.append(["reference", f"the policy before training: computed once, then taken from {where}"])
     if rollouts is not None:
-        facts.append(["reference", _reference(config, derived)])
+        facts.append(_teacher(config) if has_teacher(config) else ["reference", _reference(config, derived)])
         facts.append(["weight sync", _sync(config)])
     facts.append(
         ["checkpoints", f"every {train.checkpoint_every} steps; the newest {train.keep_checkpoints} and the best kept"]
     )
     return facts
+
+
+def _replaced(rollouts: RolloutsConfig) -> str:
+    """What is asked besides, to make a step's batch."""
+    told = ""
+    if rollouts.oversample > 1.0:
+        told += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
+    if rollouts.dynamic_sampling is not None:
+        most = math.floor(rollouts.prompts_per_step * rollouts.dynamic_sampling.max_filtered_fraction)
+        told += f", in place of at most {most} prompts that are filtered"
+    return told
 
 
 def _whole_run(config: Config, derived: Derived) -> str:
@@ -215,6 +245,11 @@ def _reference(config: Config, derived: Derived) -> str:
         else "the policy with policy.adapter as it is now: no second model",
         "workers": f"{reference_model(config).model} in workers of its own{_renewed(config)}",
     }[derived.reference]
+
+
+def _teacher(config: Config) -> list[str]:
+    says = "its distributions at" if reads_teacher_states(config) else "its log-probabilities of"
+    return ["teacher", f"{config.teacher.model if config.teacher else 'none'}: {says} the sampled tokens"]
 
 
 def _renewed(config: Config) -> str:
@@ -247,7 +282,7 @@ def _roles(config: Config, derived: Derived, seating: Seating) -> list[list[str]
         "reference": reference_model(config).model,
         "teacher": config.teacher.model if config.teacher else "none",
         "rollout": config.policy.model,
-        "reward": config.reward.model if config.reward else "functions",
+        "reward": config.reward.model if config.reward else "functions" if config.rewards else "none",
     }
     return _role_rows(derived.needs, config.cluster, seating, models)
 

@@ -31,6 +31,34 @@ class EnvironmentConfig(Section):
     """How the model writes tool calls. hermes: JSON within `<tool_call>`, as Qwen and others do."""
 
 
+class DynamicSampling(Section):
+    """Groups that teach nothing are filtered, and replaced by other prompts' until the batch is whole (DAPO,
+    arXiv:2503.14476, section 3.2). A group is filtered if all its responses score alike, or by its mean score."""
+
+    min_mean: float | None = Field(default=None, allow_inf_nan=False)
+    """A group whose mean score is lower is filtered too; null: none."""
+    max_mean: float | None = Field(default=None, allow_inf_nan=False)
+    """A group whose mean score is higher is filtered too; null: none."""
+    max_filtered_fraction: float = Field(default=4.0, gt=0.0, le=1000.0)
+    """Groups filtered in one step, as a share of prompts_per_step, at which the run stops."""
+
+    @model_validator(mode="after")
+    def _a_band(self) -> Self:
+        if self.min_mean is not None and self.max_mean is not None and self.min_mean > self.max_mean:
+            raise ValueError(f"`min_mean` {self.min_mean:g} is above `max_mean` {self.max_mean:g}: nothing is between")
+        return self
+
+
+class KeepPerPrompt(Section):
+    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
+
+    count: int = Field(ge=1)
+    """How many."""
+    by: Literal["spread", "best"] = "spread"
+    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
+    best: those with the highest scores."""
+
+
 class RolloutsConfig(Section):
     """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
@@ -41,13 +69,21 @@ class RolloutsConfig(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
     temperature: float = Field(default=1.0, ge=0.01, le=10.0)
-    """Sampling temperature; the trainer's log-probabilities are taken at the same one."""
+    """Sampling temperature; the trainer's log-probabilities are taken at the same one. In training, a row with a column
+    `temperature` has its own."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling; 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
     """Sample among the k likeliest tokens; null keeps all."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response; they stay in it."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Replace groups that teach nothing; null: all groups are trained on."""
+    oversample: float = Field(default=1.0, ge=1.0, le=10.0)
+    """Prompts asked for each that is needed. Above 1, the slowest are cancelled once the batch is whole and come first
+    in the next step: steps wait less for long responses, and train on fewer of them."""
+    keep_per_prompt: KeepPerPrompt | None = None
+    """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
     environment: EnvironmentConfig | None = None

@@ -41,7 +41,7 @@ class Config(Section):
     rollouts: RolloutsConfig | None = None
     """Sampling; online algorithms only."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
-    """Rewards by name; online algorithms only."""
+    """Rewards by name; online algorithms only, which need at least one unless they learn from a teacher."""
     reward_policy: RewardPolicy = RewardPolicy()
     """What a failing reward does."""
     train: TrainConfig

@@ -62,7 +62,7 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the best one is kept beside them."""
     best_metric: str | None = None
     """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
-    first evaluation set's score (loss for runs without rollouts)."""
+    first evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
     early_stopping: EarlyStopping | None = None
     """null: the run does all its steps."""
 
@@ -78,3 +78,13 @@ class EvalConfig(Section):
     """0 is greedy; else at least 0.01."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to each held-out prompt; more than one needs a temperature above 0."""
+    greedy: bool = False
+    """Beside the sampled responses one greedy response to each prompt, whose score is `eval/<set>/greedy`."""
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
+    pass_score: float | None = None
+    """Score from which a response passes. null: 1 where a reward is a function; else there is no such mark."""
+    answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
+    """By what responses vote (maj@k). null: as the rewards compare them."""
+    by: str | None = Field(default=None, min_length=1)
+    """A column whose values split each set: each is reported beside the whole, as `SET.VALUE`. null: none."""

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
+from rlhf.rollouts.firsts import FirstsLedger, race_identity
 from rlhf.rollouts.identity import scored_identity
 from rlhf.rollouts.ledger import ScoreLedger
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.reductions import Sum
-from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
 
+GREEDY_GROUPS = 1_000_000_000  # the id of a greedy group less that of the group that it stands beside
+
 
 def request_for(
-    prompt: Prompt, *, group_id: int, first_sequence_id: int, samples: int, run_seed: int, epoch: int = 0
+    prompt: Prompt,
+    *,
+    group_id: int,
+    first_sequence_id: int,
+    samples: int,
+    run_seed: int,
+    epoch: int = 0,
+    temperature: float | None = None,
 ) -> GroupRequest:
     """So many samples of a prompt. Their seeds are the prompt's own, whenever and wherever it is answered."""
     return GroupRequest(
@@ -28,6 +39,7 @@ def request_for(
         prompt=prompt,
         seeds=tuple(rollout_seed(run_seed, epoch, prompt.prompt_id, sample) for sample in range(samples)),
         first_sequence_id=first_sequence_id,
+        temperature=temperature,
     )
 
 
@@ -73,6 +85,7 @@ class Answers:
         self.reward = reward
         self.record = record
         self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
+        self.firsts = FirstsLedger(record.folder.spool, rewards=rewards_fingerprint)
 
     async def to(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
@@ -84,17 +97,111 @@ class Answers:
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
             self.record.progress.stage("rollouts", num_done, len(requests))
-            return await self._score(group, sampling, step=step, version=version)
+            scored = await self._score(group, sampling, version=version)
+            self._note_errors(scored, step=step)
+            return scored
 
         return await answered(self.rollout, requests, sampling, score)
 
-    async def _score(self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int) -> ScoredGroup:
+    async def to_first(
+        self,
+        requests: Sequence[GroupRequest],
+        sampling: Sampling,
+        is_enough: Callable[[ScoredGroup], bool],
+        *,
+        rule: str,
+        step: int,
+        version: int,
+    ) -> list[ScoredGroup]:
+        """Responses and scores in the order of their requests, of those that came first: up to the one of which
+        `is_enough` was true. The others are cancelled.
+
+        rule: names what `is_enough` goes by. A resumed run, which asks the same by the same rule, gets the same groups.
+        """
+        race = race_identity(requests, sampling, version=version, rule=rule)
+        firsts = self.firsts.get(race)
+        found: list[ScoredGroup] = []
+        closing: asyncio.Task[Any] | None = None
+
+        async def take(group: CompletedGroup) -> None:
+            nonlocal closing
+            scored = await self._score(group, sampling, version=version)
+            if closing is not None:
+                return
+            self._note_errors(scored, step=step)
+            found.append(scored)
+            self.record.progress.stage("rollouts", len(found), len(requests))
+            if is_enough(scored) if firsts is None else len(found) == len(firsts):
+                closing = asyncio.current_task()
+                done = {one.group.request.group_id for one in found}
+                await self.rollout.cancel([request for request in requests if request.group_id not in done])
+
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async for group in self.rollout.generate(requests, sampling):
+                if firsts is None or group.request.group_id in firsts:
+                    tasks.append(asyncio.create_task(take(group)))
+            waiting: set[asyncio.Task[None]] = set(tasks)
+            while closing is None and waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            if closing is not None:
+                await closing
+            for task in tasks:  # the batch is whole without what failed, but not in silence
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        found.sort(key=lambda scored: scored.group.request.group_id)
+        if firsts is None:
+            self.firsts.put(race, [scored.group.request.group_id for scored in found])
+        return found
+
+    def forget_failures(self) -> None:
+        """The run ends because of a reward: whoever resumes it has mended it, and wants it asked again."""
+        self.ledger.forget_failures()
+        self.firsts.clear()  # another score may make another batch
+
+    def clear(self) -> None:
+        """A checkpoint covers all that was written."""
+        self.ledger.clear()
+        self.firsts.clear()
+
+    async def beside_greedy(
+        self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
+    ) -> list[ScoredGroup]:
+        """The groups with the score of one greedy response to each prompt, by the same weights and rewards.
+
+        A group whose greedy response could not be scored has its errors.
+        """
+        sound = [group.group.request for group in groups if not group.scores.errors]
+        beside = [
+            replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
+        ]
+        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None)
+        answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
+        greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
+        return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
+
+    async def _score(self, group: CompletedGroup, sampling: Sampling, *, version: int) -> ScoredGroup:
         group_id, request = group.request.group_id, scored_identity(group.request, sampling, group.infos)
         scores = self.ledger.get(group_id, version, request)
         if scores is None:
             scores = await self.reward.score(group)
             self.ledger.put(group_id, version, request, scores)
-        for error in scores.errors:
-            self.record.tracker.log_error(error_record(error, step=step))
-        self.record.add({"rewards/errors/total": Sum(total=len(scores.errors)), **environment_failures(group.infos)})
         return ScoredGroup(group=group, scores=scores)
+
+    def _note_errors(self, scored: ScoredGroup, *, step: int) -> None:
+        for error in scored.scores.errors:
+            self.record.tracker.log_error(error_record(error, step=step))
+        failures = environment_failures(scored.group.infos)
+        self.record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors)), **failures})
+
+
+def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
+    """The group with what became of its greedy response."""
+    if greedy is None:
+        return group
+    return replace(group, scores=greedy) if greedy.errors else replace(group, greedy_score=greedy.scores[0])

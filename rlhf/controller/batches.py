@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 
 from rlhf.data.packing import balance
@@ -21,14 +22,16 @@ def plan_batch(
     *,
     step: int,
     seed: int,
-    sequences_per_update: int,
+    num_minibatches: int,
     num_ranks: int,
     kl_coef: float,
+    entropy_coef: float = 0.0,
 ) -> BatchPlan:
-    """Deal a batch's sequences out to minibatches and ranks.
+    """Deal a batch's sequences out to minibatches of about equal size, and to ranks.
 
     Which sequences make a minibatch depends on (seed, step) alone: whole groups, but for one that meets the minibatch's
-    end. Within a minibatch, ranks get about equal work.
+    end. Fewer sequences than minibatches make as many minibatches as there are sequences. Within a minibatch, ranks get
+    about equal work; a rank may have none.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
@@ -36,9 +39,10 @@ def plan_batch(
     drawn = sorted((list(scored.group.infos) for scored in groups), key=lambda group: group[0].sequence_id)
     random.Random(f"minibatches {seed} {step}").shuffle(drawn)
     order = list(chain.from_iterable(drawn))
+    count = min(num_minibatches, len(order))
     minibatches = []
-    for start in range(0, len(order), sequences_per_update):
-        chosen = order[start : start + sequences_per_update]
+    for number in range(count):
+        chosen = order[len(order) * number // count : len(order) * (number + 1) // count]
         minibatches.append(
             MinibatchPlan(
                 sequences_by_rank=tuple(
@@ -52,13 +56,31 @@ def plan_batch(
     return BatchPlan(
         step=step,
         minibatches=tuple(minibatches),
-        scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)),
+        scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)) if scores else {},
         kl_coef=kl_coef,
+        temperatures=temperatures(groups),
+        entropy_coef=entropy_coef,
     )
 
 
+def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
+    """By sequence id, of the prompts that have a temperature of their own."""
+    return {
+        info.sequence_id: scored.group.request.temperature
+        for scored in groups
+        for info in scored.group.infos
+        if scored.group.request.temperature is not None
+    }
+
+
 def plan_pairs(
-    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]], *, step: int, seed: int, num_minibatches: int, num_ranks: int
+    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]],
+    *,
+    step: int,
+    seed: int,
+    num_minibatches: int,
+    num_ranks: int,
+    temperatures: Mapping[int, float],
 ) -> BatchPlan:
     """Deal the pairs of chosen and rejected responses out to minibatches of about equal size, and to ranks.
 
@@ -82,7 +104,21 @@ def plan_pairs(
                 num_sequences=2 * len(chosen),
             )
         )
-    return BatchPlan(step=step, minibatches=tuple(minibatches), scores={}, kl_coef=0.0)
+    return BatchPlan(step=step, minibatches=tuple(minibatches), scores={}, kl_coef=0.0, temperatures=temperatures)
+
+
+def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
+    """The group as if the responses at these places were all that it has. Its columns hold the others too."""
+    scores = scored.scores
+    return replace(
+        scored,
+        group=replace(scored.group, infos=tuple(scored.group.infos[place] for place in places)),
+        scores=replace(
+            scores,
+            scores=tuple(scores.scores[place] for place in places),
+            by_name={name: tuple(values[place] for place in places) for name, values in scores.by_name.items()},
+        ),
+    )
 
 
 def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num_ranks: int) -> list[list[RolloutInfo]]:

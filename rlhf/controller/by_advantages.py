@@ -1,30 +1,43 @@
 """Learning by advantages: every sampled token is weighed by how much better it went than expected (PPO, GRPO).
 
-batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
+kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
+
+A response that is not kept (rollouts.keep_per_prompt, raft) is not computed on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
+from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
 from rlhf.config.root import Config
-from rlhf.controller.batches import plan_batch, visits
+from rlhf.controller.batches import only, plan_batch, visits
+from rlhf.controller.entropy_bonus import EntropyBonus
+from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
+from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
 from rlhf.tracking.reductions import Last, Mean
 from rlhf.types import BatchPlan, TokenValues
 
+logger = logging.getLogger(__name__)
+KEPT_BY = {"spread": most_spread, "best": best}
+
 
 class AdvantageLearning:
-    """All responses are trained on. `kl_coef` is the coefficient in force."""
+    """The tokens of all kept responses are trained on. `kl_coef` is the coefficient in force, and so is what `entropy`
+    gives."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -34,13 +47,23 @@ class AdvantageLearning:
         self.rollouts = config.rollouts
         self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
         self.kl_coef = self.algorithm.config.kl.coef
+        self.entropy = EntropyBonus(self.algorithm.config.entropy)
+        self.group_size = trained_per_prompt(config, self.rollouts)
+        self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
+        self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """The arrows of the module's docstring."""
+        """The arrows of the module's docstring. Where nothing is kept there is no optimizer step: the weights stay."""
         record, roles = self.record, self.roles
-        plan = self._plan(groups, step, roles.policy)
+        kept = self._kept(groups)
+        plan = self._plan(kept, step, roles.policy)
+        report = PrepareReport(sequences=(), metrics={})
+        advantages: Mapping[int, float] = {}
         with record.stage("experience", role="policy"):
-            report, advantages = await self._experience(plan, groups)
+            if kept:
+                report, advantages = await self._experience(plan, kept)
+            else:
+                logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         with record.stage("update", role="policy"):
             order = visits(
                 len(plan.minibatches),
@@ -50,16 +73,38 @@ class AdvantageLearning:
             )
             for minibatch in order:
                 await self._update(minibatch, step)
+        if self.idle.watches:
+            self.idle.see(record.row())
+        self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
 
     def state(self) -> Mapping[str, Any]:
-        """The coefficient."""
-        return {"kl_coef": self.kl_coef}
+        """The coefficients."""
+        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Take the coefficient up."""
+        """Take the coefficients up."""
         self.kl_coef = state["kl_coef"]
+        self.entropy.restore(state["entropy"])
+
+    def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """The groups with the responses that are trained on; without the groups that have none."""
+        keep = self.rollouts.keep_per_prompt
+        kept = []
+        for scored in groups:
+            scores = scored.scores.scores
+            places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
+            if places:
+                kept.append(only(scored, places))
+        if self.algorithm.compares_responses:
+            flat = sum(len(set(scored.scores.scores)) == 1 for scored in groups)
+            self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
+        if leaves_out(self.config):
+            total = sum(len(scored.group.infos) for scored in kept)
+            count = sum(len(scored.group.infos) for scored in groups)
+            self.record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
+        return kept
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
         """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
@@ -67,9 +112,10 @@ class AdvantageLearning:
             groups,
             step=step,
             seed=self.config.run.seed,
-            sequences_per_update=self.config.train.sequences_per_update,
+            num_minibatches=self.num_minibatches,
             num_ranks=role.num_ranks,
             kl_coef=self.kl_coef,
+            entropy_coef=self.entropy.in_force,
         )
 
     async def _experience(
@@ -79,11 +125,14 @@ class AdvantageLearning:
         roles, config = self.roles, self.algorithm.config
         rollouts = [scored.group.rollouts for scored in groups]
         reference, critic = roles.reference, roles.critic
+        wanted = frozenset(plan.scores) if leaves_out(self.config) else None
         in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
 
         async def logprobs() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
-                return [] if reference is None else await reference.logprobs(rollouts)
+                if reference is None:
+                    return []
+                return await reference.logprobs(rollouts, only=wanted, temperatures=plan.temperatures)
 
         async def old_values() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
@@ -96,23 +145,38 @@ class AdvantageLearning:
             for sequence in report.sequences:
                 if sequence.kl_ref is not None:
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
-        lengths = {info.sequence_id: info.num_response_tokens for scored in groups for info in scored.group.infos}
-        by_sequence = self.algorithm.sequence_advantages(
-            torch.tensor([scores[i] for i in sorted(scores)], dtype=torch.float64),
-            torch.tensor([lengths[i] for i in sorted(scores)]),
-            group_size=self.rollouts.samples_per_prompt,
-        )
+        by_sequence = self.algorithm.sequence_advantages(self._outcomes(groups, scores))
         advantages = await roles.policy.set_advantages(
-            None if by_sequence is None else dict(zip(sorted(scores), by_sequence.tolist(), strict=True)), values
+            None if by_sequence is None else dict(zip(scores, by_sequence.tolist(), strict=True)), values
         )
         if critic is not None:
             await critic.prepare(plan, advantages.returns)
         self.record.add(report.metrics)
         self.record.add(advantages.metrics)
-        if by_sequence is not None:
-            flat = by_sequence.view(-1, self.rollouts.samples_per_prompt).abs().sum(dim=1) == 0
-            self.record.add({"advantages/zero_groups/fraction": Mean(total=int(flat.sum()), count=len(flat))})
         return report, advantages.mean_advantages
+
+    def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
+        """What the groups say without their tokens; `scores`: by sequence id, in the groups' order."""
+        names = groups[0].scores.by_name
+        greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+        infos = [info for scored in groups for info in scored.group.infos]
+        num_tokens = torch.tensor([info.num_response_tokens for info in infos])
+        return SequenceOutcomes(
+            scores=self._shaped(_column([scores[info.sequence_id] for info in infos]), num_tokens),
+            by_reward={name: _column([v for scored in groups for v in scored.scores.by_name[name]]) for name in names},
+            weights={name: self.config.rewards[name].weight for name in names},
+            num_tokens=num_tokens,
+            group_size=self.group_size,
+            greedy_scores=_column(greedy) if greedy else None,
+        )
+
+    def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The scores as the algorithm compares them, and how much it has taken off."""
+        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_response_tokens)
+        if shaped is not scores:
+            taken = float((scores - shaped).sum())
+            self.record.add({"advantages/overlong_penalty/mean": Mean(total=taken, count=len(scores))})
+        return shaped
 
     def _share_bundles(self) -> bool:
         """Whether reference and critic compute on the same hardware."""
@@ -135,11 +199,16 @@ class AdvantageLearning:
             for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
 
+    def _adapt_entropy(self) -> None:
+        if self.algorithm.config.entropy.adaptive is not None:
+            self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
+            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while the critic alone is trained
+
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive
         self.record.add({"experience/kl_coef": Last(value=self.kl_coef)} if self._has_reference() else {})
         kls = [sequence.kl_ref for sequence in report.sequences if sequence.kl_ref is not None]
-        if adaptive is not None:
+        if adaptive is not None and kls:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,
                 kl=sum(kls) / len(kls),
@@ -150,3 +219,7 @@ class AdvantageLearning:
 
     def _has_reference(self) -> bool:
         return self.algorithm.config.kl.coef > 0.0
+
+
+def _column(values: Sequence[float]) -> Float[Tensor, " B"]:
+    return torch.tensor(values, dtype=torch.float64)

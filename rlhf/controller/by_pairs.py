@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
 from rlhf.algorithms.pairs import OnlinePairAlgorithm
 from rlhf.config.root import Config
-from rlhf.controller.batches import plan_pairs, visits
+from rlhf.controller.batches import plan_pairs, temperatures, visits
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.errors import UserError
@@ -93,6 +93,7 @@ class PairLearning:
         pairs, policy, reference = [pair for _, pair in found], self.roles.policy, self.roles.reference
         plan = plan_pairs(
             pairs,
+            temperatures=temperatures([scored for scored, _ in found]),
             step=step,
             seed=self.config.run.seed,
             num_minibatches=self.num_minibatches,
@@ -100,7 +101,9 @@ class PairLearning:
         )
         rollouts = [scored.group.rollouts for scored, _ in found]
         only = frozenset(info.sequence_id for pair in pairs for info in pair)
-        references = [] if reference is None else await reference.logprobs(rollouts, only=only)
+        references = (
+            [] if reference is None else await reference.logprobs(rollouts, only=only, temperatures=plan.temperatures)
+        )
         self.record.add((await policy.prepare(plan, rollouts, references)).metrics)
         return len(plan.minibatches)
 

@@ -1,8 +1,11 @@
-"""Scores of held-out prompts under the current weights."""
+"""Scores of held-out prompts under the current weights, with intervals and by source, and what a teacher says."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
@@ -10,25 +13,39 @@ from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
+from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
+from rlhf.evaluation.statistics import mean_estimate
 from rlhf.rewards.scoring import describe
-from rlhf.roles import RewardRole, SampleSelection, ScoredGroup
-from rlhf.tracking.reductions import Mean, Reduction
+from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
+from rlhf.tracking.atomic import write_atomic
+from rlhf.tracking.reductions import Last, Mean
+from rlhf.tracking.run_folder import evaluation_path
 from rlhf.tracking.samples import samples_path
 from rlhf.types import Prompt, Sampling
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSet:
+    """Held-out prompts. `sources`: by prompt id where each comes from, of a set that is split so."""
+
+    prompts: tuple[Prompt, ...]
+    sources: Mapping[int, str]
+
+
 async def evaluate(
-    sets: Mapping[str, Sequence[Prompt]],
+    sets: Mapping[str, EvalSet],
     config: Config,
+    marking: Marking,
     answers: Answers,
     reward: RewardRole,
     record: RunRecord,
     *,
     step: int,
-) -> None:
-    """Answer and score every set by the weights of a step; the values stand in its row, the responses in its samples.
+) -> dict[str, list[ScoredGroup]]:
+    """Answer and score every set by the weights of a step. Returns what could be scored of each.
 
-    RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
+    The values stand in its row, the whole with its intervals in evals/, the responses in its samples. RunError if a
+    reward failed and reward_policy.on_error is fail, or if a set has no score at all.
     """
     assert config.rollouts is not None
     settings = config.eval
@@ -36,43 +53,97 @@ async def evaluate(
         max_new_tokens=config.rollouts.max_new_tokens, temperature=settings.temperature, stop=config.rollouts.stop
     )
     selections: list[SampleSelection] = []
+    reports: list[SetReport] = []
+    answered: dict[str, list[ScoredGroup]] = {}
+    offset = 0
+
+    async def scored(name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[ScoredGroup]:
+        nonlocal offset
+        requests = [
+            request_for(
+                prompt,
+                group_id=-1 - offset - index,  # no place in the prompt stream
+                first_sequence_id=index * samples,
+                samples=samples,
+                run_seed=config.run.seed,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        offset += len(requests)
+        groups = await answers.to(requests, sampling, step=step, version=step)
+        sound = [group for group in groups if not group.scores.errors]
+        if not sound or (len(sound) < len(groups) and config.reward_policy.on_error == "fail"):
+            answers.forget_failures()
+            failed = next(group for group in groups if group.scores.errors)
+            raise RunError(f"eval {name}, step {step}: {describe(failed.scores.errors)}")
+        return sound
+
     with record.stage("eval", role="rollout"):
-        offset = 0
-        for name, prompts in sets.items():
-            requests = [
-                request_for(
-                    prompt,
-                    group_id=-1 - offset - index,  # no place in the prompt stream
-                    first_sequence_id=index * settings.samples_per_prompt,
-                    samples=settings.samples_per_prompt,
-                    run_seed=config.run.seed,
-                )
-                for index, prompt in enumerate(prompts)
-            ]
-            offset += len(requests)
-            groups = await answers.to(requests, sampling, step=step, version=step)
-            failed = [group for group in groups if group.scores.errors]
-            if failed and config.reward_policy.on_error == "fail":
-                answers.ledger.forget_failures()
-                raise RunError(f"eval {name}, step {step}: {describe(failed[0].scores.errors)}")
-            sound = [group for group in groups if not group.scores.errors]
-            if not sound:
-                answers.ledger.forget_failures()
-                raise RunError(f"eval {name}, step {step}: no response could be scored; see errors.jsonl")
-            record.add(_metrics(name, sound))
-            selections += group_samples(sound, Signals(), split=name, most=None)
+        for name, held_out in sets.items():
+            groups = await scored(name, held_out.prompts, sampling, settings.samples_per_prompt)
+            results = await _results(groups, marking, reward)
+            asked = [prompt.prompt_id for prompt in held_out.prompts]
+            found = prompt_reports(name, results, marking, sources=held_out.sources, asked=asked, seed=config.run.seed)
+            if settings.greedy:
+                greedy = await scored(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
+                found[0] = _with_greedy(found[0], greedy, seed=config.run.seed)
+            reports += found
+            answered[name] = groups
+            selections += group_samples(groups, Signals(), split=name, most=None)
+        whole = Evaluation(
+            model=config.run.name,
+            against=None,
+            seed=config.run.seed,
+            samples=settings.samples_per_prompt,
+            sets=tuple(reports),
+        )
+        record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
+        text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
+        write_atomic(evaluation_path(record.folder.path, step), text)
         await reward.write_samples(samples_path(record.folder.path, step), selections)
+    return answered
 
 
-def _metrics(name: str, groups: Sequence[ScoredGroup]) -> dict[str, Reduction]:
-    infos = [info for scored in groups for info in scored.group.infos]
-    scores = [score for scored in groups for score in scored.scores.scores]
-    return {
-        f"eval/{name}/score": Mean.of(scores),
-        f"eval/{name}/truncated": Mean.of([float(info.finish_reason == "length") for info in infos]),
-        f"eval/{name}/response_tokens": Mean.of([float(info.num_response_tokens) for info in infos]),
-        **{
-            f"eval/{name}/{reward}": Mean.of([v for scored in groups for v in scored.scores.by_name[reward]])
-            for reward in groups[0].scores.by_name
-        },
-    }
+async def compare_with_teacher(
+    answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
+) -> None:
+    """How much likelier each set's responses are to the student than to its teacher, a token.
+
+    Greedy responses are held against both at temperature 1, since the engine says of them what they are there.
+    """
+    settings = config.eval
+    with record.stage("teacher", role="teacher"):
+        for name, groups in answered.items():
+            told = await teacher.mean_logprobs(
+                [scored.group.rollouts for scored in groups],
+                temperature=settings.temperature or 1.0,
+                samples_per_prompt=settings.samples_per_prompt,
+            )
+            infos = [info for scored in groups for info in scored.group.infos]
+            gaps = [info.num_response_tokens * (info.mean_logprob - told[info.sequence_id]) for info in infos]
+            count = sum(info.num_response_tokens for info in infos)
+            record.add({f"eval/{name}/kl_teacher": Mean(total=sum(gaps), count=count)})
+
+
+async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: RewardRole) -> list[PromptScores]:
+    """Scores with the answers by which responses vote, where they do."""
+    form = marking.answers if marking.pass_score is not None else None
+    votes: list[tuple[str | None, ...] | None] = [None] * len(groups)
+    if form is not None:
+        votes = list(await asyncio.gather(*(reward.answers(scored.group, form) for scored in groups)))
+    return [
+        PromptScores(
+            prompt_id=scored.group.request.prompt.prompt_id,
+            scores=scored.scores.scores,
+            by_name=scored.scores.by_name,
+            answers=said,
+            truncated=tuple(info.finish_reason == "length" for info in scored.group.infos),
+            response_tokens=tuple(info.num_response_tokens for info in scored.group.infos),
+        )
+        for scored, said in zip(groups, votes, strict=True)
+    ]
+
+
+def _with_greedy(report: SetReport, groups: Sequence[ScoredGroup], *, seed: int) -> SetReport:
+    greedy = mean_estimate([scored.scores.scores[0] for scored in groups], seed=seed)
+    return replace(report, metrics={**report.metrics, "greedy": greedy})

@@ -1,4 +1,4 @@
-"""How a step's scored responses become updates of the policy: by their advantages, or by pairs of them.
+"""How a step's responses become updates of the policy: by their advantages, by pairs of them, or by a teacher.
 
     scored groups -> plan -> experience -> updates
 
@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rlhf.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, ScoredGroup, SequenceReport
+from rlhf.roles import (
+    CriticRole,
+    OnlineTeacherRole,
+    PolicyRole,
+    ReferenceRole,
+    RewardRole,
+    RolloutRole,
+    ScoredGroup,
+    SequenceReport,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +32,7 @@ class OnlineRoles:
     reward: RewardRole
     reference: ReferenceRole | None
     critic: CriticRole | None
+    teacher: OnlineTeacherRole | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +42,7 @@ class Signals:
     reports: Mapping[int, SequenceReport] = field(default_factory=dict)
     advantages: Mapping[int, float] = field(default_factory=dict)
     preferred: Mapping[int, bool] = field(default_factory=dict)  # whether it is the chosen response of its pair
+    teacher_logprobs: Mapping[int, float] = field(default_factory=dict)  # means over the sampled tokens
 
 
 class Learning(Protocol):

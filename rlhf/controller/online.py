@@ -14,25 +14,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from rlhf.config.derive import pairs_rollouts
+from rlhf.config.derive import distils_rollouts, pairs_rollouts
 from rlhf.config.root import Config
-from rlhf.controller.answers import Answers, request_for
+from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
-from rlhf.controller.evaluation import evaluate
+from rlhf.controller.collect import Collector
+from rlhf.controller.evaluation import EvalSet, compare_with_teacher, evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.trained import trained_models
 from rlhf.controller.weight_sync import sync_weights
-from rlhf.data.stream import Cursor, Stream
-from rlhf.errors import RunError
-from rlhf.rewards.scoring import describe
+from rlhf.data.stream import Stream
+from rlhf.evaluation.results import Marking
 from rlhf.roles import (
     CriticRole,
+    OnlineTeacherRole,
     PolicyRole,
     ReferenceRole,
     RewardRole,
@@ -42,7 +43,7 @@ from rlhf.roles import (
 )
 from rlhf.tracking.reductions import Last, Max, Sum
 from rlhf.tracking.samples import samples_path
-from rlhf.types import GroupRequest, Prompt, Sampling
+from rlhf.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class OnlineController:
         record: RunRecord,
         *,
         prompts: Stream[Prompt],
-        eval_sets: Mapping[str, Sequence[Prompt]],
+        eval_sets: Mapping[str, EvalSet],
+        marking: Marking,
         probe_ids: Sequence[int],
         policy_fingerprint: str,
         rewards_fingerprint: str,
@@ -66,12 +68,12 @@ class OnlineController:
         self.config = config
         self.roles = roles
         self.record = record
-        self.prompts = prompts
         self.eval_sets = eval_sets
+        self.marking = marking
         self.probe_ids = probe_ids
         self.fingerprint = policy_fingerprint
         self.rollouts = config.rollouts
-        self.sampling = Sampling(
+        sampling = Sampling(
             max_new_tokens=self.rollouts.max_new_tokens,
             temperature=self.rollouts.temperature,
             top_p=self.rollouts.top_p,
@@ -79,11 +81,13 @@ class OnlineController:
             stop=self.rollouts.stop,
         )
         self.step = 0
-        self.next_group = 0
-        self.learning: Learning = (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)
+        self.learning = _learning(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
-        self.best = Best.of(config.train, f"eval/{first_set}/score", default_lower=False)
+        scored = bool(config.rewards)
+        metric = f"eval/{first_set}/{'score' if scored else 'kl_teacher'}"
+        self.best = Best.of(config.train, metric, default_lower=not scored)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
+        self.collector = Collector(config, prompts, self.answers, record, sampling)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
     async def run(self) -> None:
@@ -122,8 +126,10 @@ class OnlineController:
         """The arrows of the module's first line."""
         roles, record = self.roles, self.record
         with record.stage("rollouts", role="rollout"):
-            groups = await self._collect(step)
+            batch = await self.collector.collect(step)
+        groups, seconds = batch.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
+        record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
         await self._to_trainers(keep_weights=False)
         signals = await self.learning.learn(groups, step)
         await self._sync(step)
@@ -131,50 +137,6 @@ class OnlineController:
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
             await roles.reward.write_samples(samples_path(record.folder.path, step), chosen)
-
-    async def _collect(self, step: int) -> list[ScoredGroup]:
-        """A whole batch of scored groups in plan order. A group whose reward failed is replaced by another prompt's."""
-        count, per_prompt = self.rollouts.prompts_per_step, self.rollouts.samples_per_prompt
-        policy = self.config.reward_policy
-        slots: list[ScoredGroup | None] = [None] * count
-        dropped = 0
-        while any(slot is None for slot in slots):
-            empty = [index for index, slot in enumerate(slots) if slot is None]
-            requests = [
-                self._request(prompt, epoch, first_sequence_id=index * per_prompt)
-                for index, (epoch, prompt) in zip(empty, self.prompts.next(len(empty)), strict=True)
-            ]
-            scored = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
-            for index, group in zip(empty, scored, strict=True):
-                if not group.scores.errors:
-                    slots[index] = group
-                    continue
-                dropped += 1
-                if policy.on_error == "fail" or dropped > policy.max_dropped_fraction * count:
-                    self.answers.ledger.forget_failures()
-                    raise RunError(
-                        f"rewards, step {step}: {describe(group.scores.errors)}. "
-                        + (
-                            "reward_policy.on_error is fail; drop would replace such a prompt by another."
-                            if policy.on_error == "fail"
-                            else f"{dropped} of {count} groups were dropped, more than reward_policy."
-                            f"max_dropped_fraction {policy.max_dropped_fraction} allows."
-                        )
-                    )
-        self.record.add({"rollouts/dropped_groups/total": Sum(total=dropped)})
-        return [slot for slot in slots if slot is not None]
-
-    def _request(self, prompt: Prompt, epoch: int, *, first_sequence_id: int) -> GroupRequest:
-        group = request_for(
-            prompt,
-            group_id=self.next_group,
-            first_sequence_id=first_sequence_id,
-            samples=self.rollouts.samples_per_prompt,
-            run_seed=self.config.run.seed,
-            epoch=epoch,
-        )
-        self.next_group += 1
-        return group
 
     async def _sync(self, version: int) -> None:
         """Weights to the engines, proven; then the engines have the GPU."""
@@ -219,15 +181,33 @@ class OnlineController:
         return [self.roles.policy, *([critic] if critic is not None and shares else [])]
 
     async def _evaluate(self, step: int) -> None:
-        await evaluate(self.eval_sets, self.config, self.answers, self.roles.reward, self.record, step=step)
+        roles = self.roles
+        answered = await evaluate(
+            self.eval_sets, self.config, self.marking, self.answers, roles.reward, self.record, step=step
+        )
+        if roles.teacher is not None:
+            await self._compare(answered, roles.teacher)
+
+    async def _compare(self, answered: Mapping[str, Sequence[ScoredGroup]], teacher: OnlineTeacherRole) -> None:
+        """What the teacher says of held-out responses. Where it shares the engines' GPUs they sleep meanwhile."""
+        turn = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
+        if turn:
+            await self.roles.rollout.sleep(keep_weights=True)
+        await compare_with_teacher(answered, self.config, teacher, self.record)
+        if turn:
+            await self.roles.rollout.wake("weights")
+            await self.roles.rollout.wake("cache")
 
     async def _add_memory(self) -> None:
         roles = self.roles
-        members: dict[str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | CriticRole | None] = {
+        members: dict[
+            str, PolicyRole | RolloutRole | RewardRole | ReferenceRole | OnlineTeacherRole | CriticRole | None
+        ] = {
             "policy": roles.policy,
             "rollout": roles.rollout,
             "reward": roles.reward,
             "reference": roles.reference,
+            "teacher": roles.teacher,
             "critic": roles.critic,
         }
         for name, role in members.items():
@@ -238,18 +218,14 @@ class OnlineController:
         row = self.record.row()
         responses = self.rollouts.prompts_per_step * self.rollouts.samples_per_prompt
         trained = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained
-        mean_length = row["rollouts/tokens/total"] / responses
+        mean_length = row["rollouts/prompt_tokens/mean"] + row["rollouts/response_tokens/mean"]
         self.record.add(
             {
-                "throughput/tokens_per_s": Last(value=row["rollouts/tokens/total"] / row["time/step_s"]),
-                "throughput/rollout_tokens_per_s": Last(
-                    value=row["rollouts/response_tokens/mean"] * responses / row["time/rollouts_s"]
-                ),
+                "throughput/tokens_per_s": Last(value=mean_length * responses / row["time/step_s"]),
                 "throughput/train_tokens_per_s": Last(value=trained),
                 "throughput/mfu": Last(
                     value=self.arithmetic.utilisation(tokens_per_s=trained, mean_length=mean_length)
                 ),
-                "data/epoch": Last(value=float(self.prompts.state().epoch)),
             }
         )
 
@@ -271,13 +247,12 @@ class OnlineController:
         if is_best:
             folder.mark_best(self.step)
         folder.prune(self.config.train.keep_checkpoints)
-        self.answers.ledger.clear()
+        self.answers.clear()
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "cursor": asdict(self.prompts.state()),
-            "next_group": self.next_group,
+            **self.collector.state(),
             **self.learning.state(),
             "best": self.best.state(),
             "policy": self.fingerprint,
@@ -289,8 +264,8 @@ class OnlineController:
         """Continue from the checkpoint of a step."""
         state = self.record.read_state(step)
         folder = self.record.folder.checkpoint(step)
-        self.prompts.restore(Cursor(**state["cursor"]))
-        self.step, self.next_group = state["step"], state["next_group"]
+        self.collector.restore(state)
+        self.step = state["step"]
         await self.learning.restore(state, step)
         self.best.restore(state["best"])
         if self.best.step == step:  # the run may have been killed before it was marked
@@ -299,3 +274,10 @@ class OnlineController:
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")
         logger.info("resumed from the checkpoint of step %d", step)
+
+
+def _learning(config: Config, roles: OnlineRoles, record: RunRecord) -> Learning:
+    """The algorithm's way from responses to updates."""
+    if distils_rollouts(config):
+        return DistillationLearning(config, roles, record)
+    return (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)

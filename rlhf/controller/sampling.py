@@ -28,9 +28,12 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         ),
         "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
         **_conversation_metrics(infos),
-        "rewards/score/mean": Mean.of(scores),
-        "rewards/score/std": Std.of(scores),
     }
+    if scores:
+        found |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
+    greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+    if greedy:
+        found["rewards/greedy/mean"] = Mean.of(greedy)
     for name in groups[0].scores.by_name:
         found[f"rewards/{name}/mean"] = Mean.of([v for scored in groups for v in scored.scores.by_name[name]])
     return found
@@ -82,7 +85,7 @@ def group_samples(
                     sample=sample,
                     prompt=request.prompt.text,
                     response="",
-                    score=scored.scores.scores[sample],
+                    score=scored.scores.scores[sample] if scored.scores.scores else None,
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),
@@ -94,6 +97,7 @@ def group_samples(
                     mean_old_logprob=None if sequence is None else sequence.mean_old_logprob,
                     mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
                     turns=None if info.environment_reward is None else (),
+                    mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )
         selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records)))

@@ -46,7 +46,7 @@ def load_prompts(
 
     Conversations always go through the chat template, string prompts if `apply_chat_template`, with the tools of column
     `tools` or, where a row has none, with `tools`; either ends where the assistant's turn begins. All columns but
-    `prompt` go on to the rewards. UserError names the row that is wrong.
+    `prompt` go on to the rewards, `temperature` too, which is the prompt's own. UserError names the row that is wrong.
     """
     prefix = raw_prefix(tokenizer)
     texts = [
@@ -71,8 +71,29 @@ def load_prompts(
                 f"{max_prompt_tokens}. Raise it, or shorten the prompt."
             )
         columns = {name: value for name, value in row.columns.items() if name != "prompt"}
-        prompts.append(Prompt(prompt_id=prompt_id, token_ids=tuple(token_ids), text=text, columns=columns))
+        prompts.append(
+            Prompt(
+                prompt_id=prompt_id,
+                token_ids=tuple(token_ids),
+                text=text,
+                columns=columns,
+                temperature=_temperature(row),
+            )
+        )
     return tuple(prompts)
+
+
+def _temperature(row: Row) -> float | None:
+    """Column `temperature`; None or no column: none of its own."""
+    value = row.columns.get("temperature")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 10.0:
+        raise UserError(
+            f"{row.place}: column `temperature` is {value!r}, expected the number from 0.01 to 10 at which the prompt "
+            "is answered in training. If it means something else, give the column another name."
+        )
+    return float(value)
 
 
 def _prompt_text(

@@ -83,6 +83,10 @@ class Stream(Generic[T]):
         """The next `count` items, each with its (set's) epoch; goes on into later epochs as needed."""
         return tuple(self._next() for _ in range(count))
 
+    def at(self, place: int) -> T:
+        """The item at a place in the data, whatever its turn."""
+        return self._items[place]
+
     def state(self) -> Cursor:
         """Where the next item stands."""
         epoch, position = divmod(self._given, len(self._items))

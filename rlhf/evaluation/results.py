@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf.evaluation.statistics import Estimate, maj_at_k, mean_estimate, pass_at_k, ratio_estimate, win_chance
-from rlhf.evaluation.voting import AnswerForm, answer_of
+from rlhf.evaluation.statistics import (
+    Estimate,
+    maj_at_k,
+    mean_estimate,
+    pass_at_k,
+    powers_of_two,
+    ratio_estimate,
+    win_chance,
+)
+from rlhf.evaluation.voting import AnswerForm, answer_form
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rlhf.rewards.scoring import RewardSpec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptResult:
-    """All responses to one prompt with their scores; one entry a response."""
+class PromptScores:
+    """All responses to one prompt by their scores; one entry a response."""
 
     prompt_id: int  # row of the set
-    prompt: str
-    responses: tuple[str, ...]
     scores: tuple[float, ...]  # weighted sum of the rewards
     by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    answers: tuple[str | None, ...] | None  # by which responses vote; None: they do not
     truncated: tuple[bool, ...]
     response_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptResult(PromptScores):
+    """The same with the text."""
+
+    prompt: str
+    responses: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +60,12 @@ class Marks:
     ks: tuple[int, ...] | None = None
     pass_score: float | None = None
     answers: AnswerForm | None = None
+    by: str | None = None  # a column whose values split each set
+
+    def over(self, other: Marks) -> Marks:
+        """These, and what only the other says."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(other, **{name: value for name, value in said.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +104,15 @@ class Evaluation:
         return told
 
     def to_metrics(self) -> dict[str, float]:
-        """As a run logs them: eval/<set>/<metric>, a reward under its name."""
-        return {
-            f"eval/{one.name}/{name.removeprefix('rewards/')}": found.value
-            for one in self.sets
-            for name, found in one.metrics.items()
-        }
+        """As a run logs them: eval/<set>/<metric>, a reward under its name; of the score, its interval too."""
+        logged = {}
+        for one in self.sets:
+            for name, found in one.metrics.items():
+                logged[f"eval/{one.name}/{name.removeprefix('rewards/')}"] = found.value
+            score = one.metrics.get("score")
+            if score is not None and score.low is not None and score.high is not None:
+                logged |= {f"eval/{one.name}/score_low": score.low, f"eval/{one.name}/score_high": score.high}
+        return logged
 
     def to_table(self) -> Table:
         """For a terminal: one line a metric."""
@@ -105,8 +131,35 @@ class Evaluation:
         return table
 
 
+def prompt_reports(
+    name: str,
+    results: Sequence[PromptScores],
+    marking: Marking,
+    *,
+    against: Sequence[PromptScores] | None = None,
+    sources: Mapping[int, str],
+    asked: Sequence[int],
+    seed: int,
+) -> list[SetReport]:
+    """A set's report and, called NAME.SOURCE, one for each of its sources that has results.
+
+    sources: by prompt id, of a set that is split by one. asked: the ids of all prompts, also those without results.
+    """
+    parts: dict[str, Sequence[int]] = {name: asked}
+    for source in sorted(set(sources.values())):
+        parts[f"{name}.{source}"] = [prompt_id for prompt_id in asked if sources[prompt_id] == source]
+    reports = []
+    for part, ids in parts.items():
+        wanted = set(ids)
+        found = [one for one in results if one.prompt_id in wanted]
+        if found:
+            metrics = prompt_metrics(found, against, marking, seed=seed)
+            reports.append(SetReport(name=part, num_rows=len(found), num_failed=len(ids) - len(found), metrics=metrics))
+    return reports
+
+
 def prompt_metrics(
-    results: Sequence[PromptResult], against: Sequence[PromptResult] | None, marking: Marking, *, seed: int
+    results: Sequence[PromptScores], against: Sequence[PromptScores] | None, marking: Marking, *, seed: int
 ) -> dict[str, Estimate]:
     """Metrics of a set of prompts, each one number a prompt averaged over prompts.
 
@@ -116,18 +169,16 @@ def prompt_metrics(
     def over_prompts(values: Sequence[float]) -> Estimate:
         return mean_estimate(values, seed=seed)
 
-    found = {"score": over_prompts([_mean(one.scores) for one in results])}
-    for name in results[0].by_name:
-        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results])
+    found = {"score": over_prompts([_mean(one.scores) for one in results])} if results[0].scores else {}
+    for name in dict.fromkeys(name for one in results for name in one.by_name):
+        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results if name in one.by_name])
     if marking.pass_score is not None:
         passed = [[score >= marking.pass_score for score in one.scores] for one in results]
         for k in marking.ks:
             found[f"pass@{k}"] = over_prompts([pass_at_k(marks, k=k) for marks in passed])
-        if marking.answers is not None:
-            answers = [[answer_of(text, marking.answers) for text in one.responses] for one in results]
-            for k in marking.ks:
-                votes = [maj_at_k(said, marks, k=k) for said, marks in zip(answers, passed, strict=True)]
-                found[f"maj@{k}"] = over_prompts(votes)
+        voting = [(one.answers, marks) for one, marks in zip(results, passed, strict=True) if one.answers is not None]
+        for k in marking.ks if voting else ():
+            found[f"maj@{k}"] = over_prompts([maj_at_k(said, marks, k=k) for said, marks in voting])
     theirs = {one.prompt_id: one.scores for one in against or ()}
     wins = [win_chance(one.scores, theirs[one.prompt_id]) for one in results if one.prompt_id in theirs]
     if wins:
@@ -135,6 +186,24 @@ def prompt_metrics(
     found["truncated"] = over_prompts([_mean(one.truncated) for one in results])
     found["response_tokens"] = over_prompts([_mean(one.response_tokens) for one in results])
     return found
+
+
+def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
+    """A response passes with a score of 1 where a function gives it; a reward model's scores have no such mark.
+
+    ValueError for a k that is no number of samples.
+    """
+    ks = powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
+    for k in ks:
+        if not 1 <= k <= samples:
+            raise ValueError(f"is {k}, expected 1 to the number of samples, {samples}")
+    functions = [spec.function for spec in rewards if spec.function is not None]
+    forms = [answer_form(function.function, function.source.args) for function in functions]
+    return Marking(
+        ks=ks,
+        pass_score=1.0 if marks.pass_score is None and functions else marks.pass_score,
+        answers=marks.answers or next((form for form in forms if form is not None), None),
+    )
 
 
 def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str, Estimate]:
@@ -161,7 +230,7 @@ def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking:
             "score": one.scores[sample],
             "scores": {reward: values[sample] for reward, values in one.by_name.items()},
             "passed": None if marking.pass_score is None else one.scores[sample] >= marking.pass_score,
-            "answer": None if marking.answers is None else answer_of(response, marking.answers),
+            "answer": None if one.answers is None else one.answers[sample],
             "truncated": one.truncated[sample],
             "response_tokens": one.response_tokens[sample],
         }

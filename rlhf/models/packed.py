@@ -18,7 +18,12 @@ from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import borders
-from rlhf.objectives.distillation import Divergence, TeacherStates, weighted_divergence_sum
+from rlhf.objectives.distillation import (
+    Divergence,
+    TeacherStates,
+    sampled_divergence_sum,
+    weighted_divergence_sum,
+)
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_collisions,
@@ -93,15 +98,16 @@ def policy_logprobs(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     entropy_grad: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature; 0 elsewhere.
+    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature, which may be
+    one for each token; 0 elsewhere.
 
     The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
-    of_rows = partial(chunked_logprobs, temperature=temperature, entropy_grad=entropy_grad)
-    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    of_rows = partial(chunked_logprobs, entropy_grad=entropy_grad)
+    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs, entropy
 
 
@@ -112,14 +118,14 @@ def policy_logprobs_only(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> Float[Tensor, " N"]:
     """`policy_logprobs` without the work of the entropy: for references."""
 
     def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
-        return (chunked_logprobs_only(*rows, temperature=temperature, **settings),)
+        return (chunked_logprobs_only(*rows, **settings),)
 
-    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs
 
 
@@ -130,11 +136,11 @@ def policy_logprobs_and_collisions(
     *,
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
-    of_rows = partial(chunked_logprobs_and_collisions, temperature=temperature)
-    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches)
+    of_rows = chunked_logprobs_and_collisions
+    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs, collisions
 
 
@@ -145,11 +151,13 @@ def _columns(
     lengths: Tensor,
     mask: Tensor,
     branches: Branches | None,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, ...]:
     """What one of rlhf.objectives.logprobs makes of the tokens in mask, each as a whole column."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
-    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], **lm_head_settings(model))
+    at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
+    found = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
     return tuple(_spread(values, chosen, len(token_ids)) for values in found)
 
 
@@ -184,11 +192,16 @@ def supervised_loss(
 
 
 def learnt_states(
-    model: nn.Module, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], *, mask: Bool[Tensor, " N"]
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
 ) -> Float[Tensor, "n H"]:
     """The last hidden states in which the tokens in mask are predicted, in the tokens' order."""
-    _, before = _masked_positions(mask, lengths)
-    return hidden_states(model, token_ids, lengths).index_select(0, before)
+    _, before = _masked_positions(mask, lengths, branches)
+    return hidden_states(model, token_ids, lengths, branches).index_select(0, before)
 
 
 def distillation_loss(
@@ -210,13 +223,76 @@ def distillation_loss(
     `teacher`: its `learnt_states` of the same row, `head`: its own. Where one of the heads has rows beyond the other's,
     which stand for no token, both distributions are over the rows that they share.
     """
-    chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths).index_select(0, before)
+    of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
+    loss, *columns = _taught(
+        of_rows,
+        model,
+        token_ids,
+        lengths,
+        mask=mask,
+        teacher=teacher,
+        head=head,
+        temperature=temperature,
+        token_weight=token_weight,
+    )
+    divergences, logprobs, is_top1 = columns
+    return loss, divergences, logprobs, is_top1.bool()
+
+
+def sampled_distillation_loss(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None,
+    teacher: Float[Tensor, "n K"],
+    head: VocabularyHead,
+    divergence: Divergence,
+    temperature: float,
+    token_weight: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(token_weight * sum of the divergences at the tokens in mask, then without gradient and 0 outside mask the
+    student's and the teacher's logprobs of these tokens and the student's entropies).
+
+    As `distillation_loss`, for tokens that were sampled at this temperature; responses may share their prompt.
+    """
+    loss, *columns = _taught(
+        partial(sampled_divergence_sum, divergence),
+        model,
+        token_ids,
+        lengths,
+        mask=mask,
+        branches=branches,
+        teacher=teacher,
+        head=head,
+        temperature=temperature,
+        token_weight=token_weight,
+    )
+    logprobs, told, entropies = columns
+    return loss, logprobs, told, entropies
+
+
+def _taught(
+    of_rows: Callable[..., tuple[Tensor, ...]],
+    model: nn.Module,
+    token_ids: Tensor,
+    lengths: Tensor,
+    *,
+    mask: Tensor,
+    branches: Branches | None = None,
+    teacher: Tensor,
+    head: VocabularyHead,
+    temperature: float,
+    token_weight: float,
+) -> tuple[Tensor, ...]:
+    """What one of rlhf.objectives.distillation makes of the tokens in mask: the loss, and its columns whole."""
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
     shared = partial(_first, count=min(len(weight), len(head.weight)))
     places = mask.cumsum(0)[chosen] - 1  # among all in mask, of which this rank may hold a part
-    loss, *columns = weighted_divergence_sum(
-        divergence,
+    loss, *columns = of_rows(
         hidden,
         shared(weight),
         token_ids[chosen],
@@ -228,12 +304,10 @@ def distillation_loss(
             logit_scale=head.logit_scale,
         ),
         token_weight=token_weight,
-        sft_coef=sft_coef,
         temperature=temperature,
         **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
     )
-    divergences, logprobs, is_top1 = (_spread(column.float(), chosen, len(token_ids)) for column in columns)
-    return summed(loss), divergences, logprobs, is_top1.bool()
+    return summed(loss), *(_spread(column.float(), chosen, len(token_ids)) for column in columns)
 
 
 def _first(rows: Tensor, *, count: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Advantages: from token rewards and values (GAE), from rewards to come, or from the scores of a prompt's group.
 
-Sequence-level ones (`group_*`, `leave_one_out`) are computed from scalars where the scores are; token-level ones
-where the tokens are. None of them whitens by itself: moments may have to be merged over ranks first.
+Sequence-level ones (`group_*`, `leave_one_out`, `greedy_centered`) are computed from scalars where the scores are;
+token-level ones where the tokens are. None of them whitens by itself: moments may have to be merged over ranks first.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -123,14 +126,90 @@ def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, 
     return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
 
 
-def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """How far the best score of a group is above the second best; 0 for all others (pass@k, arXiv:2503.19595).
+def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
+    """Groups over those whose scores differ (GPG's alpha, arXiv:2504.02546); 1 if none does.
 
-    Of equal best scores none has a margin. Scores are prompt-major; ValueError as in group_centered.
+    Groups of equal scores have no gradient but count in the mean; this factor takes them out of it. Scores are
+    prompt-major; ValueError as in group_centered.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
+    uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())
+    return len(scores_P_G) / uneven if uneven else 1.0
+
+
+def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -> Float[Tensor, " B"]:
+    """What a response adds to the best score of k, averaged over all sets of k of its group; 0 for those without it.
+
+    What weighs the responses in an unbiased gradient of the expected best of k, with a leave-one-out baseline
+    (arXiv:2505.15201). With k = group_size that is, of the best score, how far it is above the second best, and 0 for
+    all others (pass@k, arXiv:2503.19595). Of equal best scores none has a margin.
+    Scores are prompt-major; ValueError as in group_centered, and unless 2 <= k <= group_size.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")
-    best, second = scores_P_G.topk(2, dim=1).values.split(1, dim=1)
-    return torch.where(scores_P_G == best, best - second, 0.0).flatten()
+    if not 2 <= k <= group_size:
+        raise ValueError(f"group_best_margin needs 2 <= k <= group_size = {group_size}, got {k}")
+    ascending, order = (scores_P_G - scores_P_G.amin(dim=1, keepdim=True)).sort(dim=1, stable=True)
+    # sets in which i is the best and j, below it, the second best: the others are chosen among those below j
+    sets = [math.comb(j, k - 2) / math.comb(group_size, k) for j in range(group_size)]
+    weights = torch.tensor(sets, dtype=scores.dtype, device=scores.device)
+    below = (weights.cumsum(0) - weights) * ascending
+    margins = below - ((weights * ascending).cumsum(dim=1) - weights * ascending)
+    return torch.empty_like(margins).scatter(1, order, margins).flatten()
+
+
+def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: int, eps: float) -> Float[Tensor, " B"]:
+    """(mean best score of the sets of k that a response is in - mean over all sets of k) / their standard deviation.
+
+    Pass@k training (arXiv:2508.10751, the analytic form), of scores that need not be 0 or 1: exact over all sets of k
+    of a group. The deviation is the population's; where it is at most eps the sets do not differ, and advantages are 0.
+    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
+    """
+    scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_normalized")
+    if not 1 <= k < group_size:
+        raise ValueError(f"group_best_normalized needs 1 <= k < group_size = {group_size}, got {k}")
+    ascending, order = (scores_P_G - scores_P_G.amin(dim=1, keepdim=True)).sort(dim=1, stable=True)
+
+    def column(counts: list[float]) -> Tensor:
+        return torch.tensor(counts, dtype=scores.dtype, device=scores.device)
+
+    ranks, sets, sets_of_one = range(group_size), math.comb(group_size, k), math.comb(group_size - 1, k - 1)
+    best = column([math.comb(j, k - 1) / sets for j in ranks])  # share of the sets whose best is at rank j
+    itself = column([math.comb(i, k - 1) / sets_of_one for i in ranks])  # of those with rank i, whose best is i
+    above = column([math.comb(j - 1, k - 2) / sets_of_one if j and k > 1 else 0.0 for j in ranks])  # j, with i below j
+    mean = (best * ascending).sum(dim=1, keepdim=True)
+    std = (best * (ascending - mean).square()).sum(dim=1, keepdim=True).sqrt()
+    from_above = (above * ascending).flip(1).cumsum(dim=1).flip(1) - above * ascending
+    advantages = torch.where(std > eps, (itself * ascending + from_above - mean) / std, 0.0)
+    return torch.empty_like(advantages).scatter(1, order, advantages).flatten()
+
+
+def group_decoupled(
+    by_reward: Mapping[str, Float[Tensor, " B"]], weights: Mapping[str, float], *, group_size: int, eps: float
+) -> Float[Tensor, " B"]:
+    """Each reward normalised within its group, their weighted sum normalised over the batch (GDPO, arXiv:2601.05242).
+
+    Both deviations are the unbiased ones, with eps added. Rewards are prompt-major; ValueError as in group_centered.
+    """
+    normalized = [
+        weights[name] * group_normalized(scores, group_size=group_size, eps=eps) for name, scores in by_reward.items()
+    ]
+    total = torch.stack(normalized).sum(dim=0)
+    return (total - total.mean()) / (total.std() + eps)
+
+
+def greedy_centered(
+    scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " P"], *, group_size: int
+) -> Float[Tensor, " B"]:
+    """Score minus that of the greedy response to the same prompt (ReMax, arXiv:2310.10505).
+
+    Scores are prompt-major. ValueError if there is not one greedy score a prompt.
+    """
+    if len(scores) != len(greedy_scores) * group_size:
+        raise ValueError(
+            f"greedy_centered needs a greedy score a prompt: {len(greedy_scores)} for {len(scores)} scores in groups "
+            f"of {group_size}"
+        )
+    return scores - greedy_scores.repeat_interleave(group_size)
 
 
 def length_weighted_centered(

@@ -2,16 +2,22 @@
 
 Weights multiply the per-token policy loss and masks remove tokens from it; they never change the ratio that is
 clipped. Everything here is data (no gradient). `mask` is True where the policy sampled the token; weights are zero
-elsewhere.
+elsewhere. Where the rollout's log-probabilities stand for the old ones, pass the current ones as `old_logprobs`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.masking import sequence_means, sequence_sums, to_tokens
+from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
+from rlhf.objectives.masking import sequence_counts, sequence_means, sequence_sums, to_tokens
+
+Statistic = Literal["ratio", "k1", "k2", "k3"]
+Level = Literal["token", "sequence_mean", "sequence_sum", "sequence_max"]
 
 
 def token_ratio(
@@ -96,6 +102,39 @@ def kept(statistic: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, low: float
     spread by masking.to_tokens.
     """
     return mask & (statistic >= low) & (statistic <= high)
+
+
+def accepted(
+    old_logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    statistic: Statistic,
+    level: Level,
+    low: float,
+    high: float,
+) -> Bool[Tensor, " N"]:
+    """mask without the tokens, or the sequences, whose statistic lies outside [low, high].
+
+    k1, k2 and k3 estimate KL(rollout || old) of a token. ratio is exp(old_logprobs - rollout_logprobs): its
+    sequence_mean is the geometric mean, its sequence_sum the product. At sequence_max one token outside rejects its
+    whole sequence (arXiv:2512.23075 compares the levels).
+    """
+    old, rollout = (torch.where(mask, column, 0.0).detach() for column in (old_logprobs, rollout_logprobs))
+    estimators = {"ratio": kl_k1, "k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+    values = estimators[statistic](rollout, old)
+    if level == "sequence_mean":
+        values = to_tokens(sequence_means(values, mask, lengths), lengths, num_tokens=len(mask))
+    elif level == "sequence_sum":
+        values = to_tokens(sequence_sums(values, lengths), lengths, num_tokens=len(mask))
+    if statistic == "ratio":
+        values = (-values).exp()
+    inside = kept(values, mask, low=low, high=high)
+    if level != "sequence_max":
+        return inside
+    outside = sequence_counts(mask & ~inside, lengths) > 0
+    return mask & ~to_tokens(outside, lengths, num_tokens=len(mask))
 
 
 def on_policy_sequences(

@@ -5,8 +5,8 @@ top-k support made by with_tail or renormalized. chunked_divergence and weighted
 them to two models' hidden states, with the logits of a few hundred rows alive at a time. One value a row; the caller
 masks, weighs and sums. The gradient goes to the student alone.
 
-On-policy distillation from one sampled token a position (arXiv:2306.08543; TRL's sampled_token) needs none of these:
-it is policy_loss.reinforce with advantages teacher_logprobs - logprobs.
+sampled_divergence_sum is the second for tokens that the student sampled. On-policy distillation from these tokens alone
+(arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are those of a policy gradient.
 """
 
 from __future__ import annotations
@@ -159,6 +159,57 @@ def weighted_divergence_sum(
     )
     found, logprobs, is_top1 = columns.unbind(-1)
     return loss, found, logprobs, is_top1.bool()
+
+
+def sampled_divergence_sum(
+    divergence: Divergence,
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    sampled: Int[Tensor, " N"],
+    teacher: TeacherStates,
+    *,
+    token_weight: float,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int = CHUNK_ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(token_weight times the sum of divergences, then without gradient the student's and the teacher's logprobs of the
+    sampled tokens and the student's entropies): all at this temperature. Each head is applied once.
+    """
+    teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
+
+    def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p, log_q = logits.log_softmax(-1), teacher_logprobs(rows).to(logits.dtype)
+        seen = log_p.detach()
+        told = [of.gather(-1, sampled[rows, None])[:, 0] for of in (seen, log_q)]
+        entropies = torch.special.entr(seen.exp()).sum(-1)
+        return token_weight * divergence(log_p, log_q), torch.stack([*told, entropies], dim=-1)
+
+    loss, columns = sum_over_rows(
+        of_rows,
+        hidden,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_size=chunk_size,
+    )
+    logprobs, told, entropies = columns.unbind(-1)
+    return loss, logprobs, told, entropies
+
+
+def teacher_advantages(
+    logprobs: Float[Tensor, "*N"], teacher_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
+) -> Float[Tensor, "*N"]:
+    """log q - log p of each sampled token, held constant; 0 outside mask.
+
+    A policy gradient with them is in expectation the gradient of -KL(student || teacher) at each token, given the
+    tokens before it.
+    """
+    return torch.where(mask, teacher_logprobs - logprobs.detach(), 0.0)
 
 
 def _teacher_logprobs(

@@ -12,6 +12,8 @@ with d = logprobs - ref_logprobs,
 | k1   | d            | none       | 1             | 0: useless in a loss, right in a reward    |
 | k2   | d^2 / 2      | small      | d             | that of KL(policy || reference)            |
 | k3   | e^-d - 1 + d | none       | 1 - e^-d      | that of KL(reference || policy)            |
+
+In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 that one and leaves their values.
 """
 
 from __future__ import annotations
@@ -37,6 +39,21 @@ def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> F
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
+
+
+def kl_k1_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """k1 in value, k2 in gradient: the unbiased number, and on policy the gradient of the exact KL."""
+    return straight_through(kl_k1(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
+
+
+def kl_k3_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """k3 in value, k2 in gradient: a number that is unbiased and never negative, with the gradient of the exact KL."""
+    return straight_through(kl_k3(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
+
+
+def straight_through(value: Float[Tensor, "*N"], gradient: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """The value of one estimate with the gradient of another."""
+    return value.detach() + (gradient - gradient.detach())
 
 
 def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:

@@ -6,7 +6,7 @@ Reductions happen in float32 (float64 for float64 input). Nothing here knows seq
 `hidden` is the state in which `targets[n]` was chosen.
 
 The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature), with
-softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2).
+softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). Rows may have a temperature each.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad = p.mul_(slope.neg_())
                 if logprobs_grad is not None:
                     grad.scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
-                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(grad, logits)
+                block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
+                    grad, logits, rows
+                )
             gradients.add(block, block_grad)
         return *gradients.totals(hidden.dtype, weight.dtype), None, None, None, None
 
@@ -125,7 +127,7 @@ class _WeightedLogprobSum(torch.autograd.Function):
                     outer = token_weights[rows, None]
                     grad = log_p.exp_().mul_(-outer).scatter_add_(-1, targets[rows, None], outer)
                     block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                        grad, logits
+                        grad, logits, rows
                     )
             if block_grad is not None:
                 gradients.add(block, block_grad)
@@ -147,7 +149,7 @@ def chunked_logprobs(
     targets: Int[Tensor, " N"],
     *,
     bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy_grad: bool = False,
@@ -166,7 +168,7 @@ def chunked_logprobs_only(
     targets: Int[Tensor, " N"],
     *,
     bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
@@ -183,7 +185,7 @@ def chunked_logprobs_and_collisions(
     targets: Int[Tensor, " N"],
     *,
     bias: Float[Tensor, " V"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.objectives.masking import to_tokens
+from rlhf.objectives.masking import sequence_counts, to_tokens
 
 
 def realized_energy(
@@ -34,24 +34,38 @@ def realized_energy(
     return (running - to_tokens(before, lengths, num_tokens=len(mask))).to(logprobs.dtype)
 
 
-def step_baseline(
+def step_cells(
+    mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], groups: Int[Tensor, " B"], *, max_steps: int
+) -> Int[Tensor, " N"]:
+    """The cell of each token: group * max_steps + step, where steps count a sequence's sampled tokens from 0.
+
+    A cell holds the tokens of one group at one step. A token that was not sampled has some cell of its group.
+    """
+    counts = sequence_counts(mask, lengths)
+    steps = mask.cumsum(0) - 1 - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))
+    return to_tokens(groups, lengths, num_tokens=len(mask)) * max_steps + steps.clamp(min=0)
+
+
+def step_sums(
     returns: Float[Tensor, " N"],
     energy: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     cells: Int[Tensor, " N"],
     *,
-    eps: float,
+    num_cells: int,
+) -> Float[Tensor, "3 C"]:
+    """Of the tokens of each cell the sums of returns * energy, of energy, and of 1; of all ranks' tokens, added up."""
+    terms = torch.stack([returns * energy, energy, torch.ones_like(energy)])
+    return terms.new_zeros(3, num_cells).index_add(1, cells, torch.where(mask, terms, 0.0))
+
+
+def step_baseline(
+    sums: Float[Tensor, "3 C"], mask: Bool[Tensor, " N"], cells: Int[Tensor, " N"], *, eps: float
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(energy-weighted mean of the returns of each cell, whether the token is alone in its cell).
+    """(energy-weighted mean of the returns of each token's cell, whether the token is alone in its cell).
 
-    A cell holds the tokens of one group at one step: cells = group * max_steps + step. A token alone in its cell would
-    be its own baseline, so that its advantage vanishes: verl takes 0 for the baseline in its place. eps is added to
-    the summed energy.
+    sums: of `step_sums`. A token alone in its cell would be its own baseline, so that its advantage vanishes: verl
+    takes 0 for the baseline in its place. eps is added to the summed energy.
     """
-    num_cells = int(cells.max()) + 1 if len(cells) else 0
-
-    def per_cell(values: Tensor) -> Tensor:
-        return values.new_zeros(num_cells).index_add(0, cells, torch.where(mask, values, 0))[cells]
-
-    baseline = per_cell(returns * energy) / (per_cell(energy) + eps)
-    return torch.where(mask, baseline, 0.0), mask & (per_cell(mask.long()) == 1)
+    weighted, energy, count = sums[:, cells]
+    return torch.where(mask, weighted / (energy + eps), 0.0), mask & (count == 1)

@@ -41,13 +41,14 @@ class Factors:
 class Head:
     """From the product hidden @ weight.T + bias to the logits of the distribution."""
 
-    temperature: float
+    temperature: float | Tensor  # one for all rows, or one for each
     softcap: float | None
     logit_scale: float
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}: greedy choice has no logprobs")
+        lowest = self.temperature.min().item() if isinstance(self.temperature, Tensor) else self.temperature
+        if lowest <= 0.0:
+            raise ValueError(f"temperature must be positive, got {lowest}: greedy choice has no logprobs")
         if self.softcap is not None and self.softcap <= 0.0:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
 
@@ -55,17 +56,23 @@ class Head:
         """Fresh logits of some rows, that the caller may overwrite."""
         logits = widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
         if self.softcap is None:
-            scale = self.logit_scale / self.temperature
-            return logits if scale == 1.0 else logits.mul_(scale)
-        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+            return self._scaled_(logits, rows)
+        logits.mul_(self.logit_scale / self.softcap).tanh_()
+        return logits.mul_(self.softcap / self._temperature(rows))
 
-    def product_gradient_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Chain rule from the logits back to the product, in place."""
+    def product_gradient_(self, gradient: Tensor, logits: Tensor, rows: slice) -> Tensor:
+        """Chain rule from the logits of some rows back to the product, in place."""
         if self.softcap is not None:
-            tanh = logits.mul_(self.temperature / self.softcap)
+            tanh = logits.mul_(self._temperature(rows) / self.softcap)
             gradient.mul_(tanh.square_().neg_().add_(1.0))
-        scale = self.logit_scale / self.temperature
-        return gradient if scale == 1.0 else gradient.mul_(scale)
+        return self._scaled_(gradient, rows)
+
+    def _temperature(self, rows: slice) -> float | Tensor:
+        return self.temperature[rows, None] if isinstance(self.temperature, Tensor) else self.temperature
+
+    def _scaled_(self, values: Tensor, rows: slice) -> Tensor:
+        scale = self.logit_scale / self._temperature(rows)
+        return values if not isinstance(scale, Tensor) and scale == 1.0 else values.mul_(scale)
 
 
 def widened(values: Tensor) -> Tensor:
@@ -144,7 +151,7 @@ class _RowsOfLogits(torch.autograd.Function):
                     values = ctx.function(logits, rows)
                 (grad,) = torch.autograd.grad(values, logits, outer[rows])
                 block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                    grad, logits.detach()
+                    grad, logits.detach(), rows
                 )
             gradients.add(block, block_grad)
         return *gradients.totals(hidden.dtype, weight.dtype), None, None, None
@@ -200,7 +207,7 @@ class _SumOverRows(torch.autograd.Function):
                 if block_grad is not None:
                     (grad,) = torch.autograd.grad(of_rows, logits, torch.ones_like(of_rows))
                     block_grad[rows.start - block.start : rows.stop - block.start] = head.product_gradient_(
-                        grad, logits.detach()
+                        grad, logits.detach(), rows
                     )
             if block_grad is not None:
                 gradients.add(block, block_grad)

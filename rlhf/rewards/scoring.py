@@ -48,13 +48,12 @@ def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: fl
 
 
 class RewardSet:
-    """All rewards of a run. `score` may be called from as many threads at once as there are `processes`."""
+    """All rewards of a run, if it has any: without them there are no scores. `score` may be called from as many threads
+    at once as there are `processes`."""
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
     ) -> None:
-        if not specs:
-            raise ValueError("a reward set needs at least one reward")
         self.specs = tuple(specs)
         sources = [spec.function.source for spec in self.specs if spec.function is not None]
         self._pool = (
@@ -102,7 +101,7 @@ class RewardSet:
                 told = zip(outcome.scores, truncated, strict=True)
                 by_name[spec.name] = tuple(spec.truncated_score if cut else score for score, cut in told)
             errors += _as_errors(spec.name, outcome, prompt)
-        if errors:
+        if errors or not self.specs:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))
         weighted = [[spec.weight * score for score in by_name[spec.name]] for spec in self.specs]
         total = _check([sum(row) for row in zip(*weighted, strict=True)], len(responses), "the weighted sum is")

@@ -90,13 +90,13 @@ def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key:
     raise UserError(f"{key}: the environment's file `{path}` does not exist (looked for {tried})")
 
 
-Draw = Callable[[tuple[int, ...], int, Sampling, int | None], Awaitable[Sampled]]
+Draw = Callable[[int, tuple[int, ...], int, Sampling, int | None], Awaitable[Sampled]]
 
 
 class Conversations:
     """Plays groups of conversations, as many at once as there are `processes`.
 
-    draw: one turn of the policy's, of (tokens so far, seed, sampling, token that ends a turn).
+    draw: one turn of the policy's, of (group id, tokens so far, seed, sampling, token that ends a turn).
     """
 
     def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw) -> None:
@@ -183,7 +183,8 @@ class Conversations:
         for turn in range(self.spec.max_turns):
             room = min(game.sampling.max_new_tokens, self.spec.max_tokens - len(tokens))
             sampling = replace(game.sampling, max_new_tokens=room)
-            sampled = await self.draw(tokens, turn_seed(game.request.seeds[sample], turn), sampling, writer.stop_token)
+            seed = turn_seed(game.request.seeds[sample], turn)
+            sampled = await self.draw(game.request.group_id, tokens, seed, sampling, writer.stop_token)
             spans.append(sampled)
             step = await self._step(conversation, sampled, writer)
             reward += step.reward

@@ -13,7 +13,7 @@ from rlhf.types import GroupRequest, RolloutInfo, Sampling
 def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
     """All that its tokens depend on besides the weights."""
     return {
-        "sampling": json.dumps(asdict(sampling)),
+        "sampling": json.dumps(asdict(request.drawn_by(sampling))),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
         "seeds": json.dumps(request.seeds),
         "first_sequence_id": json.dumps(request.first_sequence_id),

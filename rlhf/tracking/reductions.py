@@ -119,6 +119,41 @@ class Max(Reduction):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Min(Reduction):
+    """Smallest value; a nan among the values is kept."""
+
+    value: float
+
+    def merge(self, other: Self) -> Self:
+        if math.isnan(self.value) or math.isnan(other.value):
+            return type(self)(value=math.nan)
+        return type(self)(value=min(self.value, other.value))
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectiveShare(Reduction):
+    """Effective sample size of weighted cases as a share of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
+
+    1 where all weights are equal, 1 / cases where one alone is not 0; nan of nothing.
+    """
+
+    total: float
+    squares: float
+    count: float
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(
+            total=self.total + other.total, squares=self.squares + other.squares, count=self.count + other.count
+        )
+
+    def result(self) -> float:
+        return self.total * self.total / (self.count * self.squares) if self.count * self.squares else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Last(Reduction):
     """State rather than a sample of something (a learning rate, a version): the right operand wins."""
 

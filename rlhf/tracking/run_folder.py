@@ -26,6 +26,12 @@ from rlhf.tracking.tracker import read_metrics
 
 logger = logging.getLogger(__name__)
 
+
+def evaluation_path(folder: Path, step: int) -> Path:
+    """Where a step's evaluation by responses lies."""
+    return folder / "evals" / f"step_{step:06d}.json"
+
+
 _STEP = re.compile(r"step_(\d{6,})")
 _MANIFEST = "manifest.json"
 
@@ -42,6 +48,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
+        self.evals = path / "evals"  # evaluations with their intervals
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
         self.checkpoints = path / "checkpoints"
@@ -76,7 +83,7 @@ class RunFolder:
         folder = cls(path, lock)
         if not resume:
             folder._clear()
-        for part in (folder.checkpoints, folder.samples, folder.spool):
+        for part in (folder.checkpoints, folder.samples, folder.evals, folder.spool):
             part.mkdir(exist_ok=True)
         folder._sweep()
         return folder
@@ -209,13 +216,13 @@ class RunFolder:
         """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
         for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
-        for path in (self.samples, self.spool, self.references):
+        for path in (self.samples, self.evals, self.spool, self.references):
             if path.exists():
                 shutil.rmtree(path)
 
     def _sweep(self) -> None:
         """Remove what a killed run left half done."""
-        for folder in (self.path, self.checkpoints, self.samples, self.references):
+        for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
             for pattern in (".*.partial", ".*.removed", "rlhf-adapter-*", ".rlhf-adapter-*"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

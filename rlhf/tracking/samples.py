@@ -35,7 +35,7 @@ class SampleRecord:
     sample: int  # which of the responses to this prompt
     prompt: str
     response: str
-    score: float  # weighted sum
+    score: float | None  # weighted sum
     scores: Mapping[str, float]  # each reward before its weight
     advantage: float | None  # mean over its tokens
     preferred: bool | None  # whether it is the chosen response of its pair
@@ -46,6 +46,7 @@ class SampleRecord:
     mean_rollout_logprob: float
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
+    mean_teacher_logprob: float | None
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
 
 

@@ -37,12 +37,7 @@ class DistillationWorker(ExamplesWorker[Examples]):
 
     def take_teacher(self, head: VocabularyHead) -> None:
         """What makes logits of the teacher's states. Called once, before the first step."""
-        self.teacher = VocabularyHead(
-            weight=head.weight.to(self.device),
-            bias=None if head.bias is None else head.bias.to(self.device),
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        self.teacher = head.to(self.device)
 
     def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
         """One optimizer step on the named rows of the training set, of which the teacher says `states`. Collective."""

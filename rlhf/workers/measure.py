@@ -6,55 +6,83 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.algorithms.correction_weights import Correction
 from rlhf.algorithms.losses import LossTerms, ValueLossTerms, reference_kl
 from rlhf.algorithms.shared import OnlineConfig
-from rlhf.objectives import corrections
-from rlhf.objectives.masking import Moments, to_tokens
+from rlhf.objectives.kl import kl_k1, kl_k3
+from rlhf.objectives.masking import Moments, sequence_counts, sequence_sums
 from rlhf.roles import Metrics
-from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
+from rlhf.tracking.reductions import EffectiveShare, Max, Mean, Min, Reduction, Std, Sum
 
 
 def sampler_metrics(
-    logprobs: Float[Tensor, " N"], rollout_logprobs: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
+    logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
 ) -> dict[str, Reduction]:
     """How far trainer and sampler are apart on the sampled tokens; `logprobs` by the weights that sampled them."""
-    count = int(mask.sum())
-    diff = torch.where(mask, logprobs - rollout_logprobs, 0.0)
+    old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
+    gap = old - rollout
+    ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # outside the mask 1
+    sampled = sequence_counts(mask, lengths) > 0
+    values = torch.stack(
+        [
+            mask.sum(),
+            sampled.sum(),
+            gap.abs().sum(),
+            gap.abs().max(),
+            kl_k1(rollout, old).sum(),
+            kl_k3(rollout, old).sum(),
+            torch.where(mask, ratio, 0.0).sum(),
+            torch.where(mask, ratio, 0.0).max(),
+            torch.where(mask, ratio, torch.inf).min(),
+            torch.where(mask, ratio.square(), 0.0).sum(),
+            torch.where(sampled, products, 0.0).sum(),
+            torch.where(sampled, products.square(), 0.0).sum(),
+        ]
+    ).tolist()  # one wait for the device
+    tokens, sequences, diff, diff_max, k1, k3, ratios, ratio_max, ratio_min, squares, product, product_squares = values
     return {
-        "experience/rollout_logprob_diff/mean": Mean(total=float(diff.abs().sum()), count=count),
-        "experience/rollout_logprob_diff/max": Max(value=float(diff.abs().max())),
-        "experience/kl_rollout/mean": Mean(total=-float(diff.sum()), count=count),
+        "experience/rollout_logprob_diff/mean": Mean(total=diff, count=tokens),
+        "experience/rollout_logprob_diff/max": Max(value=diff_max),
+        "experience/kl_rollout/mean": Mean(total=k1, count=tokens),
+        "experience/kl_rollout_k3/mean": Mean(total=k3, count=tokens),
+        "experience/rollout_ratio/mean": Mean(total=ratios, count=tokens),
+        "experience/rollout_ratio/max": Max(value=ratio_max),
+        "experience/rollout_ratio/min": Min(value=ratio_min),
+        "experience/rollout_chi2_token": Mean(total=squares - tokens, count=tokens),
+        "experience/rollout_chi2_sequence": Mean(total=product_squares - sequences, count=sequences),
+        "experience/rollout_ess_token": EffectiveShare(total=ratios, squares=squares, count=tokens),
+        "experience/rollout_ess_sequence": EffectiveShare(total=product, squares=product_squares, count=sequences),
     }
 
 
-def experience_metrics(
+def reference_metrics(
     config: OnlineConfig,
-    old_logprobs: Float[Tensor, " N"],
-    rollout_logprobs: Float[Tensor, " N"],
+    logprobs: Float[Tensor, " N"],
     ref_logprobs: Float[Tensor, " N"] | None,
     mask: Bool[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-) -> Metrics:
-    """How far trainer, sampler and reference are apart on the sampled tokens, before they are trained on."""
-    count = int(mask.sum())
-    found = sampler_metrics(old_logprobs, rollout_logprobs, mask)
-    if ref_logprobs is not None:
-        divergence = reference_kl(config, old_logprobs, ref_logprobs, mask)
-        found["experience/kl_ref/mean"] = Mean(total=float(divergence.sum()), count=count)
-    if config.correction is not None:
-        if config.correction.level == "token":
-            ratio = corrections.token_ratio(old_logprobs, rollout_logprobs, mask)
-        else:
-            per_sequence = corrections.sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths)
-            ratio = to_tokens(per_sequence, lengths, num_tokens=len(mask))
-        ratio = ratio[mask]
-        found["experience/rollout_weight/mean"] = Mean(
-            total=float(ratio.clamp(max=config.correction.max_ratio).sum()), count=count
-        )
-        found["experience/rollout_weight_truncated/fraction"] = Mean(
-            total=float((ratio > config.correction.max_ratio).sum()), count=count
-        )
-    return found
+) -> dict[str, Reduction]:
+    """How far the policy is from its reference on the sampled tokens, before they are trained on."""
+    if ref_logprobs is None:
+        return {}
+    divergence = reference_kl(config, logprobs, ref_logprobs, mask)
+    return {"experience/kl_ref/mean": Mean(total=float(divergence.sum()), count=int(mask.sum()))}
+
+
+def correction_metrics(found: Correction, *, sampled: int) -> dict[str, Reduction]:
+    """What a correction did to a micro-batch with `sampled` tokens in its mask."""
+    weights = found.weights.double()
+    sums = (weights, weights.square(), found.truncated, found.masked, found.rejected)
+    total, squares, truncated, masked, rejected = torch.stack([column.sum().double() for column in sums]).tolist()
+    return {
+        "experience/rollout_weight/mean": Mean(total=total, count=sampled),
+        "experience/rollout_weight_ess": EffectiveShare(total=total, squares=squares, count=sampled),
+        "experience/rollout_weight_truncated/fraction": Mean(total=truncated, count=sampled),
+        "experience/rollout_weight_masked/fraction": Mean(total=masked, count=sampled),
+        "experience/rollout_rejected/fraction": Mean(total=rejected, count=sampled),
+    }
 
 
 def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool) -> Metrics:
@@ -86,6 +114,8 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
     }
     if terms.capped_tokens is not None:
         found["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
+    if terms.correction is not None:
+        found |= correction_metrics(terms.correction, sampled=sampled)
     if has_kl_loss:
         found["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
     return found

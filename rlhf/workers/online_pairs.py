@@ -19,13 +19,13 @@ from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean
-from rlhf.types import BatchPlan, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenValues
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenValues
 from rlhf.workers.measure import sampler_metrics
 from rlhf.workers.offline import Batch
 from rlhf.workers.pairs import PreferenceWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
-from rlhf.workers.ragged import Slice, shared_prompts
+from rlhf.workers.ragged import Slice, Temperatures, shared_prompts
 
 
 class OnlinePreferenceWorker(PreferenceWorker):
@@ -39,7 +39,6 @@ class OnlinePreferenceWorker(PreferenceWorker):
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         assert config.rollouts is not None
         self.rollouts_config = config.rollouts
-        self.temperature = config.rollouts.temperature
         self.reference_is_adapter_off = reference_is_adapter_off
 
     def prepare(
@@ -53,12 +52,16 @@ class OnlinePreferenceWorker(PreferenceWorker):
         ids = own or _some_pair(plan)  # without pairs a token to pass, of which nothing is learnt
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        common = self.rollouts_config.temperature
+        temperatures = Temperatures.of(rollouts, plan.temperatures, common=common).by_token
+        self.has_own_temperatures = temperatures is not None
         examples = SampledExamples(
             sequence_ids=rollouts.sequence_ids,
             lengths=rollouts.lengths,
             token_ids=rollouts.token_ids,
             loss_mask=rollouts.response_mask,
             rollout_logprobs=rollouts.rollout_logprobs,
+            temperatures=torch.full_like(rollouts.rollout_logprobs, common) if temperatures is None else temperatures,
         )
         self.load_data(
             Pairs(
@@ -94,13 +97,19 @@ class OnlinePreferenceWorker(PreferenceWorker):
         """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
         return probe_logprobs(self.engine, token_ids)
 
+    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+        """That of the responses."""
+        if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
+            return self.rollouts_config.temperature
+        return examples.temperatures[piece.tokens].to(self.device)
+
     def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
         """How far apart sampler, trainer and reference are, in the first update after the responses were sampled."""
         examples = batch.pairs.examples
         if not self.observes or not isinstance(examples, SampledExamples):
             return
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[piece.tokens]
-        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask)
+        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask, piece.lengths)
         if batch.reference is not None:
             kl = kl_k3(logprobs[mask], batch.reference.values[piece.tokens][mask])
             found["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))

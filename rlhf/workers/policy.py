@@ -6,8 +6,8 @@ last `update` a rank holds the sequences of its share of the batch, in the order
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,19 +20,31 @@ from rlhf.algorithms.shared import OnlineAlgorithm
 from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.packed import policy_logprobs, policy_logprobs_only
+from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
 from rlhf.objectives.advantages import whiten
-from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums, to_tokens
+from rlhf.objectives.masking import (
+    Moments,
+    merge_moments,
+    moments,
+    sequence_counts,
+    sequence_means,
+    sequence_sums,
+    to_tokens,
+)
 from rlhf.objectives.rewards import token_rewards
+from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.measure import as_std, experience_metrics, update_metrics
+from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
-from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
+from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
 from rlhf.workers.trained import TrainedWorker
+from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
+
+STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +52,13 @@ class _Share:
     """This rank's sequences of the batch, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
+    ids: tuple[int, ...]  # empty: another rank's sequence is held, unsampled, for a token to pass
     rollouts: Rollouts
     microbatches: tuple[tuple[Slice, ...], ...]
     old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
+    old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
+    collision_logprobs: Float[Tensor, " N"] | None = None  # None: nothing reads them
 
 
 class PolicyWorker(TrainedWorker):
@@ -77,48 +92,57 @@ class PolicyWorker(TrainedWorker):
         """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
 
         Old log-probabilities are computed only where something needs them before the first update: a batch of several
-        updates, or a KL penalty in the reward. They are computed in the micro-batches of the update, so that the ratio
-        of the first update is exactly 1.
+        updates, a KL penalty in the reward, a baseline by step, or tokens that are told apart by the whole step's. They
+        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1. Where the
+        rollout's own stand for them, nothing is computed, but for a baseline by step or a choice by entropy.
         """
         ids = plan.sequences_of(self.data_rank)
-        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        held = ids or plan.some_sequence()
+        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], held)
         references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
-        ref_logprobs = TokenValues.gather(references, ids).values if references else None
+        ref_logprobs = TokenValues.gather(references, held).values if references else None
         lengths = rollouts.lengths.tolist()
         row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        if not ids:
+            rollouts = replace(rollouts, response_mask=torch.zeros_like(rollouts.response_mask))
         microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
+        self.temperatures = Temperatures.of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         self.share = _Share(
             plan=plan,
+            ids=ids,
             rollouts=rollouts,
             microbatches=tuple(microbatches),
             old_logprobs=None,
+            old_entropy=None,
             ref_logprobs=ref_logprobs,
         )
         if self.reference_is_adapter_off:
             from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
-                self._set(ref_logprobs=self._compute_logprobs("reference logprobs"))
-        config = self.algorithm.config
+                (ref_logprobs,) = self._compute("reference logprobs", _logprobs)
+                self.share = replace(self.share, ref_logprobs=ref_logprobs)
+        config, mask = self.algorithm.config, rollouts.response_mask
         has_reference = self.share.ref_logprobs is not None
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
-        if len(plan.minibatches) * self.config.train.epochs_per_batch == 1 and not is_asked:
+        is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
+        once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
+        self.observes = True  # the first update measures how far trainer and sampler are apart
+        if once and not is_asked and not config.bypasses_old_logprobs:
             return (), {}
-        self._set(old_logprobs=self._compute_logprobs("old logprobs"))
-        assert self.share.old_logprobs is not None
-        return self._sequence_reports(self.share.old_logprobs), experience_metrics(
-            config,
-            self.share.old_logprobs,
-            rollouts.rollout_logprobs,
-            self.share.ref_logprobs,
-            rollouts.response_mask,
-            rollouts.lengths,
-        )
+        self.share = self._with_old_columns()
+        old = self.share.old_logprobs
+        assert old is not None
+        metrics = reference_metrics(config, old, self.share.ref_logprobs, mask)
+        if not config.bypasses_old_logprobs:
+            self.observes = False
+            metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
+        return self._sequence_reports(old), metrics
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
@@ -126,14 +150,13 @@ class PolicyWorker(TrainedWorker):
         """Every sampled token's advantage; with a critic, the returns of this rank's sequences too. Collective."""
         share = self.share
         rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
-        ids = rollouts.sequence_ids.tolist()
         metrics: dict[str, Reduction] = {}
         returns: TokenValues | None = None
         if by_sequence is not None:
-            per_sequence = torch.tensor([by_sequence[i] for i in ids], dtype=torch.float32)
+            per_sequence = torch.tensor([by_sequence[i] for i in rollouts.sequence_ids.tolist()], dtype=torch.float32)
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
         else:
-            old_values = TokenValues.gather(values, ids).values if values else None
+            old_values = TokenValues.gather(values, rollouts.sequence_ids.tolist()).values if values else None
             advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
             if old_values is not None:
                 returns = TokenValues(sequence_ids=rollouts.sequence_ids, lengths=lengths, values=targets)
@@ -143,15 +166,25 @@ class PolicyWorker(TrainedWorker):
                     "experience/returns/mean": Mean(total=float(targets[mask].sum()), count=target.count),
                     "update/explained_variance": ExplainedVariance(target=as_std(target), residual=as_std(residual)),
                 }
+        if self.algorithm.has_step_baseline:
+            advantages = self._less_step_baseline(advantages)
         own = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(own)
             advantages = whiten(advantages, mask, mean=whole.mean, variance=whole.variance)
+        elif self.algorithm.centers:
+            advantages = torch.where(mask, advantages - self._moments_over_ranks(own).mean, 0.0)
+        bound = self.algorithm.config.advantage_clip
+        if bound is not None:
+            held = int((advantages.abs() > bound).sum())
+            metrics["advantages/clipped/fraction"] = Mean(total=held, count=own.count)
+            advantages = advantages.clamp(-bound, bound)
         self.advantages = advantages
+        self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
-        means = sequence_means(advantages, mask, lengths).tolist()
-        return returns, (dict(zip(ids, means, strict=True)), metrics)
+        means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
+        return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 
     def update(self, minibatch: int) -> Metrics:
         """One optimizer step on a minibatch of the prepared batch. Collective."""
@@ -169,6 +202,7 @@ class PolicyWorker(TrainedWorker):
                 self.engine.backward(terms.loss, last=index == len(cut) - 1)
             if piece.rows:
                 parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
             parts.append({"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)})
@@ -181,19 +215,13 @@ class PolicyWorker(TrainedWorker):
     def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
         mask = self.share.rollouts.response_mask[piece.tokens]
         has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
-        return update_metrics(
+        found = update_metrics(
             terms, sampled=int(mask.sum()), passed=len(piece.tokens), step_tokens=step_tokens, has_kl_loss=has_kl_loss
         )
-
-    def _set(self, *, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None) -> None:
-        share = self.share
-        self.share = _Share(
-            plan=share.plan,
-            rollouts=share.rollouts,
-            microbatches=share.microbatches,
-            old_logprobs=share.old_logprobs if old_logprobs is None else old_logprobs,
-            ref_logprobs=share.ref_logprobs if ref_logprobs is None else ref_logprobs,
-        )
+        if self.selections.selected is None:
+            return found
+        chosen = int(self.selections.selected[piece.tokens].sum())
+        return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
     def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.share.rollouts
@@ -203,9 +231,9 @@ class PolicyWorker(TrainedWorker):
             rollouts.response_mask[piece.tokens].to(self.device),
         )
 
-    def _compute_logprobs(self, stage: str) -> Float[Tensor, " N"]:
-        """Log-probabilities of all sampled tokens of the share, without a gradient."""
-        result = torch.zeros(len(self.share.rollouts.token_ids))
+    def _compute(self, stage: str, function: Callable[..., tuple[Tensor, ...]]) -> tuple[Float[Tensor, " N"], ...]:
+        """Columns that one of rlhf.models.packed gives for all sampled tokens of the share, without a gradient."""
+        results: tuple[Tensor, ...] = ()
         for cut in self.share.microbatches:
             for piece in cut:
                 token_ids, lengths, mask = self._columns(piece)
@@ -213,27 +241,86 @@ class PolicyWorker(TrainedWorker):
                     torch.no_grad(),
                     explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
                 ):
-                    logprobs = self.engine.forward(
-                        policy_logprobs_only,
+                    found = self.engine.forward(
+                        function,
                         token_ids,
                         lengths,
                         mask=mask,
                         branches=piece.branches,
-                        temperature=self.rollouts_config.temperature,
+                        temperature=self.temperatures.at(piece, self.device),
                     )
-                result[piece.tokens] = logprobs.float().cpu()
-        return result
+                results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
+                for column, values in zip(results, found, strict=True):
+                    column[piece.tokens] = values.float().cpu()
+        return results
+
+    def _with_old_columns(self) -> _Share:
+        """The share with what the weights that sampled say of its tokens, as far as it is read."""
+        share = self.share
+        by_step, by_entropy = self.algorithm.has_step_baseline, self.algorithm.config.top_entropy_fraction is not None
+        if by_step:
+            logprobs, collisions = self._compute("old logprobs", policy_logprobs_and_collisions)
+            share = replace(share, old_logprobs=logprobs, collision_logprobs=collisions)
+        if by_entropy:
+            logprobs, entropy = self._compute("old logprobs", policy_logprobs)
+            share = replace(share, old_logprobs=logprobs, old_entropy=entropy)
+        if self.algorithm.config.bypasses_old_logprobs:
+            return replace(share, old_logprobs=share.rollouts.rollout_logprobs)
+        if not by_step and not by_entropy:
+            share = replace(share, old_logprobs=self._compute("old logprobs", _logprobs)[0])
+        return share
+
+    def _select(self) -> Selections:
+        """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
+        share = self.share
+        if not reads_whole_step(self.algorithm):
+            return Selections(high_entropy=None, selected=None)
+        assert share.old_logprobs is not None
+        columns = ShareColumns(
+            ids=share.rollouts.sequence_ids.tolist(),
+            lengths=share.rollouts.lengths,
+            response_mask=share.rollouts.response_mask,
+            old_logprobs=share.old_logprobs,
+            advantages=self.advantages,
+            entropy=share.old_entropy,
+        )
+        ranks = Ranks(
+            rank=self.data_rank,
+            contributes=self.place.rank % self.resources.sequence_parallel == 0,
+            all_reduce_sum=self.engine.all_reduce_sum,
+        )
+        return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
         """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
         share, config = self.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
+        if not share.ids:
+            return penalty
         if config.kl.place == "reward" and share.ref_logprobs is not None:
             assert share.old_logprobs is not None
             penalty = reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
         scores = torch.tensor([share.plan.scores[i] for i in rollouts.sequence_ids.tolist()])
         return token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
+
+    def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Returns less their groups' baselines, whichever ranks a group's sequences are on."""
+        share = self.share
+        rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
+        assert share.old_logprobs is not None
+        assert share.collision_logprobs is not None
+        samples = self.rollouts_config.samples_per_prompt
+        max_steps = self.engine.max_over_ranks(int(sequence_counts(mask, lengths).max()))
+        num_cells = (max(share.plan.scores) // samples + 1) * max_steps
+        cells = step_cells(mask, lengths, rollouts.sequence_ids // samples, max_steps=max_steps)
+        energy = realized_energy(share.old_logprobs, share.collision_logprobs, mask, lengths)
+        sums = step_sums(returns.double(), energy.double(), mask, cells, num_cells=num_cells)
+        if self.place.rank % self.resources.sequence_parallel:  # another rank adds the same sequences
+            sums = torch.zeros_like(sums)
+        whole = self.engine.all_reduce_sum(sums.to(self.device)).cpu()
+        baseline, alone = step_baseline(whole, mask, cells, eps=STEP_BASELINE_EPS)
+        return torch.where(alone, returns, returns - baseline.to(returns.dtype))
 
     def _moments_over_ranks(self, own: Moments) -> Moments:
         """Moments of all ranks' values together, the same on every rank."""
@@ -248,8 +335,10 @@ class PolicyWorker(TrainedWorker):
     def _sequence_reports(self, logprobs: Float[Tensor, " N"]) -> tuple[SequenceReport, ...]:
         rollouts, ref = self.share.rollouts, self.share.ref_logprobs
         mask, lengths = rollouts.response_mask, rollouts.lengths
+        ids = self.share.ids
+        if not ids:
+            return ()
         olds = sequence_means(logprobs, mask, lengths).tolist()
-        ids = rollouts.sequence_ids.tolist()
         if ref is None:
             return tuple(
                 SequenceReport(sequence_id=i, kl_ref=None, mean_old_logprob=old, mean_ref_logprob=None)
@@ -263,7 +352,7 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
-        """The loss of one micro-batch and, where `prepare` has not measured them, its experience metrics."""
+        """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
         share, config = self.share, self.algorithm.config
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(
@@ -272,11 +361,11 @@ class PolicyWorker(TrainedWorker):
             lengths,
             mask=mask,
             branches=piece.branches,
-            temperature=self.rollouts_config.temperature,
-            entropy_grad=config.entropy_coef > 0.0,
+            temperature=self.temperatures.at(piece, self.device),
+            entropy_grad=share.plan.entropy_coef > 0.0,
         )
         logprobs = logprobs.float()
-        old, ref = share.old_logprobs, share.ref_logprobs
+        old, ref, chosen = share.old_logprobs, share.ref_logprobs, self.selections
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -286,9 +375,19 @@ class PolicyWorker(TrainedWorker):
             rollout_logprobs=share.rollouts.rollout_logprobs[piece.tokens].to(self.device),
             ref_logprobs=None if ref is None else ref[piece.tokens].to(self.device),
             advantages=self.advantages[piece.tokens].to(self.device),
+            high_entropy=None if chosen.high_entropy is None else chosen.high_entropy[piece.tokens].to(self.device),
+            selected=None if chosen.selected is None else chosen.selected[piece.tokens].to(self.device),
+            entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if old is not None or not piece.rows:
+        if not self.observes or not piece.rows:
             return terms, {}
-        columns = (batch.rollout_logprobs, batch.ref_logprobs, mask, lengths)
-        return terms, experience_metrics(config, logprobs.detach(), *columns)
+        now = logprobs.detach()
+        found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
+        if old is None:
+            found.update(reference_metrics(config, now, batch.ref_logprobs, mask))
+        return terms, found
+
+
+def _logprobs(*columns: Any, **settings: Any) -> tuple[Tensor]:
+    return (policy_logprobs_only(*columns, **settings),)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.data.packing import pack
 from rlhf.models.branches import Branch
+from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
 
 
@@ -39,6 +40,28 @@ def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedProm
         keys=tuple(i // samples_per_prompt for i in rollouts.sequence_ids.tolist()),
         lengths=tuple(int(mask.int().argmax()) for mask in masks),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Temperatures:
+    """At which the tokens of a batch were sampled."""
+
+    common: float
+    by_token: Float[Tensor, " N"] | None  # None: all at the common one
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, own: Mapping[int, float], *, common: float) -> Temperatures:
+        """own: by sequence id, of the prompts that have their own."""
+        if not own:
+            return cls(common=common, by_token=None)
+        per_sequence = torch.tensor([own.get(i, common) for i in rollouts.sequence_ids.tolist()])
+        return cls(
+            common=common, by_token=to_tokens(per_sequence, rollouts.lengths, num_tokens=len(rollouts.token_ids))
+        )
+
+    def at(self, piece: Slice, device: torch.device) -> float | Float[Tensor, " n"]:
+        """As a forward pass of a micro-batch takes them."""
+        return self.common if self.by_token is None else self.by_token[piece.tokens].to(device)
 
 
 def slices(

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from rlhf.config.model import ReferenceConfig
+from rlhf.config.model import ReferenceConfig, TeacherConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.roles import MemoryReport
-from rlhf.types import Rollouts, TokenValues
+from rlhf.types import Role, Rollouts, TokenValues
 from rlhf.workers.place import RankPlace, torch_dtype
-from rlhf.workers.ragged import shared_prompts, slices
+from rlhf.workers.ragged import Temperatures, shared_prompts, slices
 
 
 class ReferenceWorker:
     """Holds the whole model; batches are dealt out among the workers."""
 
+    role: Role = "reference"
+
     def __init__(
         self,
-        model: ReferenceConfig,
+        model: ReferenceConfig | TeacherConfig,
         place: RankPlace,
         *,
         temperature: float,
@@ -44,25 +49,50 @@ class ReferenceWorker:
         """Hold this model, whatever was held before."""
         config = self.model_config
         self.model: Any = None  # never two at once
-        with explains_out_of_memory(role="reference", stage="start", rank=self.place.rank):
+        with explains_out_of_memory(role=self.role, stage="start", rank=self.place.rank):
             loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
             self.model = loaded.to(self.device).eval().requires_grad_(False)
 
-    def logprobs(self, only: frozenset[int] | None, *given: Rollouts) -> tuple[TokenValues | int, ...]:
+    def logprobs(
+        self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts
+    ) -> tuple[TokenValues | int, ...]:
         """One column for each batch, computed packed together over the batches; last, the tokens in all.
 
-        only: the sequences that are wanted; None: all.
+        only: the sequences that are wanted; None: all. temperatures: by sequence id, of those that have their own.
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
+        values = self.values_of(
+            parts,
+            temperature=self.temperature,
+            temperatures=temperatures,
+            samples_per_prompt=self.samples_per_prompt,
+        )
+        columns = [
+            TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
+            for part, column in zip(parts, values.split([len(part.token_ids) for part in parts]), strict=True)
+        ]
+        return (*columns, len(values))
+
+    def values_of(
+        self,
+        parts: Sequence[Rollouts],
+        *,
+        temperature: float,
+        temperatures: Mapping[int, float],
+        samples_per_prompt: int,
+    ) -> Float[Tensor, " N"]:
+        """Log-probabilities of the sampled tokens of all batches, one behind the other. temperatures: by sequence
+        id, of those that have their own."""
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
-        prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
+        at = Temperatures.of(rollouts, temperatures, common=temperature)
+        prompts = shared_prompts(rollouts, samples_per_prompt=samples_per_prompt)
         for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
             with (
                 torch.no_grad(),
                 explains_out_of_memory(
-                    role="reference", stage="logprobs", rank=self.place.rank, tokens=len(piece.tokens)
+                    role=self.role, stage="logprobs", rank=self.place.rank, tokens=len(piece.tokens)
                 ),
             ):
                 logprobs = policy_logprobs_only(
@@ -71,15 +101,10 @@ class ReferenceWorker:
                     piece.lengths.to(self.device),
                     mask=rollouts.response_mask[piece.tokens].to(self.device),
                     branches=piece.branches,
-                    temperature=self.temperature,
+                    temperature=at.at(piece, self.device),
                 )
             values[piece.tokens] = logprobs.float().cpu()
-        sizes = [len(part.token_ids) for part in parts]
-        columns = [
-            TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
-            for part, column in zip(parts, values.split(sizes), strict=True)
-        ]
-        return (*columns, len(values))
+        return values
 
     def memory(self) -> MemoryReport:
         """Peaks of this process."""

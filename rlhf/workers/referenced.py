@@ -28,8 +28,6 @@ SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 class ReferencedPolicy(PairsWorker):
     """The language model, its log-probabilities of the data, and the reference's."""
 
-    temperature = 1.0  # at which log-probabilities are taken
-
     def load_module(self) -> Any:
         """The language model."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
@@ -93,5 +91,9 @@ class ReferencedPolicy(PairsWorker):
             piece.lengths.to(self.device),
             mask=examples.loss_mask[piece.tokens].to(self.device),
             branches=piece.branches,
-            temperature=self.temperature,
+            temperature=self.temperature(examples, piece),
         )
+
+    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+        """At which log-probabilities are taken."""
+        return 1.0

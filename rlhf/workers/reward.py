@@ -15,6 +15,7 @@ import torch
 
 from rlhf.config.model import RewardModelConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.rewards.scoring import RewardSet, RewardSpec
@@ -95,6 +96,10 @@ class RewardWorker:
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""
         return response_texts(rollouts, self.tokenizer)
+
+    def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        return tuple(answer_of(text, form) for text in self.texts(rollouts))
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
         """The reward model's score of each prompt with its response, as the policy's tokens."""

@@ -40,7 +40,11 @@ BETA = 0.3
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `student` and `teacher`."""
-    folder = tmp_path_factory.mktemp("models")
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+def build_models(folder: Path) -> Path:
+    """The folder, with `student` and `teacher`."""
     build_tiny_llama(folder / "student", seed=3)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(

@@ -27,6 +27,7 @@ PPO: dict[str, Any] = {
         "name": "ppo",
         "critic_lr": 1e-3,
         "kl": {"coef": 0.05, "estimator": "k1", "place": "reward", "adaptive": {"target": 0.5, "horizon": 64}},
+        "entropy": {"adaptive": {"target": 6.0}},
     },
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"epochs_per_batch": 2},
@@ -65,13 +66,15 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
-    always = expected(["online", "advantages", "reference", "critic", "eval"])
+    always = expected(["online", "rewards", "advantages", "reference", "critic", "eval"])
     plain = {name for name in always if "<" not in name}
     assert plain <= set(found[2]), sorted(plain - set(found[2]))
     for key in (
         "rewards/digits/mean",
         "eval/heldout/score",
         "eval/heldout/digits",
+        "eval/heldout/pass@1",
+        "eval/heldout/score_low",
         "time/rollouts_s",
         "time/update_s",
         "time/checkpoint_s",
@@ -111,6 +114,8 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(unbroken: Path) -> None
     expected_rows, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "killed"))
     assert found == expected_rows
     assert found[4]["experience/kl_coef"] != found[1]["experience/kl_coef"]
+    assert found[1]["update/entropy_coef"] == 0.0
+    assert found[4]["update/entropy_coef"] == pytest.approx(0.003)  # three steps with less entropy than the target
     ours, theirs = (load_file(folder / name / "final" / "model.safetensors") for name in ("killed", "unbroken"))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     samples = [(folder / name / "samples" / "step_000004.jsonl").read_text() for name in ("killed", "unbroken")]
@@ -165,7 +170,7 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
             "algorithm": {
                 "name": "grpo",
                 "kl": {"coef": 0.05, "adaptive": {"target": 0.5, "horizon": 64}},  # in the loss, and one update a batch
-                "correction": {"level": "token", "max_ratio": 2.0},
+                "correction": {"preset": "token_tis", "reject": {"sequence_mean_k3": 0.01}},
             },
             "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": 32},
@@ -173,16 +178,47 @@ def test_a_lora_policy_ships_its_adapter_and_is_its_own_reference(tmp_path: Path
     )
     train(config)
     found = rows(tmp_path / "lora")
-    always = expected(["online", "advantages", "groups", "correction", "eval"])
+    always = expected(["online", "rewards", "advantages", "groups", "correction", "eval"])
     assert {name for name in always if "<" not in name} <= set(found[2])
     assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
     # The adapter begins as the identity; of PiSSA, what is added and taken away again is rounded.
     assert abs(found[1]["experience/kl_ref/mean"]) <= (1e-6 if kind else 0.0)
     assert found[2]["experience/kl_ref/mean"] > 0.0
     assert found[2]["experience/kl_coef"] < 0.05  # no KL in step 1, so the penalty was lowered
+    assert all(row["experience/rollout_ess_token"] > 0.999 for row in found[1:])
     assert "memory/reference_rss_gib" not in found[2]
     assert (tmp_path / "lora" / "final" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "lora" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_in_bfloat16_a_bypass_clips_what_sampler_and_trainer_disagree_on(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "bypass.yaml",
+        {
+            "run": {"name": "bypass", "dir": str(tmp_path)},
+            "policy": {"model": "tiny:llama", "dtype": "bfloat16"},
+            "algorithm": {
+                "name": "grpo",
+                "clip_low": 1e-3,
+                "clip_high": 1e-3,
+                "kl": {"coef": 0.01, "place": "reward"},
+                "correction": {"mode": "bypass", "reject": {"sequence_max_ratio": [0.99, 1.01]}},
+            },
+            "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+            "train": {"steps": 2, "sequences_per_update": 32},
+        },
+    )
+    train(config)
+    found = rows(tmp_path / "bypass")[1:]
+    for row in found:  # one optimizer step a batch: without the bypass every ratio would be 1
+        assert 0.0 < row["update/clip_fraction/mean"] < 1.0
+        assert 0.0 < row["experience/rollout_rejected/fraction"] < 1.0
+        assert row["experience/rollout_ratio/min"] < 1.0 < row["experience/rollout_ratio/max"]
+        assert 0.99 < row["experience/rollout_ess_token"] < 1.0
+        assert row["experience/rollout_weight/mean"] == pytest.approx(1 - row["experience/rollout_rejected/fraction"])
+        assert "experience/kl_ref/mean" in row
 
 
 @pytest.mark.slow

@@ -45,7 +45,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_its_rows_have_what_they_promise(unbroken: Path) -> None:
     found = rows(unbroken)
     assert [row["step"] for row in found] == list(range(7))
-    always = {name for name in expected(["online", "preference", "groups", "reference", "eval"]) if "<" not in name}
+    always = {
+        name for name in expected(["online", "rewards", "preference", "groups", "reference", "eval"]) if "<" not in name
+    }
     assert always <= set(found[3]), sorted(always - set(found[3]))
     for row in found[1:]:
         assert 0 < row["preference/pairs/total"] == 8 * (1 - row["advantages/zero_groups/fraction"])

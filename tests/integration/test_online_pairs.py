@@ -131,7 +131,7 @@ def learn(
     worker.build()
     rollouts = [rollouts_of(group) for group in range(groups)]
     pairs = [pair_of(one) for one in rollouts]
-    plan = plan_pairs(pairs, step=1, seed=0, num_minibatches=2, num_ranks=world_size)
+    plan = plan_pairs(pairs, step=1, seed=0, num_minibatches=2, num_ranks=world_size, temperatures={})
     references: list[Any] = []
     if reference is not None:
         other = ReferenceWorker(
@@ -143,7 +143,7 @@ def learn(
         )
         other.start()
         wanted = frozenset(info.sequence_id for pair in pairs for info in pair)
-        *references, count = other.logprobs(wanted, *rollouts)
+        *references, count = other.logprobs(wanted, {}, *rollouts)
         assert count == sum(info.num_prompt_tokens + info.num_response_tokens for pair in pairs for info in pair)
     worker.prepare(plan, len(rollouts), *rollouts, *references)
     return [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
@@ -171,7 +171,9 @@ def learn_offline(
             labels=torch.ones(GROUPS, dtype=torch.bool),
         )
     )
-    plan = plan_pairs([pair_of(one) for one in rollouts], step=1, seed=0, num_minibatches=2, num_ranks=1)
+    plan = plan_pairs(
+        [pair_of(one) for one in rollouts], step=1, seed=0, num_minibatches=2, num_ranks=1, temperatures={}
+    )
     minibatches = [
         MinibatchPlan(
             sequences_by_rank=(tuple(i // SAMPLES for i in one.sequences_by_rank[0][::2]),),

@@ -22,7 +22,7 @@ from tests.integration.recipes import merge
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "merge" not in read_tree(path).values]
 
-ONLINE = {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 4}
+ONLINE = {"prompts_per_step": 4, "max_new_tokens": 4}
 TRAIN = {"steps": 1, "sequences_per_update": 4, "checkpoint_every": 1}
 DROPPED = {"warmup_steps", "keep_checkpoints", "best_metric"}  # of `train`: they speak of more steps
 ROLE_KEYS = {"zero_stage", "colocate_with"}  # what stays of a role: the rest is of GPUs and of a larger cluster
@@ -58,7 +58,8 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "algorithm" in small:
         small["algorithm"] = {k: v for k, v in small["algorithm"].items() if k != "critic_warmup_steps"}
     if "rollouts" in small:
-        small["rollouts"] = {**small["rollouts"], **ONLINE}
+        sets = small.get("algorithm", {}).get("k", 1)  # of responses: there must be more than one set in a group
+        small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
         if "environment" in small["rollouts"]:
             small["rollouts"]["environment"] = {**small["rollouts"]["environment"], "max_tokens": 1100}
     if "evaluate" in small:

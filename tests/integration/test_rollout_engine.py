@@ -177,16 +177,23 @@ def test_a_prompt_that_does_not_fit_is_named(synced: Any) -> None:
         call(synced.generate.remote(request(21, prompt_tokens=500), SAMPLING))
 
 
-def test_abort_frees_the_engine(synced: Any) -> None:
-    running = synced.generate.remote(request(22), dataclasses.replace(SAMPLING, max_new_tokens=480))
-    while not call(synced.health.remote()).requests_in_flight:
+def test_cancelled_groups_leave_the_engine_to_the_others(synced: Any, spool: Path) -> None:
+    long = dataclasses.replace(SAMPLING, max_new_tokens=480)
+    call(synced.hold.remote())
+    running = {group_id: synced.generate.remote(request(group_id), long) for group_id in (2, 22, 222)}
+    call(synced.release.remote(3))
+    while call(synced.health.remote()).requests_in_flight != 12:
         pass
-    assert call(synced.abort_all.remote()) == 4
-    with pytest.raises(RunError, match="aborted"):
-        call(running)
+    assert call(synced.cancel.remote([22, 2000])) == 4
+    assert call(running[22]) == (None, None)
+    assert not (spool / "group_00000022_v000001.safetensors").exists()
+    alone = call(synced.generate.remote(request(2), long))
+    assert call(running[2])[0].token_ids.tolist() == alone[0].token_ids.tolist()
+    assert call(running[222])[1][0].num_response_tokens > 0
     health = call(synced.health.remote())
     assert (health.requests_in_flight, health.version) == (0, 1)
-    call(synced.generate.remote(request(22), SAMPLING))
+    rollouts, _ = call(synced.generate.remote(request(22), SAMPLING))
+    assert rollouts.sequence_ids.tolist() == [88, 89, 90, 91]
 
 
 def test_health_answers_while_groups_are_awaited(synced: Any) -> None:

@@ -14,6 +14,7 @@ from tests.parity.run import Verdict, judge, load, main
 CASES = Path(__file__).parent / "cases.json"
 OFFLINE_CASES = Path(__file__).parent / "offline_cases.json"
 ANSWERED = {
+    "a2po",
     "aggregation",
     "bco",
     "cpo_simpo",
@@ -71,9 +72,10 @@ def test_every_further_case_of_an_offline_loss_is_ok() -> None:
     assert [verdict.line(why=True) for verdict in verdicts if verdict.kind != "ok"] == []
 
 
-def test_two_cases_alone_are_unsupported(verdicts: dict[str, Verdict]) -> None:
+def test_one_case_alone_is_unsupported(verdicts: dict[str, Verdict]) -> None:
+    """A mask that is guessed from the ids: ours comes with the tokens, from the engine that sampled them."""
     unsupported = [verdict.name for verdict in verdicts.values() if verdict.kind == "unsupported"]
-    assert unsupported == ["trl.a2po.beta2_0.1", "verl.get_response_mask"]
+    assert unsupported == ["verl.get_response_mask"]
 
 
 def test_a_packing_with_a_sequence_elsewhere_differs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rlhf.objectives.advantages import gae, group_centered, group_normalized, leave_one_out, reward_to_go
 from rlhf.objectives.aggregation import Aggregation, token_weights
-from rlhf.objectives.corrections import sequence_truncated, token_truncated
+from rlhf.objectives.corrections import Level, Statistic, accepted, sequence_truncated, token_truncated
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masking import Moments, merge_moments, moments, sequence_means, sequence_sums
 from rlhf.objectives.policy_loss import (
@@ -245,6 +246,31 @@ def test_identical_policies(batch: Batch) -> None:
         assert not estimator(x, x).any()
     assert torch.equal(token_truncated(x, x, mask, max_ratio=2.0), mask.double())
     assert torch.equal(sequence_truncated(x, x, mask, lengths, max_ratio=2.0), mask.double())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=batches(),
+    statistic=st.sampled_from(get_args(Statistic)),
+    level=st.sampled_from(get_args(Level)),
+    data=st.data(),
+)
+def test_whether_a_token_is_accepted_depends_on_its_own_sequence_alone(
+    batch: Batch, statistic: Statistic, level: Level, data: st.DataObject
+) -> None:
+    bounds = {"low": 0.7, "high": 1.4} if statistic == "ratio" else {"low": -0.3, "high": 0.3}
+    order = data.draw(st.permutations(range(len(batch.lengths))))
+
+    def of(one: Batch, rubbish: float = 0.0) -> Tensor:
+        old, rollout = (torch.where(one.mask, x, rubbish) for x in (one.logprobs, one.old_logprobs))
+        return accepted(old, rollout, one.mask, one.lengths, statistic=statistic, level=level, **bounds)
+
+    whole = of(batch)
+    assert torch.equal(of(batch, math.nan), whole)
+    assert not whole[~batch.mask].any()
+    alone = [of(batch.rows([i])) for i in range(len(batch.lengths))]
+    assert torch.equal(torch.cat(alone), whole)
+    assert torch.equal(of(batch.rows(order)), torch.cat([alone[i] for i in order]))
 
 
 @settings(max_examples=30, deadline=None)

@@ -85,6 +85,26 @@ def test_prompts_of_several_sets_have_ids_of_their_own(folder: Path) -> None:
     assert [share.size for share in found.shares] == [3, 2]
 
 
+def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
+    one = ["data.train=DIR/a.jsonl".replace("DIR", str(folder)), "data.curriculum={}"]
+    assert isinstance(inputs(folder, GRPO, *one, "train.steps=2"), OnlineInputs)
+    with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps ask 2 at most, so none comes up"):
+        inputs(folder, GRPO, *one)
+    with pytest.raises(UserError, match="ask 3 at most"):  # 2 * 1.1, rounded up
+        inputs(folder, GRPO, *one, "reward_policy.on_error=drop")
+    for more in ("rollouts.oversample=2", "rollouts.dynamic_sampling={}"):
+        assert isinstance(inputs(folder, GRPO, *one, more), OnlineInputs)
+    assert isinstance(inputs(folder, GRPO, "data.curriculum={}"), OnlineInputs)  # of mixed sets, a small one may
+
+
+def test_a_teacher_is_not_asked_at_a_temperature_of_each_prompt(folder: Path) -> None:
+    write(folder / "a.jsonl", [{"prompt": "a", "answer": "b", "temperature": 0.5}])
+    assert inputs(folder, GRPO).prompts[0].temperature == 0.5
+    taught = ["algorithm={name: on_policy_distillation}", "teacher={model: 'tiny:llama', dtype: float32}"]
+    with pytest.raises(UserError, match="column `temperature` is not for algorithm on_policy_distillation"):
+        inputs(folder, GRPO, *taught)
+
+
 def test_another_seed_is_another_tiny_model(tmp_path: Path) -> None:
     first, second, again = (local_model("tiny:llama", tmp_path, seed=seed) for seed in (0, 1, 0))
     assert first == again

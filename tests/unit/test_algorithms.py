@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -9,10 +11,13 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, AlgorithmConfig
-from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
+from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, ValueMicrobatch
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
-from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm
+from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm, SequenceOutcomes
+from rlhf.objectives.aggregation import token_weights
+from rlhf.objectives.policy_loss import clipped_loss
+from rlhf.objectives.sequence_ratios import sequence_ratio, sequence_token_ratio
 
 COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
 # Two sequences of 3 tokens; the policy sampled the last two of each.
@@ -20,7 +25,7 @@ MASK = torch.tensor([False, True, True, False, True, True])
 LENGTHS = torch.tensor([3, 3])
 
 
-def microbatch(logprobs: Tensor, **columns: Tensor | None) -> PolicyMicrobatch:
+def microbatch(logprobs: Tensor, **columns: Tensor | float | None) -> PolicyMicrobatch:
     """Old, rollout and reference log-probabilities are -1, advantages 1, unless given."""
     whole: dict[str, Any] = {
         "entropy": torch.zeros(6),
@@ -40,7 +45,38 @@ def made(name: str, **settings: Any) -> OnlineAlgorithm:
     return ONLINE_ALGORITHMS[name](config)
 
 
-def grpo_loss(settings: dict[str, Any], logprobs: Tensor, *, kl_coef: float = 0.0, **columns: Tensor) -> LossTerms:
+def outcomes(
+    scores: Sequence[float],
+    *,
+    group_size: int,
+    lengths: Sequence[int] = (),
+    by_reward: Mapping[str, Sequence[float]] | None = None,
+    weights: Mapping[str, float] | None = None,
+    greedy: Sequence[float] | None = None,
+) -> SequenceOutcomes:
+    """Responses with these scores, of one token each unless lengths are given."""
+    return SequenceOutcomes(
+        scores=torch.tensor(scores, dtype=torch.float64),
+        by_reward={name: torch.tensor(values, dtype=torch.float64) for name, values in (by_reward or {}).items()},
+        weights=weights or {},
+        num_tokens=torch.tensor(lengths or [1] * len(scores)),
+        group_size=group_size,
+        greedy_scores=None if greedy is None else torch.tensor(greedy, dtype=torch.float64),
+    )
+
+
+def selected(algorithm: OnlineAlgorithm, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor | None:
+    """What the algorithm selects of a whole step, as the worker spreads it; tokens are drawn in their order."""
+    if not algorithm.selects_tokens:
+        return None
+    order = torch.arange(int(mask.sum()), dtype=torch.float64)
+    found = algorithm.selected(StepTokens(old_logprobs=old[mask], advantages=advantages[mask], order=order))
+    return torch.zeros_like(mask).masked_scatter(mask, found)
+
+
+def grpo_loss(
+    settings: dict[str, Any], logprobs: Tensor, *, kl_coef: float = 0.0, **columns: Tensor | float
+) -> LossTerms:
     return made("grpo", **settings).policy_loss(microbatch(logprobs, **columns), COUNTS, kl_coef=kl_coef)
 
 
@@ -87,40 +123,27 @@ def test_the_penalty_in_the_loss_is_weighted_by_the_coefficient_in_force() -> No
 
 
 def test_the_entropy_bonus_lowers_the_loss() -> None:
-    terms = grpo_loss({"entropy_coef": 0.1}, torch.full((6,), -1.0), entropy=torch.full((6,), 2.0))
+    terms = grpo_loss({}, torch.full((6,), -1.0), entropy=torch.full((6,), 2.0), entropy_coef=0.1)
     assert float(terms.loss) == pytest.approx(-1.2)  # -1 - 0.1 * 2
     assert float(terms.entropy_sum) == pytest.approx(8.0)  # four tokens of 2
 
 
 @pytest.mark.parametrize(
-    ("level", "expected"),
+    ("name", "settings"),
     [
-        ("token", -(1.5 + 0.5 + 1.0 + 1.0) / 4),  # ratios 3 (held at 1.5), 0.5, 1, 1
-        ("sequence", -(1.5 + 1.5 + 1.0 + 1.0) / 4),  # products 3 * 0.5 = 1.5 and 1
+        *(("grpo", {"aggregation": mode}) for mode in get_args(Aggregation)),
+        ("clip_cov", {"min_covariance": 0.0, "fraction": 0.5}),
+        *((name, {}) for name in ONLINE_ALGORITHMS if name != "grpo"),
     ],
 )
-def test_the_correction_weighs_each_token_by_its_truncated_ratio(level: str, expected: float) -> None:
-    rollout = torch.full((6,), -1.0)
-    rollout[1] -= math.log(3.0)
-    rollout[2] -= math.log(0.5)
-    settings = {"correction": {"level": level, "max_ratio": 1.5}}
-    assert float(grpo_loss(settings, torch.full((6,), -1.0), rollout_logprobs=rollout).loss) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        *(("grpo", mode) for mode in get_args(Aggregation)),
-        *((name, None) for name in ONLINE_ALGORITHMS if name != "grpo"),
-    ],
-)
-def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, mode: str | None) -> None:
+def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([3, 5, 2])
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
     start, old, rollout, advantages = (torch.randn(10) for _ in range(4))
     counts = StepCounts(num_tokens=int(mask.sum()), num_sequences=3, max_new_tokens=4)
-    algorithm = made(name) if mode is None else made(name, aggregation=mode)
+    algorithm = made(name, **settings)
+    chosen = selected(algorithm, old, advantages, mask)
 
     def gradient(pieces: list[list[int]]) -> Tensor:
         logprobs = start.clone().requires_grad_()
@@ -136,6 +159,7 @@ def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, mode: str
                 rollout_logprobs=rollout[at],
                 ref_logprobs=None,
                 advantages=advantages[at],
+                selected=None if chosen is None else chosen[at],
             )
             algorithm.policy_loss(batch, counts, kl_coef=0.0).loss.backward()
         assert logprobs.grad is not None
@@ -158,7 +182,7 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
     batch = ValueMicrobatch(lengths=LENGTHS, response_mask=MASK, values=values, old_values=values, returns=returns)
     # halved squares of 0.8, 0.5, 1, 1 over four tokens: (0.64 + 0.25 + 1 + 1) / 2 / 4
     assert float(algorithm.critic_loss(batch, COUNTS).loss) == pytest.approx(0.36125)
-    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=2) is None
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=2)) is None
 
 
 @pytest.mark.parametrize(
@@ -173,18 +197,79 @@ def test_ppo_estimates_advantages_from_values_and_learns_the_returns() -> None:
         # lengths 3 and 1: the baseline is 3 / 4
         ("reinforce_plus_plus", {"group_baseline": True}, [0.5, -0.5, 0.0, 0.0]),
         ("opo", {}, [0.25, -0.75, 0.0, 0.0]),
+        ("gpg", {}, [1.0, -1.0, 0.0, 0.0]),  # two prompts, one of them flat: twice the centred scores
+        ("gpg", {"std_normalize": True}, [1.41421, -1.41421, 0.0, 0.0]),
+        ("dapo", {}, [0.70710, -0.70710, 0.0, 0.0]),
     ],
 )
 def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, Any], expected: list[float]) -> None:
-    scores = torch.tensor([1.0, 0.0, 3.0, 3.0], dtype=torch.float64)
-    found = made(name, **settings).sequence_advantages(scores, torch.tensor([3, 1, 2, 2]), group_size=2)
+    told = outcomes([1.0, 0.0, 3.0, 3.0], group_size=2, lengths=[3, 1, 2, 2])
+    found = made(name, **settings).sequence_advantages(told)
     assert found is not None
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_gdpo_compares_by_each_reward_and_whitens_the_sum() -> None:
+    """Against the paper's steps in a loop over groups, with the statistics module."""
+    rewards = {"a": [1.0, 0.0, 0.0, 5.0, 5.0, 7.0], "b": [0.0, 1.0, 0.0, 2.0, 2.0, 2.0], "watched": [9.0] * 6}
+    weights = {"a": 1.0, "b": 0.5, "watched": 0.0}
+    told = outcomes([0.0] * 6, group_size=3, by_reward=rewards, weights=weights)
+    sums = [0.0] * 6
+    for name in ("a", "b"):
+        for first in (0, 3):
+            group = rewards[name][first : first + 3]
+            for place, value in enumerate(group):
+                share = (value - statistics.mean(group)) / (statistics.stdev(group) + 1e-6)
+                sums[first + place] += weights[name] * share
+    expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-6) for value in sums]
+    found = made("gdpo").sequence_advantages(told)
+    assert found is not None
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert found[0] != found[1]  # though both have one of the rewards
+
+
+def test_remax_compares_with_the_greedy_response() -> None:
+    told = outcomes([1.0, 0.0, 3.0, 2.5], group_size=2, greedy=[0.5, 3.0])
+    found = made("remax").sequence_advantages(told)
+    assert found is not None
+    assert found.tolist() == [0.5, -0.5, 0.0, -0.5]
+    assert made("remax").wants_greedy
+    assert [name for name in ONLINE_ALGORITHMS if made(name).wants_greedy] == ["remax"]
+
+
+def test_pass_at_k_rewards_what_the_best_of_k_needs() -> None:
+    # three sets of 2 of the scores 0, 1, 3: best 1, 3, 3, mean 7/3, deviation sqrt(8)/3
+    normalized = made("pass_at_k", k=2).sequence_advantages(outcomes([0.0, 3.0, 1.0], group_size=3))
+    margins = made("pass_at_k", k=2, baseline="leave_one_out").sequence_advantages(outcomes([0.0, 3, 1], group_size=3))
+    assert normalized is not None
+    assert margins is not None
+    std = math.sqrt(8) / 3
+    assert normalized.tolist() == pytest.approx([(2 - 7 / 3) / std, (3 - 7 / 3) / std, (2 - 7 / 3) / std])
+    assert margins.tolist() == pytest.approx([0.0, (3 + 2) / 3, 1 / 3])  # 3 above 0 and 1, 1 above 0
+
+
+def test_raft_keeps_the_best_that_are_good_enough() -> None:
+    scores = (0.5, 2.0, -1.0, 2.0)
+    assert list(made("raft").kept(scores)) == [1]
+    assert list(made("raft", keep=3).kept(scores)) == [0, 1, 3]
+    assert list(made("raft", keep=3, min_score=1.0).kept(scores)) == [1, 3]
+    assert list(made("raft", min_score=3.0).kept(scores)) == []
+    assert made("raft", keep=3).most_kept == 3
+    assert list(made("grpo").kept(scores)) == [0, 1, 2, 3]
+
+
+def test_otb_has_rewards_to_come_before_their_baseline() -> None:
+    algorithm = made("otb")
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=2)) is None
+    rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
+    returns, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
+    torch.testing.assert_close(returns, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
+    assert [name for name in ONLINE_ALGORITHMS if made(name).has_step_baseline] == ["otb"]
+
+
 def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
     algorithm = made("reinforce_plus_plus")
-    assert algorithm.sequence_advantages(torch.zeros(4), torch.ones(4), group_size=1) is None
+    assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=1)) is None
     # the first token's penalty is felt by itself alone, the score by both
     rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
     advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
@@ -208,6 +293,28 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
         ("sapo", {"temperature_positive": 2.0}, 1.5, 1.0, -(2.0 / (1.0 + math.exp(-1.0)) + 3.0) / 4, 0),
         ("rloo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),  # tokens summed, over two sequences
         ("opo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("dapo", {}, 1.5, 1.0, -(1.28 + 3.0) / 4, 1),  # GRPO with a higher upper bound
+        ("luspo", {"clip_high": 1.0}, 4.0, 1.0, -(2.0 * 2 + 1.0 * 2) / 2, 0),  # sqrt(4) and 1, times two tokens
+        ("luspo", {}, 4.0, 1.0, -(1.0004 * 2 + 1.0 * 2) / 2, 2),
+        # w = 2 for both tokens of its sequence: 2^2 exp(3 (1 - 2)) * (1 + 1 - log 2), and 1 * (1 + 1)
+        ("vespo", {}, 2.0, 1.0, (4.0 * math.exp(-3.0) * (2.0 - math.log(2.0)) + 2.0) / 4, 0),
+        ("vespo", {}, 2.0, -1.0, -(8.0 * math.exp(-2.0) * (2.0 - math.log(2.0)) + 2.0) / 4, 0),
+        ("gpg", {}, 4.0, 1.0, (1.0 - math.log(4.0) + 3.0) / 4, 0),  # -logprob, whatever the ratio
+        ("reinforce", {}, 4.0, 1.0, (1.0 - math.log(4.0) + 3.0) / 4, 0),
+        # the probability goes from e^-1 = 0.368 to 0.552, by more than 0.15
+        ("dppo", {}, 1.5, 1.0, 3.0 / 4, 1),
+        ("dppo", {"max_increase": 0.2}, 1.5, 1.0, (1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),
+        ("dppo", {}, 1.5, -1.0, -(1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),  # lowered is what it would have to be
+        ("dppo", {"max_ratio": 1.25, "max_increase": 0.2}, 1.5, 1.0, (1.25 * (1.0 - math.log(1.5)) + 3.0) / 4, 1),
+        # KL of {0.368, 0.632} from {0.552, 0.448}: 0.368 log(1 / 1.5) + 0.632 log(0.632 / 0.448) = 0.068
+        ("dppo", {"divergence": "kl", "max_increase": 0.07}, 1.5, 1.0, (1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),
+        ("dppo", {"divergence": "kl", "max_increase": 0.06}, 1.5, 1.0, 3.0 / 4, 1),
+        ("dro", {"beta": 0.5}, 4.0, 1.0, (1.0 - math.log(4.0) + 0.25 * math.log(4.0) ** 2 + 3.0) / 4, 0),
+        ("gdpo", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
+        ("pass_at_k", {}, 1.5, 1.0, -(1.2 + 3.0) / 4, 1),
+        ("remax", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("otb", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
+        ("raft", {}, 4.0, -9.0, (1.0 - math.log(4.0) + 3.0) / 4, 0),  # the mean negative logprob, whatever else
     ],
 )
 def test_the_loss_of_one_token_that_moved(
@@ -221,16 +328,107 @@ def test_the_loss_of_one_token_that_moved(
     assert float(terms.clipped_tokens) == clipped
 
 
-@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name != "ppo"])
+@pytest.mark.parametrize("name", [name for name in ONLINE_ALGORITHMS if name not in ("ppo", "raft")])
 def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> None:
     torch.manual_seed(0)
     logprobs = torch.full((6,), -1.0, requires_grad=True)
     advantages = torch.tensor([0.0, 0.5, 0.5, 0.0, -2.0, -2.0])
     algorithm = made(name)
-    algorithm.policy_loss(microbatch(logprobs, advantages=advantages), COUNTS, kl_coef=0.0).loss.backward()
+    chosen = selected(algorithm, torch.full((6,), -1.0), advantages, MASK)
+    batch = microbatch(logprobs, advantages=advantages, selected=chosen)
+    algorithm.policy_loss(batch, COUNTS, kl_coef=0.0).loss.backward()
     share = {"token_sum_norm": 1 / 16, "sequence_mean_token_sum": 1 / 2}.get(algorithm.config.aggregation, 1 / 4)
     assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, -advantages * share)
+
+
+def test_kl_cov_penalises_the_tokens_whose_probability_and_advantage_are_both_high() -> None:
+    # of the four sampled tokens, token 2 has the largest product of the two, less their means
+    old = torch.tensor([0.0, -2.0, -0.5, 0.0, -2.0, -1.5])
+    advantages = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0])
+    algorithm = made("kl_cov", fraction=0.25, penalty=0.5)
+    chosen = selected(algorithm, old, advantages, MASK)
+    assert chosen is not None
+    assert chosen.nonzero().flatten().tolist() == [2]
+    logprobs = old.clone()
+    logprobs[2] -= math.log(2.0)
+    batch = microbatch(logprobs, old_logprobs=old, advantages=advantages, selected=chosen)
+    # ratios 1, 0.5, 1, 1 times advantages 1, 1, -1, -1, negated; and half of |log 2|
+    loss = algorithm.policy_loss(batch, COUNTS, kl_coef=0.0).loss
+    assert float(loss) == pytest.approx((-1.0 - 0.5 + 1.0 + 1.0 + 0.5 * math.log(2.0)) / 4)
+
+
+def test_clip_cov_takes_the_gradient_from_tokens_between_its_bounds() -> None:
+    old = torch.tensor([0.0, -2.0, -0.5, 0.0, -2.0, -1.5])
+    advantages = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0])  # mean 0; of old -1.5: covariances -0.5, 1, 0.5, 0
+    algorithm = made("clip_cov", min_covariance=0.25, max_covariance=2.0, fraction=0.5)
+    chosen = selected(algorithm, old, advantages, MASK)
+    assert chosen is not None
+    assert chosen.nonzero().flatten().tolist() == [2, 4]
+    one = selected(made("clip_cov", min_covariance=0.25, max_covariance=2.0, fraction=0.25), old, advantages, MASK)
+    assert one is not None
+    assert one.nonzero().flatten().tolist() == [2]  # the first in the order of the draw
+    logprobs = old.clone().requires_grad_()
+    batch = microbatch(logprobs, old_logprobs=old, advantages=advantages, selected=chosen)
+    algorithm.policy_loss(batch, COUNTS, kl_coef=0.0).loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0, 0.0, 0.25])
+
+
+def test_reinforce_discounts_the_score_and_has_the_batch_as_its_baseline() -> None:
+    algorithm = made("reinforce", gamma=0.5)
+    assert algorithm.sequence_advantages(outcomes([0.0] * 2, group_size=1)) is None
+    rewards = torch.tensor([0.0, -0.2, 1.0, 0.0, 0.0, -1.0])
+    advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
+    torch.testing.assert_close(advantages, torch.tensor([0.0, 0.3, 1.0, 0.0, -0.5, -1.0]))
+    assert algorithm.centers
+    assert not algorithm.whitens
+    assert not algorithm.compares_responses
+    assert not made("reinforce", baseline="none").centers
+
+
+def test_dapo_punishes_length_before_it_compares() -> None:
+    scores, num_tokens = torch.ones(4, dtype=torch.float64), torch.tensor([6, 9, 10, 8])
+    # limit 10, buffer 4: nothing up to 6, then a quarter a token, twice
+    shaped = made("dapo", overlong={"buffer": 4, "factor": 2.0}).shaped(scores, num_tokens, max_new_tokens=10)
+    assert shaped.tolist() == pytest.approx([1.0, -0.5, -1.0, 0.0])
+    assert made("dapo").shaped(scores, num_tokens, max_new_tokens=10) is scores
+
+
+def test_gspo_has_the_gradient_of_the_sequence_form() -> None:
+    torch.manual_seed(0)
+    old, advantages = torch.randn(6), torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0])
+    gradients = []
+    for ratio_of in (sequence_ratio, sequence_token_ratio):
+        logprobs = (old + 0.1 * torch.arange(6)).requires_grad_()
+        ratio = ratio_of(logprobs, old, MASK, LENGTHS)
+        loss = clipped_loss(ratio, advantages, MASK, clip_low=0.1, clip_high=0.3)
+        weights = token_weights(
+            MASK, LENGTHS, mode="sequence_mean_token_mean", num_tokens=4, num_sequences=2, max_new_tokens=8
+        )
+        gradients.append(torch.autograd.grad((loss * weights).sum(), logprobs)[0])
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_policy_is_trained_on_tokens_of_high_entropy_alone_and_divided_by_all() -> None:
+    high_entropy = torch.tensor([True, True, False, True, False, True])
+    terms = grpo_loss({}, torch.full((6,), -1.0), high_entropy=high_entropy, advantages=torch.arange(6.0))
+    assert float(terms.loss) == pytest.approx(-(1.0 + 5.0) / 4)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value"),
+    [("k1_straight_through", 0.5), ("k3_straight_through", math.exp(-0.5) - 0.5), ("k2", 0.125)],
+)
+def test_straight_through_estimators_have_the_gradient_of_k2(estimator: str, value: float) -> None:
+    logprobs = torch.full((6,), -1.0, requires_grad=True)
+    columns = {"ref_logprobs": torch.full((6,), -1.5), "advantages": torch.zeros(6)}
+    terms = grpo_loss({"kl": {"coef": 0.5, "estimator": estimator}}, logprobs, kl_coef=0.5, **columns)
+    assert float(terms.kl_loss) == pytest.approx(value)
+    terms.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[MASK].tolist() == pytest.approx([0.5 * 0.5 / 4] * 4)  # coef * d / tokens
 
 
 @pytest.mark.parametrize(

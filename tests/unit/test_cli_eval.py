@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.eval_inputs import inputs_of_model, inputs_of_run, marking_of
+from actors.eval_inputs import inputs_of_model, inputs_of_run
 from actors.inputs import load_inputs
 from actors.rollout import RolloutSpec, RolloutWorker
 from rlhf.cli import main
@@ -20,7 +20,7 @@ from rlhf.config.cluster import ClusterConfig
 from rlhf.config.load import load
 from rlhf.config.seating import seats_of
 from rlhf.evaluation.decoding import Decoding
-from rlhf.evaluation.results import Marking, Marks
+from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.rewards.scoring import RewardSpec
 
 CONFIG = """\
@@ -203,6 +203,10 @@ def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_mod
         ("algorithm.name=kto", "rlhf eval DIR/demo/final --data SET"),
         ("algorithm.name=dpo --model other", "rlhf eval other --data SET"),
         ("algorithm.name=distillation teacher.model=MODEL", "rlhf eval DIR/demo/final --data SET"),
+        (
+            "algorithm.name=on_policy_distillation teacher.model=MODEL rollouts.max_new_tokens=8 data.max_prompt_tokens=8",  # noqa: E501
+            "rlhf eval DIR/demo/final --data SET",
+        ),
         ("algorithm.name=reward_model", "rlhf eval MODEL --data PROMPTS --reward-model DIR/demo/final"),
         ("algorithm.name=process_reward_model", "metrics.jsonl); read them there"),
     ],

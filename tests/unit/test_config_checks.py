@@ -58,6 +58,43 @@ RELATIONS = {
         "train.sequences_per_update: is 12 and must divide rollouts.prompts_per_step * rollouts.samples_per_prompt = "
         "8 * 4 = 32; 8 would fit",
     ),
+    "minibatches divide what is kept": (
+        [GRPO, "rollouts.keep_per_prompt={count: 3}", "train.sequences_per_update=16"],
+        "is 16 and must divide rollouts.prompts_per_step * rollouts.keep_per_prompt.count = 8 * 3 = 24; 12 would fit",
+    ),
+    "minibatches divide what raft keeps": (
+        ["algorithm={name: raft, keep: 3}", "train.sequences_per_update=16"],
+        "must divide rollouts.prompts_per_step * algorithm.keep = 8 * 3 = 24; 12 would fit",
+    ),
+    "some are left out": (
+        [GRPO, "rollouts.keep_per_prompt={count: 4}"],
+        "rollouts.keep_per_prompt.count: is 4 and must be below rollouts.samples_per_prompt = 4",
+    ),
+    "what is kept can be compared": (
+        [GRPO, "rollouts.keep_per_prompt={count: 1}", "train.sequences_per_update=8"],
+        "rollouts.keep_per_prompt.count: is 1, but grpo compares the kept ones with each other: 2 or more",
+    ),
+    "raft keeps no more than there are": (["algorithm={name: raft, keep: 5}", "train.sequences_per_update=8"], "lower"),
+    "raft rejects some": (
+        ["algorithm={name: raft, keep: 4}"],
+        "algorithm.keep: is 4, as rollouts.samples_per_prompt: nothing is rejected; lower it, or set min_score",
+    ),
+    "a set of k has others to be compared with": (
+        ["algorithm={name: pass_at_k}"],
+        "algorithm.k: is 4, but may be 3 at most: its sets are drawn among rollouts.samples_per_prompt = 4 responses",
+    ),
+    "a set of k fits the group": (
+        ["algorithm={name: pass_at_k, baseline: leave_one_out, k: 5}"],
+        "algorithm.k: is 5, but may be 4 at most",
+    ),
+    "gdpo has several rewards": (
+        ["algorithm={name: gdpo}", "rewards.watched={function: exact_match, weight: 0}"],
+        "rewards: has 1 with a weight other than 0, but gdpo compares by several; add one, or use grpo",
+    ),
+    "no reward has the greedy one's name": (
+        ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],
+        "rewards.greedy: is taken",
+    ),
     "a minibatch is no larger than the batch": (
         ["train.sequences_per_update=64"],
         "has only rollouts.prompts_per_step",
@@ -65,6 +102,18 @@ RELATIONS = {
     "the longest sequence fits": (
         ["train.max_tokens_per_microbatch=149"],
         "is 149 and must hold the longest sequence: data.max_prompt_tokens + rollouts.max_new_tokens = 100 + 50 = 150",
+    ),
+    "groups to choose from have two responses": (
+        ["rollouts.dynamic_sampling={}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
+        "rollouts.samples_per_prompt: is 1, but rollouts.dynamic_sampling looks for prompts whose responses differ",
+    ),
+    "a band of means has something in it": (
+        ["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"],
+        "`min_mean` 0.5 is above `max_mean` 0.25",
+    ),
+    "a curriculum's band has something in it": (
+        ["data.curriculum={low: 0.95}"],
+        "`low` 0.95 is above `high` 0.9",
     ),
     "every rank has a sequence": (
         ["cluster.roles.policy.workers=17"],
@@ -124,9 +173,51 @@ RELATIONS = {
         [*PAIRS, "algorithm.reference_every=2", LORA],
         "algorithm.reference_every: is 2, but the reference does not become a policy with policy.lora",
     ),
+    "a straight-through estimator has a gradient": (
+        ["algorithm.kl.estimator=k3_straight_through"],
+        "algorithm.kl.estimator: is k3_straight_through, but algorithm.kl.place is reward, where nothing has a "
+        "gradient; set k3",
+    ),
+    "a penalty in the loss has a gradient": (
+        ["algorithm={name: grpo, kl: {coef: 0.1, estimator: k1}}"],
+        "algorithm.kl.estimator: is k1, but algorithm.kl.place is loss, where its mean gradient is 0",
+    ),
+    "an adaptive entropy bonus starts within its bound": (
+        ["algorithm={name: grpo, entropy: {coef: 0.1, adaptive: {target: 0.3, max_coef: 0.05}}}"],
+        "algorithm.entropy.coef: is 0.1, above algorithm.entropy.adaptive.max_coef 0.05; lower it",
+    ),
+    "the overlong buffer is a part of the response": (
+        ["algorithm={name: dapo, overlong: {buffer: 51}}"],
+        "algorithm.overlong.buffer: is 51 and must be at most rollouts.max_new_tokens = 50",
+    ),
     "an adaptive coefficient starts above 0": (
         ["algorithm.kl={coef: 0, adaptive: {target: 1}}"],
         "algorithm.kl.adaptive: multiplies algorithm.kl.coef, and 0 stays 0",
+    ),
+    "a correction corrects": (
+        ["algorithm.correction={}"],
+        "algorithm.correction: corrects nothing: name a preset",
+    ),
+    "a correction is not counted twice": (
+        ["algorithm.correction={mode: bypass, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated, but with mode bypass the clipped ratio is",
+    ),
+    "weights cannot be added to a bypass": (
+        ["algorithm.correction={preset: bypass_clip, weights: token_truncated}"],
+        "algorithm.correction.weights: is token_truncated",
+    ),
+    "what agrees is not rejected": (
+        ["algorithm.correction={reject: {geometric_mean_ratio: [1.1, 2]}}"],
+        "algorithm.correction.reject.geometric_mean_ratio: got [1.1, 2.0], expected [low, high] with low < 1 < high",
+    ),
+    "a rejection has a bound": (
+        ["algorithm.correction={reject: {token_k1: [null, null]}}"],
+        "algorithm.correction.reject.token_k1: both bounds are null",
+    ),
+    "a rejection is known": (
+        ["algorithm.correction={reject: {seq_mean_k3: 0.1}}"],
+        "algorithm.correction.reject.seq_mean_k3: unknown key; did you mean "
+        "algorithm.correction.reject.sequence_mean_k3?",
     ),
     "rollouts are there": (["rollouts=null"], "rollouts: is missing: algorithm ppo samples responses"),
     "a reward is there": (["rewards={}"], "rewards: is missing"),
@@ -140,7 +231,11 @@ RELATIONS = {
     "the best metric is evaluated": (
         ["train.best_metric=eval/other/score"],
         "train.best_metric: got 'eval/other/score', expected a metric of an evaluation, or one with `-` before it: "
-        "eval/heldout/score, eval/heldout/truncated",
+        "eval/heldout/score, eval/heldout/score_low",
+    ),
+    "a vote needs its samples": (
+        ["eval.temperature=1.0", "eval.samples_per_prompt=4", "eval.k=[1, 8]"],
+        "eval.k: has 8, but eval.samples_per_prompt is 4; raise that, or lower k",
     ),
     "a single run has no stages": (
         ["policy.model=stage:sft"],

@@ -12,6 +12,8 @@ from rlhf.config.derive import (
     eval_sets,
     merged_because,
     needs,
+    prompts_asked,
+    prompts_at_once,
     saved_rank,
     ships_adapter,
     weight_sync,
@@ -106,6 +108,12 @@ def test_ranks_that_share_micro_batches_count_as_one() -> None:
             {"name": "distillation"},
             {"rollouts": None, "rewards": {}, "teacher": {"model": "n"}},
             {"policy", "teacher"},
+            "none",
+        ),
+        (
+            {"name": "on_policy_distillation"},
+            {"rewards": {}, "teacher": {"model": "n"}},
+            {"policy", "rollout", "teacher", "reward"},
             "none",
         ),
     ],
@@ -216,3 +224,24 @@ def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
     assert fit([small, large, small, small], nodes) == [0, 0, 1, 1]
     assert fit([large, large], nodes) is None
     assert fit([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6
+
+
+def test_prompts_asked_for_those_that_are_needed() -> None:
+    def rollouts(**keys: Any) -> Config:
+        return config(GRPO, rollouts={"prompts_per_step": 6, "samples_per_prompt": 4, **keys})
+
+    def at_once(needed: int, oversample: float) -> int:
+        found = rollouts(oversample=oversample).rollouts
+        assert found is not None
+        return prompts_at_once(needed, found)
+
+    assert [at_once(10, 1.0), at_once(10, 1.1), at_once(10, 1.25), at_once(1, 1.05)] == [10, 11, 13, 2]
+
+    def in_all(changed: Config) -> int:
+        assert changed.rollouts is not None
+        return prompts_asked(changed, changed.rollouts)
+
+    assert in_all(rollouts()) == 60
+    assert in_all(rollouts(oversample=1.5)) == 10 * 9
+    assert in_all(rollouts(dynamic_sampling={"max_filtered_fraction": 2.0})) == 10 * 6 * 3
+    assert in_all(config(GRPO, reward_policy={"on_error": "drop", "max_dropped_fraction": 0.5})) == 10 * 9

@@ -50,6 +50,14 @@ def test_the_facts(tmp_path: Path) -> None:
     assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
 
 
+def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
+    text = plan(tmp_path, "rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2}")
+    assert fact(text, "responses a step") == (
+        "64 prompts * 4 samples = 256, the first of 81 prompts to be answered, "
+        "in place of at most 128 prompts that are filtered"
+    )
+
+
 def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
     text = plan(tmp_path, "data.train={a: {source: x.jsonl, weight: 3}, b: {source: {task: running_totals, size: 9}}}")
     assert fact(text, "training data") == "75.0% x.jsonl, 25.0% 9 rows of running_totals"

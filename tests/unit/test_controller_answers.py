@@ -12,20 +12,24 @@ from typing import Any
 
 import pytest
 
-from rlhf.controller.answers import Answers, request_for
-from rlhf.controller.evaluation import evaluate
-from rlhf.roles import CompletedGroup
-from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Sampling
+from rlhf.controller.answers import GREEDY_GROUPS, Answers, request_for
+from rlhf.controller.evaluation import EvalSet, evaluate
+from rlhf.evaluation.results import Marking
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
 SAMPLING = Sampling(max_new_tokens=4)
+FAILURE = RewardError(reward="one", kind="raised", message="no", prompt_id=0, sample=0)
 
 
 class Engines:
     def __init__(self, logprob: float) -> None:
         self.logprob = logprob
+        self.asked: list[Sampling] = []
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        self.asked.append(sampling)
         for request in reversed(requests):
             info = RolloutInfo(
                 sequence_id=request.first_sequence_id,
@@ -42,10 +46,14 @@ class Engines:
 class Reward:
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.fails: set[int] = set()
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         self.asked.append(group.request.group_id)
-        return GroupScores(scores=(1.0,), by_name={"one": (1.0,)}, errors=())
+        if group.request.group_id in self.fails:
+            return GroupScores(scores=(), by_name={}, errors=(FAILURE,))
+        score = float(group.request.prompt.prompt_id)
+        return GroupScores(scores=(score,), by_name={"one": (score,)}, errors=())
 
     async def write_samples(self, *_: Any) -> None:
         pass
@@ -54,9 +62,11 @@ class Reward:
 def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]:
     """A run on that folder, as each start of it makes them."""
     reward = Reward()
+    (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
-        folder=SimpleNamespace(spool=folder, path=folder),
+        folder=SimpleNamespace(spool=folder / "spool", path=folder),
         progress=SimpleNamespace(stage=lambda *_: None),
+        tracker=SimpleNamespace(log_error=lambda error: None),
         add=lambda metrics: None,
         stage=lambda *_, **__: nullcontext(),
     )
@@ -123,15 +133,60 @@ def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) ->
 def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path, before: int, asks: bool) -> None:
     config: Any = SimpleNamespace(
         rollouts=SimpleNamespace(max_new_tokens=4, stop=()),
-        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1),
-        run=SimpleNamespace(seed=0),
+        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1, greedy=False),
+        run=SimpleNamespace(name="r", seed=0),
         reward_policy=SimpleNamespace(on_error="fail"),
     )
 
+    sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
+    marking = Marking(ks=(1,), pass_score=None, answers=None)
+
     def evaluated(step: int) -> Reward:
         answers, reward, record = begun(tmp_path)
-        asyncio.run(evaluate({"heldout": PROMPTS}, config, answers, reward, record, step=step))  # type: ignore[arg-type]
+        (tmp_path / "evals").mkdir(exist_ok=True)
+        asyncio.run(evaluate(sets, config, marking, answers, reward, record, step=step))  # type: ignore[arg-type]
         return reward
 
     assert len(evaluated(before).asked) == 2
     assert bool(evaluated(0).asked) is asks
+
+
+def ask_with_greedy(answers: Answers, sampling: Sampling = SAMPLING) -> list[ScoredGroup]:
+    requests = [
+        request_for(prompt, group_id=5 + i, first_sequence_id=2 * i, samples=2, run_seed=0)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+    async def both() -> list[ScoredGroup]:
+        groups = await answers.to(requests, sampling, step=1, version=0)
+        return await answers.beside_greedy(groups, sampling, step=1, version=0)
+
+    return asyncio.run(both())
+
+
+def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_path: Path) -> None:
+    answers, reward, _ = begun(tmp_path)
+    sampling = Sampling(max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=3, stop=(";",))
+    found = ask_with_greedy(answers, sampling)
+    assert [one.group.request.group_id for one in found] == [5, 6]
+    assert [one.greedy_score for one in found] == [0.0, 1.0]
+    assert sorted(reward.asked) == [5, 6, 5 + GREEDY_GROUPS, 6 + GREEDY_GROUPS]
+    engines: Any = answers.rollout
+    assert engines.asked[1] == Sampling(max_new_tokens=4, temperature=0.0, stop=(";",))
+    again, reward, _ = begun(tmp_path)
+    assert [one.greedy_score for one in ask_with_greedy(again, sampling)] == [0.0, 1.0]
+    assert reward.asked == []
+
+
+def test_a_group_whose_greedy_response_was_not_scored_has_failed(tmp_path: Path) -> None:
+    answers, reward, _ = begun(tmp_path)
+    reward.fails = {6 + GREEDY_GROUPS}
+    found = ask_with_greedy(answers)
+    assert [one.scores.errors for one in found] == [(), (FAILURE,)]
+    reward.fails = {5}
+    reward.asked.clear()
+    broken, _, _ = begun(tmp_path / "other")
+    broken.reward = reward  # type: ignore[assignment]
+    found = ask_with_greedy(broken)
+    assert [bool(one.scores.errors) for one in found] == [True, False]
+    assert 5 + GREEDY_GROUPS not in reward.asked  # its group is lost already

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from rlhf.controller.batches import plan_batch, plan_pairs, visits
+from rlhf.controller.batches import only, plan_batch, plan_pairs, visits
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
 
@@ -32,7 +33,8 @@ def groups(lengths: Sequence[Sequence[int]], *, prompt: int = 2) -> list[ScoredG
             )
             for i, n in enumerate(one)
         )
-        scores = GroupScores(scores=tuple(float(n) for n in one), by_name={}, errors=())
+        told = tuple(float(n) for n in one)
+        scores = GroupScores(scores=told, by_name={"length": told}, errors=())
         group = CompletedGroup(request=request, rollouts=object(), infos=infos)
         found.append(ScoredGroup(group=group, scores=scores))
     return found
@@ -43,7 +45,7 @@ def plan(num_ranks: int, *, step: int = 1) -> BatchPlan:
         groups([[1, 9, 4, 2], [7, 3, 8, 5]]),
         step=step,
         seed=0,
-        sequences_per_update=4,
+        num_minibatches=2,
         num_ranks=num_ranks,
         kl_coef=0.1,
     )
@@ -55,6 +57,14 @@ def members(found: BatchPlan) -> list[set[int]]:
 
 def test_every_sequence_is_trained_on_once() -> None:
     assert sorted(i for minibatch in members(plan(2)) for i in minibatch) == list(range(8))
+
+
+def test_a_plan_says_which_sequences_have_a_temperature_of_their_own() -> None:
+    assert plan(1).temperatures == {}
+    first, second = groups([[1, 9], [7, 3]])
+    second = replace(second, group=replace(second.group, request=replace(second.group.request, temperature=0.5)))
+    found = plan_batch([first, second], step=1, seed=0, num_minibatches=1, num_ranks=1, kl_coef=0.0)
+    assert found.temperatures == {2: 0.5, 3: 0.5}
 
 
 def test_what_makes_a_minibatch_does_not_depend_on_the_ranks() -> None:
@@ -70,7 +80,7 @@ def dealt(
         groups(lengths, prompt=prompt),
         step=1,
         seed=seed,
-        sequences_per_update=per_update or sum(map(len, lengths)),
+        num_minibatches=sum(map(len, lengths)) // per_update if per_update else 1,
         num_ranks=ranks,
         kl_coef=0.0,
     )
@@ -142,7 +152,12 @@ def paired(count: int, *, minibatches: int, ranks: int = 1, step: int = 1) -> Ba
     """Pairs of sequences 4i + 1 (chosen, 10 + i tokens) and 4i (rejected, 3 tokens), of groups of four."""
     found = [scored.group.infos for scored in groups([[3, 10 + i, 5, 5] for i in range(count)])]
     return plan_pairs(
-        [(infos[1], infos[0]) for infos in found], step=step, seed=0, num_minibatches=minibatches, num_ranks=ranks
+        [(infos[1], infos[0]) for infos in found],
+        step=step,
+        seed=0,
+        num_minibatches=minibatches,
+        num_ranks=ranks,
+        temperatures={},
     )
 
 
@@ -168,3 +183,22 @@ def test_few_pairs_make_few_minibatches() -> None:
     found = paired(2, minibatches=4, ranks=3)
     assert [minibatch.num_sequences for minibatch in found.minibatches] == [2, 2]
     assert [sorted(map(len, minibatch.sequences_by_rank)) for minibatch in found.minibatches] == [[0, 0, 2]] * 2
+
+
+@pytest.mark.parametrize(("lengths", "wanted", "sizes"), [([[1] * 3] * 3, 4, [2, 2, 2, 3]), ([[5], [6]], 4, [1, 1])])
+def test_what_is_left_is_dealt_out_evenly(lengths: list[list[int]], wanted: int, sizes: list[int]) -> None:
+    found = plan_batch(groups(lengths), step=1, seed=0, num_minibatches=wanted, num_ranks=2, kl_coef=0.0)
+    assert [one.num_sequences for one in found.minibatches] == sizes
+    assert sorted(i for ids in members(found) for i in ids) == list(range(sum(sizes)))
+    assert plan_batch([], step=1, seed=0, num_minibatches=4, num_ranks=2, kl_coef=0.0).minibatches == ()
+    assert found.some_sequence() == (next(i for ids in found.minibatches[0].sequences_by_rank for i in ids),)
+
+
+def test_a_group_may_be_cut_down_to_some_of_its_responses() -> None:
+    whole = groups([[4, 5, 6], [7, 8, 9]])[1]
+    part = only(whole, [0, 2])
+    assert [info.sequence_id for info in part.group.infos] == [3, 5]
+    assert part.scores.scores == (7.0, 9.0)
+    assert part.scores.by_name == {"length": (7.0, 9.0)}
+    assert part.group.request is whole.group.request
+    assert part.greedy_score == whole.greedy_score

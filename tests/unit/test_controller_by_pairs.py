@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ class Reference:
         self.only: frozenset[int] | None = None
         self.weights = "initial"
 
-    async def logprobs(self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None) -> list[Any]:
+    async def logprobs(
+        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+    ) -> list[Any]:
         self.only = only
         return [f"reference of {one}" for one in rollouts]
 

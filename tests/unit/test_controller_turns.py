@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,26 @@ def test_engines_sleep_before_states_come_back_and_their_cache_wakes_after_they_
 def test_a_critic_on_gpus_of_its_own_stays_there() -> None:
     found = take_turns(shared=True, critic_beside=False)
     assert found == ["sleep with weights", "policy comes back", "policy leaves", "cache wakes"]
+
+
+@pytest.mark.parametrize(
+    ("shared", "beside", "called"),
+    [(True, True, ["sleep with weights", "weights wakes", "cache wakes"]), (True, False, []), (False, True, [])],
+)
+def test_engines_sleep_while_a_teacher_on_their_gpus_computes(shared: bool, beside: bool, called: list[str]) -> None:
+    calls: list[str] = []
+    roles: Any = {"policy": None, "rollout": Engines(calls), "teacher": None}
+    controller = OnlineController.__new__(OnlineController)
+    controller.takes_turns = shared
+    controller.roles = OnlineRoles(**roles, reward=roles["policy"], reference=None, critic=None)
+    teacher = SimpleNamespace(colocate_with="policy" if beside else None)
+    sections: Any = SimpleNamespace(cluster=SimpleNamespace(roles=SimpleNamespace(teacher=teacher)), eval=None)
+    controller.config = sections
+    record: Any = SimpleNamespace(stage=lambda *_, **__: nullcontext())
+    controller.record = record
+    nobody: Any = None
+    asyncio.run(controller._compare({}, nobody))
+    assert calls == called
 
 
 @pytest.mark.parametrize("critic_beside", [True, False])

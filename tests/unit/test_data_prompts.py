@@ -52,6 +52,16 @@ def test_a_string_prompt_becomes_a_users_turn(tokenizer: Any) -> None:
     assert second.columns == {"answer": "2"}
 
 
+def test_a_prompt_may_have_a_temperature_of_its_own(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "temperature": 1}, {"prompt": "a", "temperature": None}, {"prompt": "a"}]
+    found = load(tokenizer, *rows)
+    assert [prompt.temperature for prompt in found] == [1.0, None, None]
+    assert [prompt.beside_tokens for prompt in found] == [b"1.0", b"", b""]  # trained with, so a resume must have it
+    for wrong in ("warm", True, 0.0, 11):
+        with pytest.raises(UserError, match=r"p.jsonl:1: column `temperature` is .*, expected the number from 0.01 to"):
+            load(tokenizer, {"prompt": "a", "temperature": wrong})
+
+
 def test_a_raw_prompt_goes_as_it_is(tokenizer: Any) -> None:
     (prompt,) = load(tokenizer, {"prompt": "8+3="}, apply_chat_template=False)
     assert (prompt.text, prompt.token_ids) == ("8+3=", tuple(b"8+3="))

@@ -5,23 +5,29 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from rlhf.evaluation.comparison import before_after
 from rlhf.evaluation.results import (
     Evaluation,
     ExampleResult,
     Marking,
+    Marks,
     PromptResult,
     SetReport,
     example_metrics,
     prompt_metrics,
+    prompt_reports,
     prompt_rows,
 )
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
 from rlhf.tracking.metrics import declared
+from rlhf.tracking.run_folder import evaluation_path
 
 
 def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]) -> PromptResult:
@@ -31,6 +37,7 @@ def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]
         responses=responses,
         scores=scores,
         by_name={"right": scores},
+        answers=tuple(answer_of(text, "last_number") for text in responses),
         truncated=(False,) * (len(scores) - 1) + (True,),
         response_tokens=tuple(range(1, len(scores) + 1)),
     )
@@ -60,6 +67,34 @@ def test_prompt_metrics_by_hand() -> None:
 def test_a_score_that_is_no_mark_gives_neither_pass_nor_vote() -> None:
     found = prompt_metrics(RESULTS, None, Marking(ks=(1,), pass_score=None, answers="whole"), seed=0)
     assert not [name for name in found if "@" in name]
+
+
+def test_responses_without_answers_do_not_vote() -> None:
+    silent = [replace(one, answers=None) for one in RESULTS]
+    found = prompt_metrics(silent, None, MARKING, seed=0)
+    assert [name for name in found if "@" in name] == ["pass@1", "pass@2"]
+
+
+def test_a_reward_that_only_some_prompts_have_is_averaged_over_those() -> None:
+    other = replace(RESULTS[1], by_name={"polite": (0.5,) * 4})
+    found = prompt_metrics([RESULTS[0], other], None, MARKING, seed=0)
+    assert (found["rewards/right"].value, found["rewards/polite"].value) == (0.5, 0.5)
+
+
+def test_a_set_and_each_of_its_sources_has_a_report() -> None:
+    """Prompt 1 failed: its source has no results, and the whole counts it."""
+    sources = {0: "easy", 1: "odd", 2: "hard"}
+    found = prompt_reports("heldout", RESULTS, MARKING, sources=sources, asked=[0, 1, 2], seed=0)
+    assert [(one.name, one.num_rows, one.num_failed) for one in found] == [
+        ("heldout", 2, 1),
+        ("heldout.easy", 1, 0),
+        ("heldout.hard", 1, 0),
+    ]
+    assert [one.metrics["score"].value for one in found] == [0.25, 0.5, 0.0]
+
+
+def test_marks_of_the_user_go_before_the_configuration() -> None:
+    assert Marks(ks=(3,)).over(Marks(ks=(1,), by="task")) == Marks(ks=(3,), by="task")
 
 
 def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
@@ -151,5 +186,31 @@ def test_a_run_logs_rewards_by_name_alone() -> None:
         },
     )
     found = Evaluation(model="m", against=None, seed=0, samples=8, sets=(one,)).to_metrics()
-    assert found == {"eval/hard/score": 0.5, "eval/hard/correct": 0.25, "eval/hard/pass@8": 0.75}
+    assert found == {
+        "eval/hard/score": 0.5,
+        "eval/hard/score_low": 0.0,
+        "eval/hard/score_high": 1.0,
+        "eval/hard/correct": 0.25,
+        "eval/hard/pass@8": 0.75,
+    }
     assert all(declared(name).name == "eval/<set>/<metric>" for name in found)
+
+
+def evaluation(score: float) -> Evaluation:
+    metrics = {"score": Estimate(value=score, low=score - 0.1, high=score + 0.1)}
+    one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=metrics)
+    return Evaluation(model="m", against=None, seed=0, samples=1, sets=(one,))
+
+
+def test_a_run_shows_its_first_and_last_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "evals").mkdir()
+    assert before_after(tmp_path) is None
+    for step, score in ((0, 0.25), (10, 0.5), (20, 0.75)):
+        path = evaluation_path(tmp_path, step)
+        path.write_text(json.dumps(evaluation(score).to_json()), encoding="utf-8")
+    text = io.StringIO()
+    Console(file=text, width=100).print(before_after(tmp_path))
+    assert "0.25 (0.15 to 0.35)" in text.getvalue()
+    assert "0.75 (0.65 to 0.85)" in text.getvalue()
+    assert "step 20" in text.getvalue()
+    assert "0.5 (" not in text.getvalue()

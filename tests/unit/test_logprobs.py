@@ -81,6 +81,27 @@ def test_chunked_equals_plain(head: dict[str, float | None], chunk_size: int) ->
     torch.testing.assert_close(gradients(got_total, x), gradients(total, x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_size", [2, 64])
+def test_rows_may_have_a_temperature_each(softcap: float | None, chunk_size: int) -> None:
+    x = inputs()
+    temperatures = torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64)
+    weights, entropy_weights = torch.randn(2, ROWS, dtype=torch.float64)
+    head = {"softcap": softcap, "logit_scale": 0.5}
+    logits = plain_logits(x, head | {"temperature": 1.0}) / temperatures[:, None]
+    expected = logprobs_from_logits(logits, TARGETS), entropy_from_logits(logits)
+    rows = (x["hidden"], x["weight"], TARGETS)
+    settings = {"bias": x["bias"], "temperature": temperatures, "chunk_size": chunk_size, **head}
+    got = chunked_logprobs(*rows, entropy_grad=True, **settings)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    total = (expected[0] * weights).sum() + (expected[1] * entropy_weights).sum()
+    got_total = (got[0] * weights).sum() + (got[1] * entropy_weights).sum()
+    torch.testing.assert_close(gradients(got_total, x), gradients(total, x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(chunked_logprobs_only(*rows, **settings), expected[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
+        chunked_logprobs_only(*rows, **settings | {"temperature": temperatures * 0.0})
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("use", ["logprobs", "entropy"])
 def test_each_output_alone_has_its_gradient(head: dict[str, float | None], use: str) -> None:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.models.branches import Branch
 from rlhf.models.packed import (
     distillation_loss,
     hidden_states,
@@ -20,6 +21,7 @@ from rlhf.models.packed import (
     policy_logprobs,
     policy_logprobs_and_collisions,
     policy_logprobs_only,
+    sampled_distillation_loss,
     supervised_loss,
 )
 from rlhf.objectives.distillation import forward_kl, reverse_kl
@@ -91,6 +93,21 @@ def test_packed_equals_one_by_one(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
     (expected[0] @ weights[0] + expected[1] @ weights[1]).backward()
     torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [policy_logprobs, policy_logprobs_and_collisions])
+def test_tokens_may_have_a_temperature_each(function: Any) -> None:
+    model = make("llama")
+    token_ids, mask = some_tokens()
+    mixed = torch.tensor([0.5, 1.0, 2.0]).repeat_interleave(LENGTHS)
+    got = function(model, token_ids, LENGTHS, mask=mask, temperature=mixed)
+    torch.testing.assert_close(policy_logprobs_only(model, token_ids, LENGTHS, mask=mask, temperature=mixed), got[0])
+    for temperature in (0.5, 2.0):
+        expected = function(model, token_ids, LENGTHS, mask=mask, temperature=temperature)
+        where = mixed == temperature
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours[where], theirs[where])
+            assert not torch.allclose(ours[~where], theirs[~where])
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
@@ -214,6 +231,38 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     torch.testing.assert_close(loss, whole)
     whole.backward()
     torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+
+
+def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
+    model, other = with_rows(CONFIGS["llama"], 61), with_rows(transformers.PhiConfig(**SIZES), 64)
+    other.requires_grad_(False)
+    prompt, one, two = torch.tensor([4, 9, 2]), torch.tensor([7, 8, 3, 5]), torch.tensor([6, 1])
+    copies = torch.cat([prompt, one, prompt, two]), torch.tensor([7, 5]), None
+    shared = torch.cat([prompt, one, two]), torch.tensor([7, 2]), [None, Branch(of=0, length=3)]
+    found = []
+    for token_ids, lengths, branches in (copies, shared):
+        mask = torch.tensor([False] * 3 + [True] * 4 + [False] * (len(token_ids) - 9) + [True] * 2)
+        states = learnt_states(other, token_ids, lengths, mask=mask, branches=branches)
+        loss, *columns = sampled_distillation_loss(
+            model,
+            token_ids,
+            lengths,
+            mask=mask,
+            branches=branches,
+            teacher=states,
+            head=head_of(other),
+            divergence=reverse_kl,
+            temperature=0.7,
+            token_weight=0.2,
+        )
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        found.append((loss.detach(), [column[mask] for column in columns], gradients))
+        assert all(not column[~mask].any() for column in columns)
+        logprobs, _ = policy_logprobs(model, token_ids, lengths, mask=mask, branches=branches, temperature=0.7)
+        torch.testing.assert_close(columns[0], logprobs.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from rlhf.objectives.advantages import (
     gae,
+    greedy_centered,
     group_best_margin,
+    group_best_normalized,
     group_centered,
     group_normalized,
     group_std,
     leave_one_out,
     length_weighted_centered,
     reward_to_go,
+    uneven_group_scale,
     whiten,
 )
 
@@ -100,9 +105,63 @@ def test_leave_one_out() -> None:
     assert leave_one_out(SCORES, group_size=3).tolist()[:3] == [-1.5, 0.0, 1.5]
 
 
+def test_flat_groups_are_scaled_away() -> None:
+    assert uneven_group_scale(column(0, 1, 2, 5, 5, 5, 1, 1, 1), group_size=3) == 3.0  # one of three
+    assert uneven_group_scale(SCORES, group_size=3) == 1.0
+    assert uneven_group_scale(column(4, 4, 4), group_size=3) == 1.0
+
+
 def test_best_of_group() -> None:
-    assert group_best_margin(SCORES, group_size=3).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0, 3.0]
-    assert group_best_margin(column(4, 4, 1), group_size=3).tolist() == [0.0, 0.0, 0.0]
+    assert group_best_margin(SCORES, group_size=3, k=3).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0, 3.0]
+    assert group_best_margin(column(4, 4, 1), group_size=3, k=3).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_best_of_k_is_what_listing_all_sets_of_k_gives(k: int) -> None:
+    scores = [[2.0, -1.0, 2.0, 0.5, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]]
+    margins, normalized = [], []
+    for group in scores:
+        sets = list(itertools.combinations(range(5), k))
+        bests = [max(group[i] for i in one) for one in sets]
+        mean, std = statistics.mean(bests), statistics.pstdev(bests)
+        for i in range(5):
+            own = [(one, best) for one, best in zip(sets, bests, strict=True) if i in one]
+            margins.append(sum(best - max(group[j] for j in one if j != i) for one, best in own) / len(sets))
+            normalized.append((statistics.mean(best for _, best in own) - mean) / std if std else 0.0)
+    whole = column(*scores[0], *scores[1])
+    assert group_best_margin(whole, group_size=5, k=k).tolist() == pytest.approx(margins, abs=1e-12)
+    if k < 5:
+        found = group_best_normalized(whole, group_size=5, k=k, eps=1e-6)
+        assert found.tolist() == pytest.approx(normalized, abs=1e-12)
+
+
+def test_pass_at_k_of_right_and_wrong_answers_is_the_published_formula() -> None:
+    # arXiv:2508.10751 for 2 right of 6 and k 3: 1 - C(4, 3) / C(6, 3) = 0.8 of the sets have a right one
+    found = group_best_normalized(column(0, 1, 0, 0, 1, 0), group_size=6, k=3, eps=1e-6)
+    right = (1 - 0.8) / math.sqrt(0.8 * 0.2)
+    wrong = (1 - 0.8 - 3 / 10) / math.sqrt(0.8 * 0.2)  # C(3, 2) / C(5, 2) of a wrong one's sets have none
+    assert found.tolist() == pytest.approx([wrong, right, wrong, wrong, right, wrong])
+    assert group_best_normalized(column(1, 1, 1, 0), group_size=4, k=2, eps=1e-6).tolist() == [0.0] * 4  # none fails
+
+
+def test_with_k_1_it_is_the_score_against_its_group() -> None:
+    centered = SCORES - SCORES.view(2, 3).mean(1, keepdim=True).expand(2, 3).flatten()
+    std = SCORES.view(2, 3).std(1, unbiased=False, keepdim=True).expand(2, 3).flatten()
+    torch.testing.assert_close(group_best_normalized(SCORES, group_size=3, k=1, eps=1e-6), centered / std)
+
+
+@pytest.mark.parametrize(("k", "match"), [(1, "2 <= k <= group_size = 3, got 1"), (4, "got 4")])
+def test_sets_of_k_must_fit_a_group(k: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        group_best_margin(column(1, 2, 3), group_size=3, k=k)
+    with pytest.raises(ValueError, match="1 <= k < group_size = 3, got 3"):
+        group_best_normalized(column(1, 2, 3), group_size=3, k=3, eps=1e-6)
+
+
+def test_greedy_centered() -> None:
+    assert greedy_centered(column(1, 2, 3, 4), column(1, 5), group_size=2).tolist() == [0.0, 1.0, -2.0, -1.0]
+    with pytest.raises(ValueError, match="a greedy score a prompt: 1 for 4 scores in groups of 2"):
+        greedy_centered(column(1, 2, 3, 4), column(1), group_size=2)
 
 
 def test_length_weighted_baseline() -> None:
@@ -115,7 +174,8 @@ ESTIMATORS: list[Callable[..., Tensor]] = [
     group_centered,
     group_std,
     leave_one_out,
-    group_best_margin,
+    lambda scores, group_size: group_best_margin(scores, group_size=group_size, k=2),
+    lambda scores, group_size: group_best_normalized(scores, group_size=group_size, k=1, eps=1e-6),
     lambda scores, group_size: group_normalized(scores, group_size=group_size, eps=1e-6),
     lambda scores, group_size: length_weighted_centered(scores, torch.ones_like(scores).long(), group_size=group_size),
 ]

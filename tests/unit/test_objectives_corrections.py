@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
 from rlhf.objectives.corrections import (
+    Level,
+    Statistic,
+    accepted,
     kept,
     on_policy_sequences,
     sequence_masked,
@@ -65,6 +69,33 @@ def test_weights_carry_no_gradient() -> None:
 def test_kept_includes_the_bounds() -> None:
     statistic, mask = column(0.1, 0.2, 0.3, 0.4, 0.25), torch.tensor([True, True, True, True, False])
     assert kept(statistic, mask, low=0.2, high=0.3).tolist() == [False, True, True, False, False]
+
+
+# log r of the tokens: -0.693, (hole), 1.099 in one sequence; 1.386, 0 in the other.
+@pytest.mark.parametrize(
+    ("statistic", "level", "low", "high", "expected"),
+    [
+        ("ratio", "token", 0.6, 3.5, [0, 0, 1, 0, 1]),  # 0.5 and 4 are out
+        ("ratio", "sequence_mean", 1.2, 1.3, [1, 0, 1, 0, 0]),  # geometric means sqrt(1.5) = 1.22 and 2
+        ("ratio", "sequence_sum", 0.0, 2.0, [1, 0, 1, 0, 0]),  # products 1.5 and 4
+        ("ratio", "sequence_max", 0.6, 4.5, [0, 0, 0, 1, 1]),  # 0.5 takes its sequence along
+        ("k1", "token", -1.2, 0.5, [0, 0, 1, 0, 1]),  # 0.693 and -1.386 are out
+        ("k1", "sequence_mean", -0.3, 0.3, [1, 0, 1, 0, 0]),  # -0.203 and -0.693
+        ("k1", "sequence_sum", -1.0, 1.0, [1, 0, 1, 0, 0]),  # -0.405 and -1.386
+        ("k1", "sequence_max", -1.2, math.inf, [1, 0, 1, 0, 0]),
+        ("k2", "token", -math.inf, 0.5, [1, 0, 0, 0, 1]),  # 0.240, 0.603; 0.961, 0
+        ("k2", "sequence_mean", -math.inf, 0.45, [1, 0, 1, 0, 0]),  # 0.422 and 0.480
+        ("k2", "sequence_sum", -math.inf, 0.9, [1, 0, 1, 0, 0]),  # 0.844 and 0.961
+        ("k2", "sequence_max", -math.inf, 0.7, [1, 0, 1, 0, 0]),  # 0.603 and 0.961
+        ("k3", "token", -math.inf, 0.5, [1, 0, 0, 0, 1]),  # r - 1 - log r: 0.193, 0.901; 1.614, 0
+        ("k3", "sequence_mean", -math.inf, 0.6, [1, 0, 1, 0, 0]),  # 0.547 and 0.807
+        ("k3", "sequence_sum", -math.inf, 1.2, [1, 0, 1, 0, 0]),  # 1.095 and 1.614
+        ("k3", "sequence_max", -math.inf, 1.0, [1, 0, 1, 0, 0]),  # 0.901 and 1.614
+    ],
+)
+def test_accepted(statistic: Statistic, level: Level, low: float, high: float, expected: list[int]) -> None:
+    found = accepted(OLD, ROLLOUT, MASK, LENGTHS, statistic=statistic, level=level, low=low, high=high)
+    assert found.int().tolist() == expected
 
 
 def test_off_policy_sequences_are_dropped_on_negative_advantages() -> None:

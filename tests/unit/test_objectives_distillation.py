@@ -19,6 +19,8 @@ from rlhf.objectives.distillation import (
     generalized_jsd,
     renormalized,
     reverse_kl,
+    sampled_divergence_sum,
+    teacher_advantages,
     weighted_divergence_sum,
     with_tail,
 )
@@ -178,3 +180,41 @@ def test_other_rows_or_vocabularies_are_refused() -> None:
             weighted_divergence_sum(
                 forward_kl, hidden, weight, torch.zeros(len(hidden)).long(), teacher, token_weight=1.0
             )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_of_sampled_tokens_the_sum_is_that_of_given_ones(divergence: Divergence, chunk_size: int) -> None:
+    inputs = hidden, weight, bias = [
+        random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(10, 4), (7, 4), (7,)])
+    ]
+    teacher = TeacherStates(hidden=random(10, 3, seed=3), weight=random(7, 3, seed=4))
+    sampled = torch.arange(10) % 7
+    settings: dict[str, Any] = {"bias": bias, "temperature": 0.7, "token_weight": 0.2, "chunk_size": chunk_size}
+    loss, *columns = sampled_divergence_sum(divergence, hidden, weight, sampled, teacher, **settings)
+    given, *_ = weighted_divergence_sum(divergence, hidden, weight, sampled, teacher, **settings)
+    torch.testing.assert_close(loss, given)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(given, inputs))
+    log_p = ((hidden @ weight.T + bias) / 0.7).log_softmax(-1).detach()
+    log_q = (teacher.hidden @ teacher.weight.T / 0.7).log_softmax(-1)
+    expected = [of.gather(-1, sampled[:, None])[:, 0] for of in (log_p, log_q)] + [-(log_p.exp() * log_p).sum(-1)]
+    torch.testing.assert_close(columns, expected)
+    assert not any(column.requires_grad for column in columns)
+
+
+def test_the_policy_gradient_of_the_teacher_s_advantages_is_that_of_the_reverse_kl() -> None:
+    logits = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    logprobs = logits.log_softmax(-1)  # of each token that could be sampled
+    advantages = teacher_advantages(logprobs, teacher, torch.tensor([True, True, True]))
+    assert not advantages.requires_grad
+    expected_loss = -(logprobs.detach().exp() * advantages * logprobs).sum()
+    (found,) = torch.autograd.grad(expected_loss, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(reverse_kl(logprobs, teacher), logits)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_advantages_are_of_the_sampled_tokens_alone() -> None:
+    mask = torch.tensor([False, True, True])
+    found = teacher_advantages(torch.tensor([0.0, -2.0, -0.5]), torch.tensor([-9.0, -1.0, -3.0]), mask)
+    assert found.tolist() == [0.0, 1.0, -2.5]  # -1 - -2 and -3 - -0.5

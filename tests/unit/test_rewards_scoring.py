@@ -47,6 +47,12 @@ def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path
     assert len({found(), found("return 2.0"), found(weight=0.5), found(model="other")}) == 4
 
 
+def test_without_rewards_there_are_no_scores() -> None:
+    with RewardSet([], timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["a", "b"], truncated=[False, True])
+    assert (scores.scores, scores.by_name, scores.errors) == ((), {}, ())
+
+
 def test_a_model_alone_needs_no_process() -> None:
     with RewardSet([spec("taste", None, 2.0)], timeout_s=5.0) as rewards:
         assert rewards.score(PROMPT, ["a"], truncated=[False], model_scores={"taste": [1.5]}).scores == (3.0,)

@@ -64,7 +64,9 @@ class Script:
         self.says = says
         self.asked: list[tuple[tuple[int, ...], int, int]] = []
 
-    async def __call__(self, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None) -> Sampled:
+    async def __call__(
+        self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
+    ) -> Sampled:
         said = [*self.says[len(self.asked) % len(self.says)].encode(), EOS][: sampling.max_new_tokens]
         self.asked.append((tokens, seed, sampling.max_new_tokens))
         count = len(said)

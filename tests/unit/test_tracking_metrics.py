@@ -63,9 +63,10 @@ def test_placeholders_are_explained() -> None:
 
 
 def test_expected_follows_the_roles() -> None:
-    grpo = expected(["online", "advantages", "groups", "eval"])
-    ppo = expected(["online", "advantages", "critic", "reference", "eval"])
-    pairs = expected(["online", "preference", "groups", "reference", "eval"])
+    grpo = expected(["online", "rewards", "advantages", "groups", "eval"])
+    ppo = expected(["online", "rewards", "advantages", "critic", "reference", "eval"])
+    pairs = expected(["online", "rewards", "preference", "groups", "reference", "eval"])
+    taught = expected(["online", "teacher"])
     assert "update/value_loss/mean" in ppo
     assert "update/value_loss/mean" not in grpo
     assert "experience/kl_ref/mean" not in grpo
@@ -75,6 +76,9 @@ def test_expected_follows_the_roles() -> None:
     assert "preference/pairs/total" not in grpo
     assert {"preference/pairs/total", "preference/accuracy/mean", "advantages/zero_groups/fraction"} <= set(pairs)
     assert not {"update/clip_fraction/mean", "advantages/std", "experience/kl_coef"} & set(pairs)
+    assert "experience/kl_teacher/mean" in taught
+    assert "rewards/score/mean" not in taught
+    assert "rewards/score/mean" in grpo
     assert "update/dual_clip_fraction/mean" not in ppo  # only with its setting
     assert not any(name.startswith(("rollouts/", "rewards/")) for name in expected(["sft"]))
 

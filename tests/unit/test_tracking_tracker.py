@@ -51,6 +51,7 @@ def sample(response: str, *, score: float = 1.0, split: str = "train") -> Sample
         mean_rollout_logprob=-0.5,
         mean_old_logprob=-0.5,
         mean_ref_logprob=None,
+        mean_teacher_logprob=None,
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rlhf.models.branches import Branch
 from rlhf.types import Rollouts
-from rlhf.workers.ragged import SharedPrompts, padded, shared_prompts, slices
+from rlhf.workers.ragged import SharedPrompts, Temperatures, padded, shared_prompts, slices
 
 
 def test_micro_batches_hold_whole_sequences_within_the_budget() -> None:
@@ -47,6 +47,27 @@ def test_prompts_are_told_by_the_place_in_the_step() -> None:
         versions=torch.zeros(9, dtype=torch.int64),
     )
     assert shared_prompts(rollouts, samples_per_prompt=2) == SharedPrompts(keys=(2, 0, 2), lengths=(2, 1, 2))
+
+
+def test_tokens_have_the_temperature_of_their_prompt() -> None:
+    rollouts = Rollouts(
+        sequence_ids=torch.tensor([4, 1]),
+        lengths=torch.tensor([3, 2]),
+        token_ids=torch.arange(5),
+        response_mask=torch.tensor([0, 1, 1, 0, 1], dtype=torch.bool),
+        rollout_logprobs=torch.zeros(5),
+        versions=torch.zeros(5, dtype=torch.int64),
+    )
+    (piece,) = slices([3, 2], [1, 0], max_tokens=5)
+    device = torch.device("cpu")
+    assert Temperatures.of(rollouts, {}, common=0.75).at(piece, device) == 0.75
+    found = Temperatures.of(rollouts, {4: 0.5, 9: 2.0}, common=0.75)
+    assert found.by_token is not None
+    assert found.by_token.tolist() == [0.5, 0.5, 0.5, 0.75, 0.75]
+    at = found.at(piece, device)
+    assert isinstance(at, torch.Tensor)
+    assert at.tolist() == found.by_token[piece.tokens].tolist()
+    assert piece.tokens.tolist() != list(range(5)) or piece.rows == (0, 1)
 
 
 def test_what_other_ranks_have_more_is_one_token_that_teaches_nothing() -> None:

@@ -8,21 +8,19 @@ import torch
 from torch import Tensor
 
 from rlhf.objectives import corrections
-from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
-from rlhf.objectives.masking import (
-    masked_mean,
-    masked_sum,
-    sequence_counts,
-    sequence_maxima,
-    sequence_means,
-    sequence_sums,
-)
+from rlhf.objectives.kl import kl_k1, kl_k3
+from rlhf.objectives.masking import masked_mean, masked_sum, sequence_counts, sequence_sums
 from tests.parity.adapters.aggregation import EPS, shrunk, verl_mean
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout
 
 SAFETY = 20.0  # verl holds log-ratios in +-20
-ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+LEVELS: dict[str, corrections.Level] = {
+    "token": "token",
+    "seq_sum": "sequence_sum",
+    "seq_mean": "sequence_mean",
+    "seq_max": "sequence_max",
+}
 
 
 def _bounds(value: object) -> tuple[float, float | None]:
@@ -90,7 +88,7 @@ def verl_rejection_mask(arguments: Arguments) -> Outputs:
     keep = layout.mask
     for option, threshold in zip(options, thresholds, strict=True):
         level, _, estimator = option.rpartition("_")
-        if estimator not in ESTIMATORS or (option == "seq_max_k1"):
+        if estimator not in ("k1", "k2", "k3") or level not in LEVELS or option == "seq_max_k1":
             raise Unsupported(f"rollout_rs {option!r}")
         upper, lower = _bounds(threshold.strip())
         if estimator == "k1":
@@ -99,22 +97,17 @@ def verl_rejection_mask(arguments: Arguments) -> Outputs:
             low, high = -math.inf, upper
         else:
             raise Unsupported(f"two bounds for {option!r}")
-        tokens = ESTIMATORS[estimator](torch.zeros_like(log_ratio), log_ratio)
-        keep = keep & corrections.kept(_statistic(level, tokens, layout), layout.mask, low=low, high=high)
+        keep = keep & corrections.accepted(
+            log_ratio,
+            torch.zeros_like(log_ratio),
+            layout.mask,
+            layout.lengths,
+            statistic=estimator,
+            level=LEVELS[level],
+            low=low,
+            high=high,
+        )
     return {"mask": layout.padded(keep)}
-
-
-def _statistic(level: str, tokens: Tensor, layout: Layout) -> Tensor:
-    masked = torch.where(layout.mask, tokens, 0.0)
-    if level == "token":
-        return tokens
-    if level == "seq_sum":
-        return layout.spread(sequence_sums(masked, layout.lengths))
-    if level == "seq_mean":
-        return layout.spread(sequence_means(tokens, layout.mask, layout.lengths))
-    if level == "seq_max":
-        return layout.spread(sequence_maxima(tokens.masked_fill(~layout.mask, -math.inf), layout.lengths))
-    raise Unsupported(f"rollout_rs level {level!r}")
 
 
 def verl_metrics(arguments: Arguments) -> Outputs:

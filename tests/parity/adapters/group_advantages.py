@@ -23,7 +23,7 @@ from rlhf.objectives.advantages import (
 )
 from rlhf.objectives.masking import moments
 from rlhf.objectives.rewards import token_rewards
-from rlhf.objectives.token_baseline import realized_energy, step_baseline
+from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_sums
 from tests.parity.adapters.aggregation import EPS
 from tests.parity.adapters.token_advantages import verl_whiten, zeroing_gae, zeroing_returns
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
@@ -109,7 +109,7 @@ def verl_passk(arguments: Arguments) -> Outputs:
     eps, by_std = arguments.number("epsilon", 1e-6), arguments.flag("norm_adv_by_std_in_grpo", True)
 
     def estimate(scores: Tensor, rows: Tensor) -> Tensor:
-        margin = group_best_margin(scores, group_size=len(rows))
+        margin = group_best_margin(scores, group_size=len(rows), k=len(rows))
         return margin / (group_std(scores, group_size=len(rows)) + eps) if by_std else margin
 
     return on_tokens(by_group(arguments, estimate), arguments.mask("response_mask"))
@@ -174,13 +174,9 @@ def optimal_token_baseline(*, by_column: bool) -> Adapter:
             rollout_weights=None if weights is None else layout.flat(weights),
         )
         steps = layout.columns() if by_column else layout.flat((mask.cumsum(1) - 1).clamp(min=0))
-        baseline, alone = step_baseline(
-            layout.flat(returns),
-            energy,
-            layout.mask,
-            layout.spread(group) * layout.width + steps,
-            eps=arguments.number("epsilon", EPS),
-        )
+        cells = layout.spread(group) * layout.width + steps
+        sums = step_sums(layout.flat(returns), energy, layout.mask, cells, num_cells=len(groups) * layout.width)
+        baseline, alone = step_baseline(sums, layout.mask, cells, eps=arguments.number("epsilon", EPS))
         if not arguments.flag("handle_zero_tail", True):
             tail = torch.zeros_like(alone) if by_column else layout.mask & layout.flat(_only_rows(mask, groups))
         else:

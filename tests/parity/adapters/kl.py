@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf.objectives.kl import adaptive_kl_coef, kl_k1, kl_k2, kl_k3
+from rlhf.objectives.kl import adaptive_kl_coef, kl_k1, kl_k2, kl_k3, straight_through
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import gradient
 
@@ -42,8 +42,7 @@ def verl_kl_penalty(arguments: Arguments) -> Outputs:
         raise Unsupported(f"kl_penalty {name!r}")
     kl = VERL[base](logprobs, ref_logprobs)
     if name != base:
-        backward = kl_k2(logprobs, ref_logprobs)
-        kl = backward - backward.detach() + kl.detach()
+        kl = straight_through(kl, kl_k2(logprobs, ref_logprobs))
     return {"kl": kl, "grad_logprob_of_sum": gradient(kl.sum(), logprobs)}
 
 

@@ -173,9 +173,13 @@ def verl_clip_cov(arguments: Arguments) -> Outputs:
     columns = (ratio, batch.advantages, batch.mask)
     low, high = policy_loss.clipped_ratios(*columns, **batch.clip)
     covariance = entropy.advantage_covariance(batch.logprobs, batch.advantages, batch.mask)
-    between = (covariance > nested["clip_cov_lb"]) & (covariance < nested["clip_cov_ub"])
-    candidates = batch.mask & ~low & ~high & between
-    if max(int(nested["clip_cov_ratio"] * int(batch.mask.sum())), 1) < int(candidates.sum()):
+    bounds = {"low": nested["clip_cov_lb"], "high": nested["clip_cov_ub"]}
+    order = torch.arange(len(covariance), dtype=covariance.dtype)
+    unclipped = covariance.masked_fill(low | high, -math.inf)  # verl does not draw what the clip has stopped already
+    choice = (unclipped, batch.mask, order)
+    candidates = entropy.drawn_covariance_tokens(*choice, **bounds, fraction=1.0)
+    drawn = entropy.drawn_covariance_tokens(*choice, **bounds, fraction=nested["clip_cov_ratio"])
+    if not torch.equal(drawn, candidates):
         raise Unsupported("verl would choose among the candidate tokens at random")
     losses = policy_loss.clipped_loss(*columns, **batch.clip)
     outputs = batch.outputs(torch.where(candidates, 0.0, losses), pg_clipfrac=batch.fraction(candidates))

@@ -1,4 +1,4 @@
-"""Losses of single labelled responses: TRL's KTO with APO-zero, and BCO."""
+"""Losses of single responses: TRL's KTO with APO-zero, BCO, and A*-PO."""
 
 from __future__ import annotations
 
@@ -79,7 +79,21 @@ def trl_bco(arguments: Arguments) -> Outputs:
     }
 
 
+def trl_a2po(arguments: Arguments) -> Outputs:
+    """The regression of A*-PO's second stage, on values that are given."""
+    policy = arguments.variable("policy_logps")
+    losses = unpaired_loss.advantage_regression(
+        policy - arguments.tensor("ref_logps"),
+        arguments.tensor("rewards"),
+        arguments.tensor("v_star"),
+        beta=arguments.number("beta2"),
+    )
+    loss = losses.mean()
+    return {"loss": loss, "grad_policy_logps": gradient(loss, policy)}
+
+
 ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("trl", "A2POTrainer.compute_loss"): trl_a2po,
     ("trl", "KTOTrainer._compute_loss"): trl_kto,
     ("trl_snap", "BCOTrainer.bco_loss"): trl_bco,
 }

@@ -1,0 +1,75 @@
+"""Clip-Cov (arXiv:2505.22617): some of the tokens that would lower the entropy most get no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import ClippedConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+
+
+class ClipCovConfig(ClippedConfig):
+    """GRPO without a few tokens whose log-probability and advantage move together."""
+
+    felt_by_selection: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
+    name: Literal["clip_cov"]
+    """The algorithm."""
+    fraction: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Share of an optimizer step's tokens that are left out, at least one of those between the bounds."""
+    min_covariance: float = 1.0
+    """A token with a covariance below it is never left out."""
+    max_covariance: float = 5.0
+    """Nor one above it."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min_covariance >= self.max_covariance:
+            raise ValueError(f"min_covariance {self.min_covariance} must be below max_covariance {self.max_covariance}")
+        return self
+
+
+class ClipCov(GroupRelative):
+    """The covariance is that of a token with the mean token of its whole optimizer step.
+
+    Deviations from the paper: 1. covariances are of the log-probabilities before the update, so that every rank and
+    micro-batch agrees on them; 2. PPO's clip stays, as in verl. Raise clip_high and clip_low for the paper's.
+    """
+
+    config: ClipCovConfig
+    selects_tokens = True
+
+    def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
+        """Tokens without a gradient."""
+        import torch
+
+        from rlhf.objectives.entropy import advantage_covariance, drawn_covariance_tokens
+
+        everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
+        return drawn_covariance_tokens(
+            advantage_covariance(step.old_logprobs, step.advantages, everywhere),
+            everywhere,
+            step.order,
+            low=self.config.min_covariance,
+            high=self.config.max_covariance,
+            fraction=self.config.fraction,
+        )
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        import torch
+
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        assert batch.selected is not None
+        whole = clipped(self.config, batch)
+        surrogate = dataclasses.replace(whole, per_token=torch.where(batch.selected, 0.0, whole.per_token))
+        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)

@@ -1,0 +1,160 @@
+"""What is done about tokens whose sampler was not the policy that is trained: other kernels, or older weights.
+
+Read without torch, as all of the configuration; rlhf.algorithms.correction_weights does what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from rlhf.algorithms.section import Section
+
+Bounds = tuple[float | None, float | None]
+Preset = Literal[
+    "token_tis",
+    "sequence_tis",
+    "sequence_mis",
+    "icepop",
+    "geo_rs",
+    "geo_rs_token_tis",
+    "k3_rs",
+    "k3_rs_token_tis",
+    "bypass_clip",
+    "bypass_clip_geo_rs",
+    "bypass_clip_k3_rs",
+    "bypass_pg_is",
+    "bypass_pg_geo_rs",
+    "bypass_pg_geo_rs_token_tis",
+]
+
+
+def _around(equal: float, bounds: Bounds) -> Bounds:
+    low, high = bounds
+    if low is None and high is None:
+        raise ValueError("both bounds are null, so nothing is rejected; give one, or write null for the pair")
+    if (low is not None and low >= equal) or (high is not None and high <= equal):
+        raise ValueError(
+            f"got {list(bounds)}, expected [low, high] with low < {equal:g} < high: {equal:g} is where sampler and "
+            "trainer agree, and that would be rejected"
+        )
+    return bounds
+
+
+RatioBounds = Annotated[Bounds, AfterValidator(lambda bounds: _around(1.0, bounds))]
+LogBounds = Annotated[Bounds, AfterValidator(lambda bounds: _around(0.0, bounds))]
+UpperBound = Annotated[float, Field(gt=0.0)]
+
+
+class RejectConfig(Section):
+    """Bounds outside of which a token, or each token of a response, is left out of the policy loss. Several may be set:
+    all of them must hold. With r = exp(logp_old - logp_rollout), or exp(logp - logp_rollout) where the mode is not
+    decoupled: k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. A bound of null is none."""
+
+    token_ratio: RatioBounds | None = None
+    """[low, high] of r; rejects the token."""
+    geometric_mean_ratio: RatioBounds | None = None
+    """[low, high] of the geometric mean of a response's r."""
+    sequence_ratio: RatioBounds | None = None
+    """[low, high] of the product of a response's r."""
+    sequence_max_ratio: RatioBounds | None = None
+    """[low, high] that each r of a response must keep to."""
+    token_k1: LogBounds | None = None
+    """[low, high] of k1 in nats; rejects the token."""
+    sequence_mean_k1: LogBounds | None = None
+    """[low, high] of the mean k1 of a response."""
+    sequence_sum_k1: LogBounds | None = None
+    """[low, high] of a response's summed k1."""
+    sequence_max_k1: LogBounds | None = None
+    """[low, high] that each k1 of a response must keep to."""
+    token_k2: UpperBound | None = None
+    """Largest k2 in nats; rejects the token."""
+    sequence_mean_k2: UpperBound | None = None
+    """Largest mean k2 of a response."""
+    sequence_sum_k2: UpperBound | None = None
+    """Largest sum of a response's k2."""
+    sequence_max_k2: UpperBound | None = None
+    """Largest k2 that a token of a response may have."""
+    token_k3: UpperBound | None = None
+    """Largest k3 in nats; rejects the token."""
+    sequence_mean_k3: UpperBound | None = None
+    """Largest mean k3 of a response."""
+    sequence_sum_k3: UpperBound | None = None
+    """Largest sum of a response's k3."""
+    sequence_max_k3: UpperBound | None = None
+    """Largest k3 that a token of a response may have."""
+
+    @property
+    def bounds(self) -> Mapping[str, Bounds]:
+        """Those that are set."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            name: value if isinstance(value, tuple) else (None, value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+class CorrectionConfig(Section):
+    """Correction of the gap between rollout engine and trainer."""
+
+    preset: Preset | None = None
+    """A named combination of the keys below (docs/algorithms.md has the table). A key that is written beside it wins.
+    The resolved configuration shows all values in effect."""
+    mode: Literal["decoupled", "bypass", "policy_gradient"] = "decoupled"
+    """decoupled: the trainer computes old_logprobs, the clip acts on exp(logp - logp_old), weights and rejections on
+    exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities stand for the old ones, so that the clip acts
+    on exp(logp - logp_rollout). policy_gradient: the same without clip: the loss is -weight * advantage * logp."""
+    weights: Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None = None
+    """What multiplies a token's policy loss: its own ratio, or the product of its response's, held within the bounds
+    (truncated importance sampling), or 0 outside of them (IcePop). null: 1."""
+    max_ratio: float = Field(default=2.0, gt=1.0)
+    """Upper bound of the weight."""
+    min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Lower bound of the weight."""
+    reject: RejectConfig = RejectConfig()
+    """Tokens and responses that the policy does not learn from."""
+    off_policy_mask: float | None = Field(default=None, gt=0.0)
+    """Rejects tokens of negative advantage in responses whose mean of logp_rollout - logp is above so many nats
+    (arXiv:2512.02556, eq. 9); null: none."""
+
+    @model_validator(mode="after")
+    def _filled(self) -> Self:
+        """Take what is not written from the preset."""
+        if self.preset is not None:
+            for key, value in PRESETS[self.preset].items():
+                if key not in self.model_fields_set:
+                    object.__setattr__(self, key, value)  # the section is not in use yet
+                    self.model_fields_set.add(key)
+        return self
+
+    @property
+    def rejects(self) -> bool:
+        """Whether tokens may be left out besides those that the weights mask."""
+        return bool(self.reject.bounds) or self.off_policy_mask is not None
+
+
+_TOKEN_TIS: Mapping[str, Any] = {"weights": "token_truncated", "max_ratio": 2.0}
+_GEO_RS: Mapping[str, Any] = {"reject": RejectConfig(geometric_mean_ratio=(0.999, 1.001))}
+_K3_RS: Mapping[str, Any] = {"reject": RejectConfig(sequence_mean_k3=0.01)}
+_BYPASS: Mapping[str, Any] = {"mode": "bypass"}
+_PG: Mapping[str, Any] = {"mode": "policy_gradient"}
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "token_tis": _TOKEN_TIS,
+    "sequence_tis": {"weights": "sequence_truncated", "max_ratio": 2.0},
+    "sequence_mis": {"weights": "sequence_masked", "max_ratio": 2.0, "min_ratio": 0.5},
+    "icepop": {"weights": "token_masked", "max_ratio": 5.0, "min_ratio": 0.5},
+    "geo_rs": _GEO_RS,
+    "geo_rs_token_tis": {**_GEO_RS, **_TOKEN_TIS},
+    "k3_rs": _K3_RS,
+    "k3_rs_token_tis": {**_K3_RS, **_TOKEN_TIS},
+    "bypass_clip": _BYPASS,
+    "bypass_clip_geo_rs": {**_BYPASS, **_GEO_RS},
+    "bypass_clip_k3_rs": {**_BYPASS, **_K3_RS},
+    "bypass_pg_is": {**_PG, "weights": "sequence_truncated", "max_ratio": 2.0},
+    "bypass_pg_geo_rs": {**_PG, **_GEO_RS},
+    "bypass_pg_geo_rs_token_tis": {**_PG, **_GEO_RS, **_TOKEN_TIS},
+}

@@ -1,0 +1,63 @@
+"""DAPO (arXiv:2503.14476): a higher upper clip, losses averaged over tokens, and a soft limit on length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.section import Section
+from rlhf.algorithms.shared import ClippedConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class OverlongConfig(Section):
+    """Long responses lose score before they are cut (arXiv:2503.14476, eq. 13)."""
+
+    buffer: int = Field(ge=1)
+    """Last tokens before rollouts.max_new_tokens over which the loss grows, from 0 to factor. The paper's is a fifth of
+    the whole."""
+    factor: float = Field(default=1.0, gt=0.0)
+    """Score that a response at rollouts.max_new_tokens loses."""
+
+
+class DAPOConfig(ClippedConfig):
+    """Decoupled clip and dynamic sampling policy optimisation."""
+
+    name: Literal["dapo"]
+    """The algorithm."""
+    clip_high: float = Field(default=0.28, gt=0.0)
+    """The ratio is clipped above at 1 + clip_high: higher than below, so that unlikely tokens can become likely."""
+    overlong: OverlongConfig | None = None
+    """Soft punishment of length; null: none."""
+
+
+class DAPO(GroupRelative):
+    """GRPO's advantages, with scores that have lost what their responses' length costs."""
+
+    config: DAPOConfig
+
+    def shaped(
+        self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
+    ) -> Float[Tensor, " B"]:
+        """Scores less the overlong penalty."""
+        from rlhf.objectives.rewards import overlong_penalty
+
+        overlong = self.config.overlong
+        if overlong is None:
+            return scores
+        return scores + overlong.factor * overlong_penalty(
+            num_tokens, max_tokens=max_new_tokens, buffer=overlong.buffer
+        )
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

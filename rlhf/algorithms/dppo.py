@@ -1,0 +1,62 @@
+"""DPPO (arXiv:2602.04879): a token is left out once its probability, not its ratio, has moved too far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import OnlineConfig
+
+if TYPE_CHECKING:
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class DPPOConfig(OnlineConfig):
+    """Divergence proximal policy optimisation, with the divergences of {token, rest} (the paper's binary ones)."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("divergence", "max_decrease", "max_increase", "max_ratio")
+    name: Literal["dppo"]
+    """The algorithm."""
+    divergence: Literal["tv", "kl"] = "tv"
+    """tv: the change of the sampled token's probability. kl: KL(old || new) of that probability, in nats."""
+    max_decrease: float = Field(default=0.15, gt=0.0)
+    """Divergence beyond which a token of negative advantage, made less likely, is left out. For kl some 0.05."""
+    max_increase: float = Field(default=0.15, gt=0.0)
+    """Divergence beyond which a token of positive advantage, made likelier, is left out. For kl some 0.05."""
+    max_ratio: float = Field(default=20.0, gt=1.0)
+    """Upper bound on the importance weight of the others."""
+
+
+class DPPO(GroupRelative):
+    """CISPO's weighted log-probabilities over the tokens inside the trust region.
+
+    The paper's old policy is the sampler; here it is the trainer's at the start of the update, unless correction.mode
+    is bypass.
+    """
+
+    config: DPPOConfig
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.policy_loss import importance_ratio
+        from rlhf.objectives.weighted_loss import cispo, trusted_by_kl, trusted_by_tv
+
+        config, mask = self.config, batch.response_mask
+        columns = (batch.logprobs, batch.old_logprobs, batch.advantages, mask)
+        down, up = config.max_decrease, config.max_increase
+        if config.divergence == "tv":
+            trusted = trusted_by_tv(*columns, max_decrease=down, max_increase=up)
+        else:
+            trusted = trusted_by_kl(*columns, max_kl_decrease=down, max_kl_increase=up)
+        ratio = importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
+        surrogate = Surrogate(
+            per_token=cispo(
+                ratio, batch.logprobs, batch.advantages, trusted, min_ratio=0.0, max_ratio=config.max_ratio
+            ),
+            ratio=ratio,
+            clipped=mask & (~trusted | (ratio > config.max_ratio)),
+        )
+        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

@@ -1,0 +1,68 @@
+"""KL-Cov (arXiv:2505.22617): the tokens that would lower the entropy most are held near where they were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import OnlineConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+
+
+class KLCovConfig(OnlineConfig):
+    """The unclipped policy gradient with a penalty on a few tokens."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("fraction", "penalty")
+    name: Literal["kl_cov"]
+    """The algorithm."""
+    fraction: float = Field(default=2e-3, gt=0.0, le=1.0)
+    """Share of an optimizer step's tokens that are penalised, those of largest covariance, at least one."""
+    penalty: float = Field(default=1.0, gt=0.0)
+    """Weight of |logprobs - old_logprobs| on them."""
+
+
+class KLCov(GroupRelative):
+    """The covariance is that of a token with the mean token of its whole optimizer step.
+
+    Deviation from the paper: covariances are of the log-probabilities before the update, so that every rank and
+    micro-batch agrees on them. Nothing is clipped: the clip fraction is 0.
+    """
+
+    config: KLCovConfig
+    selects_tokens = True
+
+    def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
+        """Tokens with a penalty."""
+        import torch
+
+        from rlhf.objectives.entropy import advantage_covariance, top_covariance_tokens
+
+        everywhere = torch.ones_like(step.advantages, dtype=torch.bool)
+        covariance = advantage_covariance(step.old_logprobs, step.advantages, everywhere)
+        return top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        import torch
+
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.kl import kl_k1
+        from rlhf.objectives.policy_loss import importance_ratio
+
+        assert batch.selected is not None
+        mask = batch.response_mask
+        ratio = importance_ratio(batch.logprobs, batch.old_logprobs, mask)
+        moved = torch.where(batch.selected, kl_k1(batch.logprobs, batch.old_logprobs), 0.0).abs()
+        surrogate = Surrogate(
+            per_token=torch.where(mask, -ratio * batch.advantages, 0.0) + self.config.penalty * moved,
+            ratio=ratio.detach(),
+            clipped=torch.zeros_like(mask),
+        )
+        return composed_loss(self.config, batch, counts, surrogate, kl_coef=kl_coef)

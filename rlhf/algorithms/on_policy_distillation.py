@@ -1,0 +1,77 @@
+"""On-policy distillation: a student learns from a frozen teacher on responses of its own (GKD, arXiv:2306.13649)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GROUP_STD_EPS
+from rlhf.algorithms.section import Section
+from rlhf.algorithms.shared import ClippedConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.objectives.distillation import Divergence
+
+
+class OnPolicyDistillationConfig(Section):
+    """Distillation of the model of `teacher` on sampled responses: the loss is the mean over the sampled tokens of the
+    optimizer step. Both models' logits are divided by rollouts.temperature."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
+
+    name: Literal["on_policy_distillation"]
+    """The algorithm."""
+    divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "sampled_reverse_kl"
+    """`sampled_reverse_kl`: a policy gradient whose advantages are the teacher's log-probability of each sampled token
+    less the student's. The others are taken over the whole vocabulary. `forward_kl`: KL(teacher || student).
+    `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta."""
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Share of the teacher in the mixture of `jsd`."""
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """`sampled_reverse_kl`: the importance ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0.0)
+    """`sampled_reverse_kl`: the importance ratio is clipped above at 1 + clip_high."""
+    reward_coef: float = Field(default=0.0, ge=0.0)
+    """`sampled_reverse_kl`: weight of the advantages that GRPO would give the responses for their rewards, which are
+    added to the teacher's. 0: rewards are measured and not trained on."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the teacher is asked for the sampled tokens alone."""
+        return self.divergence == "sampled_reverse_kl"
+
+
+class OnPolicyDistillation:
+    """Two forms. Over the whole vocabulary it is GKD's loss; from the sampled tokens alone it is PPO's surrogate.
+
+    Deviations from GKD: 1. all responses are the student's, none is given by the data; 2. several optimizer steps may
+    learn from one batch.
+    """
+
+    def __init__(self, config: OnPolicyDistillationConfig) -> None:
+        self.config = config
+
+    @property
+    def divergence(self) -> Divergence:
+        """Over the vocabulary."""
+        from rlhf.algorithms.distillation import divergence_of
+
+        return divergence_of(self.config.divergence, beta=self.config.beta)
+
+    def reward_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
+        """What the rewards add to the advantages of each response's tokens; scores are prompt-major."""
+        from rlhf.objectives.advantages import group_normalized
+
+        return self.config.reward_coef * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
+
+    def sampled_loss(self, batch: PolicyMicrobatch, counts: StepCounts) -> LossTerms:
+        """This micro-batch's share of the loss of `sampled_reverse_kl`."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        surrogate = ClippedConfig(clip_low=self.config.clip_low, clip_high=self.config.clip_high)
+        return composed_loss(surrogate, batch, counts, clipped(surrogate, batch), kl_coef=0.0)

@@ -1,0 +1,52 @@
+"""Pass@k: GRPO that is rewarded for the best of k responses, so that they need not all be alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GROUP_STD_EPS, GroupRelative
+from rlhf.algorithms.shared import ClippedConfig, SequenceOutcomes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class PassAtKConfig(ClippedConfig):
+    """Policy optimisation of the best of k responses."""
+
+    name: Literal["pass_at_k"]
+    """The algorithm."""
+    k: int = Field(default=4, ge=2)
+    """Responses of which the best counts; fewer than a prompt has, or as many with baseline leave_one_out."""
+    baseline: Literal["group", "leave_one_out"] = "group"
+    """group: the sets of k with a response against all sets of k, over their deviation (arXiv:2508.10751);
+    leave_one_out: what the response adds to the best of the others (arXiv:2503.19595, arXiv:2505.15201)."""
+
+
+class PassAtK(GroupRelative):
+    """Every token of a response has the response's advantage: what it does for the best of k of its group.
+
+    Deviations from the papers: scores may be any numbers, where arXiv:2508.10751 has right and wrong; those of GRPO.
+    """
+
+    config: PassAtKConfig
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
+        """Exact means over all sets of k."""
+        from rlhf.objectives.advantages import group_best_margin, group_best_normalized
+
+        scores, size, k = outcomes.scores, outcomes.group_size, self.config.k
+        if self.config.baseline == "leave_one_out":
+            return group_best_margin(scores, group_size=size, k=k)
+        return group_best_normalized(scores, group_size=size, k=k, eps=GROUP_STD_EPS)
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        from rlhf.algorithms.losses import clipped, composed_loss
+
+        return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,0 +1,69 @@
+"""VESPO (arXiv:2602.10693): a smooth weight of the whole response's ratio, derived for stale samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.algorithms.grpo import GroupRelative
+from rlhf.algorithms.shared import OnlineConfig
+
+if TYPE_CHECKING:
+    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+
+
+class VESPOConfig(OnlineConfig):
+    """Variational sequence-level soft policy optimisation: w^power * exp(decay * (1 - w)) of the response's ratio w."""
+
+    felt_off_policy: ClassVar[tuple[str, ...]] = (
+        "power_positive",
+        "decay_positive",
+        "power_negative",
+        "decay_negative",
+    )
+    name: Literal["vespo"]
+    """The algorithm."""
+    power_positive: float = Field(default=2.0, ge=0.0)
+    """How fast the weight falls with a ratio below 1 where the advantage is not negative."""
+    decay_positive: float = Field(default=3.0, gt=0.0)
+    """How fast it falls with a ratio above 1 there."""
+    power_negative: float = Field(default=3.0, ge=0.0)
+    """The power where the advantage is negative."""
+    decay_negative: float = Field(default=2.0, gt=0.0)
+    """The decay where the advantage is negative."""
+
+
+class VESPO(GroupRelative):
+    """REINFORCE with a weight that carries no gradient; nothing is clipped, so the clip fraction is 0.
+
+    Deviation from TRL's: the sampler's mismatch is weighed by `correction`, not inside the weight.
+    """
+
+    config: VESPOConfig
+
+    def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
+        """This micro-batch's share of the policy's loss."""
+        import torch
+
+        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.objectives.masking import sequence_sums, to_tokens
+        from rlhf.objectives.policy_loss import importance_ratio, reinforce
+        from rlhf.objectives.weighted_loss import vespo_weights
+
+        config, mask = self.config, batch.response_mask
+        log_ratio = torch.where(mask, batch.logprobs.detach() - batch.old_logprobs, 0.0)
+        weights = vespo_weights(
+            to_tokens(sequence_sums(log_ratio, batch.lengths), batch.lengths, num_tokens=len(mask)),
+            batch.advantages,
+            power_positive=config.power_positive,
+            decay_positive=config.decay_positive,
+            power_negative=config.power_negative,
+            decay_negative=config.decay_negative,
+        )
+        surrogate = Surrogate(
+            per_token=reinforce(batch.logprobs, weights * batch.advantages, mask),
+            ratio=importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask),
+            clipped=torch.zeros_like(mask),
+        )
+        return composed_loss(config, batch, counts, surrogate, kl_coef=kl_coef)

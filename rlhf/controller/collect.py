@@ -1,0 +1,264 @@
+"""Collecting a step's batch: which prompts are asked, whose groups are trained on, and what becomes of the others.
+
+    prompts -> requests -> rollouts -> scored groups -> a whole batch, in the order of its prompts
+
+Prompts are asked in rounds until the batch is whole. A group whose reward failed, or that teaches nothing
+(rollouts.dynamic_sampling), is left out, and the next round asks another prompt in its place. With rollouts.oversample
+a round asks more than are needed, and the prompts that were not among the first to be answered come first in the next.
+Like the loop, this sees scalars, ids and references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rlhf.config.derive import prompts_at_once, wants_greedy
+from rlhf.config.rollouts import DynamicSampling
+from rlhf.config.root import Config
+from rlhf.controller.answers import Answers, request_for
+from rlhf.controller.record import RunRecord
+from rlhf.data.curriculum import Curriculum
+from rlhf.data.stream import Cursor, Stream
+from rlhf.errors import RunError
+from rlhf.rewards.scoring import describe
+from rlhf.roles import ScoredGroup
+from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
+from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
+
+Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
+
+
+def teaches(scores: Sequence[float], rule: DynamicSampling | None) -> bool:
+    """Whether a group is trained on: its responses differ in score, and their mean is within the rule's bounds."""
+    if rule is None:
+        return True
+    mean = sum(scores) / len(scores)
+    above = rule.min_mean is None or mean >= rule.min_mean
+    below = rule.max_mean is None or mean <= rule.max_mean
+    return min(scores) < max(scores) and above and below
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """A step's whole batch."""
+
+    groups: list[ScoredGroup]  # in plan order
+    sampled_tokens: int  # of all responses, those of groups that were left out too
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A step's groups so far, by what becomes of them. Only of those in `kept` the tokens are held on to."""
+
+    kept: list[ScoredGroup] = field(default_factory=list)
+    filtered: list[ScoredGroup] = field(default_factory=list)
+    dropped: list[ScoredGroup] = field(default_factory=list)  # a reward failed
+    num_asked: int = 0
+
+    @property
+    def left_out(self) -> list[ScoredGroup]:
+        return self.filtered + self.dropped
+
+    @property
+    def measured(self) -> list[ScoredGroup]:
+        """All that have a score, in plan order."""
+        return sorted(self.kept + self.filtered, key=lambda scored: scored.group.request.group_id)
+
+
+class Collector:
+    """The run's prompts in the order in which they are asked. Its state is that between two steps."""
+
+    def __init__(
+        self, config: Config, prompts: Stream[Prompt], answers: Answers, record: RunRecord, sampling: Sampling
+    ) -> None:
+        assert config.rollouts is not None
+        self.config = config
+        self.rollouts = config.rollouts
+        self.prompts = prompts
+        self.answers = answers
+        self.record = record
+        self.sampling = sampling
+        self.next_group = 0
+        self.waiting: list[Turn] = []  # they were asked and not answered; they come first
+        settings = config.data.curriculum
+        self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
+        self.num_passed_over = 0  # by the curriculum, in this step
+
+    async def collect(self, step: int) -> Collected:
+        """A whole batch, answered by version step - 1 of the weights. RunError if a bound is reached."""
+        batch = _Batch()
+        self.num_passed_over = 0
+        count = self.rollouts.prompts_per_step
+        while len(batch.kept) < count:
+            for scored in await self._round(batch, count - len(batch.kept), step):
+                if scored.scores.errors:
+                    batch.dropped.append(_without_tokens(scored))
+                    self._refuse_dropped(batch, scored, step)
+                elif teaches(scored.scores.scores, self.rollouts.dynamic_sampling):
+                    batch.kept.append(scored)
+                else:
+                    batch.filtered.append(_without_tokens(scored))
+            if len(batch.kept) < count:
+                self._refuse_filtered(batch, step)
+        if self.curriculum is not None:
+            for scored in batch.measured:
+                self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
+        self.record.add(self._metrics(batch))
+        tokens = sum(info.num_response_tokens for info in _infos(batch.kept + batch.left_out))
+        return Collected(groups=batch.kept, sampled_tokens=tokens)
+
+    async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
+        """Ask prompts; the groups that are answered, in plan order."""
+        turns = self._next(prompts_at_once(needed, self.rollouts))
+        requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
+        batch.num_asked += len(requests)
+        if len(requests) == needed:
+            found = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+        else:
+            found = await self._first(turns, requests, needed, step)
+        if wants_greedy(self.config):
+            found = await self.answers.beside_greedy(found, self.sampling, step=step, version=step - 1)
+        return found
+
+    async def _first(
+        self, turns: Sequence[Turn], requests: Sequence[GroupRequest], needed: int, step: int
+    ) -> list[ScoredGroup]:
+        """So many groups that can be trained on, with the others that came before them. What did not come waits."""
+        rule, left = self.rollouts.dynamic_sampling, needed
+
+        def is_enough(scored: ScoredGroup) -> bool:
+            nonlocal left
+            if not scored.scores.errors and teaches(scored.scores.scores, rule):
+                left -= 1
+            return left == 0
+
+        found = await self.answers.to_first(
+            requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=step - 1
+        )
+        answered = {scored.group.request.group_id for scored in found}
+        waiting = [t for t, r in zip(turns, requests, strict=True) if r.group_id not in answered]
+        self.waiting = waiting + self.waiting
+        return found
+
+    def _next(self, count: int) -> list[Turn]:
+        """The next prompts: those that wait, then the stream's, less what the curriculum passes over."""
+        turns, self.waiting = self.waiting[:count], self.waiting[count:]
+        while len(turns) < count:
+            ((epoch, prompt),) = self.prompts.next(1)
+            if self.curriculum is None or self.curriculum.takes(prompt.prompt_id, epoch):
+                turns.append((epoch, prompt))
+            else:
+                self.num_passed_over += 1
+        return turns
+
+    def _request(self, turn: Turn, place: int) -> GroupRequest:
+        """place: of the prompt among those asked in its step."""
+        epoch, prompt = turn
+        samples = self.rollouts.samples_per_prompt
+        group = request_for(
+            prompt,
+            group_id=self.next_group,
+            first_sequence_id=place * samples,
+            samples=samples,
+            run_seed=self.config.run.seed,
+            epoch=epoch,
+            temperature=prompt.temperature,
+        )
+        self.next_group += 1
+        return group
+
+    def _refuse_dropped(self, batch: _Batch, scored: ScoredGroup, step: int) -> None:
+        policy, count = self.config.reward_policy, self.rollouts.prompts_per_step
+        if policy.on_error == "drop" and len(batch.dropped) <= policy.max_dropped_fraction * count:
+            return
+        self.answers.forget_failures()
+        raise RunError(
+            f"rewards, step {step}: {describe(scored.scores.errors)}. "
+            + (
+                "reward_policy.on_error is fail; drop would replace such a prompt by another."
+                if policy.on_error == "fail"
+                else f"{len(batch.dropped)} of {count} groups were dropped, more than reward_policy."
+                f"max_dropped_fraction {policy.max_dropped_fraction} allows."
+            )
+        )
+
+    def _refuse_filtered(self, batch: _Batch, step: int) -> None:
+        """RunError if too many groups were filtered for a batch that is still not whole."""
+        rule, count = self.rollouts.dynamic_sampling, self.rollouts.prompts_per_step
+        if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
+            return
+        means = [_mean(scored) for scored in batch.filtered]
+        asked = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
+        if len(asked) == len(self.prompts):
+            fix = (
+                f"These were all {len(asked)} prompts of data.train: it has nothing left that this policy learns from. "
+                "Add other prompts, or end the run here"
+            )
+        else:
+            fix = (
+                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise that share"
+            )
+        raise RunError(
+            f"rollouts, step {step}: {len(batch.filtered)} groups were filtered, more than rollouts.dynamic_sampling."
+            f"max_filtered_fraction {rule.max_filtered_fraction:g} of {count} prompts allows, and {len(batch.kept)} "
+            f"were kept. The mean scores of the filtered are {min(means):g} to {max(means):g}. {fix}."
+        )
+
+    def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
+        """Of what was not trained on. The batch's own are those of rlhf.controller.sampling."""
+        tokens = sum(info.num_tokens for info in _infos(batch.left_out))
+        found: dict[str, Reduction] = {
+            "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),
+            "rollouts/tokens/total": Sum(total=tokens),
+            "data/epoch": Last(value=float(self.prompts.state().epoch)),
+        }
+        if self.rollouts.dynamic_sampling is not None:
+            middle = sum(map(_mean, batch.kept)) / len(batch.kept)
+            means, answered = [_mean(scored) for scored in batch.filtered], len(batch.measured)
+            found |= {
+                "rollouts/filtered_groups/fraction": Mean(total=len(means), count=answered),
+                "rollouts/filtered_easy/fraction": Mean(total=sum(m > middle for m in means), count=answered),
+                "rollouts/filtered_hard/fraction": Mean(total=sum(m <= middle for m in means), count=answered),
+                "rewards/answered_score/mean": Mean.of(
+                    [score for scored in batch.measured for score in scored.scores.scores]
+                ),
+            }
+        if self.rollouts.oversample > 1.0:
+            answered = len(batch.kept) + len(batch.left_out)
+            found["rollouts/cancelled_groups/total"] = Sum(total=batch.num_asked - answered)
+        if self.curriculum is not None:
+            measured, within = self.curriculum.counts()
+            found["data/passed_over/total"] = Sum(total=self.num_passed_over)
+            found["data/within_band/fraction"] = Mean(total=within, count=measured)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "cursor": asdict(self.prompts.state()),
+            "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.waiting],
+            "next_group": self.next_group,
+            "curriculum": None if self.curriculum is None else self.curriculum.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """From the checkpoint. A curriculum that it knows nothing of begins anew."""
+        self.prompts.restore(Cursor(**state["cursor"]))
+        self.waiting = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
+        self.next_group = state["next_group"]
+        if self.curriculum is not None and state["curriculum"] is not None:
+            self.curriculum.restore(state["curriculum"])
+
+
+def _mean(scored: ScoredGroup) -> float:
+    return sum(scored.scores.scores) / len(scored.scores.scores)
+
+
+def _without_tokens(scored: ScoredGroup) -> ScoredGroup:
+    return replace(scored, group=replace(scored.group, rollouts=None))
+
+
+def _infos(groups: Sequence[ScoredGroup]) -> list[RolloutInfo]:
+    return [info for scored in groups for info in scored.group.infos]

@@ -1,0 +1,40 @@
+"""Where the prompts of an evaluation set come from, by a column of the data: each source is reported by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rlhf.errors import UserError
+from rlhf.types import Prompt
+
+MOST_SOURCES = 64
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def source_names(prompts: Sequence[Prompt], column: str, *, key: str, data: str) -> dict[int, str]:
+    """By prompt id the column's value, as a metric's name can hold it: `a b/c` is `a_b_c`.
+
+    key: the setting that names the column, data: the set, for messages. UserError if a row lacks the column, if its
+    value is no string or number, or if the values are too many or cannot be told apart as names.
+    """
+    names: dict[int, str] = {}
+    value_of: dict[str, object] = {}
+    for prompt in prompts:
+        value = prompt.columns.get(column)
+        if not isinstance(value, str | int | float) or not str(value):
+            found = f"has {value!r} there" if column in prompt.columns else f"has {', '.join(prompt.columns) or 'none'}"
+            raise UserError(
+                f"{key}: row {prompt.prompt_id} of {data} needs a string or a number in column `{column}`; it {found}"
+            )
+        name = _NOT_IN_A_NAME.sub("_", str(value))
+        other = value_of.setdefault(name, value)
+        if other != value:
+            raise UserError(f"{key}: {other!r} and {value!r} in column `{column}` of {data} have one name, `{name}`")
+        names[prompt.prompt_id] = name
+    if len(value_of) > MOST_SOURCES:
+        raise UserError(
+            f"{key}: column `{column}` of {data} has {len(value_of)} different values, more than {MOST_SOURCES}: "
+            "name a column that says where a row comes from"
+        )
+    return names

@@ -1,0 +1,38 @@
+"""Which of a prompt's responses are kept, by their scores. Plain numbers: `rlhf plan` reads this without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def best(scores: Sequence[float], count: int) -> list[int]:
+    """Places of the highest scores, ascending; of equals the first. ValueError unless 1 <= count <= len(scores)."""
+    _check(scores, count)
+    return sorted(sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count])
+
+
+def most_spread(scores: Sequence[float], count: int) -> list[int]:
+    """Places of those scores whose variance is largest, ascending (PODS, arXiv:2504.13818): some highest, some lowest.
+
+    ValueError unless 1 <= count <= len(scores).
+    """
+    _check(scores, count)
+    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+    middle = sum(scores) / len(scores)
+    centered = [scores[place] - middle for place in order]  # or a far mean would eat the digits
+    sums = list(accumulate(centered, initial=0.0))
+    squares = list(accumulate((value * value for value in centered), initial=0.0))
+
+    def spread(highest: int) -> float:
+        lowest = len(order) - (count - highest)
+        total = sums[highest] + sums[-1] - sums[lowest]
+        return (squares[highest] + squares[-1] - squares[lowest]) / count - (total / count) ** 2
+
+    highest = max(range(count + 1), key=spread)
+    return sorted(order[:highest] + order[len(order) - (count - highest) :])
+
+
+def _check(scores: Sequence[float], count: int) -> None:
+    if not 1 <= count <= len(scores):
+        raise ValueError(f"expected to keep 1 to {len(scores)} of so many scores, got {count}")

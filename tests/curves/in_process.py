@@ -1,0 +1,375 @@
+"""All roles of an online run in this process: the run's own workers and controller, without Ray and vLLM.
+
+The engine is a second copy of the model, which answers by transformers' `generate` and gets the policy's weights at
+each sync, so that the controller's proof of the sync stands.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from actors.inputs import OnlineInputs, StageInputs, load_inputs
+from actors.ranks import free_address
+from actors.recording import recording
+from rlhf.config.derive import critic_model, derive, needs, pairs_rollouts, reference_is_adapter_off, reference_model
+from rlhf.config.load import LoadedConfig
+from rlhf.config.root import Config
+from rlhf.controller.learning import OnlineRoles
+from rlhf.controller.online import OnlineController
+from rlhf.data.stream import Stream
+from rlhf.engine.distributed import init_distributed, leave_distributed
+from rlhf.evaluation.voting import AnswerForm
+from rlhf.rewards.scoring import fingerprint
+from rlhf.roles import (
+    AdvantagesReport,
+    Arithmetic,
+    CompletedGroup,
+    EnginePart,
+    MemoryReport,
+    Metrics,
+    PrepareReport,
+    SampleSelection,
+)
+from rlhf.tracking.metrics import merge
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
+from rlhf.workers.critic import CriticWorker
+from rlhf.workers.online_pairs import OnlinePreferenceWorker
+from rlhf.workers.place import RankPlace
+from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.reference import ReferenceWorker
+from rlhf.workers.reward import RewardSettings, RewardWorker
+from rlhf.workers.trained import TrainedWorker
+
+PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
+NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
+
+
+def join_alone() -> None:
+    """A gang of one, which all trained workers of this process share."""
+    address, port = free_address(one_host=True)
+    init_distributed(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        master_addr=address,
+        master_port=port,
+        device=torch.device("cpu"),
+        deadline_s=PLACE.deadline_s,
+    )
+
+
+def leave_alone() -> None:
+    """End it."""
+    leave_distributed()
+
+
+class Trained:
+    """What the policy and the critic share."""
+
+    num_ranks = 1
+
+    def __init__(self, worker: TrainedWorker) -> None:
+        self.trained = worker
+        worker.build()
+
+    async def save(self, folder: Path) -> None:
+        self.trained.save(folder)
+
+    async def load(self, folder: Path) -> None:
+        self.trained.load(folder)
+
+    async def export(self, folder: Path) -> None:
+        self.trained.export(folder)
+
+    async def arithmetic(self) -> Arithmetic:
+        return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
+
+    async def offload(self) -> None: ...
+
+    async def reload(self) -> None: ...
+
+    async def memory(self) -> MemoryReport:
+        return NOTHING
+
+
+class Policy(Trained):
+    """The policy role."""
+
+    def __init__(self, worker: PolicyWorker | OnlinePreferenceWorker) -> None:
+        super().__init__(worker)
+        self.worker: Any = worker
+
+    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], ref_logprobs: Sequence[Any]) -> PrepareReport:
+        sequences, metrics = self.worker.prepare(plan, len(rollouts), *rollouts, *ref_logprobs)
+        return PrepareReport(sequences=sequences, metrics=metrics)
+
+    async def set_advantages(self, by_sequence: Mapping[int, float] | None, values: Sequence[Any]) -> AdvantagesReport:
+        returns, (means, metrics) = self.worker.set_advantages(by_sequence, *values)
+        return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=() if returns is None else (returns,))
+
+    async def update(self, minibatch: int) -> Metrics:
+        return merge([self.worker.update(minibatch)])
+
+    async def publish(self, version: int) -> int:
+        return version
+
+    async def send(self, manifest: int) -> None: ...
+
+    async def settle(self) -> None: ...
+
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        found: list[float] = self.worker.probe(token_ids)
+        return found
+
+
+class Critic(Trained):
+    """The critic role."""
+
+    def __init__(self, worker: CriticWorker) -> None:
+        super().__init__(worker)
+        self.worker = worker
+
+    async def values(self, plan: BatchPlan, rollouts: Sequence[Any]) -> list[Any]:
+        column, _ = self.worker.values(plan, *rollouts)
+        return [column]
+
+    async def prepare(self, plan: BatchPlan, returns: Sequence[Any]) -> None:
+        self.worker.prepare(*returns)
+
+    async def update(self, minibatch: int) -> Metrics:
+        return merge([self.worker.update(minibatch)])
+
+
+class Reference:
+    """The reference role."""
+
+    def __init__(self, worker: ReferenceWorker) -> None:
+        self.worker = worker
+        worker.start()
+
+    async def become(self, folder: Path) -> None:
+        self.worker.become(str(folder))
+
+    async def logprobs(
+        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+    ) -> list[Any]:
+        *columns, _ = self.worker.logprobs(only, temperatures, *rollouts)
+        return columns
+
+    async def memory(self) -> MemoryReport:
+        return NOTHING
+
+
+class Reward:
+    """The reward role."""
+
+    def __init__(self, worker: RewardWorker) -> None:
+        self.worker = worker
+        worker.start()
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        truncated = [info.finish_reason == "length" for info in group.infos]
+        rollouts: Any = group.rollouts
+        return self.worker.score(group.request.prompt, rollouts, truncated)
+
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        rollouts: Any = group.rollouts
+        return self.worker.answers(rollouts, form)
+
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+        rollouts: list[Any] = [selection.rollouts for selection in selections]
+        self.worker.write_samples(path, [selection.records for selection in selections], *rollouts)
+
+    async def memory(self) -> MemoryReport:
+        return NOTHING
+
+
+class Engine:
+    """The rollout role."""
+
+    def __init__(self, model: str, policy: TrainedWorker) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.policy = policy
+        self.version = -1
+
+    async def update_weights(self, manifest: int) -> None:
+        weights = dict(self.policy.engine.named_weights(torch.float32))
+        self.model.load_state_dict(copy.deepcopy(weights), strict=True)
+        self.version = manifest
+
+    async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
+        ids = torch.tensor([list(token_ids)])
+        with torch.no_grad():
+            logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)
+        return [logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
+
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        by_length: dict[int, list[GroupRequest]] = {}
+        for request in requests:
+            by_length.setdefault(len(request.prompt.token_ids), []).append(request)
+        for alike in by_length.values():
+            for request, (rollouts, infos) in zip(alike, self._answer(alike, sampling), strict=True):
+                at_hand: Any = rollouts
+                yield CompletedGroup(request=request, rollouts=at_hand, infos=infos)
+
+    def _answer(
+        self, requests: Sequence[GroupRequest], sampling: Sampling
+    ) -> list[tuple[Rollouts, tuple[RolloutInfo, ...]]]:
+        """Of prompts of one length, all in one batch."""
+        prompts = torch.tensor([list(one.prompt.token_ids) for one in requests for _ in one.seeds])
+        greedy = sampling.temperature == 0.0
+        torch.manual_seed(sum(seed for one in requests for seed in one.seeds) % 2**31)
+        with torch.no_grad():
+            whole = self.model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=not greedy,
+                temperature=None if greedy else sampling.temperature,
+                top_k=None if greedy else 0,
+                max_new_tokens=sampling.max_new_tokens,
+            )
+            scale = 1.0 if greedy else sampling.temperature
+            logprobs = (self.model(whole).logits[:, :-1] / scale).log_softmax(-1)
+        chosen = logprobs.gather(2, whole[:, 1:, None])[:, :, 0]
+        return [
+            self._group(one, whole[start : start + len(one.seeds)], chosen[start : start + len(one.seeds)], sampling)
+            for one, start in zip(requests, _starts(requests), strict=True)
+        ]
+
+    def _group(
+        self, request: GroupRequest, ids: Tensor, logprobs: Tensor, sampling: Sampling
+    ) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+        prompt = len(request.prompt.token_ids)
+        end = self.model.generation_config.eos_token_id
+        columns: dict[str, list[Tensor]] = {
+            "token_ids": [],
+            "response_mask": [],
+            "rollout_logprobs": [],
+            "versions": [],
+        }
+        infos = []
+        for sample, (row, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+            ends = (row[prompt:] == end).nonzero().flatten().tolist()
+            count = ends[0] + 1 if ends else len(row) - prompt
+            mask = torch.arange(prompt + count) >= prompt
+            columns["token_ids"].append(row[: prompt + count])
+            columns["response_mask"].append(mask)
+            told = torch.cat([torch.zeros(1), logprob[: prompt + count - 1]])
+            columns["rollout_logprobs"].append(torch.where(mask, told, 0.0))
+            columns["versions"].append(torch.where(mask, self.version, -1))
+            infos.append(
+                RolloutInfo(
+                    sequence_id=request.first_sequence_id + sample,
+                    num_prompt_tokens=prompt,
+                    num_response_tokens=count,
+                    finish_reason="stop" if ends else "length",
+                    min_version=self.version,
+                    max_version=self.version,
+                    mean_logprob=float(told[mask].mean()),
+                )
+            )
+        rollouts = Rollouts(
+            sequence_ids=torch.tensor([info.sequence_id for info in infos]),
+            lengths=torch.tensor([len(row) for row in columns["token_ids"]]),
+            **{name: torch.cat(parts) for name, parts in columns.items()},
+        )
+        return rollouts, tuple(infos)
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None: ...
+
+    async def sleep(self, *, keep_weights: bool) -> None: ...
+
+    async def wake(self, part: EnginePart) -> None: ...
+
+    async def memory(self) -> MemoryReport:
+        return NOTHING
+
+
+def _starts(requests: Sequence[GroupRequest]) -> list[int]:
+    counts = [len(one.seeds) for one in requests]
+    return [sum(counts[:index]) for index in range(len(counts))]
+
+
+async def run(loaded: LoadedConfig) -> Path:
+    """A run without Ray; returns its folder. Its process must have joined a gang of one."""
+    (stage,) = load_inputs(loaded)
+    assert isinstance(stage, StageInputs)
+    inputs = stage.inputs
+    assert isinstance(inputs, OnlineInputs)
+    with recording(stage.written, resume=False) as (record, _):
+        roles, settings = _roles(stage.config, inputs)
+        controller = OnlineController(
+            stage.config,
+            roles,
+            record,
+            prompts=Stream(inputs.prompts, seed=stage.config.run.seed, shuffle=True, shares=inputs.shares),
+            eval_sets=inputs.eval_sets,
+            marking=inputs.marking,
+            probe_ids=inputs.probe_ids,
+            policy_fingerprint="",
+            rewards_fingerprint=fingerprint(inputs.rewards, model=""),
+        )
+        try:
+            await controller.run()
+        finally:
+            settings.stop()
+        return record.folder.path
+
+
+def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
+    assert config.rollouts is not None
+    wanted, derived = needs(config), derive(config)
+    kind = OnlinePreferenceWorker if pairs_rollouts(config) else PolicyWorker
+    worker: Any = kind(
+        config,
+        PLACE,
+        optimizer_steps=derived.policy_optimizer_steps,
+        reference_is_adapter_off=reference_is_adapter_off(config),
+    )
+    policy = Policy(worker)
+    critic = None
+    if "critic" in wanted:
+        critic = Critic(
+            CriticWorker(config, critic_model(config), PLACE, optimizer_steps=derived.critic_optimizer_steps)
+        )
+    reference = None
+    if "reference" in wanted:
+        reference = Reference(
+            ReferenceWorker(
+                reference_model(config),
+                PLACE,
+                temperature=config.rollouts.temperature,
+                samples_per_prompt=config.rollouts.samples_per_prompt,
+                max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+            )
+        )
+    policy_of = config.reward_policy
+    reward = RewardWorker(
+        RewardSettings(
+            specs=inputs.rewards,
+            tokenizer=config.policy.model,
+            trust_remote_code=False,
+            model=None,
+            timeout_s=policy_of.timeout_s,
+            processes=1,
+            memory_gib=policy_of.memory_gib,
+            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        ),
+        PLACE,
+    )
+    roles: Any = {
+        "policy": policy,
+        "rollout": Engine(config.policy.model, worker),
+        "reward": Reward(reward),
+        "reference": reference,
+        "critic": critic,
+    }
+    return OnlineRoles(**roles), reward

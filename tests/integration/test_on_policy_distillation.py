@@ -1,0 +1,360 @@
+"""Learning from a teacher on rollouts: the worker against plain torch with whole logits, over layouts of ranks without
+Ray, and as a run with it.
+
+The teacher is wider than the student, and its head has rows that stand for no token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf.config.load import checked
+from rlhf.config.root import Config
+from rlhf.data.packing import balance
+from rlhf.models.tiny import VOCAB_SIZE
+from rlhf.tracking.metrics import expected, merge, results
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
+from rlhf.workers.online_teacher import OnlineTeacherWorker
+from rlhf.workers.place import RankPlace
+from rlhf.workers.student import StudentWorker
+from tests.integration.rank_gang import DEADLINE_S, Gang
+from tests.integration.recipes import rows, start, train, without_clocks, write_config
+from tests.integration.test_distillation import BETA, build_models, divergence
+from tests.integration.test_online import kill_all, wait_for
+
+GROUPS, SAMPLES, PROMPT, MOST_NEW, LR, TEMPERATURE = 4, 3, 5, 9, 1e-3, 0.7
+HALVES = (tuple(range(6)), tuple(range(6, 12)))  # sequences of the two minibatches
+REWARD = {i: 0.5 * (i % SAMPLES - 1) for i in range(GROUPS * SAMPLES)}  # what rewards add to advantages
+Algorithm = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `student` and `teacher`."""
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+def rollouts_of(group: int) -> Rollouts:
+    """A group's responses, of 1 to 9 tokens."""
+    random = torch.Generator().manual_seed(group)
+    prompt = torch.randint(3, 300, (PROMPT,), generator=random)
+    sizes = [int(torch.randint(1, MOST_NEW + 1, (), generator=random)) for _ in range(SAMPLES)]
+    responses = [torch.randint(3, 300, (size,), generator=random) for size in sizes]
+    mask = torch.cat([torch.arange(PROMPT + size) >= PROMPT for size in sizes])
+    return Rollouts(
+        sequence_ids=torch.arange(group * SAMPLES, (group + 1) * SAMPLES),
+        lengths=torch.tensor([PROMPT + size for size in sizes]),
+        token_ids=torch.cat([part for response in responses for part in (prompt, response)]),
+        response_mask=mask,
+        rollout_logprobs=torch.where(mask, -5.0, 0.0),
+        versions=torch.where(mask, 0, -1),
+    )
+
+
+def config_of(algorithm: Algorithm, models: Path, folder: str, *, tokens: int, epochs: int, **roles: Any) -> Config:
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": folder},
+            "policy": {"model": str(models / "student"), "dtype": "float32", **roles.pop("policy", {})},
+            "teacher": {"model": str(models / "teacher"), "dtype": "float32"},
+            "algorithm": {"name": "on_policy_distillation", **algorithm},
+            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
+            "rollouts": {
+                "prompts_per_step": GROUPS,
+                "samples_per_prompt": SAMPLES,
+                "max_new_tokens": MOST_NEW,
+                "temperature": TEMPERATURE,
+            },
+            "rewards": {"r": {"function": "f"}},
+            "train": {
+                "steps": 1,
+                "lr": LR,
+                "sequences_per_update": len(HALVES[0]),
+                "epochs_per_batch": epochs,
+                "max_tokens_per_microbatch": tokens,
+                "grad_clip": 100.0,
+            },
+            "cluster": {"roles": {"policy": roles}},
+        }
+    )
+    return next(iter(checked(config).stages.values()))
+
+
+def plan_of(given: Rollouts, *, ranks: int, scores: Mapping[int, float]) -> BatchPlan:
+    tokens = [int(mask.sum()) for mask in given.response_mask.split(given.lengths.tolist())]
+    return BatchPlan(
+        step=1,
+        minibatches=tuple(
+            MinibatchPlan(
+                sequences_by_rank=tuple(tuple(half[i] for i in share) for share in balance([1.0] * 6, ranks)),
+                num_tokens=sum(tokens[i] for i in half),
+                num_sequences=len(half),
+            )
+            for half in HALVES
+        ),
+        scores=scores,
+        kl_coef=0.0,
+    )
+
+
+def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
+    """One rank, with a teacher of its own: the metrics of an update on each half, in as many epochs as there are."""
+    assert config.teacher is not None
+    place = RankPlace(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        device="cpu",
+        threads=1,
+        deadline_s=DEADLINE_S,
+    )
+    tokens = config.train.max_tokens_per_microbatch
+    worker = StudentWorker(config, place, optimizer_steps=4)
+    worker.build()
+    teacher = OnlineTeacherWorker(
+        config.teacher,
+        place,
+        temperature=TEMPERATURE,
+        samples_per_prompt=SAMPLES,
+        max_tokens_per_microbatch=tokens,
+    )
+    teacher.start()
+    worker.take_teacher(teacher.head()[0])
+    ranks = config.cluster.roles.policy.data_parallel_ranks
+    given = [rollouts_of(group) for group in range(GROUPS)]
+    sampled = worker.algorithm.config.is_sampled
+    whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
+    plan = plan_of(whole, ranks=ranks, scores=REWARD if sampled else {})
+    told = [one for one in teacher.logprobs(None, {}, *given) if not isinstance(one, int)] if sampled else []
+    worker.prepare(plan, GROUPS, *given, *told)
+    found = []
+    for half in list(range(len(HALVES))) * config.train.epochs_per_batch:
+        own = plan.minibatches[half].sequences_by_rank[worker.data_rank]
+        # as two teachers have them, each of every second sequence
+        states = [] if sampled else [teacher.states([own[n::2]], *given)[0] for n in (0, 1)]
+        found.append(worker.update(half, *states))
+    return found if rank % config.cluster.roles.policy.sequence_parallel == 0 else [{}] * len(found)
+
+
+class Dense:
+    """The same training in plain torch: whole logits, one sequence at a time."""
+
+    def __init__(self, models: Path, algorithm: Algorithm) -> None:
+        self.student = AutoModelForCausalLM.from_pretrained(models / "student")
+        self.teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LR, weight_decay=0.0)
+        self.algorithm = algorithm
+        whole = Rollouts.gather([rollouts_of(group) for group in range(GROUPS)], range(GROUPS * SAMPLES))
+        self.sequences = whole.token_ids.split(whole.lengths.tolist())
+        with torch.no_grad():
+            self.old = [self.sampled(self.distributions(self.student, i), i) for i in range(GROUPS * SAMPLES)]
+
+    def distributions(self, model: Any, i: int) -> Tensor:
+        """At the sampled tokens of sequence i, over the rows that both heads have if they are compared as wholes."""
+        rows = VOCAB_SIZE if "divergence" in self.algorithm else None
+        logits: Tensor = model(self.sequences[i][None]).logits[0, PROMPT - 1 : -1, :rows]
+        return (logits / TEMPERATURE).log_softmax(-1)
+
+    def sampled(self, log_p: Tensor, i: int) -> Tensor:
+        return log_p.gather(-1, self.sequences[i][PROMPT:, None])[:, 0]
+
+    def step(self, half: tuple[int, ...]) -> dict[str, float]:
+        """What is measured before an optimizer step, and the norm of its gradient."""
+        losses, entropies, gaps, advantages = [], [], [], []
+        for i in half:
+            log_p = self.distributions(self.student, i)
+            with torch.no_grad():
+                log_q = self.distributions(self.teacher, i)
+            gaps.append(self.old[i] - self.sampled(log_q, i))
+            advantages.append(REWARD[i] - gaps[-1])
+            entropies.append(-(log_p.exp() * log_p).sum(-1).detach())
+            if "divergence" in self.algorithm:
+                losses.append(divergence(self.algorithm["divergence"], log_p, log_q))
+                continue
+            ratio = (self.sampled(log_p, i) - self.old[i]).exp()
+            low, high = 1 - self.algorithm.get("clip_low", 0.2), 1 + self.algorithm.get("clip_high", 0.2)
+            losses.append(-torch.minimum(ratio * advantages[-1], ratio.clamp(low, high) * advantages[-1]))
+        loss = torch.cat(losses).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 100.0)
+        self.optimizer.step()
+        found = {"update/loss/mean": loss.item(), "update/entropy/mean": torch.cat(entropies).mean().item()}
+        found |= {"update/grad_norm": norm.item(), "experience/kl_teacher/mean": torch.cat(gaps).mean().item()}
+        if "divergence" not in self.algorithm:
+            found["advantages/mean"] = torch.cat(advantages).mean().item()
+            found["advantages/std"] = torch.cat(advantages).std(correction=0).item()
+        return found
+
+
+Train = Callable[..., list[dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Metrics of each update."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    gangs: dict[int, Gang] = {}
+
+    def run(algorithm: Algorithm, *, tokens: int = 4096, epochs: int = 1, **roles: Any) -> list[dict[str, float]]:
+        config = config_of(algorithm, models, folder, tokens=tokens, epochs=epochs, **roles)
+        workers = config.cluster.roles.policy.workers
+        if workers not in gangs:
+            gangs[workers] = Gang(workers)
+        found = gangs[workers].run(train_rank, config=config)
+        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+
+    yield run
+    for gang in gangs.values():
+        gang.close()
+
+
+SAMPLED = {"clip_low": 0.001, "clip_high": 0.002}
+JSD = {"divergence": "jsd", "beta": BETA}
+REVERSE = {"divergence": "reverse_kl"}
+QUICK = [(SAMPLED, {"workers": 2, "tokens": 20}), (REVERSE, {"workers": 2, "tokens": 20, "zero_stage": 3})]
+CASES = [
+    (SAMPLED, {"workers": 1}),
+    (SAMPLED, {"workers": 2, "tokens": 20, "sequence_parallel": 2}),
+    (JSD, {"workers": 1}),
+    (REVERSE, {"workers": 2, "tokens": 20, "sequence_parallel": 2}),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("algorithm", "layout"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],
+    ids=["-".join([a.get("divergence", "sampled"), *layout, str(layout["workers"])]) for a, layout in QUICK + CASES],
+)
+def test_updates_are_those_of_whole_logits(
+    run: Train, models: Path, algorithm: Algorithm, layout: Mapping[str, int]
+) -> None:
+    ours, dense = run(algorithm, epochs=2, **layout), Dense(models, algorithm)
+    for update, half in enumerate([*HALVES, *HALVES]):
+        plain = dense.step(half)
+        for key, value in plain.items():
+            if key.startswith("update/") or (update < 2 and algorithm == SAMPLED) or update == 0:
+                assert ours[update][key] == pytest.approx(value, rel=2e-4, abs=2e-6), (update, key)
+            else:
+                assert key not in ours[update]
+    if algorithm == SAMPLED:
+        assert ours[0]["update/clip_fraction/mean"] == 0.0
+        assert ours[3]["update/clip_fraction/mean"] > 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", [{}, JSD], ids=["sampled", "jsd"])
+def test_an_adapter_learns_from_the_teacher(run: Train, models: Path, algorithm: Algorithm) -> None:
+    policy = {"lora": {"rank": 4}}
+    one, two = (run(algorithm, policy=policy, workers=workers, tokens=20) for workers in (1, 2))
+    plain = Dense(models, algorithm).step(HALVES[0])
+    assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # it begins as nothing
+    assert 0.0 < one[0]["update/grad_norm"] < plain["update/grad_norm"]
+    for first, second in zip(one, two, strict=True):
+        for key in first.keys() - {"update/tokens/total"}:  # other responses share their prompts
+            assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+RUN: dict[str, Any] = {
+    "policy": {"dtype": "float32"},
+    "train": {"steps": 6, "sequences_per_update": 16, "lr": 3e-3, "checkpoint_every": 3},
+    "eval": {"every": 3},
+    "tracking": {"samples_per_step": 4},
+}
+BESIDE: dict[str, Any] = {"roles": {"teacher": {"workers": 2, "cpus": 0.5, "colocate_with": None}}}
+
+
+def config_file(folder: Path, name: str, models: Path, algorithm: Algorithm, **changes: Any) -> Path:
+    """A run without rewards."""
+    tree = {
+        **RUN,
+        "run": {"name": name, "dir": str(folder), "seed": 3},
+        "policy": {"model": str(models / "student"), "dtype": "float32"},
+        "teacher": {"model": str(models / "teacher"), "dtype": "float32"},
+        "algorithm": {"name": "on_policy_distillation", **algorithm},
+        **changes,
+    }
+    return write_config(folder / f"{name}.yaml", tree)
+
+
+def samples(run: Path, step: int) -> list[dict[str, Any]]:
+    text = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two runs that were never interrupted, `sampled` and `reverse_kl`."""
+    folder = tmp_path_factory.mktemp("taught")
+    train(config_file(folder, "sampled", models, {}))
+    train(config_file(folder, "reverse_kl", models, REVERSE, cluster=BESIDE))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["sampled", "reverse_kl"])
+def test_a_run_without_rewards_comes_nearer_to_its_teacher(unbroken: Path, name: str) -> None:
+    found = rows(unbroken / name)
+    always = {metric for metric in expected(["online", "teacher", "eval"]) if "<" not in metric}
+    assert always <= set(found[3]), sorted(always - set(found[3]))
+    if name == "sampled":
+        by_advantages = {metric for metric in expected(["online", "teacher", "advantages"]) if "<" not in metric}
+        assert by_advantages <= set(found[3]), sorted(by_advantages - set(found[3]))
+    assert not [key for key in found[3] if key.startswith("rewards/") and key != "rewards/errors/total"]
+    assert found[-1]["eval/heldout/kl_teacher"] < found[0]["eval/heldout/kl_teacher"]
+    assert found[-1]["memory/teacher_rss_gib"] > 0.0
+    assert all(row["experience/rollout_logprob_diff/max"] < 1e-3 for row in found[1:])
+    trained = [one for one in samples(unbroken / name, 3) if one["split"] == "train"]
+    assert len(trained) == 4
+    assert all(one["score"] is None and one["mean_teacher_logprob"] < 0.0 for one in trained)
+    state = json.loads((unbroken / name / "checkpoints" / "step_000006" / "controller.json").read_text())
+    assert state["best"]["value"] == min(row["eval/heldout/kl_teacher"] for row in found if row["step"] in (3, 6))
+    assert (unbroken / name / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["sampled", "reverse_kl"])
+def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path, name: str) -> None:
+    algorithm, changes = ({}, {}) if name == "sampled" else (REVERSE, {"cluster": BESIDE})
+    killed = config_file(unbroken, f"{name}_killed", models, algorithm, **changes)
+    process = start(killed)
+    wait_for(unbroken / f"{name}_killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4
+    kill_all(process.pid)
+    process.wait(timeout=30)
+    assert not (unbroken / f"{name}_killed" / "final").exists()
+    train(killed, "--resume", "auto")
+    assert without_clocks(rows(unbroken / f"{name}_killed")) == without_clocks(rows(unbroken / name))
+    ours, theirs = (load_file(unbroken / one / "final" / "model.safetensors") for one in (f"{name}_killed", name))
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rewards_may_be_added_to_what_the_teacher_says(models: Path, tmp_path: Path) -> None:
+    digits = {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}}
+    lora = {"model": str(models / "student"), "dtype": "float32", "lora": {"rank": 4}}
+    algorithm = {"reward_coef": 0.5}
+    train(config_file(tmp_path, "both", models, algorithm, rewards=digits, policy=lora, train={"steps": 3}))
+    found = rows(tmp_path / "both")
+    always = {
+        metric for metric in expected(["online", "rewards", "teacher", "advantages", "eval"]) if "<" not in metric
+    }
+    assert always <= set(found[2]), sorted(always - set(found[2]))
+    assert {"eval/heldout/score", "eval/heldout/kl_teacher", "rewards/digits/mean"} <= set(found[0] | found[1])
+    # the rewards' advantages have mean 0 over a group, not over its tokens: the teacher's alone would be the KL
+    assert found[1]["advantages/mean"] != pytest.approx(-found[1]["experience/kl_teacher/mean"], rel=1e-6)
+    assert (tmp_path / "both" / "final" / "adapter_model.safetensors").exists()

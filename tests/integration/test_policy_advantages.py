@@ -1,0 +1,144 @@
+"""The policy's ranks without Ray or vLLM: advantages that need a whole group, and ranks that have nothing to train on.
+
+Against plain transformers and loops over tokens. The groups' responses are spread over two ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.config.load import checked
+from rlhf.config.root import Config
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.tracking.metrics import merge, results
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
+from rlhf.workers.place import RankPlace
+from rlhf.workers.policy import PolicyWorker
+from tests.integration.rank_gang import Gang
+from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
+
+SCORES = {i: float((7 * i) % 5) / 2 for i in range(GROUPS * SAMPLES)}
+TEMPERATURE = 0.7
+
+
+def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int) -> Config:
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": folder},
+            "policy": {"model": model, "dtype": "float32"},
+            "algorithm": algorithm,
+            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
+            "rollouts": {
+                "prompts_per_step": GROUPS,
+                "samples_per_prompt": SAMPLES,
+                "max_new_tokens": MOST_NEW,
+                "temperature": TEMPERATURE,
+            },
+            "rewards": {"r": {"function": "f"}},
+            "train": {"steps": 2, "lr": 1e-2, "sequences_per_update": GROUPS, "max_tokens_per_microbatch": 40},
+            "cluster": {"roles": {"policy": {"workers": workers}}},
+        }
+    )
+    return next(iter(checked(config).stages.values()))
+
+
+def learn(
+    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
+) -> tuple[dict[int, float], Any]:
+    """One rank: the advantages of its share, and the metrics of one update. by_sequence is None: they are per token."""
+    place: RankPlace = place_of(rank, world_size)
+    worker = PolicyWorker(
+        config_of(algorithm, model, folder, workers=world_size),
+        place,
+        optimizer_steps=2,
+        reference_is_adapter_off=False,
+    )
+    worker.build()
+    rollouts = [rollouts_of(group) for group in range(GROUPS)]
+    chosen = [i for share in shares for i in share]
+    whole = Rollouts.gather(rollouts, chosen)
+    minibatch = MinibatchPlan(
+        sequences_by_rank=tuple(tuple(share) for share in shares),
+        num_tokens=int(whole.response_mask.sum()),
+        num_sequences=len(chosen),
+    )
+    plan = BatchPlan(step=1, minibatches=(minibatch,), scores={i: SCORES[i] for i in chosen}, kl_coef=0.0)
+    reports, _ = worker.prepare(plan, len(rollouts), *rollouts)
+    assert {report.sequence_id for report in reports} <= set(shares[rank])
+    _, (means, _) = worker.set_advantages(None)
+    assert set(means) == set(shares[rank])
+    per_token = worker.advantages.split(worker.share.rollouts.lengths.tolist())
+    tokens = {i: one.tolist() for i, one in zip(shares[rank], per_token, strict=False)}
+    return tokens, worker.update(0)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_llama(tmp_path_factory.mktemp("models") / "policy", seed=3))
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Gang]:
+    ranks = Gang(2)
+    yield ranks
+    ranks.close()
+
+
+def distributions(model: str, sequence_ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, list[int]]]:
+    """Of each sequence the log-probabilities of the whole vocabulary at its response's places, and the tokens there."""
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = {}
+    for sequence_id in sequence_ids:
+        one = Rollouts.gather([rollouts_of(sequence_id // SAMPLES)], [sequence_id])
+        with torch.no_grad():
+            logits = module(input_ids=one.token_ids[None]).logits[0, PROMPT - 1 : -1].double()
+        found[sequence_id] = ((logits / TEMPERATURE).log_softmax(-1), one.token_ids[PROMPT:].tolist())
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_a_token_is_compared_with_its_group_at_its_step_wherever_that_is(
+    gang: Gang, model: str, tmp_path: Path
+) -> None:
+    shares = [range(0, GROUPS * SAMPLES, 2), range(1, GROUPS * SAMPLES, 2)]  # every group is on both ranks
+    found = gang.run(learn, algorithm={"name": "otb"}, model=model, folder=str(tmp_path), shares=shares)
+    advantages = {i: values for tokens, _ in found for i, values in tokens.items()}
+    told = distributions(model, range(GROUPS * SAMPLES))
+    energies: dict[int, list[float]] = {}
+    for i, (log_p, tokens) in told.items():
+        running, energies[i] = 0.0, []
+        for step, token in enumerate(tokens):
+            running += float(1 - 2 * log_p[step, token].exp() + (2 * log_p[step]).exp().sum())
+            energies[i].append(running)
+    alone = 0
+    for i, energy in energies.items():
+        group = range(i // SAMPLES * SAMPLES, (i // SAMPLES + 1) * SAMPLES)
+        for step in range(len(energy)):
+            there = [j for j in group if step < len(energies[j])]
+            weight = sum(energies[j][step] for j in there)
+            baseline = sum(energies[j][step] * SCORES[j] for j in there) / weight if len(there) > 1 else 0.0
+            alone += len(there) == 1
+            assert advantages[i][PROMPT + step] == pytest.approx(SCORES[i] - baseline, rel=1e-4, abs=1e-5)
+        assert advantages[i][:PROMPT] == [0.0] * PROMPT
+    assert alone > 0
+    row = results(merge([metrics for _, metrics in found]))
+    # on the policy itself, tokens are summed over 18 responses
+    total = sum(sum(one) for one in advantages.values())
+    assert row["update/policy_loss/mean"] == pytest.approx(-total / (GROUPS * SAMPLES), rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path) -> None:
+    shares: list[list[int]] = [[], [4]]
+    found = gang.run(learn, algorithm={"name": "raft"}, model=model, folder=str(tmp_path), shares=shares)
+    (log_p, tokens), row = distributions(model, [4])[4], results(merge([metrics for _, metrics in found]))
+    nll = -sum(float(log_p[step, token]) for step, token in enumerate(tokens)) / len(tokens)
+    assert row["update/loss/mean"] == pytest.approx(nll, rel=1e-5)
+    assert row["update/grad_norm"] > 0.0
+    assert row["update/tokens/total"] == PROMPT + len(tokens)

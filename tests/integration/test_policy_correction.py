@@ -1,0 +1,187 @@
+"""The policy's worker under corrections of the sampler's mismatch, without Ray or vLLM.
+
+The laws: a step does not depend on ranks or micro-batches; where the rollout's log-probabilities stand for the old
+ones, none are computed; and where sampler and trainer agree, bypassing the old ones changes nothing. One process a rank
+is started for each layout and serves all tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.config.load import checked
+from rlhf.config.root import Config
+from rlhf.controller.batches import plan_batch
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.tracking.metrics import merge, results
+from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
+from rlhf.workers.policy import PolicyWorker, _logprobs
+from tests.integration.rank_gang import Gang
+from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
+
+BYPASSES = ("bypass", "policy_gradient")
+
+
+def config_of(correction: dict[str, Any] | None, model: str, folder: str, *, workers: int, tokens: int) -> Config:
+    config = Config.model_validate(
+        {
+            "run": {"name": "workers", "dir": folder},
+            "policy": {"model": model, "dtype": "float32"},
+            "algorithm": {"name": "grpo", "correction": correction},
+            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": PROMPT},
+            "rollouts": {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_new_tokens": MOST_NEW},
+            "rewards": {"r": {"function": "f"}},
+            "train": {
+                "steps": 2,
+                "lr": 1e-2,
+                "sequences_per_update": GROUPS * SAMPLES // 2,
+                "max_tokens_per_microbatch": tokens,
+                "grad_clip": 100.0,
+            },
+            "cluster": {"roles": {"policy": {"workers": workers}}},
+        }
+    )
+    return next(iter(checked(config).runs.values()))
+
+
+def sampled(group: int) -> Rollouts:
+    """A group whose sampler said about what the tiny model says of it: -5.8 nats, more or less."""
+    rollouts = rollouts_of(group)
+    noise = torch.randn(len(rollouts.token_ids), generator=torch.Generator().manual_seed(group))
+    return replace(rollouts, rollout_logprobs=torch.where(rollouts.response_mask, -5.8 + 0.3 * noise, 0.0))
+
+
+def scored(rollouts: Rollouts, group: int) -> ScoredGroup:
+    infos = tuple(
+        RolloutInfo(
+            sequence_id=sequence_id,
+            num_prompt_tokens=PROMPT,
+            num_response_tokens=length - PROMPT,
+            finish_reason="stop",
+            min_version=0,
+            max_version=0,
+            mean_logprob=-5.8,
+        )
+        for sequence_id, length in zip(rollouts.sequence_ids.tolist(), rollouts.lengths.tolist(), strict=True)
+    )
+    prompt = Prompt(prompt_id=group, token_ids=(1,) * PROMPT, text="", columns={})
+    request = GroupRequest(group_id=group, prompt=prompt, seeds=(0,), first_sequence_id=infos[0].sequence_id)
+    column: Any = rollouts
+    scores = GroupScores(scores=tuple(float(i) for i in range(SAMPLES)), by_name={}, errors=())
+    return ScoredGroup(group=CompletedGroup(request=request, rollouts=column, infos=infos), scores=scores)
+
+
+def learn(
+    rank: int,
+    world_size: int,
+    *,
+    correction: dict[str, Any] | None,
+    model: str,
+    folder: str,
+    tokens: int,
+    agree: bool = False,
+) -> list[Any]:
+    """One rank: metrics of the preparation and of two updates. agree: the sampler said what the trainer says."""
+    config = config_of(correction, model, folder, workers=world_size, tokens=tokens)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker.build()
+    rollouts = [sampled(group) for group in range(GROUPS)]
+    groups = [scored(one, group) for group, one in enumerate(rollouts)]
+    plan = plan_batch(groups, step=1, seed=0, num_minibatches=2, num_ranks=world_size, kl_coef=0.0)
+    if agree:
+        worker.prepare(plan, len(rollouts), *rollouts)
+        own = worker._compute("old logprobs", _logprobs)[0]
+        rollouts = [replace(worker.share.rollouts, rollout_logprobs=own)]
+    if correction is not None and correction.get("mode") in BYPASSES:
+        unusable: Any = None
+        worker._compute = unusable  # type: ignore[method-assign]
+    reports, prepared = worker.prepare(plan, len(rollouts), *rollouts)
+    assert {report.sequence_id for report in reports} == set(plan.sequences_of(rank))
+    by_sequence = {i: (i % SAMPLES) - 1.0 + 0.1 * i for i in range(GROUPS * SAMPLES)}
+    _, (_, signals) = worker.set_advantages(by_sequence)
+    first, second = (worker.update(minibatch) for minibatch in range(2))
+    return [{**prepared, **signals}, first, second]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_llama(tmp_path_factory.mktemp("models") / "policy", seed=3))
+
+
+Learn = Callable[..., list[dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+    """Metrics of a step, by 1 rank with all responses in a micro-batch or by 2 with one to three."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    gangs = {1: Gang(1), 2: Gang(2)}
+
+    def run(correction: dict[str, Any] | None, *, ranks: int, **options: Any) -> list[dict[str, float]]:
+        tokens = 4096 if ranks == 1 else PROMPT + 2 * MOST_NEW
+        found = gangs[ranks].run(
+            learn, correction=correction, model=model, folder=str(Path(folder)), tokens=tokens, **options
+        )
+        return [results(merge(parts)) for parts in zip(*found, strict=True)]
+
+    yield run
+    for gang in gangs.values():
+        gang.close()
+
+
+def equal(one: list[dict[str, float]], two: list[dict[str, float]], *, apart: tuple[str, ...] = ()) -> None:
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"update/tokens/total"}:
+            if not key.startswith(apart or "-"):
+                assert first[key] == pytest.approx(second[key], rel=5e-4, abs=5e-6), key
+
+
+CORRECTIONS: list[dict[str, Any]] = [
+    {"preset": "geo_rs_token_tis", "max_ratio": 1.3, "reject": {"geometric_mean_ratio": [0.9, 1.1]}},
+    {"mode": "bypass", "reject": {"token_k3": 0.1, "sequence_max_ratio": [0.4, 2.5]}, "off_policy_mask": 0.1},
+    {"mode": "policy_gradient", "weights": "sequence_masked", "min_ratio": 0.7, "max_ratio": 1.4},
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "correction",
+    [
+        pytest.param(CORRECTIONS[0], marks=pytest.mark.slow),
+        CORRECTIONS[1],
+        pytest.param(CORRECTIONS[2], marks=pytest.mark.slow),
+    ],
+    ids=["decoupled", "bypass", "policy_gradient"],
+)
+def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, correction: dict[str, Any]) -> None:
+    one, two = (run(correction, ranks=ranks) for ranks in (1, 2))
+    equal(one, two)
+    prepared, first, second = one
+    assert first["update/grad_norm"] > 0
+    touched = ("rollout_weight_truncated", "rollout_weight_masked", "rollout_rejected")
+    for found in (first, second):
+        assert 0 < sum(found[f"experience/{name}/fraction"] for name in touched) < 1
+    measured_in = first if correction.get("mode") in BYPASSES else prepared
+    assert 0 < measured_in["experience/rollout_ess_token"] < 1
+    others = [found for found in one if found is not measured_in]
+    assert not any("experience/rollout_ess_token" in found for found in others)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_where_sampler_and_trainer_agree_a_bypass_changes_nothing(run: Learn) -> None:
+    plain = run(None, ranks=1, agree=True)
+    bypassed = run({"mode": "bypass"}, ranks=1, agree=True)
+    assert bypassed[1]["experience/rollout_logprob_diff/max"] < 1e-6
+    assert plain[2]["update/clip_fraction/mean"] > 0
+    for one, two in zip(plain[1:], bypassed[1:], strict=True):
+        updates = [{k: v for k, v in found.items() if k.startswith("update/")} for found in (one, two)]
+        assert updates[0] == pytest.approx(updates[1], rel=1e-5, abs=1e-7)

@@ -1,0 +1,245 @@
+"""What a step makes of scored groups where advantages are learnt from: which responses are kept, and what is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.root import Config
+from rlhf.controller.by_advantages import AdvantageLearning
+from rlhf.controller.learning import OnlineRoles, Signals
+from rlhf.controller.record import RunRecord
+from rlhf.controller.sampling import rollout_metrics
+from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
+from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.progress import open_progress
+from rlhf.tracking.reductions import Mean
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.timeline import Timeline
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
+
+
+class Policy:
+    """Notes what it is given."""
+
+    num_ranks = 2
+
+    def __init__(self, kl: float | None) -> None:
+        self.kl = kl
+        self.entropy = 0.5
+        self.plan: BatchPlan | None = None
+        self.rollouts: list[Any] = []
+        self.advantages: Mapping[int, float] | None = None
+        self.updates: list[int] = []
+
+    async def prepare(self, plan: BatchPlan, rollouts: Sequence[Any], references: Sequence[Any]) -> PrepareReport:
+        self.plan, self.rollouts = plan, list(rollouts)
+        reports = tuple(
+            SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)
+            for rank in range(2)
+            for i in plan.sequences_of(rank)
+        )
+        return PrepareReport(sequences=reports, metrics={})
+
+    async def set_advantages(self, by_sequence: Mapping[int, float] | None, values: Sequence[Any]) -> AdvantagesReport:
+        self.advantages = by_sequence
+        return AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
+
+    async def update(self, minibatch: int) -> dict[str, Any]:
+        self.updates.append(minibatch)
+        return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
+
+
+class Reference:
+    def __init__(self) -> None:
+        self.only: frozenset[int] | None = None
+
+    async def logprobs(
+        self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
+    ) -> list[Any]:
+        self.only = only
+        return [None for _ in rollouts]
+
+
+def groups(*scores: Sequence[float], greedy: Sequence[float] | None = None) -> list[ScoredGroup]:
+    """Groups with these scores; sequences are numbered through."""
+    found = []
+    for index, one in enumerate(scores):
+        infos = tuple(
+            RolloutInfo(
+                sequence_id=index * len(one) + i,
+                num_prompt_tokens=2,
+                num_response_tokens=3,
+                finish_reason="stop",
+                min_version=0,
+                max_version=0,
+                mean_logprob=-1.0,
+            )
+            for i in range(len(one))
+        )
+        prompt = Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={})
+        request = GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=infos[0].sequence_id)
+        rollouts: Any = f"group {index}"
+        parts = {"right": tuple(one), "short": tuple(-score for score in reversed(one))}
+        scored = GroupScores(scores=tuple(one), by_name=parts, errors=())
+        group = CompletedGroup(request=request, rollouts=rollouts, infos=infos)
+        found.append(ScoredGroup(group=group, scores=scored, greedy_score=None if greedy is None else greedy[index]))
+    return found
+
+
+class Run:
+    """A run's learning with its roles, in a folder."""
+
+    def __init__(self, folder: RunFolder, algorithm: Mapping[str, Any], *, per_update: int, **rollouts: Any) -> None:
+        config = Config.model_validate(
+            {
+                "run": {"name": "demo"},
+                "policy": {"model": "m"},
+                "algorithm": algorithm,
+                "data": {"train": "x.jsonl"},
+                "rollouts": {"prompts_per_step": 3, "samples_per_prompt": 4, **rollouts},
+                "rewards": {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
+                "train": {"steps": 10, "lr": 1.0, "sequences_per_update": per_update, "epochs_per_batch": 2},
+            }
+        )
+        has_reference = config.algorithm.model_dump()["kl"]["coef"] > 0.0
+        self.policy, self.reference = Policy(0.5 if has_reference else None), Reference()
+        roles: Any = {"policy": self.policy, "reference": self.reference if has_reference else None, "critic": None}
+        unused: Any = None
+        self.record = RunRecord(
+            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, quiet=True)
+        )
+        self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
+
+    def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
+        self.record.begin_step()
+        return asyncio.run(self.learning.learn(found, step))
+
+    @property
+    def trained(self) -> list[list[int]]:
+        assert self.policy.plan is not None
+        return [sorted(i for ids in one.sequences_by_rank for i in ids) for one in self.policy.plan.minibatches]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder.open(tmp_path, "demo", resume=False) as opened:
+        yield opened
+
+
+FIRST, SECOND, FLAT = (0.0, 3.0, 1.0, 2.0), (5.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)
+
+
+def test_all_responses_are_trained_on_unless_some_are_left_out(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "dr_grpo", "kl": {"coef": 0.1}}, per_update=6)
+    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    assert sorted(i for one in run.trained for i in one) == list(range(12))
+    assert [len(one) for one in run.trained] == [6, 6]
+    assert sorted(run.policy.updates) == [0, 0, 1, 1]
+    assert run.reference.only is None
+    assert [signals.advantages[i] for i in range(8)] == [-1.5, 1.5, -0.5, 0.5, 3.75, -1.25, -1.25, -1.25]
+    row = run.record.row()
+    assert row["advantages/zero_groups/fraction"] == pytest.approx(1 / 3)
+    assert "advantages/kept/fraction" not in row
+
+
+@pytest.mark.parametrize(
+    ("by", "kept"),
+    [
+        # 0 and 3 of (0, 3, 1, 2); 5 and a 0 of (5, 0, 0, 0)
+        ("spread", {0: -1.5, 1: 1.5, 4: 2.5, 7: -2.5}),
+        ("best", {1: 0.5, 3: -0.5, 4: 2.5, 5: -2.5}),
+    ],
+)
+def test_kept_responses_are_compared_with_each_other(folder: RunFolder, by: str, kept: dict[int, float]) -> None:
+    keep = {"count": 2, "by": by}
+    run = Run(folder, {"name": "dr_grpo", "kl": {"coef": 0.1}}, per_update=3, keep_per_prompt=keep)
+    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    assert [len(one) for one in run.trained] == [3, 3]
+    trained = sorted(i for one in run.trained for i in one)
+    assert trained[:4] == sorted(kept)
+    assert run.reference.only == set(trained)
+    assert {i: signals.advantages[i] for i in kept} == kept
+    assert run.record.row()["advantages/kept/fraction"] == 0.5
+
+
+def test_raft_trains_on_the_best_that_are_good_enough(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "raft", "keep": 2, "min_score": 2.0}, per_update=2)  # three minibatches at most
+    run.learn(groups(FIRST, SECOND, FLAT))
+    assert sorted(run.trained) == [[1], [3], [4]]
+    assert run.policy.rollouts == ["group 0", "group 1"]
+    assert run.policy.advantages is None  # they are per token
+    row = run.record.row()
+    assert row["advantages/kept/fraction"] == 0.25
+    assert row["advantages/zero_groups/fraction"] == pytest.approx(1 / 3)
+
+
+def test_without_a_good_response_the_policy_stays(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    adaptive = {"coef": 0.1, "adaptive": {"target": 1.0}}
+    run = Run(folder, {"name": "raft", "min_score": 9.0, "kl": adaptive}, per_update=3)
+    with caplog.at_level(logging.WARNING):
+        signals = run.learn(groups(FIRST, SECOND, FLAT), step=7)
+    assert "step 7: no response reaches algorithm.min_score, so the policy is not updated" in caplog.text
+    assert (run.policy.plan, run.policy.updates, signals.reports, signals.advantages) == (None, [], {}, {})
+    assert run.learning.state()["kl_coef"] == 0.1
+    row = run.record.row()
+    assert row["advantages/kept/fraction"] == 0.0
+    assert row["time/update_s"] > 0.0  # by which the throughput is divided
+
+
+def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder) -> None:
+    penalty = {"coef": 0.1, "estimator": "k1", "place": "reward"}
+    run = Run(folder, {"name": "remax", "kl": penalty}, per_update=12)
+    found = groups(FIRST, SECOND, FLAT, greedy=[1.0, 0.0, 2.0])
+    signals = run.learn(found)
+    # each response's KL is 0.5, so 0.05 goes off its score, and not off the greedy one's
+    expected = [-1.05, 1.95, -0.05, 0.95, 4.95, -0.05, -0.05, -0.05, *[-1.05] * 4]
+    assert [signals.advantages[i] for i in range(12)] == pytest.approx(expected)
+    assert results(merge([rollout_metrics(found, version=0)]))["rewards/greedy/mean"] == 1.0
+
+
+def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "gdpo"}, per_update=12)
+    signals = run.learn(groups(FIRST, SECOND, FLAT))
+    # in the first group the rewards are (0, 3, 1, 2) and half of (-2, -1, -3, 0): z-scores over sqrt(5/3)
+    z = [(a - 1.5 + 0.5 * (b + 1.5)) for a, b in zip(FIRST, (-2.0, -1.0, -3.0, 0.0), strict=True)]
+    found = [signals.advantages[i] for i in range(4)]
+    assert found == pytest.approx([found[1] / z[1] * value for value in z], rel=1e-4)
+    assert sum(signals.advantages.values()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_dapo_takes_the_penalty_for_length_off_before_the_comparison(folder: RunFolder) -> None:
+    overlong = {"buffer": 2, "factor": 3.0}
+    run = Run(folder, {"name": "dapo", "overlong": overlong}, per_update=12, max_new_tokens=4)
+    found = groups(FIRST, SECOND, FLAT)
+    short = replace(found[2].group.infos[0], num_response_tokens=2)  # all others have 3 tokens, half of the buffer
+    infos = (short, *found[2].group.infos[1:])
+    found[2] = replace(found[2], group=replace(found[2].group, infos=infos))
+    signals = run.learn(found)
+    assert run.record.row()["advantages/overlong_penalty/mean"] == pytest.approx(1.5 * 11 / 12)
+    # scores of 1 and three times 1 - 1.5: mean -0.125, deviations 1.125 and -0.375, std 0.75
+    assert [signals.advantages[i] for i in range(8, 12)] == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+
+
+def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) -> None:
+    bonus = {"coef": 0.01, "adaptive": {"target": 0.6, "step": 0.005}}
+    run = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
+    in_force = []
+    for entropy in (0.5, 0.7, 0.4):  # 0.01, up; 0.015, down and not given; 0.01
+        run.policy.entropy = entropy
+        run.learn(groups(FIRST, SECOND, FLAT))
+        assert run.policy.plan is not None
+        in_force.append(run.policy.plan.entropy_coef)
+        assert run.record.row()["update/entropy_coef"] == in_force[-1]
+    assert in_force == pytest.approx([0.01, 0.015, 0.0])
+    other = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
+    asyncio.run(other.learning.restore(run.learning.state(), 3))
+    other.learn(groups(FIRST, SECOND, FLAT))
+    assert other.policy.plan is not None
+    assert other.policy.plan.entropy_coef == pytest.approx(0.015)

@@ -1,0 +1,378 @@
+"""Which prompts make a batch: filtered, dropped, oversampled, passed over; none lost, none twice, again on a resume."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.config.rollouts import DynamicSampling
+from rlhf.config.root import Config
+from rlhf.controller.answers import Answers
+from rlhf.controller.collect import Collected, Collector, teaches
+from rlhf.data.stream import Stream
+from rlhf.errors import RunError
+from rlhf.roles import CompletedGroup
+from rlhf.rollouts.identity import request_identity
+from rlhf.tracking.metrics import merge, results
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
+
+Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
+Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # in which requests are answered
+VARIED, SOLVED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
+
+
+class Engines:
+    """Answers one request after the other, with three tokens a response."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.asked: list[list[int]] = []  # prompt ids of each round
+        self.cancelled: set[int] = set()
+
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        self.asked.append([request.prompt.prompt_id for request in requests])
+        for request in self.order(requests):
+            for _ in range(5):  # until the one before is scored
+                await asyncio.sleep(0)
+            if request.group_id in self.cancelled:
+                continue
+            infos = tuple(
+                RolloutInfo(
+                    sequence_id=request.first_sequence_id + sample,
+                    num_prompt_tokens=2,
+                    num_response_tokens=3,
+                    finish_reason="stop",
+                    min_version=0,
+                    max_version=0,
+                    mean_logprob=-1.0,
+                )
+                for sample in range(len(request.seeds))
+            )
+            yield CompletedGroup(request=request, rollouts=None, infos=infos)
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        self.cancelled.update(request.group_id for request in requests)
+
+
+class Run:
+    """One start of a run on a folder; the next start of it is another."""
+
+    def __init__(
+        self, folder: Path, scores: Scores = lambda _: VARIED, *, order: Order = list, prompts: int = 12, **keys: Any
+    ) -> None:
+        curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
+        algorithm = keys.pop("algorithm", "grpo")
+        reward_policy = keys.pop("reward_policy", {})
+        config = Config.model_validate(
+            {
+                "run": {"name": "demo"},
+                "policy": {"model": "m"},
+                "algorithm": {"name": algorithm},
+                "data": {"train": "x.jsonl", "curriculum": curriculum},
+                "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2, **keys},
+                "rewards": {"r": {"function": "f"}},
+                "reward_policy": reward_policy,
+                "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8},
+            }
+        )
+        folder.mkdir(exist_ok=True)
+        self.scores = scores
+        self.parts: list[Any] = []
+        self.engines = Engines(order)
+        record: Any = SimpleNamespace(
+            folder=SimpleNamespace(spool=folder),
+            progress=SimpleNamespace(stage=lambda *_: None),
+            tracker=SimpleNamespace(log_error=lambda _: None),
+            add=self.parts.append,
+        )
+        roles: tuple[Any, Any] = (self.engines, self)
+        self.answers = Answers(*roles, record, rewards_fingerprint="f")
+        items = [
+            Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
+            for i in range(prompts)
+        ]
+        stream = Stream(items, seed=0, shuffle=False)
+        self.collector = Collector(config, stream, self.answers, record, Sampling(max_new_tokens=4))
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        prompt_id = group.request.prompt.prompt_id
+        found = self.scores(prompt_id)
+        if found is None:
+            error = RewardError(reward="r", kind="raised", message="no", prompt_id=prompt_id, sample=0)
+            return GroupScores(scores=(), by_name={}, errors=(error,))
+        return GroupScores(scores=tuple(found), by_name={"r": tuple(found)}, errors=())
+
+    def collect(self, step: int = 1) -> Collected:
+        self.parts.clear()
+        return asyncio.run(self.collector.collect(step))
+
+    def trained(self, step: int = 1) -> list[int]:
+        """Prompt ids of a step's batch."""
+        return [scored.group.request.prompt.prompt_id for scored in self.collect(step).groups]
+
+    @property
+    def row(self) -> dict[str, float]:
+        return results(merge(self.parts))
+
+
+def by_prompt(**named: Sequence[int]) -> Scores:
+    """SOLVED, FAILED or no score for the named prompts; the others' responses differ."""
+    kinds: dict[str, Sequence[float] | None] = {"solved": SOLVED, "failed": FAILED, "broken": None}
+    found = {prompt: kinds[kind] for kind, prompts in named.items() for prompt in prompts}
+    return lambda prompt: found.get(prompt, VARIED)
+
+
+def test_a_group_teaches_if_its_scores_differ_and_their_mean_is_within_the_bounds() -> None:
+    bounded = DynamicSampling(min_mean=0.25, max_mean=0.5)
+    assert teaches((0.5, 0.5), None)
+    assert not teaches((0.5, 0.5), bounded)
+    assert [teaches(scores, bounded) for scores in ((0.0, 0.4), (0.0, 0.5), (0.0, 1.0), (0.1, 1.0))] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_path: Path) -> None:
+    run = Run(tmp_path, by_prompt(solved=[0, 2, 4], failed=[5]), order=lambda r: r[::-1], dynamic_sampling={})
+    batch = run.collect()
+    assert run.engines.asked == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert [one.group.request.prompt.prompt_id for one in batch.groups] == [1, 3, 6, 7]
+    # Places among those asked, times two samples: of a number each, in plan order.
+    assert [one.group.infos[0].sequence_id for one in batch.groups] == [2, 6, 12, 14]
+    row = run.row
+    assert row["rollouts/filtered_groups/fraction"] == 4 / 8
+    assert (row["rollouts/filtered_easy/fraction"], row["rollouts/filtered_hard/fraction"]) == (3 / 8, 1 / 8)
+    assert row["rewards/answered_score/mean"] == (4 * 1.0 + 3 * 2.0) / 16
+    assert row["rollouts/tokens/total"] == 4 * 2 * (2 + 3)  # of what was left out; the batch's own are added elsewhere
+    assert batch.sampled_tokens == 8 * 2 * 3
+    second = run.collect(2).groups
+    assert [one.group.request.prompt.prompt_id for one in second] == [8, 9, 10, 11]
+    assert [one.group.infos[0].sequence_id for one in second] == [0, 2, 4, 6]
+
+
+def test_without_dynamic_sampling_all_groups_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, lambda _: SOLVED)
+    assert run.trained() == [0, 1, 2, 3]
+    assert "rollouts/filtered_groups/fraction" not in run.row
+
+
+def test_too_many_filtered_groups_end_the_run(tmp_path: Path) -> None:
+    bounded: dict[str, Any] = {"dynamic_sampling": {"max_filtered_fraction": 2}}
+    run = Run(tmp_path / "large", by_prompt(failed=range(3, 20), solved=range(3)), prompts=20, **bounded)
+    with pytest.raises(
+        RunError,
+        match=r"step 1: 12 groups were filtered, more than rollouts\.dynamic_sampling\.max_filtered_fraction 2 of 4 "
+        r"prompts allows, and 0 were kept\. The mean scores of the filtered are 0 to 1\. Choose other prompts",
+    ):
+        run.collect()
+    small = Run(tmp_path / "small", lambda _: SOLVED, prompts=6, **bounded)
+    with pytest.raises(RunError, match=r"all 6 prompts of data\.train: it has nothing left that this policy learns"):
+        small.collect()
+
+
+def test_the_share_of_filtered_groups_is_of_the_steps_prompts(tmp_path: Path) -> None:
+    bounded: dict[str, Any] = {"dynamic_sampling": {"max_filtered_fraction": 0.5}}
+    assert Run(tmp_path / "at", by_prompt(failed=[0, 1]), **bounded).trained() == [2, 3, 4, 5]
+    with pytest.raises(RunError, match="3 groups were filtered"):  # 0.5 * 4 = 2
+        Run(tmp_path / "above", by_prompt(failed=[0, 1, 4]), **bounded).collect()
+
+
+def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(tmp_path: Path) -> None:
+    broken = by_prompt(broken=[1])
+    with pytest.raises(RunError, match=r"reward_policy\.on_error is fail; drop would replace"):
+        Run(tmp_path / "fail", broken).collect()
+    drops: dict[str, Any] = {"reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.25}}
+    run = Run(tmp_path / "drop", broken, **drops)
+    assert run.trained() == [0, 2, 3, 4]
+    assert (run.row["rollouts/dropped_groups/total"], run.row["rollouts/tokens/total"]) == (1, 10)
+    with pytest.raises(RunError, match=r"2 of 4 groups were dropped, more than reward_policy\.max_dropped_fraction"):
+        Run(tmp_path / "many", by_prompt(broken=[1, 4]), **drops).collect()
+
+
+def slowest(*prompts: int) -> Order:
+    return lambda requests: sorted(requests, key=lambda request: request.prompt.prompt_id in prompts)
+
+
+def test_the_slowest_of_more_prompts_are_cancelled_and_come_first_in_the_next_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
+    batch = run.collect()
+    assert run.engines.asked == [[0, 1, 2, 3, 4, 5]]
+    assert [one.group.request.prompt.prompt_id for one in batch.groups] == [0, 2, 4, 5]
+    assert run.engines.cancelled == {1, 3}
+    assert run.row["rollouts/cancelled_groups/total"] == 2
+    assert batch.sampled_tokens == 4 * 2 * 3
+    run.engines.order = slowest(6)
+    assert run.trained(2) == [1, 3, 7, 8]
+    assert run.engines.asked[1] == [1, 3, 6, 7, 8, 9]
+    assert [prompt.prompt_id for _, prompt in run.collector.waiting] == [6, 9]
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+def test_a_reward_worker_that_dies_ends_the_run_also_where_enough_others_have_scores(
+    tmp_path: Path, oversample: float
+) -> None:
+    def dies(prompt_id: int) -> Sequence[float]:
+        if prompt_id == 2:
+            raise RunError("reward worker 0 died")
+        return VARIED
+
+    with pytest.raises(RunError, match="reward worker 0 died"):
+        Run(tmp_path, dies, oversample=oversample).collect()
+
+
+def test_oversampling_and_filtering_go_together(tmp_path: Path) -> None:
+    run = Run(tmp_path, by_prompt(solved=[0, 2, 4, 5]), order=slowest(3), oversample=1.5, dynamic_sampling={})
+    # Of the first six, 1 and 3 teach: all are waited for. Two are missing: three are asked, and 8 was one too many.
+    assert run.trained() == [1, 3, 6, 7]
+    assert run.engines.asked == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert (run.row["rollouts/filtered_groups/fraction"], run.row["rollouts/cancelled_groups/total"]) == (4 / 8, 1)
+
+
+def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
+    lots = random.Random(0)
+    rules = {
+        "oversample": 1.75,
+        "dynamic_sampling": {},
+        "reward_policy": {"on_error": "drop", "max_dropped_fraction": 1.0},
+    }
+    left_out = {3, 8, 15, 16}
+    run = Run(
+        tmp_path,
+        by_prompt(solved=[3, 8], broken=[15, 16]),
+        order=lambda requests: lots.sample(list(requests), len(requests)),
+        prompts=40,
+        **rules,
+    )
+    trained = [prompt for step in range(1, 8) for prompt in run.trained(step)]
+    assert len(trained) == len(set(trained)) == 28
+    assert trained != sorted(trained)
+    given = set(range(run.collector.prompts.state().position))
+    waiting = {prompt.prompt_id for _, prompt in run.collector.waiting}
+    assert waiting.isdisjoint(trained)
+    assert set(trained) | waiting | (left_out & given) == given
+
+
+def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> None:
+    """Killed while it trained on a batch that chance has made; afterwards other groups would be the first."""
+    first = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
+    assert first.trained() == [0, 2, 4, 5]
+    again = Run(tmp_path, order=slowest(0, 2), oversample=1.5)
+    assert again.trained() == [0, 2, 4, 5]
+    assert again.row == first.row
+    assert again.collector.state() == first.collector.state()
+    other_rule = Run(tmp_path, order=slowest(0, 2), oversample=1.5, dynamic_sampling={})
+    assert other_rule.trained() == [1, 3, 4, 5]
+    first.answers.clear()
+    assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
+
+
+def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:
+    assert Run(tmp_path, order=slowest(1, 3), oversample=1.5).trained() == [0, 2, 4, 5]
+    path = tmp_path / "firsts.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dynamic_sampling": {}},
+        {"oversample": 1.5},
+        {"curriculum": {"outside": 0.5}},
+        {"oversample": 2.0, "dynamic_sampling": {"max_mean": 0.9}, "curriculum": {"newest": 1.0}},
+    ],
+)
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path, keys: dict[str, Any]) -> None:
+    def begun(name: str) -> Run:
+        scores = by_prompt(solved=[1, 7], failed=[4])
+        return Run(tmp_path / name, scores, order=slowest(0, 5, 9), **json.loads(json.dumps(keys)))
+
+    unbroken = begun("unbroken")
+    expected = [unbroken.collect(step) for step in range(1, 9)]
+    run, found = begun("stopped"), []
+    for step in range(1, 9):
+        state = json.loads(json.dumps(run.collector.state()))
+        run = begun(f"stopped {step}")
+        run.collector.restore(state)
+        found.append(run.collect(step))
+    assert found == expected
+
+
+def test_a_prompts_samples_do_not_depend_on_what_else_is_asked_or_when(tmp_path: Path) -> None:
+    """Seeds, hence samples, are the prompt's own: whatever is refilled, oversampled, passed over, or answered first."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"dynamic_sampling": {}},
+        {"oversample": 1.5, "order": slowest(0, 1, 8)},
+        {"oversample": 2.0, "order": lambda r: r[::-1], "dynamic_sampling": {}, "curriculum": {}},
+    ]
+    seeds: list[dict[tuple[int, int], tuple[int, ...]]] = []
+    for number, way in enumerate(ways):
+        run = Run(tmp_path / str(number), by_prompt(solved=[2, 3, 9]), **way)
+        request = run.collector._request
+        asked: dict[tuple[int, int], tuple[int, ...]] = {}
+
+        def note(turn: Any, place: int, *, request: Any = request, asked: Any = asked) -> GroupRequest:
+            made: GroupRequest = request(turn, place)
+            asked.setdefault((turn[0], turn[1].prompt_id), made.seeds)
+            assert asked[turn[0], turn[1].prompt_id] == made.seeds  # a cancelled one is asked for the same samples
+            return made
+
+        run.collector._request = note  # type: ignore[method-assign]
+        for step in range(1, 7):
+            run.collect(step)
+        seeds.append(asked)
+    assert len({one for asked in seeds for turn in asked.values() for one in turn}) == 2 * len(set().union(*seeds))
+    for asked in seeds[1:]:
+        both = seeds[0].keys() & asked.keys()
+        assert len(both) > 12
+        assert all(asked[turn] == seeds[0][turn] for turn in both)
+
+
+def test_a_prompt_is_answered_at_its_own_temperature(tmp_path: Path) -> None:
+    usual = Sampling(max_new_tokens=4)
+    requests = [one.group.request for one in Run(tmp_path, warmth={2: 0.5}).collect().groups]
+    assert [request.drawn_by(usual).temperature for request in requests] == [1.0, 1.0, 0.5, 1.0]
+    cooler = replace(usual, temperature=0.5)
+    told = [[request_identity(request, sampling) for sampling in (usual, cooler)] for request in requests[1:3]]
+    assert told[0][0] != told[0][1]
+    assert told[1][0] == told[1][1]
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+def test_only_what_may_be_trained_on_is_answered_greedily_too(tmp_path: Path, oversample: float) -> None:
+    run = Run(
+        tmp_path,
+        by_prompt(broken=[1]),
+        algorithm="remax",
+        oversample=oversample,
+        reward_policy={"on_error": "drop", "max_dropped_fraction": 1.0},
+        warmth={2: 0.5},
+    )
+    batch = run.collect()
+    assert [one.greedy_score for one in batch.groups] == [0.0] * 4
+    assert [one.group.request.prompt.prompt_id for one in batch.groups] == [0, 2, 3, 4]
+    rounds = [[0, 1, 2, 3], [0, 2, 3], [4], [4]] if oversample == 1.0 else [[0, 1, 2, 3, 4, 5], [0, 2, 3, 4]]
+    assert run.engines.asked == rounds
+
+
+def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) -> None:
+    run = Run(tmp_path, by_prompt(solved=[0, 5], failed=[7]), curriculum={"outside": 0.001}, prompts=8)
+    assert [run.trained(1), run.trained(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert (run.row["data/passed_over/total"], run.row["data/within_band/fraction"]) == (0, 5 / 8)
+    assert [run.trained(3), run.trained(4)] == [[1, 2, 3, 4], [6, 1, 2, 3]]
+    assert run.row["data/passed_over/total"] == 3  # 5 and 7, and 0 of the next epoch
+    run.scores = lambda _: FAILED
+    run.collect(5)  # 4, 6 and then 1, 2: (0.5 + 0) / 2 is within the band, 0 after some more groups is not
+    assert run.row["data/within_band/fraction"] == 5 / 8

@@ -1,0 +1,175 @@
+"""An evaluation inside a run, with roles that answer by rote: what it writes down, and what ends it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.config.load import load
+from rlhf.config.root import Config
+from rlhf.controller.answers import Answers
+from rlhf.controller.evaluation import EvalSet, evaluate
+from rlhf.errors import RunError
+from rlhf.evaluation.results import Marking
+from rlhf.roles import CompletedGroup, SampleSelection
+from rlhf.tracking.run_folder import evaluation_path
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
+
+TEXTS = {0: ("7", "7", "8", "9"), 1: ("5", "6", "5", "6")}  # the answers are 7 and 6
+MARKING = Marking(ks=(1, 2), pass_score=1.0, answers="last_number")
+
+
+class Engines:
+    """Answers groups last to first; a single sample is the greedy one."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, float]] = []
+
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        for request in reversed(requests):
+            self.asked.append((len(request.seeds), sampling.temperature))
+            infos = tuple(
+                RolloutInfo(
+                    sequence_id=request.first_sequence_id + sample,
+                    num_prompt_tokens=2,
+                    num_response_tokens=sample + 1,
+                    finish_reason="stop",
+                    min_version=0,
+                    max_version=0,
+                    mean_logprob=-1.0,
+                )
+                for sample in range(len(request.seeds))
+            )
+            yield CompletedGroup(request=request, rollouts=SimpleNamespace(), infos=infos)
+
+
+class Rewards:
+    """1 for the prompt's answer; `broken`: prompts that it fails on."""
+
+    def __init__(self, broken: Sequence[int] = ()) -> None:
+        self.broken = broken
+        self.written: list[SampleSelection] = []
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        prompt = group.request.prompt
+        if prompt.prompt_id in self.broken:
+            error = RewardError(reward="right", kind="raised", message="no", prompt_id=prompt.prompt_id, sample=0)
+            return GroupScores(scores=(), by_name={}, errors=(error,))
+        said = TEXTS[prompt.prompt_id][: len(group.infos)]
+        scores = tuple(float(text == prompt.columns["answer"]) for text in said)
+        return GroupScores(scores=scores, by_name={"right": scores}, errors=())
+
+    async def answers(self, group: CompletedGroup, form: str) -> tuple[str | None, ...]:
+        assert form == "last_number"
+        return TEXTS[group.request.prompt.prompt_id]
+
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+        self.written += selections
+
+
+def config(tmp_path: Path, **settings: Any) -> Config:
+    path = tmp_path / "run.yaml"
+    told = json.dumps({"temperature": 1.0, "samples_per_prompt": 4, **settings.pop("eval", {})})
+    path.write_text(
+        f"""
+run: {{name: r, dir: {tmp_path}}}
+policy: {{model: "tiny:llama"}}
+algorithm: {{name: grpo}}
+data: {{train: {{task: running_totals, split: train, size: 8}}, eval: {{task: running_totals, split: eval, size: 2}}}}
+rollouts: {{prompts_per_step: 2, samples_per_prompt: 4, max_new_tokens: 8}}
+rewards: {{right: {{function: last_number}}}}
+train: {{steps: 1, lr: 1.0e-3, sequences_per_update: 8}}
+eval: {told}
+{settings.pop("more", "")}
+""",
+        encoding="utf-8",
+    )
+    (stage,) = load(path, []).stages.values()
+    assert isinstance(stage, Config)
+    return stage
+
+
+class Record:
+    """The parts of a run's record that an evaluation writes to."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "evals").mkdir(parents=True, exist_ok=True)
+        self.folder = SimpleNamespace(path=folder, spool=folder / "spool")
+        self.progress = SimpleNamespace(stage=lambda *_: None)
+        self.errors: list[Any] = []
+        self.tracker = SimpleNamespace(log_error=self.errors.append)
+        self.found: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self.found |= {name: value.result() for name, value in metrics.items()}
+
+    def stage(self, name: str, *, role: str) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+PROMPTS = tuple(
+    Prompt(prompt_id=i, token_ids=(1, 2), text=f"p{i}", columns={"answer": answer, "task": task})
+    for i, (answer, task) in enumerate((("7", "easy"), ("6", "hard")))
+)
+
+
+async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Engines | None = None) -> Record:
+    record: Any = Record(tmp_path / "run")
+    engines = engines or Engines()
+    answers = Answers(engines, rewards, record, rewards_fingerprint="")  # type: ignore[arg-type]
+    sets = {"heldout": EvalSet(prompts=PROMPTS, sources={0: "easy", 1: "hard"})}
+    await evaluate(sets, run_config, MARKING, answers, rewards, record, step=3)  # type: ignore[arg-type]
+    found: Record = record
+    return found
+
+
+async def test_metrics_by_hand(tmp_path: Path) -> None:
+    """Prompt 0: 7 7 8 9, two right. Prompt 1: 5 6 5 6, two right. pass@2 = 1 - C(2,2)/C(4,2) = 5/6 for both.
+
+    maj@2 of prompt 0: of 6 pairs 1 is 77 (won), 4 are 7 with another (half), 1 is 89: 3/6. Of prompt 1: 66 is won (1),
+    the 4 mixed ones are ties (half): 3/6.
+    """
+    record = await run(config(tmp_path), tmp_path, Rewards())
+    assert record.found["eval/heldout/score"] == 0.5
+    assert record.found["eval/heldout/right"] == 0.5
+    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
+    assert record.found["eval/heldout/maj@2"] == pytest.approx(0.5)
+    assert record.found["eval/heldout.easy/pass@1"] == 0.5
+    assert record.found["eval/heldout.hard/response_tokens"] == 2.5
+    assert record.found["eval/heldout/score_low"] <= 0.5 <= record.found["eval/heldout/score_high"]
+    assert "eval/heldout/greedy" not in record.found
+    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
+    assert told["sets"]["heldout.easy"]["metrics"]["score"] == {"value": 0.5, "low": None, "high": None}
+
+
+async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:
+    """The greedy ones are `7` and `5`, of which the first is right."""
+    engines, rewards = Engines(), Rewards()
+    record = await run(config(tmp_path, eval={"greedy": True}), tmp_path, rewards, engines)
+    assert record.found["eval/heldout/greedy"] == 0.5
+    assert engines.asked == [(4, 1.0), (4, 1.0), (1, 0.0), (1, 0.0)]
+    assert [len(selection.records) for selection in rewards.written] == [4, 4]
+
+
+async def test_a_reward_that_fails_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"eval heldout, step 3: .*`right` raised"):
+        await run(config(tmp_path), tmp_path, Rewards(broken=[1]))
+
+
+async def test_with_drop_a_prompt_that_a_reward_fails_on_is_left_out(tmp_path: Path) -> None:
+    dropping = config(tmp_path, more="reward_policy: {on_error: drop}")
+    record = await run(dropping, tmp_path, Rewards(broken=[1]))
+    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
+    assert "eval/heldout.hard/score" not in record.found
+    assert len(record.errors) == 1
+    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
+    assert told["sets"]["heldout"]["num_failed"] == 1
+    with pytest.raises(RunError, match="eval heldout, step 3"):
+        await run(dropping, tmp_path / "all", Rewards(broken=[0, 1]))

@@ -1,0 +1,42 @@
+"""Which responses are kept, against all sets of so many."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+
+import pytest
+
+from rlhf.objectives.selection import best, most_spread
+
+
+def test_best() -> None:
+    assert best([0.5, 2.0, -1.0, 2.0, 2.0], 2) == [1, 3]  # of equals the first
+    assert best([0.5, 2.0, -1.0], 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_most_spread_has_the_variance_of_the_best_of_all_sets(count: int) -> None:
+    draw = random.Random(count)
+    for offset in (0.0, 1e6):
+        for _ in range(20):
+            scores = [offset + draw.choice([0.0, 1.0, draw.random()]) for _ in range(6)]
+            found = most_spread(scores, count)
+            assert found == sorted(set(found))
+            assert len(found) == count
+            most = max(statistics.pvariance(one) for one in itertools.combinations(scores, count))
+            assert statistics.pvariance([scores[place] for place in found]) == pytest.approx(most, abs=1e-9)
+
+
+def test_of_right_and_wrong_answers_the_rarer_are_all_kept() -> None:
+    assert most_spread([0.0, 0.0, 1.0, 0.0, 0.0, 0.0], 4).count(2) == 1
+    assert sum([0.0, 1.0, 1.0, 0.0, 1.0, 1.0][place] for place in most_spread([0.0, 1.0, 1.0, 0.0, 1.0, 1.0], 4)) == 2.0
+
+
+@pytest.mark.parametrize("choose", [best, most_spread])
+@pytest.mark.parametrize("count", [0, 3])
+def test_no_more_than_there_are(choose: object, count: int) -> None:
+    assert callable(choose)
+    with pytest.raises(ValueError, match=f"keep 1 to 2 of so many scores, got {count}"):
+        choose([1.0, 2.0], count)
