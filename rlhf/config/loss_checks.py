@@ -32,8 +32,6 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
     if isinstance(algorithm, DAPOConfig) and algorithm.overlong is not None:
         buffer, most = algorithm.overlong.buffer, rollouts.max_response_tokens
         if buffer > most:
-            whose = (
-                "rollouts.max_new_tokens" if rollouts.environment is None else "the tokens sampled in a conversation"
-            )
+            whose = "rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples"
             text = f"is {buffer} and must be at most {whose} = {most}, which it ends at; lower it"
             yield Problem(key=("algorithm", "overlong", "buffer"), text=text)
