@@ -162,3 +162,16 @@ def test_a_spooled_group_is_taken_up_with_its_reward(played: Any, spool: Path) -
     assert read[0].token_ids.tolist() == first[0].token_ids.tolist()
     other = game(13, rounds=2)
     assert call(handle.read_spooled.remote(replace(other, seeds=(1, 2, 3, 4)), SAMPLING, 1)) is None
+
+
+def test_a_cancelled_group_ends_at_once_wherever_its_turns_are(played: Any) -> None:
+    handle, _ = played
+    slow = handle.generate.options(num_returns=2).remote(game(20, samples=3, sleep_s=2.5), SAMPLING)
+    other = handle.generate.remote(game(21), SAMPLING)
+    time.sleep(1.0)  # its environments are at work
+    began = time.monotonic()
+    call(handle.cancel.remote([20]))
+    assert call(*slow) == [None, None]
+    assert time.monotonic() - began < 1.5
+    assert call(other)[1][0].environment_reward == 1.5
+    assert call(handle.generate.remote(game(20), SAMPLING))[1][0].num_turns == 3  # it may be asked again
