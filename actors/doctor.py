@@ -25,6 +25,7 @@ from typing import Literal
 import psutil
 
 from actors.address import started_here
+from rlhf.rewards.sandbox import Sandbox, SandboxError
 
 GIB = 2**30
 IMPORT_TIMEOUT_S = 120.0  # the first import after an installation compiles everything
@@ -81,6 +82,7 @@ def examine() -> Iterator[Finding]:
         yield from _memory()
         yield _disk()
         yield _open_files()
+        yield _sandbox()
         yield from imports.result()
         yield from cluster.result()
     yield _hub()
@@ -230,6 +232,16 @@ def _open_files() -> Finding:
     enough = soft >= 4096
     advice = "" if enough else f"Ray opens many: `ulimit -n {min(65536, hard)}` before the run"
     return Finding(what="open files", state="ok" if enough else "note", found=f"limit {soft}", advice=advice)
+
+
+def _sandbox() -> Finding:
+    """Where the reward `code_tests` would run programs."""
+    try:
+        sandbox = Sandbox()
+    except SandboxError as error:
+        advice = "the reward code_tests needs one: apt-get install bubblewrap"
+        return Finding(what="code sandbox", state="note", found=str(error), advice=advice)
+    return Finding(what="code sandbox", state="ok", found=f"{sandbox.rung}, with {sandbox.python}")
 
 
 def _imports() -> list[Finding]:

@@ -18,13 +18,15 @@ from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
+from rlhf.config.environment_checks import length_problems, source_problems
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RolloutsConfig
+from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RewardPolicy, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
+from rlhf.rewards.functions import own_limit_s
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -36,7 +38,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     environment = config.rollouts.environment if config.rollouts is not None else None
     found = [*unused(config), *_presence(config)]
-    found += reward_problems(config.rewards, config.reward, environment=environment)
+    found += reward_problems(config.rewards, config.reward, config.reward_policy, environment=environment)
     found += [*_adapters(config), *_cluster(config)]
     if not derive.is_online(config):
         found += _offline(config)
@@ -150,7 +152,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield _problem("train.sequences_per_update", text)
-    yield from _longest(config, rollouts)
+    yield from length_problems(config, rollouts)
     if derive.compares_responses(config) and samples < 2:
         by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
@@ -160,29 +162,6 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
             f"is {samples}, but rollouts.dynamic_sampling looks for prompts whose responses differ in score: 2 or more"
         )
         yield _problem("rollouts.samples_per_prompt", text)
-
-
-def _longest(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Room for the longest sequence that may be sampled."""
-    prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
-    pairs, room = derive.pairs_rollouts(config), config.train.max_tokens_per_microbatch
-    whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
-    count = 2 if pairs else 1
-    if environment is None:
-        longest = prompt + count * new
-        sum_of = f"data.max_prompt_tokens + {times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}"
-    else:
-        longest = count * environment.max_tokens
-        sum_of = f"{times}rollouts.environment.max_tokens = {longest}"
-        if environment.max_tokens < prompt + new:
-            text = (
-                f"is {environment.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
-                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of those"
-            )
-            yield _problem("rollouts.environment.max_tokens", text)
-    if room < longest:
-        text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of those"
-        yield _problem("train.max_tokens_per_microbatch", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
@@ -395,15 +374,13 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
 def reward_problems(
     rewards: Mapping[str, RewardConfig],
     model: RewardModelConfig | None,
+    policy: RewardPolicy,
     *,
     environment: EnvironmentConfig | None = None,
     at: Key = (),
 ) -> Iterator[Problem]:
     """What is wrong among the rewards. `at`: the section that they stand in."""
-    played = [name for name, reward in rewards.items() if reward.environment and environment is None]
-    for name in played:
-        text = "is true, but there is no environment; name one as rollouts.environment of a run that samples responses"
-        yield Problem(key=(*at, "rewards", name, "environment"), text=text)
+    yield from source_problems(rewards, environment, at=at)
     arguments = [((*at, "rewards", name, "args"), reward.args) for name, reward in rewards.items()]
     if environment is not None:
         arguments.append((("rollouts", "environment", "args"), environment.args))
@@ -423,3 +400,9 @@ def reward_problems(
             if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
                 yield Problem(key=(*key, argument), text=text)
+    for name, reward in rewards.items():
+        limit_s = own_limit_s(reward.function or "", reward.args)
+        if limit_s is not None and limit_s >= policy.timeout_s:
+            where = ".".join((*at, "rewards", name, "args.limit_s"))
+            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
+            yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)

@@ -95,7 +95,7 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     """Everything that is wrong with it. Empty: it can start."""
     return (
         *written_inert(stage, inert_in_evaluation(stage)),
-        *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, at=("evaluate",)),
+        *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, stage.evaluate.reward_policy, at=("evaluate",)),
         *_problems(stage.evaluate),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
     )

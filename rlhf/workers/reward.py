@@ -76,7 +76,7 @@ class RewardWorker:
         prompt: Prompt,
         rollouts: Rollouts,
         truncated: Sequence[bool],
-        environment_rewards: Sequence[float | None],
+        environment_rewards: Sequence[float | None] = (),
     ) -> GroupScores:
         """Scores of one group's responses, of which some may have been cut. environment_rewards: where there is an
         environment, the rewards that it gave."""

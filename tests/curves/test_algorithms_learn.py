@@ -57,6 +57,8 @@ TASK: dict[str, Any] = {
 # What a recipe's algorithm needs of the task beyond the above.
 CHANGES: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": {"critic_lr": 1e-3}},
+    "dapo": {"algorithm": {"overlong": {"buffer": 2}}},
+    "gdpo": {"rewards": {"format": {"function": "format_regex", "args": {"pattern": "[0-9]+,[0-9]+,[0-9]+"}}}},
     "online_dpo": {"train": {"sequences_per_update": 16}},
 }
 

@@ -243,6 +243,14 @@ RELATIONS = {
     ),
     "a Ray of the run's own is written null": (["cluster.address=local"], "cluster.address: is local; a Ray that is"),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
+    "a reward's own limit is below the pool's": (
+        ["rewards.correct.function=code_tests", "reward_policy.timeout_s=8"],
+        "reward_policy.timeout_s: is 8, but `code_tests` may take 8 s (rewards.correct.args.limit_s)",
+    ),
+    "an own limit that is given": (
+        ["rewards.correct.function=math_answer", "rewards.correct.args.limit_s=20"],
+        "reward_policy.timeout_s: is 10, but `math_answer` may take 20 s",
+    ),
     "offload is for GPUs": (
         ["cluster.roles.policy.offload=[optimizer]"],
         "with cluster.device cpu all is in host memory",

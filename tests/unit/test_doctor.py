@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors import doctor
+from rlhf.rewards.sandbox import SandboxError
 
 
 @pytest.fixture
@@ -70,6 +71,18 @@ def test_a_probe_that_hangs_or_is_missing_gives_nothing() -> None:
     assert doctor._output(["no-such-program"]) is None
     assert doctor._output(["false"]) is None
     assert doctor._output(["echo", "x"]) == "x\n"
+
+
+def test_the_sandbox_is_found_or_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._sandbox().state == "ok"
+
+    def none() -> None:
+        raise SandboxError("no sandbox works")
+
+    monkeypatch.setattr(doctor, "Sandbox", none)
+    finding = doctor._sandbox()
+    assert (finding.state, finding.found) == ("note", "no sandbox works")
+    assert "apt-get install bubblewrap" in finding.advice
 
 
 def test_an_import_that_fails_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import jsonschema
 import pytest
+import referencing.exceptions
 
-from rlhf.rewards.functions import BUILT_INS, FormatRegex, contains, exact_match, last_number
+from rlhf.rewards.functions import (
+    BUILT_INS,
+    EXTRACTORS,
+    FormatRegex,
+    JsonSchema,
+    contains,
+    exact_match,
+    last_number,
+    multiple_choice,
+    own_limit_s,
+    regex_match,
+)
 from rlhf.rewards.pool import RewardPool
 from rlhf.rewards.worker import Source
 
@@ -54,6 +67,95 @@ def test_string_rules() -> None:
     tags = FormatRegex(pattern=r"<think>.+</think>\s*<answer>.+</answer>")
     assert tags("p", "<think>a\nb</think>\n<answer>3</answer>") == 1.0
     assert tags("p", "<think>a</think><answer>3</answer> and more") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("The answer is C.", "C", 1.0),
+        ("The answer is C.", "D", 0.0),
+        ("C", "(c)", 1.0),
+        (" **(c)**. ", "C", 1.0),
+        ("so \\boxed{B}", "B", 1.0),
+        ("\\boxed{\\text{B}}", "B", 1.0),
+        ("<answer> d </answer>", "D", 1.0),
+        ("**Answer:** (D) because", "D", 1.0),
+        ("The answer is (a), since B is wrong", "A", 1.0),
+        ("First the answer is A. No, the answer is B.", "B", 1.0),
+        ("The correct answer is option B", "B", 1.0),
+        ("A dog", "A", 0.0),
+        ("The answer is a dog", "A", 0.0),
+        ("Answer: Both", "B", 0.0),
+        ("", "A", 0.0),
+    ],
+)
+def test_multiple_choice(response: str, answer: str, score: float) -> None:
+    assert multiple_choice("p", response, answer) == score
+
+
+def test_multiple_choice_needs_a_letter() -> None:
+    for answer in ("Paris", 2, ""):
+        with pytest.raises(ValueError, match="not the letter of a choice"):
+            multiple_choice("p", "A", answer)
+
+
+def test_regex_match() -> None:
+    pattern = r"SQL: (.*?);"
+    assert regex_match("p", "SQL: select 1; SQL: select\n2;", pattern, "select\n2") == 1.0
+    assert regex_match("p", "SQL: select 2; SQL: select 1;", pattern, "select 2") == 0.0
+    assert regex_match("p", "none", pattern, "select 2") == 0.0
+    assert regex_match("p", "it is 17 or 18", "[0-9]+", 18) == 1.0
+    assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the group took no part in the match
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
+
+
+def test_json_schema() -> None:
+    fixed = JsonSchema(schema=SCHEMA)
+    assert fixed("p", '{"age": 3}') == 1.0
+    assert fixed("p", 'Here:\n```json\n{"age": 3}\n```') == 1.0
+    assert fixed("p", '{"age": -1}') == 0.0
+    assert fixed("p", '{"age": 3} and more') == 0.0
+    assert fixed("p", "[" * 100_000) == 0.0
+    assert JsonSchema()("p", '{"age": 3}', schema=SCHEMA) == 1.0
+    assert JsonSchema()("p", "[]", schema='{"type": "object"}') == 0.0
+
+
+def test_json_schema_that_is_wrong_or_missing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"args\.schema, or a column"):
+        JsonSchema()("p", "{}")
+    with pytest.raises(jsonschema.SchemaError):
+        JsonSchema(schema={"type": "no such type"})
+
+
+def test_json_schema_fetches_nothing() -> None:
+    remote = JsonSchema(schema={"$ref": "http://127.0.0.1:1/schema.json"})
+    with pytest.raises(referencing.exceptions.Unresolvable):
+        remote("p", "{}")
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["```python\n", "``` \n", "answer" + " " * 1000, "answer is ", "<answer>", "</answer>", "\\boxed{", " ", "1,"],
+)
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """Models that collapse write such things, and a rule that takes quadratic time would look like a hang."""
+    response = piece * (200_000 // len(piece))
+    began = time.monotonic()
+    assert multiple_choice("p", response, "A") == 0.0
+    assert last_number("p", response, 7) == 0.0
+    assert JsonSchema(schema=SCHEMA)("p", response) == 0.0
+    for extract in EXTRACTORS.values():
+        extract(response)
+    assert time.monotonic() - began < 3.0
+
+
+def test_limits_of_their_own() -> None:
+    assert own_limit_s("math_answer", {}) == 5.0
+    assert own_limit_s("code_tests", {"limit_s": 3}) == 3.0
+    assert own_limit_s("exact_match", {}) is None
+    assert own_limit_s("mine.py:reward", {"limit_s": 99}) is None
 
 
 @pytest.fixture(scope="module")
