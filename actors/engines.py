@@ -26,6 +26,7 @@ from rlhf.engine.memory import peak_memory
 from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.roles import CompletedGroup, EnginePart, MemoryReport
+from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,14 @@ class RolloutEngine(RolloutWorker):
         return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
 
 
-def start_engines(config: Config, placement: Placement, *, max_model_len: int, spool: Path) -> RolloutEngines:
+def start_engines(
+    config: Config,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    spool: Path,
+    environment: EnvironmentSpec | None,
+) -> RolloutEngines:
     """The engines' actors, their models not yet loaded. They wait for the policy's weights."""
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
     way = weight_sync(config.cluster, one_host=placement.on_one_host())
@@ -56,6 +64,7 @@ def start_engines(config: Config, placement: Placement, *, max_model_len: int, s
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,
         spool=spool,
+        environment=environment,
     )
     return RolloutEngines(_spawn(spec, config.cluster, placement), way, deadline_s=config.cluster.call_timeout_s)
 

@@ -131,7 +131,9 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
 
 
 def _refuse_other_measures(config: Config, model: str) -> None:
-    """UserError if the run measures its held-out sets neither by rewards nor by the likelihood of completions."""
+    """UserError if the run measures its held-out sets neither by single responses nor by given completions."""
+    if config.rollouts is not None and config.rollouts.environment is not None:
+        raise UserError("rollouts.environment: only the run's own evaluations play it; `rlhf eval` asks for one turn")
     if config.rewards or offline_kind(config) == "supervised":
         return
     others: Mapping[OfflineKind, str] = {

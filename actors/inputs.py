@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.environments import load_environment
 from actors.eval_inputs import inputs_of_stage
 from actors.hub import use_cache_if_silent
 from actors.made import Made
@@ -52,6 +53,7 @@ from rlhf.models.loading import (
 )
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Examples, Pairs, Prompt
 
 OfflineRow = Example | Pair | StepLabelled | Labelled
@@ -84,7 +86,8 @@ class OnlineInputs:
     eval_sets: Mapping[str, EvalSet]
     marking: Marking  # how held-out responses are marked
     rewards: tuple[RewardSpec, ...]
-    max_model_len: int  # tokens of the longest prompt with the longest response
+    environment: EnvironmentSpec | None
+    max_model_len: int  # tokens of the longest prompt with the longest response, or of the longest conversation
     probe_ids: tuple[int, ...]
 
 
@@ -164,19 +167,25 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         with named(name):
             rows = read_rows(source_of(source), columns=data.columns)
         check_rewards(specs, rows, name)
+        if environment is not None:
+            environment.check_rows(rows, name)
         with named(name):
-            return load_prompts(
+            prompts = load_prompts(
                 rows,
                 tokenizer,
                 system_prompt=data.system_prompt,
                 apply_chat_template=data.apply_chat_template,
                 max_prompt_tokens=data.max_prompt_tokens,
                 first_id=first_id,
+                tools=environment.tools if environment is not None else None,
             )
+        if environment is not None:
+            environment.check_prompt(prompts[0], tokenizer, name)
+        return prompts
 
-    specs = load_rewards(
-        config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
-    )
+    beside = Path(loaded.source).resolve().parent
+    specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
+    environment = load_environment(config, beside=beside)
     prompts: tuple[Prompt, ...] = ()
     shares = []
     for name, one in train_sets(config).items():
@@ -204,7 +213,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     }
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
-    max_model_len = longest + config.rollouts.max_new_tokens
+    max_model_len = config.rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
     if max_model_len > config.train.max_tokens_per_microbatch:
         raise UserError(
@@ -219,6 +228,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
         marking=marking_of(marks, specs, samples=settings.samples_per_prompt),
         rewards=specs,
+        environment=environment.spec if environment is not None else None,
         max_model_len=max_model_len,
         probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
     )
@@ -295,6 +305,8 @@ def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) 
     limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
     if limit is not None and wanted > limit:
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
+        if config.rollouts and config.rollouts.environment is not None:
+            room = f" in a conversation of rollouts.environment.max_tokens {wanted}"
         raise UserError(
             f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
             f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."

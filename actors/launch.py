@@ -310,7 +310,13 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             deadline_s=deadline_s,
         )
         groups.append(reward)
-        engines = start_engines(config, placement, max_model_len=inputs.max_model_len, spool=record.folder.spool)
+        engines = start_engines(
+            config,
+            placement,
+            max_model_len=inputs.max_model_len,
+            spool=record.folder.spool,
+            environment=inputs.environment,
+        )
         groups.append(engines)
         limit_s = cluster.start_timeout_s
         one_host = placement.on_one_host()

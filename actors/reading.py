@@ -91,6 +91,7 @@ def load_rewards(
                 remote=_remote(reward, key=_section(key, name)),
                 gate=reward.gate,
                 only=reward.only,
+                from_environment=reward.environment,
                 truncated_score=reward.truncated_score,
             )
         )

@@ -1,7 +1,8 @@
 """The rollout worker: one vLLM engine that answers groups of requests with the policy's weights.
 
-Token ids in, sampled token ids out with their log-probabilities and the version of the weights that sampled them. A
-plain async class: Ray wraps it elsewhere. It never generates before it has been synced, and never tokenises.
+Token ids in, sampled token ids out with their log-probabilities and the version of the weights that sampled them. With
+an environment a response is a conversation, whose other turns alone are tokenised here. A plain async class: Ray wraps
+it elsewhere. It never generates before it has been synced.
 
 A frozen engine, which answers with the weights of its own folder, can never be synced: training, whose every rollout
 follows a sync, cannot use one.
@@ -18,10 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import psutil
-import torch
 
 from actors.engine_loop import Aborted, EngineLoop, Submission
 from actors.spool import read_group, write_group
+from actors.tool_calls import VllmToolCalls
 from actors.vllm_engine import (
     RolloutSpec,
     adapter_request,
@@ -35,8 +36,11 @@ from actors.vllm_engine import (
     serve_own_weights,
 )
 from actors.weights import Meeting, WeightManifest
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
+from rlhf.models.loading import load_tokenizer
 from rlhf.roles import EnginePart
+from rlhf.rollouts.environments import Conversations, EnvironmentSpec
+from rlhf.rollouts.spans import Played, Sampled, assemble
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 
 __all__ = ["EngineHealth", "EngineInfo", "RolloutSpec", "RolloutWorker", "SyncReceipt", "engine_environment"]
@@ -82,6 +86,8 @@ class RolloutWorker:
         self._serial = 0
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
         self._arrived = asyncio.Condition()
+        self._conversations: Conversations | None = None
+        self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups whose conversations go on
 
     async def start(self) -> EngineInfo:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
@@ -93,6 +99,8 @@ class RolloutWorker:
                 lambda engine: serve_own_weights(engine, self.spec), "its adapter", self.spec.start_timeout_s
             )
             self.version = 0
+        if self.spec.environment is not None:
+            self._conversations = await self._start_environment(self.spec.environment)
         return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
 
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
@@ -112,31 +120,88 @@ class RolloutWorker:
         returns.
 
         A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
-        others of its batch are then scheduled, and rounded, as they were.
+        others of its batch are then scheduled, and rounded, as they were. Not so a conversation: its turns are
+        batched as they come in any case, and an environment may have its price.
         """
         version = self._synced_version()
-        submissions = self._submissions(request, sampling)
-        if self._held is None:
-            futures = self.loop.submit(submissions)
-        else:
-            started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
-            async with self._arrived:
-                self._held.append((request.group_id, submissions, started))
-                self._arrived.notify_all()
-            futures = await self._within(started, f"the release of group {request.group_id}")
         try:
-            outputs = await asyncio.gather(
-                *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
-            )
+            if self._conversations is None:
+                futures = await self._admit(request, self._submissions(request, sampling))
+                outputs = await asyncio.gather(
+                    *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
+                )
+                played = [_answer(request, sampled_of(output)) for output in outputs]
+            else:
+                await self._admit(request, [])  # its turns come later, each by itself
+                spooled = await self.read_spooled(request, sampling, version)
+                if spooled is not None:
+                    return spooled
+                played = await self._play(self._conversations, request, sampling)
         except Aborted:
             return None, None
-        rollouts, infos = assemble(request, outputs)
+        rollouts, infos = assemble(request, played)
         spooled = await self.read_spooled(request, sampling, version)
         if spooled is not None:
             return spooled
-        if self.spec.spool is not None:
-            await asyncio.to_thread(write_group, self.spec.spool, request, sampling, version, rollouts, infos)
+        failed = any(info.environment_error is not None for info in infos)
+        if self.spec.spool is not None and not failed:  # whoever resumes has mended the environment
+            await asyncio.to_thread(
+                write_group, self.spec.spool, request, sampling, version, rollouts, infos, environment=self._played_in
+            )
         return rollouts, infos
+
+    async def _admit(self, request: GroupRequest, submissions: list[Submission]) -> list[Future[Any]]:
+        """Give a group's samples to the engine, after `release` if the engine holds its requests."""
+        if self._held is None:
+            return self.loop.submit(submissions)
+        started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
+        async with self._arrived:
+            self._held.append((request.group_id, submissions, started))
+            self._arrived.notify_all()
+        return await self._within(started, f"the release of group {request.group_id}")
+
+    async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
+        """Load the environment beside the engine."""
+        tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code)
+        conversations = Conversations(spec, tokenizer, self._draw)
+        try:
+            description = await conversations.start()
+        except UserError as error:  # the driver could load it, so this machine differs from the driver's
+            raise RunError(f"{self.spec.name}: rollouts.environment: {error}") from error
+        if description.tools:
+            conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
+        return conversations
+
+    async def _play(self, conversations: Conversations, request: GroupRequest, sampling: Sampling) -> list[Played]:
+        """A group's conversations. Aborted if it is cancelled, in whose turn it may be."""
+        playing = asyncio.ensure_future(conversations.play(request, request.drawn_by(sampling)))
+        self._playing[request.group_id] = playing
+        try:
+            await asyncio.wait([playing])
+        finally:
+            del self._playing[request.group_id]
+            playing.cancel()
+        if playing.cancelled():
+            raise Aborted(f"{self.spec.name}: aborted")
+        return playing.result()
+
+    async def _draw(
+        self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None
+    ) -> Sampled:
+        """One turn of a conversation."""
+        submission = Submission(
+            request_id=self._next_id(_prefix(group_id)),
+            prompt_token_ids=token_ids,
+            params=sampling_params(sampling, seed, stop_token=stop_token),
+            lora=self._lora,
+        )
+        (future,) = self.loop.submit([submission])
+        return sampled_of(await self._within(asyncio.shield(asyncio.wrap_future(future)), "a turn of a conversation"))
+
+    @property
+    def _played_in(self) -> str:
+        """What a spooled group must have been played in to be this run's."""
+        return "" if self.spec.environment is None else self.spec.environment.fingerprint()
 
     async def read_spooled(
         self, request: GroupRequest, sampling: Sampling, version: int
@@ -144,7 +209,9 @@ class RolloutWorker:
         """The group as these weights answered it before, if it was finished. None: it was not."""
         if self.spec.spool is None:
             return None
-        return await asyncio.to_thread(read_group, self.spec.spool, request, sampling, version)
+        return await asyncio.to_thread(
+            read_group, self.spec.spool, request, sampling, version, environment=self._played_in
+        )
 
     async def hold(self) -> None:
         """Let the requests that come from now on wait, and forget cached prefixes.
@@ -249,6 +316,8 @@ class RolloutWorker:
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
         """Drop what is left of these groups; how many samples. Other groups go on."""
+        for playing in [self._playing[group_id] for group_id in group_ids if group_id in self._playing]:
+            playing.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]
         return await self._wait(self.loop.abort(prefixes), "an abort", self.spec.call_timeout_s)
 
@@ -262,7 +331,9 @@ class RolloutWorker:
         )
 
     async def shutdown(self) -> None:
-        """End the engine."""
+        """End the engine and the environment."""
+        if self._conversations is not None:
+            await self._conversations.stop()
         if not await asyncio.to_thread(self.loop.stop, timeout_s=30.0):
             raise RunError(f"{self.spec.name}: a step did not end in 30 s, so the engine could not be shut down")
 
@@ -324,41 +395,16 @@ def _prefix(group_id: int) -> str:
     return f"group{group_id}-"
 
 
-def assemble(request: GroupRequest, outputs: Sequence[Any]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-    """One group's columns and scalars out of vLLM's final outputs, one a seed."""
-    prompt = torch.tensor(request.prompt.token_ids, dtype=torch.int64)
-    ids, masks, logprobs, versions, infos = [], [], [], [], []
-    for index, output in enumerate(outputs):
-        (sample,) = output.outputs
-        response = torch.tensor(sample.token_ids, dtype=torch.int64)
-        sampled = torch.tensor(sample.logprobs.logprobs, dtype=torch.float32)
-        by_token = torch.cat([torch.full((s.end - s.start,), int(s.version)) for s in sample.weight_versions])
-        if not len(response) == len(sampled) == len(by_token):
-            raise RunError(
-                f"group {request.group_id}, sample {index}: the engine returned {len(response)} tokens with "
-                f"{len(sampled)} log-probabilities and {len(by_token)} versions"
-            )
-        ids += [prompt, response]
-        masks += [torch.zeros(len(prompt), dtype=torch.bool), torch.ones(len(response), dtype=torch.bool)]
-        logprobs += [torch.zeros(len(prompt)), sampled]
-        versions += [torch.full((len(prompt),), -1), by_token]
-        infos.append(
-            RolloutInfo(
-                sequence_id=request.first_sequence_id + index,
-                num_prompt_tokens=len(prompt),
-                num_response_tokens=len(response),
-                finish_reason=sample.finish_reason,
-                min_version=int(by_token.min()),
-                max_version=int(by_token.max()),
-                mean_logprob=float(sampled.mean()),
-            )
-        )
-    rollouts = Rollouts(
-        sequence_ids=torch.tensor([info.sequence_id for info in infos], dtype=torch.int64),
-        lengths=torch.tensor([info.num_prompt_tokens + info.num_response_tokens for info in infos]),
-        token_ids=torch.cat(ids),
-        response_mask=torch.cat(masks),
-        rollout_logprobs=torch.cat(logprobs),
-        versions=torch.cat(versions),
+def _answer(request: GroupRequest, sampled: Sampled) -> Played:
+    return Played(prompt_token_ids=request.prompt.token_ids, spans=(sampled,), finish_reason=sampled.finish_reason)
+
+
+def sampled_of(output: Any) -> Sampled:
+    """vLLM's final output of one request."""
+    (sample,) = output.outputs
+    return Sampled(
+        token_ids=tuple(sample.token_ids),
+        logprobs=tuple(sample.logprobs.logprobs),
+        versions=tuple(int(s.version) for s in sample.weight_versions for _ in range(s.start, s.end)),
+        finish_reason=sample.finish_reason,
     )
-    return rollouts, tuple(infos)

@@ -44,12 +44,16 @@ class RewardWorkers:
         """Groups go to the workers in turn, to each as many at once as it has processes: the limit is for one group's
         own work, not for its wait. Services are asked first, about more groups at once."""
         worker = group.request.group_id % len(self.handles)
+        errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
+        if errors:
+            return GroupScores(scores=(), by_name={}, errors=errors)
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
+        environment = tuple(info.environment_reward for info in group.infos)
         limit_s = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s) + self.deadline_s
         prompt = group.request.prompt
         asked = await self._ask(worker, group, truncated)
         async with self.free[worker]:
-            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked)
+            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked, environment)
             scores: GroupScores = await wait_one(ref, role="reward", rank=worker, stage="rewards", deadline_s=limit_s)
         return scores
 

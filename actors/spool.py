@@ -1,7 +1,7 @@
 """Finished groups on disk, so that a resumed run trains on the very same rollouts.
 
 One file a group, named by group id and the version of the weights that the group began with, written whole or not at
-all. A file speaks for a request only if prompt, seeds and sampling are the same.
+all. A file speaks for a request only if prompt, seeds, sampling and environment are the same.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def write_group(
     version: int,
     rollouts: Rollouts,
     infos: tuple[RolloutInfo, ...],
+    *,
+    environment: str = "",
 ) -> None:
     """Write a finished group aside, then rename it into place."""
     path = group_path(folder, request.group_id, version)
@@ -40,12 +42,12 @@ def write_group(
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     told = json.dumps([asdict(info) for info in infos])
-    save_file(columns, aside, metadata={**request_identity(request, sampling), "infos": told})
+    save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": told})
     aside.replace(path)
 
 
 def read_group(
-    folder: Path, request: GroupRequest, sampling: Sampling, version: int
+    folder: Path, request: GroupRequest, sampling: Sampling, version: int, *, environment: str = ""
 ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
     """The group, if it is there, whole, and answers this very request."""
     path = group_path(folder, request.group_id, version)
@@ -54,10 +56,14 @@ def read_group(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if any(metadata.get(key) != value for key, value in request_identity(request, sampling).items()):
+            if any(metadata.get(key) != value for key, value in _identity(request, sampling, environment).items()):
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
     except (SafetensorError, ValueError) as error:
         logger.warning("%s is damaged (%s); its group is drawn again", path, error)
         return None
     return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
+
+
+def _identity(request: GroupRequest, sampling: Sampling, environment: str) -> dict[str, str]:
+    return {**request_identity(request, sampling), "environment": environment}

@@ -106,7 +106,7 @@ class OnlineTeacherWorkers(ReferenceWorkers):
         infos = {info.sequence_id: info for group in groups for info in group.infos}
 
         def length_of(sequence_id: int) -> int:
-            return infos[sequence_id].num_prompt_tokens + infos[sequence_id].num_response_tokens
+            return infos[sequence_id].num_tokens
 
         def ask(states: Callable[..., Any], shares: Sequence[Sequence[int]]) -> Any:
             wanted = {i for share in shares for i in share}

@@ -15,6 +15,7 @@ from actors.processes import KEEPS_MEMORY
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.errors import RunError
+from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Sampling
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allocates for
@@ -42,6 +43,7 @@ class RolloutSpec:
     colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
     trust_remote_code: bool = False
     spool: Path | None = None  # finished groups are kept here
+    environment: EnvironmentSpec | None = None  # what the policy converses with; None: one turn answers a prompt
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0  # of a generate or an update
 
@@ -110,8 +112,8 @@ def build_engine(spec: RolloutSpec) -> Any:
     )
 
 
-def sampling_params(sampling: Sampling, seed: int) -> Any:
-    """vLLM's parameters for one sample."""
+def sampling_params(sampling: Sampling, seed: int, *, stop_token: int | None = None) -> Any:
+    """vLLM's parameters for one sample. stop_token: one that ends it besides the model's own."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -122,6 +124,7 @@ def sampling_params(sampling: Sampling, seed: int) -> Any:
         max_tokens=sampling.max_new_tokens,
         seed=seed,
         stop=list(sampling.stop),
+        stop_token_ids=None if stop_token is None else [stop_token],
         include_stop_str_in_output=True,
         detokenize=bool(sampling.stop),  # text is only looked at for stop strings
         logprobs=0,  # the sampled token's

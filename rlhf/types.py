@@ -84,7 +84,7 @@ class Ragged:
 class Rollouts(Ragged):
     """Sampled responses with their prompts: made by the rollout engine, read by every trainer, never re-tokenised."""
 
-    token_ids: Int[Tensor, " N"]  # prompt, then response
+    token_ids: Int[Tensor, " N"]  # prompt, then response; in a conversation, turns of the policy and the environment
     response_mask: Bool[Tensor, " N"]  # True where the policy sampled the token
     rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling (temperature applied); 0 outside the mask
     versions: Int[Tensor, " N"]  # weight version that sampled the token; -1 outside the mask
@@ -212,12 +212,26 @@ class RolloutInfo:
     """Scalars of one response: what the controller sees in place of tokens."""
 
     sequence_id: int
-    num_prompt_tokens: int
-    num_response_tokens: int
+    num_prompt_tokens: int  # before the first sampled one
+    num_response_tokens: int  # sampled
     finish_reason: FinishReason
     min_version: int  # oldest and newest weights that sampled a token of it
     max_version: int
     mean_logprob: float  # of its sampled tokens, by the sampler
+    num_turns: int = 1  # of the policy
+    num_environment_tokens: int = 0  # between its turns
+    environment_reward: float | None = None  # sum over its turns; None: no environment, or it failed
+    environment_error: RewardError | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole sequence."""
+        return self.num_prompt_tokens + self.num_own_tokens
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Behind the prompt, which it shares with its group."""
+        return self.num_response_tokens + self.num_environment_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
+from rlhf.config.environment_checks import length_problems
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
-    found = [*unused(config), *_presence(config), *reward_problems(config.rewards, config.reward)]
+    environment = config.rollouts.environment if config.rollouts is not None else None
+    found = [*unused(config), *_presence(config)]
+    found += reward_problems(config.rewards, config.reward, environment=environment)
     found += [*_adapters(config), *_cluster(config), *normalization_problems(config)]
     if not derive.is_online(config):
         found += _offline(config)
@@ -148,16 +151,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
         text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
         yield _problem("train.sequences_per_update", text)
-    prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
-    whole, times, longest = "the longest sequence", "", prompt + new
-    if derive.pairs_rollouts(config):
-        whole, times, longest = "both responses of a pair", "2 * ", prompt + 2 * new
-    if train.max_tokens_per_microbatch < longest:
-        text = (
-            f"is {train.max_tokens_per_microbatch} and must hold {whole}: data.max_prompt_tokens + "
-            f"{times}rollouts.max_new_tokens = {prompt} + {times}{new} = {longest}; raise it, or lower one of those"
-        )
-        yield _problem("train.max_tokens_per_microbatch", text)
+    yield from length_problems(config, rollouts)
     if derive.compares_responses(config) and samples < 2:
         by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"

@@ -14,7 +14,7 @@ class TaskConfig(Section):
     """Rows made on the spot by a task with a verifier."""
 
     task: str = Field(min_length=1)
-    """`running_totals`, or `reasoning_gym/NAME`, or several joined by commas."""
+    """`running_totals`, `guessing_game`, `calculator`, or `reasoning_gym/NAME`, or several joined by commas."""
     split: Literal["sft", "pairs", "labelled", "steps", "train", "eval"] = "train"
     """`train` and `eval` are prompts for rollouts; `sft`, `pairs` and `labelled` are the same other questions, with
     responses. No question is in two of these three sets."""

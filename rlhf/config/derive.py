@@ -374,7 +374,7 @@ def derive(config: Config) -> Derived:
     train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
     sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
     rows = rows_per_step(config, rollouts) if rollouts else sequences
-    longest = config.data.max_prompt_tokens + rollouts.max_new_tokens if rollouts else max_sequence_tokens(config)
+    longest = rollouts.longest_sequence(config.data.max_prompt_tokens) if rollouts else max_sequence_tokens(config)
     needed = needs(config)
     return Derived(
         needs=tuple(role for role in ROLE_ORDER if role in needed),

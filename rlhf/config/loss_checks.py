@@ -30,7 +30,8 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
         text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
         yield Problem(key=("algorithm", "entropy", "coef"), text=text)
     if isinstance(algorithm, DAPOConfig) and algorithm.overlong is not None:
-        buffer, most = algorithm.overlong.buffer, rollouts.max_new_tokens
+        buffer, most = algorithm.overlong.buffer, rollouts.max_response_tokens
         if buffer > most:
-            text = f"is {buffer} and must be at most rollouts.max_new_tokens = {most}, which it ends at; lower it"
+            whose = "rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples"
+            text = f"is {buffer} and must be at most {whose} = {most}, which it ends at; lower it"
             yield Problem(key=("algorithm", "overlong", "buffer"), text=text)

@@ -163,7 +163,12 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
         facts.append(["sequences a step", f"{per_update}: {updates}"])
     else:
         prompts, samples = rollouts.prompts_per_step, rollouts.samples_per_prompt
-        prompt, new = config.data.max_prompt_tokens, rollouts.max_new_tokens
+        prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
+        if environment is None:
+            longest = f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"
+        else:
+            turns = f"{environment.max_turns} turns of {new}"
+            longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
         passes = f"{train.epochs_per_batch} passes" if train.epochs_per_batch > 1 else "1 pass"
         facts += [
             [
@@ -174,7 +179,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
                 "updates a step",
                 f"{derived.rows_per_step} / {per_update} {rows} = {derived.updates_per_batch}, {passes}: {updates}",
             ],
-            ["longest sequence", f"{prompt} prompt + {new} new = {derived.longest_sequence} tokens"],
+            ["longest sequence", longest],
         ]
     ranks, shared = derived.data_parallel_ranks, config.cluster.roles.policy.sequence_parallel
     on = f" on {ranks} ranks" if ranks > 1 else ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rlhf.config import derive
+from rlhf.config.environment_checks import source_problems
 from rlhf.config.explain import Problem
 from rlhf.config.model import RewardModelConfig
 from rlhf.config.rewards import SECRET, RewardConfig
+from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
@@ -24,9 +26,14 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
 
 
 def reward_problems(
-    rewards: Mapping[str, RewardConfig], model: RewardModelConfig | None, *, at: Key = ()
+    rewards: Mapping[str, RewardConfig],
+    model: RewardModelConfig | None,
+    *,
+    environment: EnvironmentConfig | None = None,
+    at: Key = (),
 ) -> Iterator[Problem]:
     """What is wrong among the rewards. `at`: the section that they stand in."""
+    yield from source_problems(rewards, environment, at=at)
     users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
     if users and model is None:
         key = (*at, "reward")
@@ -48,3 +55,7 @@ def reward_problems(
                 text = "looks like a secret, and the config is written to the run folder: read it from the environment"
                 where = ("args", argument) if argument in reward.args else ("judge", "request", argument)
                 yield Problem(key=(*at, "rewards", name, *where), text=text)
+    for argument in environment.args if environment is not None else ():
+        if SECRET.search(argument):
+            text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+            yield Problem(key=("rollouts", "environment", "args", argument), text=text)

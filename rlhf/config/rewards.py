@@ -89,7 +89,7 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward: exactly one of function, role and url."""
+    """One reward: exactly one of function, role, url and environment."""
 
     function: str | None = None
     """A built-in by name, or `path/file.py:name`."""
@@ -98,6 +98,8 @@ class RewardConfig(Section):
     url: str | None = None
     """A service that scores responses, or with `judge` the endpoint of a language model, such as
     `http://127.0.0.1:8000/v1`."""
+    environment: bool = False
+    """true: the sum of what rollouts.environment gives in a conversation."""
     weight: float = 1.0
     """Its factor in the response's score."""
     normalize: Literal["none", "group"] = "none"
@@ -107,7 +109,8 @@ class RewardConfig(Section):
     only: dict[str, Annotated[tuple[str | int | bool, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Column: values. The reward is asked about rows alone that have one of them in each of the columns."""
     truncated_score: float | None = None
-    """What a response gets that was cut at rollouts.max_new_tokens, before the weight; null: what the reward says."""
+    """What a response gets that was cut at rollouts.max_new_tokens (a conversation: that met one of the environment's
+    limits), before the weight; null: what the reward says."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the class's constructor."""
     token_env: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
@@ -135,8 +138,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.function, self.role, self.url)) != 1:
-            raise ValueError("give exactly one of `function`, `role` and `url`")
+        if sum(source is not None for source in (self.function, self.role, self.url)) + self.environment != 1:
+            raise ValueError("give exactly one of `function`, `role`, `url` and `environment: true`")
         if self.function is None and self.args:
             raise ValueError("`args` has an effect with `function` alone")
         return self

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from rlhf.algorithms.section import Section
+
+
+class EnvironmentConfig(Section):
+    """What the policy converses with, instead of answering in one turn. docs/environments.md has the protocol."""
+
+    name: str
+    """A built-in, or `path/file.py:CLASS`."""
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the class's constructor."""
+    max_turns: int = Field(default=8, ge=1, le=10_000)
+    """Turns of the policy, each of at most rollouts.max_new_tokens. A conversation that is not over by then is cut, as
+    truncated, with the rewards that it has."""
+    max_tokens: int = Field(ge=2)
+    """Tokens of a whole conversation with its prompt, at which it is cut likewise."""
+    step_timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
+    """Limit of one call of the environment. One that takes longer has failed; see reward_policy."""
+    memory_gib: float = Field(default=4.0, ge=0.25, le=65536)
+    """Memory that a conversation's process may map, libraries included. One that wants more has failed."""
+    processes: int = Field(default=256, ge=1, le=100_000)
+    """Conversations open at once in an engine, each in a process of its own; others wait for a place."""
+    tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
+    """How the model writes tool calls. hermes: JSON within `<tool_call>`, as Qwen and others do."""
 
 
 class DynamicSampling(Section):
@@ -64,3 +86,17 @@ class RolloutsConfig(Section):
     """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
+    environment: EnvironmentConfig | None = None
+    """null: one turn answers a prompt."""
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Most tokens that the policy samples in one sequence."""
+        environment = self.environment
+        if environment is None:
+            return self.max_new_tokens
+        return min(environment.max_turns * self.max_new_tokens, environment.max_tokens)
+
+    def longest_sequence(self, prompt_tokens: int) -> int:
+        """Most tokens of a sequence that begins with a prompt of so many."""
+        return prompt_tokens + self.max_new_tokens if self.environment is None else self.environment.max_tokens

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf.controller.record import RunRecord
+from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.firsts import FirstsLedger, race_identity
@@ -195,7 +196,8 @@ class Answers:
     def _note_errors(self, scored: ScoredGroup, *, step: int) -> None:
         for error in scored.scores.errors:
             self.record.tracker.log_error(error_record(error, step=step))
-        self.record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors))})
+        failures = environment_failures(scored.group.infos)
+        self.record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors)), **failures})
 
 
 def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:

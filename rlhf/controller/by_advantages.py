@@ -172,7 +172,7 @@ class AdvantageLearning:
 
     def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """The scores as the algorithm compares them, and how much it has taken off."""
-        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_new_tokens)
+        shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_response_tokens)
         if shaped is not scores:
             taken = float((scores - shaped).sum())
             self.record.add({"advantages/overlong_penalty/mean": Mean(total=taken, count=len(scores))})

@@ -208,7 +208,7 @@ class Collector:
 
     def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
         """Of what was not trained on. The batch's own are those of rlhf.controller.sampling."""
-        tokens = sum(info.num_prompt_tokens + info.num_response_tokens for info in _infos(batch.left_out))
+        tokens = sum(info.num_tokens for info in _infos(batch.left_out))
         found: dict[str, Reduction] = {
             "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),
             "rollouts/tokens/total": Sum(total=tokens),

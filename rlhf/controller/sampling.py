@@ -8,6 +8,7 @@ from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.samples import SampleRecord
+from rlhf.types import RolloutInfo
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
@@ -21,11 +22,12 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
         "rollouts/response_tokens/max": Max(value=max(lengths)),
         "rollouts/prompt_tokens/mean": Mean.of(prompts),
         "rollouts/truncated/fraction": Mean.of([float(info.finish_reason == "length") for info in infos]),
-        "rollouts/tokens/total": Sum(total=sum(lengths) + sum(prompts)),
+        "rollouts/tokens/total": Sum(total=float(sum(info.num_tokens for info in infos))),
         "rollouts/logprob/mean": Mean(
             total=sum(info.mean_logprob * info.num_response_tokens for info in infos), count=sum(lengths)
         ),
         "experience/policy_lag/max": Max(value=float(max(version - info.min_version for info in infos))),
+        **_conversation_metrics(infos),
     }
     if scores:
         found |= {"rewards/score/mean": Mean.of(scores), "rewards/score/std": Std.of(scores)}
@@ -43,6 +45,29 @@ def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
         for name, values in scored.scores.by_name.items():
             found.setdefault(name, []).extend(values)
     return found
+
+
+def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
+    """Of conversations with an environment; nothing of single turns."""
+    if infos[0].environment_reward is None:
+        return {}
+    turns = [float(info.num_turns) for info in infos]
+    return {
+        "rollouts/turns/mean": Mean.of(turns),
+        "rollouts/turns/max": Max(value=max(turns)),
+        "rollouts/environment_tokens/mean": Mean.of([float(info.num_environment_tokens) for info in infos]),
+    }
+
+
+def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
+    """Of one group's environments, whatever becomes of the group; nothing of single turns."""
+    kinds = [info.environment_error.kind for info in infos if info.environment_error is not None]
+    if not kinds and infos[0].environment_reward is None:
+        return {}
+    return {
+        "rollouts/environment_errors/total": Sum(total=float(len(kinds))),
+        "rollouts/environment_timeouts/total": Sum(total=float(kinds.count("timeout"))),
+    }
 
 
 def group_samples(
@@ -79,6 +104,7 @@ def group_samples(
                     mean_rollout_logprob=info.mean_logprob,
                     mean_old_logprob=None if sequence is None else sequence.mean_old_logprob,
                     mean_ref_logprob=None if sequence is None else sequence.mean_ref_logprob,
+                    turns=None if info.environment_reward is None else (),
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from rlhf.data.chat import (
+    Message,
     encode,
     raw_prefix,
     raw_prompt,
@@ -39,17 +40,23 @@ def load_prompts(
     apply_chat_template: bool,
     max_prompt_tokens: int,
     first_id: int = 0,
+    tools: Sequence[Message] | None = None,
 ) -> tuple[Prompt, ...]:
     """One prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id`.
 
     Conversations always go through the chat template, string prompts if `apply_chat_template`, with the tools of column
-    `tools`; either ends where the assistant's turn begins. All columns but `prompt` go on to the rewards, `temperature`
-    too, which is the prompt's own. UserError names the row that is wrong.
+    `tools` or, where a row has none, with `tools`; either ends where the assistant's turn begins. All columns but
+    `prompt` go on to the rewards, `temperature` too, which is the prompt's own. UserError names the row that is wrong.
     """
     prefix = raw_prefix(tokenizer)
     texts = [
         _prompt_text(
-            row, tokenizer, system_prompt=system_prompt, apply_chat_template=apply_chat_template, prefix=prefix
+            row,
+            tokenizer,
+            system_prompt=system_prompt,
+            apply_chat_template=apply_chat_template,
+            prefix=prefix,
+            tools=read_tools(row) or tools,
         )
         for row in rows
     ]
@@ -89,7 +96,15 @@ def _temperature(row: Row) -> float | None:
     return float(value)
 
 
-def _prompt_text(row: Row, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool, prefix: str) -> str:
+def _prompt_text(
+    row: Row,
+    tokenizer: Any,
+    *,
+    system_prompt: str | None,
+    apply_chat_template: bool,
+    prefix: str,
+    tools: Sequence[Message] | None,
+) -> str:
     for name in _GIVEN_TO_REWARDS:
         if name in row.columns:
             raise UserError(
@@ -111,7 +126,6 @@ def _prompt_text(row: Row, tokenizer: Any, *, system_prompt: str | None, apply_c
         text = row.text("prompt", alternative="messages")
         return raw_prompt(text, place=row.place, system_prompt=system_prompt, prefix=prefix)
     require_template(tokenizer, row.place)
-    tools = read_tools(row)
     text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
     refuse_untold_tools(tools, text, tokenizer, row.place)
     return text

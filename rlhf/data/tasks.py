@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf.data.environment_tasks import ENVIRONMENT_TASKS
 from rlhf.errors import UserError
 
 Split = Literal["sft", "pairs", "labelled", "steps", "train", "eval"]
@@ -24,7 +25,8 @@ REASONING_GYM = "reasoning_gym/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSource:
-    """Rows of `running_totals`, of `reasoning_gym/NAME`, or of several of them in turn, joined by commas."""
+    """Rows of `running_totals`, of `reasoning_gym/NAME`, of a task for an environment, or of several of them in turn,
+    joined by commas."""
 
     task: str
     split: Split  # sft, pairs, labelled, steps: rows with responses; train, eval: prompts with an answer
@@ -39,7 +41,8 @@ class TaskSource:
 
 
 def make_rows(source: TaskSource) -> list[Columns]:
-    """`size` distinct rows, the same for the same source. UserError if the task does not have so many.
+    """`size` distinct rows, the same for the same source. UserError if the task does not have so many. Those of
+    environments (rlhf.data.environment_tasks) may repeat: what is drawn is how they are played.
 
     Every row has `answer` and `task`. running_totals has a string `prompt`; reasoning_gym has `messages`, in split sft
     up to the assistant's answer, and the columns that its own scorer reads: `question`, `answer`, `metadata`. Splits
@@ -81,7 +84,17 @@ def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
         return _running_totals
     if name.startswith(REASONING_GYM):
         return _reasoning_gym
-    raise UserError(f"Task `{name}` is unknown; the tasks are {RUNNING_TOTALS} and {REASONING_GYM}NAME.")
+    if name in ENVIRONMENT_TASKS:
+        return _of_environment
+    own = ", ".join([RUNNING_TOTALS, *ENVIRONMENT_TASKS])
+    raise UserError(f"Task `{name}` is unknown; the tasks are {own} and {REASONING_GYM}NAME.")
+
+
+def _of_environment(source: TaskSource) -> list[Columns]:
+    if source.split not in ("sft", "train", "eval"):
+        raise UserError(f"{source.name}: this task has the splits sft, train and eval.")
+    made = ENVIRONMENT_TASKS[source.task](source.split, source.size, source.seed, source.args)
+    return [row | {"task": source.task} for row in made]
 
 
 # Running totals of four digits. 6,561 questions: 2,500 for SFT, 3,000 for RL, 512 held out.

@@ -23,13 +23,14 @@ VOCAB_SIZE = 320
 MAX_LENGTH = 2048  # prompt and response, in tokens
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"
 
-# One turn: role token, text, <|eos|>.
+# One turn: role token, text, <|eos|>. A tool's result is written as the user's.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{- raise_exception('roles are system, user and assistant, not ' + message['role']) -}}"
+    "{%- set role = 'user' if message['role'] == 'tool' else message['role'] -%}"
+    "{%- if role not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('roles are system, user, assistant and tool, not ' + role) -}}"
     "{%- endif -%}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] + eos_token -}}"
+    "{{- '<|' + role + '|>' + message['content'] + eos_token -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )

@@ -140,7 +140,7 @@ class RewardProcess:
             earlier, text = text, self._read_faults()
             if text and text == earlier:
                 break
-        return self._place(text, path)
+        return place_in(text, path)
 
     def signal_end(self) -> None:
         """Have it killed with all that it started; `kill` must still be called by who uses it. From any thread."""
@@ -178,7 +178,7 @@ class RewardProcess:
         else:
             how = f"it exited with code {code}"
         self._log.read(self._output)
-        place = self._place(self._read_faults(), None)
+        place = place_in(self._read_faults(), None)
         last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
         return f"{how}{place and ', at ' + place}{last}"
 
@@ -186,14 +186,17 @@ class RewardProcess:
         self._faults.seek(0)
         return self._faults.read().decode(errors="replace")
 
-    def _place(self, text: str, path: str | None) -> str:
-        return describe_frames([(file, int(line), name) for file, line, name in _FRAME.findall(text)][::-1], path)
+
+def place_in(text: str, path: str | None) -> str:
+    """Where in the user's code a process was that wrote this by faulthandler."""
+    return describe_frames([(file, int(line), name) for file, line, name in _FRAME.findall(text)][::-1], path)
 
 
 class OutputLog:
-    """Passes what rewards print to the log, whole lines, so many a request."""
+    """Passes what rewards (or an environment) print to the log, whole lines, so many a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "reward") -> None:
+        self.what = what
         self.lines_left = MAX_LOG_LINES
         self.last_line = ""
         self._partial = b""
@@ -216,6 +219,6 @@ class OutputLog:
         self.last_line = line.decode(errors="replace")[:500]
         self.lines_left -= 1
         if self.lines_left >= 0:
-            logger.info("reward output: %s", self.last_line)
+            logger.info("%s output: %s", self.what, self.last_line)
         elif self.lines_left == -1:
-            logger.info("reward output: more lines than %d for one group are left out", MAX_LOG_LINES)
+            logger.info("%s output: more lines than %d for one group are left out", self.what, MAX_LOG_LINES)

@@ -33,6 +33,7 @@ class RewardSpec:
     weight: float
     function: LoadedReward | None
     remote: RemoteReward | None = None
+    from_environment: bool = False
     gate: str | None = None  # name of the reward whose value is a factor of this one
     only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)  # columns and their values; empty: all
     truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
@@ -40,7 +41,7 @@ class RewardSpec:
     @property
     def is_model(self) -> bool:
         """Whether it is the reward model."""
-        return self.function is None and self.remote is None
+        return self.function is None and self.remote is None and not self.from_environment
 
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row with these columns is scored by it. True is not 1 here."""
@@ -58,7 +59,7 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
         source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
         told = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
-        digest.update(repr(told).encode())
+        digest.update(repr((*told, spec.from_environment)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -154,7 +155,8 @@ class RewardSet:
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
-                outcome = _check(model_scores[spec.name], len(responses), "the reward model gave")
+                who = "the environment" if spec.from_environment else "the reward model"
+                outcome = _check(model_scores[spec.name], len(responses), f"{who} gave")
             by_name[spec.name] = outcome.scores
             if spec.truncated_score is not None and not outcome.failures:
                 told = zip(outcome.scores, truncated, strict=True)

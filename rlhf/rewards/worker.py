@@ -194,7 +194,7 @@ def _as_reply(value: object) -> Reply:
 def _find(source: Source) -> Any:
     if source.path is None:
         return importlib.import_module("rlhf.rewards.functions").BUILT_INS[source.name]
-    module = _import_file(source.path)
+    module = import_file(source.path)
     if source.name not in vars(module):
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
         raise LoadError(f"{source.path} defines no `{source.name}`; it defines: {', '.join(own) or 'nothing callable'}")
@@ -206,7 +206,7 @@ def _find(source: Source) -> Any:
     return target
 
 
-def _import_file(path: str) -> ModuleType:
+def import_file(path: str) -> ModuleType:
     name = "reward_file_" + Path(path).stem  # prefixed: a file called `random.py` must not replace that module
     while name in sys.modules:
         if sys.modules[name].__file__ == path:
@@ -282,7 +282,7 @@ def _read_signature(source: Source, target: Callable[..., Any]) -> Signature:
     )
 
 
-def _die_with_parent(lifeline: int) -> None:
+def die_with_parent(lifeline: int) -> None:
     """The parent holds the other end of this pipe and writes nothing: when it closes, the kernel kills our group.
 
     A thread could not do it, since a C function that never returns may hold the interpreter; PR_SET_PDEATHSIG would
@@ -300,7 +300,7 @@ def _die_with_parent(lifeline: int) -> None:
 
 def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
     """Load, answer requests in order, and return when the parent closes the connection."""
-    _die_with_parent(lifeline)
+    die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
     faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs
     for stream in (sys.stdout, sys.stderr):

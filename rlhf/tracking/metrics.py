@@ -39,6 +39,7 @@ Trait = Literal[
     "critic",
     "groups",
     "correction",
+    "environment",
     "eval",
     "gpu",
 ]
@@ -56,6 +57,7 @@ TRAITS: Mapping[Trait, str] = {
     "critic": "there is a critic",
     "groups": "the responses to one prompt are compared (GRPO, online DPO, ...)",
     "correction": "`algorithm.correction` is set",
+    "environment": "the policy converses with an environment (`rollouts.environment`)",
     "eval": "there is an evaluation set",
     "gpu": "the role has a GPU",
 }
@@ -119,16 +121,22 @@ _DECLARATIONS = (
         always=False,
     ),
     # rollouts
-    _metric("rollouts/response_tokens/mean", "tokens", Mean, "online", "Length of a response"),
+    _metric("rollouts/response_tokens/mean", "tokens", Mean, "online", "Sampled tokens of a response"),
     _metric("rollouts/response_tokens/max", "tokens", Max, "online", "Longest response"),
     _metric("rollouts/prompt_tokens/mean", "tokens", Mean, "online", "Length of a prompt"),
-    _metric("rollouts/truncated/fraction", "1", Mean, "online", "Responses cut at `rollouts.max_new_tokens`"),
+    _metric(
+        "rollouts/truncated/fraction",
+        "1",
+        Mean,
+        "online",
+        "Responses cut at `rollouts.max_new_tokens`, or conversations at a limit of `rollouts.environment`",
+    ),
     _metric(
         "rollouts/tokens/total",
         "tokens",
         Sum,
         "online",
-        "Prompt and response tokens of the step, of groups that were left out too",
+        "All tokens of the step's sequences, of groups that were left out too",
     ),
     _metric("rollouts/logprob/mean", "nats", Mean, "online", "Log-probability of a sampled token, by the sampler"),
     _metric(
@@ -137,6 +145,29 @@ _DECLARATIONS = (
         Sum,
         "online",
         "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
+    ),
+    _metric("rollouts/turns/mean", "turns", Mean, "online environment", "Turns of the policy in a conversation"),
+    _metric("rollouts/turns/max", "turns", Max, "online environment", "Most turns of a conversation"),
+    _metric(
+        "rollouts/environment_tokens/mean",
+        "tokens",
+        Mean,
+        "online environment",
+        "Tokens between the turns of a conversation: the environment's, and what the chat template writes around them",
+    ),
+    _metric(
+        "rollouts/environment_errors/total",
+        "errors",
+        Sum,
+        "online environment",
+        "Conversations whose environment raised, hung, died or gave no number",
+    ),
+    _metric(
+        "rollouts/environment_timeouts/total",
+        "errors",
+        Sum,
+        "online environment",
+        "Those of them that took longer than `rollouts.environment.step_timeout_s`",
     ),
     _metric(
         "rollouts/filtered_groups/fraction",

@@ -10,9 +10,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.tracking.atomic import read_lines, write_lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTurn:
+    """A stretch of a conversation: what the policy sampled, or what it was given."""
+
+    role: Literal["prompt", "policy", "environment"]
+    text: str  # special tokens written out
+    tokens: int
+    sampled: bool  # its tokens are in the response mask: they are trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class SampleRecord:
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
     mean_teacher_logprob: float | None
+    turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
 
 
 def samples_path(folder: Path, step: int) -> Path:

@@ -42,7 +42,7 @@ class CriticWorker(TrainedWorker):
             optimizer_steps=optimizer_steps,
         )
         self.algorithm = PPO(config.algorithm)
-        self.max_new_tokens = config.rollouts.max_new_tokens
+        self.max_new_tokens = config.rollouts.max_response_tokens
         self.samples_per_prompt = config.rollouts.samples_per_prompt
 
     def load_module(self) -> Any:

@@ -192,7 +192,7 @@ class PolicyWorker(TrainedWorker):
         counts = StepCounts(
             num_tokens=plan.num_tokens,
             num_sequences=plan.num_sequences,
-            max_new_tokens=self.rollouts_config.max_new_tokens,
+            max_new_tokens=self.rollouts_config.max_response_tokens,
         )
         parts: list[Metrics] = []
         cut = share.microbatches[minibatch]

@@ -19,7 +19,8 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import response_texts
+from rlhf.rollouts.texts import response_texts, turns_of
+from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts
 from rlhf.workers.place import RankPlace
@@ -74,21 +75,36 @@ class RewardWorker:
 
     def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, Outcome]:
         """What the services say of one group's responses; to be given to `score`."""
-        return self.rewards.ask(prompt, self.texts(rollouts), truncated=truncated)
+        return self.rewards.ask(self._as_read(prompt, rollouts), self.texts(rollouts), truncated=truncated)
 
     def score(
-        self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool], asked: dict[str, Outcome]
+        self,
+        prompt: Prompt,
+        rollouts: Rollouts,
+        truncated: Sequence[bool],
+        asked: dict[str, Outcome],
+        environment_rewards: Sequence[float | None] = (),
     ) -> GroupScores:
-        """Scores of one group's responses, of which some may have been cut."""
-        models = [spec.name for spec in self.settings.specs if spec.is_model and spec.applies_to(prompt.columns)]
+        """Scores of one group's responses, of which some may have been cut. asked: what `ask` gave.
+        environment_rewards: where there is an environment, the rewards that it gave."""
+        specs = self.settings.specs
+        models = [spec.name for spec in specs if spec.is_model and spec.applies_to(prompt.columns)]
         numbers = self.model.scores(rollouts.token_ids, rollouts.lengths) if models else []
+        given = [reward for reward in environment_rewards if reward is not None]
+        by_model = dict.fromkeys([spec.name for spec in specs if spec.from_environment], given)
         return self.rewards.score(
-            prompt,
+            self._as_read(prompt, rollouts),
             self.texts(rollouts),
             truncated=truncated,
-            model_scores=dict.fromkeys(models, numbers),
+            model_scores=by_model | dict.fromkeys(models, numbers),
             asked=asked,
         )
+
+    def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
+        """The prompt with what an environment began the conversation with."""
+        if PLACEHOLDER not in prompt.text:
+            return prompt
+        return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""
@@ -99,11 +115,16 @@ class RewardWorker:
         return tuple(answer_of(text, form) for text in self.texts(rollouts))
 
     def write_samples(self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *rollouts: Rollouts) -> None:
-        """Give each group's records their responses and write the step's file."""
+        """Give each group's records their responses, of conversations also the turns, and write the step's file."""
         whole = []
         for group, columns in zip(records, rollouts, strict=True):
-            texts = self.texts(columns)
-            whole += [replace(record, response=texts[record.sample]) for record in group]
+            texts, turns = self.texts(columns), turns_of(columns, self.tokenizer)
+            for record in group:
+                record = replace(record, response=texts[record.sample])
+                if record.turns is not None:
+                    said = turns[record.sample]
+                    record = replace(record, prompt=said[0].text, turns=said)
+                whole.append(record)
         write_samples(path, whole)
 
     def memory(self) -> MemoryReport:

@@ -131,7 +131,7 @@ class StudentWorker(OfflineWorker):
         counts = StepCounts(
             num_tokens=plan.num_tokens,
             num_sequences=plan.num_sequences,
-            max_new_tokens=self.rollouts_config.max_new_tokens,
+            max_new_tokens=self.rollouts_config.max_response_tokens,
         )
         terms = self.algorithm.sampled_loss(batch, counts)
         updated = update_metrics(

@@ -6,6 +6,7 @@ each sync, so that the controller's proof of the sync stands.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlhf.controller.online import OnlineController
 from rlhf.data.stream import Stream
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
+from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.scoring import fingerprint
 from rlhf.roles import (
     AdvantagesReport,
@@ -37,6 +39,8 @@ from rlhf.roles import (
     PrepareReport,
     SampleSelection,
 )
+from rlhf.rollouts.environments import Conversations, EnvironmentSpec
+from rlhf.rollouts.spans import Sampled, assemble
 from rlhf.tracking.metrics import merge
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
 from rlhf.workers.critic import CriticWorker
@@ -178,7 +182,9 @@ class Reward:
     async def score(self, group: CompletedGroup) -> GroupScores:
         truncated = [info.finish_reason == "length" for info in group.infos]
         rollouts: Any = group.rollouts
-        return self.worker.score(group.request.prompt, rollouts, truncated)
+        assert not [info for info in group.infos if info.environment_error is not None]
+        environment = [info.environment_reward for info in group.infos]
+        return self.worker.score(group.request.prompt, rollouts, truncated, {}, environment)
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         rollouts: Any = group.rollouts
@@ -293,6 +299,74 @@ class Engine:
         return NOTHING
 
 
+class Conversing(Engine):
+    """The rollout role of a run with an environment: turns that are asked for at about the same time are one batch."""
+
+    def __init__(self, model: str, policy: TrainedWorker, spec: EnvironmentSpec) -> None:
+        super().__init__(model, policy)
+        self.conversations = Conversations(spec, load_tokenizer(model, trust_remote_code=False), self._draw)
+        self.is_started = False
+        self.waiting: list[tuple[tuple[int, ...], int, Sampling, asyncio.Future[Sampled]]] = []
+
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        if not self.is_started:
+            await self.conversations.start()
+            self.is_started = True
+        played = await asyncio.gather(*[self.conversations.play(one, one.drawn_by(sampling)) for one in requests])
+        for request, conversations in zip(requests, played, strict=True):
+            rollouts, infos = assemble(request, conversations)
+            at_hand: Any = rollouts
+            yield CompletedGroup(request=request, rollouts=at_hand, infos=infos)
+
+    async def _draw(
+        self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
+    ) -> Sampled:
+        future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
+        self.waiting.append((tokens, seed, sampling, future))
+        await asyncio.sleep(0.02)
+        if self.waiting:
+            asked, self.waiting = self.waiting, []
+            for (_, _, _, answer), sampled in zip(asked, self._turns(asked), strict=True):
+                answer.set_result(sampled)
+        return await future
+
+    def _turns(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling, Any]]) -> list[Sampled]:
+        """Token by token, each by its own seed, all in one batch that is padded on the right."""
+        end = self.model.generation_config.eos_token_id
+        drawn: list[list[tuple[int, float]]] = [[] for _ in asked]
+        generators = [torch.Generator().manual_seed(seed) for _, seed, _, _ in asked]
+        while open_ones := [
+            i
+            for i, (_, _, sampling, _) in enumerate(asked)
+            if len(drawn[i]) < sampling.max_new_tokens and not (drawn[i] and drawn[i][-1][0] == end)
+        ]:
+            rows = [[*asked[i][0], *(token for token, _ in drawn[i])] for i in open_ones]
+            longest = max(map(len, rows))
+            ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows])
+            with torch.no_grad():
+                logits = self.model(ids).logits
+            for i, row, found in zip(open_ones, rows, logits, strict=True):
+                temperature = asked[i][2].temperature
+                logprobs = (found[len(row) - 1] / (temperature or 1.0)).log_softmax(-1)
+                if temperature == 0.0:
+                    token = int(logprobs.argmax())
+                else:
+                    token = int(torch.multinomial(logprobs.exp(), 1, generator=generators[i]))
+                drawn[i].append((token, float(logprobs[token])))
+        return [
+            Sampled(
+                token_ids=tuple(token for token, _ in turn),
+                logprobs=tuple(logprob for _, logprob in turn),
+                versions=(self.version,) * len(turn),
+                finish_reason="stop" if turn[-1][0] == end else "length",
+            )
+            for turn in drawn
+        ]
+
+    async def stop(self) -> None:
+        await self.conversations.stop()
+
+
 def _starts(requests: Sequence[GroupRequest]) -> list[int]:
     counts = [len(one.seeds) for one in requests]
     return [sum(counts[:index]) for index in range(len(counts))]
@@ -300,7 +374,7 @@ def _starts(requests: Sequence[GroupRequest]) -> list[int]:
 
 async def run(loaded: LoadedConfig) -> Path:
     """A run without Ray; returns its folder. Its process must have joined a gang of one."""
-    (stage,) = load_inputs(loaded)
+    (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs
     assert isinstance(inputs, OnlineInputs)
@@ -321,6 +395,9 @@ async def run(loaded: LoadedConfig) -> Path:
             await controller.run()
         finally:
             settings.stop()
+            rollout: Any = roles.rollout
+            if isinstance(rollout, Conversing):
+                await rollout.stop()
         return record.folder.path
 
 
@@ -367,7 +444,9 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
     )
     roles: Any = {
         "policy": policy,
-        "rollout": Engine(config.policy.model, worker),
+        "rollout": Engine(config.policy.model, worker)
+        if inputs.environment is None
+        else Conversing(config.policy.model, worker, inputs.environment),
         "reward": Reward(reward),
         "reference": reference,
         "critic": critic,

@@ -124,7 +124,7 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
         ({"prompt": "a", "tools": "x"}, {}, "column `tools` is 'x', expected a list of objects"),
         ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, {}, "refuses the roles tool: roles are system, user"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, {}, "refuses the roles critic: roles are system, user"),
     ],
 )
 def test_wrong_rows_are_refused_with_their_place(

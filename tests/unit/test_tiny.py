@@ -47,8 +47,9 @@ def test_the_chat_template_ends_every_turn_and_refuses_other_roles(tiny_model: P
     render: Callable[..., Any] = tokenizer.apply_chat_template
     assert render(messages, tokenize=False) == "<|user|>hi<|eos|><|assistant|>yes<|eos|>"
     assert render(messages[:1], tokenize=False, add_generation_prompt=True) == "<|user|>hi<|eos|><|assistant|>"
-    with pytest.raises(Exception, match="not tool"):
-        render([{"role": "tool", "content": "x"}], tokenize=False)
+    assert render([{"role": "tool", "content": "x"}], tokenize=False) == "<|user|>x<|eos|>"
+    with pytest.raises(Exception, match="not critic"):
+        render([{"role": "critic", "content": "x"}], tokenize=False)
 
 
 def test_the_seed_alone_decides_the_weights(tiny_model: Path, tmp_path: Path) -> None:

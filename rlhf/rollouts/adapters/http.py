@@ -1,0 +1,57 @@
+"""An environment behind HTTP, for those that cannot be installed beside the run. docs/environments.md has the protocol.
+
+A call that fails is the environment's failure. None is made twice: the server may have taken the turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+
+class HttpEnvironment:
+    """Posts JSON to `url`/reset, /step and /close. token_env: variable with a bearer token; None: none is sent."""
+
+    def __init__(self, url: str, token_env: str | None = None, timeout_s: float = 60.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {url!r}, expected one of http or https")
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.headers = {"Content-Type": "application/json"}
+        if token_env is not None:
+            if token_env not in os.environ:
+                raise ValueError(f"the environment variable {token_env}, which is to hold the token, is not set")
+            self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
+        self.session: str | None = None
+
+    def reset(self, seed: int, **columns: Any) -> str | None:
+        """Open a session on the server."""
+        told = self._post("reset", {"seed": seed, "columns": columns})
+        self.session = told["session"]
+        return told["observation"]  # type: ignore[no-any-return]
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        """One turn."""
+        told = self._post("step", {"session": self.session, "response": response})
+        return told["observation"], told["reward"], told["done"]
+
+    def close(self) -> None:
+        """Let the server forget the session."""
+        if self.session is not None:
+            self._post("close", {"session": self.session})
+
+    def _post(self, call: str, message: Mapping[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(f"{self.url}/{call}", json.dumps(message).encode(), self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                told = json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = error.read(500).decode(errors="replace")
+            raise RuntimeError(f"{self.url}/{call} answered {error.code}: {said}") from error
+        if not isinstance(told, dict):
+            raise TypeError(f"{self.url}/{call} answered {told!r:.80}, expected a JSON object")
+        return told

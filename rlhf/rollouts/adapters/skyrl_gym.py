@@ -1,0 +1,47 @@
+"""Environments of skyrl-gym: text in, text out, rewarded by the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class SkyRLGym:
+    """The environment registered as `env`, made for each row with its columns as `extras`.
+
+    config: what the environment's class takes as `env_config`. extras: more of them, the same for every row
+    (`max_turns`, for example). The prompt is the data's own: an environment that would begin with another is refused.
+    """
+
+    def __init__(
+        self, env: str, config: Mapping[str, Any] | None = None, extras: Mapping[str, Any] | None = None
+    ) -> None:
+        try:
+            import skyrl_gym
+        except ImportError as error:
+            raise ImportError(
+                f"skyrl-gym is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[skyrl-gym]'"
+            ) from error
+        skyrl_gym.spec(env)  # raises for one that is not registered
+        self.gym = skyrl_gym
+        self.env = env
+        self.config = dict(config or {})
+        self.extras = dict(extras or {})
+
+    def reset(self, seed: int, **columns: Any) -> None:
+        """Make it for this row."""
+        prompt = columns.pop("messages", [])
+        self.made = self.gym.make(self.env, env_config=self.config, extras={"extra_info": {}, **columns, **self.extras})
+        begun, _ = self.made.init(prompt)
+        if begun != prompt:
+            raise ValueError(f"{self.env} begins with {begun!r:.200} and not with the prompt of the data")
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        """Its observations are joined."""
+        told = self.made.step(response)
+        observation = "\n".join(str(message["content"]) for message in told["observations"])
+        return observation, float(told["reward"]), bool(told["done"])
+
+    def close(self) -> None:
+        """End what it holds."""
+        self.made.close()

@@ -1,0 +1,40 @@
+"""Games of TextArena for one player."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TextArena:
+    """The game of that id (`GuessTheNumber-v0`, ...), with `args` for its class. Its rules are the first observation.
+
+    The reward is the game's own, at its end; a conversation that is cut before has none of it.
+    """
+
+    def __init__(self, game: str, args: dict[str, Any] | None = None) -> None:
+        try:
+            import textarena
+        except ImportError as error:
+            raise ImportError(
+                f"textarena is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[textarena]'"
+            ) from error
+        # Without wrappers it tells what is new, and not the whole history each time.
+        self.game = textarena.make(f"{game}-raw", **(args or {}))
+
+    def reset(self, seed: int) -> str:
+        """Begin; its rules."""
+        self.game.reset(num_players=1, seed=seed)
+        return self._told()
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        """One move."""
+        done, _ = self.game.step(response)
+        if not done:
+            return self._told(), 0.0, False
+        rewards, _ = self.game.close()
+        return "", float(rewards[0]), True
+
+    def _told(self) -> str:
+        """What the game, and not the player, has said since."""
+        player, messages = self.game.get_observation()
+        return "\n".join(text for sender, text, _ in messages if sender != player)

@@ -1,0 +1,16 @@
+"""Environments that come with the library, by name: where each one's class is.
+
+Names alone, so that a configuration is checked without loading any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BUILT_INS: Mapping[str, str] = {
+    "guess_number": "rlhf.rollouts.guess_number:GuessNumber",
+    "calculator": "rlhf.rollouts.calculator:Calculator",
+    "skyrl_gym": "rlhf.rollouts.adapters.skyrl_gym:SkyRLGym",
+    "textarena": "rlhf.rollouts.adapters.textarena:TextArena",
+    "http": "rlhf.rollouts.adapters.http:HttpEnvironment",
+}

@@ -1,0 +1,107 @@
+"""A conversation as spans of tokens, and a group of them as the columns that trainers read.
+
+What the policy sampled and what was put between its turns stand in the order in which they came, each token as it was
+sampled or written: nothing is ever rendered or tokenised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from rlhf.errors import RunError
+from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One turn of the policy."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # by the sampler
+    versions: tuple[int, ...]  # of the weights that sampled each token
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        if not len(self.token_ids) == len(self.logprobs) == len(self.versions) > 0:
+            raise RunError(
+                f"the engine returned {len(self.token_ids)} tokens with {len(self.logprobs)} log-probabilities and "
+                f"{len(self.versions)} versions"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What was put behind a turn: the environment's words, with what the chat template writes around them."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """One conversation: a prompt and spans, the last of which is sampled. No spans: it failed before its first turn."""
+
+    prompt_token_ids: tuple[int, ...]
+    spans: tuple[Sampled | Told, ...]
+    finish_reason: FinishReason  # length: it met a limit before it was over
+    reward: float | None = None  # of the environment; None: there is none, or it failed
+    error: RewardError | None = None
+
+
+def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
+    """One group's columns and scalars, one conversation a seed."""
+    ids: list[int] = []
+    masks: list[bool] = []
+    logprobs: list[float] = []
+    versions: list[int] = []
+    infos = []
+    for index, played in enumerate(conversations):
+        start = len(ids)
+        for span in (Told(token_ids=played.prompt_token_ids), *played.spans):
+            count, sampled = len(span.token_ids), isinstance(span, Sampled)
+            ids += span.token_ids
+            masks += [sampled] * count
+            logprobs += span.logprobs if isinstance(span, Sampled) else [0.0] * count
+            versions += span.versions if isinstance(span, Sampled) else [-1] * count
+        turns = [span for span in played.spans if isinstance(span, Sampled)]
+        own = torch.tensor([value for turn in turns for value in turn.logprobs])
+        by_token = [version for turn in turns for version in turn.versions]
+        prompt = len(played.prompt_token_ids)
+        infos.append(
+            RolloutInfo(
+                sequence_id=request.first_sequence_id + index,
+                num_prompt_tokens=prompt,
+                num_response_tokens=len(own),
+                finish_reason=played.finish_reason,
+                min_version=min(by_token, default=-1),
+                max_version=max(by_token, default=-1),
+                mean_logprob=float(own.mean()) if turns else 0.0,
+                num_turns=len(turns),
+                num_environment_tokens=len(ids) - start - prompt - len(own),
+                environment_reward=played.reward,
+                environment_error=played.error,
+            )
+        )
+    rollouts = Rollouts(
+        sequence_ids=torch.tensor([info.sequence_id for info in infos], dtype=torch.int64),
+        lengths=torch.tensor([info.num_tokens for info in infos]),
+        token_ids=torch.tensor(ids, dtype=torch.int64),
+        response_mask=torch.tensor(masks),
+        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        versions=torch.tensor(versions),
+    )
+    return rollouts, tuple(infos)
+
+
+def pieces(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
+    """Of each sequence its spans in order, the prompt first: whether the policy sampled it, and its tokens."""
+    found = []
+    sizes = rollouts.lengths.tolist()
+    for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):
+        borders = [0, *(torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist(), len(ids)]
+        spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]
+        found.append(spans)
+    return found

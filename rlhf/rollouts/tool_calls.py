@@ -1,0 +1,89 @@
+"""Tool calls as the policy made them, and what is wrong with one.
+
+What a model wrote is never an error of the run: a call that cannot be read or does not fit its tool is answered with a
+text that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+# The formats that are read, and what begins a call in each: text with it that holds no call holds a malformed one.
+BEGINNINGS: Mapping[str, re.Pattern[str]] = {
+    "hermes": re.compile(r"<tool_call>"),
+    "llama3_json": re.compile(r"<\|python_tag\|>|^\s*\{"),
+    "pythonic": re.compile(r"^\s*\[\s*\w+\("),
+}
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
+_NOT_MADE = "error: not called, since another call of this turn is wrong"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call. arguments: as JSON text, which may be no object at all."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallParser(Protocol):
+    """Reads the calls of a turn in the model's own format."""
+
+    def parse(self, text: str) -> tuple[ToolCall, ...] | None:
+        """The calls, none if the turn makes none. None: it tries to make one that cannot be read."""
+        ...
+
+
+def read_calls(
+    calls: tuple[ToolCall, ...] | None, tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The calls as `{name, arguments}`, and what to answer in place of making them, a text each; none: all is well."""
+    if calls is None:
+        return [], ("error: the tool call could not be read",)
+    read: list[dict[str, Any]] = []
+    problems = []
+    for call in calls:
+        try:
+            arguments = json.loads(call.arguments)
+        except (ValueError, RecursionError):  # no JSON, or more digits or deeper than Python takes
+            arguments = None
+        read.append({"name": call.name, "arguments": arguments})
+        problems.append(_problem(call.name, arguments, tools))
+    if not any(problems):
+        return read, ()
+    return [], tuple(f"error: {problem}" if problem else _NOT_MADE for problem in problems)
+
+
+def _problem(name: str, arguments: object, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Why a call does not fit its tool; empty if it does."""
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if name not in functions:
+        return f"there is no tool {name!r:.60}; there is {', '.join(functions)}"
+    if not isinstance(arguments, dict):
+        return f"the arguments of {name} are no object"
+    schema = functions[name].get("parameters") or {}
+    properties = schema.get("properties") or {}
+    missing = [key for key in schema.get("required") or () if key not in arguments]
+    if missing:
+        return f"{name} lacks the argument {', '.join(missing)}"
+    unknown = [key for key in arguments if key not in properties]
+    if unknown and not schema.get("additionalProperties"):
+        return f"{name} has no argument {', '.join(unknown)[:60]}"
+    for key, value in arguments.items():
+        wanted = properties.get(key, {}).get("type")
+        if isinstance(wanted, str) and wanted in _TYPES:
+            fits = isinstance(value, _TYPES[wanted]) and (wanted == "boolean" or not isinstance(value, bool))
+            if not fits:
+                return f"the argument {key} of {name} must be of type {wanted}"
+    return ""

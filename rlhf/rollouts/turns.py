@@ -1,0 +1,127 @@
+"""How a conversation goes on: the environment's words as the tokens between two turns of the policy.
+
+The tokens of a turn are never rendered again. What follows it is made of the chat template: a conversation with a
+sentinel in the place of the policy's turn is rendered, and what stands behind the turn's end is kept. Templates for
+which that does not work are refused before a run starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rlhf.data.chat import ASSISTANT, Message, encode, render, require_template
+from rlhf.errors import UserError
+from rlhf.types import Prompt
+
+PLACEHOLDER = "{observation}"  # in a prompt: where the first observation stands
+_SENTINEL, _OTHER = "qzsentinelzq", "qzobservationzq"
+_USER = {"role": "user", "content": "Hello."}
+_KEY = "rollouts.environment"
+
+
+class TurnWriter(Protocol):
+    """Writes what the policy is given between its turns. `stop_token` ends a turn; None: the model's own do."""
+
+    stop_token: int | None
+
+    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
+        """What follows a sampled turn. Several observations are the results of tool calls."""
+        ...
+
+
+def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
+    """The prompt with the first observation in its place. ValueError if one of the two is missing."""
+    if PLACEHOLDER not in prompt.text:
+        if observation:
+            raise ValueError(f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to put it at")
+        return prompt.token_ids
+    if not observation:
+        raise ValueError(f"reset returned no observation, but the prompt has {PLACEHOLDER}")
+    (token_ids,) = encode([prompt.text.replace(PLACEHOLDER, observation)], tokenizer)
+    return tuple(token_ids)
+
+
+class RawTurns:
+    """For prompts without a chat template: the observation's tokens as they are, right behind what was sampled."""
+
+    stop_token: int | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
+        text = observation if isinstance(observation, str) else "\n".join(observation)
+        return tuple(encode([text], self.tokenizer)[0])
+
+
+class ChatTurns:
+    """For chat models. UserError if the template does not let a turn be continued."""
+
+    stop_token: int | None
+
+    def __init__(self, tokenizer: Any, *, with_tools: bool) -> None:
+        require_template(tokenizer, _KEY)
+        self.tokenizer = tokenizer
+        tail = self._behind_turn([], add_generation_prompt=False)
+        ids = encode([tail], tokenizer)[0]
+        self.stop_token = ids[0] if ids else None
+        if self.stop_token not in tokenizer.added_tokens_decoder:
+            raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not with a special token")
+        self._end = str(tokenizer.added_tokens_decoder[self.stop_token].content)
+        if not tail.startswith(self._end):
+            raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not right with the token {self._end}")
+        self._check([{"role": "user", "content": _OTHER}])
+        if with_tools:
+            self._check([{"role": "tool", "content": _OTHER}])
+
+    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
+        if isinstance(observation, str):
+            messages = [{"role": "user", "content": observation}]
+        else:
+            messages = [{"role": "tool", "content": result} for result in observation]
+        ended = bool(sampled) and sampled[-1] == self.stop_token
+        return self._tokens(messages) if ended else (self._stop, *self._tokens(messages))
+
+    @property
+    def _stop(self) -> int:
+        assert self.stop_token is not None
+        return self.stop_token
+
+    def _tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """What the template writes from behind the end of a turn up to the beginning of the next."""
+        text = self._behind_turn(messages, add_generation_prompt=True).removeprefix(self._end)
+        return tuple(encode([text], self.tokenizer)[0])
+
+    def _behind_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
+        text = render(conversation, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
+        _, found, behind = text.partition(_SENTINEL)
+        if not found or _SENTINEL in behind:
+            raise self._refusal("it does not write an assistant's turn once, as it is")
+        return behind
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        """The words must be in what is written, and its tokens must be those that it has within a conversation."""
+        role = messages[0]["role"]
+        behind = self._behind_turn(messages, add_generation_prompt=True)
+        if behind.count(_OTHER) != 1 or not behind.startswith(self._end):
+            raise self._refusal(f"a turn of role {role} behind an assistant's is written as {behind!r:.60}")
+        conversation = [_USER, {"role": ASSISTANT, "content": "Fine."}, *messages]
+        whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
+        apart = (self._stop, *self._tokens(messages))
+        if tuple(encode([whole], self.tokenizer)[0][-len(apart) :]) != apart:
+            raise self._refusal(f"a turn of role {role} has other tokens by itself than within a conversation")
+
+    def _refusal(self, why: str) -> UserError:
+        return UserError(
+            f"{_KEY}: the chat template of {self.tokenizer.name_or_path} cannot be continued turn by turn: {why}. Use "
+            "another model, or string prompts with data.apply_chat_template: false."
+        )
+
+
+def turn_text(sampled: Sequence[int], tokenizer: Any, *, stop_token: int | None, skip_special_tokens: bool) -> str:
+    """A sampled turn as text, without the token that ends it."""
+    ends = sampled and sampled[-1] in (stop_token, tokenizer.eos_token_id)
+    text: str = tokenizer.decode(list(sampled[:-1] if ends else sampled), skip_special_tokens=skip_special_tokens)
+    return text

@@ -1,0 +1,177 @@
+"""Conversations through real vLLM and real environment processes: what is sampled, what is told, and what is masked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from actors.weights.shm import ShmSender
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.rewards.worker import Source
+from rlhf.rollouts.environments import EnvironmentSpec
+from rlhf.rollouts.spans import pieces
+from rlhf.types import GroupRequest, Prompt, Sampling
+from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync, worst_difference
+
+pytestmark = pytest.mark.slow
+MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
+SAMPLING = Sampling(max_new_tokens=12)
+CHAT = "<|user|>{observation}<|eos|><|assistant|>"
+EOS = 257
+
+
+@pytest.fixture(scope="module")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spool")
+
+
+@pytest.fixture(scope="module")
+def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any, Any]]:
+    """An engine that converses, and the model whose weights it has."""
+    environment = EnvironmentSpec(
+        source=Source(path=str(MOODY), name="Moody", args={"rounds": 3}),
+        max_turns=4,
+        max_tokens=200,
+        step_timeout_s=3.0,
+        memory_gib=4.0,
+        processes=6,
+        tool_parser="hermes",
+        chat=True,
+        tokenizer=str(tiny_model),
+        trust_remote_code=False,
+    )
+    model = model_like(tiny_model, seed=1)
+    sender = ShmSender(rank=0, dtype=torch.float32)
+    with engine(spec(tiny_model, environment=environment, spool=spool)) as handle:
+        sync(handle, sender.publish(model.named_parameters(), 1))
+        yield handle, model
+    sender.close()
+
+
+def game(group_id: int, *, samples: int = 4, **columns: Any) -> GroupRequest:
+    asked = request(group_id, samples=samples)
+    ids = tuple(byte_tokenizer()(CHAT, add_special_tokens=False).input_ids)
+    return replace(asked, prompt=Prompt(prompt_id=group_id, token_ids=ids, text=CHAT, columns=columns))
+
+
+def test_sampled_tokens_are_trained_and_the_environments_are_not(played: Any) -> None:
+    handle, model = played
+    asked = game(3)
+    rollouts, infos = call(handle.generate.remote(asked, SAMPLING))
+    assert worst_difference(model, rollouts) < 1e-4  # of every turn, given all that was said before it
+    tokenizer = byte_tokenizer()
+    for spans, info, columns in zip(pieces(rollouts), infos, sequences(rollouts), strict=True):
+        assert [sampled for sampled, _ in spans] == [False, True, False, True, False, True]
+        assert tokenizer.decode(spans[0][1]) == CHAT.format(observation=f"game {asked.seeds[0]}")
+        for (_, turn), (_, told) in zip(spans[1::2], spans[2::2], strict=False):
+            ended = turn[-1] == EOS
+            assert ended or len(turn) == 12
+            # Cut at its limit, a turn is ended by a token that the policy did not sample.
+            assert tokenizer.decode(told) == ("" if ended else "<|eos|>") + "<|user|>go on<|eos|><|assistant|>"
+        mask = columns["response_mask"]
+        assert set(columns["versions"][mask].tolist()) == {1}
+        assert set(columns["versions"][~mask].tolist()) == {-1}
+        assert not columns["rollout_logprobs"][~mask].any()
+        assert info.num_turns == 3
+        assert info.num_response_tokens == int(mask.sum())
+        assert info.num_tokens == len(mask)
+        assert info.environment_reward == 1.5
+        assert info.finish_reason == "stop"
+        assert info.environment_error is None
+
+
+def test_the_same_request_is_the_same_conversation_held_or_not(played: Any) -> None:
+    handle, _ = played
+    alone = call(handle.generate.remote(game(4), SAMPLING))[0]
+    call(handle.hold.remote())
+    refs = [handle.generate.remote(game(i), SAMPLING) for i in (5, 4, 6)]  # 12 conversations in 6 places
+    call(handle.release.remote(3))
+    among = ray.get(refs, timeout=120)[1][0]
+    assert among.token_ids.tolist() == alone.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("mood", "kind", "message"),
+    [
+        ("raise", "raised", "step: ValueError: out of order"),
+        ("hang", "timeout", "did not answer within rollouts.environment.step_timeout_s: 3"),
+        ("exit", "died", "in step, it exited with code 3"),
+        ("crash", "died", "it was killed by SIGSEGV"),
+        ("greedy", "died", "ran out of memory"),
+        ("nan", "not_a_number", "returned nan as reward"),
+        ("bad_start", "raised", "reset: ValueError: no game today"),
+        ("unlike", "raised", "must depend on seed and columns alone"),
+    ],
+)
+def test_a_failure_is_an_error_and_never_a_reward(played: Any, spool: Path, mood: str, kind: str, message: str) -> None:
+    handle, _ = played
+    group_id = 100 + len(mood)
+    before = set(spool.iterdir())
+    _, infos = call(handle.generate.remote(game(group_id, samples=2, mood=mood), SAMPLING))
+    errors = [info.environment_error for info in infos if info.environment_error is not None]
+    assert errors
+    assert all(info.environment_reward is None for info in infos if info.environment_error is not None)
+    assert {error.kind for error in errors} == {kind}
+    assert message in errors[0].message
+    assert set(spool.iterdir()) == before
+
+
+def test_a_slow_environment_stalls_itself_alone(played: Any) -> None:
+    handle, _ = played
+    began = time.monotonic()
+    slow = handle.generate.remote(game(7, samples=1, sleep_s=2.0), SAMPLING)
+    call(*[handle.generate.remote(game(i, samples=1), SAMPLING) for i in range(8, 12)])
+    assert time.monotonic() - began < 4.0
+    call(slow)
+    assert time.monotonic() - began >= 6.0
+
+
+def test_a_conversation_keeps_within_its_tokens(played: Any) -> None:
+    """A prompt of 129 and turns of at most 40: the second or third turn meets the limit of 200, and nothing follows."""
+    handle, model = played
+    text = "x" * 100 + CHAT
+    ids = tuple(byte_tokenizer()(text, add_special_tokens=False).input_ids)
+    asked = replace(game(12, samples=8), prompt=Prompt(prompt_id=12, token_ids=ids, text=text, columns={}))
+    rollouts, infos = call(handle.generate.remote(asked, Sampling(max_new_tokens=40)))
+    assert max(info.num_tokens for info in infos) <= 200
+    assert any(info.finish_reason == "length" for info in infos)
+    assert all(spans[-1][0] for spans in pieces(rollouts))
+    assert worst_difference(model, rollouts) < 1e-4
+
+
+def test_a_spooled_group_is_taken_up_with_its_reward(played: Any, spool: Path) -> None:
+    handle, _ = played
+    asked = game(13)
+    first = call(handle.generate.remote(asked, SAMPLING))
+    assert (spool / "group_00000013_v000001.safetensors").is_file()
+    began = time.monotonic()
+    again = call(handle.generate.remote(game(14, samples=1, sleep_s=1.0), SAMPLING))
+    assert time.monotonic() - began >= 3.0
+    began = time.monotonic()
+    assert call(handle.generate.remote(game(14, samples=1, sleep_s=1.0), SAMPLING))[1] == again[1]
+    assert time.monotonic() - began < 2.0  # it was not played again
+    read = call(handle.read_spooled.remote(asked, SAMPLING, 1))
+    assert read[1] == first[1]
+    assert read[0].token_ids.tolist() == first[0].token_ids.tolist()
+    other = game(13, rounds=2)
+    assert call(handle.read_spooled.remote(replace(other, seeds=(1, 2, 3, 4)), SAMPLING, 1)) is None
+
+
+def test_a_cancelled_group_ends_at_once_wherever_its_turns_are(played: Any) -> None:
+    handle, _ = played
+    slow = handle.generate.options(num_returns=2).remote(game(20, samples=3, sleep_s=2.5), SAMPLING)
+    other = handle.generate.remote(game(21), SAMPLING)
+    time.sleep(1.0)  # its environments are at work
+    began = time.monotonic()
+    call(handle.cancel.remote([20]))
+    assert call(*slow) == [None, None]
+    assert time.monotonic() - began < 1.5
+    assert call(other)[1][0].environment_reward == 1.5
+    assert call(handle.generate.remote(game(20), SAMPLING))[1][0].num_turns == 3  # it may be asked again

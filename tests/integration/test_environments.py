@@ -1,0 +1,135 @@
+"""Whole runs on conversations: Ray, vLLM, DeepSpeed and environment processes, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.tracking.metrics import expected
+from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
+
+MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
+GAME: dict[str, Any] = {
+    "data": {
+        "train": {"task": "guessing_game", "split": "train", "size": 64},
+        "eval": {"task": "guessing_game", "split": "eval", "size": 8},
+        "max_prompt_tokens": 16,
+    },
+    "rollouts": {
+        "max_new_tokens": 6,
+        "environment": {"name": "guess_number", "args": {"low": 1, "high": 7}, "max_turns": 3, "max_tokens": 96},
+    },
+    "rewards": {
+        "won": {"environment": True},
+        "digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}},
+    },
+    "train": {"steps": 2},
+}
+PPO = {"name": "ppo", "critic_lr": 1e-3, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
+
+
+def config(folder: Path, name: str, **changes: Any) -> Path:
+    return write_config(
+        folder / f"{name}.yaml",
+        {"algorithm": PPO, **changes, "run": {"name": name, "dir": str(folder), "seed": 3}},
+        base=merge(merge(ONLINE, {"data": {"apply_chat_template": None}}), GAME),
+    )
+
+
+def samples(run: Path, step: int) -> list[dict[str, Any]]:
+    lines = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.timeout(300)
+def test_ppo_learns_from_conversations(tmp_path: Path) -> None:
+    train(config(tmp_path, "game"))
+    found = rows(tmp_path / "game")
+    always = expected(["online", "advantages", "reference", "critic", "environment", "eval"])
+    plain = {name for name in always if "<" not in name}
+    assert plain <= set(found[2]), sorted(plain - set(found[2]))
+    for row in found[1:]:
+        # Trainer and sampler agree about every sampled token, so both saw the same tokens at the same places.
+        assert row["experience/rollout_logprob_diff/max"] < 1e-4
+        assert 1.0 <= row["rollouts/turns/mean"] <= row["rollouts/turns/max"] == 3.0
+        assert row["rollouts/environment_tokens/mean"] > 5.0
+        assert row["rollouts/environment_errors/total"] == row["rollouts/environment_timeouts/total"] == 0.0
+        assert row["rewards/digits/mean"] > 0.0
+    assert "eval/heldout/won" in found[2]
+    for sample in samples(tmp_path / "game", 2):
+        turns = sample["turns"]
+        assert sample["prompt"] == turns[0]["text"] == "<|user|>1-7?<|eos|><|assistant|>"
+        assert [turn["role"] for turn in turns[1:]] == ["policy", "environment"] * (len(turns) // 2 - 1) + ["policy"]
+        assert all(turn["sampled"] == (turn["role"] == "policy") for turn in turns)
+        assert sum(turn["tokens"] for turn in turns if turn["sampled"]) == sample["response_tokens"]
+        assert len(sample["response"].split("\n")) >= len(turns) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_same_run_holds_the_same_conversations(tmp_path: Path) -> None:
+    """Whatever order the turns come in. Log-probabilities may differ by rounding, as batches are composed by time."""
+    for name in ("one", "two"):
+        train(config(tmp_path, name))
+    said = [[(s["prompt"], s["turns"], s["scores"]) for s in samples(tmp_path / name, 2)] for name in ("one", "two")]
+    assert said[0] == said[1]
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pairs_of_conversations_are_compared(tmp_path: Path) -> None:
+    algorithm = {"name": "online_dpo"}
+    train(config(tmp_path, "pairs", algorithm=algorithm, train={"sequences_per_update": 4}))
+    found = rows(tmp_path / "pairs")
+    assert all(row["experience/rollout_logprob_diff/max"] < 1e-4 for row in found[1:] if row["preference/pairs/total"])
+    assert any(row["preference/pairs/total"] > 0 for row in found[1:])
+
+
+def moody(folder: Path, moods: list[str], **changes: Any) -> Path:
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "{observation}", "mood": m}) + "\n" for m in moods))
+    return config(
+        folder,
+        "moody",
+        data={"train": str(data), "eval": None, "max_prompt_tokens": 64, "shuffle": False},
+        rollouts={
+            "prompts_per_step": 4,
+            "environment": {"name": f"{MOODY}:Moody", "args": None, "step_timeout_s": 2.0, "max_tokens": 200},
+        },
+        rewards={"won": {"environment": True}},
+        eval=None,
+        **changes,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_groups_whose_environment_failed_are_replaced(tmp_path: Path) -> None:
+    moods = ["well", "raise", "hang", "well", "exit", *["well"] * 59]
+    policy = {"on_error": "drop", "max_dropped_fraction": 1.0}
+    train(moody(tmp_path, moods, reward_policy=policy, train={"steps": 1, "sequences_per_update": 16}))
+    (row,) = rows(tmp_path / "moody")
+    assert row["rollouts/dropped_groups/total"] == 3.0
+    assert row["rollouts/environment_errors/total"] == row["rewards/errors/total"] == 12.0
+    assert row["rollouts/environment_timeouts/total"] == 4.0
+    assert row["rewards/won/mean"] == 1.5  # no failure counts as 0
+    lines = (tmp_path / "moody" / "errors.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["kind"] for line in lines} == {"raised", "timeout", "died"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_failing_environment_stops_the_run_by_name(tmp_path: Path) -> None:
+    written = moody(tmp_path, ["well", "raise", *["well"] * 62], train={"steps": 1, "sequences_per_update": 16})
+    process = start(written)
+    assert process.wait(timeout=280) == 1
+    said = written.with_suffix(".log").read_text(encoding="utf-8")
+    assert "reward `environment` raised an exception on response 0 to prompt 1: step: ValueError: out of order" in said

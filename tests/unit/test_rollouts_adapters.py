@@ -1,0 +1,115 @@
+"""Environments of other libraries behind our protocol; the real ones where they are installed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.rewards.worker import Source
+from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost, Step
+
+PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
+Told = tuple[str, list[Step]]
+
+
+def play(name: str, args: dict[str, Any], columns: dict[str, Any], *says: str, seed: int = 1) -> Told:
+    """The first observation and the steps of a conversation in a process of its own."""
+
+    async def run() -> Told:
+        host = EnvironmentHost(Source(path=None, name=name, args=args), step_timeout_s=30.0, memory_gib=8.0)
+        try:
+            description = await host.start()
+            conversation = await host.open()
+            try:
+                first = await conversation.reset(seed, description.select(columns))
+                return first, [await conversation.step(text) for text in says]
+            finally:
+                await conversation.end()
+        finally:
+            await host.stop()
+
+    return asyncio.run(asyncio.wait_for(run(), 120.0))
+
+
+def test_a_game_of_textarena_is_its_seeds() -> None:
+    pytest.importorskip("textarena", reason="the extra textarena is not installed")
+    game = {"game": "GuessTheNumber-v0", "args": {"max_turns": 30}}
+    rules, steps = play("textarena", game, {}, "no number", "[1]", seed=3)
+    assert "guess the number between 1 and 20" in rules
+    assert "invalid move" in str(steps[0].observation)
+    assert steps[1] == Step(observation="The target number is higher.", reward=0.0, done=False)
+    guesses = [f"[{number}]" for number in range(1, 9)]  # the secret of seed 3 is 8
+    _, steps = play("textarena", game, {}, *guesses, seed=3)
+    assert [step.done for step in steps] == [False] * 7 + [True]
+    assert steps[-1].reward == 1.0
+
+
+def test_an_environment_of_skyrl_gym_is_made_of_the_row() -> None:
+    pytest.importorskip("skyrl_gym", reason="the extra skyrl-gym is not installed")
+    row = {"reward_spec": {"ground_truth": "4"}, "messages": [{"role": "user", "content": "2 + 2?"}]}
+    args = {"env": "gsm8k_multi_turn", "extras": {"max_turns": 3}}
+    first, steps = play("skyrl_gym", args, row, "#### 5", "#### 4")
+    assert first == ""
+    assert "tentative numeric answer" in str(steps[0].observation)
+    assert steps[0].reward == pytest.approx(0.2 / 3)
+    assert (steps[1].reward, steps[1].done) == (1.0, True)
+    with pytest.raises(EnvironmentFailure, match="ground_truth is required"):
+        play("skyrl_gym", args, {})
+
+
+@pytest.mark.parametrize(("name", "args"), [("textarena", {"game": "Nim-v0"}), ("skyrl_gym", {"env": "gsm8k"})])
+def test_what_is_not_installed_names_its_extra(name: str, args: dict[str, Any]) -> None:
+    try:
+        __import__(name)
+    except ImportError:
+        with pytest.raises(UserError, match=rf"is not installed .*ray-rlhf\[{name.replace('_', '-')}\]"):
+            play(name, args, {})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page's server with the page's environment."""
+    folder = tmp_path_factory.mktemp("server")
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        name = re.match(r"# (\S+)\n", block)
+        assert name is not None
+        (folder / name[1]).write_text(block)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "serve.py", str(port)], cwd=folder)
+    until = time.monotonic() + 30
+    while time.monotonic() < until and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait(10)
+
+
+def test_a_server_plays(server: str) -> None:
+    first, steps = play("http", {"url": server}, {"start": 1}, "3", "x")
+    assert first == "10 are left. Take 1, 2 or 3."
+    assert str(steps[0].observation).endswith(" are left.")
+    assert steps[1] == Step(observation="Say 1, 2 or 3.", reward=-0.1, done=False)
+
+
+def test_a_server_that_fails_is_a_failure(server: str) -> None:
+    with pytest.raises(EnvironmentFailure, match=r"reset: .*URLError"):
+        play("http", {"url": "http://127.0.0.1:9"}, {})
+    with pytest.raises(UserError, match="expected one of http or https"):
+        play("http", {"url": "file:///etc/passwd"}, {})
+    with pytest.raises(UserError, match="NO_SUCH_TOKEN, which is to hold the token, is not set"):
+        play("http", {"url": server, "token_env": "NO_SUCH_TOKEN"}, {})
