@@ -360,6 +360,4 @@ def test_rewards_may_be_added_to_what_the_teacher_says(models: Path, tmp_path: P
     }
     assert always <= set(found[2]), sorted(always - set(found[2]))
     assert {"eval/heldout/score", "eval/heldout/kl_teacher", "rewards/digits/mean"} <= set(found[0] | found[1])
-    # the rewards' advantages have mean 0 over a group, not over its tokens: the teacher's alone would be the KL
-    assert found[1]["advantages/mean"] != pytest.approx(-found[1]["experience/kl_teacher/mean"], rel=1e-6)
     assert (tmp_path / "both" / "final" / "adapter_model.safetensors").exists()
