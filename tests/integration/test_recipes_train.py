@@ -60,6 +60,7 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "rollouts" in small:
         sets = small.get("algorithm", {}).get("k", 1)  # of responses: there must be more than one set in a group
         small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
+        small["rollouts"].pop("dynamic_sampling", None)  # the tiny model has nothing right: all groups are alike
     if "evaluate" in small:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
         small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}
