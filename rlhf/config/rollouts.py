@@ -1,10 +1,10 @@
-"""How many responses are sampled, how, and what scores them."""
+"""How many responses are sampled, and how."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from rlhf.algorithms.section import Section
 
@@ -64,41 +64,3 @@ class RolloutsConfig(Section):
     """Train on some of a prompt's responses; null: on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
-
-
-class RewardConfig(Section):
-    """One reward: exactly one of function and role."""
-
-    function: str | None = None
-    """A built-in by name, or `path/file.py:name`."""
-    role: Literal["reward"] | None = None
-    """The reward model of the `reward` section."""
-    weight: float = 1.0
-    """Its factor in the response's score."""
-    truncated_score: float | None = None
-    """What a response gets that was cut at rollouts.max_new_tokens, before the weight; null: what the reward says."""
-    args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of the function, or of the class's constructor."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.function is None) == (self.role is None):
-            raise ValueError("give exactly one of `function` and `role`")
-        if self.role is not None and self.args:
-            raise ValueError("`args` has no effect with `role`")
-        return self
-
-
-class RewardPolicy(Section):
-    """What happens when a reward raises, hangs or returns no finite number."""
-
-    on_error: Literal["fail", "drop"] = "fail"
-    """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
-    timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
-    """Limit of one call."""
-    max_dropped_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
-    processes: int = Field(default=1, ge=1, le=1024)
-    """Processes that run reward functions, for each reward worker."""
-    memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
-    """Memory that one of these processes may map, libraries included. A call that wants more has failed."""
