@@ -62,6 +62,7 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
         if "environment" in small["rollouts"]:
             small["rollouts"]["environment"] = {**small["rollouts"]["environment"], "max_tokens": 1100}
+        small["rollouts"].pop("dynamic_sampling", None)  # the tiny model has nothing right: all groups are alike
     if "evaluate" in small:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
         small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}
