@@ -60,6 +60,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dapo": {"algorithm": {"overlong": {"buffer": 2}}},
     "gdpo": {"rewards": {"format": {"function": "format_regex", "args": {"pattern": "[0-9]+,[0-9]+,[0-9]+"}}}},
     "online_dpo": {"train": {"sequences_per_update": 16}},
+    "raft": {"train": {"sequences_per_update": 32}},  # of the 64 that it keeps at most
 }
 
 
