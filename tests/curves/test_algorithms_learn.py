@@ -33,8 +33,9 @@ RECIPES = {
     for path in SMALL
     if (name := read_tree(path).values.get("algorithm", {}).get("name")) in ONLINE_ALGORITHMS | ONLINE_PAIR_ALGORITHMS
 }
-GAIN = 0.05  # of the held-out score, in ten steps
-WARM_STEPS, WARM_BATCH, LEARNING_RATE = 420, 32, 2e-3
+QUICK = {"ppo", "grpo", "online_dpo"}  # one of each way to learn
+GAIN = 0.08  # of the held-out score
+WARM_STEPS, WARM_BATCH, LEARNING_RATE = 780, 32, 2e-3
 
 TASK: dict[str, Any] = {
     "data": {
@@ -46,13 +47,15 @@ TASK: dict[str, Any] = {
     "rollouts": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 13},
     "rewards": {"correct": {"function": "last_number"}},
     "train": {
-        "steps": 10,
+        "steps": 14,
         "lr": 3e-4,
+        "lr_schedule": "linear",
+        "warmup_steps": 8,
         "sequences_per_update": 128,
         "max_tokens_per_microbatch": 4096,
-        "checkpoint_every": 10,
+        "checkpoint_every": 14,
     },
-    "eval": {"every": 10},
+    "eval": {"every": 14, "temperature": 1.0, "samples_per_prompt": 2},
 }
 # What a recipe's algorithm needs of the task beyond the above.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -104,7 +107,9 @@ def alone() -> Iterator[None]:
     leave_alone()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
 async def test_the_score_rises(name: str, warm_start: Path, alone: None, tmp_path: Path) -> None:
     recipe = read_tree(RECIPES[name]).values
     tree = merge(
@@ -121,7 +126,7 @@ async def test_the_score_rises(name: str, warm_start: Path, alone: None, tmp_pat
     folder = await run(load(config, []))
     rows = list(read_metrics(folder))
     before, after = rows[0]["eval/heldout/score"], rows[-1]["eval/heldout/score"]
-    assert 0.2 < before < 0.7, before
+    assert 0.1 < before < 0.6, before
     assert after > before + GAIN, json.dumps({"before": before, "after": after})
 
 
