@@ -23,12 +23,14 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.rewards.worker import LoadError, Source, die_with_parent, import_file, summarize
 
+DYING_S = 1.0
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
 
@@ -198,12 +200,19 @@ def _fork(environment: Any, session: int, control: socket.socket, lifeline: int,
         os._exit(status)
 
 
-def _end(pid: int) -> int:
+def _end(pid: int, *, is_dying: bool) -> int:
     """Kill a conversation with all that it started; how it had ended before (a wait status), or -1 if it had not.
 
-    It is reaped here and nowhere else, so that the id is its own until then.
+    It is reaped here and nowhere else, so that the id is its own until then. is_dying: its connection is closed, and a
+    process that dies closes that before it is gone.
     """
-    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    ended = None
+    until = time.monotonic() + (DYING_S if is_dying else 0.0)
+    while not ended:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.0 if ended else 0.005)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
@@ -238,5 +247,8 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         if not command:
             return
         (pid,) = NUMBER.unpack(command)
-        answer = _fork(environment, fds[0], control, lifeline, source.path) if fds else _end(pid)
+        if fds:
+            answer = _fork(environment, fds[0], control, lifeline, source.path)
+        else:
+            answer = _end(abs(pid), is_dying=pid < 0)
         control.sendall(NUMBER.pack(answer))
