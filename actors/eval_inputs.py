@@ -23,7 +23,7 @@ from rlhf.config.derive import (
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RewardPolicy
+from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, load_examples

@@ -157,7 +157,7 @@ async def _answers(
                 places_of(cluster, placement, "reward", threads=cluster.roles.reward.threads),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
-                concurrency=policy.processes + 1,
+                concurrency=settings.concurrency,
             ),
             settings,
             deadline_s=cluster.call_timeout_s,

@@ -16,7 +16,7 @@ from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.merge import foresee, with_local_models
 from actors.models import check_models, models_of, refuse_other_results, with_adapters, with_tiny
-from actors.reading import check_rewards, load_rewards, named, reading_of, source_of
+from actors.reading import check_rewards, load_rewards, named, reading_of, refuse_unused_rewards, source_of
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
@@ -192,6 +192,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         more = prompts_of(name, one.source, len(prompts))
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
     if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
         raise UserError(
             f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
@@ -204,6 +205,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
             "rollouts.temperature. Give the column another name, or leave it out."
         )
     held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    _refuse_absent_metric(config, specs, held_out)
     settings = config.eval
     sources = {
         name: {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
@@ -230,6 +232,19 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         max_model_len=max_model_len,
         probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
     )
+
+
+def _refuse_absent_metric(
+    config: Config, specs: Sequence[RewardSpec], held_out: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """UserError if the metric that tells checkpoints apart is of a reward that applies to no row of its set."""
+    best = (config.train.best_metric or "").removeprefix("-")
+    for name, prompts in held_out.items():
+        for spec in specs:
+            is_best = best == f"eval/{name}/{spec.name}"
+            if is_best and not any(spec.applies_to(prompt.columns) for prompt in prompts):
+                text = f"is {best!r}, but rewards.{spec.name}.only applies to no row of data.eval.{name}"
+                raise UserError(f"train.best_metric: {text}")
 
 
 def _offline(config: Config, source: str) -> OfflineInputs:

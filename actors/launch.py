@@ -304,7 +304,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
                 rank_places(config, placement, "reward", threads=cluster.roles.reward.threads),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
-                concurrency=config.reward_policy.processes + 1,
+                concurrency=settings.concurrency,
             ),
             settings,
             deadline_s=deadline_s,

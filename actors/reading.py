@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf.config.data import DataSource
 from rlhf.config.derive import max_sequence_tokens
-from rlhf.config.rollouts import RewardConfig
+from rlhf.config.rewards import RewardConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Reading
-from rlhf.data.sources import Row, Source
+from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 from rlhf.models.tiny import build_tiny_llama
+from rlhf.rewards.judge import JudgeSpec
 from rlhf.rewards.loading import check_columns, load_reward
+from rlhf.rewards.remote import RemoteReward
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.rewards.service import ServiceSpec
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
+MOST_SHOWN = 5  # values of a column, in a message
 
 
 @contextmanager
@@ -60,7 +67,7 @@ def reading_of(config: Config) -> Reading:
 def load_rewards(
     rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = REWARD_KEY
 ) -> tuple[RewardSpec, ...]:
-    """The rewards, their functions imported once in a process of their own.
+    """The rewards, their functions imported once in a process of their own, the tokens of their services read.
 
     beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
     """
@@ -81,6 +88,9 @@ def load_rewards(
                 name=name,
                 weight=reward.weight,
                 function=function,
+                remote=_remote(reward, key=_section(key, name)),
+                gate=reward.gate,
+                only=reward.only,
                 from_environment=reward.environment,
                 truncated_score=reward.truncated_score,
             )
@@ -88,9 +98,104 @@ def load_rewards(
     return tuple(specs)
 
 
+def _section(key: str, name: str) -> str:
+    """The reward's own key, from that of its function."""
+    return key.format(name).removesuffix(".function")
+
+
+def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
+    """The service, if it is one. UserError if the environment lacks its token."""
+    if reward.url is None:
+        return None
+    token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
+    if token is not None and not (token.isascii() and token.isprintable() and token):
+        what = "is not set" if not token else "holds more than plain text"
+        raise UserError(f"{key}.token_env: the environment variable {reward.token_env} {what}; export the token in it")
+    judge, http = reward.judge, reward.http
+    return RemoteReward(
+        service=ServiceSpec(
+            url=reward.url,
+            timeout_s=http.timeout_s,
+            deadline_s=http.deadline_s,
+            max_in_flight=http.max_in_flight,
+            token=token,
+        ),
+        judge=None if judge is None else JudgeSpec(**dict(judge)),
+    )
+
+
 def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
-    """UserError if a reward needs a column that not every row has."""
-    common = set(rows[0].columns).intersection(*(row.columns for row in rows))
+    """UserError if a row has no reward, or a reward lacks something of a row that it applies to: a column, its gate."""
+    given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
+    applies = {spec.name: [spec.applies_to(columns) for columns in given] for spec in specs}
     for spec in specs:
+        section = _section(key, spec.name)
+        if spec.gate is not None:
+            pairs = zip(rows, applies[spec.name], applies[spec.gate], strict=True)
+            row = next((row for row, here, gated in pairs if here and not gated), None)
+            if row is not None:
+                raise UserError(
+                    f"{section}.gate: {spec.gate} does not apply to {row.place}, and {spec.name} does; "
+                    f"let {_section(key, spec.gate)}.only have all rows that {section}.only has"
+                )
+        mine = [columns for columns, here in zip(given, applies[spec.name], strict=True) if here]
+        if not mine:
+            continue
+        common = sorted(set(mine[0]).intersection(*mine))
         if spec.function is not None:
-            check_columns(spec.function, sorted(common), key=key.format(spec.name), data=data)
+            check_columns(spec.function, common, key=key.format(spec.name), data=data)
+        elif spec.remote is not None:
+            _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
+    for row, *here in zip(rows, *applies.values(), strict=True):
+        if not any(here):
+            columns = ", ".join(dict.fromkeys(f"`{name}`" for spec in specs for name in spec.only))
+            raise UserError(f"{row.place}: no reward applies to the row, by {columns}; widen a reward's `only`")
+
+
+def _check_sent(
+    remote: RemoteReward,
+    rows: Sequence[Row],
+    given: Sequence[Mapping[str, Any]],
+    applies: Sequence[bool],
+    common: Sequence[str],
+    *,
+    key: str,
+    data: str,
+) -> None:
+    """UserError if what a service is sent of the rows is missing, or cannot be written as JSON."""
+    wanted = None if remote.judge is None else remote.judge.columns
+    missing = [name for name in wanted or () if name not in common]
+    if missing:
+        names = ", ".join(f"{{{name}}}" for name in missing)
+        raise UserError(
+            f"{key}.judge.prompt: has {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}"
+        )
+    for row, columns, here in zip(rows, given, applies, strict=True):
+        sent = columns if wanted is None else {name: columns[name] for name in wanted if here}
+        try:
+            json.dumps(sent if here else None, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{row.place}: cannot be sent to {key} as JSON: {error}") from error
+
+
+def refuse_unused_rewards(
+    specs: Sequence[RewardSpec], rows: Iterable[Mapping[str, Any]], *, key: str = REWARD_KEY
+) -> None:
+    """UserError for a reward that applies to no row that is trained on."""
+    idle = {spec.name: spec for spec in specs if spec.only}
+    found: dict[str, dict[str, None]] = {name: {} for spec in idle.values() for name in spec.only}
+    for columns in rows if idle else ():
+        idle = {name: spec for name, spec in idle.items() if not spec.applies_to(columns)}
+        for name, values in found.items():
+            if len(values) < MOST_SHOWN and name in columns:
+                values[shown(columns[name])] = None
+        if not idle:
+            return
+    for spec in idle.values():
+        has = "; ".join(
+            f"`{name}` is {', '.join(found[name])}{', ...' if len(found[name]) == MOST_SHOWN else ''}"
+            if found[name]
+            else f"there is no column `{name}`"
+            for name in spec.only
+        )
+        raise UserError(f"{_section(key, spec.name)}.only: applies to no row of the training data, where {has}")

@@ -16,6 +16,8 @@ from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.evaluation.results import ExampleResult
 from rlhf.evaluation.voting import AnswerForm
+from rlhf.rewards.pool import Outcome
+from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
 from rlhf.types import GroupScores, Role, Rollouts, TokenValues
@@ -29,6 +31,7 @@ class RewardWorkers:
         self.handles = handles
         self.settings = settings
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
+        self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.deadline_s = deadline_s
         self.processes = Processes("reward", handles)
 
@@ -39,7 +42,7 @@ class RewardWorkers:
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         """Groups go to the workers in turn, to each as many at once as it has processes: the limit is for one group's
-        own work, not for its wait."""
+        own work, not for its wait. Services are asked first, about more groups at once."""
         worker = group.request.group_id % len(self.handles)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
         if errors:
@@ -47,10 +50,25 @@ class RewardWorkers:
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
         environment = tuple(info.environment_reward for info in group.infos)
         limit_s = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s) + self.deadline_s
+        prompt = group.request.prompt
+        asked = await self._ask(worker, group, truncated)
         async with self.free[worker]:
-            ref = self.handles[worker].score.remote(group.request.prompt, group.rollouts, truncated, environment)
+            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked, environment)
             scores: GroupScores = await wait_one(ref, role="reward", rank=worker, stage="rewards", deadline_s=limit_s)
         return scores
+
+    async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, Outcome]:
+        """What the services say that score the group's row."""
+        prompt = group.request.prompt
+        if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
+            return {}
+        limit_s = ask_deadline_s(self.settings.specs, len(truncated)) + self.deadline_s
+        async with self.free_to_ask[worker]:
+            ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
+            asked: dict[str, Outcome] = await wait_one(
+                ref, role="reward", rank=worker, stage="services", deadline_s=limit_s
+            )
+        return asked
 
     async def texts(self, group: CompletedGroup) -> list[str]:
         """The responses as text."""

@@ -5,11 +5,12 @@ sys.stdout.write(rlhf.plan(loaded))
 folder = rlhf.train(loaded)
 rlhf.evaluate(loaded, model=str(folder)).sets[0].metrics["score"]
 rlhf.generate(str(folder), ["What is 7 times 8?"])[0].response
+rlhf.reward(loaded, "responses.jsonl").rows[0].score
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf.config.root import Config
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.evaluation.results import Evaluation, Marks
+    from rlhf.evaluation.scored import ScoredFile
 
 __all__ = [
     "RunError",
@@ -32,6 +34,8 @@ __all__ = [
     "load_merge",
     "merge",
     "plan",
+    "reward",
+    "serve_reward",
     "train",
 ]
 
@@ -158,6 +162,39 @@ def evaluate(
         out=out,
     )
     return found
+
+
+def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
+    """What a configuration's rewards say of the responses in a file; a reward that fails is part of the result.
+
+    file: rows with `prompt`, `response` and the columns that the rewards read, or samples that a run has written.
+    """
+    from rlhf.cli import reward as run
+
+    found, _ = run(_loaded(config, overrides), Path(file))
+    return found
+
+
+def serve_reward(
+    target: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a configuration's rewards, or one function by name, until SIGINT or SIGTERM. `ready` is told the URL.
+
+    token_env: environment variable with the token that callers must give; hosts beyond this machine need one.
+    """
+    from rlhf.cli import serve_reward as run
+
+    is_function = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
+    if is_function and overrides:
+        raise UserError(f"overrides change a configuration, and {target} is a function")
+    what = str(target) if is_function else _loaded(target, overrides)
+    run(what, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

@@ -7,13 +7,13 @@ paragraph on stderr; a traceback only with --debug.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.arguments import RECIPES, parse, said_of_decoding
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import hush_imports
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     from rlhf.config.load import LoadedConfig
     from rlhf.config.merge import MergeRun
+    from rlhf.config.rewards import RewardPolicy
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.evaluation.results import Evaluation, Marks
+    from rlhf.evaluation.scored import ScoredFile
 
 Device = Literal["cpu", "cuda"]
-RECIPES = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+MOST_TOLD = 10  # failures of rewards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     hush_imports()
     try:
-        args = _parse(given)
+        args = parse(given)
     except UserError as error:
         return _report(error, 2)
     try:
@@ -144,122 +146,24 @@ def evaluate(
     return run(inputs, folder), folder
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. `{self.prog} --help` shows what there is")
+def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, RewardPolicy]:
+    """Score the responses in a file; what the rewards say, and what the configuration makes of failures."""
+    from actors.reward import score_file
+    from actors.scorer import scoring_of_config
+
+    scoring = scoring_of_config(loaded)
+    return score_file(scoring, file), scoring.policy
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser, with_overrides = _parser()
-    args, extra = parser.parse_known_args(argv)
-    if extra and (args.command not in with_overrides or any(word.startswith("-") for word in extra)):
-        wrong = [word for word in extra if word.startswith("-")] or extra
-        raise UserError(
-            f"{args.command} does not know {' '.join(wrong)}; `rlhf {args.command} --help` shows what it knows"
-        )
-    if args.command in with_overrides:
-        args.overrides = [*args.overrides, *extra]  # argparse leaves those that follow an option
-    return args
+def serve_reward(
+    target: LoadedConfig | str, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]
+) -> None:
+    """Serve a configuration's rewards, or one function, until it is interrupted."""
+    from actors.scorer import scoring_of_config, scoring_of_function
+    from actors.serve_reward import serve
 
-
-def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
-    """The parser, and the commands that take overrides."""
-    parser = _Parser(prog="rlhf", description="Post-training on Ray: from a laptop CPU to a cluster.")
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("ray-rlhf"))
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-
-    train = commands.add_parser("train", help="run a configuration, of whatever method")
-    train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: continue the run in its folder"
-    )
-
-    plan = commands.add_parser("plan", help="check a configuration and show what follows from it")
-    plan.add_argument("config", metavar="CONFIG", help="YAML file")
-    plan.add_argument("--cluster", metavar="NODES", help="fit it into nodes such as '2*cpu=96,gpu=8+1*cpu=16'")
-
-    quickstart = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
-    quickstart.add_argument("--algorithm", choices=tuple(RECIPES), default="ppo", help="which recipe")
-
-    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
-    export.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
-    export.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
-
-    merge = commands.add_parser("merge", help="merge models or adapters into one")
-    merge.add_argument("config", metavar="CONFIG", help="YAML file with a merge section")
-
-    generate = commands.add_parser("generate", help="responses of a model, or a conversation with it")
-    generate.add_argument("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
-    given = generate.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
-    given.add_argument("--file", type=Path, metavar="DATA", help="prompts of a file or dataset; answered as JSON lines")
-    given.add_argument("--chat", action="store_true", help="each line on stdin is a turn; ends with it (Ctrl-D)")
-    generate.add_argument("--out", type=Path, metavar="FILE", help="JSON lines go here, not to stdout")
-
-    evaluate = commands.add_parser("eval", help="measure a model on held-out data")
-    evaluate.add_argument(
-        "target", metavar="CONFIG|MODEL", help="a run's YAML (its data.eval and rewards), or a model as for generate"
-    )
-    evaluate.add_argument("--model", metavar="MODEL", help="CONFIG only: this model, not its policy.model")
-    evaluate.add_argument("--against", metavar="MODEL", help="win rate against this model, by score")
-    evaluate.add_argument("--data", action="append", default=[], metavar="SET", help="file, dataset, or TASK[:ROWS]")
-    evaluate.add_argument(
-        "--reward", action="append", default=[], metavar="NAME", help="a built-in, or path/file.py:name"
-    )
-    evaluate.add_argument("--reward-model", metavar="MODEL", help="a reward model whose score is added")
-    evaluate.add_argument(
-        "--k", type=_whole_numbers, metavar="K,K", help="of pass@k and maj@k; 1, 2, 4, ... if not given"
-    )
-    evaluate.add_argument("--pass-score", type=float, help="score from which a response passes; 1 for functions")
-    evaluate.add_argument(
-        "--answer", choices=("last_number", "answer_tag", "boxed", "whole"), help="by what responses vote (maj@k)"
-    )
-    evaluate.add_argument("--by", metavar="COLUMN", help="report each value of a column beside the whole set")
-    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results; evals/NAME if not given")
-    evaluate.add_argument("--json", action="store_true", help="print eval.json, not a table")
-    for command in (generate, evaluate):
-        _add_decoding(command)
-
-    doctor = commands.add_parser("doctor", help="what is installed, and what to do about it")
-    for command in (train, quickstart, merge):
-        command.add_argument("--quiet", action="store_true", help="no progress")
-    for command in (train, plan, quickstart, merge, evaluate):
-        command.add_argument("overrides", metavar="key=value", nargs="*", help="set a key of the configuration")
-    for command in (train, plan, quickstart, export, merge, generate, evaluate, doctor):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser, frozenset({"train", "plan", "quickstart", "merge", "eval"})
-
-
-def _add_decoding(command: argparse.ArgumentParser) -> None:
-    """Options of sampling. None of those of a Decoding has a default here: what is not given is not said."""
-    add = command.add_argument
-    add("--samples", type=int, metavar="N", help="responses to each prompt; 1")
-    add("--temperature", type=float, help="0 is greedy; generate: 1, eval: 0")
-    add("--top-p", type=float, help="nucleus sampling; 1 keeps all tokens")
-    add("--top-k", type=int, help="sample among the k likeliest tokens")
-    add("--max-new-tokens", type=int, metavar="N", help="tokens of a response, at most; 256")
-    add("--stop", action="append", metavar="TEXT", help="ends a response; may be repeated")
-    add("--seed", type=int, help="of sampling and intervals; 0")
-    add("--system-prompt", metavar="TEXT", help="put before every prompt by the chat template")
-    add("--no-chat-template", action="store_true", default=None, help="string prompts go to the model as they are")
-    add("--device", choices=("cpu", "cuda"), help="cpu if not given")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-
-
-def _said_of_decoding(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Decoding that the arguments give."""
-    names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "system_prompt")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.stop is not None:
-        given["stop"] = tuple(args.stop)
-    if args.no_chat_template is not None:
-        given["apply_chat_template"] = False
-    return given
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    scoring = scoring_of_function(target) if isinstance(target, str) else scoring_of_config(target)
+    serve(scoring, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -281,6 +185,17 @@ def _run(args: argparse.Namespace) -> int:
         return _generate(args)
     if args.command == "eval":
         return _evaluate(args)
+    if args.command == "reward":
+        return _reward(args)
+    if args.command == "serve-reward":
+        serve_reward(
+            _configuration_or_name(args.target, args.overrides),
+            host=args.host,
+            port=args.port,
+            token_env=args.token_env,
+            ready=lambda url: _say(f"serving {url}\n"),
+        )
+        return 0
     from rlhf.config.load import load
 
     if args.command == "quickstart":
@@ -314,7 +229,7 @@ def _show_evaluations(loaded: LoadedConfig) -> None:
 def _generate(args: argparse.Namespace) -> int:
     from rlhf.evaluation.decoding import Decoding
 
-    decoding = Decoding(**_said_of_decoding(args))
+    decoding = Decoding(**said_of_decoding(args))
     settings: dict[str, Any] = {"device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
     if args.chat:
         if args.out is not None or decoding.samples > 1 or not decoding.apply_chat_template:
@@ -343,23 +258,16 @@ def _generate(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import json
 
-    from rlhf.config.load import load
     from rlhf.evaluation.decoding import Decoding
     from rlhf.evaluation.results import Marks
 
-    said = _said_of_decoding(args)
+    said = said_of_decoding(args)
     if said and args.target.endswith((".yaml", ".yml")):
         raise UserError(
             f"--{next(iter(said)).replace('_', '-')} has no effect: {args.target} says how it is sampled; set "
             "eval.temperature, eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value"
         )
-    target: LoadedConfig | str = args.target
-    if args.target.endswith((".yaml", ".yml")):
-        target = load(args.target, args.overrides)
-    elif args.overrides:
-        raise UserError(
-            f"{args.overrides[0]}: changes a configuration, and {args.target} is a model; give a CONFIG.yaml"
-        )
+    target = _configuration_or_name(args.target, args.overrides)
     found, folder = evaluate(
         target,
         model=args.model,
@@ -381,6 +289,40 @@ def _evaluate(args: argparse.Namespace) -> int:
     console = Console()
     console.print(found.to_table())
     console.print(f"results: {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _configuration_or_name(target: str, overrides: Sequence[str]) -> LoadedConfig | str:
+    """A YAML file's configuration, or the name as it is. UserError for overrides of what has no keys."""
+    if target.endswith((".yaml", ".yml")):
+        from rlhf.config.load import load
+
+        return load(target, overrides)
+    if overrides:
+        raise UserError(f"{overrides[0]}: changes a configuration, and {target} is none; give a CONFIG.yaml")
+    return target
+
+
+def _reward(args: argparse.Namespace) -> int:
+    """The table or the lines; then the failures, which are an error where the policy says so."""
+    from rlhf.config.load import load
+    from rlhf.tracking.atomic import json_line
+
+    found, policy = reward(load(args.config, args.overrides), args.file)
+    if args.json:
+        _say("".join(map(json_line, found.to_json())))
+    else:
+        from rich.console import Console
+
+        Console().print(found.to_table())
+    if found.errors:
+        told = "\n".join(f"{place}: {one.reward}: {one.kind}: {one.message}" for place, one in found.errors[:MOST_TOLD])
+        more = len(found.errors) - MOST_TOLD
+        sys.stderr.write(told + (f"\nand {more} more\n" if more > 0 else "\n"))
+        if policy.on_error == "fail":
+            raise RunError(
+                f"{found.num_unscored} of {len(found.rows)} rows have no score, and reward_policy.on_error is fail"
+            )
     return 0
 
 

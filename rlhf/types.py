@@ -18,6 +18,7 @@ from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 Role = Literal["policy", "reference", "teacher", "reward", "critic", "rollout"]
+RewardErrorKind = Literal["raised", "timeout", "not_a_number", "died", "refused", "unavailable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,16 +239,16 @@ class GroupScores:
     """Rewards of one group, or why it has none. Built by the reward role."""
 
     scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
-    by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    by_name: Mapping[str, tuple[float, ...]]  # each reward that applies to the row, before its gate and weight
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardError:
-    """One reward call that raised, hung or returned no finite number."""
+    """One reward call that raised, hung, returned no finite number, or that a service did not answer."""
 
     reward: str
-    kind: Literal["raised", "timeout", "not_a_number", "died"]
+    kind: RewardErrorKind
     message: str
     prompt_id: int
     sample: int

@@ -135,7 +135,7 @@ class SequenceOutcomes:
     """What is known of B responses without their tokens, prompt-major: group_size of them answer one prompt."""
 
     scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
-    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight, behind its gate; 0 where none applies
     weights: Mapping[str, float]
     num_tokens: Int[Tensor, " B"]  # sampled ones
     group_size: int

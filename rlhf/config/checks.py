@@ -7,7 +7,7 @@ group of responses in rlhf.config.group_checks, and a policy loss alone in rlhf.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
@@ -18,34 +18,33 @@ from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
-from rlhf.config.environment_checks import length_problems, source_problems
+from rlhf.config.environment_checks import length_problems
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
-from rlhf.config.model import CriticConfig, PolicyConfig, RewardModelConfig
-from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RewardPolicy, RolloutsConfig
+from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.reward_checks import normalization_problems, reward_problems
+from rlhf.config.reward_limits import limit_problems
+from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
-from rlhf.rewards.functions import own_limit_s
 
 if TYPE_CHECKING:
     from rlhf.types import Role
-
-_SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
 
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     environment = config.rollouts.environment if config.rollouts is not None else None
     found = [*unused(config), *_presence(config)]
-    found += reward_problems(config.rewards, config.reward, config.reward_policy, environment=environment)
-    found += [*_adapters(config), *_cluster(config)]
+    found += reward_problems(config.rewards, config.reward, environment=environment)
+    found += [*_adapters(config), *_cluster(config), *normalization_problems(config)]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
         found += loss_problems(config, config.rollouts)
-    found += [*_updates(config), *_evaluation(config)]
+    found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(found)
 
 
@@ -369,40 +368,3 @@ def _weight_sync(config: Config) -> Iterator[Problem]:
             "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
         )
         yield _problem("cluster.weight_sync", text)
-
-
-def reward_problems(
-    rewards: Mapping[str, RewardConfig],
-    model: RewardModelConfig | None,
-    policy: RewardPolicy,
-    *,
-    environment: EnvironmentConfig | None = None,
-    at: Key = (),
-) -> Iterator[Problem]:
-    """What is wrong among the rewards. `at`: the section that they stand in."""
-    yield from source_problems(rewards, environment, at=at)
-    arguments = [((*at, "rewards", name, "args"), reward.args) for name, reward in rewards.items()]
-    if environment is not None:
-        arguments.append((("rollouts", "environment", "args"), environment.args))
-    users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
-    if users and model is None:
-        key = (*at, "reward")
-        text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
-        yield Problem(key=key, text=text)
-    if "score" in rewards:
-        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
-        yield Problem(key=(*at, "rewards", "score"), text=text)
-    if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
-        text = "all have weight 0, so every score is 0; give one a weight"
-        yield Problem(key=(*at, "rewards"), text=text)
-    for key, args in arguments:
-        for argument in args:
-            if _SECRET.search(argument):  # the configuration is written to the run folder and to W&B
-                text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                yield Problem(key=(*key, argument), text=text)
-    for name, reward in rewards.items():
-        limit_s = own_limit_s(reward.function or "", reward.args)
-        if limit_s is not None and limit_s >= policy.timeout_s:
-            where = ".".join((*at, "rewards", name, "args.limit_s"))
-            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
-            yield Problem(key=(*at, "reward_policy", "timeout_s"), text=text)

@@ -5,7 +5,7 @@ A key stands here if, and only if, the run would be the same whatever its value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from rlhf.algorithms.cpo import CPOConfig
 from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
+from rlhf.algorithms.gdpo import GDPOConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.raft import RAFTConfig
@@ -20,6 +21,7 @@ from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig
+from rlhf.config.rewards import RewardConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
@@ -208,6 +210,28 @@ def _of_rewards(config: Config) -> Iterator[Inert]:
     if all(reward.function is None for reward in config.rewards.values()):
         keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
         yield from _all(keys, "no reward is a function", "add a reward with `function`")
+    yield from inert_in_rewards(config.rewards)
+    if isinstance(config.algorithm, GDPOConfig):
+        for name in config.rewards:
+            why = "algorithm gdpo normalises each reward within its group"
+            yield Inert(key=("rewards", name, "normalize"), why=why, fix="use another algorithm")
+
+
+def inert_in_rewards(rewards: Mapping[str, RewardConfig], *, at: Key = ()) -> Iterator[Inert]:
+    """Keys of single rewards. `at`: the section that they stand in."""
+    for name, reward in rewards.items():
+        key = (*at, "rewards", name)
+        of_service = f"{'.'.join(key)}.url is null: it is no service"
+        if reward.url is None:
+            for own in ("token_env", "judge", "http"):
+                yield Inert(key=(*key, own), why=of_service, fix="name the service as `url`")
+        if reward.judge is not None and reward.judge.choices:
+            for own in ("pattern", "scale"):
+                why = f"{'.'.join((*key, 'judge', 'choices'))} says what the answer is worth"
+                yield Inert(key=(*key, "judge", own), why=why, fix="remove `choices`")
+        if reward.weight == 0.0:
+            for own in ("gate", "normalize"):
+                yield Inert(key=(*key, own), why=f"{'.'.join(key)}.weight is 0", fix="give it a weight")
 
 
 def _of_preferences(config: Config) -> Iterator[Inert]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from rlhf.config import derive
 from rlhf.config.explain import Problem
-from rlhf.config.rollouts import EnvironmentConfig, RewardConfig, RolloutsConfig
+from rlhf.config.rewards import RewardConfig
+from rlhf.config.rollouts import EnvironmentConfig, RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 

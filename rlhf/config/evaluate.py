@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
-from rlhf.config.checks import cluster_problems, reward_problems, written_inert
+from rlhf.config.checks import cluster_problems, written_inert
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import EvalSource
-from rlhf.config.effect import Inert, inert_in_cluster
+from rlhf.config.effect import Inert, inert_in_cluster, inert_in_rewards
 from rlhf.config.explain import Problem
 from rlhf.config.model import Dtype, RewardModelConfig
-from rlhf.config.rollouts import RewardConfig, RewardPolicy
+from rlhf.config.reward_checks import reward_problems
+from rlhf.config.reward_limits import limit_problems
+from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import RewardName
 from rlhf.config.run import RunConfig, TrackingConfig
 from rlhf.config.train import EvalTemperature
@@ -95,7 +97,8 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     """Everything that is wrong with it. Empty: it can start."""
     return (
         *written_inert(stage, inert_in_evaluation(stage)),
-        *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, stage.evaluate.reward_policy, at=("evaluate",)),
+        *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, at=("evaluate",)),
+        *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
         *_problems(stage.evaluate),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
     )
@@ -126,6 +129,10 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
             fix = "add a reward with `role: reward` to evaluate.rewards"
             yield from _all("reward max_tokens_per_microbatch", "no reward uses a reward model", fix)
         yield from _all("reward_policy.max_dropped_fraction", "an evaluation draws no other prompts", "use it to train")
+        yield from inert_in_rewards(config.rewards, at=("evaluate",))
+        for name in config.rewards:
+            key = ("evaluate", "rewards", name, "normalize")
+            yield Inert(key=key, why="an evaluation reports scores as they are", fix="use it to train")
         if not functions:
             keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
             yield from _all(keys, "no reward is a function", "add a reward with `function`")

@@ -1,4 +1,4 @@
-"""How many responses are sampled, how, and what scores them."""
+"""How many responses are sampled, and how."""
 
 from __future__ import annotations
 
@@ -100,44 +100,3 @@ class RolloutsConfig(Section):
     def longest_sequence(self, prompt_tokens: int) -> int:
         """Most tokens of a sequence that begins with a prompt of so many."""
         return prompt_tokens + self.max_new_tokens if self.environment is None else self.environment.max_tokens
-
-
-class RewardConfig(Section):
-    """One reward: exactly one of function, role and environment."""
-
-    function: str | None = None
-    """A built-in by name, or `path/file.py:name`."""
-    role: Literal["reward"] | None = None
-    """The reward model of the `reward` section."""
-    environment: bool = False
-    """true: the sum of what rollouts.environment gives in a conversation."""
-    weight: float = 1.0
-    """Its factor in the response's score."""
-    truncated_score: float | None = None
-    """What a response gets that was cut at rollouts.max_new_tokens (a conversation: that met one of the environment's
-    limits), before the weight; null: what the reward says."""
-    args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of the function, or of the class's constructor."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if [self.function is not None, self.role is not None, self.environment].count(True) != 1:
-            raise ValueError("give exactly one of `function`, `role` and `environment: true`")
-        if self.function is None and self.args:
-            raise ValueError(f"`args` has no effect with `{'role' if self.role else 'environment'}`")
-        return self
-
-
-class RewardPolicy(Section):
-    """What happens when a reward raises, hangs or returns no finite number."""
-
-    on_error: Literal["fail", "drop"] = "fail"
-    """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
-    timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
-    """Limit of one call."""
-    max_dropped_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
-    processes: int = Field(default=1, ge=1, le=1024)
-    """Processes that run reward functions, for each reward worker."""
-    memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
-    """Memory that one of these processes may map, libraries included. A call that wants more has failed."""

@@ -11,7 +11,8 @@ from rlhf.algorithms.section import Section
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataConfig
 from rlhf.config.model import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig, TeacherConfig
-from rlhf.config.rollouts import RewardConfig, RewardPolicy, RolloutsConfig
+from rlhf.config.rewards import RewardConfig, RewardPolicy
+from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.run import RunConfig, TrackingConfig
 from rlhf.config.train import EvalConfig, TrainConfig
 

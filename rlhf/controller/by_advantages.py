@@ -25,6 +25,7 @@ from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
+from rlhf.controller.training_scores import by_reward
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
@@ -157,14 +158,13 @@ class AdvantageLearning:
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
         """What the groups say without their tokens; `scores`: by sequence id, in the groups' order."""
-        names = groups[0].scores.by_name
         greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
         infos = [info for scored in groups for info in scored.group.infos]
         num_tokens = torch.tensor([info.num_response_tokens for info in infos])
         return SequenceOutcomes(
             scores=self._shaped(_column([scores[info.sequence_id] for info in infos]), num_tokens),
-            by_reward={name: _column([v for scored in groups for v in scored.scores.by_name[name]]) for name in names},
-            weights={name: self.config.rewards[name].weight for name in names},
+            by_reward={name: _column(values) for name, values in by_reward(groups, self.config.rewards).items()},
+            weights={name: reward.weight for name, reward in self.config.rewards.items()},
             num_tokens=num_tokens,
             group_size=self.group_size,
             greedy_scores=_column(greedy) if greedy else None,

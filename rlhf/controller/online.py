@@ -28,6 +28,7 @@ from rlhf.controller.learning import Learning, OnlineRoles
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.trained import trained_models
+from rlhf.controller.training_scores import for_training
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.evaluation.results import Marking
@@ -131,7 +132,7 @@ class OnlineController:
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
         await self._to_trainers(keep_weights=False)
-        signals = await self.learning.learn(groups, step)
+        signals = await self.learning.learn(for_training(groups, self.config.rewards), step)
         await self._sync(step)
         kept = self.config.tracking.samples_per_step
         if kept:

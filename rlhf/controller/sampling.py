@@ -34,8 +34,16 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     if greedy:
         found["rewards/greedy/mean"] = Mean.of(greedy)
-    for name in groups[0].scores.by_name:
-        found[f"rewards/{name}/mean"] = Mean.of([v for scored in groups for v in scored.scores.by_name[name]])
+    found |= {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+    return found
+
+
+def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
+    """What each reward said of the responses that it applies to; a reward that applies to none is not there."""
+    found: dict[str, list[float]] = {}
+    for scored in groups:
+        for name, values in scored.scores.by_name.items():
+            found.setdefault(name, []).extend(values)
     return found
 
 

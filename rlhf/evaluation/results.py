@@ -30,7 +30,7 @@ class PromptScores:
 
     prompt_id: int  # row of the set
     scores: tuple[float, ...]  # weighted sum of the rewards
-    by_name: Mapping[str, tuple[float, ...]]  # each reward before its weight
+    by_name: Mapping[str, tuple[float, ...]]  # each reward that applies, before its gate and weight
     answers: tuple[str | None, ...] | None  # by which responses vote; None: they do not
     truncated: tuple[bool, ...]
     response_tokens: tuple[int, ...]

@@ -12,15 +12,14 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from rlhf.errors import RunError
 from rlhf.rewards.process import ProcessDied, ProcessTimeout, RewardProcess
 from rlhf.rewards.worker import LoadError, Reply, Request, Signature, Source
+from rlhf.types import RewardErrorKind
 
 START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
-
-FailureKind = Literal["raised", "timeout", "not_a_number", "died"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Failure:
     """Why one response has no score."""
 
     sample: int  # place of the response in its group
-    kind: FailureKind
+    kind: RewardErrorKind
     message: str
 
 
@@ -115,7 +114,7 @@ class RewardPool:
                 replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
                 break
         failures = tuple(
-            Failure(sample=sample, kind=cast("FailureKind", reply.kind), message=reply.payload)
+            Failure(sample=sample, kind=cast("RewardErrorKind", reply.kind), message=reply.payload)
             for sample, reply in enumerate(replies)
             if reply.kind != "value"
         )

@@ -1,7 +1,7 @@
 """The rewards of a run, combined: one weighted score a response, or why there is none.
 
-Last stage before the experience: function rewards run in the pool, a reward model's numbers come in from its worker.
-A reward that fails is reported and never counted as 0; the controller decides what becomes of the group.
+Last stage before the experience: function rewards run in the pool, services are asked, a reward model's numbers come
+from its worker. A reward that fails is reported and never counted as 0; the controller decides what becomes of it.
 """
 
 from __future__ import annotations
@@ -9,34 +9,57 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from rlhf.rewards.combining import Share, plain_sum
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.pool import Failure, Outcome, RewardPool, longest_s
 from rlhf.types import GroupScores, Prompt, RewardError
 
-_NONE: Mapping[str, Sequence[float]] = MappingProxyType({})
+if TYPE_CHECKING:
+    from rlhf.rewards.remote import RemoteReward
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSpec:
-    """One reward of a run."""
+    """One reward of a run: a function, a service, or (neither) a reward model, whose numbers come to `score`."""
 
     name: str
     weight: float
-    function: LoadedReward | None  # None: a reward model or the environment, whose numbers come to `score`
+    function: LoadedReward | None
+    remote: RemoteReward | None = None
     from_environment: bool = False
+    gate: str | None = None  # name of the reward whose value is a factor of this one
+    only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)  # columns and their values; empty: all
     truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is the reward model."""
+        return self.function is None and self.remote is None and not self.from_environment
+
+    def applies_to(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row with these columns is scored by it. True is not 1 here."""
+        return all(
+            name in columns and any(type(columns[name]) is type(one) and columns[name] == one for one in values)
+            for name, values in self.only.items()
+        )
 
 
 def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
-    """Of the rewards as they are now: their configuration and the text of their files, not of what those import."""
+    """Of the rewards as they are now: their configuration and the text of their files, not of what those import, nor
+    of what is behind a service."""
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
-        digest.update(repr((spec.name, spec.weight, source, spec.truncated_score, spec.from_environment)).encode())
+        service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
+        told = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
+        digest.update(repr((*told, spec.from_environment)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -47,18 +70,38 @@ def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: fl
     return sum(spec.function is not None for spec in specs) * longest_s(num_responses, timeout_s)
 
 
+def ask_deadline_s(specs: Sequence[RewardSpec], num_responses: int) -> float:
+    """The longest that the services can take for one group."""
+    return max((spec.remote.longest_s(num_responses) for spec in specs if spec.remote is not None), default=0.0)
+
+
+def asks_in_flight(specs: Sequence[RewardSpec]) -> int:
+    """Groups that services are asked about at once; 0: there is no service."""
+    return max((spec.remote.service.max_in_flight for spec in specs if spec.remote is not None), default=0)
+
+
 class RewardSet:
     """All rewards of a run, if it has any: without them there are no scores. `score` may be called from as many threads
-    at once as there are `processes`."""
+    at once as there are `processes`, `ask` from as many as `asks_in_flight` says."""
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
     ) -> None:
         self.specs = tuple(specs)
-        sources = [spec.function.source for spec in self.specs if spec.function is not None]
+        self._shares = {spec.name: Share(weight=spec.weight, gate=spec.gate) for spec in specs}
+        functions = {spec.name: spec.function.source for spec in self.specs if spec.function is not None}
+        self._places = {name: place for place, name in enumerate(functions)}
         self._pool = (
-            RewardPool(sources, timeout_s=timeout_s, processes=processes, memory_gib=memory_gib) if sources else None
+            RewardPool(list(functions.values()), timeout_s=timeout_s, processes=processes, memory_gib=memory_gib)
+            if functions
+            else None
         )
+        services = {spec.name: spec.remote for spec in self.specs if spec.remote is not None}
+        self._services = None
+        if services:
+            from rlhf.rewards.remote import RemoteRewards  # most runs ask nobody, and are spared the import
+
+            self._services = RemoteRewards(services)
 
     def __enter__(self) -> RewardSet:
         return self
@@ -67,9 +110,24 @@ class RewardSet:
         self.close()
 
     def close(self) -> None:
-        """End the reward processes."""
+        """End the reward processes and the services' connections."""
         if self._pool is not None:
             self._pool.close()
+        if self._services is not None:
+            self._services.close()
+
+    def greet(self) -> None:
+        """RunError if a service cannot be reached."""
+        if self._services is not None:
+            self._services.greet()
+
+    def ask(self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]) -> dict[str, Outcome]:
+        """What the services that apply to the prompt's row say, for `score`."""
+        names = [spec.name for spec in self.specs if spec.remote is not None and spec.applies_to(prompt.columns)]
+        if not names:
+            return {}
+        assert self._services is not None
+        return self._services.ask(names, prompt, responses, truncated=truncated)
 
     def score(
         self,
@@ -78,24 +136,27 @@ class RewardSet:
         *,
         truncated: Sequence[bool],
         model_scores: Mapping[str, Sequence[float]] = _NONE,
+        asked: Mapping[str, Outcome] = _NONE,
     ) -> GroupScores:
-        """Weighted sum of the rewards for each response to one prompt.
+        """Weighted sum of the rewards for each response to one prompt; of those that apply to its row.
 
-        truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs without
-        a function.
+        truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs of the
+        reward model. asked: what `ask` gave.
         """
         by_name: dict[str, tuple[float, ...]] = {}
         errors: list[RewardError] = []
-        function_index = 0
         for spec in self.specs:
-            if spec.function is None:
-                who = "the environment" if spec.from_environment else "the reward model"
-                outcome = _check(model_scores[spec.name], len(responses), f"{who} gave")
-            else:
+            if not spec.applies_to(prompt.columns):
+                continue
+            if spec.function is not None:
                 assert self._pool is not None
                 columns = spec.function.select(prompt.columns)
-                outcome = self._pool.score(function_index, prompt.text, responses, columns)
-                function_index += 1
+                outcome = self._pool.score(self._places[spec.name], prompt.text, responses, columns)
+            elif spec.remote is not None:
+                outcome = asked[spec.name]
+            else:
+                who = "the environment" if spec.from_environment else "the reward model"
+                outcome = _check(model_scores[spec.name], len(responses), f"{who} gave")
             by_name[spec.name] = outcome.scores
             if spec.truncated_score is not None and not outcome.failures:
                 told = zip(outcome.scores, truncated, strict=True)
@@ -103,8 +164,7 @@ class RewardSet:
             errors += _as_errors(spec.name, outcome, prompt)
         if errors or not self.specs:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))
-        weighted = [[spec.weight * score for score in by_name[spec.name]] for spec in self.specs]
-        total = _check([sum(row) for row in zip(*weighted, strict=True)], len(responses), "the weighted sum is")
+        total = _check(plain_sum(by_name, self._shares), len(responses), "the weighted sum is")
         if total.failures:
             errors = _as_errors("weighted sum", total, prompt)
         return GroupScores(scores=total.scores, by_name={} if errors else by_name, errors=tuple(errors))
@@ -131,6 +191,8 @@ _WORDS = {
     "timeout": "did not answer in time",
     "not_a_number": "gave no finite number",
     "died": "lost its process",
+    "refused": "was refused",
+    "unavailable": "got no answer from its service",
 }
 
 

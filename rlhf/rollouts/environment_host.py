@@ -142,9 +142,9 @@ class EnvironmentHost:
         os.close(self._output)
         self._faults.close()
 
-    async def end(self, pid: int, *, is_dying: bool = False) -> str:
-        """Kill a conversation's processes; how it had ended before, if it had. is_dying: it closed its connection."""
-        asking = asyncio.ensure_future(self._ask(-pid if is_dying else pid, None))
+    async def end(self, pid: int, *, is_closed: bool = False) -> str:
+        """Kill a conversation's processes; how it had ended before, if it had. is_closed: its end of the connection."""
+        asking = asyncio.ensure_future(self._ask(-pid if is_closed else pid, None))
         status = await asyncio.shield(asking)  # an answer must not be left unread
         if status < 0:
             return ""
@@ -288,7 +288,7 @@ class Conversation:
             ) from error
         except (asyncio.IncompleteReadError, OSError) as error:
             self._dead = True
-            how = await self._host.end(self.pid, is_dying=True)
+            how = await self._host.end(self.pid, is_closed=True)
             raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
         if "kind" in told:
             limit = f" (rollouts.environment.memory_gib: {self._host.memory_gib:g})" if told["kind"] == "died" else ""

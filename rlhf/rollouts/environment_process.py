@@ -30,9 +30,9 @@ from typing import Any
 
 from rlhf.rewards.worker import LoadError, Source, die_with_parent, import_file, summarize
 
-DYING_S = 1.0
 SIZE = struct.Struct("!Q")
 NUMBER = struct.Struct("!q")
+GONE_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,19 +200,16 @@ def _fork(environment: Any, session: int, control: socket.socket, lifeline: int,
         os._exit(status)
 
 
-def _end(pid: int, *, is_dying: bool) -> int:
+def _end(number: int) -> int:
     """Kill a conversation with all that it started; how it had ended before (a wait status), or -1 if it had not.
 
-    It is reaped here and nowhere else, so that the id is its own until then. is_dying: its connection is closed, and a
-    process that dies closes that before it is gone.
+    number: its process, negative if its connection is closed: then it has a moment to be gone by itself, since a
+    process closes its files before it ends. It is reaped here and nowhere else, so that the id is its own until then.
     """
-    ended = None
-    until = time.monotonic() + (DYING_S if is_dying else 0.0)
-    while not ended:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if time.monotonic() >= until:
-            break
-        time.sleep(0.0 if ended else 0.005)
+    pid = abs(number)
+    until = time.monotonic() + (GONE_WITHIN_S if number < 0 else 0.0)
+    while not (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and time.monotonic() < until:
+        time.sleep(0.005)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
@@ -247,8 +244,5 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
         if not command:
             return
         (pid,) = NUMBER.unpack(command)
-        if fds:
-            answer = _fork(environment, fds[0], control, lifeline, source.path)
-        else:
-            answer = _end(abs(pid), is_dying=pid < 0)
+        answer = _fork(environment, fds[0], control, lifeline, source.path) if fds else _end(pid)
         control.sendall(NUMBER.pack(answer))

@@ -212,7 +212,7 @@ _DECLARATIONS = (
         "`rewards/score/mean` over all answered groups, filtered ones too (`rollouts.dynamic_sampling`)",
         always=False,
     ),
-    _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its weight"),
+    _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its gate and weight"),
     _metric(
         "rewards/greedy/mean",
         "1",

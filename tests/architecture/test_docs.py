@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 import rlhf
-from rlhf import cli
+from rlhf.arguments import parse
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
@@ -86,7 +86,7 @@ def test_commands_parse(page: Path) -> None:
             continue
         if words[0] == "ray":
             words = words[words.index("--") + 1 :]
-        args = cli._parse(words[1:])
+        args = parse(words[1:])
         config = getattr(args, "config", None)
         if config is not None and config != "CONFIG":
             load = rlhf.load_merge if args.command == "merge" else rlhf.load_config

@@ -184,7 +184,7 @@ class Reward:
         rollouts: Any = group.rollouts
         assert not [info for info in group.infos if info.environment_error is not None]
         environment = [info.environment_reward for info in group.infos]
-        return self.worker.score(group.request.prompt, rollouts, truncated, environment)
+        return self.worker.score(group.request.prompt, rollouts, truncated, {}, environment)
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         rollouts: Any = group.rollouts

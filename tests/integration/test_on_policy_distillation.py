@@ -268,12 +268,17 @@ def test_an_adapter_learns_from_the_teacher(run: Train, models: Path, algorithm:
 
 
 RUN: dict[str, Any] = {
-    "policy": {"dtype": "float32"},
     "train": {"steps": 6, "sequences_per_update": 16, "lr": 3e-3, "checkpoint_every": 3},
     "eval": {"every": 3},
     "tracking": {"samples_per_step": 4},
 }
-BESIDE: dict[str, Any] = {"roles": {"teacher": {"workers": 2, "cpus": 0.5, "colocate_with": None}}}
+BESIDE: dict[str, Any] = {
+    "roles": {
+        "policy": {"cpus": 0.5},
+        "rollout": {"cpus": 0.5},
+        "teacher": {"workers": 2, "cpus": 0.5, "colocate_with": None},
+    }
+}
 
 
 def config_file(folder: Path, name: str, models: Path, algorithm: Algorithm, **changes: Any) -> Path:
@@ -294,51 +299,51 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def unbroken(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two runs that were never interrupted, `sampled` and `reverse_kl`."""
+FORMS: dict[str, tuple[Algorithm, dict[str, Any]]] = {"sampled": ({}, {}), "reverse_kl": (REVERSE, {"cluster": BESIDE})}
+
+
+@pytest.fixture(scope="module", params=list(FORMS))
+def unbroken(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of each form that was never interrupted."""
+    algorithm, changes = FORMS[request.param]
     folder = tmp_path_factory.mktemp("taught")
-    train(config_file(folder, "sampled", models, {}))
-    train(config_file(folder, "reverse_kl", models, REVERSE, cluster=BESIDE))
-    return folder
+    train(config_file(folder, request.param, models, algorithm, **changes))
+    return folder / str(request.param)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["sampled", "reverse_kl"])
-def test_a_run_without_rewards_comes_nearer_to_its_teacher(unbroken: Path, name: str) -> None:
-    found = rows(unbroken / name)
+@pytest.mark.timeout(600)
+def test_a_run_without_rewards_comes_nearer_to_its_teacher(unbroken: Path) -> None:
+    found = rows(unbroken)
     always = {metric for metric in expected(["online", "teacher", "eval"]) if "<" not in metric}
+    if unbroken.name == "sampled":
+        always |= {metric for metric in expected(["online", "teacher", "advantages"]) if "<" not in metric}
     assert always <= set(found[3]), sorted(always - set(found[3]))
-    if name == "sampled":
-        by_advantages = {metric for metric in expected(["online", "teacher", "advantages"]) if "<" not in metric}
-        assert by_advantages <= set(found[3]), sorted(by_advantages - set(found[3]))
     assert not [key for key in found[3] if key.startswith("rewards/") and key != "rewards/errors/total"]
     assert found[-1]["eval/heldout/kl_teacher"] < found[0]["eval/heldout/kl_teacher"]
     assert found[-1]["memory/teacher_rss_gib"] > 0.0
     assert all(row["experience/rollout_logprob_diff/max"] < 1e-3 for row in found[1:])
-    trained = [one for one in samples(unbroken / name, 3) if one["split"] == "train"]
+    trained = [one for one in samples(unbroken, 3) if one["split"] == "train"]
     assert len(trained) == 4
     assert all(one["score"] is None and one["mean_teacher_logprob"] < 0.0 for one in trained)
-    state = json.loads((unbroken / name / "checkpoints" / "step_000006" / "controller.json").read_text())
+    state = json.loads((unbroken / "checkpoints" / "step_000006" / "controller.json").read_text())
     assert state["best"]["value"] == min(row["eval/heldout/kl_teacher"] for row in found if row["step"] in (3, 6))
-    assert (unbroken / name / "final" / "model.safetensors").exists()
+    assert (unbroken / "final" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["sampled", "reverse_kl"])
-def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path, name: str) -> None:
-    algorithm, changes = ({}, {}) if name == "sampled" else (REVERSE, {"cluster": BESIDE})
-    killed = config_file(unbroken, f"{name}_killed", models, algorithm, **changes)
+@pytest.mark.timeout(600)
+def test_a_run_that_was_killed_goes_on_as_if_it_were_not(unbroken: Path, models: Path) -> None:
+    algorithm, changes = FORMS[unbroken.name]
+    killed = config_file(unbroken.parent, "killed", models, algorithm, **changes)
     process = start(killed)
-    wait_for(unbroken / f"{name}_killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4
+    wait_for(unbroken.parent / "killed" / "metrics.jsonl", 5, timeout_s=240)  # steps 0 to 4
     kill_all(process.pid)
     process.wait(timeout=30)
-    assert not (unbroken / f"{name}_killed" / "final").exists()
+    assert not (unbroken.parent / "killed" / "final").exists()
     train(killed, "--resume", "auto")
-    assert without_clocks(rows(unbroken / f"{name}_killed")) == without_clocks(rows(unbroken / name))
-    ours, theirs = (load_file(unbroken / one / "final" / "model.safetensors") for one in (f"{name}_killed", name))
+    assert without_clocks(rows(unbroken.parent / "killed")) == without_clocks(rows(unbroken))
+    ours, theirs = (load_file(one / "final" / "model.safetensors") for one in (unbroken.parent / "killed", unbroken))
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
 
 
@@ -355,6 +360,4 @@ def test_rewards_may_be_added_to_what_the_teacher_says(models: Path, tmp_path: P
     }
     assert always <= set(found[2]), sorted(always - set(found[2]))
     assert {"eval/heldout/score", "eval/heldout/kl_teacher", "rewards/digits/mean"} <= set(found[0] | found[1])
-    # the rewards' advantages have mean 0 over a group, not over its tokens: the teacher's alone would be the KL
-    assert found[1]["advantages/mean"] != pytest.approx(-found[1]["experience/kl_teacher/mean"], rel=1e-6)
     assert (tmp_path / "both" / "final" / "adapter_model.safetensors").exists()

@@ -56,8 +56,8 @@ def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algo
     likelihood: dict[float | None, list[float]] = {}
     for sample in samples(tmp_path / "warm", 1):
         likelihood.setdefault(data[sample["prompt_id"]]["temperature"], []).append(sample["mean_rollout_logprob"])  # type: ignore[arg-type]
-    cold, usual, warm = (sum(likelihood[at]) / len(likelihood[at]) for at in (0.3, 1.0, None))
-    assert cold > usual > warm
+    cold, *others = (sum(likelihood[at]) / len(likelihood[at]) for at in (0.3, 1.0, None))
+    assert cold > max(others) + 0.1  # above 1 the untrained model is all but uniform
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,37 +14,63 @@ import pytest
 from actors.processes import Processes
 from actors.services import RewardWorkers
 from rlhf.errors import RunError
+from rlhf.rewards.remote import RemoteReward
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.rewards.service import ServiceSpec
 from rlhf.roles import CompletedGroup
 from rlhf.workers.reward import RewardSettings
 
 TASTE = RewardSpec(name="taste", weight=1.0, function=None)
+STYLE = RewardSpec(
+    name="style",
+    weight=1.0,
+    function=None,
+    remote=RemoteReward(
+        service=ServiceSpec(url="http://h/", timeout_s=1.0, deadline_s=1.0, max_in_flight=5), judge=None
+    ),
+    only={"kind": ("a",)},
+)
 
 
 class Handle:
     """A worker's, whose groups take so long."""
 
-    def __init__(self, *, takes_s: float) -> None:
-        thread = ThreadPoolExecutor(1)
+    def __init__(self, *, takes_s: float, ask_takes_s: float = 0.0) -> None:
+        thread, threads = ThreadPoolExecutor(1), ThreadPoolExecutor(16)
+        self.asked = 0
 
-        def method(call: Callable[..., Any]) -> Any:
+        def method(call: Callable[..., Any], threads: ThreadPoolExecutor) -> Any:
             def remote(*args: Any) -> Any:
-                future: Future[Any] = thread.submit(call, *args)
+                future: Future[Any] = threads.submit(call, *args)
                 return SimpleNamespace(future=lambda: future)
 
             return SimpleNamespace(remote=remote)
 
-        self.start = method(lambda: None)
-        self.score = method(lambda *_: time.sleep(takes_s))
+        def ask(*_: Any) -> dict[str, Any]:
+            self.asked += 1
+            time.sleep(ask_takes_s)
+            return {"style": "told"}
+
+        self.given: list[Any] = []
+
+        def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any) -> None:
+            self.given.append(asked)
+            time.sleep(takes_s)
+
+        self.start = method(lambda: None, thread)
+        self.score = method(score, thread)
+        self.ask = method(ask, threads)
 
 
-async def score(handles: list[Handle], groups: int) -> None:
+async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
     """All groups at once, within a second and a half each."""
-    settings = SimpleNamespace(specs=(TASTE,), processes=1, timeout_s=1.0)
+    settings = SimpleNamespace(specs=(TASTE, *specs), processes=1, timeout_s=1.0)
     workers = RewardWorkers(cast("Any", handles), cast("RewardSettings", settings), deadline_s=1.5)
     await workers.start(deadline_s=5.0)
     waiting = [
-        SimpleNamespace(request=SimpleNamespace(group_id=i, prompt=None), rollouts=None, infos=())
+        SimpleNamespace(
+            request=SimpleNamespace(group_id=i, prompt=SimpleNamespace(columns=columns)), rollouts=None, infos=()
+        )
         for i in range(groups)
     ]
     await asyncio.gather(*(workers.score(cast("CompletedGroup", group)) for group in waiting))
@@ -66,3 +92,17 @@ def test_waiting_for_a_worker_does_not_count() -> None:
 def test_work_that_takes_too_long_does() -> None:
     with pytest.raises(RunError, match="rewards: reward rank 0 gave no answer"):
         asyncio.run(score([Handle(takes_s=3.0)], groups=1))
+
+
+def test_services_are_asked_about_many_groups_at_once() -> None:
+    handle = Handle(takes_s=0.0, ask_takes_s=0.3)
+    begun = time.monotonic()
+    asyncio.run(score([handle], 10, STYLE, columns={"kind": "a"}))
+    assert 0.6 <= time.monotonic() - begun < 2.5  # five at once, twice; one after the other they would take 3 s
+    assert handle.given == [{"style": "told"}] * 10
+
+
+def test_services_are_not_asked_about_rows_of_others() -> None:
+    handle = Handle(takes_s=0.0)
+    asyncio.run(score([handle], 2, STYLE, columns={"kind": "b"}))
+    assert (handle.asked, handle.given) == (0, [{}, {}])

@@ -56,7 +56,7 @@ def raising(error: BaseException) -> Launch:
         (
             ["frobnicate"],
             "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
-            "'eval', 'doctor')",
+            "'eval', 'reward', 'serve-reward', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),

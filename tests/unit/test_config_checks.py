@@ -242,6 +242,36 @@ RELATIONS = {
         "policy.model: got 'stage:sft', but this run is no stage",
     ),
     "a Ray of the run's own is written null": (["cluster.address=local"], "cluster.address: is local; a Ray that is"),
+    "a gate is another reward": (
+        ["rewards.correct.gate=corect"],
+        "rewards.correct.gate: is corect, expected the name of another reward; there are: none",
+    ),
+    "a reward is not its own gate": (["rewards.correct.gate=correct"], "rewards.correct.gate: is correct, expected"),
+    "a group of one is not normalised": (
+        ["rewards.correct.normalize=group", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
+        "rewards.correct.normalize: is group, but rollouts.samples_per_prompt is 1",
+    ),
+    "what is compared with a greedy response is not normalised": (
+        ["algorithm={name: remax}", "rewards.correct.normalize=group"],
+        "rewards.correct.normalize: is group, but algorithm remax compares with the score of a greedy response alone",
+    ),
+    "secrets stay out of a judge's request": (
+        ["rewards.taste={url: 'http://h/v1', judge: {model: m, request: {api_key: x}}}"],
+        "rewards.taste.judge.request.api_key: looks like a secret",
+    ),
+    "secrets stay out of a url": (
+        ["rewards.taste.url=http://h/score?api_key=x"],
+        "rewards.taste.url: `url` holds a secret, and the config is written to the run folder: use `token_env`",
+    ),
+    "a url is one": (["rewards.taste.url=h:80/score"], "rewards.taste.url: `url` must be http://HOST"),
+    "an attempt fits into its request": (
+        ["rewards.taste={url: 'http://h/', http: {timeout_s: 9, deadline_s: 8}}"],
+        "rewards.taste.http: `timeout_s` 9 is above `deadline_s` 8",
+    ),
+    "a judge is asked about the response": (
+        ["rewards.taste={url: 'http://h/', judge: {model: m, prompt: what}}"],
+        "rewards.taste.judge.prompt: `prompt` must hold {response}",
+    ),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
     "a reward's own limit is below the pool's": (
         ["rewards.correct.function=code_tests", "reward_policy.timeout_s=8"],

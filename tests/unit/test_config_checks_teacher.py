@@ -46,7 +46,7 @@ WHOLE = "algorithm.divergence=forward_kl"
             ["algorithm.clip_high=0.1", "train.sequences_per_update=32"],
             "algorithm.clip_high: has no effect here: the batch of 32 responses is trained on in one optimizer step",
         ),
-        (["reward_policy.timeout_s=3"], "reward_policy: has no effect here: there are no rewards; remove it, or name"),
+        (["reward_policy.timeout_s=6"], "reward_policy: has no effect here: there are no rewards; remove it, or name"),
         (["rollouts.dynamic_sampling={}"], "rollouts.dynamic_sampling: has no effect here: there are no rewards"),
         (["data.curriculum={}"], "data.curriculum: has no effect here: there are no rewards"),
         (["reference.model=a/b"], "reference: has no effect here: algorithm on_policy_distillation has no reference"),
@@ -69,7 +69,7 @@ def test_what_on_policy_distillation_refuses(
     [
         ["algorithm.clip_low=0.1", "train.sequences_per_update=8"],
         ["rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
-        [REWARDS, "algorithm.reward_coef=0.1", "reward_policy.timeout_s=3", "train.best_metric=eval/heldout/score"],
+        [REWARDS, "algorithm.reward_coef=0.1", "reward_policy.timeout_s=6", "train.best_metric=eval/heldout/score"],
         [
             "algorithm={name: on_policy_distillation, divergence: jsd, beta: 0.3}",
             "train.best_metric=-eval/heldout/kl_teacher",

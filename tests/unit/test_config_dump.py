@@ -61,6 +61,7 @@ def reload(tmp_path: Path, text: str) -> LoadedConfig:
         ["algorithm.correction={mode: bypass, reject: {token_k1: [null, 0.5], sequence_max_k3: 1}}"],
         ["train.sequences_per_update=256"],
         ["rewards={taste: {role: reward}}", "reward.model=a/b"],
+        ["rewards.taste={url: 'http://h/v1', judge: {model: m, choices: {A: 1}}, normalize: group, only: {k: [a, 1]}}"],
         ["reward_policy.on_error=drop", "tracking.wandb=offline", "train.lr_schedule=cosine"],
         ["data.eval={task: t, size: 3, args: {x: off}}", "eval={temperature: 0.5, samples_per_prompt: 3}"],
         ["data.eval={a: x.jsonl, b: {task: t, size: 3}}", "data.columns={prompt: question}"],

@@ -76,6 +76,18 @@ INERT = {
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "rewards.correct.token_env=T": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.correct.judge.model=m": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.correct.http.timeout_s=5": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.taste.judge.scale=[0, 5]": (
+        ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
+        "rewards.taste.judge.choices says what the answer is worth",
+    ),
+    "rewards.taste.gate=correct": (["rewards.taste={function: f, weight: 0}"], "rewards.taste.weight is 0"),
+    "rewards.correct.normalize=group": (
+        ["algorithm={name: gdpo}", "rewards.other.function=f"],
+        "algorithm gdpo normalises each reward within its group",
+    ),
     "reward_policy.memory_gib=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "eval.every=2": (["data.eval=null"], "there is no data.eval"),
     "train.best_metric=eval/heldout/score": (["data.eval=null"], "there is no data.eval"),
@@ -179,6 +191,10 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["algorithm.critic_warmup_steps=9"],
         ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],
         ["train.best_metric=-eval/heldout/response_tokens"],
+        [
+            "rewards.correct={url: 'http://h/', token_env: T, gate: taste, normalize: group, only: {kind: [a, 1]}}",
+            "rewards.taste={url: 'https://h/v1', judge: {model: m}, http: {timeout_s: 5}}",
+        ],
     ],
 )
 def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> None:

@@ -41,7 +41,7 @@ MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
         ([GAME, "rollouts.environment.args={api_key: x}"], "rollouts.environment.args.api_key: looks like a secret"),
         (
             [GAME, "rewards.correct={environment: true, args: {a: 1}}"],
-            "rewards.correct: `args` has no effect with `environment`",
+            "rewards.correct: `args` has an effect with `function` alone",
         ),
     ],
 )

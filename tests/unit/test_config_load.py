@@ -235,7 +235,7 @@ def test_a_config_made_in_python_is_checked_too(file: Path) -> None:
 
 
 def test_a_rule_of_a_section_names_its_line(file: Path) -> None:
-    message = f"{file}:7: rewards.correct: give exactly one of `function`, `role` and `environment: true`"
+    message = f"{file}:7: rewards.correct: give exactly one of `function`, `role`, `url` and `environment: true`"
     assert error(file, "rewards.correct.role=reward") == message
 
 

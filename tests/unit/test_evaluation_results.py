@@ -196,6 +196,30 @@ def test_a_run_logs_rewards_by_name_alone() -> None:
     assert all(declared(name).name == "eval/<set>/<metric>" for name in found)
 
 
+def test_a_reward_is_averaged_over_the_prompts_that_it_applies_to() -> None:
+    plain = result(3, ("x",), (4.0,))
+    other = PromptResult(
+        prompt_id=4,
+        prompt="p4",
+        responses=("y",),
+        scores=(2.0,),
+        by_name={"style": (2.0,)},
+        answers=None,
+        truncated=(False,),
+        response_tokens=(1,),
+    )
+    found = prompt_metrics([plain, other], None, Marking(ks=(1,), pass_score=None, answers=None), seed=0)
+    assert {name: found[name].value for name in ("score", "rewards/right", "rewards/style")} == {
+        "score": 3.0,  # (4 + 2) / 2
+        "rewards/right": 4.0,
+        "rewards/style": 2.0,
+    }
+    assert [line["scores"] for line in prompt_rows("m", "s", [plain, other], MARKING)] == [
+        {"right": 4.0},
+        {"style": 2.0},
+    ]
+
+
 def evaluation(score: float) -> Evaluation:
     metrics = {"score": Estimate(value=score, low=score - 0.1, high=score + 0.1)}
     one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=metrics)

@@ -73,7 +73,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
 
 def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> None:
     """2 * 1 + 1, and 2 * -1 + 0 for the one that was cut, whose last number is 8. What was told is no answer."""
-    scores = worker.score(PROMPT, GROUP[0], (False, True), (1.0, 0.25))
+    scores = worker.score(PROMPT, GROUP[0], (False, True), {}, (1.0, 0.25))
     assert scores.by_name == {"won": (1.0, -1.0), "last": (1.0, 0.0)}
     assert scores.scores == (3.0, -2.0)
 

@@ -1,0 +1,61 @@
+"""What the rewards of a run or an evaluation ask of each other and of the rest; a part of rlhf.config.checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rlhf.config import derive
+from rlhf.config.environment_checks import source_problems
+from rlhf.config.explain import Problem
+from rlhf.config.model import RewardModelConfig
+from rlhf.config.rewards import SECRET, RewardConfig
+from rlhf.config.rollouts import EnvironmentConfig
+from rlhf.config.root import Config
+from rlhf.config.yaml_tree import Key
+
+
+def normalization_problems(config: Config) -> Iterator[Problem]:
+    """Rewards that are compared within a group need one."""
+    for name, reward in config.rewards.items():
+        if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
+            text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
+            yield Problem(key=("rewards", name, "normalize"), text=text)
+        elif reward.normalize == "group" and derive.wants_greedy(config):
+            text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
+            yield Problem(key=("rewards", name, "normalize"), text=text + "; set it to none")
+
+
+def reward_problems(
+    rewards: Mapping[str, RewardConfig],
+    model: RewardModelConfig | None,
+    *,
+    environment: EnvironmentConfig | None = None,
+    at: Key = (),
+) -> Iterator[Problem]:
+    """What is wrong among the rewards. `at`: the section that they stand in."""
+    yield from source_problems(rewards, environment, at=at)
+    users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
+    if users and model is None:
+        key = (*at, "reward")
+        text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
+        yield Problem(key=key, text=text)
+    if "score" in rewards:
+        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
+        yield Problem(key=(*at, "rewards", "score"), text=text)
+    if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
+        text = "all have weight 0, so every score is 0; give one a weight"
+        yield Problem(key=(*at, "rewards"), text=text)
+    for name, reward in rewards.items():
+        if reward.gate is not None and (reward.gate not in rewards or reward.gate == name):
+            others = ", ".join(other for other in rewards if other != name) or "none"
+            text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
+            yield Problem(key=(*at, "rewards", name, "gate"), text=text)
+        for argument in (*reward.args, *(reward.judge.request if reward.judge is not None else ())):
+            if SECRET.search(argument):  # the configuration is written to the run folder and to W&B
+                text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+                where = ("args", argument) if argument in reward.args else ("judge", "request", argument)
+                yield Problem(key=(*at, "rewards", name, *where), text=text)
+    for argument in environment.args if environment is not None else ():
+        if SECRET.search(argument):
+            text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+            yield Problem(key=("rollouts", "environment", "args", argument), text=text)

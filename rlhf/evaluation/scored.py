@@ -1,0 +1,77 @@
+"""What rewards say of the responses in a file: one line a row, and a table. `rlhf reward` shows it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowError:
+    """A reward that failed on a row."""
+
+    reward: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRow:
+    """One response. A failure on any response of its group leaves it without scores, as in a run."""
+
+    place: str  # `file:line`
+    group: int  # rows of one group answer one prompt
+    score: float | None  # weighted sum
+    scores: Mapping[str, float]  # each reward that applies, before its gate and weight
+    errors: tuple[RowError, ...]  # on this response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredFile:
+    """All rows, in the order of the file."""
+
+    rows: tuple[ScoredRow, ...]
+
+    @property
+    def num_unscored(self) -> int:
+        """Rows without a score."""
+        return sum(row.score is None for row in self.rows)
+
+    @property
+    def errors(self) -> list[tuple[str, RowError]]:
+        """All errors, each with its row's place."""
+        return [(row.place, error) for row in self.rows for error in row.errors]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A line for each row."""
+        return [asdict(row) for row in self.rows]
+
+    def to_table(self) -> Table:
+        """One line a reward: its values, and its errors by kind."""
+        from rich.table import Table
+
+        table = Table()
+        for heading in ("reward", "rows", "mean", "lowest", "highest", "errors"):
+            table.add_column(heading, justify="left" if heading in ("reward", "errors") else "right")
+        failed: dict[str, Counter[str]] = {}
+        for _, error in self.errors:
+            failed.setdefault(error.reward, Counter())[error.kind] += 1
+        names = dict.fromkeys([*(name for row in self.rows for name in row.scores), *failed])
+        for name in names:
+            values = [row.scores[name] for row in self.rows if name in row.scores]
+            told = ", ".join(f"{count} {kind}" for kind, count in sorted(failed.get(name, Counter()).items()))
+            table.add_row(name, *_summary(values), told)
+        table.add_section()
+        table.add_row("score", *_summary([row.score for row in self.rows if row.score is not None]), "")
+        return table
+
+
+def _summary(values: Sequence[float]) -> list[str]:
+    if not values:
+        return ["0", "", "", ""]
+    return [str(len(values)), *(f"{value:.4g}" for value in (sum(values) / len(values), min(values), max(values)))]

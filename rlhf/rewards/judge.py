@@ -1,0 +1,90 @@
+"""A language model as the judge of responses: what it is asked, and what its answer is worth. Pure; no network here.
+
+What a judge says is text of a model that has read text of a model: it is read by one rule, and an answer that the rule
+does not read is a failure, never a low score.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PATH = "/chat/completions"
+_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeSpec:
+    """What a judge is asked, and how it is read."""
+
+    model: str
+    prompt: str  # template with {prompt}, {response} and {column}
+    system: str | None
+    pattern: str  # the last match's first group is a number on the scale
+    scale: tuple[float, float]  # becomes 0 to 1
+    choices: Mapping[str, float]  # not empty: in place of pattern and scale
+    request: Mapping[str, Any]  # further fields of the body
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the row that its question has."""
+        names = dict.fromkeys(name for name in _FIELD.findall(self.prompt) if name)
+        return tuple(name for name in names if name not in ("prompt", "response"))
+
+
+def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of the request about one response."""
+    values = {**columns, "prompt": prompt, "response": response}
+
+    def fill(found: re.Match[str]) -> str:
+        if not found[1]:
+            return found[0][0]
+        value = values[found[1]]
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    said = [{"role": "user", "content": _FIELD.sub(fill, spec.prompt)}]
+    if spec.system is not None:
+        said.insert(0, {"role": "system", "content": spec.system})
+    return {**spec.request, "model": spec.model, "messages": said}
+
+
+def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
+    """The number in a completion, on the scale from 0 to 1, or what its choice is worth. ValueError says why none."""
+    match answer:
+        case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
+            cut = ", cut by its limit of tokens" if rest.get("finish_reason") == "length" else ""
+        case _:
+            raise ValueError(f"the judge's answer has no choices[0].message.content: {_short(json.dumps(answer))}")
+    if spec.choices:
+        word = _last_choice(text, tuple(spec.choices))
+        if word is None:
+            raise ValueError(f"the judge's answer{cut} has none of {', '.join(spec.choices)}: {_short(text)}")
+        return spec.choices[word]
+    found = [match[1] for match in re.finditer(spec.pattern, text) if match[1]]
+    if not found:
+        raise ValueError(f"the judge's answer{cut} has no match of `pattern`: {_short(text)}")
+    low, high = spec.scale
+    try:
+        number = float(found[-1])
+    except ValueError:
+        raise ValueError(f"`pattern` finds {_short(found[-1])} in the judge's answer, which is no number") from None
+    if not low <= number <= high:  # so that nan is none either
+        raise ValueError(f"the judge's answer says {found[-1]}, which is not on the scale from {low:g} to {high:g}")
+    return (number - low) / (high - low)
+
+
+def _last_choice(text: str, words: Sequence[str]) -> str | None:
+    """The word that stands last, by itself; of those that end at one place, the longest."""
+    ends: list[tuple[int, int, str]] = []
+    for word in words:
+        for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+            ends.append((match.end(), len(word), word))
+    return max(ends)[2] if ends else None
+
+
+def _short(text: str) -> str:
+    told = repr(" ".join(text.split()))
+    return told if len(told) <= 200 else f"{told[:80]} ... {told[-100:]}"

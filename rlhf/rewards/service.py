@@ -1,0 +1,223 @@
+"""HTTP services that are asked for rewards: many requests at once, repeated where that can help, bounded in time.
+
+Knows nothing of rewards: `Service.post` gives a JSON object or a ServiceError. A token goes into a request's header and
+nowhere else; redirects are not followed, since they would take it along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from rlhf.types import RewardErrorKind
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 16 * 2**20
+MAX_SHOWN_CHARS = 300  # of an answer, in a message
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
+TRIPS_AFTER = 5  # attempts that failed one after the other
+_BUSY = frozenset({408, 425, 429})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSpec:
+    """Where a service is and how it is asked."""
+
+    url: str
+    timeout_s: float  # of one attempt
+    deadline_s: float  # of one request with all its attempts
+    max_in_flight: int
+    token: str | None = field(default=None, repr=False)  # bearer token; not part of what is shown or compared
+
+
+class ServiceError(Exception):
+    """A request that has no usable answer."""
+
+    def __init__(self, kind: RewardErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+
+
+class _FailedAttempt(Exception):
+    """Worth another attempt. is_down: the service may be down, not only busy."""
+
+    def __init__(self, text: str, *, is_down: bool, pause_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.is_down = is_down
+        self.pause_s = pause_s  # that the service asks for
+
+
+class Service:
+    """One service. To be made and used on one event loop."""
+
+    def __init__(self, spec: ServiceSpec) -> None:
+        self.spec = spec
+        self._free = asyncio.Semaphore(spec.max_in_flight)
+        self._breaker = Breaker(spec.url)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # the semaphore is the limit
+            headers={} if spec.token is None else {"Authorization": f"Bearer {spec.token}"},
+            trust_env=not is_loopback(urlsplit(spec.url).hostname or ""),
+        )
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._session.close()
+
+    async def greet(self, path: str = "") -> str | None:
+        """What speaks against asking it, found by one GET: nothing answers, or the token is refused. None: nothing."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=self.spec.timeout_s)
+            async with self._session.get(self._url(path), timeout=timeout, allow_redirects=False) as answer:
+                return f"it answered HTTP {answer.status} to the token" if answer.status in (401, 403) else None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return f"it cannot be reached ({_told(error, self.spec.timeout_s)})"
+
+    async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+        """The JSON object that the service answers. ServiceError: `unavailable` if there was no answer before the
+        deadline, whatever was tried; `refused` if there was one that another attempt would not better."""
+        attempts, last = 0, "another request is trying whether it is back"
+        async with self._free:
+            try:
+                async with asyncio.timeout(self.spec.deadline_s):
+                    while True:
+                        try:
+                            async with self._breaker.turn():
+                                attempts += 1
+                                return await self._attempt(body, path)
+                        except _FailedAttempt as error:
+                            last = str(error)
+                            pause_s = min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 10), LONGEST_PAUSE_S)
+                            await asyncio.sleep(max(error.pause_s, pause_s * random.uniform(0.5, 1.0)))
+            except TimeoutError:
+                text = f"no answer within {self.spec.deadline_s:g} s, after {attempts} attempts; the last: {last}"
+                raise ServiceError("unavailable", text) from None
+
+    async def _attempt(self, body: Mapping[str, Any], path: str) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=self.spec.timeout_s)
+        try:
+            async with self._session.post(self._url(path), json=body, timeout=timeout, allow_redirects=False) as answer:
+                text = await self._text(answer)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError) as error:
+            raise _FailedAttempt(_told(error, self.spec.timeout_s), is_down=True) from error
+        except aiohttp.ClientError as error:
+            raise ServiceError("refused", f"its answer is not HTTP: {type(error).__name__}") from error
+        if answer.status != 200:
+            said = f"HTTP {answer.status}: {self._shown(text)}"
+            if answer.status in _BUSY or answer.status >= 500:
+                raise _FailedAttempt(said, is_down=answer.status >= 500, pause_s=_retry_after(answer))
+            raise ServiceError("refused", said)
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ServiceError("refused", f"its answer is not JSON: {self._shown(text)}") from error
+        if not isinstance(found, dict):
+            raise ServiceError("refused", f"its answer is no JSON object: {self._shown(text)}")
+        return found
+
+    async def _text(self, answer: aiohttp.ClientResponse) -> str:
+        data = bytearray()
+        async for chunk in answer.content.iter_chunked(1 << 16):
+            data += chunk
+            if len(data) > MAX_ANSWER_BYTES:
+                raise ServiceError("refused", f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
+        return data.decode(errors="replace")
+
+    def _shown(self, text: str) -> str:
+        """An answer on one line, without the token that it may repeat."""
+        told = " ".join(text.split())
+        if self.spec.token is not None:
+            told = told.replace(self.spec.token, "***")
+        return told[:MAX_SHOWN_CHARS] or "(empty)"
+
+    def _url(self, path: str) -> str:
+        parts = urlsplit(self.spec.url)
+        return parts._replace(path=parts.path.rstrip("/") + path if path else parts.path).geturl()
+
+
+class Breaker:
+    """While a service fails, one attempt at a time goes through, after growing pauses; the others wait for it.
+
+    So a service that is down, or just starting, is not met by all requests with all their attempts.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._failures = 0
+        self._pause_s = 0.0
+        self._probe = asyncio.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the service is taken to be down."""
+        return self._failures >= TRIPS_AFTER
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Around one attempt; waits for its turn while the service fails."""
+        async with AsyncExitStack() as held:
+            probes = False
+            if self.is_open:
+                await held.enter_async_context(self._probe)
+                probes = self.is_open
+                if probes:
+                    await asyncio.sleep(self._pause_s)
+                else:
+                    await held.aclose()
+            try:
+                yield
+            except _FailedAttempt as error:
+                if error.is_down:
+                    self._failed(probes, str(error))
+                raise
+            except ServiceError:
+                self._worked()  # a refusal is an answer
+                raise
+            self._worked()
+
+    def _failed(self, probes: bool, why: str) -> None:
+        was_open = self.is_open
+        self._failures += 1
+        if probes:
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        elif self.is_open and not was_open:
+            self._pause_s = 2 * FIRST_PAUSE_S
+            logger.warning("%s fails (%s); one request at a time tries whether it is back", self._name, why)
+
+    def _worked(self) -> None:
+        if self.is_open:
+            logger.warning("%s answers again", self._name)
+        self._failures, self._pause_s = 0, 0.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by name or address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _told(error: BaseException, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {timeout_s:g} s"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _retry_after(answer: aiohttp.ClientResponse) -> float:
+    """Seconds that the service asks to wait for; dates are not read."""
+    text = answer.headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() else 0.0

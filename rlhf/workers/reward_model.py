@@ -1,0 +1,45 @@
+"""The reward model, as whoever scores responses holds it. It sees tokens and gives numbers; it knows no rewards."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from rlhf.config.model import RewardModelConfig
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import sequence_scores
+from rlhf.models.loading import load_reward_model
+from rlhf.workers.place import torch_dtype
+from rlhf.workers.ragged import slices
+
+
+class RewardModel:
+    """A frozen sequence-classification model with one label. Thread-safe: one pass at a time."""
+
+    def __init__(
+        self, config: RewardModelConfig, device: torch.device, *, max_tokens_per_microbatch: int, rank: int = 0
+    ) -> None:
+        self.device = device
+        self.rank = rank
+        self.max_tokens = max_tokens_per_microbatch
+        self.lock = threading.Lock()
+        with explains_out_of_memory(role="reward", stage="start", rank=rank):
+            model = load_reward_model(
+                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
+            )
+            self.model = model.to(device).eval().requires_grad_(False)
+
+    def scores(self, token_ids: Tensor, lengths: Tensor) -> list[float]:
+        """One number a sequence: the head's value at its last token."""
+        sizes = lengths.tolist()
+        scores = [0.0] * len(sizes)
+        with self.lock, torch.no_grad():
+            for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens):
+                with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
+                    tokens = token_ids[piece.tokens].to(self.device)
+                    found = sequence_scores(self.model, tokens, piece.lengths.to(self.device))
+                for row, value in zip(piece.rows, found.tolist(), strict=True):
+                    scores[row] = value
+        return scores

@@ -1,0 +1,214 @@
+"""`rlhf reward` and `rlhf serve-reward`: what they score, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+import rlhf
+from actors.scorer import Scorer, scoring_of_config, scoring_of_function
+from actors.serve_reward import MAX_BODY_BYTES, RewardServer, serving_token
+from rlhf.cli import main
+from rlhf.config.load import load
+from rlhf.errors import UserError
+
+CONFIG = """\
+run: {name: demo, dir: DIR}
+policy: {model: "tiny:llama", dtype: float32}
+algorithm: {name: grpo}
+data: {train: DIR/data.jsonl, eval: DIR/data.jsonl}
+rollouts: {prompts_per_step: 2, samples_per_prompt: 2, max_new_tokens: 8}
+rewards:
+  correct: {function: exact_match}
+  length: {function: "DIR/mine.py:length", weight: 0.5, gate: correct, truncated_score: -1.0}
+train: {steps: 1, lr: 1e-3, sequences_per_update: 2, max_tokens_per_microbatch: 8192}
+"""
+CODE = """\
+def length(prompt, response):
+    if response == "boom":
+        raise ValueError("too loud")
+    return len(response)
+"""
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(CODE)
+    write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "xx"}, {"prompt": "b", "answer": "y"}])
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.replace("DIR", str(tmp_path)))
+    return str(path)
+
+
+def row(prompt: str, response: str, **columns: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "response": response, "answer": "xx", **columns}
+
+
+def test_a_file_is_scored_as_a_run_would(config: str, tmp_path: Path) -> None:
+    rows = [row("a", "xx"), row("b", "xx"), row("a", "xxx"), row("b", "xx", truncated=True)]
+    found = rlhf.reward(config, write(tmp_path / "r.jsonl", rows)).rows
+    # right: 1 + .5 * 2 * 1 = 2; wrong: 0 + .5 * 3 * 0; cut and right: 1 + .5 * -1 * 1
+    assert [one.score for one in found] == [2.0, 2.0, 0.0, 0.5]
+    assert [one.group for one in found] == [0, 1, 0, 1]
+    assert found[2].scores == {"correct": 0.0, "length": 3.0}
+    assert found[2].place == f"{tmp_path}/r.jsonl:3"
+
+
+def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Path) -> None:
+    sample = {"group_id": 3, "response_tokens": 2, "score": 0.0}
+    rows = [
+        {"split": "train", "prompt_id": 1, "prompt": "<b>", "response": "y", **sample},
+        {"split": "heldout", "prompt_id": 0, "prompt": "<a>", "response": "xx", **sample},
+    ]
+    assert [one.score for one in rlhf.reward(config, write(tmp_path / "r.jsonl", rows)).rows] == [1.5, 2.0]
+    for wrong, why in (
+        ({"prompt_id": 2}, "train has 2 rows in"),
+        ({"split": "other"}, "evaluation sets of .*: heldout"),
+    ):
+        with pytest.raises(UserError, match=rf"r.jsonl:1: .*{why}"):
+            rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
+
+
+def test_failures_are_told_by_line_and_the_policy_decides(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "r.jsonl", [row("a", "xx"), row("b", "xx"), row("b", "boom")])
+    assert main(["reward", config, "--file", file]) == 1
+    out, err = capsys.readouterr()
+    assert "1 raised" in out
+    assert f"{file}:3: length: raised: ValueError: too loud" in err
+    assert "2 of 3 rows have no score, and reward_policy.on_error is fail" in err
+    assert main(["reward", config, "--file", file, "--json", "reward_policy.on_error=drop"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["score"] for line in lines] == [2.0, None, None]
+    assert [[one["kind"] for one in line["errors"]] for line in lines] == [[], [], ["raised"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"prompt": "a"}, {"prompt": 3, "response": "x"}], r"r.jsonl:1: .*`response`(.|\n)*r.jsonl:2: .*`prompt`"),
+        ([row("a", "b", truncated="no")], "`truncated` is the string 'no', expected a boolean"),
+        ([{"prompt": "a", "response": "b"}], "rewards.correct.function: `exact_match` needs the column `answer`"),
+    ],
+)
+def test_rows_that_cannot_be_scored(
+    config: str, tmp_path: Path, rows: list[dict[str, Any]], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=why):
+        rlhf.reward(config, write(tmp_path / "r.jsonl", rows))
+    assert main(["reward", config, "--file", str(tmp_path / "r.jsonl")]) == 2
+
+
+def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    file = write(tmp_path / "r.jsonl", [row("a b", "cd"), row("a b", "c", truncated=True)])
+    how = [f"reward.model={tmp_path}/rm", "reward.dtype=float32", "rewards={taste: {role: reward}}"]
+    found = rlhf.reward(config, file, how).rows
+    model.config.pad_token_id = tokenizer.eos_token_id
+    for one, text, end in zip(found, ("a bcd", "a bc"), ([tokenizer.eos_token_id], []), strict=True):
+        import torch
+
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids + end])
+        value = model.score(model.model(ids).last_hidden_state[0, -1]).item()
+        assert one.score == pytest.approx(value, rel=1e-5)
+
+
+async def test_the_server(config: str) -> None:
+    scoring = scoring_of_config(load(config))
+    with Scorer(scoring) as scorer:
+        app = RewardServer(scorer, scoring, "s3cret-token").application()
+        async with TestClient(TestServer(app)) as client:
+            assert (await client.get("/health")).status == 200
+            assert (await client.post("/score", json={})).status == 401
+            client.session.headers["Authorization"] = "Bearer s3cret-token"
+
+            async def ask(body: Any) -> tuple[int, Any]:
+                answer = await client.post("/score", json=body)
+                return answer.status, await answer.json()
+
+            good = {"prompt": "p", "responses": ["xx", "x"], "columns": {"answer": "xx"}, "truncated": [True, False]}
+            told = {"scores": [0.5, 0.0], "rewards": {"correct": [1.0, 0.0], "length": [-1.0, 1.0]}}
+            assert await ask(good) == (200, told)
+            (error,) = (await ask(good | {"responses": ["xx", "boom"]}))[1]["errors"]
+            assert (error["sample"], error["kind"]) == (1, "raised")
+            assert error["message"].startswith("length: ValueError: too loud")
+            for wrong in (
+                {"columns": {}},
+                {"responses": []},
+                {"responses": [1, 2]},
+                {"truncated": [True]},
+                {"prompt": None},
+                {"extra": 1},
+            ):
+                assert (await ask(good | wrong))[0] == 400, wrong
+            assert (await client.post("/score", data=b"{")).status == 400
+            assert (await client.post("/score", data=b" " * (MAX_BODY_BYTES + 1))).status == 413
+            assert (await client.get("/else")).status == 404
+
+
+async def test_without_a_token_it_answers_to_its_own_name_alone() -> None:
+    scoring = scoring_of_function("last_number")
+    with Scorer(scoring) as scorer:
+        async with TestClient(TestServer(RewardServer(scorer, scoring, None).application())) as client:
+            assert (await client.get("/health")).status == 200
+            assert (await client.get("/health", headers={"Host": "elsewhere.org:8700"})).status == 403
+
+
+def test_others_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serving_token("127.0.0.1", None) is None
+    with pytest.raises(UserError, match="--token-env NAME"):
+        serving_token("0.0.0.0", None)
+    with pytest.raises(UserError, match="REWARD_TOKEN is not set"):
+        serving_token("127.0.0.1", "REWARD_TOKEN")
+    monkeypatch.setenv("REWARD_TOKEN", "t")
+    assert serving_token("0.0.0.0", "REWARD_TOKEN") == "t"
+
+
+def test_it_serves_until_it_is_told_to_end() -> None:
+    words = [sys.executable, "-m", "rlhf.cli", "serve-reward", "last_number", "--port", "0"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().removeprefix("serving ").strip()
+            body = {"prompt": "", "responses": ["is 3", "is 4"], "columns": {"answer": "4"}}
+            with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=30) as answer:
+                assert json.load(answer)["scores"] == [0.0, 1.0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["serve-reward", "no_such"], "there is no built-in reward `no_such`"),
+        (["serve-reward", "last_number", "run.seed=1"], "changes a configuration, and last_number is none"),
+        (["reward", "CONFIG", "--file", "missing.jsonl"], "missing.jsonl does not exist"),
+    ],
+)
+def test_bad_arguments(words: list[str], why: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([config if word == "CONFIG" else word for word in words]) == 2
+    assert why in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Scores that are reported and scores that are trained on, of groups whose rows have rewards of their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from rlhf.config.rewards import RewardConfig
+from rlhf.controller.sampling import rollout_metrics, values_by_reward
+from rlhf.controller.training_scores import by_reward, for_training
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
+
+
+def group(index: int, scores: tuple[float, ...], by_name: dict[str, tuple[float, ...]]) -> ScoredGroup:
+    prompt = Prompt(prompt_id=index, token_ids=(1,), text="", columns={})
+    request = GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=index * len(scores))
+    infos = tuple(
+        RolloutInfo(
+            sequence_id=index * len(scores) + i,
+            num_prompt_tokens=1,
+            num_response_tokens=1,
+            finish_reason="stop",
+            min_version=0,
+            max_version=0,
+            mean_logprob=-1.0,
+        )
+        for i in range(len(scores))
+    )
+    completed = CompletedGroup(request=request, rollouts=object(), infos=infos)  # type: ignore[arg-type]
+    return ScoredGroup(group=completed, scores=GroupScores(scores=scores, by_name=by_name, errors=()))
+
+
+GROUPS = [
+    group(0, (5.0, 7.0), {"maths": (1.0, 3.0), "style": (4.0, 4.0)}),
+    group(1, (2.0, 6.0), {"style": (2.0, 6.0)}),
+]
+
+
+def rewards(**given: dict[str, Any]) -> dict[str, RewardConfig]:
+    return {name: RewardConfig(function="f", **one) for name, one in given.items()}
+
+
+def test_a_reward_counts_where_it_applies() -> None:
+    assert values_by_reward(GROUPS) == {"maths": [1.0, 3.0], "style": [4.0, 4.0, 2.0, 6.0]}
+    found = rollout_metrics(GROUPS, version=0)
+    assert found["rewards/maths/mean"].result() == 2.0  # (1 + 3) / 2
+    assert found["rewards/style/mean"].result() == 4.0  # (4 + 4 + 2 + 6) / 4
+    assert "rewards/code/mean" not in found
+
+
+def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
+    normalised = for_training(GROUPS, rewards(maths={"normalize": "group", "weight": 10.0}, style={}))
+    # maths of group 0: -+1 over std sqrt(2), times 10; style as it is
+    assert normalised[0].scores.scores == pytest.approx((4 - 10 * math.sqrt(0.5), 4 + 10 * math.sqrt(0.5)), abs=1e-4)
+    assert normalised[1].scores.scores == (2.0, 6.0)
+    assert GROUPS[0].scores.scores == (5.0, 7.0)
+    assert [one.scores.by_name for one in normalised] == [one.scores.by_name for one in GROUPS]
+
+
+def test_without_normalisation_they_are_the_same() -> None:
+    assert for_training(GROUPS, rewards(maths={}, style={"gate": "maths"})) == GROUPS
+
+
+def test_an_algorithm_that_compares_by_reward_sees_gates_and_rows() -> None:
+    found = by_reward(GROUPS, rewards(maths={"weight": 9.0}, style={}))
+    assert found == {"maths": [1.0, 3.0, 0.0, 0.0], "style": [4.0, 4.0, 2.0, 6.0]}
+    (first, _) = GROUPS
+    assert by_reward([first], rewards(maths={}, style={"gate": "maths"}))["style"] == [4.0, 12.0]  # 4 * 1, 4 * 3
