@@ -112,11 +112,7 @@ async def test_conversations_pass_through_the_whole_loop(alone: None, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_a_game_is_learnt(warm_start: Path, alone: None, tmp_path: Path) -> None:
-    changes = {
-        "data": {"eval": {"size": 140}},
-        "rollouts": {"prompts_per_step": 14},
-        "train": {"steps": 10, "sequences_per_update": 112, "checkpoint_every": 10},
-    }
+    changes = {"data": {"eval": {"size": 140}}, "train": {"steps": 12, "checkpoint_every": 12}}
     found, _ = await trained(warm_start, tmp_path, changes)
     before, after = found[0]["eval/heldout/won"], found[-1]["eval/heldout/won"]
     assert after > before + 0.05, json.dumps({"before": before, "after": after})
