@@ -70,6 +70,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model after imitation, which leaves it between the careful and the careless."""
+    torch.set_num_threads(1)  # as the workers do: the products are small
     folder = build_tiny_llama(tmp_path_factory.mktemp("warm") / "model", seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
