@@ -1,0 +1,181 @@
+"""Every algorithm on rollouts raises the score of its tiny task, with the settings of its recipe; and a game is learnt.
+
+Running totals of four digits, from a model that imitates a careless demonstrator half of the time; and the game of
+configs/guessing_game.yaml, a number from 1 to 7 in three guesses. Who halves the range each time always wins; the
+demonstrator, who heeds what he is told every other time, does not. The workers, objectives and the loop are a run's
+own; Ray and vLLM, which other tests start, are not needed to learn. One module, since a process joins one gang.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS
+from rlhf.config.load import load
+from rlhf.config.yaml_tree import read_tree
+from rlhf.data.tasks import TaskSource, make_rows
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.tracking.tracker import read_metrics
+from tests.curves.imitation import imitate
+from tests.curves.in_process import join_alone, leave_alone, run
+from tests.integration.recipes import merge
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = [path for path in sorted(CONFIGS.glob("*_smollm2.yaml"))]
+RECIPES = {
+    name: path
+    for path in SMALL
+    if (name := read_tree(path).values.get("algorithm", {}).get("name")) in ONLINE_ALGORITHMS | ONLINE_PAIR_ALGORITHMS
+}
+QUICK = {"ppo", "grpo", "online_dpo"}  # one of each way to learn
+GAME = read_tree(CONFIGS / "guessing_game.yaml").values["stages"]["grpo"]
+USER, ASSISTANT, END = 259, 260, 257
+GAIN = 0.08  # of the held-out score
+WARM_STEPS, GAME_WARM_STEPS = 780, 200
+
+TASK: dict[str, Any] = {
+    "data": {
+        "train": {"task": "running_totals", "split": "train", "size": 3000},
+        "eval": {"task": "running_totals", "split": "eval", "size": 256},
+        "apply_chat_template": False,
+        "max_prompt_tokens": 16,
+    },
+    "rollouts": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 13},
+    "rewards": {"correct": {"function": "last_number"}},
+    "train": {
+        "steps": 14,
+        "lr": 3e-4,
+        "lr_schedule": "linear",
+        "warmup_steps": 8,
+        "sequences_per_update": 128,
+        "max_tokens_per_microbatch": 4096,
+        "checkpoint_every": 100,
+    },
+    "eval": {"every": 100, "temperature": 1.0, "samples_per_prompt": 2},
+}
+# What a recipe's algorithm needs of the task beyond the above.
+CHANGES: dict[str, dict[str, Any]] = {
+    "ppo": {"algorithm": {"critic_lr": 1e-3}},
+    "dapo": {"algorithm": {"overlong": {"buffer": 2}}},
+    "gdpo": {"rewards": {"format": {"function": "format_regex", "args": {"pattern": "[0-9]+,[0-9]+,[0-9]+"}}}},
+    "online_dpo": {"rollouts": {"prompts_per_step": 64}, "train": {"lr": 1e-4, "sequences_per_update": 64}},
+    "sapo": {"train": {"lr": 1e-4}},
+    "dro": {"train": {"lr": 5e-4, "steps": 40}},
+    "gpg": {"train": {"lr": 1e-4, "steps": 30}},
+    "raft": {"train": {"sequences_per_update": 32}},  # of the 64 that it keeps at most
+}
+
+
+@pytest.fixture(scope="module")
+def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after imitation, which leaves it between the careful and the careless."""
+    folder = build_tiny_llama(tmp_path_factory.mktemp("warm") / "model", seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    examples = []
+    for row in make_rows(TaskSource(task="running_totals", split="sft", size=2500)):
+        prompt, response = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        learnt = [False] * len(prompt) + [True] * (len(response) + 1)
+        examples.append(([*prompt, *response, tokenizer.eos_token_id], learnt))
+    return imitate(folder, examples, steps=WARM_STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """This process as a gang of one."""
+    join_alone()
+    yield
+    leave_alone()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
+async def test_the_score_rises(name: str, warm_start: Path, alone: None, tmp_path: Path) -> None:
+    recipe = read_tree(RECIPES[name]).values
+    tree = merge(
+        {
+            "run": {"name": name, "dir": str(tmp_path), "seed": 0},
+            "policy": {"model": str(warm_start), "dtype": "float32"},
+            "algorithm": recipe["algorithm"],
+            **TASK,
+        },
+        CHANGES.get(name, {}),
+    )
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    folder = await run(load(config, []))
+    rows = list(read_metrics(folder))
+    before, after = rows[0]["eval/heldout/correct"], rows[-1]["eval/heldout/correct"]
+    assert 0.1 < before < 0.6, before
+    assert after > before + GAIN, json.dumps({"before": before, "after": after})
+
+
+def test_every_algorithm_has_a_recipe() -> None:
+    assert set(RECIPES) == ONLINE_ALGORITHMS.keys() | ONLINE_PAIR_ALGORITHMS.keys()
+
+
+def demonstration(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    """A game's tokens, and which of them the player says."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for message in row["messages"]:
+        said = [*message["content"].encode(), END]
+        ids += [ASSISTANT if message["role"] == "assistant" else USER, *said]
+        learnt += [False, *[message["role"] == "assistant"] * len(said)]
+    return ids, learnt
+
+
+@pytest.fixture(scope="module")
+def warm_player(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after imitation."""
+    folder = build_tiny_llama(tmp_path_factory.mktemp("warm") / "player", seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = make_rows(TaskSource(task="guessing_game", split="sft", size=2000))
+    assert tokenizer.apply_chat_template(rows[0]["messages"], return_dict=False) == demonstration(rows[0])[0]
+    return imitate(folder, [demonstration(row) for row in rows], steps=GAME_WARM_STEPS)
+
+
+async def trained(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[list[dict[str, Any]], Path]:
+    """The rows of a run of the recipe, and its folder."""
+    own = {"run": {"name": "game", "dir": str(folder), "seed": 0}, "policy": {"model": str(model), "dtype": "float32"}}
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(merge(merge(GAME, own), changes), sort_keys=False), encoding="utf-8")
+    path = await run(load(config, []))
+    return list(read_metrics(path)), path
+
+
+async def test_conversations_pass_through_the_whole_loop(alone: None, tmp_path: Path) -> None:
+    model = build_tiny_llama(tmp_path / "model", seed=0)
+    small = {
+        "data": {"train": {"size": 8}, "eval": {"size": 7}},
+        "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4},
+        "train": {"steps": 1, "sequences_per_update": 8, "warmup_steps": 0, "checkpoint_every": 1},
+    }
+    found, folder = await trained(model, tmp_path, small)
+    row = found[-1]
+    # Sampler and trainer agree about every sampled token, so both have the same tokens at the same places.
+    assert row["experience/rollout_logprob_diff/max"] < 1e-4
+    assert row["rollouts/turns/max"] == 3.0
+    assert row["rollouts/environment_tokens/mean"] > 20.0  # an untrained model is told what a number is, twice
+    assert row["rollouts/environment_errors/total"] == 0.0
+    lines = (folder / "samples" / "step_000001.jsonl").read_text(encoding="utf-8").splitlines()
+    for sample in map(json.loads, lines):
+        roles = [turn["role"] for turn in sample["turns"]]
+        assert roles == ["prompt", "policy", *["environment", "policy"] * (len(roles) // 2 - 1)]
+        assert sum(turn["tokens"] for turn in sample["turns"] if turn["sampled"]) == sample["response_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_a_game_is_learnt(warm_player: Path, alone: None, tmp_path: Path) -> None:
+    changes = {"data": {"eval": {"size": 140}}, "train": {"steps": 12, "checkpoint_every": 12}}
+    found, _ = await trained(warm_player, tmp_path, changes)
+    before, after = found[0]["eval/heldout/won"], found[-1]["eval/heldout/won"]
+    assert after > before + 0.05, json.dumps({"before": before, "after": after})
