@@ -67,7 +67,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gdpo": {"rewards": {"format": {"function": "format_regex", "args": {"pattern": "[0-9]+,[0-9]+,[0-9]+"}}}},
     "online_dpo": {"rollouts": {"prompts_per_step": 64}, "train": {"lr": 1e-4, "sequences_per_update": 64}},
     "sapo": {"train": {"lr": 1e-4}},
-    "dro": {"train": {"lr": 5e-4, "steps": 40}},
+    "dro": {"train": {"steps": 60}},
     "gpg": {"train": {"lr": 1e-4, "steps": 30}},
     "raft": {"train": {"sequences_per_update": 32}},  # of the 64 that it keeps at most
 }
