@@ -48,6 +48,12 @@ def sequence_means(
     return sequence_sums(torch.where(mask, values, 0.0), lengths) / sequence_counts(mask, lengths).clamp(min=1)
 
 
+def through_first(marks: Bool[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
+    """Up to each row's first mark, that one too; all of a row without any. Of right-padded responses with their end
+    tokens marked, the tokens that were sampled."""
+    return marks.cumsum(-1) - marks.long() == 0
+
+
 def to_tokens(
     per_sequence: Shaped[Tensor, " B"], lengths: Int[Tensor, " B"], *, num_tokens: int
 ) -> Shaped[Tensor, " N"]:

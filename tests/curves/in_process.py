@@ -28,6 +28,7 @@ from rlhf.data.stream import Stream
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.loading import load_tokenizer
+from rlhf.objectives.masking import through_first
 from rlhf.rewards.scoring import fingerprint
 from rlhf.roles import (
     AdvantagesReport,
@@ -263,8 +264,7 @@ class Engine:
         }
         infos = []
         for sample, (row, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            ends = (row[prompt:] == end).nonzero().flatten().tolist()
-            count = ends[0] + 1 if ends else len(row) - prompt
+            count = int(through_first(row[prompt:] == end).sum())
             mask = torch.arange(prompt + count) >= prompt
             columns["token_ids"].append(row[: prompt + count])
             columns["response_mask"].append(mask)
@@ -276,7 +276,7 @@ class Engine:
                     sequence_id=request.first_sequence_id + sample,
                     num_prompt_tokens=prompt,
                     num_response_tokens=count,
-                    finish_reason="stop" if ends else "length",
+                    finish_reason="stop" if row[prompt + count - 1] == end else "length",
                     min_version=self.version,
                     max_version=self.version,
                     mean_logprob=float(told[mask].mean()),

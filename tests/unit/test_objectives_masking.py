@@ -17,6 +17,7 @@ from rlhf.objectives.masking import (
     sequence_maxima,
     sequence_means,
     sequence_sums,
+    through_first,
     to_tokens,
 )
 
@@ -81,3 +82,9 @@ def test_moments_keep_their_digits_beside_a_large_mean() -> None:
 def test_too_few_values_have_no_variance(count: int) -> None:
     with pytest.raises(ValueError, match="at least 2 values"):
         _ = Moments(count=count, mean=0.0, squared_deviation=0.0).variance
+
+
+def test_through_the_first_mark_of_each_row() -> None:
+    marks = torch.tensor([[False, True, False, True], [False, False, False, False], [True, True, False, False]])
+    found = through_first(marks)
+    assert found.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]

@@ -1,10 +1,13 @@
-"""TRL's packing of sequences into rows of equal length."""
+"""TRL's packing of sequences into rows of equal length, and where verl's responses end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from rlhf.data.packing import pack
+from rlhf.objectives.masking import through_first
 from tests.parity.case import Adapter, Arguments, Outputs
 
 
@@ -33,4 +36,14 @@ def single_tokens(lengths: Sequence[int], size: int) -> tuple[list[list[int]], d
     return pack([1] * sum(lengths), max_tokens=size), {}
 
 
-ADAPTERS: dict[tuple[str, str], Adapter] = {("trl", "pack_dataset"): trl_pack}
+def verl_response_mask(arguments: Arguments) -> Outputs:
+    """Up to the first end token, one of one or several."""
+    ends = arguments.param("eos_token", 2)
+    ids = arguments.integers("response_id")
+    return {"mask": through_first(torch.isin(ids, torch.tensor(ends))).to(arguments.dtype)}
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("trl", "pack_dataset"): trl_pack,
+    ("verl", "get_response_mask"): verl_response_mask,
+}
