@@ -53,7 +53,7 @@ class Handle:
 
         self.given: list[Any] = []
 
-        def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any) -> None:
+        def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any, environment: Any) -> None:
             self.given.append(asked)
             time.sleep(takes_s)
 
