@@ -6,15 +6,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import ray
+
+from actors.prometheus import PrometheusBackend
 from rlhf.config.dump import dump_yaml
+from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
+from rlhf.tracking.backends import TrackerBackend
 from rlhf.tracking.progress import open_progress
 from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.tensorboard_backend import open_tensorboard
 from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker, TrackerBackend
+from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_backend import open_wandb
 
 logger = logging.getLogger(__name__)
@@ -32,7 +40,12 @@ def recording(
         folder.write_config(dump_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
-        tracker = Tracker(folder.path, backends=_backends(stage, folder.path))
+        rollouts = stage.rollouts if isinstance(stage, Config) else None
+        tracker = Tracker(
+            folder.path,
+            backends=_backends(stage, folder.path, step),
+            max_staleness=None if rollouts is None else rollouts.max_staleness,
+        )
         timeline = Timeline(folder.timeline)
         failed = True
         try:
@@ -49,9 +62,9 @@ def recording(
                     raise
             failed = False
         finally:
+            timeline.close()
             with _hiding_nothing() if failed else nullcontext():
                 tracker.close(failed=failed)
-            timeline.close()
 
 
 @contextmanager
@@ -63,18 +76,37 @@ def _hiding_nothing() -> Iterator[None]:
         logger.warning("the end of the run could not be written down: %s", error)
 
 
-def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:
-    """W&B if it is asked for. The stages of a pipeline are one group of W&B runs; a merge has no metrics."""
-    if isinstance(stage, MergeStage) or stage.tracking.wandb == "off":
+def _backends(stage: Stage, folder: Path, step: int | None) -> list[TrackerBackend]:
+    """Those that are asked for, and Prometheus where there is a Ray to serve it. A merge has no metrics.
+
+    step: of the checkpoint that the run goes on from.
+    """
+    if isinstance(stage, MergeStage):
         return []
-    pipeline, is_stage, _ = stage.run.name.partition("/")
-    return [
-        open_wandb(
+    found: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
+    told = stage.tracking
+    if told.tensorboard:
+        found.append(open_tensorboard(folder, done_steps=step))
+    if told.wandb != "off":
+        pipeline, is_stage, _ = stage.run.name.partition("/")
+        wandb = open_wandb(
             folder,
-            mode=stage.tracking.wandb,
-            project=stage.tracking.wandb_project,
+            mode=told.wandb,
+            entity=told.wandb_entity,
+            project=told.wandb_project,
             name=stage.run.name,
-            config=stage.model_dump(mode="json"),
-            group=pipeline if is_stage else None,
+            job_type=stage.algorithm.name if isinstance(stage, Config) else "evaluation",
+            group=told.wandb_group or (pipeline if is_stage else None),
+            tags=told.wandb_tags,
+            config=_settings(stage),
+            checkpoints=told.wandb_checkpoints,
         )
-    ]
+        found.append(wandb)
+    return found
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    """What is in effect in the run, in the form of its file."""
+    tree = from_yaml(dump_yaml(stage))
+    assert isinstance(tree, dict)
+    return tree

@@ -2,10 +2,11 @@
 
     {"step": 3, "advantages/histogram": {"edges": [-0.5, -0.35, ..., 0.5], "counts": [12, ..., 7]}, ...}
 
-`counts[i]` values lay from `edges[i]` up to `edges[i + 1]`; there is one edge more than counts. The edges of a metric are
-the same in all steps and runs (below), of which a row has those that its values need: empty bins at both ends are left
-out. The first and the last of all bins also hold what lies beyond them. A step without values of a metric has no such
-key, and one without any has no row. Written by the driver, taken back on resume as metrics.jsonl is. It holds no values.
+`counts[i]` values lay from `edges[i]` up to `edges[i + 1]`; there is one edge more than counts. The edges of a metric
+are the same in all steps and runs (below), of which a row has those that its values need: empty bins at both ends are
+left out. The first and the last of all bins also hold what lies beyond them. A step without values of a metric has no
+such key, and one without any has no row. Written by the driver, taken back on resume as metrics.jsonl is. No value
+itself is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.atomic import append_line, read_lines
+from rlhf.tracking.atomic import explains_full, json_line, read_lines
 from rlhf.tracking.reductions import Histogram
 
 FILE = "histograms.jsonl"
@@ -36,9 +37,12 @@ def trimmed(found: Histogram) -> dict[str, Any]:
 
 
 def append_histograms(folder: Path, step: int, found: Mapping[str, Histogram]) -> None:
-    """Write the step's row, if it has any."""
+    """Write the step's row, if it has any. It does not wait for the disk."""
     if found:
-        append_line(folder / FILE, {"step": step, **{key: trimmed(one) for key, one in sorted(found.items())}})
+        path = folder / FILE
+        row = {"step": step, **{key: trimmed(one) for key, one in sorted(found.items())}}
+        with explains_full(path), path.open("a", encoding="utf-8") as file:
+            file.write(json_line(row))
 
 
 def read_histograms(folder: Path) -> list[dict[str, Any]]:
