@@ -25,7 +25,6 @@ class PrometheusBackend:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._step = Gauge(PREFIX + STEP, description="The last step that is done", tag_keys=(RUN_LABEL,))
-        self._counted = -1  # steps that come again after a resume in the same process are counted once
 
     def log(self, step: TrackedStep) -> None:
         """The newest values."""
@@ -36,9 +35,8 @@ class PrometheusBackend:
             tags = self._run | labels
             if not found.is_counter:
                 self._gauge(found).set(value, tags=tags)
-            elif value > 0.0 and step.step > self._counted:
+            elif value > 0.0:
                 self._counter(found).inc(value, tags=tags)
-        self._counted = max(self._counted, step.step)
         self._step.set(step.step, tags=self._run)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import say
-from rlhf.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
@@ -23,33 +22,7 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Save it, or write it down; say where."""
-    say(f"{dashboard(project=args.project, entity=args.entity, out=args.out)}\n")
+    from rlhf.tracking.workspace import publish
+
+    say(f"{publish(project=args.project, entity=args.entity, out=args.out)}\n")
     return 0
-
-
-def dashboard(*, project: str, entity: str | None, out: Path | None) -> str:
-    """The address of the workspace, or the file that was written."""
-    import json
-
-    from rlhf.tracking.workspace import make_workspace, serialised
-
-    if out is not None:
-        if not out.parent.is_dir():
-            raise UserError(f"--out: the folder of {out} does not exist; name a file in one that does")
-        workspace = make_workspace(entity=entity or "", project=project)
-        out.write_text(json.dumps(serialised(workspace), indent=1) + "\n", encoding="utf-8")
-        return str(out)
-    import wandb
-    from rlhf.tracking.logs import redact
-
-    make_workspace(entity=entity or "", project=project)  # before anybody is asked, whether it can be made
-    if not wandb.Api.api_key if False else not wandb.login(prompt=False):
-        raise UserError(
-            "rlhf dashboard saves to W&B, which has no credentials here: set WANDB_API_KEY, run `wandb login`, or write "
-            "the workspace to a file with --out."
-        )
-    try:
-        saved = make_workspace(entity=entity or str(wandb.Api(timeout=30).default_entity), project=project).save()
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        raise RunError(f"dashboard: W&B did not take the workspace: {redact(str(error))}") from error
-    return str(saved.url)

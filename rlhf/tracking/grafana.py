@@ -1,6 +1,7 @@
 """cluster/grafana.json: rlhf/tracking/panels.py as a Grafana dashboard on the Prometheus that scrapes Ray.
 
-`python -m rlhf.tracking.grafana > cluster/grafana.json` writes it. It asks only for names of rlhf/tracking/prometheus.py.
+`python -m rlhf.tracking.grafana > cluster/grafana.json` writes it. It asks for names of rlhf/tracking/prometheus.py
+alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The order in which one reads a run: sections with a question each, and the graphs that answer it.
 
-The W&B workspace (rlhf/tracking/workspace.py) and the Grafana dashboard (rlhf/tracking/grafana.py) are both made of this
-table. Every metric here is a declared one; a graph whose metrics a run has not stays empty.
+The W&B workspace (rlhf/tracking/workspace.py) and the Grafana dashboard (rlhf/tracking/grafana.py) are both made of
+this table. Every metric here is a declared one; a graph whose metrics a run has not stays empty.
 """
 
 from __future__ import annotations
