@@ -185,10 +185,15 @@ def plain(value: Any) -> Any:
 
 
 def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Columns and rows of a table for each split of a step's samples, its first MOST_ROWS; secrets masked."""
+    """Columns and rows of a table for each split of a step's samples, its first MOST_ROWS; secrets masked.
+
+    An evaluation stage writes a set's name in the split's place. An example that it measured without a response is left
+    out.
+    """
     by_split: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
-        by_split.setdefault(sample["split"], []).append(sample)
+        if "response" in sample:
+            by_split.setdefault(sample.get("split") or sample["set"], []).append(sample)
     found = {}
     for split, rows in by_split.items():
         rewards = sorted({name for row in rows for name in row.get("scores") or {}})

@@ -35,7 +35,7 @@ def exercise(folder: Path, backend: TrackerBackend) -> None:
     (folder / "timeline.json").write_text("[]\n")
     (folder / "checkpoints" / "step_000001").mkdir(parents=True)
     (folder / "checkpoints" / "step_000001" / "weights").write_text("w")
-    write_samples(samples_path(folder, 1), [sample("eleven"), sample("no", split="heldout")])
+    write_samples(samples_path(folder, 1), [sample("eleven-twelve"), sample("no", split="heldout")])
     tracker = Tracker(folder, backends=[backend])
     tracker.log(1, {"update/lr": 0.5, "rewards/correct/mean": 0.25, "rollouts/tokens/total": 7.0}, {KEY: LENGTHS})
     tracker.checkpoint(1, folder / "checkpoints" / "step_000001")
@@ -60,7 +60,7 @@ def wandb_records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_TOKEN", "eleven")
+    monkeypatch.setenv("JUDGE_TOKEN", "eleven-twelve")
     backend = open_wandb(
         tmp_path,
         mode="offline",
@@ -97,7 +97,7 @@ def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.Monke
     staged = (tmp_path / "wandb" / "artifacts" / "staging").iterdir()
     texts = [path.read_bytes() for path in (*tmp_path.glob("wandb/offline-run-*/**/*"), *staged) if path.is_file()]
     assert any(b"***" in text and b"8+3=" in text for text in texts)  # the table, its secret masked
-    for secret in (b"not-to-be-seen", b"eleven"):
+    for secret in (b"not-to-be-seen", b"eleven-twelve"):
         assert not any(secret in text for text in texts)
     assert not list(tmp_path.glob("wandb/**/*.patch"))  # no differences of the code
 
@@ -272,6 +272,8 @@ def test_tables_say_how_far_the_logprobs_are_apart() -> None:
     assert found["old_minus_rollout_logprob"] == 0.5
     assert found["old_minus_ref_logprob"] is None
     assert "anything" not in found
+    of_evaluation = {"set": "held", "prompt": "p", "response": "r", "score": 1.0, "scores": {}}
+    assert list(tables([of_evaluation, {"set": "held", "nll": 2.0}])) == ["held"]
 
 
 def test_back_ends_are_imported_only_when_used() -> None:
