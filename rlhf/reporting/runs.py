@@ -147,7 +147,7 @@ def _run(folder: Path, name: str, *, stage: str) -> Run:
         folder=folder,
         state=state,
         rows=rows,
-        config=_config(folder),
+        config=_own_config(folder),
         environment=_json(folder / "environment.json"),
         evaluations=_evaluations(folder),
         errors=_kinds(errors),
@@ -188,6 +188,14 @@ def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.resolved.yaml"
     found = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found if isinstance(found, Mapping) else {}
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """A run's; merges and evaluations write theirs as a pipeline of one stage."""
+    config = _config(folder)
+    stages = config.get("stages")
+    own = stages.get(folder.name) if isinstance(stages, Mapping) else None
+    return own if isinstance(own, Mapping) else config
 
 
 def _json(path: Path) -> Mapping[str, Any]:

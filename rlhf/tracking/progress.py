@@ -161,10 +161,11 @@ def _bar(done: int, total: int) -> ProgressBar:
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers whole."""
+    """Three significant digits, whole numbers whole, and no exponent for thousands."""
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else str(value)
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.3g}"
+    whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:.0f}" if whole and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -57,7 +57,7 @@ def raising(error: BaseException) -> Launch:
         (
             ["frobnicate"],
             "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
-            "'eval', 'reward', 'serve-reward', 'doctor')",
+            "'eval', 'reward', 'serve-reward', 'report', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
