@@ -57,6 +57,7 @@ from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.progress import Mode
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
@@ -78,8 +79,9 @@ SHOWN_OFFLINE = (
 )
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written."""
+    mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     for written in loaded.stages.values():
         _refuse_unusable_folder(written, resume=resume)
@@ -98,9 +100,9 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
             elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+                asyncio.run(_run_stage(stage, resume=resume, mode=mode))
             elif isinstance(stage, MergeStage):
-                run_merge(stage, loaded.folder, resume=resume, quiet=quiet)
+                run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
@@ -167,11 +169,11 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
+async def _run_stage(stage: StageInputs, *, resume: bool, mode: Mode) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
-    with recording(stage.written, resume=resume, steps=steps, show=show, quiet=quiet) as (record, step):
+    with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
             await _run_online(stage, stage.inputs, record, step)
         else:

@@ -76,9 +76,11 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        self.tracker.log(step, row)
+        found = self.tracker.log(step, row)
         self.step = step
         self.progress.step(step, row)
+        for one in found:
+            self.progress.finding(one)
 
     def failed(self, error: Exception) -> None:
         """Write down what ends the run: in errors.jsonl, and where it came from in traceback.txt."""
