@@ -24,7 +24,7 @@ from actors.merge import run_merge
 from actors.models import refuse_other_model
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
-from actors.recording import recording
+from actors.recording import open_mirror, recording
 from actors.services import ReferenceWorkers, RewardWorkers
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
@@ -84,6 +84,7 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_line
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     for written in loaded.stages.values():
+        _meet_mirror(written, resume=resume)
         _refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
@@ -107,6 +108,22 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_line
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+def _meet_mirror(stage: Stage, *, resume: bool) -> None:
+    """With `resume`, bring here what the mirror has and the folder lacks. UserError if a new run would replace one."""
+    if stage.run.mirror is None or (resume and result_of(stage).exists()):
+        return
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+        mirror = open_mirror(stage, folder)
+        assert mirror is not None
+        if resume:
+            mirror.fetch()
+        elif mirror.holds_run():
+            raise UserError(
+                f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
+                "run.name, or remove it there."
+            )
 
 
 def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:

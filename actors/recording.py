@@ -12,6 +12,7 @@ from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
+from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Mode, open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
@@ -33,6 +34,10 @@ def recording(
         folder.write_config(dump_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
+        keep = stage.train.keep_checkpoints if isinstance(stage, Config) else 1
+        mirror = open_mirror(stage, folder)
+        if mirror is not None:
+            mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
         tracker = Tracker(folder.path, backends=_backends(stage, folder.path), max_staleness=_max_staleness(stage))
         timeline = Timeline(folder.timeline)
         failed = True
@@ -42,7 +47,14 @@ def recording(
             with open_progress(
                 steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
             ) as progress:
-                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
+                record = RunRecord(
+                    folder=folder,
+                    tracker=tracker,
+                    timeline=timeline,
+                    progress=progress,
+                    mirror=mirror,
+                    step=step or 0,
+                )
                 progress.stage("starting")
                 try:
                     yield record, step
@@ -55,6 +67,13 @@ def recording(
             with _hiding_nothing() if failed else nullcontext():
                 tracker.close(failed=failed)
             timeline.close()
+            if mirror is not None:
+                mirror.finish(keep, failed=failed)
+
+
+def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
+    """Where the run's folder is copied to; None: nowhere."""
+    return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
 
 
 @contextmanager
