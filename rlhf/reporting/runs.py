@@ -308,13 +308,13 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
 
 def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Pair]:
     """By prompt, its answers in the first and the last step that have it; unpaired ones where no prompt came twice."""
-    answers: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for step in sorted(steps):
-        for row in steps[step]:
-            answers.setdefault(str(row.get("prompt")), []).append((step, row))
+        for row in steps[step]:  # tasks of an environment may begin with the same words
+            answers.setdefault((row.get("prompt_id"), str(row.get("prompt"))), []).append((step, row))
     pairs = [
         Pair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
-        for prompt, found in answers.items()
+        for (_, prompt), found in answers.items()
         for (i, a), (j, b) in [(found[0], found[-1])]
         if i < j
     ]

@@ -106,7 +106,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.inside = ""
         self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
+        self.feed(self.source.replace("<wbr>", ""))
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
