@@ -18,7 +18,8 @@ from rlhf.config.yaml_tree import from_yaml
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
 from rlhf.tracking.backends import TrackerBackend
-from rlhf.tracking.progress import open_progress
+from rlhf.tracking.mirror import Mirror
+from rlhf.tracking.progress import Mode, open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.tensorboard_backend import open_tensorboard
 from rlhf.tracking.timeline import Timeline
@@ -30,29 +31,40 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def recording(
-    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), quiet: bool = True
+    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
 ) -> Iterator[tuple[RunRecord, int | None]]:
     """The record, and the step of the checkpoint to go on from; None: there is none. A failure is written down.
 
-    steps, show, quiet: of the progress display.
+    steps, show, mode: of the progress display.
     """
     with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
         folder.write_config(dump_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
-        rollouts = stage.rollouts if isinstance(stage, Config) else None
+        keep = stage.train.keep_checkpoints if isinstance(stage, Config) else 1
+        mirror = open_mirror(stage, folder)
+        if mirror is not None:
+            mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
+        after = None if not resume else -1 if step is None else step
         tracker = Tracker(
-            folder.path,
-            backends=_backends(stage, folder.path, step),
-            max_staleness=None if rollouts is None else rollouts.max_staleness,
+            folder.path, backends=_backends(stage, folder.path, after), max_staleness=_max_staleness(stage)
         )
         timeline = Timeline(folder.timeline)
         failed = True
         try:
-            if resume:
-                tracker.truncate_after(step if step is not None else -1)
-            with open_progress(steps, done_steps=step or 0, show=show, quiet=quiet) as progress:
-                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
+            if after is not None:
+                tracker.truncate_after(after)
+            with open_progress(
+                steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
+            ) as progress:
+                record = RunRecord(
+                    folder=folder,
+                    tracker=tracker,
+                    timeline=timeline,
+                    progress=progress,
+                    mirror=mirror,
+                    step=step or 0,
+                )
                 progress.stage("starting")
                 try:
                     yield record, step
@@ -65,6 +77,13 @@ def recording(
             timeline.close()
             with _hiding_nothing() if failed else nullcontext():
                 tracker.close(failed=failed)
+            if mirror is not None:
+                mirror.finish(keep, failed=failed)
+
+
+def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
+    """Where the run's folder is copied to; None: nowhere."""
+    return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
 
 
 @contextmanager
@@ -76,17 +95,22 @@ def _hiding_nothing() -> Iterator[None]:
         logger.warning("the end of the run could not be written down: %s", error)
 
 
-def _backends(stage: Stage, folder: Path, step: int | None) -> list[TrackerBackend]:
+def _max_staleness(stage: Stage) -> int | None:
+    """Of a run that samples."""
+    return stage.rollouts.max_staleness if isinstance(stage, Config) and stage.rollouts is not None else None
+
+
+def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
     """Those that are asked for, and Prometheus where there is a Ray to serve it. A merge has no metrics.
 
-    step: of the checkpoint that the run goes on from.
+    after: step that a resumed run goes on from, -1 if it has no checkpoint; None: it is not resumed.
     """
     if isinstance(stage, MergeStage):
         return []
     found: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
     told = stage.tracking
     if told.tensorboard:
-        found.append(open_tensorboard(folder, done_steps=step))
+        found.append(open_tensorboard(folder, done_steps=after))
     if told.wandb != "off":
         pipeline, is_stage, _ = stage.run.name.partition("/")
         wandb = open_wandb(

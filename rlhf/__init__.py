@@ -66,15 +66,18 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    json_lines: bool = False,
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
+
+    quiet: no progress. json_lines: progress as JSON lines on stdout.
 
     UserError: the input is wrong. RunError: something failed at run time.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
-    launch(loaded, resume=resume, quiet=quiet)
+    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines)
     return loaded.folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import histograms, merge, results
+from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.reductions import Max, Reduction, Sum
 from rlhf.tracking.run_folder import RunFolder
@@ -39,6 +41,7 @@ class RunRecord:
     timeline: Timeline
     progress: Progress
     nodes: NodesRole | None = None  # None: nobody looks at them
+    mirror: Mirror | None = None  # None: the folder is nowhere else
     step: int = 0  # the last one that is written down
     parts: list[Metrics] = field(default_factory=list)
     began: float = 0.0
@@ -82,9 +85,27 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        self.tracker.log(step, row, histograms(merge(self.parts)))
+        found = self.tracker.log(step, row, histograms(merge(self.parts)))
         self.step = step
         self.progress.step(step, row)
+        for one in found:
+            self.progress.finding(one)
+
+    async def prune(self, keep: int) -> None:
+        """Remove all but the newest checkpoints, and have the mirror become what the folder is now.
+
+        An upload that still goes on is waited for, since it reads the checkpoints; if it hangs, none is removed.
+        """
+        if self.mirror is None:
+            self.folder.prune(keep)
+            return
+        problem = await asyncio.to_thread(self.mirror.settle)
+        if problem is not None:
+            logger.warning("the newest checkpoints are on this machine alone; tried again with the next. %s", problem)
+            self.tracker.log_error(ErrorRecord(step=self.step, stage="mirror", kind="not_uploaded", message=problem))
+        if self.mirror.is_free():
+            self.folder.prune(keep)
+            self.mirror.begin(keep)
 
     def commit_checkpoint(self, step: int) -> None:
         """Make the begun checkpoint valid, and tell the back ends."""

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.reporting.curves import COLORS
 from rlhf.reporting.markup import section, text
 from rlhf.reporting.runs import Run, Span
-from rlhf.tracking.progress import duration
+from rlhf.tracking.progress import duration, number
 
 _SHOWN_STEPS = 3  # of the picture: about so many are told apart
 _WIDTH, _LANE, _LABEL = 900, 22, 130  # of the picture, in its own units
@@ -22,8 +22,9 @@ def time_spent(run: Run, spans: Sequence[Span]) -> str:
     told = _bar(totals, colors) if totals else ""
     shown = _last_steps(run, spans)
     if shown:
+        length = _length(max(span.end_s for span in shown) - shown[0].start_s)
         told += (
-            f'<p class="dim">The last {duration(shown[-1].end_s - shown[0].start_s)}, as timeline.json has them '
+            f'<p class="dim">The last {length}, as timeline.json has them '
             f'(it opens in Perfetto):</p><div class="scroll">{_picture(shown, colors)}</div>'
         )
     return section("Where the time went", told, id="time")
@@ -50,10 +51,14 @@ def _bar(totals: Mapping[str, float], colors: Mapping[str, str]) -> str:
     )
     keys = "".join(
         f'<span class="key"><i style="background:{colors[name]}"></i>{text(name)} {100 * seconds / whole:.1f} % '
-        f'<span class="dim">{duration(seconds)}</span></span>'
+        f'<span class="dim">{_length(seconds)}</span></span>'
         for name, seconds in totals.items()
     )
     return f'<div class="bar">{parts}</div><div>{keys}</div><p class="dim">Stages may overlap.</p>'
+
+
+def _length(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else f"{number(seconds)} s"
 
 
 def _last_steps(run: Run, spans: Sequence[Span]) -> list[Span]:
@@ -87,5 +92,5 @@ def _picture(spans: Sequence[Span], colors: Mapping[str, str]) -> str:
             f'fill="{colors.get(span.name, "#8b93a3")}"><title>{text(title)}</title></rect>'
         )
     drawn += f'<text x="{_LABEL}" y="{height - 6}">0 s</text>'
-    drawn += f'<text x="{_WIDTH}" y="{height - 6}" text-anchor="end">{text(duration(end - start))}</text>'
+    drawn += f'<text x="{_WIDTH}" y="{height - 6}" text-anchor="end">{text(_length(end - start))}</text>'
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline">{drawn}</svg>'

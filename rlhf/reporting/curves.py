@@ -35,11 +35,13 @@ def _place(key: str) -> int:
     return _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
 
 
-def main_keys(runs: Sequence[Run]) -> list[str]:
-    """The few that one looks at first: held-out results, then what training says of itself."""
+def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
+    """The few that one looks at first: what looks wrong, held-out results, what training says of itself."""
     keys = keys_of(runs)
+    wrong = [one.metrics[0] for one in findings if one.severity != "notice"]
     evals = [key for key in keys if key.startswith("eval/") and key.rpartition("/")[2] in ("score", "loss", "accuracy")]
-    return [*evals[:3], *(key for key in _MAIN if key in keys)][:_NUM_MAIN]
+    wanted = dict.fromkeys((*wrong[:2], *evals[:3], *_MAIN))
+    return [key for key in wanted if key in keys][:_NUM_MAIN]
 
 
 def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:

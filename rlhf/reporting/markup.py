@@ -20,6 +20,11 @@ def text(value: object) -> str:
     return html.escape(found.encode("utf-8", "replace").decode("utf-8"))
 
 
+def key(name: str) -> str:
+    """A metric's or setting's name, which may be broken at its parts."""
+    return f"<code>{text(name).replace('/', '/<wbr>').replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
+
+
 def cut(value: str, limit: int) -> str:
     """At most so many characters of a text, and how many there are."""
     return value if len(value) <= limit else f"{value[:limit]} ... ({len(value):,} characters)"

@@ -51,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     page = _page(groups, findings, title=", ".join(folder.resolve().name for folder in folders))
     try:
         write_atomic(html, page)
-        pictures = tuple(_pictures(groups, html))
+        pictures = tuple(_pictures(groups, findings, html))
     except OSError as error:
         raise UserError(f"{html}: cannot be written: {error.strerror}. Name another file with --out.") from error
     return Report(html=html, pictures=pictures, findings=findings)
@@ -62,11 +62,11 @@ def _findings(run: Run) -> list[Finding]:
     return diagnose(run.rows, max_staleness=bound if isinstance(bound, int) else None)
 
 
-def _pictures(groups: Sequence[Sequence[Run]], html: Path) -> list[Path]:
+def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], html: Path) -> list[Path]:
     """report.png, or of a pipeline report.STAGE.png of each stage that has curves."""
     written = []
     for runs in groups:
-        keys = main_keys(runs)
+        keys = main_keys(runs, [one for run in runs for one in findings[run.name]])
         if keys:
             end = f".{runs[0].stage}.png" if len(groups) > 1 else ".png"
             with_rows = {run.name: run.folder for run in runs if run.rows}
@@ -152,7 +152,7 @@ def _plots(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[s
             plots.append(one)
         return f'<div class="plots">{told}</div>'
 
-    main, keys = main_keys(runs), keys_of(runs)
+    main, keys = main_keys(runs, found), keys_of(runs)
     content = places(main) if main else ""
     stages = dict.fromkeys(key.split("/")[0] for key in keys)
     for stage in stages:

@@ -147,7 +147,7 @@ def _run(folder: Path, name: str, *, stage: str) -> Run:
         folder=folder,
         state=state,
         rows=rows,
-        config=_config(folder),
+        config=_own_config(folder),
         environment=_json(folder / "environment.json"),
         evaluations=_evaluations(folder),
         errors=_kinds(errors),
@@ -188,6 +188,14 @@ def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.resolved.yaml"
     found = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found if isinstance(found, Mapping) else {}
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """A run's; merges and evaluations write theirs as a pipeline of one stage."""
+    config = _config(folder)
+    stages = config.get("stages")
+    own = stages.get(folder.name) if isinstance(stages, Mapping) else None
+    return own if isinstance(own, Mapping) else config
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -300,13 +308,13 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
 
 def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Pair]:
     """By prompt, its answers in the first and the last step that have it; unpaired ones where no prompt came twice."""
-    answers: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for step in sorted(steps):
-        for row in steps[step]:
-            answers.setdefault(str(row.get("prompt")), []).append((step, row))
+        for row in steps[step]:  # tasks of an environment may begin with the same words
+            answers.setdefault((row.get("prompt_id"), str(row.get("prompt"))), []).append((step, row))
     pairs = [
         Pair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
-        for prompt, found in answers.items()
+        for (_, prompt), found in answers.items()
         for (i, a), (j, b) in [(found[0], found[-1])]
         if i < j
     ]

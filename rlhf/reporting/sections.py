@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.config.differences import portable
 from rlhf.config.yaml_tree import to_yaml
-from rlhf.reporting.markup import cut, folded, section, table, text
+from rlhf.reporting.markup import cut, folded, key, section, table, text
 from rlhf.reporting.runs import Pair, Run, told_pairs
 from rlhf.tracking.findings import Finding
 from rlhf.tracking.progress import duration, number
@@ -96,7 +96,7 @@ def diagnosis(run: Run, findings: Sequence[Finding]) -> str:
 
 def _finding(one: Finding, *, newest: int) -> str:
     until = "until the newest step" if one.last_step >= newest else f"to {one.last_step}, over since"
-    keys = ", ".join(f"<code>{text(key)}</code>" for key in one.metrics)
+    keys = ", ".join(map(key, one.metrics))
     return (
         f'<div class="finding {text(one.severity)}" data-kind="{text(one.kind)}">'
         f'<span class="tag">{text(one.severity)}</span><b>{text(one.what)}</b>'
@@ -146,22 +146,22 @@ def _interval(found: Mapping[str, Any] | None) -> str:
 
 
 def _first_and_last(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    keys = sorted({key for row in rows for key in row if key.startswith("eval/")})
-    for key in keys:
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if values and key.rpartition("/")[2] not in _NOT_TOLD:
-            yield _change(key, values[0], values[-1])
+    names = sorted({name for row in rows for name in row if name.startswith("eval/")})
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values and name.rpartition("/")[2] not in _NOT_TOLD:
+            yield _change(name, values[0], values[-1])
 
 
 def _ends(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    for key in _COMPARED:
-        values = [row[key] for row in rows if row.get(key) is not None]
+    for name in _COMPARED:
+        values = [row[name] for row in rows if row.get(name) is not None]
         if len(values) >= 2 * _AVERAGED:
-            yield _change(key, *(sum(part) / _AVERAGED for part in (values[:_AVERAGED], values[-_AVERAGED:])))
+            yield _change(name, *(sum(part) / _AVERAGED for part in (values[:_AVERAGED], values[-_AVERAGED:])))
 
 
-def _change(key: str, before: float, after: float) -> list[str]:
-    return [f"<code>{text(key)}</code>", number(before), number(after), f"{after - before:+.3g}"]
+def _change(name: str, before: float, after: float) -> list[str]:
+    return [key(name), number(before), number(after), f"{after - before:+.3g}"]
 
 
 def samples(run: Run, pairs: Sequence[Pair]) -> str:
@@ -189,12 +189,12 @@ def _pair(pair: Pair) -> str:
 
 def memory(run: Run) -> str:
     """The most that each role's largest process held, at the beginning and later."""
-    keys = sorted({key for row in run.rows for key in row if key.startswith("memory/")})
+    names = sorted({name for row in run.rows for name in row if name.startswith("memory/")})
     rows = []
-    for key in keys:
-        values = [row[key] for row in run.rows if row.get(key) is not None]
+    for name in names:
+        values = [row[name] for row in run.rows if row.get(name) is not None]
         if values:
-            rows.append([f"<code>{text(key)}</code>", *map(number, (values[0], values[-1], max(values)))])
+            rows.append([key(name), *map(number, (values[0], values[-1], max(values)))])
     return section("Memory (GiB)", table(["metric", "first", "last", "peak"], rows, numbers=1) if rows else "")
 
 
@@ -233,19 +233,19 @@ def environment_differences(runs: Sequence[Run]) -> str:
 def _differing(runs: Sequence[Run], found: Sequence[Mapping[str, Any]]) -> str:
     if len(runs) < 2:
         return ""
-    keys = list(dict.fromkeys(key for flat in found for key in flat))
+    names = list(dict.fromkeys(name for flat in found for name in flat))
     rows = [
-        [f"<code>{text(key)}</code>", *(text(cut(_told(flat, key), 300)) for flat in found)]
-        for key in keys
-        if len({_told(flat, key) for flat in found}) > 1
+        [key(name), *(text(cut(_told(flat, name), 300)) for flat in found)]
+        for name in names
+        if len({_told(flat, name) for flat in found}) > 1
     ]
     return table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
 
 
-def _told(flat: Mapping[str, Any], key: str) -> str:
-    if key not in flat:
+def _told(flat: Mapping[str, Any], name: str) -> str:
+    if name not in flat:
         return "-"
-    return "null" if flat[key] is None else str(flat[key])
+    return "null" if flat[name] is None else str(flat[name])
 
 
 def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:

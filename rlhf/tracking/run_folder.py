@@ -21,6 +21,7 @@ from typing import Self
 from rlhf.errors import UserError
 from rlhf.tracking.atomic import sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
+from rlhf.tracking.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.logs import redact
 from rlhf.tracking.tracker import read_metrics
 
@@ -33,7 +34,7 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 
 _STEP = re.compile(r"step_(\d{6,})")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class RunFolder:
@@ -130,7 +131,7 @@ class RunFolder:
         """Make the begun checkpoint durable and complete, then point `latest` at it. Replaces one of the same step."""
         aside, target = _aside(self.checkpoint(step)), self.checkpoint(step)
         files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-        write_atomic(aside / _MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        write_atomic(aside / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
         _commit(target)
         self._point("latest", step)
         return target
@@ -214,9 +215,9 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
-        for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
+        for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
-        for path in (self.samples, self.evals, self.spool, self.references):
+        for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
             if path.exists():
                 shutil.rmtree(path)
 
@@ -299,7 +300,7 @@ def _remove(path: Path) -> None:
 def is_sound(path: Path, step: int) -> bool:
     """Whether every file that was committed is there in its full size."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return manifest["step"] == step and all(
             (path / name).stat().st_size == size for name, size in manifest["files"].items()
         )

@@ -168,7 +168,7 @@ def held_out_falls(history: History) -> Finding | None:
                 if hacking
                 else "lower train.lr; "
             )
-            + f"keep the checkpoint of step {best.step} (train.best_metric, train.early_stopping).",
+            + _keep(best),
         )
     return None
 
@@ -189,8 +189,7 @@ def held_out_loss_rises(history: History) -> Finding | None:
             metrics=(key, "update/loss/mean"),
             what=f"{key} was lowest at step {lowest.step} ({say(lowest.value)}) and is {say(later[-1])} now.",
             why="The model learns the training rows by heart: what it gains there it loses on others.",
-            advice=f"keep the checkpoint of step {lowest.step} (train.best_metric, train.early_stopping); fewer "
-            "epochs, a lower train.lr, more data.",
+            advice=f"{_keep(lowest)} Fewer epochs, a lower train.lr, more data.",
         )
     return None
 
@@ -234,6 +233,12 @@ def preferences_at_chance(history: History) -> Finding | None:
         "chosen and rejected are swapped in part of the data.",
         advice="raise train.lr; read twenty pairs by hand; check the columns that data.columns names.",
     )
+
+
+def _keep(best: Point) -> str:
+    if best.step == 0:
+        return "begin again from the model before training, which was better."
+    return f"keep the checkpoint of step {best.step} (train.best_metric, train.early_stopping)."
 
 
 def _score_rise(history: History) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from rlhf.tracking.atomic import append_line, keep_lines, read_lines
 from rlhf.tracking.backends import Relay, TrackedStep, TrackerBackend
 from rlhf.tracking.diagnosis import Watch
 from rlhf.tracking.errors import ErrorRecord, write_error
-from rlhf.tracking.findings import Severity
+from rlhf.tracking.findings import Finding, Severity
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import declared
 from rlhf.tracking.reductions import Histogram
@@ -61,8 +61,9 @@ class Tracker:
 
     def log(
         self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, Histogram] = MappingProxyType({})
-    ) -> None:
-        """Write the step's row and its histograms. Non-finite values become null, with a warning.
+    ) -> list[Finding]:
+        """Write the step's row and its histograms. Non-finite values become null, with a warning. Returns what looks
+        wrong from this step on, which is logged and told too.
 
         KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
         """
@@ -85,12 +86,12 @@ class Tracker:
         self._last_step = step
         for backend in self._backends:
             backend.log(TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions))
-        for one in self._watch.observe(row):
-            if one.severity == "notice":
-                logger.info("%s", one.sentence())
-            else:
-                logger.warning("%s", one.sentence())
+        found = self._watch.observe(row)
+        for one in found:
+            logger.log(logging.INFO if one.severity == "notice" else logging.WARNING, "%s", one.sentence())
+            if one.severity != "notice":
                 self.alert(one.severity, one.kind, f"Step {step}: {one.sentence()}")
+        return found
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         """Tell the back ends of something that somebody should look at."""

@@ -251,3 +251,8 @@ def test_metrics_and_keys_that_are_named_exist() -> None:
         named = re.findall(r"\b(?:train|algorithm|rollouts|data|reward_policy)\.[a-z_]+(?:\.[a-z_]+)*", one.advice)
         for key in named:
             assert f"`{key.rpartition('.')[2]}`" in page, f"{one.kind} names {key}"
+
+
+def test_the_page_names_every_finding() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert not [kind for kind in (*CASES, "lag_at_bound") if f"`{kind}`" not in page]
