@@ -204,7 +204,7 @@ def test_in_bfloat16_a_bypass_clips_what_sampler_and_trainer_disagree_on(tmp_pat
                 "clip_low": 1e-3,
                 "clip_high": 1e-3,
                 "kl": {"coef": 0.01, "place": "reward"},
-                "correction": {"mode": "bypass", "reject": {"sequence_max_ratio": [0.99, 1.01]}},
+                "correction": {"mode": "bypass", "reject": {"sequence_max_ratio": [0.998, 1.002]}},
             },
             "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
             "train": {"steps": 2, "sequences_per_update": 32},
