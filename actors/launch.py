@@ -22,6 +22,7 @@ from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, lo
 from actors.interrupts import sigterm_interrupts
 from actors.merge import run_merge
 from actors.models import refuse_other_model
+from actors.nodes import Nodes
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import open_mirror, recording
@@ -215,7 +216,8 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
     teacher = spawn_teacher(config, placement) if has_teacher(config) else None
-    async with ending([gang, *([teacher] if teacher is not None else [])], placement):
+    nodes = record.nodes = Nodes(placement)
+    async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
         limit_s = config.cluster.start_timeout_s
         await asyncio.gather(
             gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
@@ -252,7 +254,8 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
     roles, derived = needs(config), derive(config)
     placement = await reserve(config)
     deadline_s = cluster.call_timeout_s
-    groups: list[Stoppable] = []
+    nodes = record.nodes = Nodes(placement)
+    groups: list[Stoppable] = [nodes]
     async with ending(groups, placement):
         policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
         if not distils_rollouts(config):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RunError",
     "UserError",
+    "dashboard",
     "evaluate",
     "export",
     "generate",
@@ -177,6 +178,16 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
     from rlhf.reporting.report import write_report
 
     return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
+
+
+def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
+    """Make a W&B workspace for the runs of a project; returns its address. `out`: a file for it, without a server.
+
+    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
+    """
+    from rlhf.tracking.workspace import publish
+
+    return publish(project=project, entity=entity, out=None if out is None else Path(out))
 
 
 def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:

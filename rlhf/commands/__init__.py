@@ -10,6 +10,7 @@ import argparse
 from typing import Protocol
 
 from rlhf.commands import (
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -46,5 +47,6 @@ COMMANDS: dict[str, Command] = {
     "reward": reward,
     "serve-reward": serve_reward,
     "report": report,
+    "dashboard": dashboard,
     "doctor": doctor,
 }

@@ -214,6 +214,7 @@ class OnlineController:
         for name, role in members.items():
             if role is not None:
                 self.record.memory(name, await role.memory())
+        await self.record.system()
 
     def _add_throughput(self) -> None:
         row = self.record.row()
@@ -244,7 +245,7 @@ class OnlineController:
             await self._to_engines()
             self.record.write_state(aside, self._state())
         self.record.write_row(self.step, self.record.row())
-        folder.commit_checkpoint(self.step)
+        self.record.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
