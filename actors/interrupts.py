@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -25,14 +25,17 @@ logger = logging.getLogger(__name__)
 
 SAME_S = 2.0  # `timeout` sends two, to the process and to its group
 LOOK_EVERY_S = 0.2
+ASK_EVERY_S = 5.0  # for nodes that are soon to go
 LET_GO_WITHIN_S = 5.0  # of what a loop had begun
 
 
 @dataclass(slots=True)
 class Sigterm:
-    """The first one: when it came, on the monotonic clock, and whether a loop is there that ends by itself."""
+    """The first one, or what counts as one: when it came, on the monotonic clock, and whether a loop is there that ends by
+    itself."""
 
     came: float | None = None
+    why: str = "SIGTERM"
     is_heeded: bool = False
 
     def refuse_more(self) -> None:
@@ -80,23 +83,41 @@ def sigterm_preempts() -> Iterator[Sigterm]:
             raise Preempted(f"what was at work failed meanwhile: {error}") from error
 
 
-async def heeding(work: Coroutine[Any, Any, None], notice: Notice, told: Sigterm, *, grace_s: float) -> None:
-    """A loop's work, which ends by itself when it has been given notice; grace_s later it is cut off."""
+async def heeding(
+    work: Coroutine[Any, Any, None],
+    notice: Notice,
+    told: Sigterm,
+    *,
+    grace_s: float,
+    leaving: Callable[[], Awaitable[tuple[str, float | None] | None]],
+) -> None:
+    """A loop's work, which ends by itself when it has been given notice; grace_s later it is cut off.
+
+    leaving: looks for a node of the run that is soon to go, which is a notice as SIGTERM is; and when it goes.
+    """
     task = asyncio.ensure_future(work)
     told.is_heeded = True
+    asked = time.monotonic()
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
+            now = time.monotonic()
+            if told.came is None and now - asked >= ASK_EVERY_S:
+                asked = now
+                if (going := await leaving()) is not None:
+                    told.came, told.why = now, f"node {going[0]} is told to go"
+                    if going[1] is not None:
+                        grace_s = min(grace_s, going[1] - time.time())
             if told.came is None or task.done():
                 continue
             if not notice.is_given:
-                logger.warning("SIGTERM: the run keeps what is done and ends, within %g s", grace_s)
+                logger.warning("%s: the run keeps what is done and ends, within %.0f s", told.why, grace_s)
                 notice.give()
             if OWN_RAY.is_ending:
                 OWN_RAY.kill()
                 raise Preempted("what was at work is given up, since the run's own Ray was told to end too")
             if time.monotonic() - told.came > grace_s:
-                raise Preempted(f"the step at work was not done in {grace_s:g} s (train.preemption_grace_s)")
+                raise Preempted(f"the step at work was not done in {grace_s:g} s (train.preemption_grace_s, or less)")
         await task
     finally:
         told.is_heeded = False
@@ -105,7 +126,7 @@ async def heeding(work: Coroutine[Any, Any, None], notice: Notice, told: Sigterm
 
 
 @contextmanager
-def _handling(hear: Any) -> Iterator[None]:
+def _handling(hear: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

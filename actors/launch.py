@@ -22,6 +22,7 @@ from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, lo
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.merge import run_merge
 from actors.models import refuse_other_model
+from actors.nodes import leaving
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import recording
@@ -229,7 +230,13 @@ async def _run_offline(
             await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
-        await heeding(controller.run(), controller.notice, told, grace_s=config.train.preemption_grace_s)
+        await heeding(
+            controller.run(),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=lambda: leaving(placement.nodes()),
+        )
         await _finish(gang, record.folder)
 
 
@@ -366,7 +373,13 @@ async def _run_online(
         )
         if step is not None:
             await controller.restore(step)
-        await heeding(controller.run(), controller.notice, told, grace_s=config.train.preemption_grace_s)
+        await heeding(
+            controller.run(),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=lambda: leaving(placement.nodes()),
+        )
         await _finish(policy, record.folder)
 
 

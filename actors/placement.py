@@ -50,9 +50,19 @@ class Placement:
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return [nodes[place.bundle] for place in self.seating.seats[role]]
 
+    def describe(self) -> str:
+        """The node addresses of each role's workers, in rank order."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        found = ((role, [addresses[node] for node in self.nodes_of(role)]) for role in self.seating.seats)
+        return "; ".join(f"{role} on {', '.join(at)}" for role, at in found)
+
+    def nodes(self) -> set[str]:
+        """All nodes of the run."""
+        return set(placement_group_table(self.group)["bundles_to_node_id"].values())
+
     def on_one_host(self) -> bool:
         """Whether all workers of the run are on one node."""
-        return len(set(placement_group_table(self.group)["bundles_to_node_id"].values())) == 1
+        return len(self.nodes()) == 1
 
     def cores(self, node: str) -> int:
         """CPUs of a node, as Ray counts them."""
@@ -100,7 +110,10 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
             said = time.monotonic()
             logger.warning("waiting for resources since %.0f s\n%s", waited, _table(seating, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
-    return Placement(group=group, seating=seating)
+    placement = Placement(group=group, seating=seating)
+    if not placement.on_one_host():
+        logger.info("placed: %s", placement.describe())
+    return placement
 
 
 def _table(seating: Seating, have: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import psutil
 import pytest
@@ -59,12 +59,21 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def run(work: Callable[[Notice], object], *, grace_s: float = 60.0) -> None:
+async def none_leaves() -> None:
+    return None
+
+
+def run(
+    work: Callable[[Notice], object],
+    *,
+    grace_s: float = 60.0,
+    leaving: Callable[[], Awaitable[tuple[str, float | None] | None]] = none_leaves,
+) -> None:
     """A loop of a run."""
 
     async def loop() -> None:
         notice = Notice()
-        await heeding(work(notice), notice, told, grace_s=grace_s)  # type: ignore[arg-type]
+        await heeding(work(notice), notice, told, grace_s=grace_s, leaving=leaving)  # type: ignore[arg-type]
 
     with sigterm_preempts() as told:
         asyncio.run(loop())
@@ -111,8 +120,22 @@ def test_a_loop_that_is_not_done_in_time_is_cut_off() -> None:
         terminate()
         await asyncio.sleep(60.0)
 
-    with pytest.raises(Preempted, match=r"not done in 0.1 s \(train.preemption_grace_s\)"):
+    with pytest.raises(Preempted, match=r"not done in 0.1 s \(train.preemption_grace_s, or less\)"):
         run(work, grace_s=0.1)
+
+
+def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
+
+    async def goes() -> tuple[str, float | None]:
+        return "10.0.0.7", time.time() + 0.3
+
+    async def work(notice: Notice) -> None:
+        await until(lambda: notice.is_given)
+        await asyncio.sleep(60.0)
+
+    with pytest.raises(Preempted, match=r"not done in 0\.[23]\d* s"):
+        run(work, leaving=goes)
 
 
 def test_what_fails_after_the_notice_is_preempted_too() -> None:

@@ -1,0 +1,58 @@
+"""A run on a cluster of three hosts, whose roles meet over the network only, is the run that one machine makes.
+
+Hosts are network namespaces (tests/hosts.py): real nodes of Ray, real gloo between the policy's ranks and from them to
+vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import main
+from tests.hosts import several_hosts, start_ray
+from tests.integration.recipes import ONLINE, merge, rows, rlhf, without_clocks, write_config
+
+pytestmark = pytest.mark.multinode
+
+ONE_THREAD = {"threads": 1, "cpus": 1.0}
+THREE_BUNDLES: Mapping[str, Any] = {
+    "algorithm": {"name": "ppo"},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+    "train": {"steps": 3, "checkpoint_every": 3},
+    "eval": {"every": 3, "at_start": False},
+    "cluster": {
+        "object_store_gib": None,
+        "roles": {
+            "policy": {"workers": 2, **ONE_THREAD},
+            "critic": {"workers": 2, "threads": 1},
+            "reference": {"threads": 1},
+            "rollout": ONE_THREAD,
+            "reward": {"threads": 1},
+        },
+    },
+}
+
+
+def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
+    base = merge(ONLINE, THREE_BUNDLES)
+    one, three = tmp_path / "one", tmp_path / "three"
+    configs = [
+        write_config(tmp_path / f"{run.name}.yaml", {"run": {"name": run.name, "dir": str(tmp_path)}}, base)
+        for run in (one, three)
+    ]
+    assert main(["train", str(configs[0]), "--quiet"]) == 0
+    with several_hosts(3) as hosts:
+        address = start_ray(hosts, cpus=[1, 1, 1])
+        said = hosts[0].run([*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}"], timeout_s=200.0)
+    (placed,) = [line for line in said.splitlines() if "placed: " in line]
+    on = dict(part.split(" on ") for part in placed.partition("placed: ")[2].split("; "))
+    assert len({*on["policy"].split(", "), on["rollout"]}) == 3, placed
+    assert "weights go by gloo" in said
+    found, expected = without_clocks(rows(three)), without_clocks(rows(one))
+    assert len(found) == 3
+    for there, here in zip(found, expected, strict=True):
+        assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
