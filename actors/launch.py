@@ -356,7 +356,7 @@ async def _run_online(
             one_host=one_host,
             tensor_parallel=cluster.roles.rollout.tensor_parallel,
             adapter=ships_adapter(config),
-            shared=record.folder.path,
+            shared=record.folder.own,
         )
         controller = OnlineController(
             config,

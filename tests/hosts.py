@@ -38,7 +38,9 @@ class Host:
     link: str  # the bridge's end of its cable
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def start(self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any) -> subprocess.Popen[str]:
+    def start(
+        self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
+    ) -> subprocess.Popen[str]:
         """Run a command there, in a process group of its own."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *map(str, command)],
@@ -71,6 +73,15 @@ class Host:
     def cut(self) -> None:
         """Pull its cable: what runs there runs on, alone."""
         _output("ip", "link", "set", self.link, "down")
+
+    def add_interface(self, name: str, address: str) -> None:
+        """One more, that leads nowhere, and for whose address the host's name stands from now on."""
+        inside = ("ip", "-n", self.name)
+        _output(*inside, "link", "add", name, "type", "veth", "peer", "name", f"{name}x")
+        _output(*inside, "address", "add", f"{address}/24", "dev", name)
+        for end in (name, f"{name}x"):
+            _output(*inside, "link", "set", end, "up")
+        _give_names(self.name, address, [])
 
     def mend(self) -> None:
         """Put its cable back."""
@@ -146,7 +157,7 @@ def _connect(name: str, address: str, bridge: str, link: str) -> None:
 def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
     """What `ip netns exec` puts over /etc/hosts and /etc/resolv.conf: no name is looked up anywhere else."""
     folder = Path("/etc/netns", name)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = ["127.0.0.1 localhost", f"{address} {socket.gethostname()}"]
     lines += [f"{other} host{i}" for i, other in enumerate(addresses)]
     (folder / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")

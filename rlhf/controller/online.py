@@ -147,7 +147,7 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
-            await roles.reward.write_samples(samples_path(record.folder.path, step), chosen)
+            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen)
 
     async def _collect(self, step: int) -> Collected:
         """The step's batch. Preempted, with the step before kept, if the run is to end."""

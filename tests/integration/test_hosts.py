@@ -6,8 +6,10 @@ vLLM, on one disk and one clock. In float32 the two runs differ by nothing but t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import pytest
@@ -56,3 +58,36 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     assert len(found) == 3
     for there, here in zip(found, expected, strict=True):
         assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
+
+
+JOIN = """
+import datetime, os, sys, torch, torch.distributed as dist
+from rlhf.engine.distributed import meet_through
+rank, choose = int(sys.argv[1]), sys.argv[2] == "choose"
+if choose:
+    meet_through("10.77.0.1")
+limit = datetime.timedelta(seconds=10)
+dist.init_process_group("gloo", init_method="tcp://10.77.0.1:7000", rank=rank, world_size=2, timeout=limit)
+total = torch.ones(3)
+dist.all_reduce(total)
+print("total", total.sum().item(), os.environ.get("GLOO_SOCKET_IFNAME"))
+"""
+
+
+def test_ranks_meet_by_the_interface_that_leads_to_the_others() -> None:
+    """Each host's name stands for an address of a second interface, which leads nowhere: gloo by itself takes that."""
+    with several_hosts(2) as hosts:
+        for host in hosts:
+            host.add_interface("aaa0", "192.168.50.1")
+
+        def joined(choose: str) -> list[tuple[int, str]]:
+            ranks = [
+                host.start([sys.executable, "-c", JOIN, str(rank), choose], stdout=PIPE, stderr=STDOUT)
+                for rank, host in enumerate(hosts)
+            ]
+            said = [rank.communicate(timeout=60.0)[0] for rank in ranks]
+            return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+
+        assert all(code != 0 for code, _ in joined("leave"))
+        found = joined("choose")
+        assert all(code == 0 and "total 6.0 eth0" in text for code, text in found), found
