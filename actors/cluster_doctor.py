@@ -1,7 +1,7 @@
 """`rlhf doctor --cluster`: whether the nodes of a Ray cluster can train together, and what to do where they cannot.
 
-Asks every node by an actor that takes no resources. Every wait has a deadline; a node that says nothing is a finding. It
-leaves nothing behind, on the nodes or in the run's folder.
+Asks every node by an actor that takes no resources. Every wait has a deadline; a node that says nothing is a finding.
+It leaves nothing behind, on the nodes or in the run's folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _clock(probe: Any) -> Finding:
 def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
     """Bandwidth and latency, one pair after the other so that none disturbs the next."""
     nodes = list(probes)
-    pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(zip(nodes, nodes[1:]))
+    pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
     links: dict[tuple[str, str], Link] = {}
     for there, here in pairs:
         port = _result(probes[here].listen.remote(here), QUICK_S)

@@ -31,8 +31,8 @@ LET_GO_WITHIN_S = 5.0  # of what a loop had begun
 
 @dataclass(slots=True)
 class Sigterm:
-    """The first one, or what counts as one: when it came, on the monotonic clock, and whether a loop is there that ends by
-    itself."""
+    """The first one, or what counts as one: when it came, on the monotonic clock, and whether a loop is there that ends
+    by itself."""
 
     came: float | None = None
     why: str = "SIGTERM"

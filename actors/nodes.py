@@ -77,8 +77,8 @@ def losses(refs: Sequence[ObjectRef[Any]]) -> str:
 
 
 async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """One of these nodes that is soon to go, as an autoscaler or `ray drain-node` has told Ray: its address, and the time
-    when it goes, if that is known."""
+    """One of these nodes that is soon to go, as an autoscaler or `ray drain-node` has told Ray: its address, and the
+    time when it goes, if that is known."""
     from ray._private.state import state  # where Ray's own trainer looks
 
     told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)

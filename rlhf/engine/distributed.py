@@ -17,15 +17,14 @@ from torch.distributed import distributed_c10d
 
 from rlhf.errors import RunError
 
-
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def meet_through(address: str) -> None:
     """Have gloo and nccl use the interface by which this host reaches the meeting place.
 
-    By themselves gloo takes the one that the host's name stands for and nccl the first ones that are up, which others may
-    not reach. What the environment says already is left as it is. RunError if there is no way to the address.
+    By themselves gloo takes the one that the host's name stands for and nccl the first ones that are up, which others
+    may not reach. What the environment says already is left as it is. RunError if there is no way to the address.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:

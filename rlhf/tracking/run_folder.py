@@ -241,8 +241,8 @@ class RunFolder:
         sync_folder(target.parent)
 
     def _take_over(self) -> None:
-        """Rename `own` of the start before, which keeps the spool alone. One without a spool is what a process made anew
-        that had come too late."""
+        """Rename `own` of the start before, which keeps the spool alone. One without a spool is what a process that had
+        come too late made anew."""
         before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
             if index > 0:

@@ -87,7 +87,7 @@ def lost_at(process: subprocess.Popen[str], run: Path, steps: int, lose: Callabl
 def names(said: str, host: Host, what: str) -> bool:
     """Whether the last words name stage, role, node and what became of it, and how to go on."""
     (paragraph,) = said.split("rlhf: error: ")[1:]
-    died = rf"\w[\w ]*: (policy|critic|rollout|reward|reference) rank \d died with its node "
+    died = r"\w[\w ]*: (policy|critic|rollout|reward|reference) rank \d died with its node "
     found = re.match(died + rf"\(process \d+ on {re.escape(host.address)}\): {re.escape(what)}\.", paragraph)
     return found is not None and "--resume auto" in paragraph
 

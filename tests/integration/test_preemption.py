@@ -1,4 +1,4 @@
-"""SIGTERM to a run: exit code 75, a checkpoint of the last step that is done, and a sequel that repeats the unbroken run.
+"""SIGTERM to a run: exit code 75, a checkpoint of the last step that is done, a sequel that repeats the unbroken run.
 
 Real runs of the tiny model in this process, on the session's Ray; a second thread sends the signal. What becomes of a
 Ray of the run's own is in test_failures.py.

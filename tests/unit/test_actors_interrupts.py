@@ -86,7 +86,7 @@ def test_a_loop_is_given_notice_and_ends_by_itself() -> None:
         await until(lambda: notice.is_given)
         raise Preempted("kept")
 
-    with pytest.raises(Preempted, match="^kept$"):
+    with pytest.raises(Preempted, match=r"^kept$"):
         run(work)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
