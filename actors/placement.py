@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,16 +84,23 @@ async def reserve(config: Config) -> Placement:
 async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
 
-    UserError if the cluster could not hold them even if it were empty.
+    UserError if the cluster could not hold them even if it were empty, and has lost no node that may come back.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if fit(seating.bundles, nodes) is None:
+    nodes = ray.nodes()
+    missing = _missing(seating, [node for node in nodes if node["Alive"]])
+    if missing is not None and all(node["Alive"] for node in nodes):
         raise UserError(
-            f"the run wants more than the cluster has.\n{_table(seating, ray.cluster_resources())}\n"
+            f"the run wants more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
-    group = placement_group([dict(b) for b in seating.bundles], strategy="PACK")
+    if missing is not None:
+        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
+    group = placement_group(
+        [dict(b) for b in seating.bundles],
+        strategy="PACK",
+        bundle_label_selector=[dict(one) for one in seating.labels] if any(seating.labels) else None,
+    )
     began = said = time.monotonic()
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     while not ready.done():
@@ -104,7 +111,8 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
             remove_placement_group(group)
             raise RunError(
                 f"placement: no room for the run in {waited:.0f} s (cluster.start_timeout_s); the placement group is "
-                f"{state['state']}.\n{_table(seating, ray.available_resources())}\nSomething else holds the resources."
+                f"{state['state']}.\n{_table(seating, ray.available_resources())}\n"
+                + ("Something else holds the resources." if missing is None else "The cluster has lost nodes.")
             )
         if time.monotonic() - said >= SAY_EVERY_S:
             said = time.monotonic()
@@ -114,6 +122,15 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     if not placement.on_one_host():
         logger.info("placed: %s", placement.describe())
     return placement
+
+
+def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None:
+    """What an empty cluster of these nodes lacks; None: nothing."""
+    for wanted in seating.labels:
+        if not any(wanted.items() <= node["Labels"].items() for node in alive):
+            said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+            return f": no node has the label {said} (cluster.roles.*.node_labels; `ray start --labels`)"
+    return "" if fit(seating.bundles, [node["Resources"] for node in alive]) is None else None
 
 
 def _table(seating: Seating, have: Mapping[str, float]) -> str:

@@ -137,9 +137,8 @@ def test_a_failing_reward_ends_the_run(ray_local: None, capsys: pytest.CaptureFi
     assert records[0]["prompt_id"] is not None
     assert records[-1]["stage"] == "run"
     assert not checkpoints(tmp_path / "fails")
-    assert not next(
-        (tmp_path / "fails").glob(".own-*/spool/scores.jsonl")
-    ).read_text()  # a resumed run asks the mended reward
+    (scores,) = (tmp_path / "fails").glob(".own-*/spool/scores.jsonl")
+    assert not scores.read_text()  # a resumed run asks the mended reward
 
 
 SOMETIMES = """

@@ -49,7 +49,10 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     assert main(["train", str(configs[0]), "--quiet"]) == 0
     with several_hosts(3) as hosts:
         address = start_ray(hosts, cpus=[1, 1, 1])
+        found_fit = hosts[0].run([*rlhf(), "doctor", "--cluster", configs[1], "--address", address], timeout_s=120.0)
         said = hosts[0].run([*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}"], timeout_s=200.0)
+    assert "this cluster can train" in found_fit
+    assert all(what in found_fit for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"))
     (placed,) = [line for line in said.splitlines() if "placed: " in line]
     on = dict(part.split(" on ") for part in placed.partition("placed: ")[2].split("; "))
     assert len({*on["policy"].split(", "), on["rollout"]}) == 3, placed
