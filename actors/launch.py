@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ async def _run_offline(
             controller.notice,
             told,
             grace_s=config.train.preemption_grace_s,
-            leaving=lambda: leaving(placement.nodes()),
+            leaving=partial(leaving, placement.nodes()),
         )
         await _finish(gang, record.folder)
 
@@ -378,7 +379,7 @@ async def _run_online(
             controller.notice,
             told,
             grace_s=config.train.preemption_grace_s,
-            leaving=lambda: leaving(placement.nodes()),
+            leaving=partial(leaving, placement.nodes()),
         )
         await _finish(policy, record.folder)
 

@@ -126,14 +126,18 @@ def start_ray(
     *,
     cpus: Sequence[float],
     head_options: Sequence[str] = ("--include-dashboard=false",),
-    options: Sequence[str] = (),
+    labels: Sequence[str] = (),
     env: Mapping[str, str] = {},
 ) -> str:
-    """A Ray with its head on the first host and a node on each of the others; its address. `cpus`: of each node."""
+    """A Ray with its head on the first host and a node on each of the others; its address.
+
+    cpus, labels: of each node; a label is such as pool=gpu.
+    """
     address = f"{hosts[0].address}:{GCS_PORT}"
     where = [["--head", f"--port={GCS_PORT}", *head_options], *([f"--address={address}"] for _ in hosts[1:])]
-    for host, place, number in zip(hosts, where, cpus, strict=True):
-        start_node(host, *place, f"--num-cpus={number:g}", *options, env=env)
+    said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
+    for host, place, number, label in zip(hosts, where, cpus, said, strict=True):
+        start_node(host, *place, f"--num-cpus={number:g}", *label, env=env)
     return address
 
 
