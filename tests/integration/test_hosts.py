@@ -40,6 +40,7 @@ THREE_BUNDLES: Mapping[str, Any] = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     base = merge(ONLINE, THREE_BUNDLES)
     one, three = tmp_path / "one", tmp_path / "three"
@@ -53,7 +54,7 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
         pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
         found_fit = hosts[0].run([*rlhf(), "doctor", "--cluster", configs[1], "--address", address], timeout_s=120.0)
         said = hosts[0].run(
-            [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools], timeout_s=200.0
+            [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
         )
     assert "this cluster can train" in found_fit
     assert all(what in found_fit for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"))
