@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +137,10 @@ def start_ray(
     address = f"{hosts[0].address}:{GCS_PORT}"
     where = [["--head", f"--port={GCS_PORT}", *head_options], *([f"--address={address}"] for _ in hosts[1:])]
     said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
-    for host, place, number, label in zip(hosts, where, cpus, said, strict=True):
-        start_node(host, *place, f"--num-cpus={number:g}", *label, env=env)
+    options = [[*place, f"--num-cpus={n:g}", *label] for place, n, label in zip(where, cpus, said, strict=True)]
+    start_node(hosts[0], *options[0], env=env)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda i: start_node(hosts[i], *options[i], env=env), range(1, len(hosts))))
     return address
 
 
