@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 
 if TYPE_CHECKING:
     from rlhf.config.load import LoadedConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf.reporting.report import Report
 
 __all__ = [
+    "Preempted",
     "RunError",
     "UserError",
     "dashboard",
@@ -72,7 +73,7 @@ def train(
 
     quiet: no progress. json_lines: progress as JSON lines on stdout.
 
-    UserError: the input is wrong. RunError: something failed at run time.
+    UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
     """
     from rlhf.commands.train import launch
 
