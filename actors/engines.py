@@ -13,8 +13,9 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.calls import explain, wait_all
+from actors.calls import RESUMES, explain, wait_all
 from actors.gang import END_WITHIN_S, PolicyGang, largest
+from actors.nodes import losses
 from actors.placement import Placement
 from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
@@ -182,7 +183,7 @@ class RolloutEngines:
                     stuck = sorted({engine for _, engine in waits.values()})
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
-                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s). The run can be resumed with --resume auto."
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses(list(columns.values()))} {RESUMES}"
                     )
                 for future in sorted(done, key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf.config.dump import dump_yaml
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError
+from rlhf.errors import Preempted, RunError
 from rlhf.tracking.progress import open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
@@ -43,6 +43,8 @@ def recording(
                 progress.stage("starting")
                 try:
                     yield record, step
+                except Preempted:
+                    raise
                 except Exception as error:
                     with _hiding_nothing():
                         record.failed(error)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 
 if TYPE_CHECKING:
     from actors.submit import JobEnd
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.scored import ScoredFile
 
 __all__ = [
+    "Preempted",
     "RunError",
     "UserError",
     "evaluate",
@@ -73,7 +74,7 @@ def train(
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
-    UserError: the input is wrong. RunError: something failed at run time.
+    UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
     """
     from rlhf.commands.train import launch
 

@@ -122,12 +122,22 @@ def test_failures(
 
 
 @pytest.mark.parametrize("more", [[], ["--resume", "auto"]])
-def test_an_interrupt_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None], more: list[str]
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (rlhf.Preempted("step 3 is kept"), 75, "preempted: step 3 is kept")],
+)
+def test_a_run_that_is_cut_off_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    launch_with: Callable[[Launch], None],
+    ended: BaseException,
+    code: int,
+    said: str,
+    more: list[str],
 ) -> None:
-    launch_with(raising(KeyboardInterrupt()))
-    assert main(["train", file, "run.seed=5", *more]) == 130
-    expected = f"rlhf: interrupted; continue with: rlhf train {file} run.seed=5 --resume auto\n"
+    launch_with(raising(ended))
+    assert main(["train", file, "run.seed=5", *more]) == code
+    expected = f"rlhf: {said}; continue with: rlhf train {file} run.seed=5 --resume auto\n"
     assert capsys.readouterr().err == expected
 
 
