@@ -1,4 +1,4 @@
-"""What is refused before a cluster is asked, and clusters that do not answer. With a real one: integration/test_submit."""
+"""What is refused before a cluster is asked, and clusters that do not answer. With one: integration/test_submit."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def silent() -> Iterator[str]:
         (["run.yaml", "--resource", "tpu"], "--resource"),
     ],
 )
-def test_what_is_wrong_is_said_with_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
+def test_what_is_wrong_is_said_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert main(["submit", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
