@@ -18,7 +18,7 @@ import pytest
 import rlhf
 from actors.submit import RUN, Jobs
 from rlhf.cli import main
-from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
+from tests.integration.recipes import ONLINE, merge, rows, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT: Mapping[str, Any] = {
