@@ -70,10 +70,9 @@ def _is_run(path: Path, loaded: LoadedConfig) -> bool:
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
     """UserError for a run folder or a cluster that means another place in the job than here."""
     for stage in loaded.stages.values():
-        place = str(stage.run.dir)
-        if not stage.run.dir.is_absolute() and ":/" not in place:
+        if not stage.run.dir.is_absolute():
             raise UserError(
-                f"run.dir: {place} is relative, and the job's folder is a copy that Ray removes. Name a place that "
+                f"run.dir: {stage.run.dir} is relative, and the job's folder is a copy that Ray removes. Name a place that "
                 f"every node of the cluster sees; on one that sees this disk: run.dir={stage.run.dir.absolute()}"
             )
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
