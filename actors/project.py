@@ -6,6 +6,7 @@ no cluster; imports no Ray.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.job import ENVIRONMENT
 from rlhf.config.load import LoadedConfig
 from rlhf.config.pipeline import model_places
 from rlhf.config.stages import MergeStage
@@ -38,13 +40,17 @@ class Project:
     config: Path
     files: tuple[Path, ...]
 
-    def pack(self, archive: Path) -> None:
-        """Write them as a zip file."""
+    def pack(self, archive: Path, *, env: Mapping[str, str]) -> None:
+        """Write them as a zip file, with the variables that the job's processes take as they start (actors/job.py)."""
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in self.files:
                 entry = zipfile.ZipInfo(str(name), _EPOCH)
                 entry.external_attr = ((self.folder / name).stat().st_mode & 0xFFFF) << 16
                 packed.writestr(entry, (self.folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
+            if env:
+                entry = zipfile.ZipInfo(ENVIRONMENT, _EPOCH)
+                entry.external_attr = 0o100600 << 16  # Ray unpacks it so
+                packed.writestr(entry, json.dumps(dict(env)))
 
 
 def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> Project:

@@ -1,14 +1,15 @@
 """Jobs of Ray: `rlhf train` in the cluster behind a dashboard, from another machine.
 
 Second half of `rlhf submit`: the archive goes up, the job starts, and its log, state and end are asked for over HTTP.
-The values of `env` are in the job's runtime environment and nowhere else: never in its command, its metadata, a line of
-its log that we show, or a message of ours.
+The values of `env` travel in the archive and nowhere else: not in the job's command, its metadata, its runtime
+environment, which Ray logs, a line of its log that we show, or a message of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from actors.job import SETUP_HOOK
 from actors.project import project_of
 from rlhf.config.load import LoadedConfig, load
 from rlhf.errors import RunError, UserError
@@ -36,6 +38,7 @@ HEARTBEAT_S = 10.0  # of silence in a log, after which the job's state is asked 
 STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
+logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # of uploads and closed connections it tells on stderr
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -89,10 +92,13 @@ class Jobs:
                 os.environ[variable] = before
 
     def submit(
-        self, loaded: LoadedConfig, archive: Path, command: str, *, env: Mapping[str, str], driver: DriverResources
+        self, loaded: LoadedConfig, archive: Path, command: str, *, hidden: Sequence[str], driver: DriverResources
     ) -> str:
-        """Start the job; its id: the run's name and a number. UserError if a job of the same run is not over."""
-        self._hidden = tuple(env.values())
+        """Start the job; its id: the run's name and a number. UserError if a job of the same run is not over.
+
+        hidden: what must not be seen in anything that the cluster says.
+        """
+        self._hidden = tuple(hidden)
         name, folder = loaded.name.replace("/", "-"), str(loaded.folder)
         with self._explained():
             others = self._client.list_jobs()
@@ -114,7 +120,8 @@ class Jobs:
                         submission_id=job,
                         runtime_env={
                             "working_dir": str(archive),
-                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S), **env},
+                            "worker_process_setup_hook": SETUP_HOOK,
+                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S)},
                         },
                         metadata={RUN: folder},
                         entrypoint_num_cpus=driver.cpus or None,
@@ -246,13 +253,15 @@ def submit(
     loaded = load(config, overrides)
     values = _values(env)
     project = project_of(Path(config), overrides, loaded)
-    words = ["python", "-m", "rlhf.cli", "train", str(project.config), *overrides, "--resume", "auto"]
+    words = ["python", "-m", "actors.job", "train", str(project.config), *overrides, "--resume", "auto"]
     _dashboard(address)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "project.zip"
-        project.pack(archive)
+        project.pack(archive, env=values)
         jobs = Jobs(address)
-        return jobs, jobs.submit(loaded, archive, f"exec {shlex.join(words)}", env=values, driver=driver)
+        return jobs, jobs.submit(
+            loaded, archive, f"exec {shlex.join(words)}", hidden=tuple(values.values()), driver=driver
+        )
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:

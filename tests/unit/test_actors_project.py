@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import actors.project
+from actors.job import ENVIRONMENT, take_environment
 from actors.project import Project, project_of
 from rlhf.config.load import load
 from rlhf.errors import UserError
@@ -90,14 +91,25 @@ def test_a_run_folder_inside_of_the_project_stays(folder: Path) -> None:
 
 def test_the_archive_holds_the_files_and_is_the_same_for_the_same_files(folder: Path, tmp_path: Path) -> None:
     os.chmod(folder / "notes.md", 0o755)
-    packed().pack(tmp_path / "a.zip")
+    packed().pack(tmp_path / "a.zip", env={})
     os.utime(folder / "held.csv", (1, 1))
-    packed().pack(tmp_path / "b.zip")
+    packed().pack(tmp_path / "b.zip", env={})
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert set(archive.namelist()) == EXPECTED
         assert archive.getinfo("notes.md").external_attr >> 16 & 0o777 == 0o755
         assert archive.read("configs/run.yaml").decode() == RUN
+
+
+def test_variables_travel_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORD", raising=False)
+    take_environment()
+    packed().pack(tmp_path / "a.zip", env={"WORD": "a\nb=c"})
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.getinfo(ENVIRONMENT).external_attr >> 16 & 0o777 == 0o600
+        archive.extract(ENVIRONMENT)
+    take_environment()
+    assert os.environ["WORD"] == "a\nb=c"
 
 
 @pytest.mark.parametrize(

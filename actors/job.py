@@ -1,0 +1,35 @@
+"""The start of a submitted job's processes: `python -m actors.job train ...` is `rlhf train ...` there.
+
+It takes the variables that travelled with the project, in the driver here and in every worker as Ray's set-up hook. They
+are in a file, not in Ray's runtime environment: that one is shown by the dashboard and written to logs on every node.
+Imports nothing heavy, and must not say what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ENVIRONMENT = ".rlhf-environment.json"  # in the job's folder, where its processes start
+SETUP_HOOK = "actors.job.take_environment"
+
+
+def take_environment() -> None:
+    """Put the variables in place, if there are any."""
+    file = Path(ENVIRONMENT)
+    if file.exists():
+        os.environ.update(json.loads(file.read_text(encoding="utf-8")))
+
+
+def main() -> int:
+    """The command line, with them."""
+    from rlhf.cli import main as rlhf
+
+    take_environment()
+    return rlhf()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
