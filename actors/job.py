@@ -1,7 +1,7 @@
 """The start of a submitted job's processes: `python -m actors.job train ...` is `rlhf train ...` there.
 
-It takes the variables that travelled with the project, in the driver here and in every worker as Ray's set-up hook. They
-are in a file, not in Ray's runtime environment: that one is shown by the dashboard and written to logs on every node.
+It takes the variables that travelled with the project, in the driver here and in every worker as Ray's set-up hook.
+They are in a file, not in Ray's runtime environment, which the dashboard shows and every node logs.
 Imports nothing heavy, and must not say what it reads.
 """
 

@@ -78,8 +78,8 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
     for stage in loaded.stages.values():
         if not stage.run.dir.is_absolute():
             raise UserError(
-                f"run.dir: {stage.run.dir} is relative, and the job's folder is a copy that Ray removes. Name a place that "
-                f"every node of the cluster sees; on one that sees this disk: run.dir={stage.run.dir.absolute()}"
+                f"run.dir: {stage.run.dir} is relative, and the job's folder is a copy that Ray removes. Name a place "
+                f"that every node of the cluster sees; on one that sees this disk: run.dir={stage.run.dir.absolute()}"
             )
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
         if address not in (None, "auto"):

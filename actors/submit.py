@@ -38,7 +38,6 @@ HEARTBEAT_S = 10.0  # of silence in a log, after which the job's state is asked 
 STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
-logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # of uploads and closed connections it tells on stderr
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -77,6 +76,8 @@ class Jobs:
     """The jobs of one cluster."""
 
     def __init__(self, address: str | None) -> None:
+        for name in ("dashboard_sdk", "job.sdk"):  # on stderr they tell of uploads and of connections that end
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self.address = _dashboard(address)
         self._hidden: tuple[str, ...] = ()
         variable = "RAY_API_SERVER_ADDRESS"  # which Ray's client prefers to its argument
