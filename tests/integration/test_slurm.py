@@ -1,11 +1,13 @@
 """cluster/slurm/train.sbatch in a real Slurm of three nodes: the time limit comes, the run goes on where it was.
 
-Nodes are network namespaces (tests/hosts.py, tests/slurm.py); Slurm, Ray and gloo between the ranks are real.
+Nodes are network namespaces (tests/hosts.py, tests/slurm.py); Slurm, Ray and gloo between the ranks are real. What the
+script itself makes of signals and exit codes is shown before, in seconds, with programs in the places of Ray and rlhf.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.hosts import several_hosts
 from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
 from tests.slurm import slurm
 
-pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.multinode
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cluster/slurm/train.sbatch"
@@ -33,23 +35,76 @@ OVER_TWO_NODES: Mapping[str, Any] = {  # each node has one CPU
 MORE = 5
 
 
-@pytest.fixture
-def console(tmp_path: Path) -> Path:
-    """A folder for PATH whose `rlhf` is the code of these tests, also where another checkout is installed."""
-    folder = tmp_path / "bin"
+RAY = """\
+#!/bin/sh
+[ "$1" = health-check ] || { echo "ray $*"; exec sleep 1000; }
+"""
+TOLD = """\
+#!/bin/bash
+trap 'exit 75' TERM
+echo "rlhf $*"
+while :; do sleep 0.1; done
+"""
+IN_PYTHON = "def init(*address, **options): pass\ndef nodes(): return [{'Alive': True}] * 3\n"
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Put programs before all others on PATH."""
     folder.mkdir()
-    (folder / "rlhf").write_text(f'#!/bin/sh\nexec {sys.executable} -m rlhf.cli "$@"\n', encoding="utf-8")
-    (folder / "rlhf").chmod(0o755)
-    return folder
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    path = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(path))
 
 
+def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs(tmp_path / "bin", monkeypatch, ray=RAY, rlhf=TOLD)
+    (tmp_path / "ray.py").write_text(IN_PYTHON, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
+
+        def submitted(nodes: int, *words: str) -> tuple[str, Path]:
+            log = tmp_path / f"{nodes}.log"
+            number = cluster.run("sbatch", "--parsable", f"--nodes={nodes}", f"--output={log}", SCRIPT, *words)
+            return number.strip(), log
+
+        number, log = submitted(3, "run.yaml", "train.steps=2")
+        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.run("scancel", "--signal=TERM", "--batch", number)
+        cluster.until(lambda: cluster.job(number).get("Restarts") == "1", within_s=30.0, what="back in the queue")
+        cluster.run("scancel", number)
+        said = log.read_text()
+        assert re.search(r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto\n", said)
+        assert re.search(r"ray start --block --head --port=\d+ .*--node-ip-address=10.77.0.1 --num-cpus=1 ", said)
+        for address in ("10.77.0.2", "10.77.0.3"):
+            assert re.search(rf"ray start --block --address=10.77.0.1:\d+ --node-ip-address={address} ", said)
+
+        number, log = submitted(1, "run.yaml")
+        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.run("scancel", number)
+        cluster.until(lambda: not cluster.run("squeue", "--noheader"), within_s=30.0, what="its end")
+        assert cluster.job(number)["JobState"] == "CANCELLED"
+        assert cluster.job(number)["Restarts"] == "0"
+
+        number, log = submitted(2)
+        cluster.until(lambda: cluster.job(number)["JobState"] == "FAILED", within_s=30.0, what="its end")
+        assert cluster.job(number)["ExitCode"] == "2:0"
+        assert "train.sbatch: needs a CONFIG" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_time_limit_puts_the_run_back_and_it_goes_on(
-    ray_local: None, console: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "job.log"
     base = merge(ONLINE, OVER_TWO_NODES)
     config = write_config(tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path)}}, base)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(console), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    ours = f'#!/bin/sh\nexec {sys.executable} -m rlhf.cli "$@"\n'  # also where another checkout is installed
+    programs(tmp_path / "bin", monkeypatch, rlhf=ours)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("RAY_AUTH_MODE")
 
