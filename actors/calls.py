@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.nodes import losses, standing
 from rlhf.errors import RunError, UserError
 
+IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a rank that died fail first
 MOST_TOLD = 600  # characters of a cause
@@ -25,6 +26,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
     """The results, in order. The first failure is raised at once, whatever the others still do; of a rank that died
     and the peers that it took along, the rank is named."""
     began = time.monotonic()
+    owed = {ref: f"{role} rank {rank}" for rank, ref in enumerate(refs)}
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
     try:
         done, pending = await asyncio.wait(futures, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -33,11 +35,15 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
             rank, error = min(failed, key=lambda found: (not isinstance(found[1], RayActorError), found[0]))
-            raise explain(error, role=role, rank=rank, stage=stage)
+            failure = explain(error, role=role, rank=rank, stage=stage)
+            lost = "" if isinstance(error, RayActorError) else losses(owed)
+            if lost:
+                raise RunError(f"{failure}{lost} {RESUMES}") from failure
+            raise failure
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
-            why = losses([refs[rank] for rank in late]) or " It hangs, or the limit is too short for the work."
+            why = losses({refs[rank]: owed[refs[rank]] for rank in late}) or IT_HANGS
             raise RunError(
                 f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
                 f"{time.monotonic() - began:.0f} s ({limit}).{why} {RESUMES}"
@@ -53,7 +59,7 @@ async def wait_one(ref: ObjectRef[Any], *, role: str, rank: int, stage: str, dea
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
-        why = losses([ref]) or " It hangs, or the limit is too short for the work."
+        why = losses({ref: f"{role} rank {rank}"}) or IT_HANGS
         raise RunError(
             f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s).{why} {RESUMES}"
         ) from error

@@ -59,12 +59,14 @@ def sigterm_preempts() -> Iterator[Sigterm]:
     """SIGTERM tells a loop that is `heeding` it to end, and interrupts whatever else runs. A second signal of any kind
     interrupts the loop too. Preempted is raised instead of what the end looks like."""
     told = Sigterm()
+    first: float | None = None
 
     def hear(_: int, frame: FrameType | None) -> None:
+        nonlocal first
         now = time.monotonic()
-        if told.came is not None and now - told.came < SAME_S:
+        if first is not None and now - first < SAME_S:
             return
-        is_first, told.came = told.came is None, told.came or now
+        is_first, first, told.came = first is None, first or now, told.came or now
         if not (is_first and told.is_heeded):
             _interrupt(frame)
 

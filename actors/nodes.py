@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -65,15 +65,24 @@ def standing(actor: str | None) -> Standing | None:
     return _STANDING.get(actor or "")
 
 
-def losses(refs: Sequence[ObjectRef[Any]]) -> str:
-    """A sentence on the nodes of the actors that owe these results, as far as they are lost; else empty."""
-    owed = {_actor_of(ref) for ref in refs}
-    places = {place.node: place for place in map(standing, owed) if place is not None}
+def losses(owed: Mapping[ObjectRef[Any], str]) -> str:
+    """A sentence on what has become of the nodes of those who owe results, as far as they are lost; else empty.
+
+    owed: who owes each result, such as `policy rank 1`.
+    """
+    places: dict[str, Standing] = {}
+    whose: dict[str, list[str]] = {}
+    for ref, who in owed.items():
+        place = standing(ref.task_id().actor_id().hex())
+        if place is not None:
+            places[place.node] = place
+            whose.setdefault(place.node, []).append(who)
     if not places:
         return ""
     with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
-        lost = "; ".join(sorted(filter(None, pool.map(Standing.loss, places.values()))))
-    return f" {lost[0].upper()}{lost[1:]}." if lost else ""
+        found = dict(zip(places, pool.map(Standing.loss, places.values()), strict=True))
+    lost = [f"{', '.join(sorted(set(whose[node])))}: {loss}" for node, loss in found.items() if loss is not None]
+    return f" {'; '.join(sorted(lost))}." if lost else ""
 
 
 async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
@@ -81,14 +90,12 @@ async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
     time when it goes, if that is known."""
     from ray._private.state import state  # where Ray's own trainer looks
 
-    told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)
+    try:
+        told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)
+    except TimeoutError:  # whatever keeps the head from answering will show itself in the run's own calls
+        return None
     for node, deadline_ms in told.items():
         if node in nodes:
             address = next((place.address for place in _STANDING.values() if place.node == node), node)
             return address, deadline_ms / 1000 if deadline_ms else None
     return None
-
-
-def _actor_of(ref: ObjectRef[Any]) -> str:
-    actor: str = ref.task_id().actor_id().hex()
-    return actor

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,14 +127,20 @@ def start_ray(
     *,
     cpus: Sequence[float],
     head_options: Sequence[str] = ("--include-dashboard=false",),
-    options: Sequence[str] = (),
+    labels: Sequence[str] = (),
     env: Mapping[str, str] = {},
 ) -> str:
-    """A Ray with its head on the first host and a node on each of the others; its address. `cpus`: of each node."""
+    """A Ray with its head on the first host and a node on each of the others; its address.
+
+    cpus, labels: of each node; a label is such as pool=gpu.
+    """
     address = f"{hosts[0].address}:{GCS_PORT}"
     where = [["--head", f"--port={GCS_PORT}", *head_options], *([f"--address={address}"] for _ in hosts[1:])]
-    for host, place, number in zip(hosts, where, cpus, strict=True):
-        start_node(host, *place, f"--num-cpus={number:g}", *options, env=env)
+    said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
+    options = [[*place, f"--num-cpus={n:g}", *label] for place, n, label in zip(where, cpus, said, strict=True)]
+    start_node(hosts[0], *options[0], env=env)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda i: start_node(hosts[i], *options[i], env=env), range(1, len(hosts))))
     return address
 
 

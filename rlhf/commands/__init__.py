@@ -17,6 +17,7 @@ from rlhf.commands import (
     merge,
     plan,
     quickstart,
+    report,
     reward,
     serve_reward,
     submit,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "report": report,
     "submit": submit,
     "doctor": doctor,
 }

@@ -264,7 +264,7 @@ class OnlineController:
         self._commit()
         if is_best:
             self.record.folder.mark_best(self.step)
-        self.record.folder.prune(self.config.train.keep_checkpoints)
+        await self.record.prune(self.config.train.keep_checkpoints)
         self.answers.clear()
 
     async def _save_aside(self, state: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks,
 
 pytestmark = pytest.mark.multinode
 
+POOLS = {"policy": "train", "rollout": "serve"}
 ONE_THREAD = {"threads": 1, "cpus": 1.0}
 THREE_BUNDLES: Mapping[str, Any] = {
     "algorithm": {"name": "ppo"},
@@ -39,6 +40,7 @@ THREE_BUNDLES: Mapping[str, Any] = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     base = merge(ONLINE, THREE_BUNDLES)
     one, three = tmp_path / "one", tmp_path / "three"
@@ -48,14 +50,20 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     ]
     assert main(["train", str(configs[0]), "--quiet"]) == 0
     with several_hosts(3) as hosts:
-        address = start_ray(hosts, cpus=[1, 1, 1])
-        found_fit = hosts[0].run([*rlhf(), "doctor", "--cluster", configs[1], "--address", address], timeout_s=120.0)
-        said = hosts[0].run([*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}"], timeout_s=200.0)
-    assert "this cluster can train" in found_fit
-    assert all(what in found_fit for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"))
+        address = start_ray(hosts, cpus=[1, 1, 1], labels=["pool=serve", "pool=train", "pool=train"])
+        pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
+        look = [*rlhf(), "doctor", "--cluster", configs[1], "--address", address]
+        looked = hosts[0].run(look, {"COLUMNS": "200"}, timeout_s=120.0)
+        said = hosts[0].run(
+            [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
+        )
+    assert "this cluster can train" in looked
+    for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"):
+        assert what in looked, looked
     (placed,) = [line for line in said.splitlines() if "placed: " in line]
     on = dict(part.split(" on ") for part in placed.partition("placed: ")[2].split("; "))
-    assert len({*on["policy"].split(", "), on["rollout"]}) == 3, placed
+    assert sorted(on["policy"].split(", ")) == ["10.77.0.2", "10.77.0.3"], placed
+    assert on["rollout"] == on["reward"] == "10.77.0.1", placed
     assert "weights go by gloo" in said
     found, expected = without_clocks(rows(three)), without_clocks(rows(one))
     assert len(found) == 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from tests.hosts import Host, several_hosts, start_node, start_ray
+from tests.hosts import BIN, Host, several_hosts, start_node, start_ray
 from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
 from tests.integration.test_failures import MANY, steps_done
 from tests.integration.test_hosts import THREE_BUNDLES
@@ -95,3 +96,36 @@ def names(said: str, host: Host, what: str) -> bool:
 def contents(run: Path) -> dict[str, str]:
     """A hash of every file."""
     return {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
+
+
+DRAIN = """
+import asyncio, subprocess, sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from actors.nodes import leaving, own_standing, remember
+
+class Worker:
+    def where(self):
+        return own_standing(self)
+
+head, command = sys.argv[1:]
+ray.init(address=head)
+(node,) = [one["NodeID"] for one in ray.nodes() if one["NodeManagerAddress"] == "10.77.0.2"]
+there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
+remember([ray.get(worker.where.remote(), timeout=60)])
+assert asyncio.run(leaving({node})) is None
+reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
+subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)
+assert asyncio.run(leaving({"another"})) is None
+print("leaving", *asyncio.run(leaving({node})))
+"""
+
+
+def test_a_node_that_ray_drains_is_known_to_leave() -> None:
+    with several_hosts(2) as hosts:
+        address = start_ray(hosts, cpus=[1, 1])
+        said = hosts[0].run([sys.executable, "-c", DRAIN, address, BIN / "ray"])
+    (found,) = [line.split() for line in said.splitlines() if line.startswith("leaving")]
+    assert found[1] == "10.77.0.2"
+    assert 0.0 < float(found[2]) - time.time() <= 100.0
