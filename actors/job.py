@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import runpy
 from pathlib import Path
 
 ENVIRONMENT = ".rlhf-environment.json"  # in the job's folder, where its processes start
@@ -23,13 +23,6 @@ def take_environment() -> None:
         os.environ.update(json.loads(file.read_text(encoding="utf-8")))
 
 
-def main() -> int:
-    """The command line, with them."""
-    from rlhf.cli import main as rlhf
-
-    take_environment()
-    return rlhf()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    take_environment()
+    runpy.run_module("rlhf.cli", run_name="__main__")
