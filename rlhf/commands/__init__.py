@@ -21,6 +21,7 @@ from rlhf.commands import (
     report,
     reward,
     serve_reward,
+    submit,
     train,
 )
 from rlhf.commands.shared import Subparsers
@@ -48,5 +49,6 @@ COMMANDS: dict[str, Command] = {
     "serve-reward": serve_reward,
     "report": report,
     "dashboard": dashboard,
+    "submit": submit,
     "doctor": doctor,
 }
