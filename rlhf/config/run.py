@@ -34,4 +34,4 @@ class TrackingConfig(Section):
     wandb_project: str = "rlhf"
     """W&B project."""
     samples_per_step: int = Field(default=16, ge=0)
-    """Responses written to samples/ each step; every evaluation response is written."""
+    """Responses written to samples/ each step, token by token; every evaluation response is written."""

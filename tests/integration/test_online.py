@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -92,6 +93,20 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     trained = [row for row in samples if row["split"] == "train"]
     assert len(trained) == 16
     assert all(row["response_tokens"] >= 1 and row["advantage"] is not None for row in trained)
+    for row in trained:
+        tokens = row["tokens"]
+        assert tokens["sampled"] == [True] * row["response_tokens"]
+        assert "".join(tokens["texts"]).removesuffix("<|eos|>").startswith(row["response"][:1])
+        for name, mean in (
+            ("rollout_logprobs", "mean_rollout_logprob"),
+            ("old_logprobs", "mean_old_logprob"),
+            ("ref_logprobs", "mean_ref_logprob"),
+            ("advantages", "advantage"),
+        ):
+            assert fmean(tokens[name]) == pytest.approx(row[mean], abs=1e-4), name
+    held_out = next(row["tokens"] for row in samples if row["split"] == "heldout")
+    assert held_out["rollout_logprobs"]
+    assert (held_out["old_logprobs"], held_out["advantages"]) == (None, None)
     assert json.loads((unbroken / "timeline.json").read_text())
     assert (unbroken / "checkpoints" / "latest").resolve().name == "step_000004"
     for name in ("config.resolved.yaml", "environment.json", "final/model.safetensors", "final/tokenizer.json"):

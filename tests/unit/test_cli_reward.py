@@ -69,7 +69,8 @@ def test_a_file_is_scored_as_a_run_would(config: str, tmp_path: Path) -> None:
 
 
 def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Path) -> None:
-    sample = {"group_id": 3, "response_tokens": 2, "score": 0.0}
+    tokens = {"texts": ["x", "x"], "sampled": [True, False], "old_logprobs": [-0.5, None], "ref_logprobs": None}
+    sample = {"group_id": 3, "response_tokens": 2, "score": 0.0, "tokens": tokens}
     rows = [
         {"split": "train", "prompt_id": 1, "prompt": "<b>", "response": "y", **sample},
         {"split": "heldout", "prompt_id": 0, "prompt": "<a>", "response": "xx", **sample},
