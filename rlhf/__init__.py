@@ -68,7 +68,7 @@ def train(
 
     UserError: the input is wrong. RunError: something failed at run time.
     """
-    from rlhf.cli import launch
+    from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
     launch(loaded, resume=resume, quiet=quiet)
@@ -77,7 +77,7 @@ def train(
 
 def export(run: str | Path, folder: str | Path, *, step: int | None = None) -> None:
     """Write the checkpoint of a step (the latest if None) of the run in folder `run` as a Hugging Face folder."""
-    from rlhf.cli import export as write
+    from rlhf.commands.export import export as write
 
     write(Path(run), Path(folder), step=step)
 
@@ -94,7 +94,7 @@ def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet
 
     UserError: the input is wrong. RunError: something failed at run time.
     """
-    from rlhf.cli import merge as run
+    from rlhf.commands.merge import merge as run
 
     if isinstance(config, str | Path):
         config = load_merge(config, overrides)
@@ -116,7 +116,7 @@ def generate(
 
     model: a hub name, a model folder, a LoRA adapter's folder, or a run's folder.
     """
-    from rlhf.cli import generate as run
+    from rlhf.commands.generate import generate as run
     from rlhf.evaluation.decoding import Decoding
 
     return run(str(model), prompts, decoding or Decoding(), device=device, trust_remote_code=trust_remote_code)
@@ -142,7 +142,7 @@ def evaluate(
     target: a configuration (or its YAML), whose data.eval and rewards measure its policy.model or `model`; or a model,
     measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: one greedy response.
     """
-    from rlhf.cli import evaluate as run
+    from rlhf.commands.evaluate import evaluate as run
     from rlhf.evaluation.results import Marks
 
     is_model = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
@@ -169,7 +169,7 @@ def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrid
 
     file: rows with `prompt`, `response` and the columns that the rewards read, or samples that a run has written.
     """
-    from rlhf.cli import reward as run
+    from rlhf.commands.reward import reward as run
 
     found, _ = run(_loaded(config, overrides), Path(file))
     return found
@@ -188,7 +188,7 @@ def serve_reward(
 
     token_env: environment variable with the token that callers must give; hosts beyond this machine need one.
     """
-    from rlhf.cli import serve_reward as run
+    from rlhf.commands.serve_reward import serve_reward as run
 
     is_function = isinstance(target, str | Path) and not str(target).endswith((".yaml", ".yml"))
     if is_function and overrides:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, SequenceOutcomes, WithoutCritic
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardsToGo
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
-
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
 
 
@@ -22,7 +19,7 @@ class OTBConfig(ClippedConfig):
     """How per-token losses are weighted over the whole optimizer step."""
 
 
-class OTB(WithoutCritic):
+class OTB(RewardsToGo):
     """The return from a token on, less the baseline of its group's tokens at that step.
 
     A response's weight in it is its energy so far, which stands for its squared gradient: a wandering response counts
@@ -37,23 +34,6 @@ class OTB(WithoutCritic):
 
     def __init__(self, config: OTBConfig) -> None:
         self.config = config
-
-    def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
-        """None: advantages are per token."""
-        return None
-
-    def token_advantages(
-        self,
-        rewards: Float[Tensor, " N"],
-        values: Float[Tensor, " N"] | None,
-        response_mask: Bool[Tensor, " N"],
-        lengths: Int[Tensor, " B"],
-    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """The rewards to come, twice: the baseline is not taken off them yet."""
-        from rlhf.objectives.advantages import reward_to_go
-
-        returns = reward_to_go(rewards, response_mask, lengths, gamma=1.0)
-        return returns, returns
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, SequenceOutcomes, WithoutCritic
+from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, RewardsToGo, SequenceOutcomes
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -24,7 +24,7 @@ class ReinforcePlusPlusConfig(ClippedConfig):
     """Take the mean of its prompt's group off each score first (the paper's REINFORCE++-baseline)."""
 
 
-class ReinforcePlusPlus(WithoutCritic):
+class ReinforcePlusPlus(RewardsToGo):
     """A token's advantage is the score less the KL penalties from it on, whitened over the batch's sampled tokens.
 
     With group_baseline all tokens of a response have one advantage. Deviation from the paper's baseline form: its KL
@@ -46,19 +46,6 @@ class ReinforcePlusPlus(WithoutCritic):
         from rlhf.objectives.advantages import group_centered
 
         return group_centered(outcomes.scores, group_size=outcomes.group_size) if self.config.group_baseline else None
-
-    def token_advantages(
-        self,
-        rewards: Float[Tensor, " N"],
-        values: Float[Tensor, " N"] | None,
-        response_mask: Bool[Tensor, " N"],
-        lengths: Int[Tensor, " B"],
-    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """The rewards to come, twice: nothing is taken off them yet."""
-        from rlhf.objectives.advantages import reward_to_go
-
-        returns = reward_to_go(rewards, response_mask, lengths, gamma=1.0)
-        return returns, returns
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -277,3 +277,26 @@ class WithoutCritic(OnlineDefaults):
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
         """TypeError: there is no critic."""
         raise TypeError(f"{type(self).__name__} has no critic")
+
+
+class RewardsToGo(WithoutCritic):
+    """What algorithms without a critic that weigh a token by the rewards to come have in common."""
+
+    discount = 1.0  # per sampled token
+
+    def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
+        """None: advantages are per token."""
+        return None
+
+    def token_advantages(
+        self,
+        rewards: Float[Tensor, " N"],
+        values: Float[Tensor, " N"] | None,
+        response_mask: Bool[Tensor, " N"],
+        lengths: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """The rewards to come, twice: no baseline is taken off them yet."""
+        from rlhf.objectives.advantages import reward_to_go
+
+        returns = reward_to_go(rewards, response_mask, lengths, gamma=self.discount)
+        return returns, returns

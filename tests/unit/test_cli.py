@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 import rlhf
-from rlhf.cli import RECIPES, main, recipe
+from rlhf.cli import main
+from rlhf.commands.quickstart import RECIPES, recipe
 from rlhf.config.load import LoadedConfig
 
 BASE = """\

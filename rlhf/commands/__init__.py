@@ -1,0 +1,37 @@
+"""The commands, one module each, in the order of the help: `add` declares its arguments, `run` does it.
+
+These are the modules of rlhf that reach into actors, inside functions, so that help stays fast. A command reads its
+arguments, makes one call and shows what it gave; the call itself is there for Python too (rlhf/__init__.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Protocol
+
+from rlhf.commands import doctor, evaluate, export, generate, merge, plan, quickstart, reward, serve_reward, train
+from rlhf.commands.shared import Subparsers
+
+
+class Command(Protocol):
+    """What a module of a command has."""
+
+    def add(self, commands: Subparsers) -> None:
+        """Declare the command and what it takes."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "plan": plan,
+    "quickstart": quickstart,
+    "export": export,
+    "merge": merge,
+    "generate": generate,
+    "eval": evaluate,
+    "reward": reward,
+    "serve-reward": serve_reward,
+    "doctor": doctor,
+}

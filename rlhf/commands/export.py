@@ -1,0 +1,31 @@
+"""`rlhf export RUN FOLDER`: write a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf.commands.shared import Subparsers
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
+    command.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export it."""
+    export(args.run, args.folder, step=args.step)
+    return 0
+
+
+def export(run: Path, folder: Path, *, step: int | None) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder."""
+    from actors.export import export_checkpoint
+
+    export_checkpoint(run, step=step, folder=folder)

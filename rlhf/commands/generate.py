@@ -1,0 +1,84 @@
+"""`rlhf generate MODEL`: responses of a model, or a conversation with it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf.commands.shared import add_decoding, said_of_decoding, say
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rlhf.commands.shared import Subparsers
+    from rlhf.evaluation.decoding import Decoding, Generation
+
+Device = Literal["cpu", "cuda"]
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("generate", help="responses of a model, or a conversation with it")
+    command.add_argument("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
+    given = command.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    given.add_argument("--file", type=Path, metavar="DATA", help="prompts of a file or dataset; answered as JSON lines")
+    given.add_argument("--chat", action="store_true", help="each line on stdin is a turn; ends with it (Ctrl-D)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines go here, not to stdout")
+    add_decoding(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, or converse."""
+    from rlhf.evaluation.decoding import Decoding
+
+    decoding = Decoding(**said_of_decoding(args))
+    settings: dict[str, Any] = {"device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
+    if args.chat:
+        if args.out is not None or decoding.samples > 1 or not decoding.apply_chat_template:
+            raise UserError("--out, --samples and --no-chat-template have no effect with --chat; remove them")
+        from actors.generate import chat
+
+        chat(args.model, _turns(), lambda text: say(f"{text}\n"), decoding, **settings)
+        return 0
+    if args.out is not None and (args.out.exists() or not args.out.parent.is_dir()):
+        raise UserError(f"--out: {args.out} exists already, or its folder does not; name a new file")
+    found = generate(args.model, args.prompt or args.file, decoding, **settings)
+    if args.prompt and args.out is None:
+        say("".join(f"{one.response}\n" for one in found))
+        return 0
+    from dataclasses import asdict
+
+    from rlhf.tracking.atomic import json_line, write_lines
+
+    if args.out is None:
+        say("".join(json_line(asdict(one)) for one in found))
+    else:
+        write_lines(args.out, map(asdict, found))
+    return 0
+
+
+def generate(
+    model: str, source: Sequence[str] | Path, decoding: Decoding, *, device: Device, trust_remote_code: bool
+) -> list[Generation]:
+    """Responses to prompts, or to those of a file or dataset."""
+    from actors.generate import generate as answer
+
+    return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
+
+
+def _turns() -> Iterator[str]:
+    """The user's lines, asked for where a person types them; blank ones are passed over."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            say("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")

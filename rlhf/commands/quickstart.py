@@ -1,0 +1,45 @@
+"""`rlhf quickstart`: train a tiny model on this machine, and say whether it worked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.commands.shared import add_overrides, add_quiet
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.commands.shared import Subparsers
+
+RECIPES = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
+    command.add_argument("--algorithm", choices=tuple(RECIPES), default="ppo", help="which recipe")
+    add_quiet(command)
+    add_overrides(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, show before and after. A quickstart that was cut off goes on."""
+    from rlhf.commands.train import launch
+    from rlhf.config.load import load
+    from rlhf.config.stages import run_folder
+    from rlhf.quickstart import show
+
+    loaded = load(recipe(RECIPES[args.algorithm]), args.overrides)
+    launch(loaded, resume=True, quiet=args.quiet)
+    show(run_folder(list(loaded.stages.values())[-1]))
+    return 0
+
+
+def recipe(name: str) -> Path:
+    """A file of configs/: of the repository that this package is installed from, or else of the current folder."""
+    folders = (Path(__file__).resolve().parents[2] / "configs", Path("configs"))
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{name}: not found in {' or '.join(map(str, folders))}; run this from the repository's folder")

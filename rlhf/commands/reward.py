@@ -1,0 +1,66 @@
+"""`rlhf reward CONFIG --file DATA`: a configuration's rewards over responses in a file, without training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.commands.shared import add_overrides, say
+from rlhf.errors import RunError
+
+if TYPE_CHECKING:
+    from rlhf.commands.shared import Subparsers
+    from rlhf.config.load import LoadedConfig
+    from rlhf.config.rewards import RewardPolicy
+    from rlhf.evaluation.scored import ScoredFile
+
+MOST_TOLD = 10  # failures
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("reward", help="a configuration's rewards over responses in a file, without training")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument(
+        "--file",
+        type=Path,
+        metavar="DATA",
+        required=True,
+        help="rows with prompt, response and columns, or a run's samples",
+    )
+    command.add_argument("--json", action="store_true", help="print a line for each row, not a table")
+    add_overrides(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The table or the lines; then the failures, which are an error where the policy says so."""
+    from rlhf.config.load import load
+    from rlhf.tracking.atomic import json_line
+
+    found, policy = reward(load(args.config, args.overrides), args.file)
+    if args.json:
+        say("".join(map(json_line, found.to_json())))
+    else:
+        from rich.console import Console
+
+        Console().print(found.to_table())
+    if found.errors:
+        told = "\n".join(f"{place}: {one.reward}: {one.kind}: {one.message}" for place, one in found.errors[:MOST_TOLD])
+        more = len(found.errors) - MOST_TOLD
+        sys.stderr.write(told + (f"\nand {more} more\n" if more > 0 else "\n"))
+        if policy.on_error == "fail":
+            raise RunError(
+                f"{found.num_unscored} of {len(found.rows)} rows have no score, and reward_policy.on_error is fail"
+            )
+    return 0
+
+
+def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, RewardPolicy]:
+    """Score the responses in a file; what the rewards say, and what the configuration makes of failures."""
+    from actors.reward import score_file
+    from actors.scorer import scoring_of_config
+
+    scoring = scoring_of_config(loaded)
+    return score_file(scoring, file), scoring.policy

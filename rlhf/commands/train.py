@@ -1,0 +1,55 @@
+"""`rlhf train CONFIG`: run a configuration, of whatever method, all stages of a pipeline in turn."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rlhf.commands.shared import add_overrides, add_quiet, say
+
+if TYPE_CHECKING:
+    from rlhf.commands.shared import Subparsers
+    from rlhf.config.load import LoadedConfig
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("train", help="run a configuration, of whatever method")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument(
+        "--resume", choices=("auto", "never"), default="never", help="auto: continue the run in its folder"
+    )
+    add_quiet(command)
+    add_overrides(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and show what the evaluations say."""
+    from rlhf.config.load import load
+
+    loaded = load(args.config, args.overrides)
+    launch(loaded, resume=args.resume == "auto", quiet=args.quiet)
+    if not args.quiet:
+        _show_evaluations(loaded)
+    say(f"done: {loaded.folder}\n")
+    return 0
+
+
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+    """Run all stages in turn."""
+    from actors.launch import launch as start
+
+    start(loaded, resume=resume, quiet=quiet)
+
+
+def _show_evaluations(loaded: LoadedConfig) -> None:
+    """Of each run that has some by responses, the first and the last."""
+    from rich.console import Console
+
+    from rlhf.config.stages import run_folder
+    from rlhf.evaluation.comparison import before_after
+
+    for stage in loaded.stages.values():
+        table = before_after(run_folder(stage))
+        if table is not None:
+            Console().print(table)
