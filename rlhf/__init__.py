@@ -37,6 +37,7 @@ __all__ = [
     "reward",
     "serve_reward",
     "train",
+    "view",
 ]
 
 
@@ -195,6 +196,25 @@ def serve_reward(
         raise UserError(f"overrides change a configuration, and {target} is a function")
     what = str(target) if is_function else _loaded(target, overrides)
     run(what, host=host, port=port, token_env=token_env, ready=ready)
+
+
+def view(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is told the URL.
+
+    token_env: environment variable with the token that browsers must give; hosts beyond this machine need one.
+    """
+    from rlhf.viewing.server import view as serve
+
+    folders = [Path(folder) for folder in (run, against) if folder is not None]
+    serve(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:
