@@ -75,7 +75,7 @@ def _is_run(folder: Path) -> bool:
 
 def _stages(folder: Path) -> list[Path]:
     """The runs in the folder of a pipeline."""
-    if _is_run(folder):
+    if _is_run(folder) or not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir() and _is_run(path)), key=_began)
 

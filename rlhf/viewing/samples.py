@@ -55,7 +55,7 @@ class SampleFiles:
         return made
 
     def whole(self, path: Path, version: str, places: Sequence[int]) -> bytes | None:
-        """These lines of the file as they are; None if it is another file by now. IndexError if there is no such line."""
+        """These lines of the file as they are; None if it is another file by now. IndexError: there is no such line."""
         index = self.index(path)
         if index.version != version:
             return None

@@ -1,7 +1,7 @@
-"""A growing file of JSON lines, a piece at a time: each request says where the last one ended, so nothing is held here.
+"""A growing file of JSON lines, a piece at a time. Nothing is held here: each request says where the last one ended.
 
-A run that is resumed takes lines back. `mark` is a checksum of the bytes before a place: where it is not what the reader
-was told, the file is another one, and is read from its beginning.
+A run that is resumed takes lines back. `mark` is a checksum of the bytes before a place: where it is not what the
+reader was told, the file is another one, and is read from its beginning.
 """
 
 from __future__ import annotations

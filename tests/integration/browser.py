@@ -37,6 +37,10 @@ def program() -> str | None:
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
+# an element has no value to be told: it is there
+_TRIED = "(() => { try { const it = (%s); return it instanceof Node ? true : it } catch { return null } })()"
+
+
 class Page:
     """One tab. `wrong` collects errors of scripts and of the console, refused resources among them."""
 
@@ -95,7 +99,7 @@ class Page:
         """Wait until an expression is true; its value. AssertionError says what the page shows instead."""
         end = asyncio.get_running_loop().time() + DEADLINE_S
         while asyncio.get_running_loop().time() < end:
-            found = await self.value(f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()")
+            found = await self.value(_TRIED % expression)
             if found:
                 return found
             await asyncio.sleep(0.05)
@@ -114,7 +118,7 @@ class Page:
         """Move the pointer over an element."""
         await self.value(f"{expression}.scrollIntoView({{block: 'center'}})")
         x, y = await self.value(
-            f"(() => {{ const r = {expression}.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2] }})()"
+            f"((box) => [box.x + box.width / 2, box.y + box.height / 2])({expression}.getClientRects()[0])"
         )
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 

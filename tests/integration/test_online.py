@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rlhf.tracking.metrics import expected
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
@@ -93,10 +94,12 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     trained = [row for row in samples if row["split"] == "train"]
     assert len(trained) == 16
     assert all(row["response_tokens"] >= 1 and row["advantage"] is not None for row in trained)
+    tokenizer = AutoTokenizer.from_pretrained(unbroken / "final")
     for row in trained:
         tokens = row["tokens"]
         assert tokens["sampled"] == [True] * row["response_tokens"]
-        assert "".join(tokens["texts"]).removesuffix("<|eos|>").startswith(row["response"][:1])
+        assert "".join(tokens["texts"]) == tokenizer.decode(tokens["ids"])
+        assert row["response"] == tokenizer.decode(tokens["ids"], skip_special_tokens=True)
         for name, mean in (
             ("rollout_logprobs", "mean_rollout_logprob"),
             ("old_logprobs", "mean_old_logprob"),
