@@ -137,6 +137,7 @@ async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
         (runs[0] / "metrics.jsonl").write_text("".join(lines[:2]))
         await page.until(f"{SCORE} === '0.2'")
         await page.press("/")
+        await page.until("document.activeElement.type === 'search'")
         await page.call("Input.insertText", text="loss")
         await page.until(
             "[...document.querySelectorAll('.chart .name')].every((one) => one.innerText.includes('loss'))"
