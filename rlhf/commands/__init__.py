@@ -17,6 +17,7 @@ from rlhf.commands import (
     merge,
     plan,
     quickstart,
+    report,
     reward,
     serve_reward,
     train,
@@ -46,5 +47,6 @@ COMMANDS: dict[str, Command] = {
     "reward": reward,
     "serve-reward": serve_reward,
     "view": view,
+    "report": report,
     "doctor": doctor,
 }
