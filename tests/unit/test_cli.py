@@ -58,7 +58,7 @@ def raising(error: BaseException) -> Launch:
         (
             ["frobnicate"],
             "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
-            "'eval', 'reward', 'serve-reward', 'report', 'doctor')",
+            "'eval', 'reward', 'serve-reward', 'view', 'report', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),

@@ -5,7 +5,8 @@ import { ApiError, ask, login, RunData } from "./api.js";
 import { Curves } from "./curves.js";
 import { Errors } from "./errors.js";
 import { ago } from "./format.js";
-import { NO_FILTER, Samples } from "./samples.js";
+import { NO_FILTER } from "./listing.js";
+import { Samples } from "./samples.js";
 import { COLOURS, tip } from "./tokens.js";
 
 const EVERY_MS = 2000;
