@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -268,3 +272,26 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "empty" / "metrics.jsonl").touch()
     assert main(["view", str(tmp_path / "empty"), "--host", "0.0.0.0"]) == 2
     assert "--token-env" in capsys.readouterr().err
+
+
+def test_the_command_serves_until_it_is_told_to_end(run: Path) -> None:
+    """Its only line says where; the token is neither there nor in the page."""
+    command = [sys.executable, "-m", "rlhf.cli", "view", str(run), "--port", "0", "--token-env", "VIEW_TOKEN"]
+    environment = {**os.environ, "VIEW_TOKEN": "secret"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            url = line.split()[1]
+            with urllib.request.urlopen(url, timeout=20) as response:
+                assert b"/static/app.js" in response.read()
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(url + "api/runs", timeout=20)
+        finally:
+            process.terminate()
+        rest, err = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "secret" not in line + rest + err
+    assert err == ""
