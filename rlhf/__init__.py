@@ -48,6 +48,7 @@ __all__ = [
     "stop_job",
     "submit",
     "train",
+    "view",
 ]
 
 
@@ -271,6 +272,25 @@ def stop_job(job: str, *, address: str | None = None) -> JobEnd:
     from rlhf.commands.submit import stop_job as stop
 
     return stop(job, address=address)
+
+
+def view(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is told the URL.
+
+    token_env: environment variable with the token that browsers must give; hosts beyond this machine need one.
+    """
+    from rlhf.viewing.server import view as serve
+
+    folders = [Path(folder) for folder in (run, against) if folder is not None]
+    serve(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

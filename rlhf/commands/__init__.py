@@ -23,6 +23,7 @@ from rlhf.commands import (
     serve_reward,
     submit,
     train,
+    view,
 )
 from rlhf.commands.shared import Subparsers
 
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "view": view,
     "report": report,
     "dashboard": dashboard,
     "submit": submit,

@@ -147,7 +147,9 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
-            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen)
+            written = [i for one in chosen for i in one.sequence_ids if i in signals.trained]
+            columns = await roles.policy.token_signals(written) if written else []
+            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
 
     async def _collect(self, step: int) -> Collected:
         """The step's batch. Preempted, with the step before kept, if the run is to end."""
