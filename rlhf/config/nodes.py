@@ -92,4 +92,4 @@ def _node(said: str, text: str) -> Node:
         values[fields[key]] = float(value)
     if "cpus" not in values:
         raise UserError(f"--cluster {text!r}: {said!r} has no cpu=, expected nodes such as {EXAMPLE}")
-    return Node(**values, kind=kind)  # type: ignore[arg-type]
+    return Node(**values, kind=kind)

@@ -94,9 +94,9 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
     """Saved by the layers for the backward pass, for each token of a micro-batch.
 
     A layer keeps of each of its two norms the input in float32, the scaled row and the output (4 + 2b bytes an
-    element); query, key, value and result of the attention and the row that its output is multiplied from (3Q + 2K elements); and
-    four rows of the MLP: gate, its activation, up, and their product. With checkpointing it keeps its input, and one
-    layer at a time has all of that.
+    element); query, key, value and result of the attention and the row that its output is multiplied from (3Q + 2K
+    elements); and four rows of the MLP: gate, its activation, up, and their product. With checkpointing it keeps its
+    input, and one layer at a time has all of that.
     """
     norms = 2 * (4 + 2 * itemsize) * shape.hidden
     attention = (3 * shape.query + 2 * shape.key) * itemsize
@@ -197,8 +197,9 @@ def _activations(shape: Shape, t: Training) -> Term:
 def _head(shape: Shape, t: Training) -> Term:
     trains = t.lora_rank is None
     if t.keeps_head_gradient:  # by the time that the bucket is made the logits are gone
-        size = shape.embedding * t.itemsize if trains else 0
-        return Term(name="head's gradient", nbytes=size, how=_product(size // t.itemsize, t.itemsize, 1))
+        elements = shape.embedding if trains else 0
+        how = _product(elements, t.itemsize, 1)
+        return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how)
     size = head_bytes(shape, rows=t.tokens, itemsize=t.itemsize, trains_head=trains, widens=t.widens)
     return Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
 
