@@ -148,6 +148,16 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
     return [Term(name="weight sync", nbytes=1.5 * size, how=doubling, place="host")]
 
 
+def cache_tokens(config: Config, sizes: Sizes) -> float | None:
+    """Tokens whose keys and values an engine holds. None: the GPUs' memory was not said."""
+    policy, role = config.policy, config.cluster.roles.rollout
+    cache = next((term.nbytes for term in _engine(config, sizes).terms if term.name == "KV cache"), None)
+    if cache is None:
+        return None
+    parallel = role.tensor_parallel if config.cluster.device == "cuda" else 1
+    return cache * parallel / kv_bytes_per_token(sizes.of(policy.model), itemsize=_itemsize(policy))
+
+
 def _engine(config: Config, sizes: Sizes) -> Footprint:
     """One engine, or with tensor parallelism one of its GPUs."""
     policy, role = config.policy, config.cluster.roles.rollout

@@ -26,7 +26,7 @@ from rlhf.config.derive import (
 from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.nodes import ACCELERATORS, Node
 from rlhf.config.root import Config
-from rlhf.planning.footprints import Sizes
+from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.shapes import Shape
@@ -100,7 +100,10 @@ def passes(model: PolicyConfig | CriticConfig) -> float:
 
 
 def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[Stage]:
-    """What comes after the rollouts: experience and updates. Of an offline run, all of the step."""
+    """What comes after the rollouts: experience and updates. Of an offline run, all of the step.
+
+    What another role does meanwhile on devices of its own counts as far as it takes longer.
+    """
     derived, online = derive(config), is_online(config)
     if config.rollouts is None:
         mean = min(float(derived.longest_sequence), float(config.train.max_tokens_per_microbatch))
@@ -108,46 +111,47 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     else:
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
-    roles = config.cluster.roles
-    epochs = config.train.epochs_per_batch if online else 1
+    own_critic = has_critic(config) and config.cluster.roles.critic.colocate_with is None
     found: list[Stage] = []
 
-    def asked(name: str, model: Any, role: Role, workers: int) -> None:
-        found.append(
-            _forward_stage(name, sizes.of(model.model), tokens, mean, rates(config, nodes, sizes, role=role), workers)
-        )
+    def asked(name: str, model: Any, role: Role) -> Stage:
+        each = forward_operations(sizes.of(model.model), mean)
+        return _stage(config, name, role, tokens, each, rates(config, nodes, sizes, role=role), trains=False)
+
+    def trained(name: str, model: PolicyConfig | CriticConfig, role: Role) -> Stage:
+        each = passes(model) * forward_operations(sizes.of(model.model), mean)
+        count = tokens * (config.train.epochs_per_batch if online else 1)
+        return _stage(config, name, role, count, each, rates(config, nodes, sizes, role=role), trains=True)
 
     if online and (derived.updates_per_step > 1 or uses_reference(config)):
-        asked("old logprobs", config.policy, "policy", roles.policy.workers)
+        found.append(asked("old logprobs", config.policy, "policy"))
     if derived.reference == "workers":
-        asked("reference", reference_model(config), "reference", roles.reference.workers)
+        found.append(asked("reference", reference_model(config), "reference"))
     elif derived.reference == "adapter off":
-        asked("reference", config.policy, "policy", roles.policy.workers)
-    if online and uses_reward_model(config) and config.reward is not None:
-        asked("reward model", config.reward, "reward", roles.reward.workers)
+        found.append(asked("reference", config.policy, "policy"))
     if has_critic(config):
-        asked("values", critic_model(config), "critic", roles.critic.workers)
+        values = asked("values", critic_model(config), "critic")
+        found.append(_meanwhile(values, found[-1:]) if own_critic and derived.reference == "workers" else values)
     if needs_reference_logprobs(config):
         found.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
-    trained: list[tuple[str, PolicyConfig | CriticConfig, Role]] = [("update", config.policy, "policy")]
+    found.append(trained("update", config.policy, "policy"))
     if has_critic(config):
-        trained.append(("critic update", critic_model(config), "critic"))
-    for name, model, role in trained:
-        one = rates(config, nodes, sizes, role=role)
-        workers = getattr(roles, role).workers
-        each = passes(model) * forward_operations(sizes.of(model.model), mean)
-        seconds = tokens * epochs * each / (workers * one.peak * one.train)
-        reached = f"{workers} * {one.peak * one.train / 1e12:,.4g} TFLOP/s"
-        how = f"{tokens * epochs:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({reached})"
-        found.append(Stage(name=name, seconds=seconds, how=how))
+        update = trained("critic update", critic_model(config), "critic")
+        found.append(_meanwhile(update, found[-1:]) if own_critic else update)
     return found
 
 
-def _forward_stage(name: str, shape: Shape, tokens: float, mean: float, one: Rates, workers: int) -> Stage:
-    each = forward_operations(shape, mean)
-    seconds = tokens * each / (workers * one.peak * one.forward)
-    how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {one.peak * one.forward / 1e12:,.4g} TFLOP/s)"
-    return Stage(name=name, seconds=seconds, how=how)
+def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
+    """What a stage adds to others beside which it goes on."""
+    adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
+    return Stage(name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s beside the {others[-1].name}: {stage.how}")
+
+
+def _stage(config: Config, name: str, role: Role, tokens: float, each: float, one: Rates, *, trains: bool) -> Stage:
+    workers = getattr(config.cluster.roles, role).workers
+    reached = one.peak * (one.train if trains else one.forward)
+    how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
+    return Stage(name=name, seconds=tokens * each / (workers * reached), how=how)
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
@@ -192,7 +196,7 @@ def system_of(
         "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + arithmetic,
         "train_tokens_per_s": tokens / seconds,
         "sync_s": sync_stage(config, sizes, nodes).seconds,
-        "max_num_seqs": role.max_num_seqs,
+        "max_num_seqs": _at_once(config, sizes, lengths),
     }
     values.update(said)
     return System(
@@ -206,6 +210,15 @@ def system_of(
         gpus_per_node=int(max((node.gpus for node in nodes or ()), default=8.0) or 1) if cuda else 1,
         **values,
     )
+
+
+def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
+    """Sequences that an engine decodes at once: as many as it may, and as its cache holds when they are at their mean
+    length (those that are too many are preempted)."""
+    most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
+    if held is None:
+        return most
+    return max(1, min(most, int(held / (config.data.max_prompt_tokens + lengths.average()))))
 
 
 def _beside(config: Config) -> int:
