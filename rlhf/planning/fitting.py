@@ -86,9 +86,8 @@ def _hosts(
         for role, seats in seating.seats.items():
             one = by_role[role]
             here = [seat for seat in seats if at[seat.bundle] == index]
-            private = one.of("host") + (0.0 if one.on_gpu else one.of("device"))
             if here:
-                parts[role] = private * len(here)
+                parts[role] = one.private(len(here))
                 shared = max(shared, one.of("shared"))
         if not parts:
             continue
@@ -105,22 +104,23 @@ def _hosts(
     return list(fits.values())
 
 
-def remedies(config: Config, sizes: Sizes, roles: Sequence[Role]) -> list[str]:
-    """Changes that make these roles' largest process smaller, mildest first, each with what it would then take."""
+def remedies(config: Config, sizes: Sizes, roles: Sequence[Role], *, on_host: bool) -> list[str]:
+    """Changes that make a process of these roles smaller, on its host or its device, mildest first, each with what it
+    would then take."""
+
+    def taken(one: Footprint) -> float:
+        return one.of("device") if one.on_gpu and not on_host else one.rss
+
     now = {one.role: one for one in footprints(config, sizes)}
     found: list[str] = []
     for role in roles:
         for text, change in _changes(config, role):
             changed = change(config)
             after = {one.role: one for one in footprints(changed, sizes)}[role]
-            before_bytes, after_bytes = _largest(now[role]), _largest(after)
+            before_bytes, after_bytes = taken(now[role]), taken(after)
             if after_bytes < 0.98 * before_bytes:
                 found.append(f"{text}: {role} {after_bytes / GIB:,.1f} GiB in place of {before_bytes / GIB:,.1f}")
     return found
-
-
-def _largest(one: Footprint) -> float:
-    return one.of("device") if one.on_gpu else one.rss
 
 
 def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], Config]]]:
@@ -151,7 +151,9 @@ def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], C
         trained = getattr(config.cluster.roles, role)
         if trained.zero_stage < 3 and trained.workers > 1:
             add(f"cluster.roles.{role}.zero_stage", 3, "3")
-        if config.cluster.device == "cuda" and "optimizer" not in trained.offload:
+        if trained.offload:
+            add(f"cluster.roles.{role}.offload", (), "[]")
+        elif config.cluster.device == "cuda":
             add(f"cluster.roles.{role}.offload", ("optimizer",), "[optimizer]")
         add(f"cluster.roles.{role}.workers", 2 * trained.workers, str(2 * trained.workers))
     return changes

@@ -145,7 +145,7 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
     if method.method == "ipc":
         return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU")]
     doubling = f"all weights staged in host memory for {method.method}, which grows by doubling: up to twice as much"
-    return [Term(name="weight sync", nbytes=1.5 * size, how=doubling, place="host")]
+    return [Term(name="weight sync", nbytes=1.5 * size, how=doubling, place="host", first_only=True)]
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:

@@ -49,11 +49,12 @@ class Term:
     nbytes: float
     how: str  # the arithmetic
     place: Place = "device"
+    first_only: bool = False  # of a gang, its first rank alone has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """The peak of one process of a role, or of one GPU of an engine."""
+    """The peak of one process of a role (the first, where they differ), or of one GPU of an engine."""
 
     role: Role
     workers: int
@@ -63,6 +64,11 @@ class Footprint:
     def of(self, place: Place) -> float:
         """Bytes of the terms at a place."""
         return sum(term.nbytes for term in self.terms if term.place == place)
+
+    def private(self, workers: int) -> float:
+        """Host memory of so many of the role's processes, the first among them, without what is shared."""
+        own = [term for term in self.terms if term.place == "host" or (term.place == "device" and not self.on_gpu)]
+        return sum(term.nbytes * (1 if term.first_only else workers) for term in own)
 
     @property
     def rss(self) -> float:

@@ -83,17 +83,18 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
     if nodes is None:
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
     rows = [["place", "wanted", "of", "", "what is there"]]
-    tight = False
+    tight: list[bool] = []  # of what does not fit: whether it is a host
     for one in places(config, seating, found, nodes):
         word = {True: "fits", False: "DOES NOT FIT", None: "memory not said"}[one.fits]
-        tight |= one.fits is False
+        if one.fits is False:
+            tight.append(one.where.startswith("host"))
         room = "-" if one.room is None else _gib(one.room)
         where = "this machine" if local else one.where
         rows.append([where, _gib(one.wanted), room, word, one.parts])
     text = ["memory by place, GiB\n" + table(rows)]
     if tight:
         trained = [one.role for one in found if one.role != "reward"]
-        said = remedies(config, sizes, trained)
+        said = [line for host in sorted(set(tight)) for line in remedies(config, sizes, trained, on_host=host)]
         text.append("what makes it smaller, mildest first for each role\n" + "\n".join(f"  {line}" for line in said))
     return text
 

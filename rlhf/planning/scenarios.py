@@ -28,11 +28,12 @@ _NUMBERS: Mapping[str, tuple[str, float]] = {
     "sync_s": ("seconds that engines stand still for new weights", 0.0),
     "mtbf_h": ("hours between two failures of a node", 1e-3),
     "restart_s": ("seconds until a failed one works again", 0.0),
-    "steps": ("steps after the pipeline is full", 1.0),
+    "steps": ("steps after the pipeline is full; 6, of large batches 2", 1.0),
     "seed": ("of lengths and failures", 0.0),
 }
 _LISTS = {"gpus": 1, "staleness": 0}
 MOST_RESPONSES = 1_000_000  # of one step: seconds of simulation
+MANY_RESPONSES = 30_000  # of one step: fewer steps tell as much
 MOST_STALENESS = 16
 
 
@@ -71,7 +72,7 @@ def render(
         system = replace(system, restart_s=numbers.get("restart_s", system.restart_s))
         if "mtbf_h" in numbers:
             system = replace(system, mtbf_s=numbers["mtbf_h"] * 3600)
-        found = scenarios(run, system, lists, steps=int(numbers.get("steps", 4)), seed=int(numbers.get("seed", 0)))
+        found = scenarios(run, system, lists, steps=numbers.get("steps"), seed=int(numbers.get("seed", 0)))
         parts.append(_text(run, system, found))
     return "\n\n".join(parts) + "\n"
 
@@ -105,7 +106,7 @@ def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]
 
 
 def scenarios(
-    config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: int, seed: int
+    config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: float | None, seed: int
 ) -> list[Scenario]:
     """Every size with every staleness. UserError if a size is none of the layout's multiples, or cannot be played."""
     staleness = lists.get("staleness", (0,) if system.colocated else (0, 1, 2))
@@ -125,8 +126,9 @@ def scenarios(
         responses = larger.prompts_per_step * larger.samples_per_prompt
         if responses > MOST_RESPONSES:
             raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
+        played = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
         found += [
-            Scenario(gpus=gpus, staleness=s, outcome=simulate(larger, staleness=s, steps=steps, seed=seed))
+            Scenario(gpus=gpus, staleness=s, outcome=simulate(larger, staleness=s, steps=played, seed=seed))
             for s in staleness
         ]
     return found
