@@ -7,6 +7,7 @@ not measurements of this code on a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: R
         gpu = ACCELERATORS[str(kind)]
         return Rates(name=str(kind), peak=gpu.tflops * 1e12, bandwidth=gpu.bandwidth_gb_s * 1e9)
     section = getattr(config.cluster.roles, role)
-    cores = section.cpus if section.threads == "auto" else section.threads
+    cores = float(section.threads) if section.threads != "auto" else _cores(nodes, _workers(section))
     model = config.policy
     fast = model.dtype == "bfloat16" and not sizes.widens
     gflops = CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS[model.dtype]
@@ -85,6 +86,17 @@ def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: R
         decode=1.0,
         link=1e9,
     )
+
+
+def _workers(section: Any) -> int:
+    count: int = section.engines if hasattr(section, "engines") else section.workers
+    return count
+
+
+def _cores(nodes: Sequence[Node] | None, workers: int) -> float:
+    """Of each of a role's workers: a node's cores are shared out among those of the role on it."""
+    all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
+    return max(1.0, all_cores // workers)
 
 
 def forward_operations(shape: Shape, length: float) -> float:
