@@ -24,7 +24,7 @@ from actors.merge import run_merge
 from actors.models import refuse_other_model
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
-from actors.recording import recording
+from actors.recording import open_mirror, recording
 from actors.services import ReferenceWorkers, RewardWorkers
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
@@ -57,6 +57,7 @@ from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.progress import Mode
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
@@ -78,10 +79,12 @@ SHOWN_OFFLINE = (
 )
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written."""
+    mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     for written in loaded.stages.values():
+        _meet_mirror(written, resume=resume)
         _refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
@@ -98,13 +101,29 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
             elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+                asyncio.run(_run_stage(stage, resume=resume, mode=mode))
             elif isinstance(stage, MergeStage):
-                run_merge(stage, loaded.folder, resume=resume, quiet=quiet)
+                run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+def _meet_mirror(stage: Stage, *, resume: bool) -> None:
+    """With `resume`, bring here what the mirror has and the folder lacks. UserError if a new run would replace one."""
+    if stage.run.mirror is None or (resume and result_of(stage).exists()):
+        return
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+        mirror = open_mirror(stage, folder)
+        assert mirror is not None
+        if resume:
+            mirror.fetch()
+        elif mirror.holds_run():
+            raise UserError(
+                f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
+                "run.name, or remove it there."
+            )
 
 
 def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
@@ -167,11 +186,11 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
+async def _run_stage(stage: StageInputs, *, resume: bool, mode: Mode) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
-    with recording(stage.written, resume=resume, steps=steps, show=show, quiet=quiet) as (record, step):
+    with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
             await _run_online(stage, stage.inputs, record, step)
         else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.evaluation.scored import ScoredFile
+    from rlhf.reporting.report import Report
 
 __all__ = [
     "RunError",
@@ -34,6 +35,7 @@ __all__ = [
     "load_merge",
     "merge",
     "plan",
+    "report",
     "reward",
     "serve_reward",
     "train",
@@ -78,15 +80,18 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    json_lines: bool = False,
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
+
+    quiet: no progress. json_lines: progress as JSON lines on stdout.
 
     UserError: the input is wrong. RunError: something failed at run time.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
-    launch(loaded, resume=resume, quiet=quiet)
+    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines)
     return loaded.folder
 
 
@@ -177,6 +182,16 @@ def evaluate(
         out=out,
     )
     return found
+
+
+def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
+    """Write run folders as one HTML file, to `out` or into the (first) run's folder; what looks wrong is in the result.
+
+    UserError: a folder holds no run, or the file cannot be written.
+    """
+    from rlhf.reporting.report import write_report
+
+    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 
 
 def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:

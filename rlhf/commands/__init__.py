@@ -9,7 +9,19 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from rlhf.commands import doctor, evaluate, export, generate, merge, plan, quickstart, reward, serve_reward, train
+from rlhf.commands import (
+    doctor,
+    evaluate,
+    export,
+    generate,
+    merge,
+    plan,
+    quickstart,
+    report,
+    reward,
+    serve_reward,
+    train,
+)
 from rlhf.commands.shared import Subparsers
 
 
@@ -33,5 +45,6 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "report": report,
     "doctor": doctor,
 }
