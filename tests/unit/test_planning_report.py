@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,12 +93,6 @@ def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path)
     assert "144.3M * 2 bytes / 16" in text  # 134,515,008 and 9,768,960 of the adapter
 
 
-def test_every_recipe_has_a_plan() -> None:
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        if path.name != "merge_ties.yaml":
-            assert rlhf.plan(path).startswith(next(iter(load(path).stages.values())).run.name)
-
-
 def test_training_time_by_hand() -> None:
     # Two passes forward, and one more for the checkpoints, of an adapter: 3 * (2 * weights + 2 * layers * Q * length).
     from rlhf.config.nodes import parse_cluster
@@ -138,13 +130,3 @@ def test_simulations_that_cannot_be(tmp_path: Path) -> None:
         rlhf.plan(ROOT / "configs/grpo_smollm2.yaml", colocated, simulate="staleness=1", shapes=shapes(tmp_path))
     with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
         rlhf.plan(LARGE, shapes=Path("nowhere"))
-
-
-def test_a_plan_imports_no_torch() -> None:
-    code = (
-        "import sys, rlhf\n"
-        f"rlhf.plan({str(LARGE)!r}, cluster={NODES!r})\n"
-        "assert not {'torch', 'ray', 'vllm', 'transformers', 'numpy'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
