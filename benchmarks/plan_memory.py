@@ -1,24 +1,33 @@
 """The peak resident memory that `rlhf plan` estimates for every process, beside what short runs log.
 
-    python benchmarks/plan_memory.py [--runs FOLDER] [CASE ...]
+    python benchmarks/plan_memory.py [--alone] [--runs FOLDER] [CASE ...]
 
 Each case is two steps of a recipe, in a process of its own, one after the other; a run that is in the folder already is
 not done again. The estimate is given the tokens of the run's micro-batches, since `rlhf plan` takes them as full. The
 constants of rlhf.planning.memory.Measured were set by the cases marked so; the others were not looked at for it.
+
+--alone: no runs, but one training rank without Ray, on random sequences: the loader, the engine, the losses' forward
+pass and the allocator settings of a worker, two optimizer steps of two micro-batches. A tenth of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.processes import KEEPS_MEMORY
 from rlhf.config.derive import derive
 from rlhf.config.load import load
 from rlhf.planning.footprints import Sizes, footprints
@@ -103,15 +112,118 @@ def compare(folder: Path) -> list[tuple[str, float, float]]:
     return [(one.role, one.rss / GIB, m) for one in found if (m := measured[one.role]) is not None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alone:
+    """One rank, on micro-batches of 512 tokens."""
+
+    dtype: str = "bfloat16"
+    zero_stage: int = 2
+    lora_rank: int | None = None
+    checkpointing: bool = False
+    supervised: bool = True
+
+    def overrides(self) -> list[str]:
+        """Of the recipe for supervised training, which is what the plan is asked about."""
+        said = [f"policy.dtype={self.dtype}", f"cluster.roles.policy.zero_stage={self.zero_stage}"]
+        said += ["policy.gradient_checkpointing=true"] * self.checkpointing
+        return said + [f"policy.lora={{rank: {self.lora_rank}}}"] * (self.lora_rank is not None)
+
+
+ALONE_TOKENS, ALONE_LENGTH = 512, 64
+ALONE = {
+    "bf16": Alone(),
+    "bf16, policy's loss": Alone(supervised=False),
+    "bf16, stage 0": Alone(zero_stage=0),
+    "bf16, stage 1": Alone(zero_stage=1),
+    "bf16, stage 3": Alone(zero_stage=3),
+    "bf16, checkpointing": Alone(checkpointing=True),
+    "bf16, LoRA": Alone(lora_rank=16),
+    "fp32, stage 0": Alone(dtype="float32", zero_stage=0),
+    "fp32, stage 3": Alone(dtype="float32", zero_stage=3),
+    "fp32, policy's loss": Alone(dtype="float32", supervised=False),
+}
+
+
+def train_alone(case: Alone, model: str, results: Any) -> None:
+    """In a process of its own: its peak, GiB, goes into the queue."""
+    import torch
+
+    from rlhf.config.derive import adapter_options
+    from rlhf.config.model import LoraConfig
+    from rlhf.engine.base import OptimizerSettings, ScheduleSettings
+    from rlhf.engine.distributed import init_distributed
+    from rlhf.engine.sharded_loading import shards_as_it_loads
+    from rlhf.models.loading import load_causal_lm
+    from rlhf.models.lora import add_lora
+    from rlhf.models.packed import policy_logprobs, supervised_loss
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cpu, dtype = torch.device("cpu"), getattr(torch, case.dtype)
+    here = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "master_addr": "127.0.0.1"}
+    init_distributed(**here, master_port=port, device=cpu, deadline_s=60.0)
+    from rlhf.engine.deepspeed import DeepSpeedEngine
+
+    with shards_as_it_loads(zero_stage=case.zero_stage, dtype=dtype, offload_parameters=False):
+        module = load_causal_lm(model, dtype=dtype, gradient_checkpointing=case.checkpointing)
+        if case.lora_rank is not None:
+            module = add_lora(module, **adapter_options(LoraConfig(rank=case.lora_rank)))
+    engine = DeepSpeedEngine(
+        module,
+        optimizer=OptimizerSettings(
+            lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, grad_clip=1.0, lora_plus_ratio=1.0
+        ),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=10, min_ratio=0.0),
+        zero_stage=case.zero_stage,
+        dtype=dtype,
+        device=cpu,
+        deadline_s=60.0,
+    )
+    lengths = torch.full((ALONE_TOKENS // ALONE_LENGTH,), ALONE_LENGTH)
+    mask = (torch.arange(ALONE_TOKENS) % ALONE_LENGTH) > 0
+    for _ in range(2):
+        for last in (False, True):
+            token_ids = torch.randint(100, 40_000, (ALONE_TOKENS,))
+            if case.supervised:
+                loss = engine.forward(supervised_loss, token_ids, lengths, mask=mask, token_weight=1e-3)[0]
+            else:
+                loss = -1e-3 * engine.forward(policy_logprobs, token_ids, lengths, mask=mask)[0].sum()
+            engine.backward(loss, last=last)
+        engine.step()
+    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
+
+
+def compare_alone(case: Alone) -> tuple[float, float]:
+    """(estimated, measured), GiB."""
+    config = "configs/sft_smollm2.yaml" if case.supervised else "configs/grpo_smollm2.yaml"
+    run = next(iter(load(ROOT / config, case.overrides()).runs.values()))
+    found = footprints(run, Sizes(tokens=ALONE_TOKENS))[0]
+    context = multiprocessing.get_context("spawn")
+    os.environ.update(KEEPS_MEMORY)  # read by the C library when the child starts
+    results = context.Queue()
+    child = context.Process(target=train_alone, args=(case, str(ROOT / run.policy.model), results))
+    child.start()
+    measured: float = results.get(timeout=DEADLINE_S)
+    child.join(timeout=60)
+    return (found.rss - found.of("shared")) / GIB, measured
+
+
 def main() -> None:
     """Print the table; exit 1 if an estimate is further off than WITHIN."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all if none is given")
     parser.add_argument("--runs", type=Path, default=Path("runs/plan_memory"))
+    parser.add_argument("--alone", action="store_true", help="one training rank without Ray")
     args = parser.parse_args()
     table = Table("case", "role", "estimated GiB", "measured GiB", "error", "calibrates")
     worst = 0.0
-    for name in args.cases or CASES:
+    for name, case in (ALONE if args.alone else {}).items():
+        estimated, measured = compare_alone(case)
+        worst = max(worst, abs(estimated / measured - 1.0))
+        table.add_row(name, "policy", f"{estimated:.2f}", f"{measured:.2f}", f"{estimated / measured - 1.0:+.1%}", "")
+        sys.stderr.write(f"{name}: estimated {estimated:.2f}, measured {measured:.2f} GiB\n")
+    for name in [] if args.alone else args.cases or CASES:
         for role, estimated, measured in compare(measure(name, args.runs)):
             error = estimated / measured - 1.0
             worst = max(worst, abs(error))

@@ -110,6 +110,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     return Training(
         trained=trained,
         frozen=0 if lora is None else whole,
+        frozen_bytes=0.0 if lora is None else _base_bytes(shape, model, whole),
         itemsize=_itemsize(model),
         zero_stage=role.zero_stage,
         ranks=role.workers,
@@ -123,6 +124,15 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         on_gpu=on_gpu,
         widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
     )
+
+
+def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:
+    """Of the weights under an adapter: with `quantize` the layers in 4 bits, and a float32 scale for each 64."""
+    size = _itemsize(model)
+    if model.lora is None or model.lora.quantize is None:
+        return float(whole * size)
+    layers = shape.layers * shape.layer_parameters
+    return layers * (0.5 + 4 / 64) + (whole - layers) * size
 
 
 def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Footprint:

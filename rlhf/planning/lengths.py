@@ -49,9 +49,9 @@ def parse_lengths(text: str, *, most: int) -> Lengths:
         try:
             mean, sigma = (float(part) for part in parts)
         except ValueError as error:
-            raise UserError(f"lengths={text}: expected lognormal:MEAN:SIGMA, such as lognormal:2000:0.8") from error
+            raise UserError(f"--lengths {text}: expected lognormal:MEAN:SIGMA, such as lognormal:2000:0.8") from error
         if not (1.0 <= mean < 1e9 and 0.0 <= sigma <= 5.0):
-            raise UserError(f"lengths={text}: expected a mean from 1 and a sigma from 0 to 5")
+            raise UserError(f"--lengths {text}: expected a mean from 1 and a sigma from 0 to 5")
         return Lengths(most=most, mean=mean, sigma=sigma)
     return Lengths(most=most, seen=tuple(_read(Path(text))))
 
@@ -65,7 +65,7 @@ def _read(path: Path) -> Sequence[int]:
             lines = file.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise UserError(
-                f"lengths={path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
+                f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
             ) from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -81,5 +81,5 @@ def _read(path: Path) -> Sequence[int]:
                 raise UserError(f"{file}:{number}: a length of {length}, expected at least 1")
             found.append(length)
     if not found:
-        raise UserError(f"lengths={path}: there are no lengths in it")
+        raise UserError(f"--lengths {path}: there are no lengths in it")
     return found

@@ -82,6 +82,7 @@ class Training:
 
     trained: int  # parameters
     frozen: int
+    frozen_bytes: float  # of the base: its dtype's, or 4 bits a weight and a scale for each 64
     itemsize: int  # bytes of a weight
     zero_stage: int
     ranks: int
@@ -153,14 +154,14 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
 def _states(t: Training) -> list[Term]:
     """Weights, their float32 copy and Adam's moments."""
     all_weights, b = t.trained + t.frozen, t.itemsize
-    weights_by = t.ranks if t.zero_stage == 3 else 1
+    weights_by, quantized = t.ranks if t.zero_stage == 3 else 1, t.frozen_bytes < t.frozen * b
     sharded = t.zero_stage >= 1 or b == 2  # DeepSpeed's bfloat16 optimizer shards even at stage 0
     by = t.ranks if sharded else 1
     terms = [
         Term(
             name="weights",
-            nbytes=all_weights * b / weights_by,
-            how=_product(all_weights, b, weights_by),
+            nbytes=(t.trained * b + t.frozen_bytes) / weights_by,
+            how=_product(all_weights, b, weights_by) + (", the base in 4 bits" if quantized else ""),
             place="host" if t.on_gpu and "parameters" in t.offload else "device",
         )
     ]

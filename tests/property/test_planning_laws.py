@@ -36,11 +36,12 @@ SHAPES = st.builds(
 @st.composite
 def trainings(draw: st.DrawFn) -> tuple[Shape, Training]:
     shape, lora = draw(SHAPES), draw(st.sampled_from([None, 8, 64]))
-    whole = shape.parameters
+    whole, size = shape.parameters, draw(st.sampled_from([2, 4]))
     return shape, Training(
         trained=whole if lora is None else shape.lora_parameters(lora),
         frozen=0 if lora is None else whole,
-        itemsize=draw(st.sampled_from([2, 4])),
+        frozen_bytes=0.0 if lora is None else whole * size,
+        itemsize=size,
         zero_stage=draw(st.sampled_from([0, 1, 2, 3])),
         ranks=draw(st.integers(1, 64)),
         tokens=draw(st.integers(1, 100_000)),

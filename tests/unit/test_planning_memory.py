@@ -156,6 +156,15 @@ def test_an_adapter_by_hand(tmp_path: Path) -> None:
     assert term(one, "weights") == (7_615_616_512 + 20_185_088) * 2
 
 
+def test_a_base_in_four_bits_by_hand(tmp_path: Path) -> None:
+    # Of 7,615,616,512 the 28 blocks are 6,525,618,176 (the rest: embedding, head, last norm), at half a byte
+    # and a scale of four bytes for 64.
+    one = policy(tmp_path, "policy.lora={rank: 8, quantize: nf4}")
+    blocks = 7_615_616_512 - 2 * 152_064 * 3584 - 3584
+    assert blocks == 6_525_618_176
+    assert term(one, "weights") == blocks * 0.5625 + (7_615_616_512 - blocks + 20_185_088) * 2
+
+
 def test_the_cache_of_a_token_by_hand() -> None:
     assert kv_bytes_per_token(shape(), itemsize=2) == 2 * 80 * 8 * 128 * 2 == 320 * 1024
 
