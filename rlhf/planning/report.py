@@ -69,7 +69,7 @@ def _terms(found: Sequence[Footprint]) -> str:
         where = "GPU + host" if one.on_gpu else "resident"
         both = f"{_gib(one.of('device'))} + {_gib(one.rss)}" if one.on_gpu else _gib(one.rss)
         rows.append([f"{one.role} * {one.workers}", where, both, ""])
-        for term in one.terms:
+        for term in filter(lambda t: t.nbytes > 0.0, one.terms):
             place = {"device": "", "host": " (host)" if one.on_gpu else "", "shared": " (shared)"}[term.place]
             rows.append(["", term.name + place, _gib(term.nbytes), term.how])
     return table(rows)
