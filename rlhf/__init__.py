@@ -60,13 +60,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def plan(
-    config: str | Path | Config | LoadedConfig, overrides: Sequence[str] = (), *, cluster: str | None = None
+    config: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str | None = None,
+    shapes: Path | None = None,
+    lengths: str | None = None,
+    simulate: str | None = None,
 ) -> str:
-    """What follows from a configuration, as `rlhf plan` prints it. `cluster`: nodes such as `2*cpu=96,gpu=8` to fit it
-    into."""
-    from rlhf.config.plan import render
+    """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
 
-    return render(_loaded(config, overrides), cluster=cluster)
+    cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
+    are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
+    `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
+    """
+    loaded = _loaded(config, overrides)
+    if simulate is not None:
+        from rlhf.planning.scenarios import render as play
+
+        return play(loaded, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
+    from rlhf.planning.report import render
+
+    return render(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
 def train(
