@@ -16,7 +16,7 @@ from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.config.yaml_tree import from_yaml
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError
+from rlhf.errors import Preempted, RunError
 from rlhf.tracking.backends import TrackerBackend
 from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Mode, open_progress
@@ -68,6 +68,8 @@ def recording(
                 progress.stage("starting")
                 try:
                     yield record, step
+                except Preempted:
+                    raise
                 except Exception as error:
                     with _hiding_nothing():
                         record.failed(error)

@@ -21,7 +21,9 @@ from rlhf.commands import (
     report,
     reward,
     serve_reward,
+    submit,
     train,
+    view,
 )
 from rlhf.commands.shared import Subparsers
 
@@ -46,7 +48,9 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "view": view,
     "report": report,
     "dashboard": dashboard,
+    "submit": submit,
     "doctor": doctor,
 }

@@ -299,8 +299,9 @@ def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
         host = section.colocate_with
         if host is not None:
             key = f"cluster.roles.{role}"
-            yield from _all(
-                f"{key}.cpus",
-                f"{key}.colocate_with is {host}: it uses what {host} reserves",
-                f"set cluster.roles.{host}.cpus, or {key}.colocate_with to null",
-            )
+            for name in ("cpus", "node_labels"):
+                yield from _all(
+                    f"{key}.{name}",
+                    f"{key}.colocate_with is {host}: it uses what {host} reserves",
+                    f"set cluster.roles.{host}.{name}, or {key}.colocate_with to null",
+                )

@@ -47,4 +47,4 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """TensorBoard files in the run's folder."""
     samples_per_step: int = Field(default=16, ge=0)
-    """Responses written to samples/ each step; every evaluation response is written."""
+    """Responses written to samples/ each step, token by token; every evaluation response is written."""

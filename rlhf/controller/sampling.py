@@ -110,5 +110,6 @@ def group_samples(
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )
-        selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records)))
+        ids = tuple(info.sequence_id for info in taken)
+        selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records), sequence_ids=ids))
     return selections

@@ -110,6 +110,7 @@ INERT = {
     "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to be mixed with"),
     "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
     "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
+    "cluster.roles.reward.node_labels={pool: a}": ([], "it uses what rollout reserves"),
 }
 
 
