@@ -38,7 +38,7 @@ class NodeSampler:
         idle = now.idle + now.iowait - before.idle - before.iowait
         found: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
         if total > 0.0:  # of less than a tick of the kernel's clock there is nothing to say
-            found["cpu_fraction"] = Mean(total=max(total - idle, 0.0), count=total)
+            found["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
         with self._guard:
             found |= self._gpu
             self._gpu = {}
