@@ -85,6 +85,11 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_line
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
+    with sigterm_preempts() as told:
+        _run_stages(loaded, told, resume=resume, mode=mode)
+
+
+def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode) -> None:
     for written in loaded.stages.values():
         meet_mirror(written, resume=resume)
         refuse_unusable_folder(written, resume=resume)
@@ -97,7 +102,7 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_line
         if isinstance(stage, StageInputs):
             refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
-    with connected(clusters[0]) if clusters else nullcontext(), sigterm_preempts() as told:
+    with connected(clusters[0]) if clusters else nullcontext():
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
