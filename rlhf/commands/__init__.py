@@ -10,6 +10,7 @@ import argparse
 from typing import Protocol
 
 from rlhf.commands import (
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -20,6 +21,7 @@ from rlhf.commands import (
     report,
     reward,
     serve_reward,
+    submit,
     train,
 )
 from rlhf.commands.shared import Subparsers
@@ -46,5 +48,7 @@ COMMANDS: dict[str, Command] = {
     "reward": reward,
     "serve-reward": serve_reward,
     "report": report,
+    "dashboard": dashboard,
+    "submit": submit,
     "doctor": doctor,
 }

@@ -236,6 +236,7 @@ class OnlineController:
         for name, role in members.items():
             if role is not None:
                 self.record.memory(name, await role.memory())
+        await self.record.system()
 
     def _add_throughput(self) -> None:
         row = self.record.row()
@@ -275,7 +276,7 @@ class OnlineController:
         self.record.write_state(aside, state)
 
     def _commit(self) -> None:
-        self.record.folder.commit_checkpoint(self.step)
+        self.record.commit_checkpoint(self.step)
         self.kept_step = self.step
 
     def _state(self) -> dict[str, Any]:
