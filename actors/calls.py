@@ -13,7 +13,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.nodes import losses, standing
+from actors.standing import losses, standing
 from rlhf.errors import RunError, UserError
 
 IT_HANGS = " It hangs, or the limit is too short for the work."

@@ -15,10 +15,10 @@ from ray.actor import ActorHandle
 
 from actors.calls import RESUMES, explain, wait_all
 from actors.gang import END_WITHIN_S, PolicyGang, largest
-from actors.nodes import losses
 from actors.placement import Placement
 from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.standing import losses
 from actors.weights import WeightManifest
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync

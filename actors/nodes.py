@@ -1,101 +1,73 @@
-"""The nodes that a run's actors stand on: remembered while all is well, so that a failure can name them.
+"""What the nodes of a run are busy with: the driver's own is looked at from here, each other one by a small actor.
 
-Asks a node itself whether it is still there; Ray finds out about a lost link only after its health checks. It must not
-ask the head, which may be what is lost.
+It takes no CPU of Ray's. A node that does not answer is left out with one warning: what matters of its death, the roles
+on it say.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ANSWERS_WITHIN_S = 2.0
-DRAINING_KNOWN_WITHIN_S = 10.0
+from actors.placement import Placement
+from rlhf.roles import Metrics
+from rlhf.tracking.reductions import Reduction
+from rlhf.tracking.system import NodeSampler
+
+logger = logging.getLogger(__name__)
+ANSWER_WITHIN_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where an actor's process is."""
+class Nodes:
+    """All nodes that have workers of the run, and the driver's."""
 
-    actor: str
-    node: str  # Ray's id
-    address: str
-    port: int  # of the node's raylet
-    pid: int
+    def __init__(self, placement: Placement) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        addresses = {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes()}
+        used = {node for role in placement.seating.seats for node in placement.nodes_of(role)}
+        self.here = addresses[here]
+        self.own = NodeSampler()
+        remote = ray.remote(NodeSampler)
+        self.others: dict[str, ActorHandle[Any]] = {
+            addresses[node]: remote.options(
+                num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote()
+            for node in sorted(used - {here})
+        }
 
-    def loss(self) -> str | None:
-        """What has become of its node; None: it answers."""
+    async def use(self) -> Metrics:
+        """`system/*` of each node since the last call."""
+        found = _named(self.here, self.own.take())
+        for told in await asyncio.gather(*map(self._asked, list(self.others))):
+            found |= told
+        return found
+
+    async def stop(self) -> None:
+        """Look no more."""
+
+    def end(self) -> None:
+        """End the actors."""
+        self.own.stop()
+        for handle in self.others.values():
+            ray.kill(handle)
+        self.others = {}
+
+    async def _asked(self, node: str) -> dict[str, Reduction]:
         try:
-            socket.create_connection((self.address, self.port), timeout=ANSWERS_WITHIN_S).close()
-        except ConnectionRefusedError:
-            return f"no Ray runs on node {self.address} any more"
-        except OSError:
-            return f"node {self.address} cannot be reached"
-        return None
+            answer = asyncio.wrap_future(self.others[node].take.remote().future())
+            return _named(node, await asyncio.wait_for(answer, timeout=ANSWER_WITHIN_S))
+        except (RayError, TimeoutError) as error:
+            logger.warning("node %s does not say what it is busy with: %s", node, type(error).__name__)
+            del self.others[node]
+            return {}
 
 
-_STANDING: dict[str, Standing] = {}  # by actor id, which is never used twice
-
-
-def own_standing(actor: object) -> tuple[str, str, int]:
-    """Of the actor in which this is called: its id, its node, its process."""
-    context = ray.get_runtime_context()
-    return context.get_actor_id() or "", context.get_node_id(), os.getpid()
-
-
-def remember(found: Sequence[tuple[str, str, int]]) -> None:
-    """What actors have said of themselves."""
-    nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    for actor, node, pid in found:
-        if node in nodes:
-            address, port = nodes[node]
-            _STANDING[actor] = Standing(actor=actor, node=node, address=address, port=port, pid=pid)
-
-
-def standing(actor: str | None) -> Standing | None:
-    """Where an actor is, or was; None: it was never found."""
-    return _STANDING.get(actor or "")
-
-
-def losses(owed: Mapping[ObjectRef[Any], str]) -> str:
-    """A sentence on what has become of the nodes of those who owe results, as far as they are lost; else empty.
-
-    owed: who owes each result, such as `policy rank 1`.
-    """
-    places: dict[str, Standing] = {}
-    whose: dict[str, list[str]] = {}
-    for ref, who in owed.items():
-        place = standing(ref.task_id().actor_id().hex())
-        if place is not None:
-            places[place.node] = place
-            whose.setdefault(place.node, []).append(who)
-    if not places:
-        return ""
-    with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
-        found = dict(zip(places, pool.map(Standing.loss, places.values()), strict=True))
-    lost = [f"{', '.join(sorted(set(whose[node])))}: {loss}" for node, loss in found.items() if loss is not None]
-    return f" {'; '.join(sorted(lost))}." if lost else ""
-
-
-async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """One of these nodes that is soon to go, as an autoscaler or `ray drain-node` has told Ray: its address, and the
-    time when it goes, if that is known."""
-    from ray._private.state import state  # where Ray's own trainer looks
-
-    try:
-        told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)
-    except TimeoutError:  # whatever keeps the head from answering will show itself in the run's own calls
-        return None
-    for node, deadline_ms in told.items():
-        if node in nodes:
-            address = next((place.address for place in _STANDING.values() if place.node == node), node)
-            return address, deadline_ms / 1000 if deadline_ms else None
-    return None
+def _named(node: str, found: Mapping[str, Reduction]) -> dict[str, Reduction]:
+    return {f"system/{node}/{key}": one for key, one in found.items()}

@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import wait_all
-from actors.nodes import own_standing, remember
+from actors.standing import own_standing, remember
 
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # for an end that Ray takes for an orderly one

@@ -32,6 +32,7 @@ __all__ = [
     "Preempted",
     "RunError",
     "UserError",
+    "dashboard",
     "evaluate",
     "export",
     "follow_job",
@@ -47,6 +48,7 @@ __all__ = [
     "stop_job",
     "submit",
     "train",
+    "view",
 ]
 
 
@@ -58,13 +60,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def plan(
-    config: str | Path | Config | LoadedConfig, overrides: Sequence[str] = (), *, cluster: str | None = None
+    config: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str | None = None,
+    shapes: Path | None = None,
+    lengths: str | None = None,
+    simulate: str | None = None,
 ) -> str:
-    """What follows from a configuration, as `rlhf plan` prints it. `cluster`: nodes such as `2*cpu=96,gpu=8` to fit it
-    into."""
-    from rlhf.config.plan import render
+    """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
 
-    return render(_loaded(config, overrides), cluster=cluster)
+    cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
+    are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
+    `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
+    """
+    loaded = _loaded(config, overrides)
+    if simulate is not None:
+        from rlhf.planning.scenarios import render as play
+
+        return play(loaded, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
+    from rlhf.planning.report import render
+
+    return render(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
 def train(
@@ -187,6 +204,16 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
     return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 
 
+def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
+    """Make a W&B workspace for the runs of a project; returns its address. `out`: a file for it, without a server.
+
+    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
+    """
+    from rlhf.tracking.workspace import publish
+
+    return publish(project=project, entity=entity, out=None if out is None else Path(out))
+
+
 def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
     """What a configuration's rewards say of the responses in a file; a reward that fails is part of the result.
 
@@ -260,6 +287,25 @@ def stop_job(job: str, *, address: str | None = None) -> JobEnd:
     from rlhf.commands.submit import stop_job as stop
 
     return stop(job, address=address)
+
+
+def view(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is told the URL.
+
+    token_env: environment variable with the token that browsers must give; hosts beyond this machine need one.
+    """
+    from rlhf.viewing.server import view as serve
+
+    folders = [Path(folder) for folder in (run, against) if folder is not None]
+    serve(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

@@ -10,6 +10,7 @@ import argparse
 from typing import Protocol
 
 from rlhf.commands import (
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -22,6 +23,7 @@ from rlhf.commands import (
     serve_reward,
     submit,
     train,
+    view,
 )
 from rlhf.commands.shared import Subparsers
 
@@ -46,7 +48,9 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "view": view,
     "report": report,
+    "dashboard": dashboard,
     "submit": submit,
     "doctor": doctor,
 }

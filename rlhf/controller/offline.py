@@ -112,6 +112,7 @@ class OfflineController:
             record.memory("policy", await self.role.memory())
             if self.teacher is not None:
                 record.memory("teacher", await self.teacher.memory())
+            await record.system()
             row = record.row()
             rate = row["update/tokens/total"] / row["time/update_s"]
             length = row["update/tokens/total"] / train.sequences_per_update
@@ -209,7 +210,7 @@ class OfflineController:
             await self.role.save(aside / "policy")
             self.record.write_state(aside, self._state())
         self.record.write_row(self.step, self.record.row())
-        folder.commit_checkpoint(self.step)
+        self.record.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)

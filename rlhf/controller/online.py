@@ -147,7 +147,9 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
-            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen)
+            written = [i for one in chosen for i in one.sequence_ids if i in signals.trained]
+            columns = await roles.policy.token_signals(written) if written else []
+            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
 
     async def _collect(self, step: int) -> Collected:
         """The step's batch. Preempted, with the step before kept, if the run is to end."""
@@ -236,6 +238,7 @@ class OnlineController:
         for name, role in members.items():
             if role is not None:
                 self.record.memory(name, await role.memory())
+        await self.record.system()
 
     def _add_throughput(self) -> None:
         row = self.record.row()
@@ -275,7 +278,7 @@ class OnlineController:
         self.record.write_state(aside, state)
 
     def _commit(self) -> None:
-        self.record.folder.commit_checkpoint(self.step)
+        self.record.commit_checkpoint(self.step)
         self.kept_step = self.step
 
     def _state(self) -> dict[str, Any]:

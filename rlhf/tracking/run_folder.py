@@ -24,6 +24,7 @@ from typing import Self
 from rlhf.errors import UserError
 from rlhf.tracking.atomic import sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
+from rlhf.tracking.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.logs import redact
 from rlhf.tracking.tracker import read_metrics
 
@@ -256,9 +257,9 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
-        for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
+        for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
-        for path in (self.samples, self.evals, self.spool, self.references):
+        for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
             if path.exists():
                 shutil.rmtree(path)
 

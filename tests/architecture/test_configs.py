@@ -12,8 +12,8 @@ import pytest
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import load
 from rlhf.config.merge import load_merge
-from rlhf.config.plan import render
 from rlhf.config.yaml_tree import read_tree
+from rlhf.planning.report import render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("**/*.yaml"))

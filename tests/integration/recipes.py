@@ -83,6 +83,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without times, throughput and memory: what an exact continuation repeats bit for bit."""
-    clocks = ("time", "throughput/", "memory/")
+    """Rows without times, throughput, memory and the nodes' state: what an exact continuation repeats bit for bit."""
+    clocks = ("time", "throughput/", "memory/", "system/")
     return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]

@@ -102,7 +102,7 @@ DRAIN = """
 import asyncio, subprocess, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from actors.nodes import leaving, own_standing, remember
+from actors.standing import leaving, own_standing, remember
 
 class Worker:
     def where(self):

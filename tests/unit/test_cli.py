@@ -12,6 +12,7 @@ import pytest
 
 import rlhf
 from rlhf.cli import main
+from rlhf.commands import COMMANDS
 from rlhf.commands.quickstart import RECIPES, recipe
 from rlhf.config.load import LoadedConfig
 
@@ -57,8 +58,7 @@ def raising(error: BaseException) -> Launch:
         ([], "the following arguments are required: COMMAND"),
         (
             ["frobnicate"],
-            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
-            "'eval', 'reward', 'serve-reward', 'report', 'submit', 'doctor')",
+            f"invalid choice: 'frobnicate' (choose from {', '.join(map(repr, COMMANDS))})",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),

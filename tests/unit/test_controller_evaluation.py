@@ -68,7 +68,7 @@ class Rewards:
         assert form == "last_number"
         return TEXTS[group.request.prompt.prompt_id]
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection], signals: Any = ()) -> None:
         self.written += selections
 
 

@@ -76,9 +76,12 @@ def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
         folder.write_config("run: {}\n")
         folder.errors.write_text('{"step": 1}\n')
         (folder.spool / "group_0").write_text("rollouts of another seed")
+        (folder.path / "histograms.jsonl").write_text('{"step": 1}\n')
+        (folder.path / "tensorboard").mkdir()
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         assert not folder.errors.exists()
         assert list(folder.spool.iterdir()) == []
+        assert not {"histograms.jsonl", "tensorboard"} & {path.name for path in folder.path.iterdir()}
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
