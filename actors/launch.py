@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from actors.engines import start_engines
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
-from actors.interrupts import sigterm_interrupts
+from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.merge import run_merge
 from actors.models import refuse_other_model
+from actors.nodes import Nodes
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import open_mirror, recording
 from actors.services import ReferenceWorkers, RewardWorkers
+from actors.standing import leaving
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
     critic_model,
@@ -80,7 +83,10 @@ SHOWN_OFFLINE = (
 
 
 def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False) -> None:
-    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written."""
+    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
+
+    Preempted: SIGTERM came before that.
+    """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     for written in loaded.stages.values():
@@ -95,13 +101,15 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_line
         if isinstance(stage, StageInputs):
             _refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
-    with connected(clusters[0]) if clusters else nullcontext(), sigterm_interrupts():
+    with connected(clusters[0]) if clusters else nullcontext(), sigterm_preempts() as told:
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
-            elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, mode=mode))
+                continue
+            told.refuse_more()
+            if isinstance(stage, StageInputs):
+                asyncio.run(_run_stage(stage, told, resume=resume, mode=mode))
             elif isinstance(stage, MergeStage):
                 run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
@@ -186,18 +194,20 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, mode: Mode) -> None:
+async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step)
+            await _run_online(stage, stage.inputs, record, step, told)
         else:
-            await _run_offline(stage, stage.inputs, record, step)
+            await _run_offline(stage, stage.inputs, record, step, told)
 
 
-async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:
+async def _run_offline(
+    stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None, told: Sigterm
+) -> None:
     config = stage.config
     if step is None:
         for row in inputs.unusable:
@@ -215,7 +225,8 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
     teacher = spawn_teacher(config, placement) if has_teacher(config) else None
-    async with ending([gang, *([teacher] if teacher is not None else [])], placement):
+    nodes = record.nodes = Nodes(placement)
+    async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
         limit_s = config.cluster.start_timeout_s
         await asyncio.gather(
             gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
@@ -241,18 +252,27 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
-        await controller.run()
+        await heeding(
+            controller.run(),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=partial(leaving, placement.nodes()),
+        )
         await _finish(gang, record.folder)
 
 
-async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None) -> None:
+async def _run_online(
+    stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None, told: Sigterm
+) -> None:
     config = stage.config
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
     roles, derived = needs(config), derive(config)
     placement = await reserve(config)
     deadline_s = cluster.call_timeout_s
-    groups: list[Stoppable] = []
+    nodes = record.nodes = Nodes(placement)
+    groups: list[Stoppable] = [nodes]
     async with ending(groups, placement):
         policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
         if not distils_rollouts(config):
@@ -359,7 +379,7 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
             one_host=one_host,
             tensor_parallel=cluster.roles.rollout.tensor_parallel,
             adapter=ships_adapter(config),
-            shared=record.folder.path,
+            shared=record.folder.own,
         )
         controller = OnlineController(
             config,
@@ -376,7 +396,13 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         )
         if step is not None:
             await controller.restore(step)
-        await controller.run()
+        await heeding(
+            controller.run(),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=partial(leaving, placement.nodes()),
+        )
         await _finish(policy, record.folder)
 
 

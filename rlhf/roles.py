@@ -165,6 +165,14 @@ class RewardRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
+class NodesRole(Protocol):
+    """The nodes that the run is on."""
+
+    async def use(self) -> Metrics:
+        """`system/*` of each since the last call; of one that does not answer, nothing."""
+        ...
+
+
 StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns that hold its rows
 
 

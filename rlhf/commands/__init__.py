@@ -10,6 +10,7 @@ import argparse
 from typing import Protocol
 
 from rlhf.commands import (
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -20,6 +21,7 @@ from rlhf.commands import (
     report,
     reward,
     serve_reward,
+    submit,
     train,
     view,
 )
@@ -48,5 +50,7 @@ COMMANDS: dict[str, Command] = {
     "serve-reward": serve_reward,
     "view": view,
     "report": report,
+    "dashboard": dashboard,
+    "submit": submit,
     "doctor": doctor,
 }

@@ -36,7 +36,14 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
-from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, sequence_reports, update_metrics
+from rlhf.workers.measure import (
+    advantage_histogram,
+    as_std,
+    reference_metrics,
+    sampler_metrics,
+    sequence_reports,
+    update_metrics,
+)
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
@@ -184,6 +191,7 @@ class PolicyWorker(TrainedWorker):
         self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
+        metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
         means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 

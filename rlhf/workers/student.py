@@ -26,7 +26,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
-from rlhf.workers.measure import as_std, sampler_metrics, update_metrics
+from rlhf.workers.measure import advantage_histogram, as_std, sampler_metrics, update_metrics
 from rlhf.workers.offline import OfflineWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
@@ -178,6 +178,7 @@ class StudentWorker(OfflineWorker):
             **_observed(old, told, rollout_logprobs, mask, lengths),
             "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
             "advantages/std": as_std(spread),
+            "advantages/histogram": advantage_histogram(advantages, mask),
         }
         return terms.loss, updated, before
 
