@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -52,7 +53,7 @@ class Cost:
     what: str
     held: float  # median
     held_most: float
-    cpu: float  # of the process and its children, without what is held
+    cpu: float  # of other threads, and of W&B's service
 
     @property
     def total(self) -> float:
@@ -107,10 +108,10 @@ def samples() -> list[SampleRecord]:
 
 
 def cpu_s() -> float:
-    """CPU seconds so far of this process and of W&B's service, which is its child."""
+    """CPU seconds so far of this process's other threads, and of W&B's service, which is its child."""
     own = psutil.Process()
-    family = [own, *(child for child in own.children() if "wandb" in child.name())]
-    return sum(sum(process.cpu_times()[:2]) for process in family)
+    family = [own, *(child for child in own.children(recursive=True) if "wandb" in child.name())]
+    return sum(sum(process.cpu_times()[:2]) for process in family) - time.thread_time()
 
 
 def measure(what: str, folder: Path, open_backends: Callable[[Path], list[TrackerBackend]]) -> Cost:
@@ -133,8 +134,7 @@ def measure(what: str, folder: Path, open_backends: Callable[[Path], list[Tracke
     used = cpu_s() - began
     tracker.close()
     counted = held[warm:]
-    cpu = max(used - sum(counted), 0.0) / STEPS
-    return Cost(what=what, held=statistics.median(counted), held_most=max(counted), cpu=cpu)
+    return Cost(what=what, held=statistics.median(counted), held_most=max(counted), cpu=used / STEPS)
 
 
 def costs(folder: Path) -> list[Cost]:
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     args = parser.parse_args()
     console = Console(width=110)
+    logging.getLogger("rlhf").setLevel(logging.ERROR)  # what looks wrong in these metrics is not the point
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
