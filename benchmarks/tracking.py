@@ -33,7 +33,7 @@ from rlhf.tracking.backends import TrackerBackend
 from rlhf.tracking.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics import METRICS, PLACEHOLDERS
 from rlhf.tracking.reductions import Histogram
-from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
 from rlhf.tracking.tensorboard_backend import open_tensorboard
 from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_backend import open_wandb
@@ -82,6 +82,7 @@ def histograms() -> dict[str, Histogram]:
 
 def samples() -> list[SampleRecord]:
     """Those of a step."""
+    column = tuple(-0.123456789 * (1 + place % 7) for place in range(TOKENS))
     return [
         SampleRecord(
             split="train",
@@ -102,6 +103,16 @@ def samples() -> list[SampleRecord]:
             mean_old_logprob=-0.5,
             mean_ref_logprob=-0.6,
             mean_teacher_logprob=None,
+            tokens=SampleTokens(
+                texts=("word ",) * TOKENS,
+                ids=tuple(range(TOKENS)),
+                sampled=(True,) * TOKENS,
+                rollout_logprobs=column,
+                old_logprobs=column,
+                ref_logprobs=column,
+                teacher_logprobs=None,
+                advantages=column,
+            ),
         )
         for number in range(SAMPLES)
     ]
