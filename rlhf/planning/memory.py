@@ -187,10 +187,11 @@ def _summed_gradients(t: Training) -> list[Term]:
 
 
 def _bucket(t: Training) -> list[Term]:
-    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs."""
+    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs. At stage 0 they are
+    added up where they are."""
     size = min(t.trained, BUCKET_ELEMENTS)
     if t.zero_stage == 0:
-        return [Term(name="gradients of a pass", nbytes=t.trained * t.itemsize, how=_product(t.trained, t.itemsize, 1))]
+        return []
     count = 2 if t.on_gpu and t.zero_stage < 3 else 1
     return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=_product(size, t.itemsize * count, 1))]
 
