@@ -78,9 +78,14 @@ SHOWN_OFFLINE = (
 )
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
-    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written."""
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, until: int | None = None) -> None:
+    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
+
+    until: stop after this step, with a checkpoint from which `resume` goes on; of a single run.
+    """
     logs.configure()
+    if until is not None:
+        _refuse_other_end(loaded, until)
     for written in loaded.stages.values():
         _refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
@@ -98,13 +103,22 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False) -> None:
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
             elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet))
+                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet, until=until))
             elif isinstance(stage, MergeStage):
                 run_merge(stage, loaded.folder, resume=resume, quiet=quiet)
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+
+
+def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
+    """UserError unless it is a step of a single training run."""
+    steps = [config.train.steps for config in loaded.runs.values()]
+    if loaded.is_pipeline or not steps:
+        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
+    if not 1 <= until <= steps[0]:
+        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
 
 
 def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
@@ -167,18 +181,20 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool) -> None:
+async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, quiet=quiet) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step)
+            await _run_online(stage, stage.inputs, record, step, until=until)
         else:
-            await _run_offline(stage, stage.inputs, record, step)
+            await _run_offline(stage, stage.inputs, record, step, until=until)
 
 
-async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None) -> None:
+async def _run_offline(
+    stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None, *, until: int | None
+) -> None:
     config = stage.config
     if step is None:
         for row in inputs.unusable:
@@ -222,11 +238,13 @@ async def _run_offline(stage: StageInputs, inputs: OfflineInputs, record: RunRec
             await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
-        await controller.run()
-        await _finish(gang, record.folder)
+        if await controller.run(until=until):
+            await _finish(gang, record.folder)
 
 
-async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None) -> None:
+async def _run_online(
+    stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None, *, until: int | None
+) -> None:
     config = stage.config
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
@@ -357,8 +375,8 @@ async def _run_online(stage: StageInputs, inputs: OnlineInputs, record: RunRecor
         )
         if step is not None:
             await controller.restore(step)
-        await controller.run()
-        await _finish(policy, record.folder)
+        if await controller.run(until=until):
+            await _finish(policy, record.folder)
 
 
 def _policy_rank(config: Config) -> type[Publishes]:

@@ -75,6 +75,6 @@ def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:
             project=stage.tracking.wandb_project,
             name=stage.run.name,
             config=stage.model_dump(mode="json"),
-            group=pipeline if is_stage else None,
+            group=stage.tracking.wandb_group or (pipeline if is_stage else None),
         )
     ]

@@ -9,7 +9,19 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from rlhf.commands import doctor, evaluate, export, generate, merge, plan, quickstart, reward, serve_reward, train
+from rlhf.commands import (
+    doctor,
+    evaluate,
+    export,
+    generate,
+    merge,
+    plan,
+    quickstart,
+    reward,
+    serve_reward,
+    sweep,
+    train,
+)
 from rlhf.commands.shared import Subparsers
 
 
@@ -26,6 +38,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,
+    "sweep": sweep,
     "quickstart": quickstart,
     "export": export,
     "merge": merge,

@@ -19,6 +19,9 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="auto: continue the run in its folder"
     )
+    command.add_argument(
+        "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
+    )
     add_quiet(command)
     add_overrides(command)
 
@@ -28,18 +31,18 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.config.load import load
 
     loaded = load(args.config, args.overrides)
-    launch(loaded, resume=args.resume == "auto", quiet=args.quiet)
+    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, until=args.until)
     if not args.quiet:
         _show_evaluations(loaded)
     say(f"done: {loaded.folder}\n")
     return 0
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
     """Run all stages in turn."""
     from actors.launch import launch as start
 
-    start(loaded, resume=resume, quiet=quiet)
+    start(loaded, resume=resume, quiet=quiet, until=until)
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:

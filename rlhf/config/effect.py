@@ -277,7 +277,11 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
         why = "train.lr_schedule is constant"
         yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
     if config.tracking.wandb == "off":
-        yield from _all("tracking.wandb_project", "tracking.wandb is off", "set tracking.wandb to offline or online")
+        yield from _all(
+            "tracking.wandb_project tracking.wandb_group",
+            "tracking.wandb is off",
+            "set tracking.wandb to offline or online",
+        )
 
 
 def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:

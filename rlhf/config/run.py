@@ -33,5 +33,7 @@ class TrackingConfig(Section):
     """W&B: `online` needs WANDB_API_KEY or a login."""
     wandb_project: str = "rlhf"
     """W&B project."""
+    wandb_group: str | None = Field(default=None, min_length=1)
+    """Group of the run in W&B. null: the pipeline that it is a stage of, or none; a sweep gives its own name."""
     samples_per_step: int = Field(default=16, ge=0)
     """Responses written to samples/ each step; every evaluation response is written."""

@@ -44,7 +44,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
 
 
 def raising(error: BaseException) -> Launch:
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
         raise error
 
     return launch
@@ -84,7 +84,7 @@ def test_plan_prints_and_exits_with_0(capsys: pytest.CaptureFixture[str], file: 
 def test_train_passes_what_it_was_given(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
         calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet))
 
     launch_with(launch)
@@ -152,7 +152,7 @@ def test_the_quickstart_recipes_are_found_from_anywhere(
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
         calls.append((loaded.stages["demo"].train.steps, resume))
 
     launch_with(launch)
