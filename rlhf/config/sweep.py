@@ -323,18 +323,18 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
         return
     judged = stages[sweep.judged]
     method = sweep.config.method
-    if isinstance(method, AshaMethod) and method.grace_steps >= judged.train.steps:
-        text = f"is {method.grace_steps}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
-        yield Problem(key=(*AT, "method", "grace_steps"), text=text)
+    if isinstance(method, AshaMethod | PbtMethod):
+        name, first = ("every", method.every) if isinstance(method, PbtMethod) else ("grace_steps", method.grace_steps)
+        at = (*AT, "method", name)
+        if first >= judged.train.steps:
+            text = f"is {first}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
+            yield Problem(key=at, text=text)
+        elif metric.startswith("eval/") and first % judged.eval.every:
+            text = f"is {first}, but {metric} is measured every {judged.eval.every} steps only (eval.every)"
+            yield Problem(key=at, text=text)
     if isinstance(method, PbtMethod):
         if sweep.base.is_pipeline:
             yield Problem(key=(*AT, "method"), text="is pbt, which varies a single run, and `config` is a pipeline")
-        if method.every >= judged.train.steps:
-            text = f"is {method.every}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
-            yield Problem(key=(*AT, "method", "every"), text=text)
-        if metric.startswith("eval/") and method.every % judged.eval.every:
-            text = f"is {method.every}, but {metric} is measured every {judged.eval.every} steps only (eval.every)"
-            yield Problem(key=(*AT, "method", "every"), text=text)
         if judged.train.early_stopping is not None:
             yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")
 
