@@ -15,11 +15,11 @@ from typing import Any
 import ray
 
 from actors.cluster import connected
-from actors.engines import start_engines
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import sigterm_interrupts
+from actors.kept_engines import KEEPER
 from actors.merge import run_merge
 from actors.models import refuse_other_model
 from actors.placement import reserve
@@ -249,10 +249,13 @@ async def _run_online(
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
     roles, derived = needs(config), derive(config)
-    placement = await reserve(config)
+    lent = await KEEPER.provide(
+        config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
+    )
+    placement, engines = lent.placement, lent.engines
     deadline_s = cluster.call_timeout_s
     groups: list[Stoppable] = []
-    async with ending(groups, placement):
+    async with ending(groups, lent):
         policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
         if not distils_rollouts(config):
             policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
@@ -327,15 +330,7 @@ async def _run_online(
             settings,
             deadline_s=deadline_s,
         )
-        groups.append(reward)
-        engines = start_engines(
-            config,
-            placement,
-            max_model_len=inputs.max_model_len,
-            spool=record.folder.spool,
-            environment=inputs.environment,
-        )
-        groups.append(engines)
+        groups += [reward, lent]
         limit_s = cluster.start_timeout_s
         one_host = placement.on_one_host()
         engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
@@ -345,7 +340,7 @@ async def _run_online(
             await engines.sleep(keep_weights=False)
         await asyncio.gather(
             policy.start(one_host=one_host, deadline_s=limit_s),
-            *([] if engines_first else [engines.start(deadline_s=limit_s)]),
+            *([] if engines_first or lent.is_started else [engines.start(deadline_s=limit_s)]),
             reward.start(deadline_s=limit_s),
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),

@@ -18,8 +18,9 @@ from pathlib import Path
 from actors.address import cluster_to_join
 from actors.interrupts import sigterm_interrupts
 from actors.search import require_optuna, strategy_of
-from actors.trials import Share, TrialProcess, end_all
+from actors.trials import Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
 from rlhf.config.cluster import ClusterConfig
+from rlhf.config.derive import is_online
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig
 from rlhf.config.seating import copies, seat
@@ -45,7 +46,7 @@ class _Running:
     """A trial at work."""
 
     assignment: Assignment
-    process: TrialProcess
+    process: Process
     slot: int
     said_before: int  # bytes of its log
     told: int = -1  # last step of the metric that the method knows
@@ -62,6 +63,7 @@ class _Loop:
     strategy: Strategy
     shares: Sequence[Share]
     running: list[_Running] = field(default_factory=list)
+    warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
     failures: int = 0
 
     def run(self) -> None:
@@ -79,7 +81,11 @@ class _Loop:
                         self.running.remove(one)
                         self._end(one, code)
         finally:
+            for process in self.warm.values():
+                if process.is_idle and all(one.process is not process for one in self.running):
+                    process.dismiss()
             end_all([one.process for one in self.running])
+            wait_for_all(list(self.warm.values()))
 
     def _fill(self) -> None:
         most = self.sweep.config.max_failures
@@ -97,10 +103,19 @@ class _Loop:
         write_atomic(file, dump_yaml(self.sweep.trial(trial.parameters, trial.name)))
         slot = next(n for n in range(len(self.shares)) if all(one.slot != n for one in self.running))
         said_before = log.stat().st_size if log.exists() else 0
-        process = TrialProcess(file, log, self.shares[slot], until=assignment.until)
+        process = self._process(slot, file, log, until=assignment.until)
         self.running.append(_Running(assignment, process, slot, said_before))
         until = "" if assignment.until is None else f" to step {assignment.until}"
         logger.info("%s begins%s: %s", trial.name, until, _said(trial.parameters))
+
+    def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
+        """One of its own; where engines may stay, that of the trial before it in this place."""
+        if not _may_keep_engines(self.sweep):
+            return TrialProcess(file, log, self.shares[slot], until=until)
+        if slot not in self.warm or not self.warm[slot].is_idle:
+            self.warm[slot] = WarmProcess(self.shares[slot])
+        self.warm[slot].begin(file, log, until=until)
+        return self.warm[slot]
 
     def _read(self, one: _Running) -> None:
         """Tell the method what is new in metrics.jsonl."""
@@ -216,6 +231,13 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
         Share(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
         for n in range(count)
     ]
+
+
+def _may_keep_engines(sweep: Sweep) -> bool:
+    """Whether trials one after another may have the same engines. Their Ray is the same then."""
+    runs = list(sweep.base.runs.values())
+    fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
+    return fixed and not sweep.base.is_pipeline and is_online(runs[0]) and runs[0].cluster.device == "cpu"
 
 
 def _bundles(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:

@@ -25,7 +25,7 @@ from wandb.proto.wandb_internal_pb2 import RunRecord
 import rlhf
 from rlhf.cli import main
 from rlhf.config.load import load
-from tests.integration.recipes import rows, without_clocks
+from tests.integration.recipes import ONLINE, merge, rows, without_clocks
 
 RUN: dict[str, Any] = {
     "run": {"name": "tiny"},
@@ -46,6 +46,7 @@ RUN: dict[str, Any] = {
     "eval": {"every": 2},
     "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
 }
+LAST_NUMBER = {"correct": {"function": "last_number"}}
 CRASHES = 1e30  # a learning rate after which no loss is finite
 
 
@@ -280,3 +281,21 @@ def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
         text = record.read_bytes()
         assert RunRecord(run_group="dpo").SerializeToString() in text
         assert b"beta" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path) -> None:
+    """And what the later trial samples and learns with them is, bit for bit, what it does with engines of its own."""
+    run = merge(ONLINE, {"run": {"name": "tiny"}, "algorithm": {"name": "grpo"}, "rewards": LAST_NUMBER})
+    parameters = {"train.lr": {"values": [1e-3, 1e-4]}}
+    file = sweep_file(tmp_path, "warm", config=run, parameters=parameters, metric="rewards/score/mean", concurrency=1)
+    found = rlhf.sweep(file, quiet=True)
+    assert [row.state for row in found.rows] == ["finished"] * 2
+    logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
+    assert ["the rollout engines are those of the run before" in log for log in logs] == [False, True]
+    rlhf.train(found.folder / "trials" / "trial-001.yaml", ["run.name=alone", f"run.dir={tmp_path}"], quiet=True)
+    ours, alone = rows(found.folder / "trials" / "trial-001"), rows(tmp_path / "alone")
+    assert without_clocks(ours) == without_clocks(alone)
+    assert ours[-1]["rollouts/response_tokens/mean"] > 0
+    assert not [process for process in psutil.Process().children(recursive=True) if "serve_trials" in process.name()]

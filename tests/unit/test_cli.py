@@ -56,8 +56,8 @@ def raising(error: BaseException) -> Launch:
         ([], "the following arguments are required: COMMAND"),
         (
             ["frobnicate"],
-            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'quickstart', 'export', 'merge', 'generate', "
-            "'eval', 'reward', 'serve-reward', 'doctor')",
+            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'sweep', 'quickstart', 'export', 'merge', "
+            "'generate', 'eval', 'reward', 'serve-reward', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
@@ -85,12 +85,12 @@ def test_train_passes_what_it_was_given(file: str, launch_with: Callable[[Launch
     calls = []
 
     def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
-        calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet))
+        calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet, until))
 
     launch_with(launch)
-    assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet"]) == 0
+    assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet", "--until", "2"]) == 0
     assert main(["train", file]) == 0
-    assert calls == [(3, 5, True, True), (10, 0, False, False)]
+    assert calls == [(3, 5, True, True, 2), (10, 0, False, False, None)]
 
 
 @pytest.mark.parametrize(
