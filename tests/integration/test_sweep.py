@@ -203,7 +203,7 @@ def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
     method = {"name": "asha", "trials": 4, "grace_steps": 4, "reduction_factor": 2}
     parameters = {"train.lr": {"values": [1e-2, 1e-7]}}
     file = sweep_file(tmp_path, "asha", method=method, parameters=parameters, seed=3)
-    found = rlhf.sweep(file, ["train.steps=1500", "eval.every=4", "train.checkpoint_every=4"], quiet=True)
+    found = rlhf.sweep(file, ["train.steps=300", "eval.every=4", "train.checkpoint_every=4"], quiet=True)
     by_rate: dict[float, set[str]] = {}
     for row in found.rows:
         by_rate.setdefault(row.parameters["train.lr"], set()).add(row.state)
@@ -212,7 +212,7 @@ def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
     assert found.best is not None
     assert found.best.parameters["train.lr"] == 1e-2
     stopped = next(row for row in found.rows if row.state == "stopped")
-    assert 4 <= stopped.step < 1500
+    assert 4 <= stopped.step < 300
     assert not (found.folder / "trials" / stopped.trial / "final").exists()
     assert not trial_processes(found.folder)
 

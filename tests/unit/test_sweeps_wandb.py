@@ -90,7 +90,7 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
             "W&B has no pbt",
         ),
         ({"parameters": {"train.best_metric": {"values": [None]}}}, "train.best_metric: W&B passes no None on"),
-        ({"method": {"name": "asha", "trials": 4, "grace_steps": 1, "reduction_factor": 2.5}}, "takes whole numbers"),
+        ({"method": {"name": "asha", "trials": 4, "grace_steps": 2, "reduction_factor": 2.5}}, "takes whole numbers"),
     ],
 )
 def test_what_wandb_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
