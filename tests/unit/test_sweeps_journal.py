@@ -66,6 +66,8 @@ def test_a_sweep_that_was_killed_knows_its_trials(tmp_path: Path) -> None:
         assert Listed(journal, known).left == [1, 2]
         journal.end(0, "open")
         assert Listed(journal, known).left == [0, 1, 2]
+    with journal_of(sweep, resume=True) as journal:
+        assert journal.trials[0].state == "open"
 
 
 def test_only_more_trials_may_be_asked_of_a_sweep_that_goes_on(tmp_path: Path) -> None:

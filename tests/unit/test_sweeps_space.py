@@ -24,6 +24,7 @@ def test_draws_depend_on_their_number_alone() -> None:
     three = [draw(parameters, seed=1, number=n) for n in range(3)]
     assert [draw(parameters, seed=1, number=n) for n in range(5)][:3] == three
     assert draw(parameters, seed=2, number=0) != three[0]
+    assert len({trial["rate"] for trial in three}) == 3
 
 
 def test_a_log_scale_halves_at_the_geometric_mean() -> None:
