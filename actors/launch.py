@@ -24,7 +24,7 @@ from actors.merge import run_merge
 from actors.models import refuse_other_model
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
-from actors.recording import recording
+from actors.recording import open_mirror, recording
 from actors.services import ReferenceWorkers, RewardWorkers
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
@@ -57,6 +57,7 @@ from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.progress import Mode
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
@@ -78,15 +79,19 @@ SHOWN_OFFLINE = (
 )
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, until: int | None = None) -> None:
+def launch(
+    loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False, until: int | None = None
+) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
 
     until: stop after this step, with a checkpoint from which `resume` goes on; of a single run.
     """
+    mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     if until is not None:
         _refuse_other_end(loaded, until)
     for written in loaded.stages.values():
+        _meet_mirror(written, resume=resume)
         _refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
@@ -103,9 +108,9 @@ def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, until: in
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
             elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, quiet=quiet, until=until))
+                asyncio.run(_run_stage(stage, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):
-                run_merge(stage, loaded.folder, resume=resume, quiet=quiet)
+                run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
@@ -119,6 +124,22 @@ def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
         raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
     if not 1 <= until <= steps[0]:
         raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
+
+
+def _meet_mirror(stage: Stage, *, resume: bool) -> None:
+    """With `resume`, bring here what the mirror has and the folder lacks. UserError if a new run would replace one."""
+    if stage.run.mirror is None or (resume and result_of(stage).exists()):
+        return
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+        mirror = open_mirror(stage, folder)
+        assert mirror is not None
+        if resume:
+            mirror.fetch()
+        elif mirror.holds_run():
+            raise UserError(
+                f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
+                "run.name, or remove it there."
+            )
 
 
 def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
@@ -181,11 +202,11 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, quiet: bool, until: int | None) -> None:
+async def _run_stage(stage: StageInputs, *, resume: bool, mode: Mode, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
-    with recording(stage.written, resume=resume, steps=steps, show=show, quiet=quiet) as (record, step):
+    with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
             await _run_online(stage, stage.inputs, record, step, until=until)
         else:

@@ -8,10 +8,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rlhf.config.dump import dump_yaml
+from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
-from rlhf.tracking.progress import open_progress
+from rlhf.tracking.mirror import Mirror
+from rlhf.tracking.progress import Mode, open_progress
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
 from rlhf.tracking.tracker import Tracker, TrackerBackend
@@ -22,24 +24,37 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def recording(
-    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), quiet: bool = True
+    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
 ) -> Iterator[tuple[RunRecord, int | None]]:
     """The record, and the step of the checkpoint to go on from; None: there is none. A failure is written down.
 
-    steps, show, quiet: of the progress display.
+    steps, show, mode: of the progress display.
     """
     with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
         folder.write_config(dump_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
-        tracker = Tracker(folder.path, backends=_backends(stage, folder.path))
+        keep = stage.train.keep_checkpoints if isinstance(stage, Config) else 1
+        mirror = open_mirror(stage, folder)
+        if mirror is not None:
+            mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
+        tracker = Tracker(folder.path, backends=_backends(stage, folder.path), max_staleness=_max_staleness(stage))
         timeline = Timeline(folder.timeline)
         failed = True
         try:
             if resume:
                 tracker.truncate_after(step if step is not None else -1)
-            with open_progress(steps, done_steps=step or 0, show=show, quiet=quiet) as progress:
-                record = RunRecord(folder=folder, tracker=tracker, timeline=timeline, progress=progress, step=step or 0)
+            with open_progress(
+                steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
+            ) as progress:
+                record = RunRecord(
+                    folder=folder,
+                    tracker=tracker,
+                    timeline=timeline,
+                    progress=progress,
+                    mirror=mirror,
+                    step=step or 0,
+                )
                 progress.stage("starting")
                 try:
                     yield record, step
@@ -52,6 +67,13 @@ def recording(
             with _hiding_nothing() if failed else nullcontext():
                 tracker.close(failed=failed)
             timeline.close()
+            if mirror is not None:
+                mirror.finish(keep, failed=failed)
+
+
+def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
+    """Where the run's folder is copied to; None: nowhere."""
+    return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
 
 
 @contextmanager
@@ -61,6 +83,11 @@ def _hiding_nothing() -> Iterator[None]:
         yield
     except (OSError, RunError) as error:
         logger.warning("the end of the run could not be written down: %s", error)
+
+
+def _max_staleness(stage: Stage) -> int | None:
+    """Of a run that samples."""
+    return stage.rollouts.max_staleness if isinstance(stage, Config) and stage.rollouts is not None else None
 
 
 def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:

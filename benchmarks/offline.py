@@ -8,9 +8,11 @@ warms up and is not counted. Tokens are real tokens, padding apart, and are coun
 response, twice, also where a side computes the prompt once. DPO's time has the reference in it: computed before the
 first step, it is dealt out to the steps of this one pass over the data.
 
-The float32 runs do ten steps, whose losses must be equal. TRL's side holds its weights in the dtype itself; ours keeps
-float32 master weights. A step's rows come sorted by length, by which TRL's micro-batches have little padding. Both
-sides have the allocator settings of our workers (actors.processes.KEEPS_MEMORY), with which TRL is faster too.
+The float32 runs do ten steps, whose losses must be equal. In bfloat16 TRL's side runs twice: as its trainers do by
+default, with float32 weights under autocast, and with weights and moments in bfloat16 alone, which leaves most weights
+as they are at this learning rate. Ours keeps float32 master weights. A step's rows come sorted by length, by which
+TRL's micro-batches have little padding. Both sides have the allocator settings of our workers
+(actors.processes.KEEPS_MEMORY), with which TRL is faster too.
 
 The last column is the arithmetic that a side cannot do without, over its time, as a share of the rate of a large
 float32 matrix product that was measured in the same run: products of the body for every token (for ours a pair's prompt
@@ -221,7 +223,7 @@ def measured(job: Job, model: Any, seconds: list[float], losses: list[float], re
     )
 
 
-def trl(job: Job, *, precomputes: bool = False) -> Measured:
+def trl(job: Job, *, precomputes: bool = False, autocasts: bool = False) -> Measured:
     """Steps of the method's trainer on the same tokens, rows in the given order."""
     import transformers
     from datasets import Dataset
@@ -257,7 +259,7 @@ def trl(job: Job, *, precomputes: bool = False) -> Measured:
             reference_s = time.perf_counter() - start
             return dataset
 
-    dtype = DTYPES[job.dtype]
+    dtype = torch.float32 if autocasts else DTYPES[job.dtype]
     if job.method == "reward_model":
         model = transformers.AutoModelForSequenceClassification.from_pretrained(job.model, dtype=dtype, num_labels=1)
         torch.nn.init.zeros_(model.score.weight)  # as ours begins
@@ -267,7 +269,7 @@ def trl(job: Job, *, precomputes: bool = False) -> Measured:
     if job.method == "dpo" and precomputes:
         settings["precompute_ref_log_probs"] = True
     elif job.method == "dpo":
-        extra["ref_model"] = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+        extra["ref_model"] = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     tokenizer.pad_token = PAD
     with tempfile.TemporaryDirectory() as folder:
@@ -283,7 +285,7 @@ def trl(job: Job, *, precomputes: bool = False) -> Measured:
                 lr_scheduler_type="constant",
                 max_length=None,
                 use_cpu=True,
-                bf16=False,  # its weights are in the dtype already
+                bf16=autocasts,
                 gradient_checkpointing=False,
                 report_to="none",
                 save_strategy="no",
@@ -306,6 +308,11 @@ def trl_precomputed(job: Job) -> Measured:
     return trl(job, precomputes=True)
 
 
+def trl_autocast(job: Job) -> Measured:
+    """Its default: float32 weights, and bfloat16 where autocast takes it."""
+    return trl(job, autocasts=True)
+
+
 def _trl_classes(method: str) -> tuple[Any, Any, dict[str, Any]]:
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -325,11 +332,11 @@ def _trl_row(method: str, row: Row) -> dict[str, Any]:
     return {"chosen_ids": prompt + first, "rejected_ids": prompt + list(row.responses[1])}
 
 
-OURS, TRL = "ours", "TRL"
+OURS, TRL, TRL_AUTOCAST = "ours", "TRL", "TRL, autocast"
 SIDES: Mapping[str, Mapping[str, Callable[[Job], Measured]]] = {
-    "sft": {OURS: ours, TRL: trl},
-    "dpo": {OURS: ours, TRL: trl, "TRL, precomputed": trl_precomputed},
-    "reward_model": {OURS: ours, TRL: trl},
+    "sft": {OURS: ours, TRL: trl, TRL_AUTOCAST: trl_autocast},
+    "dpo": {OURS: ours, TRL: trl, "TRL, precomputed": trl_precomputed, TRL_AUTOCAST: trl_autocast},
+    "reward_model": {OURS: ours, TRL: trl, TRL_AUTOCAST: trl_autocast},
 }
 
 
@@ -379,6 +386,8 @@ def main() -> None:
             )
             found: dict[str, Measured] = {}
             for side, run in SIDES[method].items():
+                if side == TRL_AUTOCAST and dtype == "float32":
+                    continue
                 found[side] = apart(run, job, keeps_memory=True)
                 console.print(f"  {side}: " + " ".join(f"{s:.2f}" for s in found[side].seconds) + " s")
             report(table, curves, job, found, product)

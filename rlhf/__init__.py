@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.evaluation.scored import ScoredFile
+    from rlhf.reporting.report import Report
     from rlhf.sweeps.results import SweepResult
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_merge",
     "merge",
     "plan",
+    "report",
     "reward",
     "serve_reward",
     "sweep",
@@ -65,17 +67,20 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    json_lines: bool = False,
     until: int | None = None,
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
-    until: stop after this step, with a checkpoint from which `resume` goes on.
+    quiet: no progress. json_lines: progress as JSON lines on stdout. until: stop after this step, with a checkpoint
+    from which `resume` goes on.
+
     UserError: the input is wrong. RunError: something failed at run time.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
-    launch(loaded, resume=resume, quiet=quiet, until=until)
+    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
     return loaded.folder
 
 
@@ -185,6 +190,16 @@ def evaluate(
         out=out,
     )
     return found
+
+
+def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
+    """Write run folders as one HTML file, to `out` or into the (first) run's folder; what looks wrong is in the result.
+
+    UserError: a folder holds no run, or the file cannot be written.
+    """
+    from rlhf.reporting.report import write_report
+
+    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 
 
 def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:

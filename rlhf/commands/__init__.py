@@ -17,6 +17,7 @@ from rlhf.commands import (
     merge,
     plan,
     quickstart,
+    report,
     reward,
     serve_reward,
     sweep,
@@ -46,5 +47,6 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "report": report,
     "doctor": doctor,
 }

@@ -25,6 +25,13 @@ def add_quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def add_progress(command: argparse.ArgumentParser) -> None:
+    """--quiet or --json."""
+    modes = command.add_mutually_exclusive_group()
+    modes.add_argument("--quiet", action="store_true", help="no progress")
+    modes.add_argument("--json", action="store_true", help="progress as JSON lines on stdout, for programs")
+
+
 def add_decoding(command: argparse.ArgumentParser) -> None:
     """Options of sampling. None of those of a Decoding has a default here: what is not given is not said."""
     add = command.add_argument

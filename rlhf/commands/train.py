@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rlhf.commands.shared import add_overrides, add_quiet, say
+from rlhf.commands.shared import add_overrides, add_progress, say
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
@@ -22,27 +22,33 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
     )
-    add_quiet(command)
+    add_progress(command)
     add_overrides(command)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and show what the evaluations say."""
     from rlhf.config.load import load
+    from rlhf.tracking.atomic import json_line
 
     loaded = load(args.config, args.overrides)
-    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, until=args.until)
+    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, json_lines=args.json, until=args.until)
+    if args.json:
+        say(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
+        return 0
     if not args.quiet:
         _show_evaluations(loaded)
     say(f"done: {loaded.folder}\n")
     return 0
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
+def launch(
+    loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False, until: int | None = None
+) -> None:
     """Run all stages in turn."""
     from actors.launch import launch as start
 
-    start(loaded, resume=resume, quiet=quiet, until=until)
+    start(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:

@@ -17,6 +17,9 @@ class RunConfig(Section):
     """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder of runs. A leading `~` is your home."""
+    mirror: str | None = Field(default=None, min_length=1)
+    """Folder of runs elsewhere, by a URL of fsspec such as `s3://bucket/runs`. The run's folder is copied there at each
+    checkpoint and at the end, and `--resume auto` fetches it where the folder is missing or older. null: no copy."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds data order, sampling, initialisation and dropout."""
 

@@ -25,7 +25,7 @@ from rlhf.errors import UserError
 from rlhf.tracking.metrics import METRICS, declared
 
 AT: Key = ("sweep",)
-OWN = ("run.name", "run.dir", "tracking.wandb_group")  # each trial's is given by the sweep
+OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # each trial's is given by the sweep
 STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temperature", "rollouts.top_p")
 
 
@@ -176,6 +176,9 @@ class Sweep:
         own = {"run.name": name, "run.dir": str(self.folder / "trials")}
         if any(stage.tracking.wandb != "off" for stage in self.base.runs.values()):
             own["tracking.wandb_group"] = self.config.name
+        mirror = next(iter(self.base.stages.values())).run.mirror
+        if mirror is not None:
+            own["run.mirror"] = f"{mirror.rstrip('/')}/{self.config.name}"
         with _blaming(self.source, parameters):
             return resolve(self.tree, arguments({**parameters, **own}), self.tree_folder)
 
@@ -335,6 +338,9 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
     if isinstance(method, PbtMethod):
         if sweep.base.is_pipeline:
             yield Problem(key=(*AT, "method"), text="is pbt, which varies a single run, and `config` is a pipeline")
+        if judged.run.mirror is not None:
+            text = "is pbt, whose members take each other's checkpoints, and run.mirror would bring theirs back"
+            yield Problem(key=(*AT, "method"), text=text)
         if judged.train.early_stopping is not None:
             yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")
 

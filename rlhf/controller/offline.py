@@ -210,7 +210,7 @@ class OfflineController:
         folder.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)
-        folder.prune(self.config.train.keep_checkpoints)
+        await self.record.prune(self.config.train.keep_checkpoints)
 
     def _state(self) -> dict[str, Any]:
         return {

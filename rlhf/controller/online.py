@@ -252,7 +252,7 @@ class OnlineController:
         folder.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)
-        folder.prune(self.config.train.keep_checkpoints)
+        await self.record.prune(self.config.train.keep_checkpoints)
         self.answers.clear()
 
     def _state(self) -> dict[str, Any]:

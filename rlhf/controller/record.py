@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.reductions import Max, Reduction, Sum
 from rlhf.tracking.run_folder import RunFolder
@@ -38,6 +40,7 @@ class RunRecord:
     tracker: Tracker
     timeline: Timeline
     progress: Progress
+    mirror: Mirror | None = None  # None: the folder is nowhere else
     step: int = 0  # the last one that is written down
     parts: list[Metrics] = field(default_factory=list)
     began: float = 0.0
@@ -76,9 +79,27 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        self.tracker.log(step, row)
+        found = self.tracker.log(step, row)
         self.step = step
         self.progress.step(step, row)
+        for one in found:
+            self.progress.finding(one)
+
+    async def prune(self, keep: int) -> None:
+        """Remove all but the newest checkpoints, and have the mirror become what the folder is now.
+
+        An upload that still goes on is waited for, since it reads the checkpoints; if it hangs, none is removed.
+        """
+        if self.mirror is None:
+            self.folder.prune(keep)
+            return
+        problem = await asyncio.to_thread(self.mirror.settle)
+        if problem is not None:
+            logger.warning("the newest checkpoints are on this machine alone; tried again with the next. %s", problem)
+            self.tracker.log_error(ErrorRecord(step=self.step, stage="mirror", kind="not_uploaded", message=problem))
+        if self.mirror.is_free():
+            self.folder.prune(keep)
+            self.mirror.begin(keep)
 
     def failed(self, error: Exception) -> None:
         """Write down what ends the run: in errors.jsonl, and where it came from in traceback.txt."""

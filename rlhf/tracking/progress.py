@@ -1,7 +1,8 @@
-"""What the terminal shows of a run: a live line of bars on a terminal, one plain line a step elsewhere.
+"""What the terminal shows of a run: bars, a step table and the last sample on a terminal, one plain line a step
+elsewhere, or JSON lines.
 
-Written to stderr by the driver. It shows numbers that others computed and decides nothing: a run is the same
-without it.
+Written to stderr by the driver, JSON lines to stdout. It shows numbers that others computed and decides nothing: a run
+is the same without it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rlhf.tracking.samples import last_sample
 
+if TYPE_CHECKING:
+    from rlhf.tracking.findings import Finding
+
+Mode = Literal["auto", "json", "quiet"]
 _PACE_STEPS = 20  # steps over which the pace is taken
 _HEARTBEAT_S = 60.0  # between plain lines within one step
 
@@ -29,50 +32,85 @@ def open_progress(
     *,
     done_steps: int = 0,
     show: Sequence[str] = (),
-    quiet: bool = False,
+    mode: Mode = "auto",
+    run: str = "",
+    folder: Path | None = None,
     stream: TextIO | None = None,
 ) -> Progress:
-    """The display that fits where stderr (or `stream`) goes.
+    """The display that is asked for; auto: the one that fits where stderr (or `stream`) goes.
 
     `done_steps`: steps that an earlier start has done. `show`: metrics to show, in this order, where a step has them.
+    `run`: its name. `folder`: of the run, whose samples are shown; None: none are.
     """
-    out = sys.stderr if stream is None else stream
-    if quiet:
+    if mode == "quiet":
         return Progress(total_steps, done_steps, show)
+    if mode == "json":
+        from rlhf.tracking.progress_json import JsonProgress
+
+        return JsonProgress(total_steps, done_steps, show, run, folder, sys.stdout if stream is None else stream)
+    out = sys.stderr if stream is None else stream
     if out.isatty():
-        return LiveProgress(total_steps, done_steps, show, Console(file=stream, stderr=stream is None))
+        from rlhf.tracking.progress_live import LiveProgress
+
+        return LiveProgress(total_steps, done_steps, show, run, folder, stream)
     return LineProgress(total_steps, done_steps, show, out)
+
+
+@dataclass(slots=True)
+class StageTime:
+    """One stage of the step at work."""
+
+    done: int = 0
+    total: int = 0  # 0: not counted
+    seconds: float = 0.0  # until it was last left
+    since: float | None = None  # when it was entered; None: another one is at work
 
 
 class Progress:
     """The interface, and the quiet form of it: keeps count and shows nothing."""
 
-    def __init__(self, total_steps: int, done_steps: int, show: Sequence[str]) -> None:
+    def __init__(
+        self, total_steps: int, done_steps: int, show: Sequence[str], run: str = "", folder: Path | None = None
+    ) -> None:
         self._total = total_steps
         self._done = done_steps
         self._show = tuple(show)
+        self._run = run
+        self._folder = folder
         self._ends = deque([time.monotonic()], maxlen=_PACE_STEPS + 1)
-        self._stage = ("starting", 0, 0)
+        self._stage = ""
+        self._stages: dict[str, StageTime] = {}
         self._numbers: dict[str, float] = {}
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
         """What goes on now, and how far it is (`rollouts 37/64`); total 0: not counted."""
-        self._stage = (name, done, total)
-        self._shown()
+        now, entered = time.monotonic(), name != self._stage
+        if entered:
+            self._leave(now)
+            self._stage = name
+        stage = self._stages.setdefault(name, StageTime())
+        stage.done, stage.total = done, total
+        if stage.since is None:
+            stage.since = now
+        self._shown(entered=entered)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done. Step 0, the evaluation before training, does not count as one."""
+        self._leave(time.monotonic())
         self._numbers |= {key: metrics[key] for key in self._show if key in metrics}
         if step > 0:
             self._done = step
             self._ends.append(time.monotonic())
         else:
             self._ends[-1] = time.monotonic()
-        self._stage = ("", 0, 0)
-        self._stepped(step)
+        self._stepped(step, metrics)
+        self._stage, self._stages = "", {}
 
     def note(self, text: str) -> None:
         """A line that stays."""
+
+    def finding(self, finding: Finding) -> None:
+        """Something that looks wrong, once. The log has it too, which is what people see."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -85,22 +123,35 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _shown(self) -> None:
-        """The stage changed."""
+    def _shown(self, *, entered: bool) -> None:
+        """The stage changed, or how far it is."""
 
-    def _stepped(self, step: int) -> None:
-        """A step ended."""
+    def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step ended; its stages are still known."""
+
+    def _leave(self, now: float) -> None:
+        stage = self._stages.get(self._stage)
+        if stage is not None and stage.since is not None:
+            stage.seconds += now - stage.since
+            stage.since = None
+
+    def _left_s(self) -> float | None:
+        """Seconds left at the pace of the last steps."""
+        if len(self._ends) < 2:
+            return None
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
 
     def _left(self) -> str:
-        """Time left at the pace of the last steps."""
-        if len(self._ends) < 2:
-            return "?"
-        pace_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return duration(pace_s * (self._total - self._done))
+        seconds = self._left_s()
+        return "?" if seconds is None else duration(seconds)
 
     def _doing(self) -> str:
-        name, done, total = self._stage
-        return f"{name} {done}/{total}" if total else name
+        stage = self._stages.get(self._stage, StageTime())
+        return f"{self._stage} {stage.done}/{stage.total}" if stage.total else self._stage
+
+    def _sample(self, step: int) -> Mapping[str, Any] | None:
+        """A response of the step; None if none is written."""
+        return last_sample(self._folder, step) if self._folder is not None else None
 
 
 class LineProgress(Progress):
@@ -114,11 +165,11 @@ class LineProgress(Progress):
     def note(self, text: str) -> None:
         self._say(text)
 
-    def _shown(self) -> None:
+    def _shown(self, *, entered: bool) -> None:
         if time.monotonic() - self._said >= _HEARTBEAT_S:
             self._say(f"step {self._done + 1}/{self._total}: {self._doing()}")
 
-    def _stepped(self, step: int) -> None:
+    def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = "".join(f"  {key} {number(value)}" for key, value in self._numbers.items())
         self._say(f"step {step}/{self._total}{numbers}  left {self._left()}")
 
@@ -128,43 +179,12 @@ class LineProgress(Progress):
         self._said = time.monotonic()
 
 
-class LiveProgress(Progress):
-    """Two bars (steps, current stage) with the newest numbers under them, redrawn in place."""
-
-    def __init__(self, total_steps: int, done_steps: int, show: Sequence[str], console: Console) -> None:
-        super().__init__(total_steps, done_steps, show)
-        self._console = console
-        # Redrawn by its own thread at 4 Hz from what `get_renderable` gives: calls never wait for the terminal.
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=False)
-        self._live.start()
-
-    def note(self, text: str) -> None:
-        self._console.print(Text(text))
-
-    def close(self) -> None:
-        self._live.stop()
-
-    def _render(self) -> Group:
-        name, done, total = self._stage
-        bars = Table.grid(padding=(0, 1))
-        bars.add_column(min_width=12)  # so that nothing shifts as the stages change
-        bars.add_row(Text("steps"), _bar(self._done, self._total), f"{self._done}/{self._total}  left {self._left()}")
-        bars.add_row(Text(name), _bar(done, total) if name else "", f"{done}/{total}" if total else "")
-        numbers = Table.grid(padding=(0, 2))
-        for key, value in self._numbers.items():
-            numbers.add_row(Text(key, style="dim"), Text(number(value)))
-        return Group(bars, numbers)
-
-
-def _bar(done: int, total: int) -> ProgressBar:
-    return ProgressBar(total=total or 1, completed=done, width=32, pulse=not total)
-
-
 def number(value: float) -> str:
-    """Three significant digits, whole numbers whole."""
+    """Three significant digits, whole numbers whole, and no exponent for thousands."""
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else str(value)
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.3g}"
+    whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:.0f}" if whole and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ as it was sampled: this is the user's data and is never redacted or cut.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.tracking.atomic import read_lines, write_lines
+
+_TAIL_BYTES = 1 << 20  # of a file of samples in which its last line is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,22 @@ def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
     splits = {record.split for record in records}
     others = [row for row in read_lines(path) if row["split"] not in splits]
     write_lines(path, [*others, *(_finite(asdict(record)) for record in records)])
+
+
+def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
+    """The last response that is written of a step, of the evaluation if there was one; None if there is none.
+
+    It reads the file's end alone: an evaluation may have written many.
+    """
+    path = samples_path(folder, step)
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+            found = json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):  # not written yet, or one response alone is longer than that
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def remove_samples_after(folder: Path, step: int) -> list[int]:

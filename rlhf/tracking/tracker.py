@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.tracking.atomic import append_line, keep_lines, read_lines
+from rlhf.tracking.diagnosis import Watch
 from rlhf.tracking.errors import ErrorRecord, write_error
+from rlhf.tracking.findings import Finding
 from rlhf.tracking.metrics import declared
 from rlhf.tracking.samples import remove_samples_after
 
@@ -41,7 +43,11 @@ class Tracker:
     before `log` returns.
     """
 
-    def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, backends: Sequence[TrackerBackend] = (), max_staleness: int | None = None
+    ) -> None:
+        """max_staleness: `rollouts.max_staleness` of the run; None: it has none."""
+        self._max_staleness = max_staleness
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._backends = tuple(backends)
@@ -50,13 +56,17 @@ class Tracker:
         self._continue()
 
     def _continue(self) -> None:
-        """Take up step and clock from the last row."""
+        """Take up step, clock and what has been told from the rows."""
         rows = read_metrics(self._folder)
+        self._watch = Watch(max_staleness=self._max_staleness)
+        for row in rows:
+            self._watch.observe(row)
         self._last_step: int = rows[-1]["step"] if rows else -1
         self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the step's row. Non-finite values become null, with a warning.
+    def log(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+        """Write the step's row. Non-finite values become null, with a warning. Returns what looks wrong from this step
+        on, which is logged too.
 
         KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
         """
@@ -71,10 +81,15 @@ class Tracker:
             values[key] = value if math.isfinite(value) else None
             if not math.isfinite(value):
                 logger.warning("step %d: %s is %s, written as null", step, key, value)
-        append_line(self._path, {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values})
+        row = {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values}
+        append_line(self._path, row)
         self._last_step = step
         for backend in self._backends:
             backend.log(step, values)
+        found = self._watch.observe(row)
+        for one in found:
+            logger.log(logging.INFO if one.severity == "notice" else logging.WARNING, "%s", one.sentence())
+        return found
 
     def log_error(self, record: ErrorRecord) -> None:
         """Append to errors.jsonl."""

@@ -40,6 +40,10 @@ def test_a_row_without_a_reward_is_named() -> None:
         check_rewards(specs(maths=MATHS, code=CODE), rows({"kind": "code"}, {"kind": "Code"}), "data.train")
 
 
+def test_a_run_without_rewards_asks_nothing_of_its_rows() -> None:
+    check_rewards((), rows({"kind": "code"}), "data.train")
+
+
 def test_a_gate_must_apply_where_its_reward_does() -> None:
     found = specs(maths=MATHS, short={"url": "http://127.0.0.1:9/", "gate": "maths"})
     with pytest.raises(UserError, match=r"rewards.short.gate: maths does not apply to d.jsonl:2, and short does"):

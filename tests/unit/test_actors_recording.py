@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.launch import _meet_mirror
 from actors.recording import recording
 from rlhf.config.load import load
 from rlhf.config.stages import MergeStage
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 
 PIPELINE = """\
 run: {name: demo, dir: DIR}
@@ -92,3 +95,75 @@ def test_a_full_disk_does_not_hide_what_ended_the_run(
     with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
         raise RunError("update: policy rank 1 died")
     assert caplog.text.count("could not be written down: [Errno 28]") == 2
+
+
+RUN = """\
+run: {name: demo, dir: DIR/runs, mirror: DIR/mirror}
+policy: {model: x}
+algorithm: {name: sft}
+data: {train: a.jsonl}
+train: {steps: 40, lr: 1e-3, sequences_per_update: 32, keep_checkpoints: 1}
+"""
+
+
+def mirrored(tmp_path: Path, parent: str = "runs") -> Any:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("DIR/runs", str(tmp_path / parent)).replace("DIR", str(tmp_path)))
+    (stage,) = load(path).stages.values()
+    return stage
+
+
+def checkpointed(record: Any, step: int) -> None:
+    (record.folder.begin_checkpoint(step) / "controller.json").write_text(str(step))
+    record.write_row(step, {"update/lr": 1.0})
+    record.folder.commit_checkpoint(step)
+    asyncio.run(record.prune(1))
+
+
+def test_a_mirrored_run_goes_on_elsewhere_and_is_not_begun_twice(tmp_path: Path) -> None:
+    there = tmp_path / "mirror" / "demo"
+    with suppress(RunError), recording(mirrored(tmp_path), resume=False) as (record, _):
+        assert (there / "config.resolved.yaml").exists()  # what cannot be written there is known at the start
+        for step in (10, 20):
+            checkpointed(record, step)
+        raise RunError("lost")
+    assert json.loads((there / "errors.jsonl").read_text())["message"] == "lost"
+    other = mirrored(tmp_path, "other")
+    with pytest.raises(UserError, match=r"run\.mirror: .* already holds a run. Continue it with --resume auto"):
+        _meet_mirror(other, resume=False)
+    _meet_mirror(other, resume=True)
+    with recording(other, resume=True) as (record, step):
+        assert step == 20
+        checkpointed(record, 30)
+    assert sorted(path.name for path in (there / "checkpoints").glob("step*")) == ["step_000030"]
+    assert [json.loads(line)["step"] for line in (there / "metrics.jsonl").read_text().splitlines()] == [10, 20, 30]
+
+
+def test_a_mirror_that_cannot_be_written_fails_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.tracking.mirror._PAUSE_S", 0.001)
+    (tmp_path / "mirror").write_text("a file")
+    with pytest.raises(RunError, match=r"run\.mirror: "), recording(mirrored(tmp_path), resume=False):
+        pytest.fail("it began")
+
+
+def test_a_checkpoint_that_did_not_get_away_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.tracking.mirror._PAUSE_S", 0.001)
+    with recording(mirrored(tmp_path), resume=False) as (record, _):
+        whole = record.mirror._put_checkpoint
+
+        def fails(step: int) -> None:
+            raise PermissionError("expired")
+
+        record.mirror._put_checkpoint = fails
+        checkpointed(record, 10)
+        record.mirror._thread.join()
+        record.mirror._put_checkpoint = whole
+        checkpointed(record, 20)
+    (error,) = map(json.loads, (tmp_path / "runs" / "demo" / "errors.jsonl").read_text().splitlines())
+    assert (error["stage"], error["kind"]) == ("mirror", "not_uploaded")
+    assert "expired" in error["message"]
+    assert (tmp_path / "mirror" / "demo" / "checkpoints" / "step_000020" / "manifest.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
 
 
 def raising(error: BaseException) -> Launch:
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
         raise error
 
     return launch
@@ -57,10 +58,11 @@ def raising(error: BaseException) -> Launch:
         (
             ["frobnicate"],
             "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'sweep', 'quickstart', 'export', 'merge', "
-            "'generate', 'eval', 'reward', 'serve-reward', 'doctor')",
+            "'generate', 'eval', 'reward', 'serve-reward', 'report', 'doctor')",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
+        (["train", "x.yaml", "--quiet", "--json"], "argument --json: not allowed with argument --quiet"),
         (["train", "x.yaml", "--fast"], "train does not know --fast"),
         (["doctor", "x=1"], "doctor does not know x=1"),
         (["quickstart", "--algorithm", "dqn"], "invalid choice: 'dqn' (choose from 'ppo', 'grpo')"),
@@ -81,16 +83,22 @@ def test_plan_prints_and_exits_with_0(capsys: pytest.CaptureFixture[str], file: 
     assert "7 steps" in capsys.readouterr().out
 
 
-def test_train_passes_what_it_was_given(file: str, launch_with: Callable[[Launch], None]) -> None:
+def test_train_passes_what_it_was_given(
+    capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None]
+) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
-        calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet, until))
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
+        called = loaded.stages["demo"]
+        calls.append((called.train.steps, called.run.seed, resume, quiet, json_lines, until))
 
     launch_with(launch)
     assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet", "--until", "2"]) == 0
     assert main(["train", file]) == 0
-    assert calls == [(3, 5, True, True, 2), (10, 0, False, False, None)]
+    capsys.readouterr()
+    assert main(["train", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "done", "run": "demo", "folder": "runs/demo"}
+    assert calls == [(3, 5, True, True, False, 2), *((10, 0, False, False, told, None) for told in (False, True))]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_the_quickstart_recipes_are_found_from_anywhere(
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, until: int | None = None) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
         calls.append((loaded.stages["demo"].train.steps, resume))
 
     launch_with(launch)

@@ -57,9 +57,10 @@ def test_a_trial_is_the_run_with_what_is_fixed_and_what_is_varied(tmp_path: Path
 
 
 def test_trials_that_are_told_to_wandb_are_one_group_of_it(tmp_path: Path) -> None:
-    sweep = load_sweep(write_sweep(tmp_path), ["tracking.wandb=offline"])
+    sweep = load_sweep(write_sweep(tmp_path), ["tracking.wandb=offline", "run.mirror=memory://runs/"])
     (run,) = sweep.trial({"train.lr": 0.5}, "trial-000").runs.values()
     assert run.tracking.wandb_group == "rates"
+    assert run.run.mirror == "memory://runs/rates"  # other sweeps have trials of the same names
 
 
 def test_a_run_may_stand_in_the_sweep_itself(tmp_path: Path) -> None:

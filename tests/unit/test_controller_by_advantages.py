@@ -113,7 +113,7 @@ class Run:
         roles: Any = {"policy": self.policy, "reference": self.reference if has_reference else None, "critic": None}
         unused: Any = None
         self.record = RunRecord(
-            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, quiet=True)
+            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, mode="quiet")
         )
         self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
 

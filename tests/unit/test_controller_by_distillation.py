@@ -110,7 +110,7 @@ class Run:
         roles: Any = {"policy": self.student, "teacher": self.teacher}
         unused: Any = None
         self.record = RunRecord(
-            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, quiet=True)
+            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, mode="quiet")
         )
         self.record.begin_step()
         self.learning = DistillationLearning(

@@ -105,7 +105,7 @@ class Run:
         roles: Any = {"policy": self.policy, "reference": self.reference}
         unused: Any = None
         self.record = RunRecord(
-            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, quiet=True)
+            folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, mode="quiet")
         )
         self.learning = PairLearning(
             config, OnlineRoles(**roles, rollout=unused, reward=unused, critic=None), self.record

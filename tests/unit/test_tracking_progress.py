@@ -1,14 +1,21 @@
-"""The three displays behind one interface."""
+"""The displays behind one interface."""
 
 from __future__ import annotations
 
 import io
+import json
+import math
 import time
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf.tracking import progress
-from rlhf.tracking.progress import LineProgress, LiveProgress, Progress, open_progress
+from rlhf.tracking.findings import Finding
+from rlhf.tracking.progress import LineProgress, Progress, open_progress
+from rlhf.tracking.progress_live import LiveProgress
+from rlhf.tracking.samples import last_sample, samples_path
 
 
 class Terminal(io.StringIO):
@@ -47,21 +54,95 @@ def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
     assert out.getvalue().splitlines() == ["step 5/10: rollouts 6/64", "step 5/10: rollouts 12/64"]
 
 
-def test_live_display_shows_bars_stage_and_numbers() -> None:
-    out = Terminal()
-    with open_progress(10, done_steps=2, show=["update/kl_old/mean"], stream=out) as display:
-        assert type(display) is LiveProgress
-        display.step(3, {"update/kl_old/mean": 0.0123})
-        display.stage("rollouts", 37, 64)
-        display.note("checkpoint at step 3 [kept]")
-    shown = out.getvalue()
-    for text in ("steps", "3/10", "rollouts", "37/64", "update/kl_old/mean", "0.0123", "checkpoint at step 3 [kept]"):
-        assert text in shown
+def written_sample(folder: Path, step: int, response: str) -> None:
+    path = samples_path(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    row = {"split": "train", "prompt": "2+2=", "response": response, "score": 0.5, "truncated": False}
+    path.write_text(json.dumps({**row, "response": "another"}) + "\n" + json.dumps(row) + "\n")
+
+
+def test_live_display_shows_stages_a_step_table_and_the_last_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, out = Clock(monkeypatch), Terminal()
+    written_sample(tmp_path, 3, "four\x1b[2J [red]")
+    display = open_progress(
+        10, done_steps=1, show=["update/kl_old/mean", "eval/held/score"], run="demo", folder=tmp_path, stream=out
+    )
+    assert type(display) is LiveProgress
+    display.step(2, {"update/kl_old/mean": 0.5, "eval/held/score": 0.25})
+    display.step(3, {"update/kl_old/mean": 0.0123, "update/lr": 1.0})
+    display.stage("rollouts", 1, 64)
+    clock.now += 3.0
+    display.stage("update")
+    clock.now += 2.0
+    display.stage("rollouts", 37, 64)
+    clock.now += 1.0
+    shown = io.StringIO()
+    Console(file=shown, width=90).print(display._render())
+    display.close()
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    assert lines[0].startswith("steps ")
+    assert lines[0].endswith("3/10 left 0 s demo")
+    assert lines[1].startswith("rollouts ")
+    assert lines[1].endswith("37/64 4.0 s")
+    assert lines[2].startswith("update ")
+    assert lines[2].endswith("2.0 s")
+    assert lines[3:] == [
+        "update/ eval/",
+        "step kl_old/mean held/score",
+        "2 0.5 0.25",
+        "3 0.0123",
+        "sample 2+2=",
+        "-> four [2J [red] [0.5]",  # nothing that the terminal would obey
+    ]
+    display.step(4, {})
+    assert display._stages == {}
+
+
+def test_json_lines_are_one_object_a_stage_step_and_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    written_sample(tmp_path, 1, "4")
+    finding = Finding(
+        kind="slower", severity="notice", first_step=1, last_step=1, metrics=(), what="w", why="y", advice="a"
+    )
+    with open_progress(2, mode="json", run="demo", folder=tmp_path) as display:
+        for done in range(3):
+            display.stage("rollouts", done, 3)
+        clock.now += 5.0
+        display.step(1, {"update/lr": 0.5, "update/grad_norm": math.inf})
+        display.finding(finding)
+        display.note("kept")
+    out, err = capsys.readouterr()
+    assert err == ""
+    stage, step, found, note = map(json.loads, out.splitlines())
+    assert stage == {"event": "stage", "run": "demo", "step": 1, "stage": "rollouts"}
+    assert step == {
+        "event": "step",
+        "run": "demo",
+        "step": 1,
+        "steps": 2,
+        "left_s": 5.0,
+        "metrics": {"update/grad_norm": None, "update/lr": 0.5},
+        "sample": {"split": "train", "prompt": "2+2=", "response": "4", "score": 0.5, "truncated": False},
+    }
+    assert (found["event"], found["kind"], found["advice"]) == ("finding", "slower", "a")
+    assert note == {"event": "note", "run": "demo", "text": "kept"}
+
+
+def test_the_last_sample_is_read_from_the_files_end(tmp_path: Path) -> None:
+    assert last_sample(tmp_path, 1) is None
+    written_sample(tmp_path, 1, "x" * (2 << 20))  # longer than what is read
+    assert last_sample(tmp_path, 1) is None
+    written_sample(tmp_path, 1, "x")
+    assert last_sample(tmp_path, 1)["response"] == "x"
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     out = Terminal()
-    with open_progress(10, quiet=True, stream=out) as display:
+    with open_progress(10, mode="quiet", stream=out) as display:
         assert type(display) is Progress
         display.stage("rollouts", 1, 2)
         display.step(1, {})
@@ -86,7 +167,16 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(3.0, "3"), (0.12345, "0.123"), (1e-6, "1e-06"), (float("nan"), "nan"), (-2.5, "-2.5")]
+    ("value", "text"),
+    [
+        (3.0, "3"),
+        (0.12345, "0.123"),
+        (1e-6, "1e-06"),
+        (float("nan"), "nan"),
+        (-2.5, "-2.5"),
+        (15312.7, "15313"),
+        (1e12, "1e+12"),
+    ],
 )
 def test_number(value: float, text: str) -> None:
     assert progress.number(value) == text

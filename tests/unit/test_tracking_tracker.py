@@ -195,3 +195,16 @@ def test_a_disk_that_is_full_at_a_whole_file_names_that_file(tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=r"/step_000001\.jsonl could not be written: Disk quota"):
         write_lines(tmp_path / "step_000001.jsonl", [{}])
+
+
+def test_what_looks_wrong_is_told_once_and_not_again_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(tmp_path)
+    with caplog.at_level("INFO", logger="rlhf"):
+        told = [[one.kind for one in tracker.log(step, {"experience/kl_ref/mean": 2.0})] for step in (1, 2, 3, 4)]
+        assert told == [[], [], ["kl_blow_up"], []]
+        assert Tracker(tmp_path).log(5, {"experience/kl_ref/mean": 2.0}) == []
+    assert [record.levelname for record in caplog.records if "KL to the reference" in record.getMessage()] == [
+        "WARNING"
+    ]

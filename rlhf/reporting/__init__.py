@@ -1,0 +1,1 @@
+"""`rlhf report`: run folders as one HTML file that explains itself. Reads what runs wrote; measures nothing."""

@@ -1,0 +1,76 @@
+"""What the plots of a report show: every metric of its runs over the steps, grouped by stage, thinned to what a screen
+can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.reporting.runs import Run
+from rlhf.tracking.findings import Finding
+from rlhf.tracking.metrics import declared
+
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
+_MOST_POINTS = 1500  # of a curve
+_MAIN = (
+    *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "preference/accuracy/mean"),
+    *("update/loss/mean", "experience/kl_teacher/mean", "rollouts/response_tokens/mean", "update/grad_norm"),
+)
+_NUM_MAIN = 6
+_STAGES = (
+    *("eval", "rewards", "rollouts", "experience", "advantages", "preference", "update", "weight_sync", "time"),
+    *("throughput", "memory", "data"),
+)
+
+
+def keys_of(runs: Sequence[Run]) -> list[str]:
+    """All metrics that some run has a value of, by stage."""
+    keys = {key for run in runs for row in run.rows for key, value in row.items() if "/" in key and value is not None}
+    return sorted(keys, key=lambda key: (_place(key), key))
+
+
+def _place(key: str) -> int:
+    stage = key.split("/")[0]
+    return _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
+
+
+def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
+    """The few that one looks at first: what looks wrong, held-out results, what training says of itself."""
+    keys = keys_of(runs)
+    wrong = [one.metrics[0] for one in findings if one.severity != "notice"]
+    evals = [key for key in keys if key.startswith("eval/") and key.rpartition("/")[2] in ("score", "loss", "accuracy")]
+    wanted = dict.fromkeys((*wrong[:2], *evals[:3], *_MAIN))
+    return [key for key in wanted if key in keys][:_NUM_MAIN]
+
+
+def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:
+    """One plot's data as uPlot takes it: the steps, and each run's values at them."""
+    curves = [_curve(run.rows, key) for run in runs]
+    steps = sorted({step for curve in curves for step in curve})
+    metric = _declared(key)
+    return {
+        "key": key,
+        "unit": "" if metric is None or metric[0] == "1" else metric[0],
+        "meaning": "" if metric is None else metric[1],
+        "x": steps,
+        "y": [[curve.get(step) for step in steps] for curve in curves],
+        "bands": [[one.first_step, one.last_step, one.severity] for one in findings if key in one.metrics],
+    }
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    stride = -(-len(points) // _MOST_POINTS)
+    kept = points[::stride] if stride else []
+    if points and kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return {step: float(f"{value:.5g}") for step, value in kept}
+
+
+def _declared(key: str) -> tuple[str, str] | None:
+    try:
+        metric = declared(key)
+    except KeyError:  # a run of another version
+        return None
+    return metric.unit, metric.meaning

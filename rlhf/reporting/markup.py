@@ -1,0 +1,66 @@
+"""HTML from text that nobody may trust: every value passes through `text`.
+
+What a model wrote can hold tags, scripts, control characters and half surrogates; it is shown, never obeyed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+
+
+def text(value: object) -> str:
+    """The value as HTML text or attribute: escaped, control and direction marks made visible."""
+    found = _CONTROLS.sub(lambda mark: f"\\x{ord(mark[0]):02x}", str(value))
+    return html.escape(found.encode("utf-8", "replace").decode("utf-8"))
+
+
+def key(name: str) -> str:
+    """A metric's or setting's name, which may be broken at its parts."""
+    return f"<code>{text(name).replace('/', '/<wbr>').replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
+
+
+def cut(value: str, limit: int) -> str:
+    """At most so many characters of a text, and how many there are."""
+    return value if len(value) <= limit else f"{value[:limit]} ... ({len(value):,} characters)"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int | None = None) -> str:
+    """A table that scrolls by itself where the page is narrow. Headings are text, cells are HTML already.
+
+    numbers: column from which on cells are set as numbers; None: none are.
+    """
+    align = [numbers is not None and index >= numbers for index in range(len(headings))]
+    head = "".join(_cell("th", text(name), right) for name, right in zip(headings, align, strict=True))
+    body = "".join(
+        f"<tr>{''.join(_cell('td', cell, right) for cell, right in zip(row, align, strict=True))}</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(tag: str, content: str, right: bool) -> str:
+    return f'<{tag} class="number">{content}</{tag}>' if right else f"<{tag}>{content}</{tag}>"
+
+
+def section(title: str, content: str, *, id: str = "") -> str:
+    """A headed part of the page; nothing if there is nothing in it."""
+    if not content:
+        return ""
+    name = f' id="{text(id)}"' if id else ""
+    return f"<section{name}><h3>{text(title)}</h3>{content}</section>"
+
+
+def folded(title: str, content: str, *, note: str = "", of: str = "") -> str:
+    """A part that opens when it is asked for. of: a class."""
+    told = f' <span class="dim">{text(note)}</span>' if note else ""
+    return f'<details class="{text(of)}"><summary>{text(title)}{told}</summary>{content}</details>'
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand inside a script element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,345 @@
+"""A run's folder as the report reads it: state, rows, evaluations, samples, spans, errors, configuration.
+
+The stages of a pipeline are runs of their own. Nothing here writes, and a run that is still going is not disturbed:
+what it has not finished writing is left out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config.yaml_tree import from_yaml
+from rlhf.errors import UserError
+from rlhf.tracking.atomic import read_lines
+from rlhf.tracking.samples import samples_path
+from rlhf.tracking.tracker import read_metrics
+
+State = Literal["finished", "running", "failed", "stopped", "not started"]
+_MOST_SPANS = 400  # newest ones that are read of a timeline
+_SCANNED_STEPS = 25  # sample files at each end in which the same prompt is looked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorKind:
+    """Errors that are alike."""
+
+    stage: str
+    kind: str
+    source: str | None
+    count: int
+    first_step: int
+    last_step: int
+    example: str  # a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Something of the timeline, in seconds since the first span that is shown."""
+
+    name: str
+    role: str
+    lane: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One prompt, answered early and late. None: there is only one answer."""
+
+    split: str
+    prompt: str
+    first: Mapping[str, Any] | None  # rows of samples/
+    last: Mapping[str, Any] | None
+    first_step: int
+    last_step: int
+
+    @property
+    def gain(self) -> float:
+        """By how much the score rose."""
+        scores = [row.get("score") if row else None for row in (self.first, self.last)]
+        return 0.0 if scores[0] is None or scores[1] is None else scores[1] - scores[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run, or one stage of a pipeline."""
+
+    name: str  # as the report calls it
+    stage: str  # "" unless it is a stage
+    folder: Path
+    state: State
+    rows: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]  # {} where there is none
+    environment: Mapping[str, Any]
+    evaluations: Mapping[int, Mapping[str, Any]]  # by step, as evals/ has them; of an evaluation stage, by 0
+    errors: Sequence[ErrorKind]
+    ended_by: str | None  # the message of what ended it, if something did
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that is written down."""
+        return int(self.rows[-1]["step"]) if self.rows else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """As configured."""
+        steps = (self.config.get("train") or {}).get("steps")
+        return steps if isinstance(steps, int) else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of these folders, the stages of a pipeline one by one in its order. UserError: a folder is no run's."""
+    names = _names(folders)
+    return [run for folder, name in zip(folders, names, strict=True) for run in _runs_of(folder, name)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{folders[0]}: is named twice; name each run once")
+
+
+def _runs_of(folder: Path, name: str) -> list[Run]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of a run, such as runs/NAME")
+    if _is_run(folder):
+        return [_run(folder, name, stage="")]
+    config = _config(folder)
+    written = config.get("stages")
+    order = list(written) if isinstance(written, Mapping) else []
+    found = sorted(
+        (child for child in folder.iterdir() if child.is_dir() and _is_run(child)),
+        key=lambda child: (order.index(child.name) if child.name in order else len(order), _began(child)),
+    )
+    if not found:
+        raise UserError(f"{folder}: holds no run: neither metrics.jsonl nor a pipeline's stages. Name a run's folder.")
+    return [_run(child, f"{name}/{child.name}", stage=child.name) for child in found]
+
+
+def _is_run(folder: Path) -> bool:
+    """A pipeline's own folder has a config too, but nothing that a run writes at its start."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "environment.json", "eval.json"))
+
+
+def _began(folder: Path) -> float:
+    environment = folder / "environment.json"
+    return environment.stat().st_mtime if environment.exists() else 0.0
+
+
+def _run(folder: Path, name: str, *, stage: str) -> Run:
+    rows = _rows(folder)
+    errors = _read(folder / "errors.jsonl")
+    state = _state(folder, rows, errors)
+    return Run(
+        name=name,
+        stage=stage,
+        folder=folder,
+        state=state,
+        rows=rows,
+        config=_own_config(folder),
+        environment=_json(folder / "environment.json"),
+        evaluations=_evaluations(folder),
+        errors=_kinds(errors),
+        ended_by=str(errors[-1].get("message", "")) if state == "failed" else None,
+    )
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(folder)
+    except ValueError as error:
+        raise UserError(f"{error}. Mend that line, or remove it, to have a report of the rest.") from error
+
+
+def _state(folder: Path, rows: Sequence[Any], errors: Sequence[Mapping[str, Any]]) -> State:
+    if any((folder / result).exists() for result in ("final", "eval.json")):
+        return "finished"
+    if _is_held(folder / ".lock"):
+        return "running"
+    if errors and errors[-1].get("stage") == "run":
+        return "failed"
+    return "stopped" if rows else "not started"
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process of this machine runs here. Where the folder is shared, another machine's are not seen."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.resolved.yaml"
+    found = from_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """A run's; merges and evaluations write theirs as a pipeline of one stage."""
+    config = _config(folder)
+    stages = config.get("stages")
+    own = stages.get(folder.name) if isinstance(stages, Mapping) else None
+    return own if isinstance(own, Mapping) else config
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or of a run that never got as far
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_lines(path)
+    except ValueError as error:
+        raise UserError(f"{error}. Mend that line, or remove it, to have a report of the rest.") from error
+
+
+def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
+    paths = sorted((folder / "evals").glob("step_*.json"))
+    found = {int(path.stem.removeprefix("step_")): _json(path) for path in paths}
+    if (folder / "eval.json").exists():
+        found[0] = _json(folder / "eval.json")
+    return {step: one for step, one in found.items() if isinstance(one.get("sets"), Mapping)}
+
+
+def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:
+    """Errors by stage, kind and source, the most frequent first."""
+    seen: dict[tuple[str, str, str | None], list[Mapping[str, Any]]] = {}
+    for error in errors:
+        key = (str(error.get("stage")), str(error.get("kind")), error.get("source"))
+        seen.setdefault(key, []).append(error)
+    kinds = []
+    for (stage, kind, source), alike in seen.items():
+        messages = Counter(str(error.get("message", "")) for error in alike)
+        steps = [int(error.get("step", 0)) for error in alike]
+        kinds.append(
+            ErrorKind(
+                stage=stage,
+                kind=kind,
+                source=source,
+                count=len(alike),
+                first_step=min(steps),
+                last_step=max(steps),
+                example=messages.most_common(1)[0][0],
+            )
+        )
+    return sorted(kinds, key=lambda kind: -kind.count)
+
+
+def read_spans(folder: Path) -> list[Span]:
+    """The newest spans of the timeline, from its last whole steps."""
+    path = folder / "timeline.json"
+    if not path.exists():
+        return []
+    roles: dict[int, str] = {}
+    lanes: dict[tuple[int, int], str] = {}
+    newest: deque[dict[str, Any]] = deque(maxlen=_MOST_SPANS)
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                event = json.loads(line.rstrip(b",\n"))
+            except ValueError:  # the brackets of the array, or a line that a kill has cut
+                continue
+            if not isinstance(event, dict):
+                continue
+            if event.get("ph") == "X":
+                newest.append(event)
+            elif event.get("name") == "process_name":
+                roles[event["pid"]] = event["args"]["name"]
+            elif event.get("name") == "thread_name":
+                lanes[event["pid"], event["tid"]] = event["args"]["name"]
+    if not newest:
+        return []
+    start = min(event["ts"] for event in newest)
+    return [
+        Span(
+            name=event["name"],
+            role=roles.get(event["pid"], str(event["pid"])),
+            lane=lanes.get((event["pid"], event["tid"]), "main"),
+            start_s=(event["ts"] - start) / 1e6,
+            end_s=(event["ts"] + event["dur"] - start) / 1e6,
+        )
+        for event in newest
+    ]
+
+
+def read_pairs(run: Run) -> list[Pair]:
+    """Prompts with their first and last answers: of the evaluations, or where there are none, of training."""
+    folder = run.folder / "samples"
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    evaluated = {row["step"] for row in run.rows if any(key.startswith("eval/") for key in row)}
+    at_evaluations = [step for step in steps if step in evaluated]
+    held_out = _splits(run.folder, [*at_evaluations[:1], *at_evaluations[1:][-1:]], training=False)
+    if not any(len(found) > 1 for found in held_out.values()):
+        if len(steps) > 2 * _SCANNED_STEPS:
+            steps = [*steps[:_SCANNED_STEPS], *steps[-_SCANNED_STEPS:]]
+        held_out = _splits(run.folder, steps, training=True)
+    return [pair for split, found in held_out.items() for pair in _pairs(split, found)]
+
+
+def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, dict[int, list[Mapping[str, Any]]]]:
+    """Rows by split and step, of training alone or of the evaluations alone."""
+    splits: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for step in steps:
+        for row in _read(samples_path(folder, step)):
+            if (row.get("split") == "train") == training:
+                splits.setdefault(str(row.get("split")), {}).setdefault(step, []).append(row)
+    return splits
+
+
+def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Pair]:
+    """By prompt, its answers in the first and the last step that have it; unpaired ones where no prompt came twice."""
+    answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    for step in sorted(steps):
+        for row in steps[step]:  # tasks of an environment may begin with the same words
+            answers.setdefault((row.get("prompt_id"), str(row.get("prompt"))), []).append((step, row))
+    pairs = [
+        Pair(split=split, prompt=prompt, first=a, last=b, first_step=i, last_step=j)
+        for (_, prompt), found in answers.items()
+        for (i, a), (j, b) in [(found[0], found[-1])]
+        if i < j
+    ]
+    if pairs:
+        return pairs
+    first, last = min(steps), max(steps)
+    early = [
+        Pair(split=split, prompt=str(row.get("prompt")), first=row, last=None, first_step=first, last_step=last)
+        for row in steps[first][:3]
+    ]
+    late = [
+        Pair(split=split, prompt=str(row.get("prompt")), first=None, last=row, first_step=first, last_step=last)
+        for row in (steps[last][:3] if last > first else [])
+    ]
+    return early + late
+
+
+def told_pairs(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Some of them for a reader: what training mended first, then what it spoilt, then what stayed."""
+    by_gain = sorted(pairs, key=lambda pair: -pair.gain)
+    gained = [pair for pair in by_gain if pair.gain > 0]
+    lost = [pair for pair in reversed(by_gain) if pair.gain < 0]
+    same = [pair for pair in by_gain if pair.gain == 0]
+    num_lost = min(len(lost), count // 3)
+    num_same = min(len(same), count // 6)
+    chosen = gained[: count - num_lost - num_same] + lost[:num_lost] + same[:num_same]
+    known = set(map(id, chosen))
+    return chosen + [pair for pair in by_gain if id(pair) not in known][: count - len(chosen)]

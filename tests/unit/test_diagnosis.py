@@ -1,0 +1,258 @@
+"""Each symptom on a series that shows it and on one that does not; real runs, one healthy, one hacking its reward.
+
+`healthy_grpo` is the GRPO quickstart, `hacked_ppo` the pipeline of docs/rewards.md with algorithm.kl.coef=0, both to
+three digits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.tracking.atomic import read_lines
+from rlhf.tracking.diagnosis import CHECKS, Watch, diagnose
+from rlhf.tracking.findings import Finding
+from rlhf.tracking.metrics import declared
+
+ROOT = Path(__file__).resolve().parents[2]
+Rows = list[dict[str, Any]]
+
+
+def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:
+    """Rows 1, 2, ... with each metric by its step; a metric's slashes stand as `__`."""
+    return [
+        {"step": step, "time_s": float(step), **{key.replace("__", "/"): value(step) for key, value in series.items()}}
+        for step in range(1, steps + 1)
+    ]
+
+
+def evaluated(steps: int, *values: float, every: int, key: str = "eval/heldout/score", **series: Any) -> Rows:
+    """The same, with a row 0 and an evaluation every so many steps."""
+    made = [{"step": 0, "time_s": 0.0}, *rows(steps, **series)]
+    for number, value in enumerate(values):
+        made[number * every][key] = value
+    return made
+
+
+def real(name: str) -> Rows:
+    folder = ROOT / "tests" / "fixtures" / "metrics"
+    return read_lines(folder / f"{name}.jsonl")
+
+
+CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one that is fine
+    "not_finite": (
+        rows(3, update__loss__mean=lambda s: None if s == 3 else 0.1),
+        rows(3, update__loss__mean=lambda s: 0.1),
+    ),
+    "kl_blow_up": (
+        rows(40, experience__kl_ref__mean=lambda s: 0.05 if s < 30 else 0.05 * 2.0 ** (s - 30)),
+        rows(200, experience__kl_ref__mean=lambda s: 0.002 * s),  # a drift to .4
+    ),
+    "update_too_large": (
+        rows(5, update__kl_old__mean=lambda s: 0.3),
+        rows(5, update__kl_old__mean=lambda s: 0.5 if s == 2 else 0.02),  # one step alone
+    ),
+    "entropy_collapse": (
+        rows(30, update__entropy__mean=lambda s: 0.8 * 0.8**s),
+        rows(30, update__entropy__mean=lambda s: 0.8 * 0.95**s),
+    ),
+    "entropy_explosion": (
+        rows(30, update__entropy__mean=lambda s: 0.5 + 0.05 * s),
+        rows(30, update__entropy__mean=lambda s: 0.5 + 0.01 * s),
+    ),
+    "clip_fraction_high": (
+        rows(6, update__clip_fraction__mean=lambda s: 0.5),
+        rows(6, update__clip_fraction__mean=lambda s: 0.15),
+    ),
+    "clip_fraction_zero": (
+        rows(20, update__clip_fraction__mean=lambda s: 0.0, update__ratio__max=lambda s: 1.004),
+        rows(20, update__clip_fraction__mean=lambda s: 0.0, update__ratio__max=lambda s: 1.0),  # one update a step
+    ),
+    "gradient_spikes": (
+        rows(50, update__grad_norm=lambda s: 40.0 if s % 15 == 0 else 1.0),
+        rows(50, update__grad_norm=lambda s: 12.0 if s == 30 else 1.0),
+    ),
+    "sampler_mismatch": (
+        rows(12, experience__rollout_logprob_diff__mean=lambda s: 1e-6 if s < 8 else 0.05),
+        rows(12, experience__rollout_logprob_diff__mean=lambda s: 0.04),  # bfloat16
+    ),
+    "probe_drift": (
+        rows(20, weight_sync__probe_max_diff=lambda s: 0.02 * s),
+        rows(20, weight_sync__probe_max_diff=lambda s: 0.4 + 0.3 * (s % 3)),  # bfloat16, noisy
+    ),
+    "effective_samples_low": (
+        rows(4, experience__rollout_ess_token=lambda s: 0.5),
+        rows(4, experience__rollout_ess_token=lambda s: 0.98),
+    ),
+    "much_rejected": (
+        rows(4, experience__rollout_rejected__fraction=lambda s: 0.7),
+        rows(4, experience__rollout_rejected__fraction=lambda s: 0.1),
+    ),
+    "critic_worse_than_none": (
+        rows(12, update__explained_variance=lambda s: -0.2),
+        rows(12, update__explained_variance=lambda s: -0.2 + 0.05 * s),
+    ),
+    "learning_rate_zero": (
+        rows(5, update__lr=lambda s: 0.0),
+        rows(5, update__lr=lambda s: 1e-5 * (5 - s)),  # a schedule's last step
+    ),
+    "rewards_alike": (
+        rows(5, rewards__score__std=lambda s: 0.0, rewards__score__mean=lambda s: 0.0),
+        rows(5, rewards__score__std=lambda s: 0.1 if s == 3 else 0.0, rewards__score__mean=lambda s: 0.0),
+    ),
+    "groups_alike": (
+        rows(6, advantages__zero_groups__fraction=lambda s: 0.97),
+        rows(6, advantages__zero_groups__fraction=lambda s: 0.7),
+    ),
+    "advantages_zero": (
+        rows(4, advantages__std=lambda s: 0.0, rewards__score__std=lambda s: 0.4),
+        rows(4, advantages__std=lambda s: 0.5, rewards__score__std=lambda s: 0.4),
+    ),
+    "mostly_filtered": (
+        rows(5, rollouts__filtered_groups__fraction=lambda s: 0.9),
+        rows(5, rollouts__filtered_groups__fraction=lambda s: 0.4),
+    ),
+    "much_truncated": (
+        rows(5, rollouts__truncated__fraction=lambda s: 0.5, rollouts__response_tokens__mean=lambda s: 100.0),
+        rows(5, rollouts__truncated__fraction=lambda s: 0.05, rollouts__response_tokens__mean=lambda s: 100.0),
+    ),
+    "length_runs_away": (
+        rows(
+            30,
+            rollouts__truncated__fraction=lambda s: 0.01 * s,
+            rollouts__response_tokens__mean=lambda s: 100.0 + 5 * s,
+        ),
+        rows(30, rollouts__truncated__fraction=lambda s: 0.02, rollouts__response_tokens__mean=lambda s: 100.0 + 5 * s),
+    ),
+    "responses_shrink": (
+        rows(30, rollouts__response_tokens__mean=lambda s: 100.0 * 0.9**s),
+        rows(30, rollouts__response_tokens__mean=lambda s: 100.0 * 0.97**s),
+    ),
+    "reward_hacking": (
+        evaluated(
+            40,
+            0.5,
+            0.4,
+            0.3,
+            0.2,
+            every=10,
+            rewards__score__mean=lambda s: 0.02 * s,
+            rewards__score__std=lambda s: 0.4,
+        ),
+        evaluated(
+            40,
+            0.5,
+            0.55,
+            0.5,
+            0.54,
+            every=10,
+            rewards__score__mean=lambda s: 0.02 * s,
+            rewards__score__std=lambda s: 0.4,
+        ),
+    ),
+    "held_out_falls": (
+        evaluated(40, 0.5, 0.4, 0.3, 0.2, every=10, update__loss__mean=lambda s: 1.0),
+        evaluated(40, 0.5, 0.4, 0.5, 0.51, every=10, update__loss__mean=lambda s: 1.0),
+    ),
+    "held_out_loss_rises": (
+        evaluated(40, 2.0, 1.5, 1.6, 1.8, every=10, key="eval/heldout/loss", update__loss__mean=lambda s: 1.0 / s),
+        evaluated(40, 2.0, 1.5, 1.4, 1.41, every=10, key="eval/heldout/loss", update__loss__mean=lambda s: 1.0 / s),
+    ),
+    "held_out_flat": (
+        evaluated(40, 0.3, 0.301, 0.3, 0.299, 0.3, every=10, update__loss__mean=lambda s: 1.0),
+        evaluated(40, 0.3, 0.32, 0.35, 0.4, 0.41, every=10, update__loss__mean=lambda s: 1.0),
+    ),
+    "preferences_at_chance": (
+        rows(30, preference__accuracy__mean=lambda s: 0.5),
+        rows(30, preference__accuracy__mean=lambda s: 0.5 + 0.01 * s),
+    ),
+    "rewards_fail": (
+        rows(30, rewards__errors__total=lambda s: 2.0 if s == 7 else 0.0),
+        rows(30, rewards__errors__total=lambda s: 0.0),
+    ),
+    "slower": (
+        rows(40, throughput__tokens_per_s=lambda s: 1000.0 / s),
+        rows(40, throughput__tokens_per_s=lambda s: 1000.0 - 5 * s),
+    ),
+    "memory_grows": (
+        rows(60, memory__reward_rss_gib=lambda s: 1.0 + 0.05 * s),
+        rows(60, memory__reward_rss_gib=lambda s: min(1.0 + 0.5 * s, 3.0)),  # taken once and kept
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_symptom_is_found_where_it_is_and_nowhere_else(kind: str) -> None:
+    ill, well = CASES[kind]
+    found = {one.kind: one for one in diagnose(ill)}
+    assert kind in found
+    assert 0 <= found[kind].first_step <= found[kind].last_step <= ill[-1]["step"]
+    assert diagnose(well) == []
+
+
+def test_the_oldest_sample_at_its_bound_needs_to_know_the_bound() -> None:
+    lagging = rows(12, experience__policy_lag__max=lambda s: 2.0)
+    assert [one.kind for one in diagnose(lagging, max_staleness=2)] == ["lag_at_bound"]
+    assert diagnose(lagging) == diagnose(lagging, max_staleness=3) == diagnose(lagging, max_staleness=0) == []
+
+
+def test_a_healthy_run_has_no_finding() -> None:
+    assert diagnose(real("healthy_grpo"), max_staleness=0) == []
+
+
+def test_a_run_that_hacks_its_reward_is_found_out() -> None:
+    (found,) = diagnose(real("hacked_ppo"))
+    assert (found.kind, found.severity, found.metrics[0]) == ("reward_hacking", "failure", "eval/heldout/correct")
+    assert "fell from 0.422 (step 0) to 0.161" in found.what
+
+
+def test_the_numbers_and_steps_are_those_of_the_series() -> None:
+    ill, _ = CASES["kl_blow_up"]  # .05 until step 30, then doubling: means of three exceed .25 at 34, 1 at 36
+    (found,) = diagnose(ill)
+    assert (found.severity, found.first_step, found.last_step) == ("failure", 32, 40)
+    assert "29.9 nats a token" in found.what  # (12.8 + 25.6 + 51.2) / 3
+
+
+def test_each_kind_is_told_once_while_the_run_goes_on_and_the_worst_first() -> None:
+    watch = Watch()
+    told = [
+        [
+            one.kind
+            for one in watch.observe({"step": s, "rewards/score/std": 0.0, "advantages/zero_groups/fraction": 1.0})
+        ]
+        for s in range(1, 9)
+    ]
+    assert told == [[], [], [], [], ["rewards_alike", "groups_alike"], [], [], []]
+
+
+def test_what_was_over_is_told_with_its_steps() -> None:
+    shown = rows(40, update__clip_fraction__mean=lambda s: 0.6 if 10 <= s < 20 else 0.1)
+    (found,) = diagnose(shown)
+    assert (found.first_step, found.last_step) == (8, 21)  # means of five steps: 3 of .6 at first and at last
+
+
+def test_an_empty_run_and_rows_with_nothing_in_them_have_no_finding() -> None:
+    assert diagnose([]) == []
+    assert diagnose([{"step": 0, "time_s": 0.0}]) == []
+
+
+def test_metrics_and_keys_that_are_named_exist() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    lagging = diagnose(rows(12, experience__policy_lag__max=lambda s: 2.0), max_staleness=2)
+    found: list[Finding] = [*lagging, *(one for ill, _ in CASES.values() for one in diagnose(ill))]
+    assert len({one.kind for one in found}) >= len(CHECKS)
+    for one in found:
+        for key in one.metrics:
+            declared(key)
+        named = re.findall(r"\b(?:train|algorithm|rollouts|data|reward_policy)\.[a-z_]+(?:\.[a-z_]+)*", one.advice)
+        for key in named:
+            assert f"`{key.rpartition('.')[2]}`" in page, f"{one.kind} names {key}"
+
+
+def test_the_page_names_every_finding() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert not [kind for kind in (*CASES, "lag_at_bound") if f"`{kind}`" not in page]
