@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
-        resume = "" if "--resume" in given or args.command != "train" else " --resume auto"
-        again = f"; continue with: rlhf {shlex.join(given)}{resume}" if args.command in ("train", "quickstart") else ""
+        resume = " --resume auto" if args.command in ("train", "sweep") and "--resume" not in given else ""
+        goes_on = args.command in ("train", "sweep", "quickstart")
+        again = f"; continue with: rlhf {shlex.join(given)}{resume}" if goes_on else ""
         sys.stderr.write(f"rlhf: interrupted{again}\n")
         return 130
     except BrokenPipeError:

@@ -272,7 +272,7 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
             )
             yield Problem(key=at, text=text)
     for key in config.set:
-        if key in OWN:
+        if key in OWN and key != "run.mirror":  # that of the trials is below the one that is set
             yield Problem(key=(*AT, "set", key), text="is given to each trial by the sweep; remove it")
     metric = config.metric.removeprefix("-")
     try:
