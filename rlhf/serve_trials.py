@@ -18,30 +18,37 @@ from rlhf.errors import RunError, UserError
 
 def serve() -> int:
     """Until there are no more."""
-    from actors.cluster import connected
-    from actors.kept_engines import KEEPER
-    from rlhf.config.load import load
-
-    KEEPER.keeps, ray_is_ours = True, False
-    with ExitStack() as after, os.fdopen(os.dup(1), "w") as replies:
+    with ExitStack() as to_the_end, os.fdopen(os.dup(1), "w") as replies:
+        has_ray = False
         for line in sys.stdin:
             order = json.loads(line)
             sys.stdout.flush()
             with open(order["log"], "ab") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            if not ray_is_ours:
-                ray_is_ours = True
+            if not has_ray:
+                has_ray = True
                 with suppress(UserError, RunError):  # main meets it again, and says it
-                    (run,) = load(order["words"][1]).runs.values()
-                    after.enter_context(connected(run.cluster))
-                    after.callback(KEEPER.close)
+                    _keep(to_the_end, order["words"][1])
             code = main(order["words"])
             replies.write(f"{code}\n")
             replies.flush()
             if code != 0:
                 return code
     return 0
+
+
+def _keep(to_the_end: ExitStack, config: str) -> None:
+    """Have Ray, and engines that are left, until the last trial is done."""
+    from rlhf.config.load import load
+
+    (run,) = load(config).runs.values()
+    from actors.cluster import connected
+    from actors.kept_engines import KEEPER
+
+    to_the_end.enter_context(connected(run.cluster))
+    to_the_end.callback(KEEPER.close)
+    KEEPER.keeps = True
 
 
 if __name__ == "__main__":
