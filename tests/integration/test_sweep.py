@@ -286,9 +286,10 @@ def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path) -> None:
+def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path, tiny_model: Path) -> None:
     """And what the later trial samples and learns with them is, bit for bit, what it does with engines of its own."""
-    run = merge(ONLINE, {"run": {"name": "tiny"}, "algorithm": {"name": "grpo"}, "rewards": LAST_NUMBER})
+    changes = {"run": {"name": "tiny"}, "policy": {"model": str(tiny_model)}, "algorithm": {"name": "grpo"}}
+    run = merge(ONLINE, {**changes, "rewards": LAST_NUMBER})
     parameters = {"train.lr": {"values": [1e-3, 1e-4]}}
     file = sweep_file(tmp_path, "warm", config=run, parameters=parameters, metric="rewards/score/mean", concurrency=1)
     found = rlhf.sweep(file, quiet=True)
