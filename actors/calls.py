@@ -13,8 +13,10 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.standing import losses, standing
 from rlhf.errors import RunError, UserError
 
+IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
 DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a rank that died fail first
 MOST_TOLD = 600  # characters of a cause
@@ -24,6 +26,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
     """The results, in order. The first failure is raised at once, whatever the others still do; of a rank that died
     and the peers that it took along, the rank is named."""
     began = time.monotonic()
+    owed = {ref: f"{role} rank {rank}" for rank, ref in enumerate(refs)}
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
     try:
         done, pending = await asyncio.wait(futures, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -32,13 +35,18 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
             rank, error = min(failed, key=lambda found: (not isinstance(found[1], RayActorError), found[0]))
-            raise explain(error, role=role, rank=rank, stage=stage)
+            failure = explain(error, role=role, rank=rank, stage=stage)
+            lost = "" if isinstance(error, RayActorError) else losses(owed)
+            if lost:
+                raise RunError(f"{failure}{lost} {RESUMES}") from failure
+            raise failure
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
+            limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
+            why = losses({refs[rank]: owed[refs[rank]] for rank in late}) or IT_HANGS
             raise RunError(
                 f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
-                f"{time.monotonic() - began:.0f} s (cluster.{'start' if stage == 'start' else 'call'}_timeout_s). It "
-                f"hangs, or the limit is too short for the work. {RESUMES}"
+                f"{time.monotonic() - began:.0f} s ({limit}).{why} {RESUMES}"
             )
         return [future.result() for future in futures]
     finally:
@@ -51,9 +59,9 @@ async def wait_one(ref: ObjectRef[Any], *, role: str, rank: int, stage: str, dea
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
+        why = losses({ref: f"{role} rank {rank}"}) or IT_HANGS
         raise RunError(
-            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s). It hangs, or "
-            f"the limit is too short for the work. {RESUMES}"
+            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s).{why} {RESUMES}"
         ) from error
     except RayError as error:
         raise explain(error, role=role, rank=rank, stage=stage) from error
@@ -84,11 +92,15 @@ def _how_it_died(error: RayActorError) -> str:
     told = str(error)
     if error.actor_init_failed:
         return f"could not be made: {_short(told.strip().splitlines()[-1])}."
-    pid = re.search(r"pid: (\d+)", told)
-    host = re.search(r"ip: (\S+)", told)
-    detail = re.search(r"(?:Worker exit detail|The actor is dead because): *(.*)", told)
-    where = f" (process {pid[1]}{f' on {host[1]}' if host else ''})" if pid else ""
-    log = f" Its last words are in {_logs()}/worker-*-{pid[1]}.err there." if pid else ""
+    was = standing(error.actor_id)
+    loss = was.loss() if was is not None else None
+    if was is not None and loss is not None:
+        return f"died with its node (process {was.pid} on {was.address}): {loss}."
+    pid, host = re.search(r"pid: (\d+)", told), re.search(r"ip: (\S+)", told)
+    number, address = (was.pid, was.address) if was is not None else (pid and pid[1], host and host[1])
+    detail = re.search(r"(?:Worker exit detail|The actor is dead because|is unavailable): *(.*)", told)
+    where = f" (process {number}{f' on {address}' if address else ''})" if number else ""
+    log = f" Its last words are in {_logs()}/worker-*-{number}.err there." if number else ""
     return f"died{where}. {_short(detail[1]) if detail else ''}{log}"
 
 

@@ -37,6 +37,11 @@ class OwnRay:
         self.daemons: list[psutil.Process] = []
         self.killed = False
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether a daemon has ended, as one does that is told to besides this process."""
+        return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self.daemons)
+
     def kill(self) -> None:
         """Kill the daemons and all that they have started. Nothing where there is no Ray of our own."""
         self.killed = bool(self.daemons)

@@ -13,11 +13,12 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.calls import explain, wait_all
+from actors.calls import RESUMES, explain, wait_all
 from actors.gang import END_WITHIN_S, PolicyGang, largest
 from actors.placement import Placement
 from actors.processes import Processes
 from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.standing import losses
 from actors.weights import WeightManifest
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
@@ -184,9 +185,10 @@ class RolloutEngines:
                 done, _ = await asyncio.wait(waits, timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     stuck = sorted({engine for _, engine in waits.values()})
+                    owed = {columns[r.group_id]: f"rollout engine {engine}" for r, engine in waits.values()}
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
-                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s). The run can be resumed with --resume auto."
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses(owed)} {RESUMES}"
                     )
                 for future in sorted(done, key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)

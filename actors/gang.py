@@ -23,7 +23,17 @@ from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics import merge
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Role, Rollouts, TokenValues, VocabularyHead
+from rlhf.types import (
+    BatchPlan,
+    Examples,
+    MinibatchPlan,
+    Pairs,
+    Role,
+    Rollouts,
+    TokenSignals,
+    TokenValues,
+    VocabularyHead,
+)
 from rlhf.workers.place import RankPlace
 
 T = TypeVar("T")
@@ -189,6 +199,12 @@ class PolicyGang(Gang):
         """One optimizer step."""
         refs = [h.update.remote(minibatch, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
         return merge(self.distinct(await self.all(refs, "update")))
+
+    async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
+        """One column a rank, of those of the sequences that it has."""
+        refs = [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles]
+        await self.all([size for _, size in refs], "samples")
+        return [column for column, _ in self.distinct(refs)]
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the weights; rank 0 knows where."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from actors.cluster import connected
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
-from actors.interrupts import sigterm_interrupts
+from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.kept_engines import KEEPER
 from actors.merge import run_merge
 from actors.models import refuse_other_model
+from actors.nodes import Nodes
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import open_mirror, recording
 from actors.services import ReferenceWorkers, RewardWorkers
+from actors.standing import leaving
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
     critic_model,
@@ -84,7 +87,8 @@ def launch(
 ) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
 
-    until: stop after this step, with a checkpoint from which `resume` goes on; of a single run.
+    until: stop after this step, with a checkpoint from which `resume` goes on; of a single run. Preempted: SIGTERM came
+    before the end.
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
@@ -102,13 +106,15 @@ def launch(
         if isinstance(stage, StageInputs):
             _refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
-    with connected(clusters[0]) if clusters else nullcontext(), sigterm_interrupts():
+    with connected(clusters[0]) if clusters else nullcontext(), sigterm_preempts() as told:
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
-            elif isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, resume=resume, mode=mode, until=until))
+                continue
+            told.refuse_more()
+            if isinstance(stage, StageInputs):
+                asyncio.run(_run_stage(stage, told, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):
                 run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
@@ -202,19 +208,25 @@ def _stream(stage: StageInputs) -> Stream[Any]:
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
-async def _run_stage(stage: StageInputs, *, resume: bool, mode: Mode, until: int | None) -> None:
+async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step, until=until)
+            await _run_online(stage, stage.inputs, record, step, told, until=until)
         else:
-            await _run_offline(stage, stage.inputs, record, step, until=until)
+            await _run_offline(stage, stage.inputs, record, step, told, until=until)
 
 
 async def _run_offline(
-    stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None, *, until: int | None
+    stage: StageInputs,
+    inputs: OfflineInputs,
+    record: RunRecord,
+    step: int | None,
+    told: Sigterm,
+    *,
+    until: int | None,
 ) -> None:
     config = stage.config
     if step is None:
@@ -233,7 +245,8 @@ async def _run_offline(
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
     teacher = spawn_teacher(config, placement) if has_teacher(config) else None
-    async with ending([gang, *([teacher] if teacher is not None else [])], placement):
+    nodes = record.nodes = Nodes(placement)
+    async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
         limit_s = config.cluster.start_timeout_s
         await asyncio.gather(
             gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
@@ -259,12 +272,25 @@ async def _run_offline(
             await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
-        if await controller.run(until=until):
+        is_done = await heeding(
+            controller.run(until=until),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=partial(leaving, placement.nodes()),
+        )
+        if is_done:
             await _finish(gang, record.folder)
 
 
 async def _run_online(
-    stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None, *, until: int | None
+    stage: StageInputs,
+    inputs: OnlineInputs,
+    record: RunRecord,
+    step: int | None,
+    told: Sigterm,
+    *,
+    until: int | None,
 ) -> None:
     config = stage.config
     cluster, rollouts = config.cluster, config.rollouts
@@ -275,7 +301,8 @@ async def _run_online(
     )
     placement, engines = lent.placement, lent.engines
     deadline_s = cluster.call_timeout_s
-    groups: list[Stoppable] = []
+    nodes = record.nodes = Nodes(placement)
+    groups: list[Stoppable] = [nodes]
     async with ending(groups, lent):
         policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
         if not distils_rollouts(config):
@@ -374,7 +401,7 @@ async def _run_online(
             one_host=one_host,
             tensor_parallel=cluster.roles.rollout.tensor_parallel,
             adapter=ships_adapter(config),
-            shared=record.folder.path,
+            shared=record.folder.own,
         )
         controller = OnlineController(
             config,
@@ -391,7 +418,14 @@ async def _run_online(
         )
         if step is not None:
             await controller.restore(step)
-        if await controller.run(until=until):
+        is_done = await heeding(
+            controller.run(until=until),
+            controller.notice,
+            told,
+            grace_s=config.train.preemption_grace_s,
+            leaving=partial(leaving, placement.nodes()),
+        )
+        if is_done:
             await _finish(policy, record.folder)
 
 

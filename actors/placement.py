@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,19 @@ class Placement:
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return [nodes[place.bundle] for place in self.seating.seats[role]]
 
+    def describe(self) -> str:
+        """The node addresses of each role's workers, in rank order."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        found = ((role, [addresses[node] for node in self.nodes_of(role)]) for role in self.seating.seats)
+        return "; ".join(f"{role} on {', '.join(at)}" for role, at in found)
+
+    def nodes(self) -> set[str]:
+        """All nodes of the run."""
+        return set(placement_group_table(self.group)["bundles_to_node_id"].values())
+
     def on_one_host(self) -> bool:
         """Whether all workers of the run are on one node."""
-        return len(set(placement_group_table(self.group)["bundles_to_node_id"].values())) == 1
+        return len(self.nodes()) == 1
 
     def cores(self, node: str) -> int:
         """CPUs of a node, as Ray counts them."""
@@ -74,16 +84,23 @@ async def reserve(config: Config) -> Placement:
 async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
 
-    UserError if the cluster could not hold them even if it were empty.
+    UserError if the cluster could not hold them even if it were empty, and has lost no node that may come back.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if fit(seating.bundles, nodes) is None:
+    nodes = ray.nodes()
+    missing = _missing(seating, [node for node in nodes if node["Alive"]])
+    if missing is not None and all(node["Alive"] for node in nodes):
         raise UserError(
-            f"the run wants more than the cluster has.\n{_table(seating, ray.cluster_resources())}\n"
+            f"the run wants more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
             "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
             "or use a larger cluster."
         )
-    group = placement_group([dict(b) for b in seating.bundles], strategy="PACK")
+    if missing is not None:
+        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
+    group = placement_group(
+        [dict(b) for b in seating.bundles],
+        strategy="PACK",
+        bundle_label_selector=[dict(one) for one in seating.labels] if any(seating.labels) else None,
+    )
     began = said = time.monotonic()
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     while not ready.done():
@@ -94,13 +111,26 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
             remove_placement_group(group)
             raise RunError(
                 f"placement: no room for the run in {waited:.0f} s (cluster.start_timeout_s); the placement group is "
-                f"{state['state']}.\n{_table(seating, ray.available_resources())}\nSomething else holds the resources."
+                f"{state['state']}.\n{_table(seating, ray.available_resources())}\n"
+                + ("Something else holds the resources." if missing is None else "The cluster has lost nodes.")
             )
         if time.monotonic() - said >= SAY_EVERY_S:
             said = time.monotonic()
             logger.warning("waiting for resources since %.0f s\n%s", waited, _table(seating, ray.available_resources()))
         await asyncio.wait([ready], timeout=min(left, 1.0))
-    return Placement(group=group, seating=seating)
+    placement = Placement(group=group, seating=seating)
+    if not placement.on_one_host():
+        logger.info("placed: %s", placement.describe())
+    return placement
+
+
+def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None:
+    """What an empty cluster of these nodes lacks; None: nothing."""
+    for wanted in seating.labels:
+        if not any(wanted.items() <= node["Labels"].items() for node in alive):
+            said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+            return f": no node has the label {said} (cluster.roles.*.node_labels; `ray start --labels`)"
+    return "" if fit(seating.bundles, [node["Resources"] for node in alive]) is None else None
 
 
 def _table(seating: Seating, have: Mapping[str, float]) -> str:

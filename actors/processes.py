@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import wait_all
+from actors.standing import own_standing, remember
 
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # for an end that Ray takes for an orderly one
@@ -39,9 +39,11 @@ class Processes:
 
     async def found(self, *, deadline_s: float) -> None:
         """Wait until all actors are made, and remember the processes of those on this host."""
-        asked = [handle.__ray_call__.remote(_identity) for handle in self.handles]
+        asked = [handle.__ray_call__.remote(own_standing) for handle in self.handles]
         node = ray.get_runtime_context().get_node_id()
-        for where, pid in await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s):
+        found = await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s)
+        remember(found)
+        for _, where, pid in found:
             if where == node:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     self.here.append(psutil.Process(pid))
@@ -65,7 +67,3 @@ class Processes:
                 ", ".join(str(process.pid) for process in alive),
                 GONE_WITHIN_S,
             )
-
-
-def _identity(actor: object) -> tuple[str, int]:
-    return ray.get_runtime_context().get_node_id(), os.getpid()

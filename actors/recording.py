@@ -6,17 +6,24 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import ray
+
+from actors.prometheus import PrometheusBackend
 from rlhf.config.dump import dump_yaml
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError
+from rlhf.errors import Preempted, RunError
+from rlhf.tracking.backends import TrackerBackend
 from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Mode, open_progress
 from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.tensorboard_backend import open_tensorboard
 from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker, TrackerBackend
+from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_backend import open_wandb
 
 logger = logging.getLogger(__name__)
@@ -38,12 +45,15 @@ def recording(
         mirror = open_mirror(stage, folder)
         if mirror is not None:
             mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
-        tracker = Tracker(folder.path, backends=_backends(stage, folder.path), max_staleness=_max_staleness(stage))
+        after = None if not resume else -1 if step is None else step
+        tracker = Tracker(
+            folder.path, backends=_backends(stage, folder.path, after), max_staleness=_max_staleness(stage)
+        )
         timeline = Timeline(folder.timeline)
         failed = True
         try:
-            if resume:
-                tracker.truncate_after(step if step is not None else -1)
+            if after is not None:
+                tracker.truncate_after(after)
             with open_progress(
                 steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
             ) as progress:
@@ -58,15 +68,17 @@ def recording(
                 progress.stage("starting")
                 try:
                     yield record, step
+                except Preempted:
+                    raise
                 except Exception as error:
                     with _hiding_nothing():
                         record.failed(error)
                     raise
             failed = False
         finally:
+            timeline.close()
             with _hiding_nothing() if failed else nullcontext():
                 tracker.close(failed=failed)
-            timeline.close()
             if mirror is not None:
                 mirror.finish(keep, failed=failed)
 
@@ -90,18 +102,37 @@ def _max_staleness(stage: Stage) -> int | None:
     return stage.rollouts.max_staleness if isinstance(stage, Config) and stage.rollouts is not None else None
 
 
-def _backends(stage: Stage, folder: Path) -> list[TrackerBackend]:
-    """W&B if it is asked for. The stages of a pipeline are one group of W&B runs; a merge has no metrics."""
-    if isinstance(stage, MergeStage) or stage.tracking.wandb == "off":
+def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
+    """Those that are asked for, and Prometheus where there is a Ray to serve it. A merge has no metrics.
+
+    after: step that a resumed run goes on from, -1 if it has no checkpoint; None: it is not resumed.
+    """
+    if isinstance(stage, MergeStage):
         return []
-    pipeline, is_stage, _ = stage.run.name.partition("/")
-    return [
-        open_wandb(
+    found: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
+    told = stage.tracking
+    if told.tensorboard:
+        found.append(open_tensorboard(folder, done_steps=after))
+    if told.wandb != "off":
+        pipeline, is_stage, _ = stage.run.name.partition("/")
+        wandb = open_wandb(
             folder,
-            mode=stage.tracking.wandb,
-            project=stage.tracking.wandb_project,
+            mode=told.wandb,
+            entity=told.wandb_entity,
+            project=told.wandb_project,
             name=stage.run.name,
-            config=stage.model_dump(mode="json"),
-            group=stage.tracking.wandb_group or (pipeline if is_stage else None),
+            job_type=stage.algorithm.name if isinstance(stage, Config) else "evaluation",
+            group=told.wandb_group or (pipeline if is_stage else None),
+            tags=told.wandb_tags,
+            config=_settings(stage),
+            checkpoints=told.wandb_checkpoints,
         )
-    ]
+        found.append(wandb)
+    return found
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    """What is in effect in the run, in the form of its file."""
+    tree = from_yaml(dump_yaml(stage))
+    assert isinstance(tree, dict)
+    return tree

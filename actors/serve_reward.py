@@ -10,23 +10,19 @@ A request is one group. Without a token it serves this machine alone.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
-import os
-import signal
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from actors.scorer import Scorer, Scoring
-from rlhf.errors import RunError, UserError
+from rlhf.errors import RunError
 from rlhf.rewards.scoring import asks_in_flight
-from rlhf.rewards.service import is_loopback
+from rlhf.serving import gives_token, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import GroupScores, Prompt
 
@@ -34,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
-END_WITHIN_S = 5.0
 LONGEST_S = 3600.0  # from a request to its answer
 _FIELDS = frozenset({"prompt", "responses", "columns", "truncated"})
 
@@ -71,12 +66,11 @@ class RewardServer:
     ) -> web.StreamResponse:
         """The token, and errors as JSON objects."""
         if self.token is None:
-            if not is_loopback(urlsplit(f"//{request.host}").hostname or ""):  # a page in a browser has named us
-                return _error(403, f"this server is for this machine alone, and was called {request.host}")
-        elif request.path != "/health":
-            given = request.headers.get("Authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-                return _error(401, "give the token as `Authorization: Bearer TOKEN`")
+            why = stranger(request)
+            if why is not None:
+                return _error(403, why)
+        elif request.path != "/health" and not gives_token(request, self.token):
+            return _error(401, "give the token as `Authorization: Bearer TOKEN`")
         try:
             return await handler(request)
         except web.HTTPRequestEntityTooLarge:
@@ -176,20 +170,6 @@ def _error(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
 
 
-def serving_token(host: str, token_env: str | None) -> str | None:
-    """The token that requests must give. UserError if there is none and others than this machine can ask."""
-    if token_env is None:
-        if not is_loopback(host):
-            raise UserError(
-                f"--host {host}: others can reach it; name an environment variable that holds a token: --token-env NAME"
-            )
-        return None
-    token = os.environ.get(token_env, "")
-    if not token:
-        raise UserError(f"--token-env: the environment variable {token_env} is not set; export a token in it")
-    return token
-
-
 def serve(scoring: Scoring, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
     """Serve until it is interrupted. `ready` is told the address."""
     logs.configure()
@@ -197,25 +177,9 @@ def serve(scoring: Scoring, *, host: str, port: int, token_env: str | None, read
     with Scorer(scoring) as scorer:
         server = RewardServer(scorer, scoring, token)
         try:
-            asyncio.run(_run(server, host, port, ready))
+            serve_until_interrupted(
+                server.application(), host=host, port=port, ready=lambda address: ready(f"{address}/score")
+            )
         finally:
             server.asking.shutdown(wait=False, cancel_futures=True)
             server.scoring.shutdown(wait=False, cancel_futures=True)
-
-
-async def _run(server: RewardServer, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Until the first SIGINT or SIGTERM."""
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=END_WITHIN_S)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise UserError(f"--host {host} --port {port}: cannot be listened on: {error.strerror}") from error
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}/score")
-        await ended.wait()
-    finally:
-        await runner.cleanup()

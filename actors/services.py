@@ -20,7 +20,7 @@ from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
-from rlhf.types import GroupScores, Role, Rollouts, TokenValues
+from rlhf.types import GroupScores, Role, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.reward import RewardSettings
 
 
@@ -85,11 +85,13 @@ class RewardWorkers:
         said: tuple[str | None, ...] = await wait_one(ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s)
         return said
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+    async def write_samples(
+        self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
+    ) -> None:
         """The first worker writes them."""
         records = [selection.records for selection in selections]
         rollouts = [selection.rollouts for selection in selections]
-        ref = self.handles[0].write_samples.remote(path, records, *rollouts)
+        ref = self.handles[0].write_samples.remote(path, records, *rollouts, *signals)
         await wait_one(ref, role="reward", rank=0, stage="samples", deadline_s=self.deadline_s)
 
     async def memory(self) -> MemoryReport:

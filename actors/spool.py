@@ -36,9 +36,8 @@ def write_group(
     *,
     environment: str = "",
 ) -> None:
-    """Write a finished group aside, then rename it into place."""
+    """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's."""
     path = group_path(folder, request.group_id, version)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     told = json.dumps([asdict(info) for info in infos])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.address import cluster_to_join
-from actors.interrupts import sigterm_interrupts
+from actors.interrupts import sigterm_preempts
 from actors.search import require_optuna, strategy_of
 from actors.trials import Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
 from rlhf.config.cluster import ClusterConfig
@@ -26,7 +26,7 @@ from rlhf.config.load import LoadedConfig
 from rlhf.config.seating import copies, seat
 from rlhf.config.stages import MergeStage
 from rlhf.config.sweep import GridMethod, Sweep
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
@@ -39,6 +39,7 @@ from rlhf.tracking.progress import number
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
+PREEMPTED = 75  # exit code of a run that others have told to end
 
 
 @dataclass(slots=True)
@@ -110,10 +111,11 @@ class _Loop:
 
     def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
         """One of its own; where engines may stay, that of the trial before it in this place."""
+        grace_s = max(run.train.preemption_grace_s for run in self.sweep.base.runs.values())
         if not _may_keep_engines(self.sweep):
-            return TrialProcess(file, log, self.shares[slot], until=until)
+            return TrialProcess(file, log, self.shares[slot], until=until, grace_s=grace_s)
         if slot not in self.warm or not self.warm[slot].is_idle:
-            self.warm[slot] = WarmProcess(self.shares[slot])
+            self.warm[slot] = WarmProcess(self.shares[slot], grace_s=grace_s)
         self.warm[slot].begin(file, log, until=until)
         return self.warm[slot]
 
@@ -139,19 +141,21 @@ class _Loop:
         values = metric_values(self._judged(trial), self.sweep.metric)
         if one.stopped and code != 0:
             self.journal.end(trial.number, "stopped")
-        elif code != 0:
+        elif code not in (0, PREEMPTED):
             said = self.journal.log_file(trial.number).read_bytes()[one.said_before :].decode(errors="replace")
             why = explain_failure(self._judged(trial), said, code)
             self.journal.end(trial.number, "failed", why)
             self.failures += 1
-        elif not values:
+        elif code == 0 and not values:
             self.journal.end(trial.number, "failed", f"no row of its metrics.jsonl has {self.sweep.metric}")
             self.failures += 1
-        elif until is None:
+        elif code == 0 and until is None:
             self.journal.end(trial.number, "finished")
         self.strategy.ended(trial)
         if trial.state == "failed":
             logger.warning("%s failed: %s", trial.name, trial.error)
+        elif code == PREEMPTED and not one.stopped:
+            logger.warning("%s was told to end by others; --resume auto goes on with it", trial.name)
         else:
             step, value = values[-1]
             how = "is at" if trial.state == "open" else f"{trial.state} at"
@@ -166,13 +170,13 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     """All trials, or with `resume` what is left of them; what came of them.
 
     UserError, before anything starts: a trial that is no run, a folder in use. RunError: no trial has ended well, or
-    more have failed than sweep.max_failures allows.
+    more have failed than sweep.max_failures allows. Preempted: SIGTERM came, to the sweep or to a trial.
     """
     logs.configure("WARNING" if quiet else "INFO")
     if sweep.config.method.name == "bayesian":
         require_optuna()
     known = known_trials(sweep)
-    with Journal.open(sweep, resume=resume) as journal, sigterm_interrupts():
+    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts():
         if retry_failed:
             for trial in journal.trials.values():
                 if trial.state == "failed":
@@ -191,6 +195,9 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
             f"{loop.failures} trials failed, more than sweep.max_failures = {most}: {_failures(result)} What has ended "
             f"is in {sweep.folder}; --resume auto --retry-failed goes on."
         )
+    cut_off = [row.trial for row in result.rows if row.state == "open"]
+    if cut_off:
+        raise Preempted(f"{', '.join(cut_off)} were told to end; checkpoints are kept")
     if result.best is None:
         raise RunError(f"no trial came to an end with a value of {sweep.metric}: {_failures(result)}")
     return result

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 
-END_WITHIN_S = 60.0  # a run that is told to end: it may be in a long call
+END_WITHIN_S = 60.0  # beyond what a run that is told to end has for its step and checkpoint
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -50,7 +50,8 @@ class Process(Protocol):
 class _Started:
     """A process that is told to end, and killed if it does not in time."""
 
-    def __init__(self, words: Sequence[str], share: Share, **streams: Any) -> None:
+    def __init__(self, words: Sequence[str], share: Share, *, grace_s: float, **streams: Any) -> None:
+        self.end_within_s = grace_s + END_WITHIN_S
         parent = os.getpid()
 
         def before_exec() -> None:  # in the child, which has this one thread
@@ -80,7 +81,7 @@ class _Started:
     def interrupt(self) -> None:
         """Tell it to end in order, once."""
         if self.deadline is None and self.process.poll() is None:
-            self.deadline = time.monotonic() + END_WITHIN_S
+            self.deadline = time.monotonic() + self.end_within_s
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -97,10 +98,11 @@ class _Started:
 class TrialProcess(_Started):
     """`rlhf train` for one trial."""
 
-    def __init__(self, config: Path, log: Path, share: Share, *, until: int | None) -> None:
+    def __init__(self, config: Path, log: Path, share: Share, *, until: int | None, grace_s: float = 0.0) -> None:
         words = ["rlhf.cli", *train_words(config, until)]
         with log.open("ab") as file:
-            super().__init__(words, share, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            super().__init__(words, share, grace_s=grace_s, **streams)
 
 
 class WarmProcess(_Started):
@@ -109,9 +111,9 @@ class WarmProcess(_Started):
     It ends with the first trial that fails or is interrupted: whoever comes next gets a new one.
     """
 
-    def __init__(self, share: Share) -> None:
-        pipe = subprocess.PIPE
-        super().__init__(["rlhf.serve_trials"], share, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    def __init__(self, share: Share, *, grace_s: float = 0.0) -> None:
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        super().__init__(["rlhf.serve_trials"], share, grace_s=grace_s, **streams)
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
 
@@ -139,7 +141,7 @@ class WarmProcess(_Started):
         """There are no more trials."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.deadline = time.monotonic() + END_WITHIN_S
+        self.deadline = time.monotonic() + self.end_within_s
 
 
 def train_words(config: Path, until: int | None) -> list[str]:

@@ -6,17 +6,20 @@ folder = rlhf.train(loaded)
 rlhf.evaluate(loaded, model=str(folder)).sets[0].metrics["score"]
 rlhf.generate(str(folder), ["What is 7 times 8?"])[0].response
 rlhf.reward(loaded, "responses.jsonl").rows[0].score
+rlhf.follow_job(rlhf.submit("configs/ppo_smollm2.yaml", address="http://head:8265")).exit_code
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 
 if TYPE_CHECKING:
+    from actors.submit import JobEnd
     from rlhf.config.load import LoadedConfig
     from rlhf.config.merge import MergeRun
     from rlhf.config.root import Config
@@ -27,11 +30,15 @@ if TYPE_CHECKING:
     from rlhf.sweeps.results import SweepResult
 
 __all__ = [
+    "Preempted",
     "RunError",
     "UserError",
+    "dashboard",
     "evaluate",
     "export",
+    "follow_job",
     "generate",
+    "job_status",
     "load_config",
     "load_merge",
     "merge",
@@ -39,8 +46,11 @@ __all__ = [
     "report",
     "reward",
     "serve_reward",
+    "stop_job",
+    "submit",
     "sweep",
     "train",
+    "view",
 ]
 
 
@@ -52,13 +62,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def plan(
-    config: str | Path | Config | LoadedConfig, overrides: Sequence[str] = (), *, cluster: str | None = None
+    config: str | Path | Config | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str | None = None,
+    shapes: Path | None = None,
+    lengths: str | None = None,
+    simulate: str | None = None,
 ) -> str:
-    """What follows from a configuration, as `rlhf plan` prints it. `cluster`: nodes such as `2*cpu=96,gpu=8` to fit it
-    into."""
-    from rlhf.config.plan import render
+    """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
 
-    return render(_loaded(config, overrides), cluster=cluster)
+    cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
+    are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
+    `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
+    """
+    loaded = _loaded(config, overrides)
+    if simulate is not None:
+        from rlhf.planning.scenarios import render as play
+
+        return play(loaded, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
+    from rlhf.planning.report import render
+
+    return render(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
 def train(
@@ -75,7 +100,7 @@ def train(
     quiet: no progress. json_lines: progress as JSON lines on stdout. until: stop after this step, with a checkpoint
     from which `resume` goes on.
 
-    UserError: the input is wrong. RunError: something failed at run time.
+    UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
     """
     from rlhf.commands.train import launch
 
@@ -202,6 +227,16 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
     return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
 
 
+def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Path | None = None) -> str:
+    """Make a W&B workspace for the runs of a project; returns its address. `out`: a file for it, without a server.
+
+    UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
+    """
+    from rlhf.tracking.workspace import publish
+
+    return publish(project=project, entity=entity, out=None if out is None else Path(out))
+
+
 def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
     """What a configuration's rewards say of the responses in a file; a reward that fails is part of the result.
 
@@ -233,6 +268,67 @@ def serve_reward(
         raise UserError(f"overrides change a configuration, and {target} is a function")
     what = str(target) if is_function else _loaded(target, overrides)
     run(what, host=host, port=port, token_env=token_env, ready=ready)
+
+
+def submit(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    env: Sequence[str] = (),
+    cpus: float = 0.0,
+    memory_gib: float = 0.0,
+    resources: Mapping[str, float] | None = None,
+) -> str:
+    """Run the YAML file, below the current folder, as a job of a Ray cluster, or go on with its run. Returns its id.
+
+    address: of the dashboard, or RAY_ADDRESS. env: names of variables that the job gets from this process. The rest is
+    reserved for the job's driver.
+    """
+    from rlhf.commands.submit import submit as start
+
+    reserved = dict(resources or {})
+    return start(config, overrides, address=address, env=env, cpus=cpus, memory_gib=memory_gib, resources=reserved)[1]
+
+
+def follow_job(job: str, *, address: str | None = None, write: Callable[[str], object] | None = None) -> JobEnd:
+    """Write a job's log, to stdout if not told, until it is over. Returns how it ended."""
+    from rlhf.commands.submit import follow_job as follow
+
+    return follow(job, address=address, write=write or sys.stdout.write)
+
+
+def job_status(job: str, *, address: str | None = None) -> JobEnd:
+    """How a job stands."""
+    from rlhf.commands.submit import job_status as ask
+
+    return ask(job, address=address)
+
+
+def stop_job(job: str, *, address: str | None = None) -> JobEnd:
+    """End a job, whose run writes a checkpoint first, and wait until it is over."""
+    from rlhf.commands.submit import stop_job as stop
+
+    return stop(job, address=address)
+
+
+def view(
+    run: str | Path,
+    against: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is told the URL.
+
+    token_env: environment variable with the token that browsers must give; hosts beyond this machine need one.
+    """
+    from rlhf.viewing.server import view as serve
+
+    folders = [Path(folder) for folder in (run, against) if folder is not None]
+    serve(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
 def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:

@@ -1,7 +1,7 @@
 """The command line: finds the command, and says what went wrong.
 
-Exit codes: 0 done, 2 the user's input, 1 anything that fails at run time, 130 interrupted. An error is one short
-paragraph on stderr; a traceback only with --debug.
+Exit codes: 0 done, 2 the user's input, 1 anything that fails at run time, 75 preempted: told by SIGTERM to end, run it
+again with --resume auto, 130 interrupted. An error is one short paragraph on stderr; a traceback only with --debug.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 from rlhf.tracking.logs import hush_imports
 
 
@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
-        resume = " --resume auto" if args.command in ("train", "sweep") and "--resume" not in given else ""
-        goes_on = args.command in ("train", "sweep", "quickstart")
-        again = f"; continue with: rlhf {shlex.join(given)}{resume}" if goes_on else ""
-        sys.stderr.write(f"rlhf: interrupted{again}\n")
+        sys.stderr.write(f"rlhf: interrupted{_how_to_go_on(given, args.command)}\n")
         return 130
+    except Preempted as kept:
+        sys.stderr.write(f"rlhf: preempted: {kept}{_how_to_go_on(given, args.command)}\n")
+        return 75
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; there is no one to tell
         return 1
@@ -42,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None:
             return _report(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
         return _report(known, 2 if isinstance(known, UserError) else 1)
+
+
+def _how_to_go_on(given: Sequence[str], command: str) -> str:
+    """With what a run that was cut off is continued."""
+    if command not in ("train", "sweep", "quickstart"):
+        return ""
+    resume = "" if "--resume" in given or command == "quickstart" else " --resume auto"
+    return f"; continue with: rlhf {shlex.join(given)}{resume}"
 
 
 def _known(error: BaseException) -> UserError | RunError | None:

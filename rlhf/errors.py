@@ -1,4 +1,4 @@
-"""The two ways in which a run ends other than well. Everything the command line reports is one of them."""
+"""The ways in which a run ends other than well. Everything the command line reports is one of them."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Something failed at run time. Exit code 1. The message names stage, actor, rank and cause."""
+
+
+class Preempted(Exception):
+    """The run was told to end before it was done, and can go on with --resume auto. Exit code 75. The message says what
+    is kept."""

@@ -25,6 +25,7 @@ from rlhf.types import (
     RolloutInfo,
     Rollouts,
     Sampling,
+    TokenSignals,
     TokenValues,
 )
 
@@ -62,6 +63,7 @@ class SampleSelection:
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` names the response within the group
+    sequence_ids: tuple[int, ...]  # of the records, in their order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +156,21 @@ class RewardRole(Protocol):
         """What each response answers, by which responses vote; None: nothing."""
         ...
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
-        """Add the text and write the file."""
+    async def write_samples(
+        self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
+    ) -> None:
+        """Add the text and the tokens, with what training made of those that there are `signals` of; write the file."""
         ...
 
     async def memory(self) -> MemoryReport: ...
+
+
+class NodesRole(Protocol):
+    """The nodes that the run is on."""
+
+    async def use(self) -> Metrics:
+        """`system/*` of each since the last call; of one that does not answer, nothing."""
+        ...
 
 
 StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns that hold its rows
@@ -265,6 +277,10 @@ class PolicyRole(TrainedRole, Protocol):
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
         """One optimizer step on the prepared batch's minibatch. `states`: what a teacher says of it, if it is asked."""
+        ...
+
+    async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
+        """What training made of the tokens of these sequences of the prepared batch, one column a rank."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:

@@ -75,7 +75,8 @@ class Ragged:
         """The sequences at these places, in that order."""
         at = torch.tensor(places, dtype=torch.int64)
         starts, lengths = (self.lengths.cumsum(0) - self.lengths)[at].tolist(), self.lengths[at]
-        tokens = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths.tolist(), strict=True)])
+        ranges = [torch.arange(s, s + n) for s, n in zip(starts, lengths.tolist(), strict=True)]
+        tokens = torch.cat([at[:0], *ranges])
         taken = {name: getattr(self, name)[tokens] for name in self.columns()}
         return type(self)(sequence_ids=self.sequence_ids[at], lengths=lengths, **taken)
 
@@ -138,6 +139,16 @@ class TokenValues(Ragged):
     """One number a token: reference logprobs, critic values or returns, as a worker hands them on."""
 
     values: Float[Tensor, " N"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSignals(Ragged):
+    """What training made of single tokens, for the samples file; nan where it made nothing of one."""
+
+    old_logprobs: Float[Tensor, " N"]  # by the weights that the step began with, as the trainer computes them
+    ref_logprobs: Float[Tensor, " N"]
+    teacher_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ class AdapterSender:
             sweep(folder)
             token = secrets.token_hex(8)
             aside = folder / f".{ADAPTER}{token}"
-            aside.mkdir(parents=True)
+            aside.mkdir()
             self.descriptor = hold(aside / CONFIG)
             (aside / CONFIG).write_text(json.dumps(dict(config)))
             self.folder = aside.rename(folder / f"{ADAPTER}{token}")  # locked before a sweep can see it

@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from actors.weights.manifest import WeightManifest, buckets
 from actors.weights.staging import stage
+from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError
 
 Method = Literal["gloo", "nccl"]
@@ -41,6 +42,7 @@ def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
     """A process group of its own. Blocks until all have come, at most timeout_s. RunError if they have not."""
     limit = timedelta(seconds=meeting.timeout_s)
     size = meeting.num_receivers + 1
+    meet_through(meeting.address)
     try:
         store = TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=limit)
         if method == "gloo":

@@ -13,7 +13,8 @@ from rlhf.algorithms.correction_weights import Correction, corrected
 from rlhf.algorithms.shared import ClippedConfig, Estimator, OnlineConfig
 from rlhf.objectives import kl, policy_loss, value_loss
 from rlhf.objectives.aggregation import token_weights
-from rlhf.objectives.masking import masked_sum
+from rlhf.objectives.masking import bin_counts, masked_sum
+from rlhf.tracking.histograms import RATIO_EDGES
 
 KL_ESTIMATORS: Mapping[Estimator, Callable[[Tensor, Tensor], Tensor]] = {
     "k1": kl.kl_k1,
@@ -95,6 +96,7 @@ class LossTerms:
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
+    ratio_counts: Float[Tensor, " n"]  # of the sampled tokens, between rlhf.tracking.histograms.RATIO_EDGES
     correction: Correction | None  # None: the run has none
 
 
@@ -173,6 +175,7 @@ def composed_loss(
             kl_old_sum=kl.kl_k3(old, new).sum(),
             entropy_sum=masked_sum(batch.entropy, mask),
             ratio_max=surrogate.ratio.max(),
+            ratio_counts=bin_counts(surrogate.ratio, mask, edges=RATIO_EDGES),
             correction=correction,
         )
 

@@ -10,6 +10,7 @@ import argparse
 from typing import Protocol
 
 from rlhf.commands import (
+    dashboard,
     doctor,
     evaluate,
     export,
@@ -20,8 +21,10 @@ from rlhf.commands import (
     report,
     reward,
     serve_reward,
+    submit,
     sweep,
     train,
+    view,
 )
 from rlhf.commands.shared import Subparsers
 
@@ -47,6 +50,9 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "reward": reward,
     "serve-reward": serve_reward,
+    "view": view,
     "report": report,
+    "dashboard": dashboard,
+    "submit": submit,
     "doctor": doctor,
 }

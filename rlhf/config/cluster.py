@@ -18,6 +18,9 @@ class TrainedRole(Section):
     """Ranks."""
     cpus: float = Field(default=1.0, gt=0.0)
     """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the nodes of these workers must have, as `ray start --labels=pool=gpu` gives them; colocated ones
+    stand with their host."""
     threads: Threads = "auto"
     """Compute threads of each; auto: the node's cores shared out among the ranks of this role on it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -58,6 +61,9 @@ class ForwardRole(Section):
     """Processes."""
     cpus: float = Field(default=1.0, gt=0.0)
     """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the nodes of these workers must have, as `ray start --labels=pool=gpu` gives them; colocated ones
+    stand with their host."""
     threads: Threads = "auto"
     """Compute threads of each; auto: the node's cores shared out among the workers of this role on it."""
 
@@ -92,6 +98,9 @@ class RolloutRole(Section):
     """GPUs of one engine."""
     cpus: float = Field(default=1.0, gt=0.0)
     """CPUs that Ray reserves for each engine; a colocated one uses those of its host."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the nodes of the engines must have, as `ray start --labels=pool=gpu` gives them; colocated ones
+    stand with their host."""
     threads: Threads = "auto"
     """Compute threads of each engine on a CPU; auto: the node's cores shared out among the engines on it."""
     colocate_with: Literal["policy"] | None = None

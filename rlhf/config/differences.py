@@ -52,6 +52,6 @@ def _settings(stage: Stage) -> Any:
     for part in (tree, *tree.get("stages", {}).values()):
         for section in ("tracking", "cluster"):
             part.pop(section, None)
-        for key in ("checkpoint_every", "keep_checkpoints"):
+        for key in ("checkpoint_every", "keep_checkpoints", "preemption_grace_s"):
             part.get("train", {}).pop(key, None)
     return portable(tree, home(stage))

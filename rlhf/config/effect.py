@@ -35,6 +35,7 @@ class Inert:
     fix: str  # what to change if the key was meant
 
 
+OF_WANDB = " ".join(f"tracking.wandb_{key}" for key in ("project", "entity", "group", "tags", "checkpoints"))
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
 
 
@@ -277,11 +278,7 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
         why = "train.lr_schedule is constant"
         yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
     if config.tracking.wandb == "off":
-        yield from _all(
-            "tracking.wandb_project tracking.wandb_group",
-            "tracking.wandb is off",
-            "set tracking.wandb to offline or online",
-        )
+        yield from _all(OF_WANDB, "tracking.wandb is off", "set tracking.wandb to offline or online")
 
 
 def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
@@ -302,8 +299,9 @@ def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
         host = section.colocate_with
         if host is not None:
             key = f"cluster.roles.{role}"
-            yield from _all(
-                f"{key}.cpus",
-                f"{key}.colocate_with is {host}: it uses what {host} reserves",
-                f"set cluster.roles.{host}.cpus, or {key}.colocate_with to null",
-            )
+            for name in ("cpus", "node_labels"):
+                yield from _all(
+                    f"{key}.{name}",
+                    f"{key}.colocate_with is {host}: it uses what {host} reserves",
+                    f"set cluster.roles.{host}.{name}, or {key}.colocate_with to null",
+                )

@@ -14,7 +14,7 @@ from rlhf.algorithms.section import Section
 from rlhf.config.checks import cluster_problems, written_inert
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import EvalSource
-from rlhf.config.effect import Inert, inert_in_cluster, inert_in_rewards
+from rlhf.config.effect import OF_WANDB, Inert, inert_in_cluster, inert_in_rewards
 from rlhf.config.explain import Problem
 from rlhf.config.model import Dtype, RewardModelConfig
 from rlhf.config.reward_checks import reward_problems
@@ -144,7 +144,8 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
         yield from _all("system_prompt", why, "apply the chat template, or write it into the prompts")
     yield from _all("tracking.samples_per_step", "every response of an evaluation is written", "use it to train")
     if stage.tracking.wandb == "off":
-        yield from _all("tracking.wandb_project", "tracking.wandb is off", "set tracking.wandb to offline or online")
+        yield from _all(OF_WANDB, "tracking.wandb is off", "set tracking.wandb to offline or online")
+    yield from _all("tracking.wandb_checkpoints", "an evaluation writes none", "use it to train")
     yield from _all("cluster.weight_sync", "an evaluation has no weights to sync", "use it to train")
     for role in type(stage.cluster.roles).model_fields:
         if role not in stage.needs:

@@ -1,12 +1,11 @@
-"""What `rlhf plan` prints: the derived numbers and the placement of each run, before anything starts.
+"""What `rlhf plan` prints first: the derived numbers and the placement of each run, before anything starts.
 
-Needs neither the models nor the data nor Ray.
+Memory and time follow from rlhf.planning. Needs neither the models nor the data nor Ray.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,7 @@ from rlhf.config.derive import (
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.merge import MergeConfig, in_effect
+from rlhf.config.nodes import Node
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
@@ -44,57 +44,36 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     from rlhf.types import Role
 
-MOST_NODES = 65536
-_NODES = re.compile(r"(?:(\d{1,9})\*)?cpu=(\d+(?:\.\d+)?)(?:,gpu=(\d+))?")
 
-
-def parse_cluster(text: str) -> list[dict[str, float]]:
-    """Nodes described as `2*cpu=96,gpu=8+1*cpu=16`. UserError if it says something else."""
-    nodes: list[dict[str, float]] = []
-    total = 0
-    for part in text.replace(" ", "").split("+"):
-        match = _NODES.fullmatch(part)
-        if match is None:
-            raise UserError(f"--cluster {text!r}: expected nodes such as `2*cpu=96,gpu=8+1*cpu=16`, got {part!r}")
-        count, cpus, gpus = match.groups(default="")
-        total += int(count or 1)
-        if total > MOST_NODES:
-            raise UserError(f"--cluster {text!r}: {total} nodes, expected at most {MOST_NODES}")
-        nodes += [{"CPU": float(cpus), "GPU": float(gpus or 0)} for _ in range(int(count or 1))]
-    return nodes
-
-
-def render(loaded: LoadedConfig, *, cluster: str | None = None) -> str:
-    """The plan as text. UserError, with the plan in it, if a run wants more than the described cluster has."""
-    nodes = None if cluster is None else parse_cluster(cluster)
-    text = "\n\n".join(_stage(stage, nodes) for stage in loaded.stages.values()) + "\n"
+def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: str | None) -> None:
+    """UserError if a run wants more CPUs or GPUs than the nodes have, which were described as `cluster`."""
     for stage in loaded.stages.values():
-        if isinstance(stage, MergeStage):
+        if isinstance(stage, MergeStage) or nodes is None:
             continue
-        seating = seat(stage)
-        if nodes is not None and fit(seating.bundles, nodes) is None:
-            table = _table(
+        seating, available = seat(stage), [node.resources for node in nodes]
+        if fit(seating.bundles, available) is None:
+            wanted = table(
                 [
                     ["", "CPU", "GPU"],
                     ["wanted", *(_number(_total(seating.bundles, resource)) for resource in ("CPU", "GPU"))],
-                    ["available", *(_number(_total(nodes, resource)) for resource in ("CPU", "GPU"))],
+                    ["available", *(_number(_total(available, resource)) for resource in ("CPU", "GPU"))],
                 ]
             )
             raise UserError(
-                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{table}\nBundles: {_sizes(seating)}. Lower "
+                f"{stage.run.name} does not fit the cluster {cluster!r}.\n{wanted}\nBundles: {_sizes(seating)}. Lower "
                 "cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, or use a "
                 "larger cluster."
             )
-    return text
 
 
-def _stage(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
+def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
+    """A stage's derived numbers and placement."""
     if isinstance(stage, Config):
         return _run(stage, nodes)
     name = "merge" if isinstance(stage, MergeStage) else "evaluate"
     parts = [f"{stage.run.name}: {name} -> {run_folder(stage)}"]
     if isinstance(stage, MergeStage):
-        return "\n\n".join([*parts, _table(_merge_facts(stage.merge))])
+        return "\n\n".join([*parts, table(_merge_facts(stage.merge))])
     seating = seat(stage)
     model = stage.evaluate.model
     reward = stage.evaluate.reward
@@ -104,8 +83,8 @@ def _stage(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
         "reward": reward.model if reward else "functions",
     }
     roles = [role for role in ROLE_ORDER if role in stage.needs]
-    parts += [_table(_evaluation_facts(stage)), _table(_role_rows(roles, stage.cluster, seating, models))]
-    return "\n\n".join([*parts, _table(_bundles(seating, nodes))])
+    parts += [table(_evaluation_facts(stage)), table(_role_rows(roles, stage.cluster, seating, models))]
+    return "\n\n".join([*parts, table(_bundles(seating, nodes))])
 
 
 def _merge_facts(config: MergeConfig) -> list[list[str]]:
@@ -138,9 +117,9 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
     derived, seating = derive(config), seat(config)
     parts = [
         f"{config.run.name}: {config.algorithm.name} -> {run_folder(config)}",
-        _table(_facts(config, derived)),
-        _table(_roles(config, derived, seating)),
-        _table(_bundles(seating, nodes)),
+        table(_facts(config, derived)),
+        table(_roles(config, derived, seating)),
+        table(_bundles(seating, nodes)),
     ]
     return "\n\n".join(parts)
 
@@ -358,6 +337,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words as columns."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

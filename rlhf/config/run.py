@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -36,7 +36,15 @@ class TrackingConfig(Section):
     """W&B: `online` needs WANDB_API_KEY or a login."""
     wandb_project: str = "rlhf"
     """W&B project."""
+    wandb_entity: str | None = Field(default=None, min_length=1)
+    """W&B user or team. null: the account's own."""
     wandb_group: str | None = Field(default=None, min_length=1)
-    """Group of the run in W&B. null: the pipeline that it is a stage of, or none; a sweep gives its own name."""
+    """W&B group. null: the pipeline's name for its stages; else none. A sweep gives its trials its own name."""
+    wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """W&B tags."""
+    wandb_checkpoints: bool = False
+    """Keep checkpoints and the final model as W&B artifacts too."""
+    tensorboard: bool = False
+    """TensorBoard files in the run's folder."""
     samples_per_step: int = Field(default=16, ge=0)
-    """Responses written to samples/ each step; every evaluation response is written."""
+    """Responses written to samples/ each step, token by token; every evaluation response is written."""

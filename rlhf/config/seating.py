@@ -35,6 +35,7 @@ class Seating:
 
     bundles: tuple[Mapping[str, float], ...]
     seats: Mapping[Role, tuple[Seat, ...]]
+    labels: tuple[Mapping[str, str], ...]  # of each bundle: what its node must have
 
     def total(self, resource: str) -> float:
         """What all bundles together reserve."""
@@ -54,6 +55,7 @@ class _Wish:
     count: int
     cpus: float
     gpus: float
+    labels: Mapping[str, str]
     host: Role | None
 
 
@@ -68,6 +70,7 @@ def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
     """Bundles and seats of these roles. One whose host is not among them has bundles of its own."""
     wishes = _wishes(roles, cluster, with_reward_model=with_reward_model)
     bundles: list[dict[str, float]] = []
+    labels: list[Mapping[str, str]] = []
     places: dict[Role, list[int]] = {}
     for role, wish in wishes.items():
         if wish.host is not None:
@@ -76,6 +79,7 @@ def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
             continue
         places[role] = list(range(len(bundles), len(bundles) + wish.count))
         bundles += [{"CPU": wish.cpus, **({"GPU": wish.gpus} if wish.gpus else {})} for _ in range(wish.count)]
+        labels += [wish.labels] * wish.count
     tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
     with_gpu = [sum(wishes[role].gpus > 0.0 for role in roles) for roles in tenants]
     seats: dict[Role, tuple[Seat, ...]] = {
@@ -89,7 +93,7 @@ def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
         )
         for role, at in places.items()
     }
-    return Seating(bundles=tuple(bundles), seats=seats)
+    return Seating(bundles=tuple(bundles), seats=seats, labels=tuple(labels))
 
 
 def _share(amount: float, parts: int) -> float:
@@ -131,13 +135,25 @@ def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
         return wanted if wanted in needed else None
 
     wishes: dict[Role, _Wish] = {
-        "policy": _Wish(count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, host=None),
+        "policy": _Wish(
+            count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, labels=roles.policy.node_labels, host=None
+        ),
         "rollout": _Wish(
-            count=engine.engines, cpus=engine.cpus, gpus=gpu * engine.tensor_parallel, host=host(engine.colocate_with)
+            count=engine.engines,
+            cpus=engine.cpus,
+            gpus=gpu * engine.tensor_parallel,
+            labels=engine.node_labels,
+            host=host(engine.colocate_with),
         ),
     }
     for role in ("critic", "reference", "teacher", "reward"):
         section = getattr(roles, role)
         gpus = 0.0 if role == "reward" and not with_reward_model else gpu
-        wishes[role] = _Wish(count=section.workers, cpus=section.cpus, gpus=gpus, host=host(section.colocate_with))
+        wishes[role] = _Wish(
+            count=section.workers,
+            cpus=section.cpus,
+            gpus=gpus,
+            labels=section.node_labels,
+            host=host(section.colocate_with),
+        )
     return {role: wishes[role] for role in ROLE_ORDER if role in needed}

@@ -78,7 +78,11 @@ class AdvantageLearning:
             self.idle.see(record.row())
         self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
-        return Signals(reports={one.sequence_id: one for one in report.sequences}, advantages=advantages)
+        return Signals(
+            trained=frozenset(plan.scores) if kept else frozenset(),
+            reports={one.sequence_id: one for one in report.sequences},
+            advantages=advantages,
+        )
 
     def state(self) -> Mapping[str, Any]:
         """The coefficients."""

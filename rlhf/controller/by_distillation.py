@@ -55,7 +55,8 @@ class DistillationLearning:
                 await self._update(minibatch)
         else:
             await self._update_all(order, plan, groups)
-        return Signals(teacher_logprobs=means)
+        trained = frozenset(info.sequence_id for scored in groups for info in scored.group.infos)
+        return Signals(trained=trained, teacher_logprobs=means)
 
     def state(self) -> Mapping[str, Any]:
         """Nothing: the teacher stays what it is."""

@@ -57,7 +57,8 @@ class PairLearning:
                 record.add(await self.roles.policy.update(minibatch))
         pairs = [pair for _, pair in found]
         await self._renew_reference(step)
-        return Signals(preferred={info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)})
+        preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)}
+        return Signals(trained=frozenset(preferred), preferred=preferred)
 
     def state(self) -> Mapping[str, Any]:
         """Which reference it is."""

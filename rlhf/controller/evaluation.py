@@ -100,7 +100,7 @@ async def evaluate(
         record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
         text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
         write_atomic(evaluation_path(record.folder.path, step), text)
-        await reward.write_samples(samples_path(record.folder.path, step), selections)
+        await reward.write_samples(samples_path(record.folder.own, step), selections)
     return answered
 
 

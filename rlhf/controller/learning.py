@@ -39,6 +39,7 @@ class OnlineRoles:
 class Signals:
     """What training made of a step's responses, by sequence id where it made anything of one."""
 
+    trained: frozenset[int] = frozenset()  # of whose tokens the policy knows more
     reports: Mapping[int, SequenceReport] = field(default_factory=dict)
     advantages: Mapping[int, float] = field(default_factory=dict)
     preferred: Mapping[int, bool] = field(default_factory=dict)  # whether it is the chosen response of its pair

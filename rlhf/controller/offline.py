@@ -3,7 +3,8 @@
     rows -> reference logprobs or teacher's states -> minibatches -> update
 
 The data sets are handed to the trained role once, as columns; a step names rows. As online, a checkpoint is written
-aside, its row is logged, and only then is it made valid.
+aside, its row is logged, and only then is it made valid. A notice that the run is to end makes the step at work its
+last.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from rlhf.config.root import Config
+from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.reference import provide_reference
 from rlhf.controller.trained import trained_models
 from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
+from rlhf.errors import Preempted
 from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Last
@@ -81,6 +84,7 @@ class OfflineController:
         self.eval_sets = eval_sets
         self.fingerprint = policy_fingerprint
         self.teacher = teacher
+        self.notice = Notice()
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
         self.next_batch: Batch | None = None
@@ -110,6 +114,7 @@ class OfflineController:
             record.memory("policy", await self.role.memory())
             if self.teacher is not None:
                 record.memory("teacher", await self.teacher.memory())
+            await record.system()
             row = record.row()
             rate = row["update/tokens/total"] / row["time/update_s"]
             length = row["update/tokens/total"] / train.sequences_per_update
@@ -122,10 +127,13 @@ class OfflineController:
             )
             self.step = step
             is_best = evaluates and self.best.improves(row, step)
-            if step == end or is_best or self.best.is_over or step % train.checkpoint_every == 0:
+            is_over, is_told = last or self.best.is_over, self.notice.is_given
+            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
+            if is_told and not is_over:
+                raise Preempted(f"a checkpoint of step {step} is written")
         if self.step < train.steps and not self.best.is_over:
             return False
         await self._take_best()
@@ -207,7 +215,7 @@ class OfflineController:
             await self.role.save(aside / "policy")
             self.record.write_state(aside, self._state())
         self.record.write_row(self.step, self.record.row())
-        folder.commit_checkpoint(self.step)
+        self.record.commit_checkpoint(self.step)
         if is_best:
             folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)

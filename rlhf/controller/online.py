@@ -5,6 +5,8 @@
 Version v of the weights is what v steps of training have made. Step s answers its prompts with version s - 1 (rollouts
 and training take turns), trains, and syncs version s to the engines before it ends. A step is kept in this order: its
 checkpoint is written aside, its row is logged, the checkpoint is made valid; so a checkpoint always has its row.
+A notice that the run is to end puts a step's rollouts aside, whose finished ones a resumed run takes up, and keeps the
+step before; a later stage is finished first.
 
 The loop sees scalars, ids and references. It computes nothing on tokens and knows nothing of Ray.
 """
@@ -22,15 +24,17 @@ from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.by_pairs import PairLearning
-from rlhf.controller.collect import Collector
+from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.evaluation import EvalSet, compare_with_teacher, evaluate
 from rlhf.controller.learning import Learning, OnlineRoles
+from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.trained import trained_models
 from rlhf.controller.training_scores import for_training
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
+from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.roles import (
     CriticRole,
@@ -81,7 +85,9 @@ class OnlineController:
             top_k=self.rollouts.top_k,
             stop=self.rollouts.stop,
         )
+        self.notice = Notice()
         self.step = 0
+        self.kept_step = 0  # of the newest checkpoint; 0: there is none
         self.learning = _learning(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
         scored = bool(config.rewards)
@@ -104,6 +110,7 @@ class OnlineController:
             record.write_row(0, record.row())
         while self.step < end and not self.best.is_over:
             step = self.step + 1
+            self.state_before = self._state()
             record.begin_step()
             with record.stage("step"):
                 await self._train_step(step)
@@ -115,10 +122,13 @@ class OnlineController:
             self._add_throughput()
             self.step = step
             is_best = evaluates and self.best.improves(record.row(), step)
-            if step == end or is_best or self.best.is_over or step % train.checkpoint_every == 0:
+            is_over, is_told = last or self.best.is_over, self.notice.is_given
+            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
+            if is_told and not is_over:
+                raise Preempted(f"a checkpoint of step {step} is written")
         if self.step < train.steps and not self.best.is_over:
             return False
         await self._to_trainers(keep_weights=False)  # for the export
@@ -132,7 +142,7 @@ class OnlineController:
         """The arrows of the module's first line."""
         roles, record = self.roles, self.record
         with record.stage("rollouts", role="rollout"):
-            batch = await self.collector.collect(step)
+            batch = await self._collect(step)
         groups, seconds = batch.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
@@ -142,7 +152,21 @@ class OnlineController:
         kept = self.config.tracking.samples_per_step
         if kept:
             chosen = group_samples(groups, signals, split="train", most=kept)
-            await roles.reward.write_samples(samples_path(record.folder.path, step), chosen)
+            written = [i for one in chosen for i in one.sequence_ids if i in signals.trained]
+            columns = await roles.policy.token_signals(written) if written else []
+            await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
+
+    async def _collect(self, step: int) -> Collected:
+        """The step's batch. Preempted, with the step before kept, if the run is to end."""
+        if self.takes_turns:  # the policy, on the engines' GPUs, could not be saved while they answer
+            return await self.collector.collect(step)
+        batch = await self.notice.unless_given(self.collector.collect(step))
+        if batch is not None:
+            return batch
+        if self.kept_step < self.step:
+            await self._save_aside(self.state_before)
+            self._commit()
+        raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _sync(self, version: int) -> None:
         """Weights to the engines, proven; then the engines have the GPU."""
@@ -219,6 +243,7 @@ class OnlineController:
         for name, role in members.items():
             if role is not None:
                 self.record.memory(name, await role.memory())
+        await self.record.system()
 
     def _add_throughput(self) -> None:
         row = self.record.row()
@@ -237,23 +262,29 @@ class OnlineController:
 
     async def _checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, make the checkpoint valid."""
-        folder, roles = self.record.folder, self.roles
         with self.record.stage("checkpoint"):
-            aside = folder.begin_checkpoint(self.step)
             await self._to_trainers(keep_weights=True)
-            await roles.policy.save(aside / "policy")
-            if roles.critic is not None:
-                await roles.critic.save(aside / "critic")
+            await self._save_aside(self._state())
             if self.takes_turns:
-                await roles.rollout.wake("weights")
+                await self.roles.rollout.wake("weights")
             await self._to_engines()
-            self.record.write_state(aside, self._state())
         self.record.write_row(self.step, self.record.row())
-        folder.commit_checkpoint(self.step)
+        self._commit()
         if is_best:
-            folder.mark_best(self.step)
+            self.record.folder.mark_best(self.step)
         await self.record.prune(self.config.train.keep_checkpoints)
         self.answers.clear()
+
+    async def _save_aside(self, state: Mapping[str, Any]) -> None:
+        aside = self.record.folder.begin_checkpoint(self.step)
+        await self.roles.policy.save(aside / "policy")
+        if self.roles.critic is not None:
+            await self.roles.critic.save(aside / "critic")
+        self.record.write_state(aside, state)
+
+    def _commit(self) -> None:
+        self.record.commit_checkpoint(self.step)
+        self.kept_step = self.step
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -271,7 +302,7 @@ class OnlineController:
         state = self.record.read_state(step)
         folder = self.record.folder.checkpoint(step)
         self.collector.restore(state)
-        self.step = state["step"]
+        self.step = self.kept_step = state["step"]
         await self.learning.restore(state, step)
         self.best.restore(state["best"])
         if self.best.step == step:  # the run may have been killed before it was marked

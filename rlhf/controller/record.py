@@ -16,11 +16,11 @@ from typing import Any
 
 from rlhf.config.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, UserError
-from rlhf.roles import MemoryReport, Metrics
+from rlhf.roles import MemoryReport, Metrics, NodesRole
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.logs import redact
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics import histograms, merge, results
 from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.reductions import Max, Reduction, Sum
@@ -40,6 +40,7 @@ class RunRecord:
     tracker: Tracker
     timeline: Timeline
     progress: Progress
+    nodes: NodesRole | None = None  # None: nobody looks at them
     mirror: Mirror | None = None  # None: the folder is nowhere else
     step: int = 0  # the last one that is written down
     parts: list[Metrics] = field(default_factory=list)
@@ -70,6 +71,11 @@ class RunRecord:
             found[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
         self.add(found)
 
+    async def system(self) -> None:
+        """What the nodes are busy with."""
+        if self.nodes is not None:
+            self.add(await self.nodes.use())
+
     def row(self) -> dict[str, float]:
         """The step's numbers so far."""
         return results(merge(self.parts))
@@ -79,7 +85,7 @@ class RunRecord:
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
-        found = self.tracker.log(step, row)
+        found = self.tracker.log(step, row, histograms(merge(self.parts)))
         self.step = step
         self.progress.step(step, row)
         for one in found:
@@ -101,11 +107,16 @@ class RunRecord:
             self.folder.prune(keep)
             self.mirror.begin(keep)
 
+    def commit_checkpoint(self, step: int) -> None:
+        """Make the begun checkpoint valid, and tell the back ends."""
+        self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
+
     def failed(self, error: Exception) -> None:
         """Write down what ends the run: in errors.jsonl, and where it came from in traceback.txt."""
         self.tracker.log_error(
             ErrorRecord(step=self.step + 1, stage="run", kind=type(error).__name__, message=str(error))
         )
+        self.tracker.alert("failure", "run failed", f"Step {self.step + 1}: {error}")
         write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
-from rlhf.tracking.reductions import Max, Mean, Reduction, Std, Sum
+from rlhf.tracking.histograms import TOKEN_EDGES
+from rlhf.tracking.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.samples import SampleRecord
 from rlhf.types import RolloutInfo
 
@@ -20,6 +21,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     found: dict[str, Reduction] = {
         "rollouts/response_tokens/mean": Mean.of(lengths),
         "rollouts/response_tokens/max": Max(value=max(lengths)),
+        "rollouts/response_tokens/histogram": Histogram.of(lengths, edges=TOKEN_EDGES),
         "rollouts/prompt_tokens/mean": Mean.of(prompts),
         "rollouts/truncated/fraction": Mean.of([float(info.finish_reason == "length") for info in infos]),
         "rollouts/tokens/total": Sum(total=float(sum(info.num_tokens for info in infos))),
@@ -108,5 +110,6 @@ def group_samples(
                     mean_teacher_logprob=signals.teacher_logprobs.get(info.sequence_id),
                 )
             )
-        selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records)))
+        ids = tuple(info.sequence_id for info in taken)
+        selections.append(SampleSelection(rollouts=scored.group.rollouts, records=tuple(records), sequence_ids=ids))
     return selections

@@ -219,7 +219,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Weights, optimizer, step and every random state: DeepSpeed's files, one more a rank, and a json."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # in one that is there, or is no longer this run's
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         if dist.get_rank() == 0:

@@ -7,13 +7,34 @@ without a deadline: `set_deadline` is called again when all groups exist.
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from rlhf.errors import RunError
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def meet_through(address: str) -> None:
+    """Have gloo and nccl use the interface by which this host reaches the meeting place.
+
+    By themselves gloo takes the one that the host's name stands for and nccl the first ones that are up, which others
+    may not reach. What the environment says already is left as it is. RunError if there is no way to the address.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 1))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise RunError(f"No interface of this host leads to {address}, where its group meets: {error}") from error
+    found = [name for name, ends in psutil.net_if_addrs().items() if any(end.address == own for end in ends)]
+    for variable in INTERFACE_VARIABLES if found else ():
+        os.environ.setdefault(variable, found[0])
 
 
 def init_distributed(
@@ -31,6 +52,7 @@ def init_distributed(
 
     The environment is set as DeepSpeed reads it. On a CPU DeepSpeed must be imported after this, not before.
     """
+    meet_through(master_addr)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(local_rank),

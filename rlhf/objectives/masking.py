@@ -24,6 +24,15 @@ def masked_mean(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
+def bin_counts(values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, edges: Sequence[float]) -> Float[Tensor, " K"]:
+    """How many of the values that count lie in each of the K bins between K + 1 edges, as rlhf.tracking.reductions'
+    Histogram counts them."""
+    inner = torch.tensor(edges[1:-1], dtype=values.dtype, device=values.device)
+    bins = len(edges) - 1
+    place = torch.where(mask & ~values.isnan(), torch.bucketize(values, inner, right=True), bins)
+    return torch.bincount(place, minlength=bins + 1)[:bins].double()
+
+
 def sequence_sums(values: Float[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Sum of each sequence's tokens. It does not depend on what else is in the batch, bit for bit."""
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)

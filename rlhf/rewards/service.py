@@ -7,7 +7,6 @@ nowhere else; redirects are not followed, since they would take it along.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import random
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from rlhf.serving import is_loopback
 from rlhf.types import RewardErrorKind
 
 logger = logging.getLogger(__name__)
@@ -201,14 +201,6 @@ class Breaker:
         if self.is_open:
             logger.warning("%s answers again", self._name)
         self._failures, self._pause_s = 0, 0.0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name or address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _told(error: BaseException, timeout_s: float) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from rlhf.rollouts.spans import pieces
-from rlhf.tracking.samples import SampleTurn
-from rlhf.types import Rollouts
+from rlhf.tracking.samples import SampleTokens, SampleTurn
+from rlhf.types import Rollouts, TokenSignals
+
+_DIGITS = 6  # of a token's numbers in a samples file
+_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+_WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the first that is new: a character's bytes
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
@@ -32,3 +40,67 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
         )
         for sequence in pieces(rollouts)
     ]
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """A text for each token, special ones written out, which joined are the text of all.
+
+    A token that ends within a character is "", and the one that completes it has it whole: only the last can end so.
+    """
+
+    def text(start: int, end: int) -> str:
+        found: str = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        return found
+
+    found = []
+    start, before = 0, ""  # a window of tokens, of which those before this one are written `before`
+    for end in range(1, len(ids) + 1):
+        now = text(start, end)
+        if now.endswith(_INCOMPLETE) and end < len(ids):
+            found.append("")
+            continue
+        found.append(now[len(before) :])
+        before = now
+        if end - start > _WINDOW:
+            start = end - _CONTEXT
+            before = text(start, end)
+    return found
+
+
+def tokens_of(
+    rollouts: Rollouts, places: Sequence[int], signals: Sequence[TokenSignals], tokenizer: Any
+) -> list[SampleTokens]:
+    """What stands behind the prompts of the sequences at these places, token by token, with what training made of
+    those of which there are signals."""
+    known = {sequence_id for part in signals for sequence_id in part.sequence_ids.tolist()}
+    found = []
+    for place in places:
+        one = rollouts.take([place])
+        (sequence_id,) = one.sequence_ids.tolist()
+        learnt = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
+        found.append(_tokens(one, learnt, tokenizer))
+    return found
+
+
+def _tokens(one: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
+    """Of a single sequence."""
+    first = int(one.response_mask.int().argmax())
+    ids, mask = one.token_ids[first:].tolist(), one.response_mask[first:].tolist()
+
+    def column(values: Tensor) -> tuple[float | None, ...]:
+        shown = zip(values[first:].tolist(), mask, strict=True)
+        return tuple(float(f"{x:.{_DIGITS}g}") if sampled and math.isfinite(x) else None for x, sampled in shown)
+
+    def made(values: Tensor | None) -> tuple[float | None, ...] | None:
+        return None if values is None or bool(values.isnan().all()) else column(values)
+
+    return SampleTokens(
+        texts=tuple(token_texts(ids, tokenizer)),
+        ids=tuple(ids),
+        sampled=tuple(mask),
+        rollout_logprobs=column(one.rollout_logprobs),
+        old_logprobs=made(None if learnt is None else learnt.old_logprobs),
+        ref_logprobs=made(None if learnt is None else learnt.ref_logprobs),
+        teacher_logprobs=made(None if learnt is None else learnt.teacher_logprobs),
+        advantages=made(None if learnt is None else learnt.advantages),
+    )

@@ -30,7 +30,7 @@ def describe(*, seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git": _git(),
+        "git": git_state(),
         "hardware": {
             "cpu": _cpu_model(),
             "cores": len(psutil.Process().cpu_affinity()),
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """Standard output of a command; None if it is missing, fails, or takes too long."""
     if shutil.which(command[0]) is None:
         return None
@@ -58,9 +58,16 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def _git() -> dict[str, Any] | None:
-    commit = _output("git", "rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "dirty": bool(_output("git", "status", "--porcelain"))}
+def git_state() -> dict[str, Any] | None:
+    """Commit, branch (None: detached) and whether there are changes, never which. None: there is no repository."""
+    commit = output_of("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {
+        "commit": commit,
+        "branch": output_of("git", "symbolic-ref", "--short", "HEAD"),
+        "dirty": bool(output_of("git", "status", "--porcelain")),
+    }
 
 
 def _cpu_model() -> str:
@@ -79,5 +86,5 @@ def visible_gpus() -> list[str]:
 
 
 def _gpus() -> list[str]:
-    listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    listed = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return listed.splitlines() if listed else []

@@ -17,6 +17,7 @@ from rlhf.tracking.reductions import (
     DifferenceOfMeans,
     EffectiveShare,
     ExplainedVariance,
+    Histogram,
     Last,
     Max,
     Mean,
@@ -66,6 +67,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
+    "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("policy|reference|teacher|reward|critic|rollout|controller", "a role, or `controller` for the driver"),
     "stage": (
         "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|update|weight_sync|probe"
@@ -123,6 +125,7 @@ _DECLARATIONS = (
     # rollouts
     _metric("rollouts/response_tokens/mean", "tokens", Mean, "online", "Sampled tokens of a response"),
     _metric("rollouts/response_tokens/max", "tokens", Max, "online", "Longest response"),
+    _metric("rollouts/response_tokens/histogram", "tokens", Histogram, "online", "Sampled tokens of a response"),
     _metric("rollouts/prompt_tokens/mean", "tokens", Mean, "online", "Length of a prompt"),
     _metric(
         "rollouts/truncated/fraction",
@@ -330,6 +333,13 @@ _DECLARATIONS = (
     _metric("advantages/mean", "1", Mean, "online advantages", "Advantage of a sampled token, before whitening"),
     _metric("advantages/std", "1", Std, "online advantages", "Its deviation, before whitening"),
     _metric(
+        "advantages/histogram",
+        "1",
+        Histogram,
+        "online advantages",
+        "Advantage of a sampled token, as its loss is weighed by it: whitened, held",
+    ),
+    _metric(
         "advantages/zero_groups/fraction",
         "1",
         Mean,
@@ -414,6 +424,13 @@ _DECLARATIONS = (
         "KL from old_logprobs (the weights at the start of the update, or a bypassing correction's sampler), per token",
     ),
     _metric("update/ratio/max", "1", Max, "online advantages", "Largest exp(logprobs - old_logprobs)"),
+    _metric(
+        "update/ratio/histogram",
+        "1",
+        Histogram,
+        "online advantages",
+        "The algorithm's importance ratio of a sampled token, in all updates of the step",
+    ),
     _metric(
         "update/entropy/mean", "nats", Mean, "online advantages", "Entropy of the policy's next-token distribution"
     ),
@@ -513,6 +530,11 @@ _DECLARATIONS = (
     ),
     _metric("memory/<role>_rss_gib", "GiB", Max, "", "Resident memory of the role's largest process"),
     _metric("memory/<role>_gpu_gib", "GiB", Max, "gpu", "Peak GPU memory of the role's largest process"),
+    # nodes, with all that runs on them
+    _metric("system/<node>/cpu_fraction", "1", Mean, "", "Busy share of a node's cores since the last step"),
+    _metric("system/<node>/memory_gib", "GiB", Last, "", "Memory of a node that is in use, at the end of the step"),
+    _metric("system/<node>/gpu_fraction", "1", Mean, "gpu", "Busy share of a node's GPUs since the last step"),
+    _metric("system/<node>/gpu_memory_gib", "GiB", Max, "gpu", "Memory of a node's GPUs in use, the most of the step"),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _DECLARATIONS}
 
@@ -544,13 +566,19 @@ def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
 
 def results(merged: Mapping[str, Reduction]) -> dict[str, float]:
     """The numbers to log."""
-    return {key: value.result() for key, value in merged.items()}
+    return {key: value.result() for key, value in merged.items() if not isinstance(value, Histogram)}
+
+
+def histograms(merged: Mapping[str, Reduction]) -> dict[str, Histogram]:
+    """The histograms to log, of those that counted something."""
+    return {key: value for key, value in merged.items() if isinstance(value, Histogram) and any(value.counts)}
 
 
 def expected(traits: Iterable[Trait]) -> list[str]:
-    """Names (with their placeholders) of all metrics that a run with these traits always has."""
+    """Names (with their placeholders) of all numbers that a run with these traits always has."""
     have = frozenset(traits)
-    return [metric.name for metric in METRICS.values() if metric.always and metric.traits <= have]
+    numbers = [metric for metric in METRICS.values() if metric.reduction is not Histogram]
+    return [metric.name for metric in numbers if metric.always and metric.traits <= have]
 
 
 def markdown() -> str:
@@ -566,7 +594,8 @@ def markdown() -> str:
         "",
         "*Reduction* says how the values of ranks, micro-batches and optimizer steps become one number: `Mean`",
         "divides the sum by the count over all of them (never a mean of means), `Std` is the population deviation,",
-        "`Last` the newest value. *In runs with* names what a run must have to show the metric:",
+        "`Last` the newest value. A `Histogram` stands in `histograms.jsonl` ([its form](tracking.md#histograms)), not",
+        "here. *In runs with* names what a run must have to show the metric:",
         "",
         *(f"- **{trait}**: {meaning}." for trait, meaning in TRAITS.items()),
         "",

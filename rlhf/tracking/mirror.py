@@ -33,6 +33,7 @@ _ELSEWHERE = ("checkpoints", "final", "spool", "wandb")  # handled by themselves
 _RESULT = "eval.json"  # of an evaluation: it says that the run is finished, so it goes last
 _FINAL = "final.json"  # there: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
+_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: to ask for one may make the bucket
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -47,7 +48,9 @@ class Mirror:
         self._root = f"{root.rstrip('/')}/{name}"
         self._stalled_s = stalled_s
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change of what is there, by name
-        self._folders: set[str] = set()
+        self._folders: set[str] = set()  # known to be there
+        protocols = self._store.protocol
+        self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._moved = 0.0  # when something last did
@@ -234,7 +237,7 @@ class Mirror:
 
     def _put(self, path: Path, name: str) -> None:
         parent = self._at(name).rpartition("/")[0]
-        if parent not in self._folders:
+        if parent not in self._folders and self._has_folders:
             self._tried(lambda: self._store.makedirs(parent, exist_ok=True))
             self._folders.add(parent)
         self._tried(lambda: self._store.put_file(str(path), self._at(name), callback=_Moves(self)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -216,3 +217,32 @@ class ExplainedVariance(Reduction):
 
     def result(self) -> float:
         return 1.0 - self.residual.m2 / self.target.m2 if self.target.m2 else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram(Reduction):
+    """How many values lie between fixed edges, the same ones in both operands of a merge.
+
+    A value at an edge is counted above it, one beyond the outer edges in the bin that is nearest; nan is not counted.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[float, ...]  # one fewer
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, edges: tuple[float, ...]) -> Self:
+        """Counts of the values."""
+        last, counts = len(edges) - 2, [0.0] * (len(edges) - 1)
+        for value in values:
+            if not math.isnan(value):
+                counts[min(max(bisect_right(edges, value) - 1, 0), last)] += 1.0
+        return cls(edges=edges, counts=tuple(counts))
+
+    def merge(self, other: Self) -> Self:
+        if self.edges != other.edges:
+            raise ValueError(f"histograms of {len(self.counts)} and {len(other.counts)} bins have other edges")
+        return type(self)(edges=self.edges, counts=tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+
+    def result(self) -> float:
+        """Number of values; the metric itself is the whole histogram."""
+        return math.fsum(self.counts)

@@ -1,7 +1,9 @@
 """The run folder: its names, its lock, and checkpoints that are whole or absent.
 
 Opened by the driver before any actor starts and held until the run ends. Only the process that holds the lock writes
-here. What stands inside a checkpoint is not known here.
+here, and its actors do, but below `own` alone. That folder has another name at each start, so that actors of a start
+before, which live on where nothing reaches them, find nothing to write to. What stands inside a checkpoint is not known
+here.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -21,6 +24,7 @@ from typing import Self
 from rlhf.errors import UserError
 from rlhf.tracking.atomic import sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
+from rlhf.tracking.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.logs import redact
 from rlhf.tracking.tracker import read_metrics
 
@@ -34,6 +38,7 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 _STEP = re.compile(r"step_(\d{6,})")
 MANIFEST = "manifest.json"
+_OWN = ".own-"
 
 
 class RunFolder:
@@ -52,7 +57,8 @@ class RunFolder:
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
         self.checkpoints = path / "checkpoints"
-        self.spool = path / "spool"  # finished rollouts that a resumed step takes up again
+        self.own = path / f"{_OWN}{secrets.token_hex(4)}"  # with what is being written, and `samples` by another name
+        self.spool = self.own / "spool"  # finished rollouts that a resumed step takes up again
         self.references = path / "references"  # what the policy was where the reference became it
         self.final = path / "final"  # the trained model
         self._lock: int | None = lock
@@ -64,7 +70,7 @@ class RunFolder:
         The lock belongs to this process: it ends with it, however it ends. UserError: another process runs here, or the
         folder holds a run and `resume` is False.
         """
-        path = parent / name
+        path = (parent / name).absolute()  # the same for actors, which may run in another folder
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,10 +87,12 @@ class RunFolder:
                 )
             after_failure.pop_all()
         folder = cls(path, lock)
+        folder._take_over()
         if not resume:
             folder._clear()
         for part in (folder.checkpoints, folder.samples, folder.evals, folder.spool):
             part.mkdir(exist_ok=True)
+        (folder.own / "samples").symlink_to(Path("..", folder.samples.name))
         folder._sweep()
         return folder
 
@@ -124,24 +132,24 @@ class RunFolder:
 
     def begin_checkpoint(self, step: int) -> Path:
         """An empty folder to write the checkpoint of this step into; `commit_checkpoint` makes it one."""
-        return _begin(self.checkpoint(step))
+        return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
         """Make the begun checkpoint durable and complete, then point `latest` at it. Replaces one of the same step."""
-        aside, target = _aside(self.checkpoint(step)), self.checkpoint(step)
+        aside, target = self._aside(self.checkpoint(step)), self.checkpoint(step)
         files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
         write_atomic(aside / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
-        _commit(target)
+        self._commit(target)
         self._point("latest", step)
         return target
 
     def begin_final(self) -> Path:
         """An empty folder to write the final model into; `commit_final` makes it final/."""
-        return _begin(self.final)
+        return self._begin(self.final)
 
     def commit_final(self) -> Path:
         """Make final/ appear, whole."""
-        _commit(self.final)
+        self._commit(self.final)
         return self.final
 
     def reference(self, step: int) -> Path:
@@ -151,11 +159,11 @@ class RunFolder:
     def begin_reference(self, step: int) -> Path:
         """An empty folder to write that model into; `commit_reference` makes it one."""
         self.references.mkdir(exist_ok=True)
-        return _begin(self.reference(step))
+        return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
         """Make the begun model durable and whole, then remove those of other steps than these and `keep`."""
-        _commit(self.reference(step))
+        self._commit(self.reference(step))
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
                 _remove(path)
@@ -212,18 +220,53 @@ class RunFolder:
         match = _STEP.fullmatch(path.readlink().name) if path.is_symlink() else None
         return int(match[1]) if match else None
 
+    def _aside(self, target: Path) -> Path:
+        return self.own / f"{target.parent.name}-{target.name}"
+
+    def _begin(self, target: Path) -> Path:
+        aside = self._aside(target)
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir()
+        return aside
+
+    def _commit(self, target: Path) -> None:
+        sync_tree(self._aside(target))
+        if target.exists():
+            old = target.with_name(f".{target.name}.removed")
+            target.rename(old)
+            self._aside(target).rename(target)
+            shutil.rmtree(old)
+        else:
+            self._aside(target).rename(target)
+        sync_folder(target.parent)
+
+    def _take_over(self) -> None:
+        """Rename `own` of the start before, which keeps the spool alone. One without a spool is what a process that had
+        come too late made anew."""
+        before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
+        for index, path in enumerate(before):
+            if index > 0:
+                shutil.rmtree(path)
+                continue
+            path.rename(self.own)
+            for part in self.own.iterdir():
+                if part != self.spool:
+                    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+        self.own.mkdir(exist_ok=True)
+
     def _clear(self) -> None:
         """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
-        for path in (self.metrics, self.errors, self.timeline, self.path / "wandb_run_id"):
+        for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
-        for path in (self.samples, self.evals, self.spool, self.references):
+        for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
             if path.exists():
                 shutil.rmtree(path)
 
     def _sweep(self) -> None:
         """Remove what a killed run left half done."""
         for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
-            for pattern in (".*.partial", ".*.removed", "rlhf-adapter-*", ".rlhf-adapter-*"):
+            for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -264,30 +307,6 @@ def _state(path: Path) -> str | None:
         return None
     last = f" (last step {rows[-1]['step']})" if rows else ""
     return f"an unfinished run{last}. Continue it with --resume auto,"
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _begin(target: Path) -> Path:
-    aside = _aside(target)
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir()
-    return aside
-
-
-def _commit(target: Path) -> None:
-    sync_tree(_aside(target))
-    if target.exists():
-        old = target.with_name(f".{target.name}.removed")
-        target.rename(old)
-        _aside(target).rename(target)
-        shutil.rmtree(old)
-    else:
-        _aside(target).rename(target)
-    sync_folder(target.parent)
 
 
 def _remove(path: Path) -> None:

@@ -29,6 +29,25 @@ class SampleTurn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTokens:
+    """All that stands behind the prompt, token by token, in columns of one length.
+
+    The texts joined are the whole of it, special tokens written out. A token that ends within a character is the empty
+    string, and the one that completes the character has it whole. None in place of a column: the run, or an evaluation
+    response, has no such numbers. None in a column: that token has none, as those that an environment wrote.
+    """
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    sampled: tuple[bool, ...]  # the response mask: only these are trained on
+    rollout_logprobs: tuple[float | None, ...]  # by the engine while it sampled
+    old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights that the step began with
+    ref_logprobs: tuple[float | None, ...] | None
+    teacher_logprobs: tuple[float | None, ...] | None
+    advantages: tuple[float | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRecord:
     """One response. None: the run, or an evaluation response, has no such number."""
 
@@ -51,6 +70,7 @@ class SampleRecord:
     mean_ref_logprob: float | None
     mean_teacher_logprob: float | None
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
+    tokens: SampleTokens | None = None  # added with the text by whoever has them
 
 
 def samples_path(folder: Path, step: int) -> Path:
@@ -99,4 +119,6 @@ def remove_samples_after(folder: Path, step: int) -> list[int]:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
 """The one place where a step's numbers are written: always metrics.jsonl, and every back end that was asked for.
 
-The driver logs once a step; a resumed run first takes back what came after its checkpoint. The tracker computes no
-metric and reads no clock but its own `time_s`.
+The driver logs once a step; a resumed run first takes back what came after its checkpoint. What looks wrong in the rows
+is told when it first shows. The tracker computes no metric and reads no clock but its own `time_s`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
+from rlhf.tracking import histograms
 from rlhf.tracking.atomic import append_line, keep_lines, read_lines
+from rlhf.tracking.backends import Relay, TrackedStep, TrackerBackend
 from rlhf.tracking.diagnosis import Watch
 from rlhf.tracking.errors import ErrorRecord, write_error
-from rlhf.tracking.findings import Finding
+from rlhf.tracking.findings import Finding, Severity
+from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import declared
+from rlhf.tracking.reductions import Histogram
 from rlhf.tracking.samples import remove_samples_after
 
 logger = logging.getLogger(__name__)
-
-
-class TrackerBackend(Protocol):
-    """A view of metrics.jsonl elsewhere. Its failures are its own: it warns, and neither raises nor blocks training."""
-
-    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One step's row; None where the value is not finite. Steps rise, but after a resume some may come again."""
-
-    def close(self, *, failed: bool) -> None:
-        """Hand over what is buffered, within a deadline."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -39,19 +34,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writer of metrics.jsonl and errors.jsonl. Invariant: one row a step, steps rising, each row on the disk
-    before `log` returns.
+    """Writer of metrics.jsonl, histograms.jsonl and errors.jsonl. Invariant: one row a step, steps rising, each row on
+    the disk before `log` returns.
     """
 
     def __init__(
         self, folder: Path, *, backends: Sequence[TrackerBackend] = (), max_staleness: int | None = None
     ) -> None:
         """max_staleness: `rollouts.max_staleness` of the run; None: it has none."""
-        self._max_staleness = max_staleness
         self._folder = folder
         self._path = folder / "metrics.jsonl"
-        self._backends = tuple(backends)
-        for name in ("metrics.jsonl", "errors.jsonl"):
+        self._backends = tuple(map(Relay, backends))
+        self._max_staleness = max_staleness
+        for name in ("metrics.jsonl", histograms.FILE, "errors.jsonl"):
             keep_lines(folder / name, lambda row: True)
         self._continue()
 
@@ -64,9 +59,11 @@ class Tracker:
         self._last_step: int = rows[-1]["step"] if rows else -1
         self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """Write the step's row. Non-finite values become null, with a warning. Returns what looks wrong from this step
-        on, which is logged too.
+    def log(
+        self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, Histogram] = MappingProxyType({})
+    ) -> list[Finding]:
+        """Write the step's row and its histograms. Non-finite values become null, with a warning. Returns what looks
+        wrong from this step on, which is logged and told too.
 
         KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
         """
@@ -81,15 +78,30 @@ class Tracker:
             values[key] = value if math.isfinite(value) else None
             if not math.isfinite(value):
                 logger.warning("step %d: %s is %s, written as null", step, key, value)
+        for key in distributions:
+            declared(key)
+        histograms.append_histograms(self._folder, step, distributions)
         row = {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values}
         append_line(self._path, row)
         self._last_step = step
         for backend in self._backends:
-            backend.log(step, values)
+            backend.log(TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions))
         found = self._watch.observe(row)
         for one in found:
             logger.log(logging.INFO if one.severity == "notice" else logging.WARNING, "%s", one.sentence())
+            if one.severity != "notice":
+                self.alert(one.severity, one.kind, f"Step {step}: {one.sentence()}")
         return found
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Tell the back ends of something that somebody should look at."""
+        for backend in self._backends:
+            backend.alert(severity, title, redact(text))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Tell the back ends of a checkpoint that is whole."""
+        for backend in self._backends:
+            backend.checkpoint(step, folder)
 
     def log_error(self, record: ErrorRecord) -> None:
         """Append to errors.jsonl."""
@@ -98,6 +110,7 @@ class Tracker:
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which a run resumed at this step will write again. Once, at start."""
         rows = keep_lines(self._path, lambda row: row["step"] <= step)
+        keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
         errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
         samples = remove_samples_after(self._folder, step)
         if rows or errors or samples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,9 +12,11 @@ from rlhf.algorithms.correction_weights import Correction
 from rlhf.algorithms.losses import LossTerms, ValueLossTerms, reference_kl
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.objectives.kl import kl_k1, kl_k3
-from rlhf.objectives.masking import Moments, sequence_counts, sequence_sums
-from rlhf.roles import Metrics
-from rlhf.tracking.reductions import EffectiveShare, Max, Mean, Min, Reduction, Std, Sum
+from rlhf.objectives.masking import Moments, bin_counts, sequence_counts, sequence_means, sequence_sums
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.histograms import ADVANTAGE_EDGES, RATIO_EDGES
+from rlhf.tracking.reductions import EffectiveShare, Histogram, Max, Mean, Min, Reduction, Std, Sum
+from rlhf.types import Rollouts
 
 
 def sampler_metrics(
@@ -102,7 +106,8 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
             terms.ratio_max,
         ]
     )
-    loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max = values.tolist()  # one wait for the device
+    told = torch.cat([values.double(), terms.ratio_counts]).tolist()  # one wait for the device
+    loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max, *ratio_counts = told
     found: dict[str, Reduction] = {
         "update/loss/mean": Mean(total=loss * step_tokens, count=sampled),
         "update/policy_loss/mean": Mean(total=surrogate * step_tokens, count=sampled),
@@ -110,6 +115,7 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
         "update/kl_old/mean": Mean(total=kl_old, count=sampled),
         "update/entropy/mean": Mean(total=entropy, count=sampled),
         "update/ratio/max": Max(value=ratio_max),
+        "update/ratio/histogram": Histogram(edges=RATIO_EDGES, counts=tuple(ratio_counts)),
         "update/tokens/total": Sum(total=passed),
     }
     if terms.capped_tokens is not None:
@@ -130,6 +136,35 @@ def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, cli
     return found
 
 
+def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
+    """Of the sampled tokens."""
+    counts = bin_counts(advantages, mask, edges=ADVANTAGE_EDGES)
+    return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
+
+
 def as_std(found: Moments) -> Std:
     """Moments as a metric."""
     return Std(count=found.count, mean=found.mean, m2=found.squared_deviation)
+
+
+def sequence_reports(
+    config: OnlineConfig,
+    ids: Sequence[int],
+    rollouts: Rollouts,
+    logprobs: Float[Tensor, " N"],
+    ref: Float[Tensor, " N"] | None,
+) -> tuple[SequenceReport, ...]:
+    """What the policy and the reference say of each sequence of a share; of none if it holds another rank's."""
+    if not ids:
+        return ()
+    mask, lengths = rollouts.response_mask, rollouts.lengths
+    olds = sequence_means(logprobs, mask, lengths).tolist()
+    kls: Sequence[float | None] = [None] * len(ids)
+    refs: Sequence[float | None] = kls
+    if ref is not None:
+        kls = sequence_sums(reference_kl(config, logprobs, ref, mask), lengths).tolist()
+        refs = sequence_means(ref, mask, lengths).tolist()
+    return tuple(
+        SequenceReport(sequence_id=i, kl_ref=kl, mean_old_logprob=old, mean_ref_logprob=r)
+        for i, kl, old, r in zip(ids, kls, olds, refs, strict=True)
+    )

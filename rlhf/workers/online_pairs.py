@@ -19,13 +19,14 @@ from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenValues
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
 from rlhf.workers.measure import sampler_metrics
 from rlhf.workers.offline import Batch
 from rlhf.workers.pairs import PreferenceWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, Temperatures, shared_prompts
+from rlhf.workers.signals import signals_of, unknown
 
 
 class OnlinePreferenceWorker(PreferenceWorker):
@@ -71,7 +72,13 @@ class OnlinePreferenceWorker(PreferenceWorker):
                 labels=torch.ones(len(ids) // 2, dtype=torch.bool),
             )
         )
-        self.plans = self._rows(plan)
+        self.plans, self.own = self._rows(plan), own
+        self.trainer_logprobs = unknown(len(examples.token_ids))
+        self.positions = TokenValues(
+            sequence_ids=examples.sequence_ids,
+            lengths=examples.lengths,
+            values=torch.arange(len(examples.token_ids)),
+        )
         self.observed: list[Metrics] = []
         self.observes = True
         references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
@@ -93,6 +100,18 @@ class OnlinePreferenceWorker(PreferenceWorker):
         observed, self.observed, self.observes = self.observed, [], False
         return merge([metrics, *observed])
 
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        """What the first update saw of the tokens of those of these sequences that this rank has: the columns, their
+        size."""
+        reference = self.references.get(0)
+        found = signals_of(
+            self.positions,
+            [i for i in self.own if i in sequences],
+            old_logprobs=self.trainer_logprobs,
+            ref_logprobs=None if reference is None else reference.values,
+        )
+        return found, len(found.old_logprobs)
+
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
         return probe_logprobs(self.engine, token_ids)
@@ -109,6 +128,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
         if not self.observes or not isinstance(examples, SampledExamples):
             return
         logprobs, mask = logprobs.float().cpu(), examples.loss_mask[piece.tokens]
+        places = TokenValues.gather([self.positions], examples.sequence_ids.tolist()).values
+        self.trainer_logprobs[places[piece.tokens]] = logprobs
         found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask, piece.lengths)
         if batch.reference is not None:
             kl = kl_k3(logprobs[mask], batch.reference.values[piece.tokens][mask])

@@ -28,7 +28,6 @@ from rlhf.objectives.masking import (
     moments,
     sequence_counts,
     sequence_means,
-    sequence_sums,
     to_tokens,
 )
 from rlhf.objectives.rewards import token_rewards
@@ -36,11 +35,19 @@ from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import ExplainedVariance, Last, Mean, Reduction
-from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.measure import as_std, reference_metrics, sampler_metrics, update_metrics
+from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
+from rlhf.workers.measure import (
+    advantage_histogram,
+    as_std,
+    reference_metrics,
+    sampler_metrics,
+    sequence_reports,
+    update_metrics,
+)
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, Temperatures, padded, shared_prompts, slices
+from rlhf.workers.signals import signals_of, unknown
 from rlhf.workers.trained import TrainedWorker
 from rlhf.workers.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
 
@@ -132,6 +139,7 @@ class PolicyWorker(TrainedWorker):
         is_asked = has_reference and (config.kl.place == "reward" or config.kl.adaptive is not None)
         is_asked = is_asked or self.algorithm.has_step_baseline or reads_whole_step(self.algorithm)
         once = len(plan.minibatches) * self.config.train.epochs_per_batch == 1
+        self.trainer_logprobs = unknown(len(rollouts.token_ids))
         self.observes = True  # the first update measures how far trainer and sampler are apart
         if once and not is_asked and not config.bypasses_old_logprobs:
             return (), {}
@@ -140,9 +148,9 @@ class PolicyWorker(TrainedWorker):
         assert old is not None
         metrics = reference_metrics(config, old, self.share.ref_logprobs, mask)
         if not config.bypasses_old_logprobs:
-            self.observes = False
+            self.observes, self.trainer_logprobs = False, old
             metrics |= sampler_metrics(old, rollouts.rollout_logprobs, mask, rollouts.lengths)
-        return self._sequence_reports(old), metrics
+        return sequence_reports(config, ids, rollouts, old, self.share.ref_logprobs), metrics
 
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
@@ -183,8 +191,21 @@ class PolicyWorker(TrainedWorker):
         self.selections = self._select()
         metrics["advantages/mean"] = Mean(total=own.mean * own.count, count=own.count)
         metrics["advantages/std"] = as_std(own)
+        metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
         means = sequence_means(advantages, mask, lengths).tolist() if share.ids else ()
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
+
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        """What training made of the tokens of those of these sequences that this rank has: the columns, their size."""
+        share = self.share
+        found = signals_of(
+            share.rollouts,
+            [i for i in share.ids if i in sequences],
+            old_logprobs=self.trainer_logprobs,
+            ref_logprobs=share.ref_logprobs,
+            advantages=self.advantages,
+        )
+        return found, len(found.advantages)
 
     def update(self, minibatch: int) -> Metrics:
         """One optimizer step on a minibatch of the prepared batch. Collective."""
@@ -332,25 +353,6 @@ class PolicyWorker(TrainedWorker):
             [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
         )
 
-    def _sequence_reports(self, logprobs: Float[Tensor, " N"]) -> tuple[SequenceReport, ...]:
-        rollouts, ref = self.share.rollouts, self.share.ref_logprobs
-        mask, lengths = rollouts.response_mask, rollouts.lengths
-        ids = self.share.ids
-        if not ids:
-            return ()
-        olds = sequence_means(logprobs, mask, lengths).tolist()
-        if ref is None:
-            return tuple(
-                SequenceReport(sequence_id=i, kl_ref=None, mean_old_logprob=old, mean_ref_logprob=None)
-                for i, old in zip(ids, olds, strict=True)
-            )
-        kls = sequence_sums(reference_kl(self.algorithm.config, logprobs, ref, mask), lengths).tolist()
-        refs = sequence_means(ref, mask, lengths).tolist()
-        return tuple(
-            SequenceReport(sequence_id=i, kl_ref=kl, mean_old_logprob=old, mean_ref_logprob=r)
-            for i, kl, old, r in zip(ids, kls, olds, refs, strict=True)
-        )
-
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
         """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
         share, config = self.share, self.algorithm.config
@@ -383,6 +385,7 @@ class PolicyWorker(TrainedWorker):
         if not self.observes or not piece.rows:
             return terms, {}
         now = logprobs.detach()
+        self.trainer_logprobs[piece.tokens] = now.cpu()
         found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
         if old is None:
             found.update(reference_metrics(config, now, batch.ref_logprobs, mask))

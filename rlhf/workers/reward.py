@@ -19,10 +19,10 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import response_texts, turns_of
+from rlhf.rollouts.texts import response_texts, tokens_of, turns_of
 from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
-from rlhf.types import GroupScores, Prompt, Rollouts
+from rlhf.types import GroupScores, Prompt, Rollouts, TokenSignals
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward_model import RewardModel
 
@@ -114,13 +114,18 @@ class RewardWorker:
         """What each response answers, by which responses vote; None: nothing."""
         return tuple(answer_of(text, form) for text in self.texts(rollouts))
 
-    def write_samples(self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *rollouts: Rollouts) -> None:
-        """Give each group's records their responses, of conversations also the turns, and write the step's file."""
+    def write_samples(
+        self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *parts: Rollouts | TokenSignals
+    ) -> None:
+        """Give each group's records their responses and tokens, of conversations also the turns, and write the step's
+        file. `parts`: a group's rollouts for each of the records, then what training made of the tokens."""
         whole = []
-        for group, columns in zip(records, rollouts, strict=True):
+        signals = [part for part in parts if isinstance(part, TokenSignals)]
+        for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
             texts, turns = self.texts(columns), turns_of(columns, self.tokenizer)
-            for record in group:
-                record = replace(record, response=texts[record.sample])
+            tokens = tokens_of(columns, [record.sample for record in group], signals, self.tokenizer)
+            for record, row in zip(group, tokens, strict=True):
+                record = replace(record, response=texts[record.sample], tokens=row)
                 if record.turns is not None:
                     said = turns[record.sample]
                     record = replace(record, prompt=said[0].text, turns=said)

@@ -7,6 +7,7 @@ share of the batch, in the order of the plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,28 @@ from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tok
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
 from rlhf.tracking.reductions import Mean, Sum
-from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenValues, VocabularyHead
-from rlhf.workers.measure import as_std, sampler_metrics, update_metrics
+from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
+from rlhf.workers.measure import advantage_histogram, as_std, sampler_metrics, update_metrics
 from rlhf.workers.offline import OfflineWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.probe import probe_logprobs
 from rlhf.workers.ragged import Slice, padded, shared_prompts, slices
+from rlhf.workers.signals import signals_of, unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """Of the share's tokens; nan where nothing was seen."""
+
+    old_logprobs: Float[Tensor, " N"]
+    teacher_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+
+    @classmethod
+    def of(cls, num_tokens: int) -> Seen:
+        """Before anything is."""
+        old, teacher, advantages = (unknown(num_tokens) for _ in range(3))
+        return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
 
 
 class StudentWorker(OfflineWorker):
@@ -77,6 +94,7 @@ class StudentWorker(OfflineWorker):
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
         self.old_logprobs = self._compute_logprobs() if told and several else None
         self.visited: set[int] = set()
+        self.seen = Seen.of(len(rollouts.token_ids))
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
@@ -84,7 +102,7 @@ class StudentWorker(OfflineWorker):
         Collective."""
         plan, cut = self.plan.minibatches[minibatch], self.microbatches[minibatch]
         # what is measured before training: later updates of a batch know it only of the log-probabilities they keep
-        observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
+        self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
         self.visited.add(minibatch)
         hidden = self._hidden(minibatch, states)
         parts: list[Metrics] = []
@@ -93,9 +111,22 @@ class StudentWorker(OfflineWorker):
                 loss, *found = self._sampled(piece, plan) if hidden is None else self._whole(piece, plan, hidden)
                 self.engine.backward(loss, last=index == len(cut) - 1)
             if piece.rows:
-                parts += found if observes else found[:1]
+                parts += found if self.observes else found[:1]
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
+
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        """What was seen before training of the tokens of those of these sequences that this rank has: the columns,
+        their size."""
+        held, seen = self.plan.sequences_of(self.data_rank), self.seen
+        found = signals_of(
+            self.rollouts,
+            [i for i in held if i in sequences],
+            old_logprobs=seen.old_logprobs,
+            teacher_logprobs=seen.teacher_logprobs,
+            advantages=seen.advantages,
+        )
+        return found, len(found.advantages)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
@@ -118,6 +149,7 @@ class StudentWorker(OfflineWorker):
         told = self._of(self.teacher_logprobs, piece)
         advantages = teacher_advantages(old, told, mask)
         advantages = advantages + torch.where(mask, self._of(self.reward_advantages, piece), 0.0)
+        self._keep(piece, old, told, advantages)
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -146,6 +178,7 @@ class StudentWorker(OfflineWorker):
             **_observed(old, told, rollout_logprobs, mask, lengths),
             "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
             "advantages/std": as_std(spread),
+            "advantages/histogram": advantage_histogram(advantages, mask),
         }
         return terms.loss, updated, before
 
@@ -166,6 +199,7 @@ class StudentWorker(OfflineWorker):
             temperature=self.rollouts_config.temperature,
             token_weight=1.0 / plan.num_tokens,
         )
+        self._keep(piece, logprobs, told, None)
         sampled = int(mask.sum())
         updated: Metrics = {
             "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
@@ -174,6 +208,17 @@ class StudentWorker(OfflineWorker):
         }
         rollout_logprobs = self._of(self.rollouts.rollout_logprobs, piece)
         return loss, updated, _observed(logprobs, told, rollout_logprobs, mask, lengths)
+
+    def _keep(
+        self, piece: Slice, old: Float[Tensor, " n"], told: Float[Tensor, " n"], advantages: Float[Tensor, " n"] | None
+    ) -> None:
+        """What there was of a micro-batch before training, for its samples."""
+        if not self.observes or not piece.rows:
+            return
+        self.seen.old_logprobs[piece.tokens] = old.detach().float().cpu()
+        self.seen.teacher_logprobs[piece.tokens] = told.detach().float().cpu()
+        if advantages is not None:
+            self.seen.advantages[piece.tokens] = advantages.float().cpu()
 
     def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
         """The teacher's states of this rank's sequences of a minibatch, one behind the other; None: it gave none."""

@@ -13,9 +13,9 @@ import pytest
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import load
 from rlhf.config.merge import load_merge
-from rlhf.config.plan import render
 from rlhf.config.sweep import load_sweep
 from rlhf.config.yaml_tree import read_tree
+from rlhf.planning.report import render
 from rlhf.sweeps.space import known_trials
 
 CONFIGS = Path(__file__).parents[2] / "configs"

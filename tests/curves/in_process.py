@@ -123,6 +123,9 @@ class Policy(Trained):
     async def update(self, minibatch: int) -> Metrics:
         return merge([self.worker.update(minibatch)])
 
+    async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
+        return [self.worker.token_signals(sequences)[0]]
+
     async def publish(self, version: int) -> int:
         return version
 
@@ -191,9 +194,11 @@ class Reward:
         rollouts: Any = group.rollouts
         return self.worker.answers(rollouts, form)
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+    async def write_samples(
+        self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Any] = ()
+    ) -> None:
         rollouts: list[Any] = [selection.rollouts for selection in selections]
-        self.worker.write_samples(path, [selection.records for selection in selections], *rollouts)
+        self.worker.write_samples(path, [selection.records for selection in selections], *rollouts, *signals)
 
     async def memory(self) -> MemoryReport:
         return NOTHING

@@ -52,11 +52,16 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def rlhf() -> list[str]:
+    """The command, whose code is that of these tests also where another checkout is installed."""
+    return [sys.executable, "-m", "rlhf.cli"]
+
+
 def start(config: Path, *arguments: str, without: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`rlhf train` in a process group of its own, its output kept beside the config. `without`: variables to unset."""
     log = config.with_suffix(".log").open("a", encoding="utf-8")
     return subprocess.Popen(
-        [str(Path(sys.executable).with_name("rlhf")), "train", str(config), *arguments],
+        [*rlhf(), "train", str(config), *arguments],
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
@@ -78,6 +83,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without times, throughput and memory: what an exact continuation repeats bit for bit."""
-    clocks = ("time", "throughput/", "memory/")
+    """Rows without times, throughput, memory and the nodes' state: what an exact continuation repeats bit for bit."""
+    clocks = ("time", "throughput/", "memory/", "system/")
     return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]

@@ -137,7 +137,8 @@ def test_a_failing_reward_ends_the_run(ray_local: None, capsys: pytest.CaptureFi
     assert records[0]["prompt_id"] is not None
     assert records[-1]["stage"] == "run"
     assert not checkpoints(tmp_path / "fails")
-    assert not (tmp_path / "fails" / "spool" / "scores.jsonl").read_text()  # a resumed run asks the mended reward
+    (scores,) = (tmp_path / "fails").glob(".own-*/spool/scores.jsonl")
+    assert not scores.read_text()  # a resumed run asks the mended reward
 
 
 SOMETIMES = """
@@ -312,13 +313,12 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     # Two agents of Ray, which hold nothing, notice the sudden death of their parent only after a minute or two.
     end(runs.pop(killed), signal.SIGKILL, -signal.SIGKILL, late={"ray::DashboardAgent", "ray::RuntimeEnvAgent"})
     await_steps(runs, {asked: steps_done(asked) + 3})
-    end(runs.pop(asked), signal.SIGTERM, 130)
+    end(runs.pop(asked), signal.SIGTERM, 75)
     for run in (asked, killed):
         with RunFolder.open(tmp_path, run.name, resume=True) as folder:  # its lock is free, and it can go on
             assert folder.latest_checkpoint() is not None
     log = asked.with_suffix(".log").read_text(encoding="utf-8")
-    assert "rlhf: interrupted; continue with: rlhf train" in log
-    assert "--resume auto" in log
+    assert re.search(r"rlhf: preempted: a checkpoint of step \d+ is written; continue with: rlhf train .*--resume", log)
     assert "Traceback" not in log
     assert "authentication" not in log
 
@@ -332,9 +332,9 @@ def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
     process = start(write_run(tmp_path, run.name, SFT, {"cluster": {"roles": None}}), without=["RAY_AUTH_MODE"])
     request.addfinalizer(process.kill)
     await_steps({run: process}, {run: 3})
-    end(process, signal.SIGTERM, 130, send=os.killpg)  # its own Ray's daemons are of its group
+    end(process, signal.SIGTERM, 75, send=os.killpg)  # its own Ray's daemons are of its group
     log = run.with_suffix(".log").read_text(encoding="utf-8")
-    assert "rlhf: interrupted; continue with: rlhf train" in log
+    assert re.search(r"rlhf: preempted: .*; continue with: rlhf train", log)
     assert "Traceback" not in log
     assert "GCS" not in log
 

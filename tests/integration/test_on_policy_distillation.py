@@ -143,6 +143,14 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
         # as two teachers have them, each of every second sequence
         states = [] if sampled else [teacher.states([own[n::2]], *given)[0] for n in (0, 1)]
         found.append(worker.update(half, *states))
+    first = plan.minibatches[0].sequences_by_rank[worker.data_rank]
+    signals, _ = worker.token_signals(first)  # of the first update at least all was seen
+    mask = Rollouts.gather(given, first).response_mask
+    assert bool((signals.old_logprobs[mask] < 0.0).all() and (signals.teacher_logprobs[mask] < 0.0).all())
+    if sampled:
+        gaps = signals.teacher_logprobs - signals.old_logprobs
+        added = torch.cat([torch.full((n,), REWARD[i]) for i, n in zip(first, signals.lengths.tolist(), strict=True)])
+        torch.testing.assert_close(signals.advantages[mask], (gaps + added)[mask])
     return found if rank % config.cluster.roles.policy.sequence_parallel == 0 else [{}] * len(found)
 
 

@@ -146,7 +146,16 @@ def learn(
         *references, count = other.logprobs(wanted, {}, *rollouts)
         assert count == sum(info.num_prompt_tokens + info.num_response_tokens for pair in pairs for info in pair)
     worker.prepare(plan, len(rollouts), *rollouts, *references)
-    return [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
+    found = [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
+    own = plan.sequences_of(rank)
+    told, _ = worker.token_signals(own)
+    for ids, shows in zip([one.sequences_by_rank[rank] for one in plan.minibatches], (True, False), strict=False):
+        for i in ids:  # only the first update saw the weights that sampled
+            one = told.take([told.sequence_ids.tolist().index(i)])
+            mask = Rollouts.gather(rollouts, [i]).response_mask
+            assert bool((one.old_logprobs[mask] < 0.0).all()) == shows
+            assert bool((one.ref_logprobs[mask] < 0.0).all())
+    return found
 
 
 def learn_offline(

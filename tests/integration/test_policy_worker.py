@@ -7,16 +7,20 @@ the batch. One process a rank is started for each layout and serves all tests. N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.config.load import checked
 from rlhf.config.root import Config
+from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics import merge, results
 from rlhf.tracking.reductions import Mean
-from rlhf.types import BatchPlan, MinibatchPlan
+from rlhf.types import BatchPlan, MinibatchPlan, TokenSignals, TokenValues
 from rlhf.workers.policy import PolicyWorker
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
@@ -122,3 +126,57 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(run: Learn, case: str)
         assert first.keys() == second.keys()
         for key in first.keys() - {"update/tokens/total"}:  # a prompt may be computed for fewer of its responses
             assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> Any:
+    """One rank: what it tells of sequences 1, 4 and one that nobody has, and the columns that it computed before."""
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"sequences_per_update": GROUPS * SAMPLES})}
+    )
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=1, reference_is_adapter_off=False)
+    worker.build()
+    plan = plan_of(config, world_size)
+    ids = range(GROUPS * SAMPLES)
+    whole = MinibatchPlan(
+        sequences_by_rank=tuple(tuple(ids[rank::world_size]) for rank in range(world_size)),
+        num_tokens=sum(one.num_tokens for one in plan.minibatches),
+        num_sequences=len(ids),
+    )
+    plan = replace(plan, minibatches=(whole,))
+    worker.prepare(plan, GROUPS, *(rollouts_of(group) for group in range(GROUPS)))
+    (before,) = worker._compute("a test", lambda *given, **options: (policy_logprobs_only(*given, **options),))
+    worker.set_advantages({i: float(i) for i in ids})
+    assert worker.share.old_logprobs is None  # only the update computes them
+    worker.update(0)
+    told, size = worker.token_signals((4, 99, 1))
+    assert size == len(told.old_logprobs)
+    before = TokenValues(sequence_ids=told.sequence_ids, lengths=told.lengths, values=before[_places(worker, told)])
+    masks = worker.share.rollouts.response_mask[_places(worker, told)]
+    return told, before, masks
+
+
+def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
+    lengths = worker.share.rollouts.lengths
+    starts = dict(zip(worker.share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
+    pairs = zip(told.sequence_ids.tolist(), told.lengths.tolist(), strict=True)
+    return torch.cat([torch.arange(0), *(torch.arange(starts[i], starts[i] + n) for i, n in pairs)])
+
+
+@pytest.mark.timeout(600)
+def test_samples_are_told_what_the_only_update_saw(tmp_path: Path) -> None:
+    """Old log-probabilities are those before the update; each rank tells of its own sequences: 4 of 0's, 1 of 1's."""
+    model = str(build_tiny_llama(tmp_path / "policy", seed=3))
+    gang = Gang(2)
+    try:
+        found = gang.run(
+            signals, algorithm={"name": "grpo", "kl": {"coef": 0.0}}, model=model, folder=str(tmp_path), tokens=4096
+        )
+    finally:
+        gang.close()
+    assert [told.sequence_ids.tolist() for told, _, _ in found] == [[4], [1]]
+    for told, before, mask in found:
+        assert int(mask.sum()) > 0
+        torch.testing.assert_close(told.old_logprobs[mask], before.values[mask], rtol=1e-5, atol=1e-5)
+        assert told.advantages[mask].unique().tolist() == [float(told.sequence_ids)]
+        assert told.ref_logprobs.isnan().all()

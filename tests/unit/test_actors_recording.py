@@ -37,7 +37,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     class Backend:
-        def log(self, step: int, metrics: Any) -> None: ...
+        name = "W&B"
+
+        def log(self, step: Any) -> None: ...
+        def alert(self, *told: str) -> None: ...
         def close(self, *, failed: bool) -> None: ...
 
     def open_wandb(folder: Path, **asked: Any) -> Backend:
@@ -59,7 +62,8 @@ def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dic
         assert list(again.stages.values()) == [stage]
         if isinstance(stage, MergeStage):
             assert opened[-1]["name"] == "demo/a"  # it has no metrics to send
-    assert [(asked["name"], asked["group"]) for asked in opened] == [("demo/a", "demo"), ("demo/judge", "demo")]
+    told = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
+    assert told == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
 
 
 def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
@@ -70,15 +74,26 @@ def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]])
         "algorithm": {"name": "sft"},
         "data": {"train": "a.jsonl"},
         "train": {"steps": 2, "lr": 1e-3, "sequences_per_update": 32},
-        "tracking": {"wandb": "offline"},
+        "tracking": {"wandb": "offline", "wandb_tags": ["tiny"], "wandb_entity": "team"},
     }
     path.write_text(json.dumps(tree))
     (stage,) = load(path).stages.values()
     with pytest.raises(RunError), recording(stage, resume=False) as (record, _):
         raise RunError("it broke")
-    assert opened[0]["group"] is None
+    assert (opened[0]["group"], opened[0]["tags"], opened[0]["entity"]) == (None, ("tiny",), "team")
+    assert opened[0]["config"]["train"]["lr"] == 1e-3
+    assert "rollouts" not in opened[0]["config"]  # only what is in effect
     (row,) = (record.folder.path / "errors.jsonl").read_text().splitlines()
     assert json.loads(row)["message"] == "it broke"
+
+
+def test_a_sweep_names_its_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: offline, wandb_group: lr"))
+    for stage in load(path).stages.values():
+        with recording(stage, resume=False):
+            pass
+    assert [asked["group"] for asked in opened] == ["lr", "lr"]
 
 
 def test_a_full_disk_does_not_hide_what_ended_the_run(

@@ -12,6 +12,7 @@ import pytest
 
 import rlhf
 from rlhf.cli import main
+from rlhf.commands import COMMANDS
 from rlhf.commands.quickstart import RECIPES, recipe
 from rlhf.config.load import LoadedConfig
 
@@ -57,8 +58,7 @@ def raising(error: BaseException) -> Launch:
         ([], "the following arguments are required: COMMAND"),
         (
             ["frobnicate"],
-            "invalid choice: 'frobnicate' (choose from 'train', 'plan', 'sweep', 'quickstart', 'export', 'merge', "
-            "'generate', 'eval', 'reward', 'serve-reward', 'report', 'doctor')",
+            f"invalid choice: 'frobnicate' (choose from {', '.join(map(repr, COMMANDS))})",
         ),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
@@ -130,12 +130,22 @@ def test_failures(
 
 
 @pytest.mark.parametrize("more", [[], ["--resume", "auto"]])
-def test_an_interrupt_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None], more: list[str]
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (rlhf.Preempted("step 3 is kept"), 75, "preempted: step 3 is kept")],
+)
+def test_a_run_that_is_cut_off_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    launch_with: Callable[[Launch], None],
+    ended: BaseException,
+    code: int,
+    said: str,
+    more: list[str],
 ) -> None:
-    launch_with(raising(KeyboardInterrupt()))
-    assert main(["train", file, "run.seed=5", *more]) == 130
-    expected = f"rlhf: interrupted; continue with: rlhf train {file} run.seed=5 --resume auto\n"
+    launch_with(raising(ended))
+    assert main(["train", file, "run.seed=5", *more]) == code
+    expected = f"rlhf: {said}; continue with: rlhf train {file} run.seed=5 --resume auto\n"
     assert capsys.readouterr().err == expected
 
 

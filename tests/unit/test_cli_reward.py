@@ -16,10 +16,11 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import rlhf
 from actors.scorer import Scorer, scoring_of_config, scoring_of_function
-from actors.serve_reward import MAX_BODY_BYTES, RewardServer, serving_token
+from actors.serve_reward import MAX_BODY_BYTES, RewardServer
 from rlhf.cli import main
 from rlhf.config.load import load
 from rlhf.errors import UserError
+from rlhf.serving import serving_token
 
 CONFIG = """\
 run: {name: demo, dir: DIR}
@@ -69,7 +70,8 @@ def test_a_file_is_scored_as_a_run_would(config: str, tmp_path: Path) -> None:
 
 
 def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Path) -> None:
-    sample = {"group_id": 3, "response_tokens": 2, "score": 0.0}
+    tokens = {"texts": ["x", "x"], "sampled": [True, False], "old_logprobs": [-0.5, None], "ref_logprobs": None}
+    sample = {"group_id": 3, "response_tokens": 2, "score": 0.0, "tokens": tokens}
     rows = [
         {"split": "train", "prompt_id": 1, "prompt": "<b>", "response": "y", **sample},
         {"split": "heldout", "prompt_id": 0, "prompt": "<a>", "response": "xx", **sample},

@@ -210,6 +210,11 @@ def test_guests_share_the_gpus_of_their_hosts() -> None:
     assert [role for role in seating.seats if seating.shares_gpus(role)] == ["policy", "critic"]
 
 
+def test_a_bundle_asks_for_the_labels_of_the_role_that_it_is_made_for() -> None:
+    roles = {"policy": {"workers": 2}, "rollout": {"node_labels": {"pool": "serve"}}}
+    assert seat(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
+
+
 def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
     cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
     seating = seat(config(GRPO, cluster=cluster))

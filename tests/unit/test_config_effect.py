@@ -95,6 +95,10 @@ INERT = {
     "data.system_prompt=hello": (["data.apply_chat_template=false"], "data.apply_chat_template is false"),
     "train.min_lr_ratio=0.1": ([], "train.lr_schedule is constant"),
     "tracking.wandb_project=p": ([], "tracking.wandb is off"),
+    "tracking.wandb_entity=team": ([], "tracking.wandb is off"),
+    "tracking.wandb_group=g": ([], "tracking.wandb is off"),
+    "tracking.wandb_tags=[a]": ([], "tracking.wandb is off"),
+    "tracking.wandb_checkpoints=true": ([], "tracking.wandb is off"),
     "cluster.object_store_gib=2": (["cluster.address=auto"], "cluster.address names a running Ray"),
     "cluster.roles.rollout.gpu_memory_utilization=0.5": ([], "cluster.device is cpu"),
     "cluster.roles.rollout.enforce_eager=true": ([], "cluster.device is cpu"),
@@ -106,6 +110,7 @@ INERT = {
     "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to be mixed with"),
     "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
     "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
+    "cluster.roles.reward.node_labels={pool: a}": ([], "it uses what rollout reserves"),
 }
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.load import load
-from rlhf.config.plan import parse_cluster, render
+from rlhf.config.nodes import Node, parse_cluster
 from rlhf.errors import UserError
+from rlhf.planning.report import render
 
 BASE = """\
 run: {name: demo}
@@ -136,9 +137,21 @@ def test_more_than_the_cluster_has(tmp_path: Path) -> None:
 
 
 def test_the_description_of_a_cluster() -> None:
-    assert parse_cluster("2*cpu=96,gpu=8 + cpu=0.5") == [{"CPU": 96.0, "GPU": 8.0}] * 2 + [{"CPU": 0.5, "GPU": 0.0}]
+    assert parse_cluster("2*cpu=96,gpu=8 + cpu=0.5") == [Node(cpus=96.0, gpus=8.0)] * 2 + [Node(cpus=0.5)]
+    (node,) = parse_cluster("cpu=96,gpu=8,type=H200,mem=1000,price=98.5")
+    assert (node.gpu_memory_gib, node.mem_gib, node.price) == (141.0, 1000.0, 98.5)
+    assert parse_cluster("cpu=1,gpu=1,type=h100,gpumem=94")[0].gpu_memory_gib == 94.0
     with pytest.raises(UserError, match=r"--cluster '2x8': expected nodes such as .*, got '2x8'"):
         parse_cluster("2x8")
+    for text, error in {
+        "gpu=8": "'gpu=8' has no cpu=",
+        "cpu=8,ram=5": "'ram' is unknown, expected cpu, gpu, mem, gpumem, price, type",
+        "cpu=8,gpu=1,type=gtx": "type=gtx, expected one of a100",
+        "cpu=8,gpu=0.5": "'gpu=0.5', expected a number, of GPUs a whole one",
+        "cpu=8,mem=-1": "'mem=-1', expected a number",
+    }.items():
+        with pytest.raises(UserError, match=error):
+            parse_cluster(text)
     with pytest.raises(UserError, match="99999998 nodes, expected at most 65536"):
         parse_cluster("8*cpu=1+99999990*cpu=1")
 

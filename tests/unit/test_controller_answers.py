@@ -64,7 +64,7 @@ def begun(folder: Path, *, logprob: float = -0.5) -> tuple[Answers, Reward, Any]
     reward = Reward()
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
-        folder=SimpleNamespace(spool=folder / "spool", path=folder),
+        folder=SimpleNamespace(spool=folder / "spool", path=folder, own=folder),
         progress=SimpleNamespace(stage=lambda *_: None),
         tracker=SimpleNamespace(log_error=lambda error: None),
         add=lambda metrics: None,

@@ -68,7 +68,7 @@ class Rewards:
         assert form == "last_number"
         return TEXTS[group.request.prompt.prompt_id]
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection]) -> None:
+    async def write_samples(self, path: Path, selections: Sequence[SampleSelection], signals: Any = ()) -> None:
         self.written += selections
 
 
@@ -99,7 +99,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         (folder / "evals").mkdir(parents=True, exist_ok=True)
-        self.folder = SimpleNamespace(path=folder, spool=folder / "spool")
+        self.folder = SimpleNamespace(path=folder, own=folder, spool=folder / "spool")
         self.progress = SimpleNamespace(stage=lambda *_: None)
         self.errors: list[Any] = []
         self.tracker = SimpleNamespace(log_error=self.errors.append)

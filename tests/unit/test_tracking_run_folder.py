@@ -14,12 +14,14 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.samples import samples_path
 from rlhf.tracking.tracker import Tracker
 
 _HOLDER = """
 import sys, time
 from pathlib import Path
 from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.samples import samples_path
 folder = RunFolder.open(Path(sys.argv[1]), "run", resume=True)
 print("held", flush=True)
 time.sleep(60)
@@ -74,9 +76,12 @@ def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
         folder.write_config("run: {}\n")
         folder.errors.write_text('{"step": 1}\n')
         (folder.spool / "group_0").write_text("rollouts of another seed")
+        (folder.path / "histograms.jsonl").write_text('{"step": 1}\n')
+        (folder.path / "tensorboard").mkdir()
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         assert not folder.errors.exists()
         assert list(folder.spool.iterdir()) == []
+        assert not {"histograms.jsonl", "tensorboard"} & {path.name for path in folder.path.iterdir()}
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
@@ -150,13 +155,31 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         folder.checkpoint(1).rename(folder.checkpoints / ".step_000001.removed")
         (folder.samples / ".step_000002.jsonl.partial").write_text("{")
         (folder.begin_final() / "half").write_text("x")
-        (folder.path / "rlhf-adapter-0123").mkdir()
+        (folder.own / "rlhf-adapter-0123").mkdir()
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
         assert folder.latest_checkpoint() is None
         assert list(folder.samples.iterdir()) == []
-        assert not list(folder.path.glob(".*.partial"))
-        assert not list(folder.path.glob("rlhf-adapter-*"))
+        assert {path.name for path in folder.own.iterdir()} == {"spool", "samples"}
+
+
+def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as before:
+        before.metrics.write_text('{"step": 1}\n')
+        late = [before.begin_checkpoint(2), before.begin_final(), before.spool, samples_path(before.own, 1).parent]
+        (before.spool / "group_0").write_text("rollouts")
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        for path in late:
+            with pytest.raises(FileNotFoundError):
+                (path / "file").write_text("too late")
+        late[0].mkdir(parents=True)  # as some libraries do
+        assert (folder.spool / "group_0").read_text() == "rollouts"
+        samples_path(folder.own, 1).write_text("")
+        assert samples_path(folder.path, 1).exists()
+        (folder.begin_checkpoint(2) / "half").write_text("x")
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        assert [path for path in folder.path.glob(".own-*")] == [folder.own]
+        assert (folder.spool / "group_0").read_text() == "rollouts"
 
 
 def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from rlhf.errors import RunError
 from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
+from rlhf.tracking.backends import TrackedStep
 from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.findings import Severity
 from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.tracker import Tracker, read_metrics
 
@@ -21,12 +22,18 @@ from rlhf.tracking.tracker import Tracker, read_metrics
 class Recorder:
     """A back end that remembers."""
 
+    name = "recorder"
+
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float | None]]] = []
         self.closed: bool | None = None
 
-    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        self.rows.append((step, dict(metrics)))
+    def log(self, step: TrackedStep) -> None:
+        self.rows.append((step.step, dict(step.metrics)))
+
+    def alert(self, severity: Severity, title: str, text: str) -> None: ...
+
+    def checkpoint(self, step: int, folder: Path) -> None: ...
 
     def close(self, *, failed: bool) -> None:
         self.closed = failed
@@ -87,7 +94,9 @@ def test_non_finite_values_are_null_and_told(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     recorder = Recorder()
-    Tracker(tmp_path, backends=[recorder]).log(4, {"update/loss/mean": float("nan"), "update/lr": float("inf")})
+    tracker = Tracker(tmp_path, backends=[recorder])
+    tracker.log(4, {"update/loss/mean": float("nan"), "update/lr": float("inf")})
+    tracker.close()
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["update/loss/mean"] is None
     assert recorder.rows == [(4, {"update/loss/mean": None, "update/lr": None})]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf.controller.answers import request_for
 from rlhf.controller.learning import Signals
@@ -18,7 +19,7 @@ from rlhf.rewards.scoring import RewardSpec
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.spans import Played, Sampled, Told, assemble
 from rlhf.tracking.samples import samples_path
-from rlhf.types import GroupScores, Prompt, RewardError
+from rlhf.types import GroupScores, Prompt, RewardError, TokenSignals
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -95,6 +96,40 @@ def test_samples_show_who_said_what(worker: RewardWorker, tmp_path: Path) -> Non
         {"role": "policy", "text": "it is 7", "tokens": 7, "sampled": True},
     ]
     assert len(second["turns"]) == 2
+
+
+def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp_path: Path) -> None:
+    """Sequence 0 is 2 tokens of prompt, then 1 + 5 + 7, of which the environment's 5 have no numbers; nothing is known
+    of sequence 1."""
+    count = 15
+    signals = TokenSignals(
+        sequence_ids=torch.tensor([0]),
+        lengths=torch.tensor([count]),
+        old_logprobs=-torch.arange(float(count)) / 3.0,
+        ref_logprobs=torch.where(torch.arange(count) < 3, -2.0, torch.nan),
+        teacher_logprobs=torch.full((count,), torch.nan),
+        advantages=torch.full((count,), 0.5),
+    )
+    scored = ScoredGroup(
+        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
+        scores=GroupScores(scores=(3.0, -2.0), by_name={}, errors=()),
+    )
+    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
+    assert chosen.sequence_ids == (0, 1)
+    path = samples_path(tmp_path, 1)
+    worker.write_samples(path, [chosen.records], GROUP[0], signals)
+    first, second = (json.loads(line)["tokens"] for line in path.read_text().splitlines())
+    assert "".join(first["texts"]) == "3not 7it is 7"
+    assert bytes(first["ids"]) == b"3not 7it is 7"
+    assert first["sampled"] == [True] + [False] * 5 + [True] * 7
+    assert first["rollout_logprobs"] == [-1.0] + [None] * 5 + [-1.0] * 7
+    assert first["old_logprobs"][:2] == [-0.666667, None]
+    assert first["old_logprobs"][-1] == -4.66667
+    assert first["ref_logprobs"] == [-2.0] + [None] * 12
+    assert first["advantages"] == [0.5] + [None] * 5 + [0.5] * 7
+    assert first["teacher_logprobs"] is None
+    assert second["rollout_logprobs"] == [-1.0] * 6
+    assert [second[name] for name in ("old_logprobs", "ref_logprobs", "teacher_logprobs", "advantages")] == [None] * 4
 
 
 def test_metrics_count_turns_and_what_was_told() -> None:

@@ -1,0 +1,95 @@
+"""The nodes of a described cluster: `2*cpu=96,gpu=8,type=h100,mem=1000+cpu=16`. Knows nothing of what will run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhf.errors import UserError
+
+MOST_NODES = 65536
+EXAMPLE = "`2*cpu=96,gpu=8,type=h100,mem=1000+1*cpu=16`"
+_PART = re.compile(r"(?:(\d{1,9})\*)?((?:\w+=[^,=]+)(?:,\w+=[^,=]+)*)")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """A GPU: dense bfloat16 arithmetic, memory and its bandwidth, by its maker's data sheet."""
+
+    tflops: float
+    memory_gib: float
+    bandwidth_gb_s: float
+
+
+ACCELERATORS: Mapping[str, Accelerator] = {
+    "a100": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039),
+    "a800": Accelerator(tflops=312, memory_gib=80, bandwidth_gb_s=2039),
+    "h100": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350),
+    "h800": Accelerator(tflops=989, memory_gib=80, bandwidth_gb_s=3350),
+    "h200": Accelerator(tflops=989, memory_gib=141, bandwidth_gb_s=4800),
+    "b200": Accelerator(tflops=2250, memory_gib=180, bandwidth_gb_s=8000),
+    "l40s": Accelerator(tflops=362, memory_gib=48, bandwidth_gb_s=864),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One of them. None: not said, so nothing is held against it."""
+
+    cpus: float
+    gpus: float = 0.0
+    mem_gib: float | None = None  # of the host
+    gpumem_gib: float | None = None  # of each GPU
+    kind: str | None = None  # key of ACCELERATORS
+    price: float | None = None  # of the node for an hour, in any currency
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray schedules by."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+    @property
+    def gpu_memory_gib(self) -> float | None:
+        """Of each GPU, as said or by its type."""
+        if self.gpumem_gib is None and self.kind is not None:
+            return ACCELERATORS[self.kind].memory_gib
+        return self.gpumem_gib
+
+
+def parse_cluster(text: str) -> list[Node]:
+    """Nodes by their description. UserError if it says something else."""
+    nodes: list[Node] = []
+    total = 0
+    for part in text.replace(" ", "").split("+"):
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise UserError(f"--cluster {text!r}: expected nodes such as {EXAMPLE}, got {part!r}")
+        count, said = match.groups(default="")
+        total += int(count or 1)
+        if total > MOST_NODES:
+            raise UserError(f"--cluster {text!r}: {total} nodes, expected at most {MOST_NODES}")
+        nodes += [_node(said, text)] * int(count or 1)
+    return nodes
+
+
+def _node(said: str, text: str) -> Node:
+    fields = {"cpu": "cpus", "gpu": "gpus", "mem": "mem_gib", "gpumem": "gpumem_gib", "price": "price"}
+    values: dict[str, float] = {}
+    kind: str | None = None
+    for item in said.split(","):
+        key, _, value = item.partition("=")
+        if key == "type":
+            kind = value.lower()
+            if kind not in ACCELERATORS:
+                raise UserError(f"--cluster {text!r}: type={value}, expected one of {', '.join(ACCELERATORS)}")
+            continue
+        if key not in fields:
+            raise UserError(f"--cluster {text!r}: {key!r} is unknown, expected {', '.join([*fields, 'type'])}")
+        if _NUMBER.fullmatch(value) is None or (key == "gpu" and "." in value):
+            raise UserError(f"--cluster {text!r}: {item!r}, expected a number, of GPUs a whole one")
+        values[fields[key]] = float(value)
+    if "cpus" not in values:
+        raise UserError(f"--cluster {text!r}: {said!r} has no cpu=, expected nodes such as {EXAMPLE}")
+    return Node(**values, kind=kind)

@@ -1,0 +1,171 @@
+"""What fits where, and what to change where it does not. Compares footprints with nodes; changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config.nodes import Node
+from rlhf.config.root import Config
+from rlhf.config.seating import Seating, fit
+from rlhf.planning.footprints import Sizes, footprints
+from rlhf.planning.memory import GIB, Footprint
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
+DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
+HOST_SHARE = 0.95  # Ray ends workers when a node's memory is used beyond it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """One place, what comes to it, and what it has. `room` None: not said."""
+
+    where: str
+    wanted: float  # bytes
+    room: float | None
+    parts: str
+
+    @property
+    def fits(self) -> bool | None:
+        """None: it cannot be known."""
+        return None if self.room is None else self.wanted <= self.room
+
+
+def this_machine(*, cpus: float) -> Node:
+    """The machine that this runs on, with as many CPUs as are wanted."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB)
+
+
+def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
+    """Every kind of GPU that is shared, and every node's host memory, each where it is fullest."""
+    at = fit(seating.bundles, [node.resources for node in nodes])
+    if at is None:
+        return []
+    by_role = {one.role: one for one in found}
+    fits = []
+    if config.cluster.device == "cuda":
+        fits += _gpus(seating, by_role, nodes, at)
+    return fits + _hosts(config, seating, by_role, nodes, at)
+
+
+def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
+    """One line for each set of roles that share a GPU."""
+    fits: dict[tuple[str, ...], Fit] = {}
+    for bundle in range(len(seating.bundles)):
+        roles = [r for r, seats in seating.seats.items() if any(s.bundle == bundle and s.gpus > 0 for s in seats)]
+        if not roles or not all(r in by_role for r in roles):
+            continue
+        takes_turns = "rollout" in roles and "policy" in roles
+        sizes = {r: by_role[r].of("device") for r in roles}
+        wanted = max(sizes["rollout"], sum(sizes.values()) - sizes["rollout"]) if takes_turns else sum(sizes.values())
+        room = nodes[at[bundle]].gpu_memory_gib
+        parts = (" or " if takes_turns else " + ").join(f"{r} {size / GIB:,.1f}" for r, size in sizes.items())
+        one = Fit(
+            where=f"GPU of {', '.join(roles)}", wanted=wanted, room=None if room is None else room * GIB, parts=parts
+        )
+        key = tuple(roles)
+        if key not in fits or (one.room or 0.0) < (fits[key].room or 0.0):
+            fits[key] = one
+    return list(fits.values())
+
+
+def _hosts(
+    config: Config, seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]
+) -> list[Fit]:
+    """The fullest node of each amount of memory."""
+    fits: dict[float | None, Fit] = {}
+    for index, node in enumerate(nodes):
+        parts: dict[str, float] = {}
+        shared = 0.0
+        for role, seats in seating.seats.items():
+            one = by_role[role]
+            here = [seat for seat in seats if at[seat.bundle] == index]
+            if here:
+                parts[role] = one.private(len(here))
+                shared = max(shared, one.of("shared"))
+        if not parts:
+            continue
+        if shared:
+            parts["/dev/shm"] = shared
+        local = config.cluster.address is None
+        parts["Ray"] = RAY_BYTES + (DRIVER_BYTES + config.cluster.object_store_gib * GIB if local else 0.0)
+        wanted = sum(parts.values())
+        text = " + ".join(f"{name} {size / GIB:,.1f}" for name, size in parts.items())
+        room = None if node.mem_gib is None else node.mem_gib * GIB * HOST_SHARE
+        one_fit = Fit(where=f"host of node {index}", wanted=wanted, room=room, parts=text)
+        if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
+            fits[node.mem_gib] = one_fit
+    return list(fits.values())
+
+
+def remedies(config: Config, sizes: Sizes, roles: Sequence[Role], *, on_host: bool) -> list[str]:
+    """Changes that make a process of these roles smaller, on its host or its device, mildest first, each with what it
+    would then take."""
+
+    def taken(one: Footprint) -> float:
+        return one.of("device") if one.on_gpu and not on_host else one.rss
+
+    now = {one.role: one for one in footprints(config, sizes)}
+    found: list[str] = []
+    for role in roles:
+        for text, change in _changes(config, role):
+            changed = change(config)
+            after = {one.role: one for one in footprints(changed, sizes)}[role]
+            before_bytes, after_bytes = taken(now[role]), taken(after)
+            if after_bytes < 0.98 * before_bytes:
+                found.append(f"{text}: {role} {after_bytes / GIB:,.1f} GiB in place of {before_bytes / GIB:,.1f}")
+    return found
+
+
+def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], Config]]]:
+    """Keys and what they do to a configuration."""
+    budget, longest = config.train.max_tokens_per_microbatch, _longest(config)
+    half = max(budget // 2, longest)
+    changes: list[tuple[str, Callable[[Config], Config]]] = []
+
+    def add(key: str, value: Any, shown: str) -> None:
+        changes.append((f"{key}={shown}", lambda c: _with(c, key.split("."), value)))
+
+    if role == "rollout":
+        section = config.cluster.roles.rollout
+        if config.cluster.device == "cpu" and section.kv_cache_gib > 1:
+            add("cluster.roles.rollout.kv_cache_gib", section.kv_cache_gib // 2, str(section.kv_cache_gib // 2))
+        add(
+            "cluster.roles.rollout.max_num_seqs",
+            max(section.max_num_seqs // 4, 1),
+            str(max(section.max_num_seqs // 4, 1)),
+        )
+        if config.cluster.device == "cuda":
+            add("cluster.roles.rollout.tensor_parallel", 2 * section.tensor_parallel, str(2 * section.tensor_parallel))
+        return changes
+    if half < budget:
+        add("train.max_tokens_per_microbatch", half, str(half))
+    if role in ("policy", "critic") and getattr(config, role) is not None:
+        add(f"{role}.gradient_checkpointing", True, "true")
+        trained = getattr(config.cluster.roles, role)
+        if trained.zero_stage < 3 and trained.workers > 1:
+            add(f"cluster.roles.{role}.zero_stage", 3, "3")
+        if trained.offload:
+            add(f"cluster.roles.{role}.offload", (), "[]")
+        elif config.cluster.device == "cuda":
+            add(f"cluster.roles.{role}.offload", ("optimizer",), "[optimizer]")
+        add(f"cluster.roles.{role}.workers", 2 * trained.workers, str(2 * trained.workers))
+    return changes
+
+
+def _longest(config: Config) -> int:
+    if config.rollouts is not None:
+        return config.rollouts.longest_sequence(config.data.max_prompt_tokens)
+    return config.data.max_sequence_tokens or config.train.max_tokens_per_microbatch
+
+
+def _with(section: Any, key: Sequence[str], value: Any) -> Any:
+    """The section with one key changed, however deep."""
+    inner = value if len(key) == 1 else _with(getattr(section, key[0]), key[1:], value)
+    return section.model_copy(update={key[0]: inner})

@@ -1,0 +1,216 @@
+"""The memory of every process of a run: rlhf.planning.memory applied to a configuration.
+
+What fits, and what would make it fit, is in rlhf.planning.fitting. Starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.config.cluster import TrainedRole
+from rlhf.config.derive import (
+    critic_model,
+    derive,
+    has_scalar_head,
+    is_online,
+    needs,
+    offline_kind,
+    reference_model,
+    ships_adapter,
+    uses_reward_model,
+    weight_sync,
+)
+from rlhf.config.model import CriticConfig, ModelConfig, PolicyConfig
+from rlhf.config.root import Config
+from rlhf.planning.memory import (
+    GIB,
+    Footprint,
+    Measured,
+    Term,
+    Training,
+    engine_terms,
+    forward_terms,
+    kv_bytes_per_token,
+    training_terms,
+    with_process,
+)
+from rlhf.planning.shapes import Shape, find_shape
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Where the shapes of a run's models come from, and what is known of the machine."""
+
+    shapes: Path | None = None  # --shapes
+    made: Mapping[str, str] | None = None  # final folders of earlier stages: the model that each began as
+    gpu_memory_gib: float | None = None  # of the GPUs; None: not said
+    tokens: int | None = None  # of a real micro-batch, where it is known. None: as many as are allowed
+
+    def of(self, model: str) -> Shape:
+        """A model's shape."""
+        return find_shape(model, shapes=self.shapes, made=self.made or {})
+
+    @cached_property
+    def widens(self) -> bool:
+        """Whether this machine takes products of bfloat16 in float32: rlhf.objectives.products without torch."""
+        text = CPUINFO.read_text() if CPUINFO.exists() else ""
+        return not ("amx_bf16" in text or ("avx512_bf16" in text and "AuthenticAMD" in text))
+
+
+def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
+    """One of each role that has workers, in the order of the placement. UserError if a model's sizes are not known."""
+    roles = needs(config)
+    found = [_trained("policy", config.policy, config, sizes)]
+    if "rollout" in roles:
+        found.append(_engine(config, sizes))
+    if "critic" in roles:
+        found.append(_trained("critic", critic_model(config), config, sizes))
+    if "reference" in roles:
+        found.append(_forward("reference", reference_model(config), config, sizes))
+    if "teacher" in roles and config.teacher is not None:
+        found.append(_forward("teacher", config.teacher, config, sizes))
+    if "reward" in roles:
+        model = config.reward if uses_reward_model(config) else None
+        found.append(_forward("reward", model, config, sizes))
+    return found
+
+
+def tokens_of_microbatch(config: Config, role: TrainedRole) -> tuple[int, bool]:
+    """(tokens of a full micro-batch on one rank, whether an optimizer step may have several)."""
+    budget = config.train.max_tokens_per_microbatch
+    derived = derive(config)
+    rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
+    most = rows * derived.longest_sequence
+    return min(budget, most) // role.sequence_parallel, most > budget
+
+
+def _itemsize(model: ModelConfig) -> int:
+    return 4 if model.dtype == "float32" else 2
+
+
+def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Training:
+    """How a rank of the policy or the critic trains."""
+    shape, role = sizes.of(model.model), getattr(config.cluster.roles, role_name)
+    scalar = role_name == "critic" or has_scalar_head(config)
+    whole = shape.scalar_parameters if scalar else shape.parameters
+    lora = model.lora
+    trained = whole if lora is None else shape.lora_parameters(lora.rank) + (shape.hidden if scalar else 0)
+    tokens, accumulates = tokens_of_microbatch(config, role)
+    on_gpu = config.cluster.device == "cuda"
+    online = is_online(config)
+    return Training(
+        trained=trained,
+        frozen=0 if lora is None else whole,
+        frozen_bytes=0.0 if lora is None else _base_bytes(shape, model, whole),
+        itemsize=_itemsize(model),
+        zero_stage=role.zero_stage,
+        ranks=role.workers,
+        tokens=tokens if sizes.tokens is None else sizes.tokens,
+        accumulates=accumulates,
+        checkpointing=model.gradient_checkpointing,
+        lora_rank=None if lora is None else lora.rank,
+        scalar=scalar,
+        keeps_head_gradient=not online and offline_kind(config) in ("supervised", "distillation"),
+        offload=role.offload,
+        on_gpu=on_gpu,
+        widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
+    )
+
+
+def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:
+    """Of the weights under an adapter: with `quantize` the layers in 4 bits, and a float32 scale for each 64."""
+    size = _itemsize(model)
+    if model.lora is None or model.lora.quantize is None:
+        return float(whole * size)
+    layers = shape.layers * shape.layer_parameters
+    return layers * (0.5 + 4 / 64) + (whole - layers) * size
+
+
+def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Footprint:
+    shape, how = sizes.of(model.model), training(name, model, config, sizes)
+    terms = training_terms(shape, how)
+    if name == "policy" and is_online(config):
+        terms += _published(config, shape, how)
+    process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu)
+    return Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
+
+
+def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
+    """What the first rank holds of the weights on their way to the engines."""
+    if ships_adapter(config):
+        size = how.trained * how.itemsize
+        return [Term(name="weight sync", nbytes=size, how="the adapter, as a file in shared memory", place="shared")]
+    size, method = shape.parameters * how.itemsize, weight_sync(config.cluster, one_host=not config.cluster.address)
+    if method.method == "shm":
+        return [Term(name="weight sync", nbytes=size, how="all weights in one file in /dev/shm", place="shared")]
+    if method.method == "ipc":
+        return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU")]
+    doubling = f"all weights staged in host memory for {method.method}, which grows by doubling: up to twice as much"
+    return [Term(name="weight sync", nbytes=1.5 * size, how=doubling, place="host", first_only=True)]
+
+
+def cache_tokens(config: Config, sizes: Sizes) -> float | None:
+    """Tokens whose keys and values an engine holds. None: the GPUs' memory was not said."""
+    policy, role = config.policy, config.cluster.roles.rollout
+    cache = next((term.nbytes for term in _engine(config, sizes).terms if term.name == "KV cache"), None)
+    if cache is None:
+        return None
+    parallel = role.tensor_parallel if config.cluster.device == "cuda" else 1
+    return cache * parallel / kv_bytes_per_token(sizes.of(policy.model), itemsize=_itemsize(policy))
+
+
+def _engine(config: Config, sizes: Sizes) -> Footprint:
+    """One engine, or with tensor parallelism one of its GPUs."""
+    policy, role = config.policy, config.cluster.roles.rollout
+    shape, size = sizes.of(policy.model), _itemsize(policy)
+    on_gpu = config.cluster.device == "cuda"
+    terms = engine_terms(
+        shape,
+        itemsize=size,
+        tensor_parallel=role.tensor_parallel,
+        max_num_seqs=role.max_num_seqs,
+        on_gpu=on_gpu,
+    )
+    each = kv_bytes_per_token(shape, itemsize=size) / (role.tensor_parallel if on_gpu else 1)
+    if not on_gpu:
+        cache: float | None = role.kv_cache_gib * GIB
+    elif sizes.gpu_memory_gib is None:
+        cache = None
+    else:
+        cache = role.gpu_memory_utilization * sizes.gpu_memory_gib * GIB - sum(term.nbytes for term in terms)
+    if cache is not None:
+        longest = derive(config).longest_sequence
+        fits = max(cache, 0.0) / each
+        how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
+        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how))
+    if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
+        whole = shape.parameters * size
+        terms.append(Term(name="weight sync", nbytes=whole, how="the policy's file, mapped", place="shared"))
+    process = with_process(terms, process=Measured.ENGINE_BYTES, on_gpu=on_gpu)
+    return Footprint(role="rollout", workers=role.engines * role.tensor_parallel, terms=process, on_gpu=on_gpu)
+
+
+def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> Footprint:
+    """A worker of a frozen model; None: of reward functions alone."""
+    on_gpu = config.cluster.device == "cuda" and model is not None
+    base = Measured.REWARD_BYTES if name == "reward" else Measured.FORWARD_BYTES
+    terms: list[Term] = []
+    if model is not None:
+        terms = forward_terms(
+            sizes.of(model.model),
+            itemsize=_itemsize(model),
+            tokens=config.train.max_tokens_per_microbatch if sizes.tokens is None else sizes.tokens,
+            scalar=name == "reward",
+            widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
+        )
+    workers = getattr(config.cluster.roles, name).workers
+    return Footprint(role=name, workers=workers, terms=with_process(terms, process=base, on_gpu=on_gpu), on_gpu=on_gpu)

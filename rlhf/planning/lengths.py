@@ -1,0 +1,85 @@
+"""How long responses are: lengths that were seen, or a log-normal distribution, cut where the run cuts them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Response lengths, tokens. Either `seen`, drawn from with replacement, or a log-normal of this mean and sigma."""
+
+    most: int  # a response is cut there
+    mean: float = 0.0
+    sigma: float = 0.0  # of the logarithm; 0: all alike
+    seen: tuple[int, ...] = ()
+
+    def draw(self, random: Random) -> int:
+        """One of them."""
+        if self.seen:
+            return min(self.seen[random.randrange(len(self.seen))], self.most)
+        if self.sigma == 0.0:
+            return min(max(round(self.mean), 1), self.most)
+        location = math.log(self.mean) - self.sigma**2 / 2
+        return min(max(round(random.lognormvariate(location, self.sigma)), 1), self.most)
+
+    def average(self) -> float:
+        """Of what `draw` gives, by 4,000 draws."""
+        random = Random(0)
+        return sum(self.draw(random) for _ in range(4000)) / 4000
+
+    def __str__(self) -> str:
+        if self.seen:
+            return f"{len(self.seen):,} lengths of a file, cut at {self.most:,}"
+        spread = f"log-normal, sigma {self.sigma:g}, " if self.sigma else "all alike, "
+        return f"{spread}mean {self.mean:,.0f} before the cut at {self.most:,}"
+
+
+def parse_lengths(text: str, *, most: int) -> Lengths:
+    """`lognormal:MEAN:SIGMA`, or a file. UserError if it is neither."""
+    if text.startswith("lognormal:"):
+        parts = text.split(":")[1:]
+        try:
+            mean, sigma = (float(part) for part in parts)
+        except ValueError as error:
+            raise UserError(f"--lengths {text}: expected lognormal:MEAN:SIGMA, such as lognormal:2000:0.8") from error
+        if not (1.0 <= mean < 1e9 and 0.0 <= sigma <= 5.0):
+            raise UserError(f"--lengths {text}: expected a mean from 1 and a sigma from 0 to 5")
+        return Lengths(most=most, mean=mean, sigma=sigma)
+    return Lengths(most=most, seen=tuple(_read(Path(text))))
+
+
+def _read(path: Path) -> Sequence[int]:
+    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples."""
+    files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
+    found: list[int] = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(
+                f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
+            ) from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                length = int(value["response_tokens"] if isinstance(value, dict) else value)
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"
+                ) from error
+            if length < 1:
+                raise UserError(f"{file}:{number}: a length of {length}, expected at least 1")
+            found.append(length)
+    if not found:
+        raise UserError(f"--lengths {path}: there are no lengths in it")
+    return found

@@ -1,0 +1,274 @@
+"""Memory of one process of each role, term by term, as this code base allocates it.
+
+A term is a number of bytes with the arithmetic that gave it. Sizes follow from the model's shape, DeepSpeed's buffers
+(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed) and its chunked head (rlhf.objectives.logprobs);
+five numbers are measured (see `Measured`). Micro-batches are taken as full: this is the most that a step may hold, not
+what a run of short responses will. Terms of a GPU were counted by the same rules and never measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf.planning.shapes import Shape
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+GIB = 2**30
+CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them
+PREFILL_TOKENS = 8192  # as in actors.vllm_engine
+BUCKET_ELEMENTS = 5 * 10**8  # most of DeepSpeed's reduce bucket
+LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet let go, DeepSpeed's default
+
+Place = Literal["device", "host", "shared"]  # shared: in the process's resident set, once in its node's memory
+
+
+class Measured:
+    """What no arithmetic gives: found by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
+
+    Process sizes are of an idle worker that has imported its libraries. HEAP: the resident heap of a worker over the
+    most bytes that its tensors ever held at once; freed blocks are kept (actors.processes.KEEPS_MEMORY) and never fit
+    the next ones exactly.
+    """
+
+    TRAINER_BYTES = int(0.60 * GIB)
+    FORWARD_BYTES = int(0.56 * GIB)
+    REWARD_BYTES = int(0.55 * GIB)
+    ENGINE_BYTES = int(0.80 * GIB)
+    HEAP = 1.26
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """A part of a process's memory."""
+
+    name: str
+    nbytes: float
+    how: str  # the arithmetic
+    place: Place = "device"
+    first_only: bool = False  # of a gang, its first rank alone has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """The peak of one process of a role (the first, where they differ), or of one GPU of an engine."""
+
+    role: Role
+    workers: int
+    terms: tuple[Term, ...]
+    on_gpu: bool
+
+    def of(self, place: Place) -> float:
+        """Bytes of the terms at a place."""
+        return sum(term.nbytes for term in self.terms if term.place == place)
+
+    def private(self, workers: int) -> float:
+        """Host memory of so many of the role's processes, the first among them, without what is shared."""
+        own = [term for term in self.terms if term.place == "host" or (term.place == "device" and not self.on_gpu)]
+        return sum(term.nbytes * (1 if term.first_only else workers) for term in own)
+
+    @property
+    def rss(self) -> float:
+        """Peak resident set of the process: on a GPU what is not on the device."""
+        return self.of("host") + self.of("shared") + (0.0 if self.on_gpu else self.of("device"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How one rank of a trained role trains."""
+
+    trained: int  # parameters
+    frozen: int
+    frozen_bytes: float  # of the base: its dtype's, or 4 bits a weight and a scale for each 64
+    itemsize: int  # bytes of a weight
+    zero_stage: int
+    ranks: int
+    tokens: int  # of one full micro-batch, on this rank
+    accumulates: bool  # whether an optimizer step has several micro-batches
+    checkpointing: bool
+    lora_rank: int | None
+    scalar: bool  # a head of one value, not of the vocabulary
+    keeps_head_gradient: bool  # the head's gradient is made in the forward pass (supervised runs)
+    offload: tuple[str, ...]
+    on_gpu: bool
+    widens: bool  # products of bfloat16 are taken in float32 (rlhf.objectives.products)
+
+
+def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_rank: int | None) -> float:
+    """Saved by the layers for the backward pass, for each token of a micro-batch.
+
+    A layer keeps of each of its two norms the input in float32, the scaled row and the output (4 + 2b bytes an
+    element); query, key, value and result of the attention and the row that its output is multiplied from (3Q + 2K
+    elements); and four rows of the MLP: gate, its activation, up, and their product. With checkpointing it keeps its
+    input, and one layer at a time has all of that.
+    """
+    norms = 2 * (4 + 2 * itemsize) * shape.hidden
+    attention = (3 * shape.query + 2 * shape.key) * itemsize
+    if shape.qk_norm:
+        attention += (4 + itemsize) * (shape.query + shape.key)
+    layer = norms + attention + 4 * shape.ffn * itemsize + (7 * lora_rank * itemsize if lora_rank else 0)
+    if checkpointing:
+        return shape.layers * shape.hidden * itemsize + layer
+    return shape.layers * layer
+
+
+def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, widens: bool) -> float:
+    """Of the vocabulary head in the backward pass of that many rows.
+
+    Three chunks of 256 rows of logits in float32; the logit gradients of four chunks; the gradient of the head's
+    weight, which is a sum in float32 and a product beside it where there are more rows than that.
+    """
+    wide = 4 if widens else itemsize
+    chunk = min(rows, CHUNK_ROWS)
+    block = min(rows, CHUNK_ROWS * CHUNKS_PER_PRODUCT)
+    found: float = 3 * chunk * shape.vocab * 4 + block * shape.vocab * wide
+    if trains_head:
+        found += shape.embedding * (wide if rows <= block else 4 + wide)
+    return found + (shape.embedding * 4 if widens else 0)
+
+
+def training_terms(shape: Shape, t: Training) -> list[Term]:
+    """Of one rank: what it always holds, and the larger of its two peaks, with the work of the backward pass.
+
+    The first is where the backward pass begins: all activations, the head, the bucket for the gradients. The other is
+    where it ends: the bucket twice, since its gradients are reduced in a copy.
+    """
+    states = _states(t)
+    bucket = _bucket(t)
+    work = [_activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
+    summed = _summed_gradients(t)
+    first = [*bucket, *work, *(summed if t.accumulates or t.zero_stage in (0, 3) else [])]
+    last = [*bucket, *summed]
+    if t.zero_stage in (1, 2):
+        size = t.itemsize * min(t.trained, BUCKET_ELEMENTS)
+        last.append(Term(name="gradients in reduction", nbytes=size, how="as the bucket"))
+        if t.trained > shape.embedding:
+            last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how="vocabulary * hidden * 4 bytes"))
+    peak = max(first, last, key=lambda terms: sum(term.nbytes for term in terms))
+    return [*states, *peak]
+
+
+def _states(t: Training) -> list[Term]:
+    """Weights, their float32 copy and Adam's moments."""
+    all_weights, b = t.trained + t.frozen, t.itemsize
+    weights_by, quantized = t.ranks if t.zero_stage == 3 else 1, t.frozen_bytes < t.frozen * b
+    sharded = t.zero_stage >= 1 or b == 2  # DeepSpeed's bfloat16 optimizer shards even at stage 0
+    by = t.ranks if sharded else 1
+    terms = [
+        Term(
+            name="weights",
+            nbytes=(t.trained * b + t.frozen_bytes) / weights_by,
+            how=_product(all_weights, b, weights_by) + (", the base in 4 bits" if quantized else ""),
+            place="host" if t.on_gpu and "parameters" in t.offload else "device",
+        )
+    ]
+    optimizer: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
+    if b == 2 or t.zero_stage in (1, 2):
+        terms.append(
+            Term(name="master weights", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=optimizer)
+        )
+    terms.append(Term(name="Adam moments", nbytes=t.trained * 8 / by, how=_product(t.trained, 8, by), place=optimizer))
+    if t.zero_stage == 3:
+        live = min(t.trained + t.frozen, LIVE_PARAMETERS)
+        terms.append(Term(name="weights gathered", nbytes=live * b, how=_product(live, b, 1)))
+    return terms
+
+
+def _summed_gradients(t: Training) -> list[Term]:
+    """Of the micro-batches so far, between them."""
+    if t.zero_stage == 0:
+        return [Term(name="gradients", nbytes=t.trained * t.itemsize, how=_product(t.trained, t.itemsize, 1))]
+    by = t.ranks if t.zero_stage in (2, 3) else 1
+    place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
+    return [Term(name="summed gradients", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=place)]
+
+
+def _bucket(t: Training) -> list[Term]:
+    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs."""
+    size = min(t.trained, BUCKET_ELEMENTS)
+    if t.zero_stage == 0:
+        return [Term(name="gradients of a pass", nbytes=t.trained * t.itemsize, how=_product(t.trained, t.itemsize, 1))]
+    count = 2 if t.on_gpu and t.zero_stage < 3 else 1
+    return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=_product(size, t.itemsize * count, 1))]
+
+
+def _activations(shape: Shape, t: Training) -> Term:
+    each = activation_bytes(shape, itemsize=t.itemsize, checkpointing=t.checkpointing, lora_rank=t.lora_rank)
+    how = f"{t.tokens:,} tokens * {each / 1024:,.0f} KiB" + (", checkpointed" if t.checkpointing else "")
+    return Term(name="activations", nbytes=t.tokens * each, how=how)
+
+
+def _head(shape: Shape, t: Training) -> Term:
+    trains = t.lora_rank is None
+    if t.keeps_head_gradient:  # by the time that the bucket is made the logits are gone
+        elements = shape.embedding if trains else 0
+        how = _product(elements, t.itemsize, 1)
+        return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how)
+    size = head_bytes(shape, rows=t.tokens, itemsize=t.itemsize, trains_head=trains, widens=t.widens)
+    return Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
+
+
+def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
+    """Of a frozen model that is only asked: its weights, one layer's rows, a chunk of logits."""
+    count = shape.scalar_parameters if scalar else shape.parameters
+    rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
+    terms = [
+        Term(name="weights", nbytes=count * itemsize, how=_product(count, itemsize, 1)),
+        Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer"),
+    ]
+    if not scalar:
+        size = 3 * min(tokens, CHUNK_ROWS) * shape.vocab * 4 + (shape.embedding * 4 if widens else 0)
+        terms.append(
+            Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
+        )
+    return terms
+
+
+def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_seqs: int, on_gpu: bool) -> list[Term]:
+    """Of vLLM without its cache: the weights as its kernels want them, and the work of the largest step."""
+    count = shape.parameters
+    logits = 4 * max_num_seqs * shape.vocab * 4
+    rows = PREFILL_TOKENS * itemsize * (3 * shape.ffn + 2 * shape.hidden) / tensor_parallel
+    terms = [
+        Term(
+            name="weights",
+            nbytes=count * itemsize / tensor_parallel,
+            how=_product(count, itemsize, tensor_parallel),
+        ),
+        Term(name="largest prefill", nbytes=rows, how=f"{PREFILL_TOKENS:,} tokens of one layer"),
+        Term(name="sampling", nbytes=logits, how=f"4 * {max_num_seqs} rows of {shape.vocab:,} logits"),
+    ]
+    if not on_gpu:
+        packed = shape.embedding * itemsize
+        terms.insert(1, Term(name="packed head", nbytes=packed, how=_product(shape.embedding, itemsize, 1)))
+    return terms
+
+
+def kv_bytes_per_token(shape: Shape, *, itemsize: int) -> int:
+    """Keys and values of all layers."""
+    return 2 * shape.layers * shape.key * itemsize
+
+
+def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool) -> tuple[Term, ...]:
+    """The terms with the process itself and, on a CPU, what its heap holds beyond them."""
+    found = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
+    if not on_gpu:
+        heap = sum(term.nbytes for term in terms if term.place == "device" and term.name != "KV cache")
+        slack = (Measured.HEAP - 1.0) * heap
+        found.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))
+    return tuple(found)
+
+
+def _product(elements: float, itemsize: int, by: int) -> str:
+    text = f"{_short(elements)} * {itemsize} bytes"
+    return text if by == 1 else f"{text} / {by}"
+
+
+def _short(count: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.4g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,175 @@
+"""`rlhf plan` as text: what rlhf.config.plan says of each run, then its memory, what fits, and its time and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.config.derive import ROLE_ORDER, is_online
+from rlhf.config.load import LoadedConfig
+from rlhf.config.nodes import Node, parse_cluster
+from rlhf.config.plan import refuse_misfit, stage_text, table
+from rlhf.config.root import Config
+from rlhf.config.seating import seat
+from rlhf.config.stages import MergeStage, final_folder
+from rlhf.errors import UserError
+from rlhf.planning.fitting import places, remedies, this_machine
+from rlhf.planning.footprints import Sizes, footprints
+from rlhf.planning.lengths import Lengths, parse_lengths
+from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.simulate import simulate
+from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
+
+
+def render(
+    loaded: LoadedConfig, *, cluster: str | None = None, shapes: Path | None = None, lengths: str | None = None
+) -> str:
+    """The plan. UserError, with the reason, if a run wants more CPUs or GPUs than the described cluster has."""
+    if shapes is not None and not shapes.is_dir():
+        raise UserError(f"--shapes {shapes}: is not a folder. Name one that holds OWNER/NAME/config.json")
+    nodes = None if cluster is None else parse_cluster(cluster)
+    refuse_misfit(loaded, nodes, cluster)
+    sizes = sizes_of(loaded, nodes, shapes)
+    parts = []
+    for stage in loaded.stages.values():
+        text = stage_text(stage, None if nodes is None else [node.resources for node in nodes])
+        if isinstance(stage, Config):
+            text = "\n\n".join([text, *_estimates(stage, sizes, nodes, lengths)])
+        parts.append(text)
+    return "\n\n".join(parts) + "\n"
+
+
+def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | None) -> Sizes:
+    """What the estimates of all runs are made from."""
+    made: dict[str, str] = {}
+    for stage in loaded.stages.values():
+        if isinstance(stage, Config):
+            made[str(final_folder(stage))] = stage.policy.model
+        elif isinstance(stage, MergeStage):
+            made[str(final_folder(stage))] = next(iter(stage.merge.models.values())).model  # all are of one size
+    gpus = [node.gpu_memory_gib for node in nodes or () if node.gpus and node.gpu_memory_gib is not None]
+    return Sizes(shapes=shapes, made=made, gpu_memory_gib=min(gpus) if gpus else None)
+
+
+def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: str | None) -> list[str]:
+    try:
+        found = footprints(config, sizes)
+        return [
+            "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(found),
+            *_fits(config, sizes, found, nodes),
+            *_times(config, sizes, nodes, response_lengths(config, lengths)),
+        ]
+    except UserError as error:
+        return [f"no estimate of memory and time: {error}."]
+
+
+def _terms(found: Sequence[Footprint]) -> str:
+    rows = [["role", "", "GiB", "how"]]
+    for one in sorted(found, key=lambda f: ROLE_ORDER.index(f.role)):
+        where = "GPU + host" if one.on_gpu else "resident"
+        both = f"{_gib(one.of('device'))} + {_gib(one.rss)}" if one.on_gpu else _gib(one.rss)
+        rows.append([f"{one.role} * {one.workers}", where, both, ""])
+        for term in filter(lambda t: t.nbytes > 0.0, one.terms):
+            place = {"device": "", "host": " (host)" if one.on_gpu else "", "shared": " (shared)"}[term.place]
+            rows.append(["", term.name + place, _gib(term.nbytes), term.how])
+    return table(rows)
+
+
+def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Sequence[Node] | None) -> list[str]:
+    seating = seat(config)
+    local = nodes is None and config.cluster.device == "cpu" and config.cluster.address is None
+    if local:
+        nodes = [this_machine(cpus=seating.total("CPU"))]
+    if nodes is None:
+        return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
+    rows = [["place", "wanted", "of", "", "what is there"]]
+    tight: list[bool] = []  # of what does not fit: whether it is a host
+    for one in places(config, seating, found, nodes):
+        word = {True: "fits", False: "DOES NOT FIT", None: "memory not said"}[one.fits]
+        if one.fits is False:
+            tight.append(one.where.startswith("host"))
+        room = "-" if one.room is None else _gib(one.room)
+        where = "this machine" if local else one.where
+        rows.append([where, _gib(one.wanted), room, word, one.parts])
+    text = ["memory by place, GiB\n" + table(rows)]
+    if tight:
+        trained = [one.role for one in found if one.role != "reward"]
+        said = [line for host in sorted(set(tight)) for line in remedies(config, sizes, trained, on_host=host)]
+        text.append("what makes it smaller, mildest first for each role\n" + "\n".join(f"  {line}" for line in said))
+    return text
+
+
+def response_lengths(config: Config, said: str | None) -> Lengths:
+    """Of the run's responses: as said, or half of what is allowed on average."""
+    if config.rollouts is None:
+        return Lengths(most=1, mean=1.0)
+    most = config.rollouts.max_response_tokens
+    if said is not None:
+        return parse_lengths(said, most=most)
+    return Lengths(most=most, mean=most / 2, sigma=0.6)
+
+
+def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
+    stages = training_stages(config, sizes, nodes, lengths)
+    assumed = _assumed(config, sizes, nodes, lengths)
+    if not is_online(config):
+        return [f"time of a step, estimated ({assumed})\n" + _stages(config, stages, nodes)]
+    system = system_of(config, sizes, nodes, lengths, {})
+    sync = sync_stage(config, sizes, nodes)
+    outcome = simulate(system, staleness=0, steps=3, seed=0)
+    rest = sum(stage.seconds for stage in stages)
+    rollouts = max(outcome.step_s - rest - sync.seconds, 0.0)
+    how = (
+        f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
+        f"{system.each_s * 1e6:,.3g} us a sequence"
+    )
+    all_stages = [Stage(name="rollouts", seconds=rollouts, how=how), *stages, sync]
+    text = [f"time of a step, estimated ({assumed})\n" + _stages(config, all_stages, nodes)]
+    if system.colocated:
+        return [*text, "pipelined: rollouts and training share their devices, so they can only take turns"]
+    rows = [["schedule", "s / step", "engines busy", "trainers busy", "mean lag"]]
+    for staleness in (0, 1, 2):
+        one = outcome if staleness == 0 else simulate(system, staleness=staleness, steps=3, seed=0)
+        name = "synchronous (max_staleness 0)" if staleness == 0 else f"pipelined, {staleness} ahead"
+        rows.append(
+            [name, f"{one.step_s:,.4g}", f"{one.engines_busy:.0%}", f"{one.trainer_busy:.0%}", f"{one.lag:.2f}"]
+        )
+    return [*text, "schedules; a run does the first, the others are what a pipeline would give\n" + table(rows)]
+
+
+def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> str:
+    one = rates(config, nodes, sizes, role="policy")
+    said = any(node.kind for node in nodes or ())
+    guess = "" if said or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
+    responses = f"; responses {lengths}" if is_online(config) else ""
+    return f"on {one.name}{guess}{responses}"
+
+
+def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | None) -> str:
+    total = sum(stage.seconds for stage in stages)
+    seating = seat(config)
+    unit, amount = ("GPU", seating.total("GPU")) if config.cluster.device == "cuda" else ("CPU", seating.total("CPU"))
+    price = None
+    if nodes is not None and all(node.price is not None for node in nodes):
+        price = sum(node.price or 0.0 for node in nodes)
+    rows = [["stage", "s", "share", f"{unit} hours", *(["price"] if price is not None else []), "how"]]
+    for stage in [
+        *stages,
+        Stage(name="step", seconds=total, how=f"* {config.train.steps:,} steps"),
+        _whole(config, total),
+    ]:
+        row = [stage.name, f"{stage.seconds:,.4g}", f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""]
+        row.append(f"{stage.seconds * amount / 3600:,.4g}")
+        if price is not None:
+            row.append(f"{stage.seconds * price / 3600:,.4g}")
+        rows.append([*row, stage.how])
+    return table(rows)
+
+
+def _whole(config: Config, step: float) -> Stage:
+    seconds = step * config.train.steps
+    return Stage(name="whole run", seconds=seconds, how=f"{seconds / 3600:,.3g} hours, without start and evaluations")
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:,.2f}"

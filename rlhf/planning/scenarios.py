@@ -1,0 +1,191 @@
+"""`rlhf plan --simulate`: a run's layout at several sizes and schedules, each simulated for some steps.
+
+`gpus=` multiplies the layout: as many times the engines, the training workers and the prompts of a step, so that each
+GPU has the work that it has in the configuration. Makes the scenarios; rlhf.planning.simulate plays them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rlhf.config.derive import is_online
+from rlhf.config.load import LoadedConfig
+from rlhf.config.nodes import parse_cluster
+from rlhf.config.plan import refuse_misfit, table
+from rlhf.config.root import Config
+from rlhf.errors import UserError
+from rlhf.planning.report import response_lengths, sizes_of
+from rlhf.planning.simulate import Outcome, System, simulate
+from rlhf.planning.time import system_of
+
+# What it is, and its smallest value.
+_NUMBERS: Mapping[str, tuple[str, float]] = {
+    "base_ms": ("an engine's decoding step without sequences, ms", 1e-6),
+    "each_us": ("and for each sequence in it, us", 0.0),
+    "train_tokens_per_s": ("tokens through experience and updates, all trainers together", 1e-3),
+    "sync_s": ("seconds that engines stand still for new weights", 0.0),
+    "mtbf_h": ("hours between two failures of a node", 1e-3),
+    "restart_s": ("seconds until a failed one works again", 0.0),
+    "steps": ("steps after the pipeline is full; 6, of large batches 2", 1.0),
+    "seed": ("of lengths and failures", 0.0),
+}
+_LISTS = {"gpus": 1, "staleness": 0}
+MOST_RESPONSES = 1_000_000  # of one step: seconds of simulation
+MANY_RESPONSES = 30_000  # of one step: fewer steps tell as much
+MOST_STALENESS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One line of the table."""
+
+    gpus: int
+    staleness: int
+    outcome: Outcome
+
+
+def render(
+    loaded: LoadedConfig,
+    spec: str,
+    *,
+    cluster: str | None = None,
+    shapes: Path | None = None,
+    lengths: str | None = None,
+) -> str:
+    """The scenarios of every run with rollouts as a table. UserError if there is none, or the spec is wrong."""
+    runs = [run for run in loaded.runs.values() if is_online(run)]
+    if not runs:
+        raise UserError(f"--simulate: {loaded.source} has no run with rollouts; there is nothing to overlap")
+    numbers, lists = parse_spec(spec)
+    nodes = None if cluster is None else parse_cluster(cluster)
+    refuse_misfit(loaded, nodes, cluster)
+    sizes = sizes_of(loaded, nodes, shapes)
+    parts = []
+    for run in runs:
+        said = {"base_s": 1e-3, "each_s": 1e-6, "train_tokens_per_s": 1.0, "sync_s": 1.0}
+        names = {"base_s": "base_ms", "each_s": "each_us"}
+        given = {to: numbers[names.get(to, to)] * unit for to, unit in said.items() if names.get(to, to) in numbers}
+        drawn = response_lengths(run, lengths)
+        system = system_of(run, sizes, nodes, drawn, given)
+        system = replace(system, restart_s=numbers.get("restart_s", system.restart_s))
+        if "mtbf_h" in numbers:
+            system = replace(system, mtbf_s=numbers["mtbf_h"] * 3600)
+        found = scenarios(run, system, lists, steps=numbers.get("steps"), seed=int(numbers.get("seed", 0)))
+        parts.append(_text(run, system, found))
+    return "\n\n".join(parts) + "\n"
+
+
+def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    """`gpus=64+4096,staleness=0+1,mtbf_h=5000` as (numbers, lists). UserError names what is wrong."""
+    numbers: dict[str, float] = {}
+    lists: dict[str, tuple[int, ...]] = {}
+    for item in text.replace(" ", "").split(","):
+        key, equals, value = item.partition("=")
+        if not equals or key not in (*_NUMBERS, *_LISTS):
+            raise UserError(
+                f"--simulate {text!r}: got {item!r}, expected KEY=VALUE of {', '.join([*_LISTS, *_NUMBERS])}"
+            )
+        try:
+            if key in _LISTS:
+                lists[key] = tuple(int(part) for part in value.split("+"))
+                wrong = min(lists[key]) < _LISTS[key]
+                wrong |= key == "staleness" and max(lists[key]) > MOST_STALENESS
+            else:
+                numbers[key] = float(value)
+                wrong = not _NUMBERS[key][1] <= numbers[key] < 1e12
+        except ValueError:
+            wrong = True
+        if wrong:
+            what = (
+                "whole numbers joined by +" if key in _LISTS else f"{_NUMBERS[key][0]}, at least {_NUMBERS[key][1]:g}"
+            )
+            raise UserError(f"--simulate {text!r}: {item!r}, expected {what}")
+    return numbers, lists
+
+
+def scenarios(
+    config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: float | None, seed: int
+) -> list[Scenario]:
+    """Every size with every staleness. UserError if a size is none of the layout's multiples, or cannot be played."""
+    staleness = lists.get("staleness", (0,) if system.colocated else (0, 1, 2))
+    if system.colocated and max(staleness) > 0:
+        raise UserError(
+            "--simulate: cluster.roles.rollout.colocate_with is policy, so rollouts and training take turns; only "
+            "staleness=0 can be simulated"
+        )
+    found = []
+    for gpus in lists.get("gpus", (system.gpus,)):
+        if gpus % system.gpus:
+            raise UserError(
+                f"--simulate: gpus={gpus} is no multiple of the {system.gpus} that {config.run.name} uses for "
+                "training and engines"
+            )
+        larger = _times(system, gpus // system.gpus)
+        responses = larger.prompts_per_step * larger.samples_per_prompt
+        if responses > MOST_RESPONSES:
+            raise UserError(f"--simulate: {responses:,} responses a step at gpus={gpus}, expected {MOST_RESPONSES:,}")
+        played = int(steps) if steps is not None else 2 if responses > MANY_RESPONSES else 6
+        found += [
+            Scenario(gpus=gpus, staleness=s, outcome=simulate(larger, staleness=s, steps=played, seed=seed))
+            for s in staleness
+        ]
+    return found
+
+
+def _times(system: System, factor: int) -> System:
+    return replace(
+        system,
+        engines=system.engines * factor,
+        training_gpus=system.training_gpus * factor,
+        prompts_per_step=system.prompts_per_step * factor,
+        train_tokens_per_s=system.train_tokens_per_s * factor,
+    )
+
+
+def _text(config: Config, system: System, found: list[Scenario]) -> str:
+    fails = (
+        "none"
+        if system.mtbf_s is None
+        else f"each node every {system.mtbf_s / 3600:,.4g} h, back in {system.restart_s:g} s"
+    )
+    facts = [
+        ["responses", f"{system.prompts_per_step} prompts * {system.samples_per_prompt} at {system.gpus} GPUs"],
+        ["lengths", str(system.lengths)],
+        [
+            "engines",
+            f"{system.engines} of {system.gpus_per_engine}; a step {system.base_s * 1e3:.3g} ms + "
+            f"{system.each_s * 1e6:.3g} us a sequence, at most {system.max_num_seqs}",
+        ],
+        ["training", f"{system.training_gpus} GPUs, {system.train_tokens_per_s:,.0f} tokens / s"],
+        ["weight sync", f"{system.sync_s:.3g} s"],
+        ["failures", fails],
+    ]
+    rows = [
+        [
+            "GPUs",
+            "staleness",
+            "s / step",
+            "tokens / s",
+            "GPUs busy",
+            "engines busy",
+            "engines full",
+            "trainers busy",
+            "tail",
+            "lag",
+            "failures",
+        ]
+    ]
+    for one in found:
+        o = one.outcome
+        rows.append(
+            [f"{one.gpus:,}", str(one.staleness), f"{o.step_s:,.4g}", f"{o.tokens_per_s:,.0f}"]
+            + [f"{part:.0%}" for part in (o.gpus_busy, o.engines_busy, o.engines_full, o.trainer_busy, o.tail)]
+            + [f"{o.lag:.2f}", str(o.failures)]
+        )
+    notes = (
+        "  full: tokens sampled, over those of engines that are never short of sequences. tail: of a batch's rollout\n"
+        "  time, what passes after nine tenths of its responses are done."
+    )
+    return f"{config.run.name}: simulated\n\n{table(facts)}\n\n{table(rows)}\n{notes}"

@@ -1,0 +1,190 @@
+"""The sizes of a model, from its config.json: what every estimate begins with. Reads no weights and asks no hub.
+
+Where they come from, in this order: a folder; what an earlier stage makes; the folder given as --shapes; the hub's
+cache on this machine; the table of well-known models below. A model found nowhere is named, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders whose layers are the ones counted here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A dense decoder: attention with grouped heads, a gated MLP, two norms a layer."""
+
+    source: str  # where the sizes come from, in words
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_size
+
+    @property
+    def key(self) -> int:
+        """Width of all key heads; of the values too."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer."""
+        attention = 2 * self.hidden * (self.query + self.key)
+        small = 2 * self.hidden + self.qkv_bias * (self.query + 2 * self.key) + self.qk_norm * 2 * self.head_size
+        return attention + 3 * self.hidden * self.ffn + small
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and as many of a head that is not tied to it."""
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the language model."""
+        return self.embedding * (1 if self.tied else 2) + self.layers * self.layer_parameters + self.hidden
+
+    @property
+    def scalar_parameters(self) -> int:
+        """Of the same body with one linear head of one value, as critics and reward models have."""
+        return self.embedding + self.layers * self.layer_parameters + 2 * self.hidden
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of an adapter on all linear layers of all blocks: rank * (in + out) each."""
+        h, q, k, f = self.hidden, self.query, self.key, self.ffn
+        return self.layers * rank * ((h + q) + 2 * (h + k) + (q + h) + 3 * (h + f))
+
+
+def shape_of(config: Mapping[str, Any], source: str) -> Shape:
+    """From the values of a config.json. UserError if it is of another kind of model, or a size is missing."""
+    names = config.get("architectures") or []
+    kind = str(names[0]) if names else str(config.get("model_type", "no class at all"))
+    family = kind.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
+    if family not in KNOWN_CLASSES:
+        raise UserError(f"{source} is of {kind}, whose memory is not modelled; known are {', '.join(KNOWN_CLASSES)}")
+    wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for key in wanted:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise UserError(f"{source}: `{key}` is {config.get(key)!r}, expected a positive integer")
+    hidden, ffn, layers, heads, vocab = (config[key] for key in wanted)
+    return Shape(
+        source=source,
+        hidden=hidden,
+        ffn=ffn,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or hidden // heads,
+        vocab=vocab,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "Qwen2" or bool(config.get("attention_bias", False)),
+        qk_norm=family == "Qwen3",
+    )
+
+
+def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> Shape:
+    """The sizes of a model as a configuration names it. UserError that names what is missing if nothing has them.
+
+    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: the model from which an
+    earlier stage makes each final folder.
+    """
+    if model == "tiny:llama":
+        return TINY
+    if model in made:
+        return find_shape(made[model], shapes=shapes, made=made)
+    for path in _places(model, shapes):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read as JSON: {error}") from error
+            return shape_of(config, str(path))
+    if model in _TABLE:
+        return shape_of(_config_of_table(model), f"the built-in table ({model})")
+    raise UserError(
+        f"the sizes of {model} are not known here: there is no {_places(model, shapes)[0]}, it is not in the hub's "
+        "cache, and not among the well-known models. Put its config.json there, or into a folder given as --shapes"
+    )
+
+
+def _places(model: str, shapes: Path | None) -> list[Path]:
+    places = [Path(model) / "config.json"]
+    if shapes is not None:
+        places += [shapes / model / "config.json", shapes / f"{model.replace('/', '--')}.json"]
+    return [*places, *_cached(model)]
+
+
+def _cached(model: str) -> Iterator[Path]:
+    """Snapshots in the hub's cache, the newest first."""
+    home = Path(os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser()))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
+    if snapshots.is_dir():
+        yield from sorted(snapshots.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+TINY = Shape(
+    source="rlhf/models/tiny.py",
+    hidden=96,
+    ffn=256,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    vocab=320,
+    tied=False,
+)
+
+# Class, hidden, MLP, layers, heads, key heads, head size, vocabulary, tied: as the models' own config.json say. A test
+# holds the parameters that follow against the published counts.
+_TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
+    "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-3B-Instruct": ("Qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": ("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "Qwen/Qwen2.5-14B-Instruct": ("Qwen2", 5120, 13824, 48, 40, 8, 128, 152064, False),
+    "Qwen/Qwen2.5-32B-Instruct": ("Qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
+    "Qwen/Qwen2.5-72B-Instruct": ("Qwen2", 8192, 29568, 80, 64, 8, 128, 152064, False),
+    "Qwen/Qwen3-0.6B": ("Qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-8B": ("Qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "meta-llama/Llama-2-7b-hf": ("Llama", 4096, 11008, 32, 32, 32, 128, 32000, False),
+    "meta-llama/Llama-2-13b-hf": ("Llama", 5120, 13824, 40, 40, 40, 128, 32000, False),
+    "meta-llama/Llama-2-70b-hf": ("Llama", 8192, 28672, 80, 64, 8, 128, 32000, False),
+    "meta-llama/Llama-3.1-8B-Instruct": ("Llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
+    "meta-llama/Llama-3.1-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    "meta-llama/Llama-3.3-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
+}
+
+
+def _config_of_table(model: str) -> dict[str, Any]:
+    family, hidden, ffn, layers, heads, kv_heads, head_size, vocab, tied = _TABLE[model]
+    return {
+        "architectures": [f"{family}ForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_size,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }

@@ -1,0 +1,270 @@
+"""Many steps of a run on many GPUs, event by event: what waits for what, and how busy the GPUs are.
+
+Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s; a group of responses may
+start while fewer than staleness batches are ahead of the weights; the trainer takes the groups that are finished first;
+a new version stops every engine for the sync. With staleness 0 that is the loop of rlhf.controller.online. Nodes fail
+at random and come back: an engine answers again what it had, the trainer does its step again. Nothing here knows a
+configuration. Not modelled: prefill, evaluation, checkpoints, the network beyond the sync, rewards that take long.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from rlhf.planning.lengths import Lengths
+
+Kind = Literal["finish", "trained", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """What is simulated. Seconds, tokens."""
+
+    lengths: Lengths
+    prompts_per_step: int
+    samples_per_prompt: int
+    prompt_tokens: float
+    engines: int
+    gpus_per_engine: int
+    training_gpus: int
+    colocated: bool  # engines and trainer take turns on the same GPUs
+    max_num_seqs: int
+    base_s: float  # of a decoding step: the weights are read
+    each_s: float  # and for each sequence in it
+    train_tokens_per_s: float  # experience and updates together
+    sync_s: float
+    mtbf_s: float | None = None  # of a node; None: nothing fails
+    restart_s: float = 300.0
+    gpus_per_node: int = 8
+
+    @property
+    def gpus(self) -> int:
+        """In all."""
+        own = self.engines * self.gpus_per_engine
+        return max(own, self.training_gpus) if self.colocated else own + self.training_gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Averages over the steps after the first, in which the pipeline fills."""
+
+    step_s: float
+    tokens_per_s: float  # prompt and response tokens that were trained on
+    engines_busy: float  # share of the time in which an engine decodes anything
+    engines_full: float  # tokens sampled, over what engines would sample that were always full
+    trainer_busy: float
+    gpus_busy: float  # of all GPUs
+    tail: float  # share of a batch's rollout time after nine tenths of its responses are done
+    lag: float  # versions by which a trained group was behind, on average
+    failures: int
+
+
+@dataclass(slots=True)
+class _Engine:
+    """Sequences that decode in lockstep. `ticks`: tokens that each has got since the start."""
+
+    active: list[tuple[float, int]] = field(default_factory=list)  # (tick at which it is done, group)
+    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with unfinished responses here
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (tokens, group)
+    ticks: float = 0.0
+    at: float = 0.0  # time up to which it has been advanced; in the future while it stands still
+    serial: int = 0  # events of earlier serials are void
+    busy_s: float = 0.0
+    sampled: float = 0.0
+
+
+class _Simulation:
+    def __init__(self, system: System, staleness: int, seed: int) -> None:
+        self.system, self.staleness = system, staleness
+        self.random = Random(seed)
+        self.engines = [_Engine() for _ in range(system.engines)]
+        self.events: list[tuple[float, int, Kind, int, int]] = []
+        self.order = 0
+        self.now = 0.0
+        self.version = 0
+        self.issued = 0  # batches
+        self.open: dict[int, int] = {}  # group: responses that are not done
+        self.started: dict[int, int] = {}  # group: version at its start
+        self.tokens: dict[int, float] = {}
+        self.ready: deque[int] = deque()
+        self.training: list[int] = []
+        self.work = (0.0, 0.0)  # seconds and tokens of the update under way
+        self.trained_tokens, self.trained_groups, self.lags, self.train_s, self.failures = 0.0, 0, 0.0, 0.0, 0
+        self.ends: dict[int, list[float]] = {}  # of a batch's responses
+        self.issue_time: dict[int, float] = {}
+        self.tails: list[float] = []
+        self.next_engine = 0
+
+    def post(self, time: float, kind: Kind, engine: int = 0, serial: int = 0) -> None:
+        self.order += 1
+        heapq.heappush(self.events, (time, self.order, kind, engine, serial))
+
+    def step_s(self, engine: _Engine) -> float:
+        return self.system.base_s + len(engine.active) * self.system.each_s
+
+    def advance(self, engine: _Engine) -> None:
+        """Up to now, if it does not stand still."""
+        passed = self.now - engine.at
+        if passed <= 0.0:
+            return
+        if engine.active:
+            ticks = passed / self.step_s(engine)
+            engine.ticks += ticks
+            engine.busy_s += passed
+            engine.sampled += ticks * len(engine.active)
+        engine.at = self.now
+
+    def refill(self, index: int) -> None:
+        """Start what waits, and say when the next response ends."""
+        engine = self.engines[index]
+        while engine.waiting and len(engine.active) < self.system.max_num_seqs:
+            tokens, group = engine.waiting.popleft()
+            heapq.heappush(engine.active, (engine.ticks + tokens, group))
+        engine.serial += 1
+        if engine.active:
+            ends = engine.at + max(engine.active[0][0] - engine.ticks, 0.0) * self.step_s(engine)
+            self.post(ends, "finish", index, engine.serial)
+
+    def issue(self) -> None:
+        """Start the batches that staleness allows."""
+        system, touched = self.system, set()
+        while self.issued <= self.version + self.staleness:
+            for place in range(system.prompts_per_step):
+                group = self.issued * system.prompts_per_step + place
+                lengths = [system.lengths.draw(self.random) for _ in range(system.samples_per_prompt)]
+                index = self.next_engine = (self.next_engine + 1) % len(self.engines)
+                self.engines[index].waiting.extend((tokens, group) for tokens in lengths)
+                self.engines[index].lengths[group] = lengths
+                self.open[group], self.started[group] = len(lengths), self.version
+                self.tokens[group] = sum(lengths) + len(lengths) * system.prompt_tokens
+                touched.add(index)
+            self.issue_time[self.issued], self.ends[self.issued] = self.now, []
+            self.issued += 1
+        for index in sorted(touched):
+            self.advance(self.engines[index])
+            self.refill(index)
+
+    def finish(self, index: int) -> None:
+        """The responses of an engine that end now."""
+        engine = self.engines[index]
+        self.advance(engine)
+        engine.ticks = max(engine.ticks, engine.active[0][0])
+        while engine.active and engine.active[0][0] <= engine.ticks + 1e-6:
+            _, group = heapq.heappop(engine.active)
+            self.open[group] -= 1
+            batch = group // self.system.prompts_per_step
+            self.ends[batch].append(self.now)
+            if len(self.ends[batch]) == self.system.prompts_per_step * self.system.samples_per_prompt:
+                self.close(batch)
+            if self.open[group] == 0:
+                del self.open[group], engine.lengths[group]
+                self.ready.append(group)
+        self.refill(index)
+        self.train()
+
+    def close(self, batch: int) -> None:
+        ends, began = self.ends.pop(batch), self.issue_time.pop(batch)
+        late = ends[int(len(ends) * 0.9) - 1 if len(ends) >= 10 else 0]
+        self.tails.append((ends[-1] - late) / max(ends[-1] - began, 1e-9))
+
+    def train(self) -> None:
+        """Begin an update, if a batch is ready and the last one is over."""
+        system = self.system
+        if self.training or len(self.ready) < system.prompts_per_step:
+            return
+        self.training = [self.ready.popleft() for _ in range(system.prompts_per_step)]
+        tokens = sum(self.tokens.pop(group) for group in self.training)
+        work = tokens / system.train_tokens_per_s
+        lost = 0.0
+        if system.mtbf_s is not None:
+            nodes = -(-system.training_gpus // system.gpus_per_node)
+            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work and self.failures < 10_000:
+                lost += until + system.restart_s  # the step begins anew
+                self.failures += 1
+        self.work = (work, tokens)
+        self.post(self.now + work + lost, "trained")
+
+    def trained(self) -> None:
+        """A new version: every engine stands still for the sync."""
+        work, tokens = self.work
+        self.train_s += work
+        self.trained_tokens += tokens
+        self.trained_groups += len(self.training)
+        self.lags += sum(self.version - self.started.pop(group) for group in self.training)
+        self.training = []
+        self.version += 1
+        for index, engine in enumerate(self.engines):
+            self.advance(engine)
+            engine.at = max(engine.at, self.now) + self.system.sync_s
+            self.refill(index)
+        self.issue()
+        self.train()
+
+    def fail(self, index: int) -> None:
+        """An engine is gone: it answers its groups anew after the restart."""
+        engine = self.engines[index]
+        self.advance(engine)
+        self.failures += 1
+        again = [(tokens, group) for group in engine.lengths for tokens in self._unfinished(engine, group)]
+        engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
+        self.refill(index)
+        self.expect_failure(index)
+
+    def _unfinished(self, engine: _Engine, group: int) -> list[int]:
+        return sorted(engine.lengths[group])[-self.open[group] :]
+
+    def expect_failure(self, index: int) -> None:
+        assert self.system.mtbf_s is not None
+        nodes = max(self.system.gpus_per_engine / self.system.gpus_per_node, 1.0)
+        self.post(self.now + self.random.expovariate(nodes / self.system.mtbf_s), "failed", index)
+
+    def run_until(self, version: int) -> None:
+        while self.version < version:
+            self.now, _, kind, index, serial = heapq.heappop(self.events)
+            if kind == "trained":
+                self.trained()
+            elif kind == "failed":
+                self.fail(index)
+            elif serial == self.engines[index].serial:
+                self.finish(index)
+
+
+def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcome:
+    """`steps` steps after as many as it takes to fill the pipeline. The same seed: the same outcome."""
+    run = _Simulation(system, staleness, seed)
+    if system.mtbf_s is not None:
+        for index in range(system.engines):
+            run.expect_failure(index)
+    run.issue()
+    run.run_until(1 + staleness)
+    began, busy, sampled = run.now, *_decoded(run)
+    tokens, groups, lags, train_s = run.trained_tokens, run.trained_groups, run.lags, run.train_s
+    run.tails.clear()
+    run.run_until(1 + staleness + steps)
+    passed = run.now - began
+    busy_after, sampled_after = _decoded(run)
+    engines_busy = (busy_after - busy) / (passed * system.engines)
+    full = system.max_num_seqs / (system.base_s + system.max_num_seqs * system.each_s)
+    trainer_busy = (run.train_s - train_s) / passed
+    own = system.engines * system.gpus_per_engine
+    return Outcome(
+        step_s=passed / steps,
+        tokens_per_s=(run.trained_tokens - tokens) / passed,
+        engines_busy=engines_busy,
+        engines_full=(sampled_after - sampled) / (passed * system.engines * full),
+        trainer_busy=trainer_busy,
+        gpus_busy=(own * engines_busy + system.training_gpus * trainer_busy) / system.gpus,
+        tail=sum(run.tails) / len(run.tails) if run.tails else 0.0,
+        lag=(run.lags - lags) / max(run.trained_groups - groups, 1),
+        failures=run.failures,
+    )
+
+
+def _decoded(run: _Simulation) -> tuple[float, float]:
+    for engine in run.engines:
+        run.advance(engine)
+    return sum(engine.busy_s for engine in run.engines), sum(engine.sampled for engine in run.engines)

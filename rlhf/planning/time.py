@@ -1,0 +1,246 @@
+"""How long a step takes, stage by stage, from arithmetic and bandwidth. An estimate to compare layouts by.
+
+A product of P weights with a token is 2P operations, backward twice that; decoding reads all weights once a step and
+every sequence's keys and values. `Rates` says what part of the data sheet's numbers is taken as reached: assumptions,
+not measurements of this code on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config.derive import (
+    critic_model,
+    derive,
+    has_critic,
+    is_online,
+    needs_reference_logprobs,
+    reference_model,
+    ships_adapter,
+    uses_reference,
+    uses_reward_model,
+    weight_sync,
+)
+from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.nodes import ACCELERATORS, Node
+from rlhf.config.root import Config
+from rlhf.planning.footprints import Sizes, cache_tokens
+from rlhf.planning.lengths import Lengths
+from rlhf.planning.memory import kv_bytes_per_token
+from rlhf.planning.shapes import Shape
+from rlhf.planning.simulate import System
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+DEFAULT_GPU = "h100"
+CPU_GFLOPS = {"float32": 75.0, "bfloat16": 75.0}  # of a core, reached in training; docs/scaling.md
+CPU_FAST_BF16_GFLOPS = 200.0  # of a core that multiplies bfloat16 itself
+CPU_BANDWIDTH = 5e9  # bytes a second of a core
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of one worker. `peak`: operations a second; `bandwidth`: bytes a second."""
+
+    name: str
+    peak: float
+    bandwidth: float
+    train: float = 0.40  # share of peak that a forward and backward pass reaches
+    forward: float = 0.45
+    decode: float = 0.60  # share of the bandwidth that decoding reaches
+    step_s: float = 0.005  # of an engine's step besides: scheduling, sampling
+    link: float = 20e9  # bytes a second between hosts, for weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Seconds of a step's part, and the arithmetic."""
+
+    name: str
+    seconds: float
+    how: str
+
+
+def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: Role) -> Rates:
+    """Of a worker of a role: its GPU, or its share of the CPUs."""
+    if config.cluster.device == "cuda":
+        kinds = {node.kind for node in nodes or () if node.gpus} - {None}
+        kind = min(kinds, key=lambda k: ACCELERATORS[str(k)].tflops) if kinds else DEFAULT_GPU
+        gpu = ACCELERATORS[str(kind)]
+        return Rates(name=str(kind), peak=gpu.tflops * 1e12, bandwidth=gpu.bandwidth_gb_s * 1e9)
+    section = getattr(config.cluster.roles, role)
+    cores = float(section.threads) if section.threads != "auto" else _cores(nodes, _workers(section))
+    model = config.policy
+    fast = model.dtype == "bfloat16" and not sizes.widens
+    gflops = CPU_FAST_BF16_GFLOPS if fast else CPU_GFLOPS[model.dtype]
+    return Rates(
+        name=f"{cores:g} CPUs",
+        peak=gflops * 1e9 * cores,
+        bandwidth=CPU_BANDWIDTH * cores,
+        train=1.0,
+        forward=1.0,
+        decode=1.0,
+        link=1e9,
+    )
+
+
+def _workers(section: Any) -> int:
+    count: int = section.engines if hasattr(section, "engines") else section.workers
+    return count
+
+
+def _cores(nodes: Sequence[Node] | None, workers: int) -> float:
+    """Of each of a role's workers: a node's cores are shared out among those of the role on it."""
+    all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
+    return max(1.0, all_cores // workers)
+
+
+def forward_operations(shape: Shape, length: float) -> float:
+    """Of a token in the middle of a sequence of that length: 2 for each weight that multiplies, and attention, which
+    sees half of the sequence."""
+    weights = shape.layers * shape.layer_parameters + shape.embedding
+    return 2.0 * weights + 2.0 * shape.layers * shape.query * length
+
+
+def passes(model: PolicyConfig | CriticConfig) -> float:
+    """Forward passes that a training pass is worth: itself, backward twice, without weight gradients once."""
+    return (2.0 if model.lora is not None else 3.0) + (1.0 if model.gradient_checkpointing else 0.0)
+
+
+def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[Stage]:
+    """What comes after the rollouts: experience and updates. Of an offline run, all of the step.
+
+    What another role does meanwhile on devices of its own counts as far as it takes longer.
+    """
+    derived, online = derive(config), is_online(config)
+    if config.rollouts is None:
+        mean = min(float(derived.longest_sequence), float(config.train.max_tokens_per_microbatch))
+        tokens = config.train.sequences_per_update * mean
+    else:
+        mean = config.data.max_prompt_tokens + lengths.average()
+        tokens = derived.sequences_per_step * mean
+    own_critic = has_critic(config) and config.cluster.roles.critic.colocate_with is None
+    found: list[Stage] = []
+
+    def asked(name: str, model: Any, role: Role) -> Stage:
+        each = forward_operations(sizes.of(model.model), mean)
+        return _stage(config, name, role, tokens, each, rates(config, nodes, sizes, role=role), trains=False)
+
+    def trained(name: str, model: PolicyConfig | CriticConfig, role: Role) -> Stage:
+        each = passes(model) * forward_operations(sizes.of(model.model), mean)
+        count = tokens * (config.train.epochs_per_batch if online else 1)
+        return _stage(config, name, role, count, each, rates(config, nodes, sizes, role=role), trains=True)
+
+    if online and (derived.updates_per_step > 1 or uses_reference(config)):
+        found.append(asked("old logprobs", config.policy, "policy"))
+    if derived.reference == "workers":
+        found.append(asked("reference", reference_model(config), "reference"))
+    elif derived.reference == "adapter off":
+        found.append(asked("reference", config.policy, "policy"))
+    if has_critic(config):
+        values = asked("values", critic_model(config), "critic")
+        found.append(_meanwhile(values, found[-1:]) if own_critic and derived.reference == "workers" else values)
+    if needs_reference_logprobs(config):
+        found.append(Stage(name="reference", seconds=0.0, how="computed once, before the first step"))
+    found.append(trained("update", config.policy, "policy"))
+    if has_critic(config):
+        update = trained("critic update", critic_model(config), "critic")
+        found.append(_meanwhile(update, found[-1:]) if own_critic else update)
+    return found
+
+
+def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
+    """What a stage adds to others beside which it goes on."""
+    adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
+    return Stage(name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s beside the {others[-1].name}: {stage.how}")
+
+
+def _stage(config: Config, name: str, role: Role, tokens: float, each: float, one: Rates, *, trains: bool) -> Stage:
+    workers = getattr(config.cluster.roles, role).workers
+    reached = one.peak * (one.train if trains else one.forward)
+    how = f"{tokens:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
+    return Stage(name=name, seconds=tokens * each / (workers * reached), how=how)
+
+
+def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
+    """The policy's weights to the engines."""
+    shape = sizes.of(config.policy.model)
+    size = 4 if config.policy.dtype == "float32" else 2
+    one = rates(config, nodes, sizes, role="policy")
+    if ships_adapter(config) and config.policy.lora is not None:
+        nbytes, way = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
+    else:
+        nbytes, way = (
+            shape.parameters * size,
+            weight_sync(config.cluster, one_host=config.cluster.address is None).method,
+        )
+    seconds = 2 * nbytes / one.link + 0.2
+    return Stage(
+        name="weight sync",
+        seconds=seconds,
+        how=f"2 * {nbytes / 2**30:,.3g} GiB ({way}, staged and sent) / {one.link / 1e9:g} GB/s + 0.2 s",
+    )
+
+
+def system_of(
+    config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths, said: Mapping[str, float]
+) -> System:
+    """What is simulated. `said`: values that take the place of estimates, by the names of System's fields."""
+    assert config.rollouts is not None
+    role, policy = config.cluster.roles.rollout, config.policy
+    shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
+    one = rates(config, nodes, sizes, role="rollout")
+    parallel = role.tensor_parallel
+    bandwidth = one.bandwidth * one.decode * parallel
+    mean = config.data.max_prompt_tokens + lengths.average() / 2
+    arithmetic = forward_operations(shape, mean) / (one.peak * one.forward * parallel)
+    seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
+    derived = derive(config)
+    tokens = derived.sequences_per_step * (config.data.max_prompt_tokens + lengths.average())
+    cuda = config.cluster.device == "cuda"
+    values: dict[str, Any] = {
+        "engines": role.engines,
+        "base_s": shape.parameters * size / bandwidth + one.step_s,
+        "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + arithmetic,
+        "train_tokens_per_s": tokens / seconds,
+        "sync_s": sync_stage(config, sizes, nodes).seconds,
+        "max_num_seqs": _at_once(config, sizes, lengths),
+    }
+    values.update(said)
+    return System(
+        lengths=lengths,
+        prompts_per_step=config.rollouts.prompts_per_step,
+        samples_per_prompt=config.rollouts.samples_per_prompt,
+        prompt_tokens=config.data.max_prompt_tokens,
+        gpus_per_engine=parallel,
+        training_gpus=config.cluster.roles.policy.workers + _beside(config),
+        colocated=role.colocate_with is not None,
+        gpus_per_node=int(max((node.gpus for node in nodes or ()), default=8.0) or 1) if cuda else 1,
+        **values,
+    )
+
+
+def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
+    """Sequences that an engine decodes at once: as many as it may, and as its cache holds when they are at their mean
+    length (those that are too many are preempted)."""
+    most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
+    if held is None:
+        return most
+    return max(1, min(most, int(held / (config.data.max_prompt_tokens + lengths.average()))))
+
+
+def _beside(config: Config) -> int:
+    """Workers of other roles that have devices of their own."""
+    roles, count = config.cluster.roles, 0
+    for name, used in (
+        ("critic", has_critic(config)),
+        ("reference", derive(config).reference == "workers"),
+        ("reward", uses_reward_model(config)),
+    ):
+        section = getattr(roles, name)
+        count += section.workers if used and section.colocate_with is None else 0
+    return count

@@ -1,0 +1,92 @@
+"""Which runs a page shows: the given folders, or the stages of a pipeline, looked for anew at every request.
+
+Knows where things lie in a run folder; does not read what stands in them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+_MARKS = ("metrics.jsonl", "environment.json", ".lock")  # of a run; a pipeline's own folder has none of them
+_SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlace:
+    """A run that can be shown."""
+
+    name: str  # unique on the page
+    path: Path
+
+    def state(self) -> dict[str, Any]:
+        """How far it is, from what lies in its folder."""
+        metrics = self.path / "metrics.jsonl"
+        try:
+            age: float | None = round(max(time.time() - metrics.stat().st_mtime, 0.0), 1)
+        except OSError:
+            age = None
+        done = any((self.path / result).exists() for result in ("final", "eval.json"))
+        failed = not done and (self.path / "traceback.txt").exists()
+        return {"name": self.name, "done": done, "failed": failed, "age_s": age, "steps": self.sample_steps()}
+
+    def sample_steps(self) -> list[int]:
+        """Steps of which there are samples, rising."""
+        try:
+            names = [path.name for path in (self.path / "samples").iterdir()]
+        except OSError:
+            return []
+        return sorted(int(match[1]) for name in names if (match := _SAMPLES.fullmatch(name)))
+
+
+class RunPlaces:
+    """The folders that were named on the command line."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """UserError if one of them holds no run."""
+        self.folders = [folder.resolve() for folder in folders]
+        for folder, said in zip(self.folders, folders, strict=True):
+            if not folder.is_dir():
+                raise UserError(f"{said} is no folder; name the folder of a run, such as runs/my-run")
+            if not _is_run(folder) and not _stages(folder) and not (folder / "config.resolved.yaml").exists():
+                raise UserError(f"{said} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
+
+    def found(self) -> dict[str, RunPlace]:
+        """By name. A pipeline's stages are runs of their own, in the order in which they began."""
+        paths: list[Path] = []
+        for folder in self.folders:
+            stages = _stages(folder)
+            paths += stages or [folder]
+        depth = 1
+        while len({_name(path, depth) for path in paths}) < len(set(paths)):
+            depth += 1
+        return {_name(path, depth): RunPlace(name=_name(path, depth), path=path) for path in dict.fromkeys(paths)}
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in _MARKS)
+
+
+def _stages(folder: Path) -> list[Path]:
+    """The runs in the folder of a pipeline."""
+    if _is_run(folder) or not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_dir() and _is_run(path)), key=_began)
+
+
+def _began(path: Path) -> tuple[float, str]:
+    """The environment is written when a run starts, and again when it is resumed."""
+    try:
+        return (path / "environment.json").stat().st_mtime, path.name
+    except OSError:
+        return time.time(), path.name
+
+
+def _name(path: Path, depth: int) -> str:
+    return "/".join(path.parts[-depth:])

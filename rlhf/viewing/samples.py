@@ -1,0 +1,107 @@
+"""Samples of a step: a short line for each response, and the whole of a few by where they stand in the file.
+
+A file's index is made when it is first asked for, without reading its tokens, and forgotten when others are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MOST_WHOLE = 16  # responses in one answer
+_MOST_INDEXED = 20_000  # responses of which an index is kept, over all files
+_TOKENS = b', "tokens": {"texts": '  # within a JSON string a quote is escaped, so that this is no part of one
+_SHORT = ("group_id", "prompt_id", "sample", "model", "score", "scores", "advantage", "preferred", "truncated")
+_PREVIEW = 160  # characters of a prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleIndex:
+    """What a file holds. `version` is another one as soon as the file is."""
+
+    version: str
+    spans: tuple[tuple[int, int], ...]  # of each line, begin and length in bytes
+    rows: tuple[dict[str, Any], ...]  # of each line, in short
+    prompts: dict[str, str]  # how each group's begins
+    bad_lines: int
+
+
+class SampleFiles:
+    """Indexes of the files asked for last. Safe to ask from several threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Path, SampleIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def index(self, path: Path) -> SampleIndex:
+        """Of a step's file. FileNotFoundError if there is none."""
+        version = _version(path)
+        with self._lock:
+            kept = self._kept.get(path)
+            if kept is not None and kept.version == version:
+                self._kept.move_to_end(path)
+                return kept
+        made = _read_index(path, version)
+        with self._lock:
+            self._kept[path] = made
+            self._kept.move_to_end(path)
+            while len(self._kept) > 1 and sum(len(one.rows) for one in self._kept.values()) > _MOST_INDEXED:
+                self._kept.popitem(last=False)
+        return made
+
+    def whole(self, path: Path, version: str, places: Sequence[int]) -> bytes | None:
+        """These lines of the file as they are; None if it is another file by now. IndexError: there is no such line."""
+        index = self.index(path)
+        if index.version != version:
+            return None
+        with path.open("rb") as file:
+            lines = []
+            for place in places:
+                begin, length = index.spans[place]
+                file.seek(begin)
+                lines.append(file.read(length))
+        return b"".join(lines)
+
+
+def _version(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+
+
+def _read_index(path: Path, version: str) -> SampleIndex:
+    spans, rows, bad, begin = [], [], 0, 0
+    prompts: dict[str, str] = {}
+    with path.open("rb") as file:
+        for line in file:
+            row = _short(line)
+            if row is None:
+                bad += 1
+            else:
+                prompts.setdefault(row["group"], row.pop("prompt"))
+                rows.append(row)
+                spans.append((begin, len(line)))
+            begin += len(line)
+    return SampleIndex(version=version, spans=tuple(spans), rows=tuple(rows), prompts=prompts, bad_lines=bad)
+
+
+def _short(line: bytes) -> dict[str, Any] | None:
+    """A line without its text; None if it is no response, or cut."""
+    head, found, _ = line.partition(_TOKENS)
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(head + b"}" if found else head)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        return None
+    short = {name: row[name] for name in _SHORT if row.get(name) is not None}
+    split = str(row.get("split", row.get("set", "")))
+    group = f"{split}:{row.get('group_id', row.get('prompt_id', ''))}"
+    tokens = row.get("response_tokens")
+    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"][:_PREVIEW]}

@@ -1,0 +1,197 @@
+"""The page and what it asks for. All of it is read, and nothing is changed, but that a browser may log in.
+
+GET  /                        the page; /static/ what it is made of
+POST /login                   Authorization: Bearer TOKEN; a cookie for what follows
+GET  /api/runs                runs with their state, and what each metric means
+GET  /api/metrics?run=        rows of metrics.jsonl from a place on; /api/errors likewise
+GET  /api/samples?run=&step=  the responses of a step in short
+GET  /api/responses?...&at=   some of them whole
+GET  /api/config?run=         config.resolved.yaml as it stands
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from rlhf.serving import gives_token, serve_until_interrupted, serving_token, stranger
+from rlhf.tracking.metrics import METRICS, PLACEHOLDERS
+from rlhf.tracking.samples import samples_path
+from rlhf.viewing.runs import RunPlace, RunPlaces
+from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
+from rlhf.viewing.tail import read_piece
+
+STATIC = Path(__file__).parent / "static"
+_COOKIE = "rlhf-view"
+_OPEN = ("/", "/login", "/favicon.ico")
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+_DECLARED: Sequence[dict[str, str]] = [
+    {
+        "pattern": re.sub(r"<(\w+)>", lambda match: f"(?:{PLACEHOLDERS[match[1]][0]})", metric.name),
+        "unit": metric.unit,
+        "meaning": metric.meaning,
+    }
+    for metric in METRICS.values()
+]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class RunViewer:
+    """The application. `token` None: whoever reaches it by a name of this machine may look."""
+
+    def __init__(self, places: RunPlaces, token: str | None) -> None:
+        self.places = places
+        self.token = token
+        self.samples = SampleFiles()
+
+    def application(self) -> web.Application:
+        """What aiohttp runs."""
+        app = web.Application(middlewares=[self._guard])
+        get = app.router.add_get
+        get("/", self._page)
+        get("/api/runs", self._runs)
+        get("/api/metrics", self._metrics)
+        get("/api/errors", self._errors)
+        get("/api/samples", self._samples)
+        get("/api/responses", self._responses)
+        get("/api/config", self._config)
+        app.router.add_post("/login", self._login)
+        app.router.add_static("/static", STATIC)
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Who may ask, errors as JSON objects, and the headers of every answer."""
+        try:
+            response = self._refusal(request) or await handler(request)
+        except web.HTTPException as error:
+            response = _error(error.status, error.reason)
+        response.headers.update(_HEADERS)
+        return response
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        if self.token is None:
+            why = stranger(request)
+            return None if why is None else _error(403, why)
+        if request.path in _OPEN or request.path.startswith("/static/"):
+            return None
+        cookie = request.cookies.get(_COOKIE, "")
+        if gives_token(request, self.token) or hmac.compare_digest(cookie.encode(), self._pass().encode()):
+            return None
+        return _error(401, "log in with the token")
+
+    def _pass(self) -> str:
+        """What a logged-in browser holds: made of the token, which cannot be told from it."""
+        assert self.token is not None
+        return hmac.digest(self.token.encode(), b"rlhf view", "sha256").hex()
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(STATIC / "index.html")
+
+    async def _login(self, request: web.Request) -> web.Response:
+        if self.token is None:
+            return web.json_response({})
+        if not gives_token(request, self.token):
+            return _error(401, "this is not the token")
+        response = web.json_response({})
+        response.set_cookie(_COOKIE, self._pass(), httponly=True, samesite="Strict", path="/")
+        return response
+
+    async def _runs(self, request: web.Request) -> web.Response:
+        places = await asyncio.to_thread(self.places.found)
+        states = await asyncio.to_thread(lambda: [place.state() for place in places.values()])
+        told: dict[str, Any] = {"runs": states}
+        if request.query.get("metrics"):
+            told["metrics"] = _DECLARED
+        return web.json_response(told)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return await self._tail(request, "metrics.jsonl", last=False)
+
+    async def _errors(self, request: web.Request) -> web.Response:
+        return await self._tail(request, "errors.jsonl", last=True)
+
+    async def _tail(self, request: web.Request, name: str, *, last: bool) -> web.Response:
+        start, mark = _number(request, "from", default=0), _number(request, "mark", default=0)
+        path = self._run(request).path / name
+        piece = await asyncio.to_thread(read_piece, path, start, mark, last=last)
+        place = {"next": piece.next, "mark": piece.mark, "reset": piece.reset, "more": piece.more}
+        return web.Response(body=piece.lines, content_type="application/jsonl", headers={"X-Place": json.dumps(place)})
+
+    async def _samples(self, request: web.Request) -> web.Response:
+        path = samples_path(self._run(request).path, _number(request, "step"))
+        try:
+            index = await asyncio.to_thread(self.samples.index, path)
+        except OSError as error:
+            raise web.HTTPNotFound(reason="no samples of this step") from error
+        told = {
+            "version": index.version,
+            "rows": index.rows,
+            "prompts": index.prompts,
+            "bad_lines": index.bad_lines,
+        }
+        return web.json_response(told)
+
+    async def _responses(self, request: web.Request) -> web.Response:
+        path = samples_path(self._run(request).path, _number(request, "step"))
+        try:
+            places = [int(place) for place in request.query.get("at", "").split(",")]
+        except ValueError as error:
+            raise web.HTTPBadRequest(reason="at: give the places of responses, such as 0,1,2") from error
+        if len(places) > MOST_WHOLE or min(places) < 0:
+            raise web.HTTPBadRequest(reason=f"at: at most {MOST_WHOLE} places, from 0 on")
+        version = request.query.get("version", "")
+        try:
+            lines = await asyncio.to_thread(self.samples.whole, path, version, places)
+        except (OSError, IndexError) as error:
+            raise web.HTTPNotFound(reason="no such response") from error
+        if lines is None:
+            raise web.HTTPConflict(reason="the samples of this step were written anew")
+        return web.Response(body=lines, content_type="application/jsonl")
+
+    async def _config(self, request: web.Request) -> web.Response:
+        try:
+            text = (self._run(request).path / "config.resolved.yaml").read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise web.HTTPNotFound(reason="no config.resolved.yaml yet") from error
+        return web.Response(text=text)
+
+    def _run(self, request: web.Request) -> RunPlace:
+        place = self.places.found().get(request.query.get("run", ""))
+        if place is None:
+            raise web.HTTPNotFound(reason="no such run")
+        return place
+
+
+def _number(request: web.Request, name: str, *, default: int | None = None) -> int:
+    given = request.query.get(name, default)
+    try:
+        return int(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise web.HTTPBadRequest(reason=f"{name}: give a whole number") from error
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
+
+
+def view(folders: Sequence[Path], *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
+    """Serve until it is interrupted. `ready` is told the address."""
+    viewer = RunViewer(RunPlaces(folders), serving_token(host, token_env))
+    serve_until_interrupted(viewer.application(), host=host, port=port, ready=lambda address: ready(f"{address}/"))

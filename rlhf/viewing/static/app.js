@@ -1,0 +1,359 @@
+// The page: which runs, which tab, the keys, and a look every two seconds at what the runs have written since.
+
+import { html, render, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
+import { ApiError, ask, login, RunData } from "./api.js";
+import { Curves } from "./curves.js";
+import { Errors } from "./errors.js";
+import { ago } from "./format.js";
+import { NO_FILTER } from "./listing.js";
+import { Samples } from "./samples.js";
+import { COLOURS, tip } from "./tokens.js";
+
+const EVERY_MS = 2000;
+const HIDDEN_EVERY_MS = 15000;
+const TABS = ["curves", "samples", "errors"];
+const TONES = ["--run-a", "--run-b", "--run-c", "--run-d", "--run-e", "--run-f"];
+
+const KEYS = [
+  ["1 2 3", "curves, samples, errors"],
+  ["← →", "step before, step after"],
+  ["Home End", "first step, last step (and follow)"],
+  ["↑ ↓ or k j", "prompt before, prompt after"],
+  ["[ ]", "response before, response after"],
+  ["s", "next set (training, evaluation)"],
+  [Object.values(COLOURS).map((one) => one.key).join(" "), "colour: " + Object.values(COLOURS).map((one) => one.label).join(", ")],
+  ["c", "compare with another step or run"],
+  ["shift ← →", "step of the other side"],
+  ["/", "search metrics"],
+  ["?", "these keys"],
+  ["Esc", "close, leave a field"],
+];
+
+// ---- where one is, kept in the address: a link shows the same
+
+const TEXT = ["tab", "run", "split", "group", "colour", "runB"];
+const NUMBERS = ["step", "stepB", "sample"];
+
+function readPlace() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const place = { tab: "curves", run: null, step: null, split: "", group: null, sample: 0, colour: "advantage" };
+  Object.assign(place, { compare: given.get("compare") === "1", runB: null, stepB: null, follow: !given.has("step") });
+  for (const name of TEXT) if (given.has(name)) place[name] = given.get(name);
+  for (const name of NUMBERS) if (given.has(name)) place[name] = Number(given.get(name));
+  if (!TABS.includes(place.tab)) place.tab = "curves";
+  return place;
+}
+
+function writePlace(place) {
+  const kept = new URLSearchParams();
+  for (const name of [...TEXT, ...NUMBERS]) {
+    const unused = (name.endsWith("B") && !place.compare) || (name === "step" && place.follow);
+    if (!unused && place[name] !== null && place[name] !== "") kept.set(name, place[name]);
+  }
+  if (place.compare) kept.set("compare", "1");
+  history.replaceState(null, "", `#${kept}`);
+}
+
+// What is asked for, as far as there is such a run and such a step.
+function settle(place, runs) {
+  const withSamples = runs.filter((run) => run.steps.length);
+  const run = runs.find((one) => one.name === place.run) ?? withSamples.at(0) ?? runs.at(0);
+  if (!run) return place;
+  const steps = run.steps;
+  const nearest = (all, step) => all.reduce((best, one) => (Math.abs(one - step) < Math.abs(best - step) ? one : best), all[0]);
+  const step = !steps.length ? null : place.follow || place.step === null ? steps.at(-1) : nearest(steps, place.step);
+  const next = { ...place, run: run.name, step };
+  if (place.compare) {
+    const others = withSamples.filter((one) => one.name !== run.name);
+    const second = runs.find((one) => one.name === place.runB) ?? others[0] ?? run;
+    next.runB = second.name;
+    const wished = place.stepB ?? (second === run ? steps[0] : step);
+    next.stepB = second.steps.length ? nearest(second.steps, wished) : null;
+  }
+  return next;
+}
+
+// ---- parts of the page
+
+function Login({ enter, wrong }) {
+  const field = useRef();
+  return html`<form
+    class="login"
+    onSubmit=${(event) => {
+      event.preventDefault();
+      enter(field.current.value);
+    }}
+  >
+    <h1>rlhf view</h1>
+    <p>This server wants the token that it was started with.</p>
+    <input type="password" autocomplete="current-password" aria-label="token" ref=${field} autofocus />
+    <button>log in</button>
+    ${wrong && html`<p class="bad">This is not the token.</p>`}
+  </form>`;
+}
+
+function Help({ close }) {
+  return html`<div class="veil" onClick=${close}>
+    <div class="help" role="dialog" aria-label="keys" onClick=${(event) => event.stopPropagation()}>
+      <h2>Keys</h2>
+      <dl>
+        ${KEYS.map(
+          ([keys, meaning]) =>
+            html`<div key=${keys}>
+              <dt>${keys.split(" ").map((key) => (key === "or" ? " or " : html`<kbd key=${key}>${key}</kbd>`))}</dt>
+              <dd>${meaning}</dd>
+            </div>`,
+        )}
+      </dl>
+      <button onClick=${close}>close</button>
+    </div>
+  </div>`;
+}
+
+function stateOf(run) {
+  if (run.done) return ["done", "finished"];
+  if (run.failed) return ["bad", "failed"];
+  if (run.age_s === null) return ["idle", "nothing written yet"];
+  return [run.age_s < 120 ? "live" : "idle", `last row ${ago(run.age_s)}`];
+}
+
+function RunChips({ runs, shown, toggle }) {
+  return html`<div class="runs">
+    ${runs.map((run) => {
+      const [kind, words] = stateOf(run);
+      const on = shown.has(run.name);
+      return html`<button
+        key=${run.name}
+        class="run"
+        aria-pressed=${on ? "true" : "false"}
+        title=${`${words}; click to ${on ? "hide" : "show"}`}
+        onClick=${() => toggle(run.name)}
+      >
+        <i style=${{ background: on ? `var(${run.colour})` : "var(--line)" }}></i>
+        <span>${run.name}</span>
+        <small class=${kind}>${words}</small>
+      </button>`;
+    })}
+  </div>`;
+}
+
+// ---- the whole
+
+function useTheme() {
+  const [dark, setDark] = useState(matchMedia("(prefers-color-scheme: dark)").matches);
+  useEffect(() => {
+    const query = matchMedia("(prefers-color-scheme: dark)");
+    const change = () => setDark(query.matches);
+    query.addEventListener("change", change);
+    return () => query.removeEventListener("change", change);
+  }, []);
+  return dark ? "dark" : "light";
+}
+
+const data = new Map(); // by run: what has been read of it
+
+async function look(wanted) {
+  const told = await (await ask("runs", wanted ? { metrics: 1 } : {})).json();
+  const runs = told.runs.map((run, i) => {
+    if (!data.has(run.name)) data.set(run.name, new RunData(run.name));
+    return { ...run, colour: TONES[i % TONES.length], data: data.get(run.name) };
+  });
+  const changed = await Promise.all(runs.map((run) => run.data.refresh()));
+  return { runs, metrics: told.metrics, changed: changed.some(Boolean) };
+}
+
+function App() {
+  const [runs, setRuns] = useState([]);
+  const [tick, setTick] = useState(0);
+  const [metrics, setMetrics] = useState([]);
+  const [trouble, setTrouble] = useState(null);
+  const [locked, setLocked] = useState(false);
+  const [wrong, setWrong] = useState(false);
+  const [asked, setAsked] = useState(readPlace);
+  const [hidden, setHidden] = useState(new Set());
+  const [settings, setSettings] = useState({ wanted: "", smoothing: 0.6, log: false, byTime: false });
+  const [filter, setFilter] = useState(NO_FILTER);
+  const [errorText, setErrorText] = useState("");
+  const [help, setHelp] = useState(false);
+  const [searching, setSearching] = useState(0);
+  const theme = useTheme();
+  const other = useRef({ groups: [], splits: [], count: 0 }).current; // what the samples tab shows, for the keys
+  const known = useRef(false);
+
+  const place = settle(asked, runs);
+  const go = (change) => setAsked((before) => ({ ...settle(before, runs), ...change }));
+
+  useEffect(() => {
+    if (runs.length) writePlace(place);
+  });
+  useEffect(() => {
+    const moved = () => setAsked(readPlace());
+    addEventListener("hashchange", moved);
+    return () => removeEventListener("hashchange", moved);
+  }, []);
+
+  useEffect(() => {
+    let timer = null;
+    let gone = false;
+    const turn = async () => {
+      try {
+        const found = await look(!known.current);
+        if (gone) return;
+        if (found.metrics) setMetrics(found.metrics.map((one) => ({ ...one, pattern: new RegExp(`^${one.pattern}$`) })));
+        known.current = true;
+        setRuns(found.runs);
+        if (found.changed) setTick((n) => n + 1);
+        setTrouble(null);
+        setLocked(false);
+      } catch (error) {
+        if (gone) return;
+        if (error instanceof ApiError && error.status === 401) setLocked(true);
+        else setTrouble(error instanceof ApiError ? error.message : "The server does not answer.");
+      }
+      timer = setTimeout(turn, document.hidden ? HIDDEN_EVERY_MS : EVERY_MS);
+    };
+    const start = async () => {
+      const token = new URLSearchParams(location.hash.slice(1)).get("token");
+      if (token !== null) {
+        history.replaceState(null, "", location.pathname);
+        setAsked(readPlace());
+        if (!(await login(token))) setWrong(true);
+      }
+      await turn();
+    };
+    start();
+    return () => {
+      gone = true;
+      clearTimeout(timer);
+    };
+  }, [locked]);
+
+  const about = useMemo(() => {
+    const found = new Map();
+    return (name) => {
+      if (!found.has(name)) {
+        const one = metrics.find((metric) => metric.pattern.test(name));
+        found.set(name, one ? `${one.meaning}${one.unit === "1" ? "" : ` (${one.unit})`}` : name);
+      }
+      return found.get(name);
+    };
+  }, [metrics]);
+
+  const walk = (list, at, by) => list[Math.max(0, Math.min(list.length - 1, Math.max(list.indexOf(at), 0) + by))];
+  const step = (by) => {
+    const steps = runs.find((run) => run.name === place.run)?.steps ?? [];
+    if (steps.length) go({ step: walk(steps, place.step, by), follow: walk(steps, place.step, by) === steps.at(-1) && by > 0 });
+  };
+  const stepB = (by) => {
+    const steps = runs.find((run) => run.name === place.runB)?.steps ?? [];
+    if (place.compare && steps.length) go({ stepB: walk(steps, place.stepB, by) });
+  };
+  const group = (by) => go({ group: walk(other.groups, other.at, by) ?? null, sample: 0 });
+  const sample = (by) => go({ sample: Math.max(0, Math.min(other.count - 1, place.sample + by)) });
+  const set = () => other.splits?.length && go({ split: other.splits[(other.splits.indexOf(other.split) + 1) % other.splits.length], group: null });
+  const onSamples = {
+    ArrowLeft: () => step(-1),
+    ArrowRight: () => step(1),
+    Home: () => step(-1e9),
+    End: () => step(1e9),
+    ArrowUp: () => group(-1),
+    ArrowDown: () => group(1),
+    k: () => group(-1),
+    j: () => group(1),
+    "[": () => sample(-1),
+    "]": () => sample(1),
+    s: set,
+    c: () => go({ compare: !place.compare }),
+    ...Object.fromEntries(Object.entries(COLOURS).map(([name, one]) => [one.key, () => go({ colour: name })])),
+  };
+  const everywhere = {
+    "?": () => setHelp((shown) => !shown),
+    1: () => go({ tab: "curves" }),
+    2: () => go({ tab: "samples" }),
+    3: () => go({ tab: "errors" }),
+    "/": () => {
+      go({ tab: "curves" });
+      setSearching((n) => n + 1);
+    },
+    Escape: () => {
+      setHelp(false);
+      tip.hide();
+    },
+  };
+  const press = useRef();
+  press.current = (event) => {
+    const inField = event.target.closest?.("input:not([type=range]):not([type=checkbox]), select, textarea");
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (inField) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    const shifted = { ArrowLeft: () => stepB(-1), ArrowRight: () => stepB(1) };
+    const act =
+      (place.tab === "samples" && ((event.shiftKey && shifted[event.key]) || onSamples[event.key])) || everywhere[event.key];
+    if (act && !locked) {
+      event.preventDefault();
+      act();
+    }
+  };
+  useEffect(() => {
+    const pressed = (event) => press.current(event);
+    addEventListener("keydown", pressed);
+    addEventListener("scroll", () => tip.hide(), { passive: true, capture: true });
+    return () => removeEventListener("keydown", pressed);
+  }, []);
+
+  const enter = async (token) => {
+    const right = await login(token);
+    setWrong(!right);
+    if (right) setLocked(false);
+  };
+  if (locked) return html`<${Login} enter=${enter} wrong=${wrong} />`;
+  const shown = new Set(runs.filter((run) => !hidden.has(run.name)).map((run) => run.name));
+  const toggle = (name) => {
+    const next = new Set(hidden);
+    if (!next.delete(name)) next.add(name);
+    setHidden(next);
+  };
+  const drawn = runs.filter((run) => shown.has(run.name));
+  const count = runs.reduce((sum, run) => sum + run.data.errors.length, 0);
+  document.title = runs.length ? `${runs.map((run) => run.name).join(", ")} – rlhf view` : "rlhf view";
+  return html`
+    <header class="top">
+      <nav class="tabs" role="tablist">
+        ${TABS.map(
+          (tab) =>
+            html`<button key=${tab} role="tab" aria-selected=${tab === place.tab ? "true" : "false"} onClick=${() => go({ tab })}>
+              ${tab}${tab === "errors" && count ? html` <b class="count">${count}</b>` : ""}
+            </button>`,
+        )}
+      </nav>
+      ${place.tab === "samples"
+        ? html`<div class="runs">
+            <select aria-label="run" value=${place.run ?? ""} onChange=${(event) => go({ run: event.target.value, follow: true, group: null })}>
+              ${runs.map((run) => html`<option key=${run.name} value=${run.name}>${run.name}</option>`)}
+            </select>
+            ${runs
+              .filter((run) => run.name === place.run)
+              .map((run) => html`<small key=${run.name} class=${stateOf(run)[0]}>${stateOf(run)[1]}${place.follow && !run.done ? ", following" : ""}</small>`)}
+          </div>`
+        : html`<${RunChips} ...${{ runs, shown, toggle }} />`}
+      <button class="ask" aria-label="keys" onClick=${() => setHelp(true)}>?</button>
+    </header>
+    ${trouble && html`<p class="trouble" role="alert">${trouble}</p>`}
+    ${place.tab === "curves" &&
+    html`<${Curves}
+      runs=${drawn}
+      settings=${settings}
+      set=${(change) => setSettings((before) => ({ ...before, ...change }))}
+      focus=${searching}
+      ...${{ tick, about, theme }}
+    />`}
+    ${place.tab === "samples" &&
+    html`<${Samples} ...${{ place, go, runs, other, tick, theme, filter, setFilter }} focus=${place.sample} />`}
+    ${place.tab === "errors" && html`<${Errors} runs=${drawn} go=${go} wanted=${errorText} setWanted=${setErrorText} />`}
+    ${help && html`<${Help} close=${() => setHelp(false)} />`}
+  `;
+}
+
+render(html`<${App} />`, document.getElementById("app"));

@@ -1,0 +1,220 @@
+// Curves of all metrics: what one looks at first, then stage by stage. A chart is drawn when it comes into view.
+
+import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
+import { number } from "./format.js";
+
+const FIRST = [
+  /^rewards\/score\/mean$/,
+  /^eval\/[^/]+\/score$/,
+  /^eval\/[^/]+\/(loss|kl_teacher)$/,
+  /^update\/loss\/mean$/,
+  /^preference\/(accuracy|margin)\/mean$/,
+  /^experience\/kl_ref\/mean$/,
+  /^experience\/kl_teacher\/mean$/,
+  /^update\/entropy\/mean$/,
+  /^rollouts\/response_tokens\/mean$/,
+  /^rollouts\/truncated\/fraction$/,
+  /^experience\/rollout_logprob_diff\/mean$/,
+  /^update\/grad_norm$/,
+  /^update\/clip_fraction\/mean$/,
+  /^update\/explained_variance$/,
+  /^throughput\/tokens_per_s$/,
+  /^time\/step_s$/,
+];
+const ORDER = "rewards eval rollouts experience advantages preference update weight_sync throughput time memory data".split(
+  " ",
+);
+
+export function sectionsOf(names, wanted) {
+  const found = [...names].filter((name) => name.includes(wanted)).sort();
+  const first = FIRST.flatMap((pattern) => found.filter((name) => pattern.test(name)));
+  const stages = new Map([["first", first]]);
+  const stageOf = (name) => name.split("/")[0];
+  const known = (stage) => (ORDER.includes(stage) ? ORDER.indexOf(stage) : ORDER.length);
+  for (const stage of [...new Set(found.map(stageOf))].sort((a, b) => known(a) - known(b))) {
+    stages.set(
+      stage,
+      found.filter((name) => stageOf(name) === stage),
+    );
+  }
+  return [...stages].filter(([, members]) => members.length);
+}
+
+const FEW = 20; // values that are shown as they are
+
+// An exponential mean without the pull towards its start; of many values.
+export function smoothed(values, weight) {
+  if (values.length < FEW) return values;
+  let sum = 0;
+  let mass = 0;
+  return values.map((value) => {
+    sum = weight * sum + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return sum / mass;
+  });
+}
+
+function tableOf(run, name, { smoothing, log, byTime }) {
+  const column = run.columns.get(name) ?? [];
+  const xs = byTime ? run.times : run.steps;
+  const places = [];
+  for (let i = 0; i < column.length; i++) if (column[i] !== null && xs[i] !== null) places.push(i);
+  const positive = (value) => (log && value <= 0 ? null : value);
+  const values = places.map((i) => column[i]);
+  return [places.map((i) => xs[i]), values.map(positive), smoothed(values, smoothing).map(positive)];
+}
+
+const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function optionsOf(runs, width, log, byTime, readOut) {
+  const axis = { stroke: colourOf("--faint"), grid: { stroke: colourOf("--line"), width: 1 }, ticks: { show: false } };
+  const short = (u, values) => values.map((value) => (value === null ? "" : number(value)));
+  const series = runs.flatMap((run) => [
+    { stroke: colourOf(run.colour), width: 1, alpha: 0.3, spanGaps: true, points: { show: false } },
+    { stroke: colourOf(run.colour), width: 2, spanGaps: true, points: { size: 4 } },
+  ]);
+  return {
+    width,
+    height: 150,
+    padding: [8, 8, 0, 0],
+    legend: { show: false },
+    cursor: { y: false, sync: { key: byTime ? "time" : "step" }, points: { size: 6 } },
+    scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+    axes: [
+      { ...axis, size: 24, space: 60, values: short, incrs: byTime ? undefined : [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] },
+      { ...axis, size: 52, space: 34, values: short },
+    ],
+    series: [{}, ...series],
+    hooks: { setCursor: [readOut] },
+  };
+}
+
+function Chart({ name, about, runs, settings, tick, theme }) {
+  const root = useRef();
+  const value = useRef();
+  const [seen, see] = useState(false);
+  useEffect(() => {
+    const watch = new IntersectionObserver((entries) => entries.some((one) => one.isIntersecting) && see(true), {
+      rootMargin: "300px",
+    });
+    watch.observe(root.current);
+    return () => watch.disconnect();
+  }, []);
+
+  const shown = runs.filter((run) => run.data.columns.has(name));
+  const { smoothing, byTime } = settings;
+  const log = settings.log && shown.some((run) => run.data.columns.get(name).some((one) => one > 0));
+  const tables = useMemo(
+    () => (seen ? shown.map((run) => tableOf(run.data, name, { smoothing, log, byTime })) : []),
+    [seen, name, tick, smoothing, log, byTime, shown.map((run) => run.name).join()],
+  );
+  const plot = useRef(null);
+  const joined = useRef(null);
+
+  const say = (values) => {
+    value.current?.replaceChildren(
+      ...values.map((one, i) => {
+        const span = document.createElement("span");
+        if (shown.length > 1) span.style.color = `var(${shown[i].colour})`;
+        span.textContent = number(one);
+        return span;
+      }),
+    );
+  };
+  const last = () => shown.map((run) => run.data.columns.get(name).findLast((one) => one !== null));
+  const readOut = (u) => {
+    const i = u.cursor.idx;
+    if (i === null || i === undefined || !joined.current) return say(last());
+    say(shown.map((_, k) => joined.current[2 + 2 * k]?.[i] ?? joined.current[1 + 2 * k]?.[i]));
+  };
+
+  useEffect(() => {
+    if (!seen || !shown.length) return undefined;
+    const make = () => {
+      plot.current?.destroy();
+      const options = optionsOf(shown, root.current.clientWidth, log, byTime, readOut);
+      plot.current = new uPlot(options, joined.current ?? [[]], root.current);
+    };
+    joined.current = tables.length === 1 ? tables[0] : uPlot.join(tables);
+    make();
+    const sized = new ResizeObserver(() => {
+      const width = root.current?.clientWidth;
+      if (plot.current && width && width !== plot.current.width) plot.current.setSize({ width, height: 150 });
+    });
+    sized.observe(root.current);
+    return () => {
+      sized.disconnect();
+      plot.current?.destroy();
+      plot.current = null;
+    };
+  }, [seen, log, byTime, theme, name, shown.map((run) => run.name).join()]);
+
+  useEffect(() => {
+    if (!plot.current) return;
+    joined.current = tables.length === 1 ? tables[0] : uPlot.join(tables);
+    plot.current.setData(joined.current);
+    say(last());
+  }, [tables]);
+
+  return html`<figure class="chart" data-metric=${name}>
+    <figcaption title=${about}>
+      <span class="name">${name}</span>
+      <span class="value" ref=${value}></span>
+    </figcaption>
+    <div class="plot" ref=${root}></div>
+  </figure>`;
+}
+
+export function Curves({ runs, settings, set, tick, about, theme, focus }) {
+  const names = new Set(runs.flatMap((run) => [...run.data.columns.keys()]));
+  const sections = sectionsOf(names, settings.wanted);
+  const search = useRef();
+  useEffect(() => {
+    if (focus) search.current?.focus();
+  }, [focus]);
+  return html`<main class="curves">
+    <div class="bar">
+      <input
+        ref=${search}
+        type="search"
+        placeholder="metrics with …"
+        aria-label="only metrics whose name has this"
+        value=${settings.wanted}
+        onInput=${(event) => set({ wanted: event.target.value })}
+      />
+      <label class="slide">
+        smoothing
+        <input
+          type="range"
+          min="0"
+          max="0.98"
+          step="0.02"
+          value=${settings.smoothing}
+          onInput=${(event) => set({ smoothing: Number(event.target.value) })}
+        />
+        <output>${settings.smoothing.toFixed(2)}</output>
+      </label>
+      <label class="check">
+        <input type="checkbox" checked=${settings.log} onChange=${(event) => set({ log: event.target.checked })} /> log
+        scale
+      </label>
+      <label class="check">
+        <input type="checkbox" checked=${settings.byTime} onChange=${(event) => set({ byTime: event.target.checked })} />
+        by time
+      </label>
+    </div>
+    ${!names.size && html`<p class="empty">No step is written yet. Curves come with the first.</p>`}
+    ${names.size > 0 && !sections.length && html`<p class="empty">No metric has “${settings.wanted}” in its name.</p>`}
+    ${sections.map(
+      ([stage, members]) => html`<details open class="stage" key=${stage} data-stage=${stage}>
+        <summary>${stage === "first" ? "at a glance" : stage} <small>${members.length}</small></summary>
+        <div class="grid">
+          ${members.map(
+            (name) =>
+              html`<${Chart} key=${name} ...${{ name, runs, settings, tick, theme }} about=${about(name)} />`,
+          )}
+        </div>
+      </details>`,
+    )}
+  </main>`;
+}

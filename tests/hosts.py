@@ -1,0 +1,211 @@
+"""Several hosts on one machine: network namespaces joined by a bridge, each with its own address, names and processes.
+
+What runs on a host sees no other way to the rest than its link, which can be cut. Disks, clocks and memory are shared.
+Needs root and iproute2. A host's processes are ended by their pids: `ray stop` would end every Ray of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BIN = Path(sys.executable).parent
+NETWORK = "10.77.0"  # of every bridge: none is joined to another, or to the machine's own network
+GCS_PORT = 6379
+START_WITHIN_S = 90.0
+GONE_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One namespace."""
+
+    name: str
+    address: str
+    link: str  # the bridge's end of its cable
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def start(
+        self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Run a command there, in a process group of its own."""
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.name, *map(str, command)],
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **self.environment, **env},
+            **options,
+        )
+
+    def run(self, command: Sequence[str | Path], env: Mapping[str, str] = {}, *, timeout_s: float = 60.0) -> str:
+        """Run a command there to its end: what it printed. It must succeed."""
+        process = self.start(command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            said, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            raise AssertionError(f"{command} on {self.name}: not done in {timeout_s:g} s\n{said}") from None
+        assert process.returncode == 0, f"{command} on {self.name}: exit {process.returncode}\n{said}"
+        return said
+
+    def pids(self) -> list[int]:
+        """Its processes."""
+        return [int(word) for word in _output("ip", "netns", "pids", self.name).split()]
+
+    def kill(self) -> None:
+        """End all its processes at once, as when its power fails."""
+        _kill_all(self.name)
+
+    def cut(self) -> None:
+        """Pull its cable: what runs there runs on, alone."""
+        _output("ip", "link", "set", self.link, "down")
+
+    def add_interface(self, name: str, address: str) -> None:
+        """One more, that leads nowhere, and for whose address the host's name stands from now on."""
+        inside = ("ip", "-n", self.name)
+        _output(*inside, "link", "add", name, "type", "veth", "peer", "name", f"{name}x")
+        _output(*inside, "address", "add", f"{address}/24", "dev", name)
+        for end in (name, f"{name}x"):
+            _output(*inside, "link", "set", end, "up")
+        _give_names(self.name, address, [])
+
+    def mend(self) -> None:
+        """Put its cable back."""
+        _output("ip", "link", "set", self.link, "up")
+
+
+@contextmanager
+def several_hosts(count: int) -> Iterator[list[Host]]:
+    """Hosts 10.77.0.1 to .count, called host0, host1, ...; with all that runs there they are gone after the block.
+
+    Skips the test where there can be none.
+    """
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("SEVERAL HOSTS NOT TESTED: needs root and iproute2 (apt-get install iproute2)")
+    _remove_left_behind()
+    me = os.getpid()
+    names = [f"rlhf-{me}-{i}" for i in range(count)]
+    bridge = f"rlbr{me}"
+    temporary = Path(f"/tmp/rl{me}")  # short: the paths of Ray's sockets lie below it
+    with ExitStack() as after:
+        tried = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
+        if tried.returncode != 0:
+            pytest.skip(f"SEVERAL HOSTS NOT TESTED: no network namespace can be made: {tried.stderr.strip()}")
+        after.callback(_remove, me)
+        for name in names[1:]:
+            _output("ip", "netns", "add", name)
+        _output("ip", "link", "add", bridge, "type", "bridge")
+        _output("ip", "link", "set", bridge, "up")
+        temporary.mkdir()
+        addresses = [f"{NETWORK}.{i + 1}" for i in range(count)]
+        for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            _connect(name, address, bridge, f"rl{me}v{i}")
+            _give_names(name, address, addresses)
+        yield [
+            Host(name, address, f"rl{me}v{i}", {"RAY_TMPDIR": str(temporary)})
+            for i, (name, address) in enumerate(zip(names, addresses, strict=True))
+        ]
+
+
+def start_ray(
+    hosts: Sequence[Host],
+    *,
+    cpus: Sequence[float],
+    head_options: Sequence[str] = ("--include-dashboard=false",),
+    labels: Sequence[str] = (),
+    env: Mapping[str, str] = {},
+) -> str:
+    """A Ray with its head on the first host and a node on each of the others; its address.
+
+    cpus, labels: of each node; a label is such as pool=gpu.
+    """
+    address = f"{hosts[0].address}:{GCS_PORT}"
+    where = [["--head", f"--port={GCS_PORT}", *head_options], *([f"--address={address}"] for _ in hosts[1:])]
+    said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
+    options = [[*place, f"--num-cpus={n:g}", *label] for place, n, label in zip(where, cpus, said, strict=True)]
+    start_node(hosts[0], *options[0], env=env)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda i: start_node(hosts[i], *options[i], env=env), range(1, len(hosts))))
+    return address
+
+
+def start_node(host: Host, *options: str, env: Mapping[str, str] = {}) -> None:
+    """`ray start` on a host, in the background. Its niceness is that of the tests, its object store is small."""
+    store = "--object-store-memory=134217728"
+    common = {"RAY_worker_niceness": "0", **env}
+    host.run([BIN / "ray", "start", "--disable-usage-stats", store, *options], common, timeout_s=START_WITHIN_S)
+
+
+def _connect(name: str, address: str, bridge: str, link: str) -> None:
+    _output("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+    _output("ip", "link", "set", link, "master", bridge, "up")
+    inside = ("ip", "-n", name)
+    _output(*inside, "address", "add", f"{address}/24", "dev", "eth0")
+    for interface in ("lo", "eth0"):
+        _output(*inside, "link", "set", interface, "up")
+    _output(*inside, "route", "add", "default", "dev", "eth0")
+
+
+def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
+    """What `ip netns exec` puts over /etc/hosts and /etc/resolv.conf: no name is looked up anywhere else."""
+    folder = Path("/etc/netns", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["127.0.0.1 localhost", f"{address} {socket.gethostname()}"]
+    lines += [f"{other} host{i}" for i, other in enumerate(addresses)]
+    (folder / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "resolv.conf").write_text("", encoding="utf-8")
+
+
+def _remove(owner: int) -> None:
+    """All that a process has made."""
+    names = [name for name in _namespaces() if name.startswith(f"rlhf-{owner}-")]
+    for name in names:
+        _kill_all(name)
+    for name in names:
+        _output("ip", "netns", "delete", name)
+        shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+    subprocess.run(["ip", "link", "delete", f"rlbr{owner}"], capture_output=True)
+    shutil.rmtree(f"/tmp/rl{owner}", ignore_errors=True)
+
+
+def _remove_left_behind() -> None:
+    """What killed test runs have left."""
+    owners = {int(match[1]) for match in map(re.compile(r"rlhf-(\d+)-\d+").fullmatch, _namespaces()) if match}
+    for owner in owners:
+        if not Path("/proc", str(owner)).exists():
+            _remove(owner)
+
+
+def _kill_all(name: str) -> None:
+    until = time.monotonic() + GONE_WITHIN_S
+    while pids := [int(word) for word in _output("ip", "netns", "pids", name).split()]:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < until, f"processes {pids} of {name} do not end"
+        time.sleep(0.05)
+
+
+def _namespaces() -> list[str]:
+    return [line.split()[0] for line in _output("ip", "netns", "list").splitlines() if line.strip()]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    return done.stdout

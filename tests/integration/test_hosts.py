@@ -1,0 +1,97 @@
+"""A run on a cluster of three hosts, whose roles meet over the network only, is the run that one machine makes.
+
+Hosts are network namespaces (tests/hosts.py): real nodes of Ray, real gloo between the policy's ranks and from them to
+vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+from typing import Any
+
+import pytest
+
+from rlhf.cli import main
+from tests.hosts import several_hosts, start_ray
+from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
+
+pytestmark = pytest.mark.multinode
+
+POOLS = {"policy": "train", "rollout": "serve"}
+ONE_THREAD = {"threads": 1, "cpus": 1.0}
+THREE_BUNDLES: Mapping[str, Any] = {
+    "algorithm": {"name": "ppo"},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+    "train": {"steps": 3, "checkpoint_every": 3},
+    "eval": {"every": 3, "at_start": False},
+    "cluster": {
+        "object_store_gib": None,
+        "roles": {
+            "policy": {"workers": 2, **ONE_THREAD},
+            "critic": {"workers": 2, "threads": 1},
+            "reference": {"threads": 1},
+            "rollout": ONE_THREAD,
+            "reward": {"threads": 1},
+        },
+    },
+}
+
+
+@pytest.mark.timeout(600)
+def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
+    base = merge(ONLINE, THREE_BUNDLES)
+    one, three = tmp_path / "one", tmp_path / "three"
+    configs = [
+        write_config(tmp_path / f"{run.name}.yaml", {"run": {"name": run.name, "dir": str(tmp_path)}}, base)
+        for run in (one, three)
+    ]
+    assert main(["train", str(configs[0]), "--quiet"]) == 0
+    with several_hosts(3) as hosts:
+        address = start_ray(hosts, cpus=[1, 1, 1], labels=["pool=serve", "pool=train", "pool=train"])
+        pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
+        look = [*rlhf(), "doctor", "--cluster", configs[1], "--address", address]
+        looked = hosts[0].run(look, {"COLUMNS": "200"}, timeout_s=120.0)
+        said = hosts[0].run(
+            [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
+        )
+    assert "this cluster can train" in looked
+    for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"):
+        assert what in looked, looked
+    (placed,) = [line for line in said.splitlines() if "placed: " in line]
+    on = dict(part.split(" on ") for part in placed.partition("placed: ")[2].split("; "))
+    assert sorted(on["policy"].split(", ")) == ["10.77.0.2", "10.77.0.3"], placed
+    assert on["rollout"] == on["reward"] == "10.77.0.1", placed
+    assert "weights go by gloo" in said
+    found, expected = without_clocks(rows(three)), without_clocks(rows(one))
+    assert len(found) == 3
+    for there, here in zip(found, expected, strict=True):
+        assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
+
+
+JOIN = """
+import datetime, os, sys, torch, torch.distributed as dist
+from rlhf.engine.distributed import meet_through
+rank, limit = int(sys.argv[1]), datetime.timedelta(seconds=10)
+meet_through("10.77.0.1")  # without it neither gets to the other
+dist.init_process_group("gloo", init_method="tcp://10.77.0.1:7000", rank=rank, world_size=2, timeout=limit)
+total = torch.ones(3)
+dist.all_reduce(total)
+print("total", total.sum().item(), os.environ.get("GLOO_SOCKET_IFNAME"))
+"""
+
+
+def test_ranks_meet_by_the_interface_that_leads_to_the_others() -> None:
+    """Each host's name stands for an address of a second interface, which leads nowhere: gloo by itself takes that."""
+    with several_hosts(2) as hosts:
+        for host in hosts:
+            host.add_interface("aaa0", "192.168.50.1")
+
+        ranks = [
+            host.start([sys.executable, "-c", JOIN, str(rank)], stdout=PIPE, stderr=STDOUT)
+            for rank, host in enumerate(hosts)
+        ]
+        said = [rank.communicate(timeout=60.0)[0] for rank in ranks]
+        assert all("total 6.0 eth0" in text for text in said), said

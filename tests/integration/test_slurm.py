@@ -1,0 +1,137 @@
+"""cluster/slurm/train.sbatch in a real Slurm of three nodes: the time limit comes, the run goes on where it was.
+
+Nodes are network namespaces (tests/hosts.py, tests/slurm.py); Slurm, Ray and gloo between the ranks are real. What the
+script itself makes of signals and exit codes is shown before, in seconds, with programs in the places of Ray and rlhf.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import main
+from tests.hosts import several_hosts
+from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
+from tests.slurm import slurm
+
+pytestmark = pytest.mark.multinode
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "cluster/slurm/train.sbatch"
+OVER_TWO_NODES: Mapping[str, Any] = {  # each node has one CPU
+    "algorithm": {"name": "sft"},
+    "data": {"train": {"split": "sft"}, "eval": None, "max_prompt_tokens": None},
+    "eval": None,
+    "rollouts": None,
+    "train": {"steps": 1_000_000, "checkpoint_every": 1_000_000, "sequences_per_update": 8},
+    "cluster": {"object_store_gib": None, "roles": {"policy": {"workers": 2, "threads": 1}}},
+}
+MORE = 5
+
+
+RAY = """\
+#!/bin/sh
+[ "$1" = health-check ] || { echo "ray $*"; exec sleep 1000; }
+"""
+TOLD = """\
+#!/bin/bash
+trap 'exit 75' TERM
+echo "rlhf $*"
+while :; do sleep 0.1; done
+"""
+IN_PYTHON = "def init(*address, **options): pass\ndef nodes(): return [{'Alive': True}] * 3\n"
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Put programs before all others on PATH."""
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    path = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(path))
+
+
+def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs(tmp_path / "bin", monkeypatch, ray=RAY, rlhf=TOLD)
+    (tmp_path / "ray.py").write_text(IN_PYTHON, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
+
+        def submitted(nodes: int, *words: str) -> tuple[str, Path]:
+            log = tmp_path / f"{nodes}.log"
+            number = cluster.run("sbatch", "--parsable", f"--nodes={nodes}", f"--output={log}", SCRIPT, *words)
+            return number.strip(), log
+
+        number, log = submitted(3, "run.yaml", "train.steps=2")
+        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.run("scancel", "--signal=TERM", "--batch", number)
+        cluster.until(lambda: cluster.job(number).get("Restarts") == "1", within_s=30.0, what="back in the queue")
+        cluster.run("scancel", number)
+        said = log.read_text()
+        assert re.search(r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto\n", said)
+        assert re.search(r"ray start --block --head --port=\d+ .*--node-ip-address=10.77.0.1 --num-cpus=1 ", said)
+        for address in ("10.77.0.2", "10.77.0.3"):
+            assert re.search(rf"ray start --block --address=10.77.0.1:\d+ --node-ip-address={address} ", said)
+
+        number, log = submitted(1, "run.yaml")
+        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.run("scancel", number)
+        cluster.until(lambda: not cluster.run("squeue", "--noheader"), within_s=30.0, what="its end")
+        assert cluster.job(number)["JobState"] == "CANCELLED"
+        assert cluster.job(number)["Restarts"] == "0"
+
+        number, log = submitted(2)
+        cluster.until(lambda: cluster.job(number)["JobState"] == "FAILED", within_s=30.0, what="its end")
+        assert cluster.job(number)["ExitCode"] == "2:0"
+        assert "train.sbatch: needs a CONFIG" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_time_limit_puts_the_run_back_and_it_goes_on(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    base = merge(ONLINE, OVER_TWO_NODES)
+    config = write_config(tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path)}}, base)
+    ours = f'#!/bin/sh\nexec {sys.executable} -m rlhf.cli "$@"\n'  # also where another checkout is installed
+    programs(tmp_path / "bin", monkeypatch, rlhf=ours)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("RAY_AUTH_MODE")
+
+    def steps() -> int:
+        return len(rows(run)) if (run / "metrics.jsonl").exists() else 0
+
+    def said(words: str) -> bool:
+        return log.exists() and words in log.read_text(encoding="utf-8", errors="replace")
+
+    with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
+        limits = ["--nodes=3", "--time=3", "--signal=B:TERM@60", f"--output={log}"]
+        number = cluster.run("sbatch", "--parsable", *limits, SCRIPT, config, "--quiet").strip()
+        try:
+            cluster.until(lambda: said("back into the queue"), within_s=200.0, what="the time limit's signal")
+            before = steps()
+            assert before > 0
+            assert said(f"preempted: a checkpoint of step {before} is written")
+            cluster.until(lambda: steps() >= before + MORE, within_s=150.0, what=f"steps after {before}")
+            assert cluster.job(number)["Restarts"] == "1"
+            cluster.run("scancel", number)
+            cluster.until(lambda: cluster.job(number)["JobState"] == "CANCELLED", within_s=90.0, what="its end")
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}\n{log.read_text(errors='replace')[-4000:] if log.exists() else ''}"
+            ) from error
+    found = without_clocks(rows(run))[: before + MORE]
+    assert [row["step"] for row in found] == list(range(1, before + MORE + 1))
+    unbroken = [f"train.steps={before + MORE}", "run.name=unbroken", "--quiet"]
+    assert main(["train", str(config), *unbroken]) == 0
+    assert found == without_clocks(rows(tmp_path / "unbroken"))

@@ -1,0 +1,140 @@
+"""`rlhf submit` to a real head that takes requests with its token alone: log, stop, a second job of the same run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf
+from actors.submit import RUN, Jobs
+from rlhf.cli import main
+from tests.integration.recipes import ONLINE, merge, rows, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SFT: Mapping[str, Any] = {
+    "algorithm": {"name": "sft"},
+    "data": {"train": "rows.jsonl", "eval": None, "max_prompt_tokens": None},
+    "eval": None,
+    "rollouts": None,
+    "train": {"steps": 1_000_000, "checkpoint_every": 1_000_000, "sequences_per_update": 4},
+    "cluster": {"object_store_gib": None},
+}
+SECRET = "quite-a-private-word"
+TEMPORARY = Path(f"/tmp/rlh{os.getpid()}")  # short: the paths of Ray's sockets lie below it
+PORTS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head on free ports, with a token that this process has; the address of its dashboard."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    options = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
+    options += ["--ray-client-server-port=0", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2"]
+    options += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", f"--temp-dir={TEMPORARY}"]
+    log = tmp_path_factory.mktemp("head") / "log"
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *options],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"},
+    )
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        give_up = time.monotonic() + 90.0
+        while True:
+            try:
+                Jobs(address)
+                break
+            except (rlhf.UserError, rlhf.RunError):
+                assert time.monotonic() < give_up, log.read_text()
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(TEMPORARY, ignore_errors=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config and its data in a folder, in which the test runs."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    text = "".join(f'{{"prompt": "{i}+1=", "completion": "{i + 1}"}}\n' for i in range(32))
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    write_config(folder / "run.yaml", {"run": {"name": "job", "dir": str(tmp_path / "runs")}}, merge(ONLINE, SFT))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def logs() -> list[Path]:
+    """All that the head, its node and its jobs have written down."""
+    found = [path for path in TEMPORARY.glob("session_*/logs/**/*") if path.is_file()]
+    assert len(found) > 10
+    return found
+
+
+def test_a_job_is_stopped_and_submitted_again(
+    head: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs/job"
+    monkeypatch.setenv("WORD", SECRET)
+    first = rlhf.submit("run.yaml", address=head, env=["WORD"])
+    assert first == "job-1"
+    give_up = time.monotonic() + 90.0
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
+        assert time.monotonic() < give_up, rlhf.job_status(first, address=head)
+        time.sleep(0.2)
+    with pytest.raises(rlhf.UserError, match=r"the job job-1 of the same run, .*/runs/job, is RUNNING"):
+        rlhf.submit("run.yaml", address=head)
+
+    assert rlhf.stop_job(first, address=head).state == "STOPPED"
+    done = len(rows(run))
+    steps = [f"train.steps={done + 2}", "--address", head]
+    assert main(["submit", "run.yaml", "--wait", "--env", "WORD", *steps]) == 0
+    told, _ = capsys.readouterr()
+    assert "submitted job-2" in told
+    assert told.endswith("done: job-2\n")
+    assert f"done: {run}" in told
+    assert [row["step"] for row in rows(run)] == list(range(1, done + 3))
+    assert (run / "final/config.json").exists()
+
+    details = Jobs(head)._client.get_job_info("job-2")
+    assert details.metadata == {RUN: str(run)}
+    assert SECRET not in f"{details}{told}"
+    assert not [path for path in logs() if SECRET in path.read_text(encoding="utf-8", errors="replace")]
+
+    assert main(["submit", "run.yaml", "--wait", *steps, "policy.model=no/such-model", "run.name=other"]) == 2
+    assert "other-1: FAILED, exit code 2" in capsys.readouterr().out
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(rlhf.UserError, match="takes requests with its token alone: set RAY_AUTH_MODE=token"):
+        rlhf.job_status(first, address=head)

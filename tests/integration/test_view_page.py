@@ -1,0 +1,277 @@
+"""The page of `rlhf view` in a real browser: what it shows, keys, hostile text, a run that goes on, phones, a login."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp.test_utils import TestServer
+
+from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.viewing.runs import RunPlaces
+from rlhf.viewing.server import RunViewer
+from tests.integration.browser import PROGRAMS, Page, browser, program
+
+if program() is None:
+    warnings.warn(
+        f"NO BROWSER: the page of `rlhf view` is not tested; install one of {', '.join(PROGRAMS)}", stacklevel=1
+    )
+pytestmark = pytest.mark.skipif(program() is None, reason=f"NO BROWSER: none of {', '.join(PROGRAMS)} is installed")
+
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\u202e\x1b\u200b&amp;</pre>"
+PROMPTS, SAMPLES = 3, 2
+
+
+def record(prompt: int, number: int, *, step: int, split: str, draw: random.Random) -> SampleRecord:
+    """Prompt 1 is a conversation; the first response to prompt 0 is hostile."""
+    texts = ["Zür", "ich", " is", " 4", "\n", "", "日", "<|eos|>"]
+    if prompt == 0 and number == 0:
+        texts[1] = HOSTILE
+    sampled = tuple(not (prompt == 1 and place in (2, 3)) for place in range(len(texts)))
+
+    def column(low: float, high: float) -> tuple[float | None, ...]:
+        return tuple(round(draw.uniform(low, high), 4) if own else None for own in sampled)
+
+    trained = split == "train"
+    rollout = column(-2.0, 0.0)
+    return SampleRecord(
+        split=split,
+        group_id=100 * step + prompt if trained else prompt,
+        prompt_id=prompt,
+        sample=number,
+        prompt=f"<|user|>prompt {prompt} {HOSTILE if prompt == 0 else ''}<|assistant|>",
+        response="".join(texts),
+        score=float(number),
+        scores={"correct": float(number), "format": 0.5},
+        advantage=number - 0.5 if trained else None,
+        preferred=None,
+        truncated=number == 1,
+        response_tokens=len(texts) + prompt,
+        min_version=step,
+        max_version=step,
+        mean_rollout_logprob=-0.5,
+        mean_old_logprob=None,
+        mean_ref_logprob=None,
+        mean_teacher_logprob=None,
+        tokens=SampleTokens(
+            texts=tuple(texts),
+            ids=tuple(range(len(texts))),
+            sampled=sampled,
+            rollout_logprobs=rollout,
+            old_logprobs=tuple(None if one is None else one + 0.25 for one in rollout) if trained else None,
+            ref_logprobs=None,
+            teacher_logprobs=None,
+            advantages=column(-1.0, 1.0) if trained else None,
+        ),
+    )
+
+
+def write_step(folder: Path, step: int) -> None:
+    draw = random.Random(step)
+    for split in ("train", "heldout") if step % 2 == 0 else ("train",):
+        records = [
+            record(prompt, number, step=step, split=split, draw=draw)
+            for prompt in range(PROMPTS)
+            for number in range(SAMPLES)
+        ]
+        write_samples(samples_path(folder, step), records)
+    row = {"step": step, "time_s": 2.0 * step, "rewards/score/mean": step / 10, "update/loss/mean": -step / 10}
+    if step % 2 == 0:
+        row["eval/heldout/score"] = step / 20
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs of four steps; a reward failed in the first."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        for step in range(1, 5):
+            write_step(folder, step)
+    error = {"step": 2, "stage": "rewards", "kind": "timeout", "message": f"10 s {HOSTILE}", "source": "correct"}
+    (folders[0] / "errors.jsonl").write_text(json.dumps({**error, "prompt_id": 2, "sample": None}) + "\n")
+    return folders
+
+
+@asynccontextmanager
+async def shown(*folders: Path, token: str | None = None) -> AsyncIterator[tuple[Page, str]]:
+    """A browser, and where the page is. Afterwards: nothing was run, refused, or asked of another host."""
+    async with TestServer(RunViewer(RunPlaces(folders), token).application()) as server, browser() as page:
+        url = str(server.make_url("/"))
+        yield page, url
+        assert await page.value("window.hacked") is None
+        assert [one for one in page.wrong if "401" not in one] == []
+        assert [one for one in page.requested if not one.startswith((url, "about:", "data:"))] == []
+
+
+CARDS = "[...document.querySelectorAll('.card')]"
+
+
+def text_of(selector: str) -> str:
+    return f"document.querySelector({selector!r}).innerText"
+
+
+SCORE = text_of('[data-metric="rewards/score/mean"] .value')
+
+
+async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
+    async with shown(runs[0]) as (page, url):
+        await page.open(url)
+        await page.until("document.querySelectorAll('.chart canvas').length >= 3")
+        sections = await page.value("[...document.querySelectorAll('.stage')].map((one) => one.dataset.stage)")
+        assert sections == ["first", "rewards", "eval", "update"]
+        assert await page.value(SCORE) == "0.4"
+        meaning = await page.value("document.querySelector('[data-stage=rewards] figcaption').title")
+        assert meaning.startswith("Weighted sum of the rewards")
+        write_step(runs[0], 5)
+        await page.until(f"{SCORE} === '0.5'")
+        # the run is resumed at step 2: what came later is taken back
+        lines = (runs[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (runs[0] / "metrics.jsonl").write_text("".join(lines[:2]))
+        await page.until(f"{SCORE} === '0.2'")
+        await page.press("/")
+        await page.until("document.activeElement.type === 'search'")
+        await page.call("Input.insertText", text="loss")
+        await page.until(
+            "[...document.querySelectorAll('.chart .name')].every((one) => one.innerText.includes('loss'))"
+        )
+        await page.value("[...document.querySelectorAll('.check input')][0].click()")  # log scale: no value is above 0
+        assert await page.value("document.querySelectorAll('.chart canvas').length") > 0
+
+
+async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
+    async with shown(runs[0]) as (page, url):
+        await page.open(url)
+        await page.until("document.querySelectorAll('.chart').length")
+        await page.press("2")
+        await page.until(f"{CARDS}.length === 2")
+        assert await page.value(text_of(".steps b")) == "4"
+        first = await page.until(f"{CARDS}[0].querySelector('.text').innerText")
+        assert "<script>window.hacked = 1</script><img src=x" in first
+        assert "⟨202E⟩" in first  # what would turn the text round is written out
+        assert "\u241b" in first  # so is an escape character
+        assert await page.value("document.querySelectorAll('.text script, .text img, .prompt img').length") == 0
+        # colours: advantages of either sign, then the difference of the log-probabilities, which is .25 everywhere
+        paints = f"[...new Set([...{CARDS}[0].querySelectorAll('[data-i]')].map((one) => one.style.background))]"
+        assert await page.value(f"{paints}.some((one) => one.includes('--negative'))")
+        await page.press("d")
+        await page.until(f"{paints}.length === 1 && {paints}[0].includes('--positive')")
+        assert "0.25" in await page.value(text_of(".legend"))
+        await page.press("r")
+        await page.until(f"{text_of('.legend')} === 'no KL to the reference here'")
+        await page.point(f"{CARDS}[1].querySelector('[data-i=\"0\"]')")
+        tip = await page.until(text_of("#tip"))
+        assert '"Zür"' in tip
+        assert "trainer \u2212 rollout\t+0.25" in tip
+        # prompts, responses, steps, sets
+        await page.press("ArrowDown")
+        await page.until(f"{text_of('.prompt summary')}.startsWith('prompt 1')")
+        await page.until(f"{CARDS}[0].querySelectorAll('.turn.environment').length === 1")
+        assert await page.value(f"{CARDS}[0].querySelector('.turn.environment').innerText") == (
+            "environment (not trained)\n is 4"
+        )
+        await page.press("]")
+        await page.until(f"{CARDS}[1].classList.contains('focused')")
+        await page.press("ArrowLeft")
+        await page.until(f"{text_of('.steps b')} === '3' && {CARDS}.length === 2")
+        await page.press("Home")
+        await page.until(f"{text_of('.steps b')} === '1'")
+        await page.press("End")
+        await page.until(f"{text_of('.steps b')} === '4' && {CARDS}.length === 2")
+        await page.press("s")
+        await page.until("document.querySelector('.tabs.small [aria-pressed=true]').innerText === 'heldout'")
+        write_step(runs[0], 6)  # the last step is followed
+        await page.until(f"{text_of('.steps b')} === '6'")
+        await page.press("?")
+        await page.until("document.querySelector('.help kbd')")
+        await page.press("Escape")
+        await page.until("!document.querySelector('.help')")
+        # the address says where one is
+        assert "split=heldout" in await page.value("location.hash")
+
+
+async def test_filters_and_errors(runs: list[Path]) -> None:
+    async with shown(runs[0]) as (page, url):
+        await page.open(url + "#tab=samples&step=2&split=train")
+        await page.until(f"{CARDS}.length === 2")
+        groups = "document.querySelectorAll('.group').length"
+        assert await page.value(groups) == PROMPTS
+        await page.value("document.querySelector('.filterbox').open = true")
+
+        async def fill(label: str, text: str) -> None:
+            await page.value(f"document.querySelector('[aria-label=\"{label}\"]').select()")
+            await page.call("Input.insertText", text=text)
+
+        await fill("tokens from", "10")  # tokens are 8, 9 and 10
+        await page.until(f"{groups} === 1")
+        await fill("tokens from", "9")
+        await page.until(f"{groups} === 2")
+        await fill("score from", "1")
+        await page.until(f"{CARDS}.map((one) => one.classList.contains('dim')).join() === 'true,false'")
+        await fill("score from", "5")
+        await page.until("document.body.innerText.includes('No response passes the filters.')")
+        await page.value("[...document.querySelectorAll('.filters button')].at(-1).click()")
+        await page.until(f"{groups} === {PROMPTS}")
+        await page.value("document.querySelector('.filters [type=checkbox]').click()")  # with an error
+        await page.until(f"{groups} === 1 && {text_of('.prompt summary')}.startsWith('prompt 2')")
+        await page.value("document.activeElement.blur()")
+        await page.press("3")
+        await page.until("document.querySelectorAll('.error').length === 1")
+        assert "<script>" in await page.value(text_of(".error pre"))
+        await page.value("document.querySelector('.error .link').click()")
+        await page.until(f"{text_of('.steps b')} === '2'")
+
+
+async def test_two_steps_and_two_runs_side_by_side(runs: list[Path]) -> None:
+    async with shown(*runs) as (page, url):
+        await page.open(url + "#tab=samples&run=one&step=4&split=heldout")
+        await page.until(f"{CARDS}.length === 2")
+        await page.press("c")
+        sides = "[...document.querySelectorAll('.side h3')].map((one) => one.innerText).join()"
+        await page.until(f"{sides} === 'one · step 4,two · step 4' && {CARDS}.length === 4")
+        await page.press("ArrowLeft", shift=True)  # step 3 has no evaluation
+        await page.until("document.body.innerText.includes('No prompt of these responses is in step 3 of two')")
+        await page.press("ArrowLeft", shift=True)
+        await page.until(f"{sides} === 'one · step 4,two · step 2' && {CARDS}.length === 4")
+        await page.press("1")
+        await page.until(f"{SCORE}.replace(/\\s+/g, ' ') === '0.4 0.4'")
+        await page.value("document.querySelectorAll('.run')[1].click()")
+        await page.until(f"{SCORE} === '0.4'")
+
+
+async def test_a_phone_in_the_dark(runs: list[Path]) -> None:
+    async with shown(*runs) as (page, url):
+        for tab in ("curves", "samples&compare=1&split=heldout", "errors"):
+            await page.call("Page.navigate", url="about:blank")
+            await page.open(f"{url}#tab={tab}", width=390, height=844, dark=True)
+            await page.until("document.querySelectorAll('.chart canvas, .card, .error').length")
+            assert await page.value("document.documentElement.scrollWidth") <= 390, tab
+            red, green, blue = await page.value(
+                "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+            )
+            assert red + green + blue < 120, tab
+
+
+async def test_a_token_lets_a_browser_in(runs: list[Path]) -> None:
+    async with shown(runs[0], token="se cret") as (page, url):
+        await page.open(url)
+        await page.until("document.querySelector('input[type=password]')")
+        await page.value("document.querySelector('input[type=password]').focus()")
+        await page.call("Input.insertText", text="wrong")
+        await page.value("document.querySelector('.login button').click()")
+        await page.until("document.body.innerText.includes('This is not the token.')")
+        await page.call("Page.navigate", url="about:blank")
+        await page.open(url + "#token=se%20cret")
+        await page.until("document.querySelectorAll('.chart').length")
+        assert "cret" not in await page.value("location.href")
+        assert not [one for one in page.requested if "cret" in one.removeprefix(url + "#token=se%20cret")]
+        await page.call("Page.navigate", url="about:blank")
+        await page.open(url)  # the cookie is enough
+        await page.until("document.querySelectorAll('.chart').length")

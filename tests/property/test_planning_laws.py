@@ -1,0 +1,129 @@
+"""Laws of the plan's estimates that hold for every model, layout and workload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.planning.lengths import Lengths
+from rlhf.planning.memory import Training, training_terms
+from rlhf.planning.shapes import Shape
+from rlhf.planning.simulate import System, simulate
+
+SHAPES = st.builds(
+    lambda heads, groups, head_size, ffn, layers, vocab: Shape(
+        source="drawn",
+        hidden=heads * groups * head_size,
+        ffn=ffn,
+        layers=layers,
+        heads=heads * groups,
+        kv_heads=heads,
+        head_size=head_size,
+        vocab=vocab,
+        tied=False,
+    ),
+    heads=st.integers(1, 16),
+    groups=st.integers(1, 8),
+    head_size=st.sampled_from([32, 64, 128]),
+    ffn=st.integers(64, 30_000),
+    layers=st.integers(1, 100),
+    vocab=st.integers(100, 200_000),
+)
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> tuple[Shape, Training]:
+    shape, lora = draw(SHAPES), draw(st.sampled_from([None, 8, 64]))
+    whole, size = shape.parameters, draw(st.sampled_from([2, 4]))
+    return shape, Training(
+        trained=whole if lora is None else shape.lora_parameters(lora),
+        frozen=0 if lora is None else whole,
+        frozen_bytes=0.0 if lora is None else whole * size,
+        itemsize=size,
+        zero_stage=draw(st.sampled_from([0, 1, 2, 3])),
+        ranks=draw(st.integers(1, 64)),
+        tokens=draw(st.integers(1, 100_000)),
+        accumulates=draw(st.booleans()),
+        checkpointing=draw(st.booleans()),
+        lora_rank=lora,
+        scalar=draw(st.booleans()),
+        keeps_head_gradient=draw(st.booleans()),
+        offload=(),
+        on_gpu=draw(st.booleans()),
+        widens=draw(st.booleans()),
+    )
+
+
+def total(shape: Shape, training: Training) -> float:
+    return sum(term.nbytes for term in training_terms(shape, training))
+
+
+@given(trainings())
+def test_memory_grows_with_the_work_and_shrinks_with_the_ranks(drawn: tuple[Shape, Training]) -> None:
+    shape, one = drawn
+    assert total(shape, replace(one, tokens=2 * one.tokens)) >= total(shape, one)
+    assert total(shape, replace(one, ranks=2 * one.ranks)) <= total(shape, one)
+    assert total(shape, replace(one, accumulates=True)) >= total(shape, replace(one, accumulates=False))
+    more_layers = replace(shape, layers=2 * shape.layers)
+    assert total(more_layers, one) >= total(shape, one)
+    least = one.trained * (one.itemsize + 8) / one.ranks + one.frozen * one.itemsize / one.ranks
+    assert total(shape, one) >= least  # weights and moments, were all of it shared out
+
+
+@given(trainings())
+def test_what_is_offloaded_moves_and_is_not_lost(drawn: tuple[Shape, Training]) -> None:
+    shape, one = drawn
+    both = replace(one, on_gpu=True, zero_stage=3, offload=("optimizer", "parameters"))
+    there, here = training_terms(shape, both), training_terms(shape, replace(both, offload=()))
+    assert sum(t.nbytes for t in there if t.place == "device") < sum(t.nbytes for t in here)
+    assert sum(t.nbytes for t in there) == sum(t.nbytes for t in here)
+
+
+@settings(max_examples=40)
+@given(
+    engines=st.integers(1, 6),
+    prompts=st.integers(1, 12),
+    samples=st.integers(1, 4),
+    sigma=st.sampled_from([0.0, 0.5, 1.5]),
+    most=st.integers(1, 40),
+    rate=st.sampled_from([50.0, 5000.0]),
+    staleness=st.integers(0, 3),
+    mtbf=st.sampled_from([None, 2000.0]),
+)
+def test_no_step_is_shorter_than_its_training_and_no_gpu_busier_than_busy(
+    engines: int,
+    prompts: int,
+    samples: int,
+    sigma: float,
+    most: int,
+    rate: float,
+    staleness: int,
+    mtbf: float | None,
+) -> None:
+    system = System(
+        lengths=Lengths(most=500, mean=100.0, sigma=sigma),
+        prompts_per_step=prompts,
+        samples_per_prompt=samples,
+        prompt_tokens=20.0,
+        engines=engines,
+        gpus_per_engine=1,
+        training_gpus=2,
+        colocated=False,
+        max_num_seqs=most,
+        base_s=0.01,
+        each_s=0.001,
+        train_tokens_per_s=rate,
+        sync_s=0.5,
+        mtbf_s=mtbf,
+        restart_s=5.0,
+    )
+    found = simulate(system, staleness=staleness, steps=3, seed=0)
+    work = found.tokens_per_s * found.step_s / rate
+    assert found.step_s >= work - 1e-6
+    if staleness == 0:
+        assert found.step_s >= work + system.sync_s - 1e-6
+        assert found.lag == 0.0
+    for part in (found.gpus_busy, found.engines_busy, found.engines_full, found.trainer_busy, found.tail):
+        assert 0.0 <= part <= 1.0 + 1e-6

@@ -1,0 +1,244 @@
+"""The memory of a run, against sums made by hand and against what the code that it models says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.load import load
+from rlhf.config.root import Config
+from rlhf.errors import UserError
+from rlhf.planning import memory
+from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch
+from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
+from rlhf.planning.shapes import _TABLE, TINY, find_shape, shape_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# As the models' pages on the hub count them.
+PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
+    "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+}
+
+
+def shape(model: str = "meta-llama/Llama-3.3-70B-Instruct"):  # type: ignore[no-untyped-def]
+    return find_shape(model, shapes=None, made={})
+
+
+def run(tmp_path: Path, *overrides: str) -> Config:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {name: demo}\npolicy: {model: Qwen/Qwen2.5-7B-Instruct}\nalgorithm: {name: sft}\n"
+        "data: {train: x.jsonl}\n"
+        "train: {steps: 10, lr: 1e-6, sequences_per_update: 64, max_tokens_per_microbatch: 4096}\n"
+    )
+    return next(iter(load(path, overrides).runs.values()))
+
+
+def policy(tmp_path: Path, *overrides: str) -> Footprint:
+    return footprints(run(tmp_path, *overrides), Sizes())[0]
+
+
+def term(one: Footprint, name: str) -> float:
+    return sum(t.nbytes for t in one.terms if t.name == name)
+
+
+def test_the_table_has_every_model_and_their_published_sizes() -> None:
+    assert {model: shape(model).parameters for model in _TABLE} == PUBLISHED
+
+
+def test_the_tiny_model_is_the_one_that_is_made(tmp_path: Path) -> None:
+    from rlhf.models.tiny import build_tiny_llama
+
+    config = json.loads((build_tiny_llama(tmp_path / "tiny", seed=0) / "config.json").read_text())
+    assert shape_of(config, TINY.source) == TINY
+
+
+def test_parameters_are_those_of_the_model_that_transformers_builds() -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for kind in ("llama", "qwen2", "qwen3", "mistral"):
+        values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = AutoConfig.for_model(
+            kind, **values, num_key_value_heads=2, head_dim=16, vocab_size=100, pad_token_id=0, num_labels=1
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            scorer = AutoModelForSequenceClassification.from_config(config)
+        config.architectures = [type(model).__name__]
+        ours = shape_of(config.to_dict(), "test")
+        assert ours.parameters == sum(p.numel() for p in model.parameters()), kind
+        assert ours.scalar_parameters == sum(p.numel() for p in scorer.parameters()), kind
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_the_packed_forward_pass_saves(tmp_path: Path, dtype: str) -> None:
+    import torch
+
+    from rlhf.models.loading import load_causal_lm
+    from rlhf.models.packed import hidden_states
+    from rlhf.models.tiny import build_tiny_llama
+
+    tokens, kind = 256, getattr(torch, dtype)
+    model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=kind)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = hidden_states(model, torch.arange(tokens) % 200, torch.tensor([64] * 4))
+    assert found.requires_grad
+    measured = sum(size for where, size in saved.items() if where not in own)
+    ours = tokens * activation_bytes(TINY, itemsize=kind.itemsize, checkpointing=False, lora_rank=None)
+    assert ours == pytest.approx(measured, rel=0.06)  # rotary tables and the last norm are not counted
+
+
+def test_constants_of_the_code_that_is_modelled() -> None:
+    from actors import vllm_engine
+    from rlhf.objectives import vocabulary_head
+
+    assert memory.CHUNK_ROWS == vocabulary_head.CHUNK_ROWS
+    assert memory.CHUNKS_PER_PRODUCT == vocabulary_head.CHUNKS_PER_PRODUCT
+    assert memory.PREFILL_TOKENS == vllm_engine.PREFILL_TOKENS
+
+
+def test_a_machine_widens_as_the_products_do() -> None:
+    import torch
+
+    from rlhf.objectives.products import widens_products
+
+    assert Sizes().widens == widens_products(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_states_of_one_rank_by_hand(tmp_path: Path) -> None:
+    # 7,615,616,512 parameters over 4 ranks: bfloat16 weights are whole below stage 3, master weights (4 bytes) and
+    # moments (8) are shared out, and with stage 3 the weights too.
+    count = 7_615_616_512
+    four = policy(tmp_path, "cluster.roles.policy.workers=4")
+    assert term(four, "weights") == count * 2
+    assert term(four, "master weights") == count * 4 / 4
+    assert term(four, "Adam moments") == count * 8 / 4
+    assert term(four, "summed gradients") == count * 4 / 4
+    third = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 3}")
+    assert term(third, "weights") == count * 2 / 4
+    assert term(third, "weights gathered") == 10**9 * 2
+    plain = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}", "policy.dtype=float32")
+    assert (term(plain, "master weights"), term(plain, "Adam moments")) == (0, count * 8)
+
+
+def test_an_adapter_by_hand(tmp_path: Path) -> None:
+    # Rank 8 on each block of Qwen2.5-7B (H 3584, F 18944, queries 3584, keys 512), in + out of each layer:
+    # q 7168, k and v 4096 each, o 7168, gate, up, down 22528 each: 90,112; * 8 * 28 blocks = 20,185,088.
+    one = policy(tmp_path, "policy.lora={rank: 8}")
+    assert term(one, "Adam moments") == 20_185_088 * 8
+    assert term(one, "weights") == (7_615_616_512 + 20_185_088) * 2
+
+
+def test_a_base_in_four_bits_by_hand(tmp_path: Path) -> None:
+    # Of 7,615,616,512 the 28 blocks are 6,525,618,176 (the rest: embedding, head, last norm), at half a byte
+    # and a scale of four bytes for 64.
+    one = policy(tmp_path, "policy.lora={rank: 8, quantize: nf4}")
+    blocks = 7_615_616_512 - 2 * 152_064 * 3584 - 3584
+    assert blocks == 6_525_618_176
+    assert term(one, "weights") == blocks * 0.5625 + (7_615_616_512 - blocks + 20_185_088) * 2
+
+
+def test_the_cache_of_a_token_by_hand() -> None:
+    assert kv_bytes_per_token(shape(), itemsize=2) == 2 * 80 * 8 * 128 * 2 == 320 * 1024
+
+
+def test_the_head_by_hand() -> None:
+    # Llama-3.3: V 128,256, H 8192. 3 * 256 rows of float32 logits, 1024 rows of bfloat16 gradients, and the weight's
+    # gradient as a product in bfloat16 and a sum in float32.
+    wanted = 3 * 256 * 128_256 * 4 + 1024 * 128_256 * 2 + 128_256 * 8192 * 6
+    assert head_bytes(shape(), rows=4096, itemsize=2, trains_head=True, widens=False) == wanted
+
+
+def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
+    roles = "cluster.roles.policy={workers: 4, zero_stage: 3, offload: [optimizer]}"
+    one = policy(tmp_path, "cluster.device=cuda", roles)
+    there = policy(tmp_path, "cluster.device=cuda", "cluster.roles.policy={workers: 4, zero_stage: 3}")
+    moved = 7_615_616_512 * (4 + 8) / 4  # and the summed gradients, 4 bytes each
+    assert there.of("device") - one.of("device") == moved + 7_615_616_512 * 4 / 4
+    assert one.rss - there.rss == moved + 7_615_616_512 * 4 / 4
+
+
+def test_a_small_batch_never_fills_a_micro_batch(tmp_path: Path) -> None:
+    config = run(tmp_path, "train.sequences_per_update=2", "data.max_sequence_tokens=100")
+    assert tokens_of_microbatch(config, config.cluster.roles.policy) == (200, False)
+    assert tokens_of_microbatch(run(tmp_path), run(tmp_path).cluster.roles.policy) == (4096, True)
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        "policy.gradient_checkpointing=true",
+        "train.max_tokens_per_microbatch=2048",
+        "cluster.roles.policy={workers: 4}",
+        "cluster.roles.policy={workers: 4, zero_stage: 3}",
+        "policy.lora={}",
+    ],
+)
+def test_what_should_save_memory_does(tmp_path: Path, less: str) -> None:
+    assert policy(tmp_path, less).rss < policy(tmp_path).rss
+
+
+def test_more_ranks_and_higher_stages_never_take_more(tmp_path: Path) -> None:
+    for stage in (1, 2, 3):
+        sizes = [
+            policy(tmp_path, f"cluster.roles.policy={{workers: {n}, zero_stage: {stage}}}").rss for n in (2, 4, 8, 16)
+        ]
+        assert sizes == sorted(sizes, reverse=True)
+    at = [policy(tmp_path, f"cluster.roles.policy={{workers: 8, zero_stage: {z}}}").rss for z in (1, 2, 3)]
+    assert at == sorted(at, reverse=True)
+
+
+def test_a_model_of_unknown_size_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the sizes of some/model are not known here: there is no some/model/config.json"
+    ):
+        find_shape("some/model", shapes=None, made={})
+    (tmp_path / "some--model.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(UserError, match="is of GPT2LMHeadModel, whose memory is not modelled"):
+        find_shape("some/model", shapes=tmp_path, made={})
+    (tmp_path / "some--model.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": "8"}))
+    with pytest.raises(UserError, match="`hidden_size` is '8', expected a positive integer"):
+        find_shape("some/model", shapes=tmp_path, made={})
+
+
+def test_the_hub_cache_and_earlier_stages_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = tmp_path / "models--some--model" / "snapshots" / "abc"
+    at.mkdir(parents=True)
+    values = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (at / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "vocab_size": 9, **values}))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert find_shape("runs/x/final", shapes=None, made={"runs/x/final": "some/model"}).vocab == 9
+
+
+def test_the_engine_s_cache_is_what_the_gpu_has_left(tmp_path: Path) -> None:
+    config = next(iter(load(ROOT / "configs/ppo_70b_multinode.yaml").runs.values()))
+    engine = footprints(config, Sizes(gpu_memory_gib=80.0))[1]
+    assert engine.of("device") == pytest.approx(0.9 * 80 * GIB)
+    assert term(engine, "weights") == 70_553_706_496 * 2 / 4

@@ -1,0 +1,132 @@
+"""What `rlhf plan` adds to the derived numbers: memory, what fits, time and cost, simulations."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import rlhf
+from rlhf.config.load import load
+from rlhf.errors import UserError
+from rlhf.planning.time import forward_operations, training_stages
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = ROOT / "configs/ppo_70b_multinode.yaml"
+SMALL = "models/SmolLM2-135M-Instruct"
+NODES = "4*cpu=96,gpu=8,type=h100,mem=1000,price=98"
+
+
+def shapes(folder: Path) -> Path:
+    """A folder for --shapes with the model of the recipes that need no cluster, which need not be downloaded."""
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    (folder / SMALL).mkdir(parents=True)
+    (folder / SMALL / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large() -> str:
+    return rlhf.plan(LARGE, cluster=NODES)
+
+
+def cells(text: str, start: str) -> list[str]:
+    """The columns of the first line that begins so."""
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(start)][:1]
+    return line.split()
+
+
+def test_the_large_recipe_term_by_term(large: str) -> None:
+    # 70,553,706,496 parameters and 414,187,520 of the adapter, in bfloat16 over 16 ranks: 8.26 GiB.
+    assert "weights               8.26          70.97B * 2 bytes / 16" in large
+    assert "80 KiB a token" in large  # 320 KiB over four GPUs
+    assert cells(large, "GPU of policy, critic")[-7:] == ["80.00", "fits", "policy", "25.1", "+", "critic", "14.3"]
+    assert cells(large, "step  ")[2] == "100%"
+    assert "synchronous (max_staleness 0)" in large
+    assert "pipelined, 2 ahead" in large
+
+
+def test_cost_is_split_by_stage(large: str) -> None:
+    table = large.split("time of a step")[1].split("schedules;")[0]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[2:] if line.strip()]
+    stages, step = rows[: [row[0] for row in rows].index("step")], next(row for row in rows if row[0] == "step")
+    for column in (1, 3, 4):  # seconds, GPU hours, price
+        total = sum(float(row[column].replace(",", "")) for row in stages)
+        assert total == pytest.approx(float(step[column]), rel=0.01)
+    assert float(step[4]) == pytest.approx(float(step[1]) / 3600 * 4 * 98, rel=0.01)
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    text = rlhf.plan(LARGE, cluster="4*cpu=96,gpu=8,type=l40s,gpumem=24,mem=30")
+    assert "DOES NOT FIT" in text
+    assert "train.max_tokens_per_microbatch=5120: policy" in text
+    assert "cluster.roles.policy.offload=[optimizer]" not in text  # an adapter's optimizer is too small to matter
+    assert "cluster.roles.critic.offload=[optimizer]: critic" in text
+    assert "cluster.roles.rollout.tensor_parallel=8: rollout" in text
+
+
+def test_this_machine_is_held_against_a_run_on_cpus() -> None:
+    text = rlhf.plan(ROOT / "configs/quickstart.yaml")
+    assert "this machine" in text
+    assert "grpo" not in text.split()[0]
+    assert text.count("memory by place") == 2  # the supervised stage, and the one that starts from its model
+
+
+def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    text = rlhf.plan(LARGE, ["policy.model=some/model"], cluster=NODES)
+    assert "responses a step  256 prompts * 4 samples = 1024" in text
+    assert "no estimate of memory and time: the sizes of some/model are not known here" in text
+    (tmp_path / "some").mkdir()
+    (shapes(tmp_path) / SMALL).rename(tmp_path / "some/model")
+    text = rlhf.plan(LARGE, ["policy.model=some/model"], cluster=NODES, shapes=tmp_path)
+    assert "144.3M * 2 bytes / 16" in text  # 134,515,008 and 9,768,960 of the adapter
+
+
+def test_training_time_by_hand() -> None:
+    # Two passes forward, and one more for the checkpoints, of an adapter: 3 * (2 * weights + 2 * layers * Q * length).
+    from rlhf.config.nodes import parse_cluster
+    from rlhf.planning.footprints import Sizes
+    from rlhf.planning.lengths import Lengths
+    from rlhf.planning.shapes import find_shape
+
+    config = next(iter(load(LARGE).runs.values()))
+    lengths = Lengths(most=4096, mean=1000.0)
+    stages = training_stages(config, Sizes(), parse_cluster(NODES), lengths)
+    update = next(stage for stage in stages if stage.name == "update")
+    shape = find_shape(config.policy.model, shapes=None, made={})
+    weights = shape.parameters - shape.embedding - shape.hidden  # an embedding is looked up
+    tokens, length = 1024 * 2024, 2024
+    assert forward_operations(shape, length) == 2 * weights + 2 * 80 * 8192 * length
+    assert update.seconds == pytest.approx(tokens * 3 * forward_operations(shape, length) / (16 * 989e12 * 0.4))
+
+
+def test_a_simulation_of_the_recipe() -> None:
+    said = "gpus=32+128,staleness=0+1,steps=2,mtbf_h=50"
+    text = rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
+    rows = [line.split() for line in text.splitlines() if line.strip()[:3] in ("32 ", "128")]
+    assert [(row[0], row[1]) for row in rows] == [("32", "0"), ("32", "1"), ("128", "0"), ("128", "1")]
+    assert float(rows[1][2]) < float(rows[0][2])
+    assert text == rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
+
+
+def test_simulations_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gpus=33 is no multiple of the 32 that ppo-70b uses"):
+        rlhf.plan(LARGE, simulate="gpus=33")
+    with pytest.raises(UserError, match="has no run with rollouts"):
+        rlhf.plan(ROOT / "configs/sft_smollm2.yaml", simulate="steps=1")
+    colocated = ["cluster.device=cuda", "cluster.roles.rollout.colocate_with=policy"]
+    with pytest.raises(UserError, match="take turns; only staleness=0"):
+        rlhf.plan(ROOT / "configs/grpo_smollm2.yaml", colocated, simulate="staleness=1", shapes=shapes(tmp_path))
+    with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
+        rlhf.plan(LARGE, shapes=Path("nowhere"))

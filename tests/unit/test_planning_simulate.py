@@ -1,0 +1,139 @@
+"""The simulation: its limits are closed forms, and what should help does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.planning.lengths import Lengths, parse_lengths
+from rlhf.planning.scenarios import parse_spec
+from rlhf.planning.simulate import System, simulate
+
+ONE = System(
+    lengths=Lengths(most=1000, mean=100.0),
+    prompts_per_step=4,
+    samples_per_prompt=2,
+    prompt_tokens=10.0,
+    engines=1,
+    gpus_per_engine=1,
+    training_gpus=1,
+    colocated=False,
+    max_num_seqs=64,
+    base_s=0.01,
+    each_s=0.001,
+    train_tokens_per_s=1000.0,
+    sync_s=1.0,
+)
+MANY = replace(
+    ONE,
+    lengths=Lengths(most=4000, mean=500.0, sigma=1.0),
+    prompts_per_step=32,
+    samples_per_prompt=4,
+    engines=8,
+    training_gpus=8,
+    train_tokens_per_s=10_000.0,
+)
+
+
+def test_one_gpu_without_spread_is_the_closed_form() -> None:
+    # 8 responses of 100 tokens: 100 steps of 0.01 + 8 * 0.001 s. Training: 8 * 110 tokens at 1000 / s. Sync: 1 s.
+    found = simulate(ONE, staleness=0, steps=5, seed=0)
+    assert found.step_s == pytest.approx(1.8 + 0.88 + 1.0)
+    assert found.engines_busy == pytest.approx(1.8 / 3.68)
+    assert found.trainer_busy == pytest.approx(0.88 / 3.68)
+    assert found.gpus_busy == pytest.approx((1.8 + 0.88) / 3.68 / 2)
+    assert found.tokens_per_s == pytest.approx(880 / 3.68)
+    assert (found.tail, found.lag, found.failures) == (0.0, 0.0, 0)
+
+
+def test_a_full_engine_takes_turns() -> None:
+    # Two at a time: four waves of 100 steps of 0.01 + 2 * 0.001 s.
+    found = simulate(replace(ONE, max_num_seqs=2), staleness=0, steps=3, seed=0)
+    assert found.step_s == pytest.approx(4 * 1.2 + 0.88 + 1.0)
+    assert found.engines_full == pytest.approx(4.8 / 6.68)
+
+
+def test_a_slow_trainer_hides_all_of_the_rollouts() -> None:
+    # The trainer never waits: a step is its 88 s.
+    found = simulate(replace(ONE, train_tokens_per_s=10.0), staleness=1, steps=4, seed=0)
+    assert found.step_s == pytest.approx(88.0)
+    assert found.trainer_busy == pytest.approx(1.0)
+    assert found.lag == pytest.approx(1.0)
+
+
+def test_spread_costs_and_staleness_buys_it_back() -> None:
+    even = simulate(replace(MANY, lengths=Lengths(most=4000, mean=500.0)), staleness=0, steps=6, seed=0)
+    steps = [simulate(MANY, staleness=s, steps=6, seed=0) for s in (0, 1, 2)]
+    assert steps[0].step_s > 1.5 * even.step_s
+    assert steps[0].tail > 0.3
+    assert steps[0].step_s > steps[1].step_s > steps[2].step_s
+    assert [round(one.lag) for one in steps] == [0, 1, 2]
+    for one in steps:
+        assert all(0.0 <= part <= 1.0 + 1e-9 for part in (one.gpus_busy, one.engines_busy, one.engines_full, one.tail))
+
+
+def test_failures_cost_time_and_the_seed_says_which() -> None:
+    failing = replace(MANY, mtbf_s=600.0, restart_s=60.0)
+    calm, storm = (simulate(s, staleness=0, steps=6, seed=1) for s in (MANY, failing))
+    assert storm.failures > 0
+    assert storm.step_s > calm.step_s
+    assert storm == simulate(failing, staleness=0, steps=6, seed=1)
+    assert storm != simulate(failing, staleness=0, steps=6, seed=2)
+
+
+def test_an_engine_that_fails_answers_everything_again() -> None:
+    # Every response is trained on once: as many tokens a step as without failures.
+    failing = replace(ONE, mtbf_s=5.0, restart_s=1.0)
+    found = simulate(failing, staleness=0, steps=20, seed=0)
+    assert found.failures > 0
+    assert found.tokens_per_s * found.step_s == pytest.approx(880)
+
+
+def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
+    assert parse_lengths("lognormal:500:0.5", most=10**6).average() == pytest.approx(500, rel=0.03)
+    assert parse_lengths("lognormal:500:0.5", most=100).average() <= 100
+    file = tmp_path / "lengths.jsonl"
+    file.write_text("3\n" + json.dumps({"response_tokens": 5}) + "\n\n")
+    seen = parse_lengths(str(file), most=4)
+    assert seen.seen == (3, 5)
+    assert {seen.draw(Random(seed)) for seed in range(20)} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("lognormal:5", "expected lognormal:MEAN:SIGMA"),
+        ("lognormal:0:1", "expected a mean from 1 and a sigma from 0 to 5"),
+        ("nowhere.txt", "nowhere.txt: cannot be read: No such file"),
+        ("{bad}", r"bad.jsonl:2: expected a number, or an object with `response_tokens`, got 'x'"),
+        ("{empty}", "there are no lengths in it"),
+    ],
+)
+def test_wrong_lengths(tmp_path: Path, text: str, error: str) -> None:
+    (tmp_path / "bad.jsonl").write_text("3\nx\n")
+    (tmp_path / "empty").write_text("\n")
+    named = text.format(bad=tmp_path / "bad.jsonl", empty=tmp_path / "empty")
+    with pytest.raises(UserError, match=error):
+        parse_lengths(named, most=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("gpu=8", "got 'gpu=8', expected KEY=VALUE of gpus, staleness, base_ms"),
+        ("gpus", "got 'gpus', expected KEY=VALUE"),
+        ("gpus=0", "'gpus=0', expected whole numbers joined by +"),
+        ("gpus=8+x", "'gpus=8+x', expected whole numbers joined by +"),
+        ("staleness=99", "'staleness=99', expected whole numbers"),
+        ("mtbf_h=0", "'mtbf_h=0', expected hours between two failures of a node, at least 0.001"),
+        ("sync_s=nan", "'sync_s=nan', expected seconds"),
+    ],
+)
+def test_a_wrong_simulation(text: str, error: str) -> None:
+    with pytest.raises(UserError, match=error.replace("+", r"\+")):
+        parse_spec(text)
