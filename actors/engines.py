@@ -162,6 +162,10 @@ class RolloutEngines:
         await self.processes.found(deadline_s=deadline_s)
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
+    async def renew(self, spool: Path) -> bool:
+        """Make them those of another run; False if one of them has work of the last one left."""
+        return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
+
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
         """Answer all requests but those that are cancelled meanwhile; groups come as they are completed. The first
         failure ends the wait."""

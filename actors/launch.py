@@ -16,11 +16,11 @@ import ray
 
 from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
 from actors.cluster import connected
-from actors.engines import start_engines
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
+from actors.kept_engines import KEEPER
 from actors.merge import run_merge
 from actors.nodes import Nodes
 from actors.placement import reserve
@@ -52,7 +52,7 @@ from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
 from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
@@ -79,18 +79,23 @@ SHOWN_OFFLINE = (
 )
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False) -> None:
+def launch(
+    loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False, until: int | None = None
+) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
 
-    Preempted: SIGTERM came before that.
+    until: stop after this step, with a checkpoint from which `resume` goes on; of a single run. Preempted: SIGTERM came
+    before the end.
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
+    if until is not None:
+        _refuse_other_end(loaded, until)
     with sigterm_preempts() as told:
-        _run_stages(loaded, told, resume=resume, mode=mode)
+        _run_stages(loaded, told, resume=resume, mode=mode, until=until)
 
 
-def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode) -> None:
+def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
     for written in loaded.stages.values():
         meet_mirror(written, resume=resume)
         refuse_unusable_folder(written, resume=resume)
@@ -111,7 +116,7 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
                 continue
             told.refuse_more()
             if isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, told, resume=resume, mode=mode))
+                asyncio.run(_run_stage(stage, told, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):
                 run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
@@ -120,19 +125,34 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
         write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
 
 
-async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode) -> None:
+def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
+    """UserError unless it is a step of a single training run."""
+    steps = [config.train.steps for config in loaded.runs.values()]
+    if loaded.is_pipeline or not steps:
+        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
+    if not 1 <= until <= steps[0]:
+        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
+
+
+async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step, told)
+            await _run_online(stage, stage.inputs, record, step, told, until=until)
         else:
-            await _run_offline(stage, stage.inputs, record, step, told)
+            await _run_offline(stage, stage.inputs, record, step, told, until=until)
 
 
 async def _run_offline(
-    stage: StageInputs, inputs: OfflineInputs, record: RunRecord, step: int | None, told: Sigterm
+    stage: StageInputs,
+    inputs: OfflineInputs,
+    record: RunRecord,
+    step: int | None,
+    told: Sigterm,
+    *,
+    until: int | None,
 ) -> None:
     config = stage.config
     if step is None:
@@ -178,28 +198,38 @@ async def _run_offline(
             await controller.provide_reference()
         if step is not None:
             await controller.restore(step)
-        await heeding(
-            controller.run(),
+        is_done = await heeding(
+            controller.run(until=until),
             controller.notice,
             told,
             grace_s=config.train.preemption_grace_s,
             leaving=partial(leaving, placement.nodes()),
         )
-        await _finish(gang, record.folder)
+        if is_done:
+            await _finish(gang, record.folder)
 
 
 async def _run_online(
-    stage: StageInputs, inputs: OnlineInputs, record: RunRecord, step: int | None, told: Sigterm
+    stage: StageInputs,
+    inputs: OnlineInputs,
+    record: RunRecord,
+    step: int | None,
+    told: Sigterm,
+    *,
+    until: int | None,
 ) -> None:
     config = stage.config
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
     roles, derived = needs(config), derive(config)
-    placement = await reserve(config)
+    lent = await KEEPER.provide(
+        config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
+    )
+    placement, engines = lent.placement, lent.engines
     deadline_s = cluster.call_timeout_s
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, placement):
+    async with ending(groups, lent):
         policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
         if not distils_rollouts(config):
             policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
@@ -274,15 +304,7 @@ async def _run_online(
             settings,
             deadline_s=deadline_s,
         )
-        groups.append(reward)
-        engines = start_engines(
-            config,
-            placement,
-            max_model_len=inputs.max_model_len,
-            spool=record.folder.spool,
-            environment=inputs.environment,
-        )
-        groups.append(engines)
+        groups += [reward, lent]
         limit_s = cluster.start_timeout_s
         one_host = placement.on_one_host()
         engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
@@ -292,7 +314,7 @@ async def _run_online(
             await engines.sleep(keep_weights=False)
         await asyncio.gather(
             policy.start(one_host=one_host, deadline_s=limit_s),
-            *([] if engines_first else [engines.start(deadline_s=limit_s)]),
+            *([] if engines_first or lent.is_started else [engines.start(deadline_s=limit_s)]),
             reward.start(deadline_s=limit_s),
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),
@@ -322,14 +344,15 @@ async def _run_online(
         )
         if step is not None:
             await controller.restore(step)
-        await heeding(
-            controller.run(),
+        is_done = await heeding(
+            controller.run(until=until),
             controller.notice,
             told,
             grace_s=config.train.preemption_grace_s,
             leaving=partial(leaving, placement.nodes()),
         )
-        await _finish(policy, record.folder)
+        if is_done:
+            await _finish(policy, record.folder)
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
