@@ -87,7 +87,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=os.cpu_count(),
+                num_cpus=len(os.sched_getaffinity(0)),  # which `taskset`, Slurm and a sweep may narrow
                 object_store_memory=int(config.object_store_gib * 2**30),
                 include_dashboard=False,
                 log_to_driver=False,

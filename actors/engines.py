@@ -162,6 +162,10 @@ class RolloutEngines:
         await self.processes.found(deadline_s=deadline_s)
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
+    async def renew(self, spool: Path) -> bool:
+        """Make them those of another run; False if one of them has work of the last one left."""
+        return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
+
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
         """Answer all requests but those that are cancelled meanwhile; groups come as they are completed. The first
         failure ends the wait."""
@@ -181,10 +185,9 @@ class RolloutEngines:
                 done, _ = await asyncio.wait(waits, timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     stuck = sorted({engine for _, engine in waits.values()})
-                    owed = {columns[r.group_id]: f"rollout engine {engine}" for r, engine in waits.values()}
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
-                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses(owed)} {RESUMES}"
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses()} {RESUMES}"
                     )
                 for future in sorted(done, key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)

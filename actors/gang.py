@@ -50,8 +50,15 @@ class Stoppable(Protocol):
     def end(self) -> None: ...
 
 
+class Placed(Protocol):
+    """What holds resources."""
+
+    def release(self) -> None:
+        """Give them back."""
+
+
 @asynccontextmanager
-async def ending(groups: Sequence[Stoppable], placement: Placement) -> AsyncIterator[None]:
+async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterator[None]:
     """Stop the groups in order after the block, whose results are on disk then; after a failure end them at once."""
     try:
         yield

@@ -15,13 +15,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.cluster import OWN_RAY
 from rlhf.controller.notice import Notice
 from rlhf.errors import Preempted, UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SAME_S = 2.0  # `timeout` sends two, to the process and to its group
 LOOK_EVERY_S = 0.2
@@ -86,14 +87,14 @@ def sigterm_preempts() -> Iterator[Sigterm]:
 
 
 async def heeding(
-    work: Coroutine[Any, Any, None],
+    work: Coroutine[Any, Any, T],
     notice: Notice,
     told: Sigterm,
     *,
     grace_s: float,
     leaving: Callable[[], Awaitable[tuple[str, float | None] | None]],
-) -> None:
-    """A loop's work, which ends by itself when it has been given notice; grace_s later it is cut off.
+) -> T:
+    """A loop's work, which ends by itself when it has been given notice; grace_s later it is cut off. Its result.
 
     leaving: looks for a node of the run that is soon to go, which is a notice as SIGTERM is; and when it goes.
     """
@@ -120,7 +121,7 @@ async def heeding(
                 raise Preempted("what was at work is given up, since the run's own Ray was told to end too")
             if time.monotonic() - told.came > grace_s:
                 raise Preempted(f"the step at work was not done in {grace_s:g} s (train.preemption_grace_s, or less)")
-        await task
+        return await task
     finally:
         told.is_heeded = False
         task.cancel()

@@ -15,7 +15,8 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -102,6 +103,15 @@ class RolloutWorker:
         if self.spec.environment is not None:
             self._conversations = await self._start_environment(self.spec.environment)
         return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
+
+    async def renew(self, spool: Path) -> bool:
+        """Forget the run before: as after `start`, for one whose groups go to `spool`. False, and nothing done, if
+        requests of it are in flight: they would be written down as the new run's."""
+        if (await self.health()).requests_in_flight:
+            return False
+        self.spec = replace(self.spec, spool=spool)
+        self.version = None
+        return True
 
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
         """Open the way of the weights. Broadcast transports meet here: first_rank is the rank of the first worker."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.evaluation.scored import ScoredFile
     from rlhf.reporting.report import Report
+    from rlhf.sweeps.results import SweepResult
 
 __all__ = [
     "Preempted",
@@ -47,6 +48,7 @@ __all__ = [
     "serve_reward",
     "stop_job",
     "submit",
+    "sweep",
     "train",
     "view",
 ]
@@ -91,18 +93,39 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     json_lines: bool = False,
+    until: int | None = None,
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
-    quiet: no progress. json_lines: progress as JSON lines on stdout.
+    quiet: no progress. json_lines: progress as JSON lines on stdout. until: stop after this step, with a checkpoint
+    from which `resume` goes on.
 
     UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
-    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines)
+    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
     return loaded.folder
+
+
+def sweep(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> SweepResult:
+    """Vary keys of a configuration over many runs, as the file's section `sweep` says. What came of it.
+
+    resume: go on with the sweep in its folder; retry_failed: its failed trials too.
+    UserError: the input is wrong. RunError: no trial came to an end.
+    """
+    from rlhf.commands.sweep import run_sweep
+    from rlhf.config.sweep import load_sweep
+
+    return run_sweep(load_sweep(config, overrides), resume=resume, retry_failed=retry_failed, quiet=quiet)
 
 
 def export(run: str | Path, folder: str | Path, *, step: int | None = None) -> None:

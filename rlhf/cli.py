@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _how_to_go_on(given: Sequence[str], command: str) -> str:
     """With what a run that was cut off is continued."""
-    if command not in ("train", "quickstart"):
+    if command not in ("train", "sweep", "quickstart"):
         return ""
     resume = "" if "--resume" in given or command == "quickstart" else " --resume auto"
     return f"; continue with: rlhf {shlex.join(given)}{resume}"

@@ -22,6 +22,7 @@ from rlhf.commands import (
     reward,
     serve_reward,
     submit,
+    sweep,
     train,
     view,
 )
@@ -41,6 +42,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,
+    "sweep": sweep,
     "quickstart": quickstart,
     "export": export,
     "merge": merge,

@@ -19,6 +19,9 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="auto: continue the run in its folder"
     )
+    command.add_argument(
+        "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
+    )
     add_progress(command)
     add_overrides(command)
 
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.tracking.atomic import json_line
 
     loaded = load(args.config, args.overrides)
-    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, json_lines=args.json)
+    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, json_lines=args.json, until=args.until)
     if args.json:
         say(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
         return 0
@@ -39,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False) -> None:
+def launch(
+    loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False, until: int | None = None
+) -> None:
     """Run all stages in turn."""
     from actors.launch import launch as start
 
-    start(loaded, resume=resume, quiet=quiet, json_lines=json_lines)
+    start(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:

@@ -18,6 +18,7 @@ from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.explain import expected, is_section, members
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
+from rlhf.config.sweep import SweepFile
 
 HEAD = """\
 # Configuration
@@ -103,11 +104,19 @@ A stage that measures a model has this section. [evaluation](evaluation.md) says
 """
 
 
+SWEEP = """
+## Keys of a sweep
+
+A file for `rlhf sweep` has this one section. [sweeps](sweeps.md) says what each method does.
+"""
+
+
 def render() -> str:
     """The whole page."""
     shown: dict[type[Section], str] = {}
     text = HEAD + _keys(Config, shown) + MERGE + _keys(MergeFile, shown)
-    return text + EVALUATION + _key("evaluate", EvaluationStage.model_fields["evaluate"], shown)
+    text += EVALUATION + _key("evaluate", EvaluationStage.model_fields["evaluate"], shown)
+    return text + SWEEP + _keys(SweepFile, shown)
 
 
 def _keys(root: type[Section], shown: dict[type[Section], str]) -> str:
@@ -118,7 +127,11 @@ def _key(path: str, field: FieldInfo, shown: dict[type[Section], str]) -> str:
     """The sections that may stand at a key, each followed by the sections inside it. A section is described once."""
     text = ""
     for section in _sections(field):
-        tag = f" with `name: {get_args(section.model_fields['name'].annotation)[0]}`" if path == "algorithm" else ""
+        tag = (
+            f" with `name: {get_args(section.model_fields['name'].annotation)[0]}`"
+            if path in ("algorithm", "sweep.method")
+            else ""
+        )
         text += f"\n### `{path}`{tag}\n\n{_line(section.__doc__ or '')}"
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
         if section in shown:

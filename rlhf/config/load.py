@@ -36,10 +36,16 @@ class LoadedConfig:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """The checked configuration. UserError has a line for each mistake, with file and line or argument, key, value,
     rule and fix."""
-    tree = read_tree(Path(path))
+    return resolve(read_tree(Path(path)), overrides, Path(path).resolve().parent)
+
+
+def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
+    """`load` of a tree that was read already. `folder`: where files of rewards may stand beside it."""
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
-    _locate_rewards(tree.values, Path(path).resolve().parent)
+    _locate_rewards(tree.values, folder)
+    if "sweep" in tree.values:
+        raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
     if "merge" in tree.values and "stages" not in tree.values:
         raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
     if "evaluate" in tree.values and "stages" not in tree.values:

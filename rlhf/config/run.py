@@ -39,7 +39,7 @@ class TrackingConfig(Section):
     wandb_entity: str | None = Field(default=None, min_length=1)
     """W&B user or team. null: the account's own."""
     wandb_group: str | None = Field(default=None, min_length=1)
-    """W&B group. null: the pipeline's name for its stages; else none."""
+    """W&B group. null: the pipeline's name for its stages; else none. A sweep gives its trials its own name."""
     wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """W&B tags."""
     wandb_checkpoints: bool = False

@@ -121,6 +121,11 @@ def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, flo
     return where
 
 
+def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]], *, most: int) -> int:
+    """How many of `most` such runs fit into the nodes at once; 0: not even one."""
+    return next((count for count in range(most, 0, -1) if fit([*bundles] * count, nodes) is not None), 0)
+
+
 def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
     """In an order in which each role follows its host."""
     roles, gpu = cluster.roles, 1.0 if cluster.device == "cuda" else 0.0

@@ -92,15 +92,17 @@ class OfflineController:
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
 
-    async def run(self) -> None:
-        """Train until the last step. Continues from `step` if a checkpoint has been restored."""
+    async def run(self, *, until: int | None = None) -> bool:
+        """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
+        Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
+        end = train.steps if until is None else until
         arithmetic = await self.role.arithmetic()
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             record.begin_step()
             await self._evaluate()
             record.write_row(0, record.row())
-        while self.step < train.steps and not self.best.is_over:
+        while self.step < end and not self.best.is_over:
             step = self.step + 1
             record.begin_step()
             last = step == train.steps
@@ -126,13 +128,16 @@ class OfflineController:
             self.step = step
             is_best = evaluates and self.best.improves(row, step)
             is_over, is_told = last or self.best.is_over, self.notice.is_given
-            if is_over or is_told or is_best or step % train.checkpoint_every == 0:
+            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
+        if self.step < train.steps and not self.best.is_over:
+            return False
         await self._take_best()
+        return True
 
     async def _update(self, *, last: bool) -> None:
         """One optimizer step. A teacher with hardware of its own is meanwhile asked for the next one's rows."""

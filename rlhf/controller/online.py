@@ -97,16 +97,18 @@ class OnlineController:
         self.collector = Collector(config, prompts, self.answers, record, sampling)
         self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
 
-    async def run(self) -> None:
-        """Train until the last step. Continues from `step` if a checkpoint has been restored."""
+    async def run(self, *, until: int | None = None) -> bool:
+        """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
+        Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
+        end = train.steps if until is None else until
         record.begin_step()
         self.arithmetic = await self.roles.policy.arithmetic()
         await self._sync(self.step)
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             await self._evaluate(0)
             record.write_row(0, record.row())
-        while self.step < train.steps and not self.best.is_over:
+        while self.step < end and not self.best.is_over:
             step = self.step + 1
             self.state_before = self._state()
             record.begin_step()
@@ -121,17 +123,20 @@ class OnlineController:
             self.step = step
             is_best = evaluates and self.best.improves(record.row(), step)
             is_over, is_told = last or self.best.is_over, self.notice.is_given
-            if is_over or is_told or is_best or step % train.checkpoint_every == 0:
+            if is_over or is_told or step == end or is_best or step % train.checkpoint_every == 0:
                 await self._checkpoint(is_best=is_best)
             else:
                 record.write_row(step, record.row())
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
+        if self.step < train.steps and not self.best.is_over:
+            return False
         await self._to_trainers(keep_weights=False)  # for the export
         best = self.best.step
         if train.early_stopping is not None and best is not None and best != self.step:
             logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
             await self.roles.policy.load(record.folder.checkpoint(best) / "policy")
+        return True
 
     async def _train_step(self, step: int) -> None:
         """The arrows of the module's first line."""

@@ -6,6 +6,7 @@ Read once at start by the driver. It starts no device: GPUs are asked for by `nv
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -74,6 +75,14 @@ def _cpu_model() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here."""
+    limited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if limited is not None:
+        return [name.strip() for name in limited.split(",") if name.strip()]
+    return [str(index) for index in range(len(_gpus()))]
 
 
 def _gpus() -> list[str]:

@@ -77,7 +77,7 @@ class RunFolder:
             raise UserError(
                 f"run.dir: cannot create {path}: {error.strerror}. Choose a folder you can write."
             ) from error
-        lock = _lock(path)
+        lock = lock_folder(path, key="run.name")
         with ExitStack() as after_failure:
             after_failure.callback(os.close, lock)
             state = _state(path)
@@ -271,8 +271,9 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _lock(path: Path) -> int:
-    """The held lock of a run folder. flock: the kernel lets go of it when the process ends, kill -9 included."""
+def lock_folder(path: Path, *, key: str) -> int:
+    """The held lock of a folder that `key` of the configuration names. flock: the kernel lets go of it when the process
+    ends, kill -9 included."""
     lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -280,7 +281,7 @@ def _lock(path: Path) -> int:
         holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise UserError(
-            f"run.name: {path} is in use by process {holder}. Wait for that run to end, or choose another run.name."
+            f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
         ) from error
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

@@ -1,4 +1,5 @@
-"""Every recipe loads, and those of runs plan on any machine and repeat themselves. Planning imports nothing heavy."""
+"""Every recipe loads, those of runs plan on any machine and repeat themselves, and every trial of a sweep is a run.
+Planning imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,24 +13,35 @@ import pytest
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import load
 from rlhf.config.merge import load_merge
+from rlhf.config.sweep import load_sweep
 from rlhf.config.yaml_tree import read_tree
 from rlhf.planning.report import render
+from rlhf.sweeps.space import known_trials
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("**/*.yaml"))
 MERGES = [path for path in FILES if "merge" in read_tree(path).values]
-RECIPES = [path for path in FILES if path not in MERGES]
+SWEEPS = [path for path in FILES if "sweep" in read_tree(path).values]
+RECIPES = [path for path in FILES if path not in (*MERGES, *SWEEPS)]
 
 
 def test_there_are_recipes() -> None:
     names = {path.name for path in RECIPES}
     assert names >= {"quickstart.yaml", "quickstart_grpo.yaml", "ppo_smollm2.yaml", "grpo_smollm2.yaml"}
     assert "merge_ties.yaml" in {path.name for path in MERGES}
+    assert "sweep_tiny.yaml" in {path.name for path in SWEEPS}
 
 
 @pytest.mark.parametrize("path", MERGES, ids=lambda path: path.name)
 def test_a_merge_loads(path: Path) -> None:
     assert load_merge(path).out
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_a_sweep_loads_with_all_its_trials(path: Path) -> None:
+    sweep = load_sweep(path)
+    known_trials(sweep)
+    assert sweep.judged in sweep.base.runs
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -16,6 +16,7 @@ from rlhf.arguments import parse
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
+from rlhf.config.sweep import SweepFile, load_sweep
 from rlhf.tracking.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,7 @@ def test_configuration_keys_exist(page: Path) -> None:
     words = {re.split(r"[=: ]", text)[0] for text in quoted(page)}
     files = (".py", ".md", ".json", ".jsonl", ".yaml", ".yml")
     keys = [word for word in words if "." in word and not word.endswith(files)]
-    roots = {section: root for root in (EvaluationStage, MergeFile, Config) for section in root.model_fields}
+    roots = {section: root for root in (EvaluationStage, MergeFile, SweepFile, Config) for section in root.model_fields}
     keys = [key for key in keys if key.split(".")[0] in roots]
     assert not [key for key in keys if not has_key(roots[key.split(".")[0]], key.split("."))]
 
@@ -86,7 +87,7 @@ def test_configuration_keys_exist(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for command in commands(page):
-        words = shlex.split(command.replace("$lr", "1e-6"))
+        words = shlex.split(command)
         if words[0] == "make":
             assert words[1] in targets, command
             continue
@@ -97,8 +98,8 @@ def test_commands_parse(page: Path) -> None:
         if config is not None and config != "CONFIG":
             if config in written_by(page):
                 continue
-            load = rlhf.load_merge if args.command == "merge" else rlhf.load_config
-            load(ROOT / config, args.overrides)
+            loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
+            loads.get(args.command, rlhf.load_config)(ROOT / config, args.overrides)
 
 
 def test_the_readme_is_short() -> None:

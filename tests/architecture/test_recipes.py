@@ -10,7 +10,7 @@ import rlhf
 from rlhf.config.yaml_tree import read_tree
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
-RECIPES = [path for path in FILES if "merge" not in read_tree(path).values]
+RECIPES = [path for path in FILES if read_tree(path).values.keys().isdisjoint({"merge", "sweep"})]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -92,3 +92,9 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
         launch(loaded(tmp_path, "train.steps=500"), resume=True)
     assert f"{run.folder} is finished, with other settings: train.steps is 2 there and 500 here." in str(caught.value)
     assert "Choose another run.name" in str(caught.value)
+
+
+def test_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:
+    for step in (0, 3):
+        with pytest.raises(UserError, match=rf"--until: is {step}, and the run has the steps 1 to 2"):
+            launch(loaded(tmp_path), resume=False, until=step)

@@ -46,7 +46,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
 
 
 def raising(error: BaseException) -> Launch:
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
         raise error
 
     return launch
@@ -88,16 +88,17 @@ def test_train_passes_what_it_was_given(
 ) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False) -> None:
-        calls.append((loaded.stages["demo"].train.steps, loaded.stages["demo"].run.seed, resume, quiet, json_lines))
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
+        called = loaded.stages["demo"]
+        calls.append((called.train.steps, called.run.seed, resume, quiet, json_lines, until))
 
     launch_with(launch)
-    assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet"]) == 0
+    assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet", "--until", "2"]) == 0
     assert main(["train", file]) == 0
     capsys.readouterr()
     assert main(["train", file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"event": "done", "run": "demo", "folder": "runs/demo"}
-    assert calls == [(3, 5, True, True, False), (10, 0, False, False, False), (10, 0, False, False, True)]
+    assert calls == [(3, 5, True, True, False, 2), *((10, 0, False, False, told, None) for told in (False, True))]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_the_quickstart_recipes_are_found_from_anywhere(
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
         calls.append((loaded.stages["demo"].train.steps, resume))
 
     launch_with(launch)

@@ -1,0 +1,96 @@
+"""Rollout engines that outlive their run, for the next run of this process that needs the very same ones.
+
+A process that runs several trials of a sweep keeps them (`KEEPER.keeps`); any other ends them with its run. Of the run
+before they know nothing: they refuse to generate before a sync, and every batch begins without cached prefixes. Only
+engines on one CPU host are kept, whose weights come through shared memory: other transports hold on to their sender.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.engines import RolloutEngines, start_engines
+from actors.placement import Placement, reserve
+from rlhf.config.root import Config
+from rlhf.config.seating import seat
+from rlhf.errors import RunError
+from rlhf.rollouts.environments import EnvironmentSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Keeper:
+    """At most one set of engines, in the placement group that they sit in."""
+
+    keeps: bool = False
+    kept: LentEngines | None = None
+
+    async def provide(
+        self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
+    ) -> LentEngines:
+        """The run's place and its engines: those of the run before if they are the same, else new ones, not started."""
+        policy = config.policy
+        key = repr((policy.model, policy.dtype, policy.trust_remote_code, max_model_len, seat(config), config.cluster))
+        lent = self.kept
+        if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
+            self.kept, lent.is_kept, lent.is_started = None, False, True
+            logger.info("the rollout engines are those of the run before")
+            return lent
+        self.close()
+        placement = await reserve(config)
+        engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
+        whole = policy.lora is None and environment is None and config.cluster.device == "cpu"
+        may_stay = self.keeps and whole and engines.way is not None and engines.way.method == "shm"
+        return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
+
+    def close(self) -> None:
+        """End what is kept."""
+        if self.kept is not None:
+            self.kept.is_kept = False
+            self.kept.end()
+            self.kept.release()
+            self.kept = None
+
+
+@dataclass(slots=True, kw_only=True)
+class LentEngines:
+    """A run's engines and its placement group, which stay if the run ends in order."""
+
+    key: str  # of what they follow from
+    placement: Placement
+    engines: RolloutEngines
+    may_stay: bool
+    is_started: bool = False
+    is_kept: bool = False
+
+    async def stop(self) -> None:
+        """The run has ended in order."""
+        self.is_kept = self.may_stay
+        if not self.is_kept:
+            await self.engines.stop()
+
+    def end(self) -> None:
+        """End the engines at once, unless they stay."""
+        if not self.is_kept:
+            self.engines.end()
+
+    def release(self) -> None:
+        """Give the place back, unless they stay in it."""
+        if self.is_kept:
+            KEEPER.kept = self
+        else:
+            self.placement.release()
+
+
+async def _renewed(engines: RolloutEngines, spool: Path) -> bool:
+    try:
+        return await engines.renew(spool)
+    except RunError as error:
+        logger.warning("the rollout engines of the run before are of no use any more: %s", error)
+        return False
+
+
+KEEPER = Keeper()

@@ -1,0 +1,168 @@
+"""The process of a trial: `rlhf train` on its file, on its share of the machine, ended in order or by force.
+
+A process of its own session, so that Ctrl-C reaches the sweep alone, which then ends its trials. If the sweep dies, the
+kernel ends them in order. Nothing here knows what a trial is good for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+END_WITHIN_S = 60.0  # beyond what a run that is told to end has for its step and checkpoint
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Of this machine. Empty: all of it, as other trials have too."""
+
+    cores: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+
+
+class Process(Protocol):
+    """A trial at work."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it goes on."""
+
+    def interrupt(self) -> None:
+        """Tell it to end in order, once."""
+
+    def kill(self) -> None:
+        """End it and all that it has started, now."""
+
+
+class _Started:
+    """A process that is told to end, and killed if it does not in time."""
+
+    def __init__(self, words: Sequence[str], share: Share, *, grace_s: float, **streams: Any) -> None:
+        self.end_within_s = grace_s + END_WITHIN_S
+        parent = os.getpid()
+
+        def before_exec() -> None:  # in the child, which has this one thread
+            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)  # the sweep was gone before the child had asked to be told
+            if share.cores:
+                os.sched_setaffinity(0, share.cores)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            **streams,
+            start_new_session=True,
+            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {})},
+            preexec_fn=before_exec,
+        )
+        self.deadline: float | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it goes on."""
+        code = self.process.poll()
+        if code is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.kill()
+            code = self.process.wait()
+        return code
+
+    def interrupt(self) -> None:
+        """Tell it to end in order, once."""
+        if self.deadline is None and self.process.poll() is None:
+            self.deadline = time.monotonic() + self.end_within_s
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and all that it has started, now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self.process.pid)
+            below = [top, *top.children(recursive=True)]
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(below, timeout=10.0)
+
+
+class TrialProcess(_Started):
+    """`rlhf train` for one trial."""
+
+    def __init__(self, config: Path, log: Path, share: Share, *, until: int | None, grace_s: float = 0.0) -> None:
+        words = ["rlhf.cli", *train_words(config, until)]
+        with log.open("ab") as file:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            super().__init__(words, share, grace_s=grace_s, **streams)
+
+
+class WarmProcess(_Started):
+    """`rlhf train` for one trial after another in one process, whose engines stay where the next trial needs the same.
+
+    It ends with the first trial that fails or is interrupted: whoever comes next gets a new one.
+    """
+
+    def __init__(self, share: Share, *, grace_s: float = 0.0) -> None:
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        super().__init__(["rlhf.serve_trials"], share, grace_s=grace_s, **streams)
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def begin(self, config: Path, log: Path, *, until: int | None) -> None:
+        """The next trial."""
+        assert self.process.stdin is not None
+        order = {"words": train_words(config, until), "log": str(log)}
+        with contextlib.suppress(BrokenPipeError):  # then poll says how it has ended
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def poll(self) -> int | None:
+        """The exit code of the trial; None: it goes on."""
+        assert self.process.stdout is not None
+        code = super().poll()
+        told = self.process.stdout.readline()
+        return int(told) if told else code
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it takes another trial: it is there, and nobody has told it to end."""
+        return self.deadline is None and self.process.poll() is None
+
+    def dismiss(self) -> None:
+        """There are no more trials."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.deadline = time.monotonic() + self.end_within_s
+
+
+def train_words(config: Path, until: int | None) -> list[str]:
+    """What `rlhf` is told."""
+    words = ["train", str(config), "--resume", "auto", "--quiet"]
+    return [*words, "--until", str(until)] if until is not None else words
+
+
+def end_all(processes: Sequence[Process]) -> None:
+    """Tell all to end, and wait until they have: none is left. A second Ctrl-C kills them."""
+    for process in processes:
+        process.interrupt()
+    wait_for_all(processes)
+
+
+def wait_for_all(processes: Sequence[Process]) -> None:
+    """Until all have ended, each in its time. Ctrl-C kills them."""
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise

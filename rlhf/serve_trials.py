@@ -1,0 +1,55 @@
+"""Trials of a sweep one after another in one process: the next one finds Ray, the imports and equal engines there.
+
+Started by actors.sweep, which writes a line of JSON a trial to stdin and reads an exit code from stdout; all else that
+is said goes to the trial's log. It ends when stdin does, or with the first trial that does not end well, since nobody
+knows what that one has left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import ExitStack, suppress
+
+from rlhf.cli import main
+from rlhf.errors import RunError, UserError
+
+
+def serve() -> int:
+    """Until there are no more."""
+    with ExitStack() as to_the_end, os.fdopen(os.dup(1), "w") as replies:
+        has_ray = False
+        for line in sys.stdin:
+            order = json.loads(line)
+            sys.stdout.flush()
+            with open(order["log"], "ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            if not has_ray:
+                has_ray = True
+                with suppress(UserError, RunError):  # main meets it again, and says it
+                    _keep(to_the_end, order["words"][1])
+            code = main(order["words"])
+            replies.write(f"{code}\n")
+            replies.flush()
+            if code != 0:
+                return code
+    return 0
+
+
+def _keep(to_the_end: ExitStack, config: str) -> None:
+    """Have Ray, and engines that are left, until the last trial is done."""
+    from rlhf.config.load import load
+
+    (run,) = load(config).runs.values()
+    from actors.cluster import connected
+    from actors.kept_engines import KEEPER
+
+    to_the_end.enter_context(connected(run.cluster))
+    to_the_end.callback(KEEPER.close)
+    KEEPER.keeps = True
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

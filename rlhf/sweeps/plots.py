@@ -1,0 +1,130 @@
+"""Pictures of a sweep: the metric against each parameter, parallel coordinates, the curves of all trials.
+
+Drawn from a SweepResult and the trials' metrics; nothing is decided here. It never imports pyplot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.sweep import Sweep
+from rlhf.sweeps.journal import Journal
+from rlhf.sweeps.results import SweepResult, TrialResult, judged_folder, metric_values, shown
+
+_PANEL_INCHES = (4.2, 3.2)
+_COLUMNS = 3
+_COLORS = "viridis"
+
+
+def plot(sweep: Sweep, journal: Journal, result: SweepResult) -> list[Path]:
+    """Write the pictures into plots/; none before a trial has a value."""
+    folder = result.folder / "plots"
+    rows = [row for row in result.rows if row.value is not None]
+    if not rows:
+        return []
+    folder.mkdir(exist_ok=True)
+    keys = list(sweep.config.parameters)
+    drawn = [_against(sweep, rows, keys, folder / "parameters.png"), _parallel(sweep, rows, keys, folder)]
+    return [*drawn, _curves(sweep, journal, rows, folder / "curves.png")]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[float], list[str] | None, bool]:
+    """Each row's place on a parameter's axis, the names of the places if they are no numbers, whether it is log."""
+    values = [row.parameters[key] for row in rows]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        parameter = sweep.config.parameters[key]
+        spread = parameter.values is not None and min(values) > 0.0 and max(values) >= 10.0 * min(values)
+        return [float(value) for value in values], None, parameter.scale == "log" or spread
+    names = list(dict.fromkeys(map(shown, values)))
+    return [float(names.index(shown(value))) for value in values], names, False
+
+
+def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], output: Path) -> Path:
+    columns = min(_COLUMNS, len(keys))
+    lines = -(-len(keys) // columns)
+    figure = _figure(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines)
+    for place, key in enumerate(keys, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        where, names, log = _places(sweep, rows, key)
+        for row, x in zip(rows, where, strict=True):
+            full = row.state == "finished"
+            axes.plot(x, row.value, "o", color="#2563eb", markerfacecolor="#2563eb" if full else "none", markersize=6)
+        if log:
+            axes.set_xscale("log")
+        if names is not None:
+            axes.set_xticks(range(len(names)), names, rotation=20)
+        axes.set_title(key, fontsize=10, loc="left")
+        if place % columns == 1 or columns == 1:
+            axes.set_ylabel(sweep.metric, fontsize=9)
+        _plain(axes)
+    figure.savefig(output, dpi=120)
+    return output
+
+
+def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], folder: Path) -> Path:
+    """A line for each trial through an axis for each parameter and one for the metric, the axes scaled alike."""
+    import math
+
+    from matplotlib import colormaps
+
+    figure = _figure(2.2 * (len(keys) + 1), 3.8)
+    axes = figure.add_subplot()
+    columns: list[list[float]] = []
+    for index, key in enumerate([*keys, None]):
+        where, names, log = (
+            ([row.value or 0.0 for row in rows], None, False) if key is None else _places(sweep, rows, key)
+        )
+        scaled = [math.log(x) if log else x for x in where]
+        low, high = min(scaled), max(scaled)
+        columns.append([0.5 if high == low else (x - low) / (high - low) for x in scaled])
+        ends = (
+            ((0.0, names[0]), (1.0, names[-1])) if names else ((0.0, f"{min(where):.4g}"), (1.0, f"{max(where):.4g}"))
+        )
+        axes.axvline(index, color="#9ca3af", linewidth=0.8)
+        for height, text in ends if high > low else ends[:1]:
+            at = height if high > low else 0.5
+            axes.annotate(text, (index, at), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for row, heights in zip(rows, zip(*columns, strict=True), strict=True):
+        good = 1.0 - heights[-1] if sweep.lower_is_better else heights[-1]
+        style = "-" if row.state == "finished" else ":"
+        axes.plot(range(len(heights)), heights, style, color=colormaps[_COLORS](good), linewidth=1.6)
+    axes.set_xticks(range(len(keys) + 1), [*keys, sweep.metric], fontsize=8)
+    axes.set_yticks([])
+    axes.set_ylim(-0.08, 1.12)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    figure.savefig(folder / "parallel.png", dpi=120)
+    return folder / "parallel.png"
+
+
+def _curves(sweep: Sweep, journal: Journal, rows: Sequence[TrialResult], output: Path) -> Path:
+    from matplotlib import colormaps
+
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    for number, row in enumerate(rows):
+        points = metric_values(judged_folder(sweep, journal.folder / "trials" / row.trial), sweep.metric)
+        steps, values = zip(*points, strict=True)
+        color = colormaps[_COLORS](number / max(len(rows) - 1, 1))
+        style = "-" if row.state == "finished" else ":"
+        axes.plot(steps, values, style, color=color, linewidth=1.6, marker="o", markersize=3, label=row.trial)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_title(sweep.metric, fontsize=10, loc="left")
+    if len(rows) <= 12:
+        axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    figure.savefig(output, dpi=120)
+    return output
+
+
+def _plain(axes: Any) -> None:
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,165 @@
+"""What came of a sweep: a row for each trial, the best of them, and the files and the table that say so.
+
+Everything is read from the journal and the trials' run folders, so it can be written at any time, also of a sweep that
+is under way.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.config.dump import dump_yaml
+from rlhf.config.sweep import Sweep
+from rlhf.config.yaml_tree import kind
+from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
+from rlhf.tracking.progress import duration, number
+from rlhf.tracking.tracker import read_metrics
+
+if TYPE_CHECKING:
+    from rlhf.sweeps.journal import Journal, State, Trial
+    from rlhf.sweeps.space import Values
+
+MOST_OF_ERROR = 300  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """One trial, as far as it has come."""
+
+    trial: str
+    state: State
+    parameters: Values
+    value: float | None  # the metric's last value; None: it has none
+    best_value: float | None  # over the steps
+    best_step: int | None
+    step: int  # last one that is written down
+    time_s: float
+    error: str | None
+    origin: tuple[str, ...]  # whose checkpoints it went on from, in a population
+
+    def flat(self) -> dict[str, Any]:
+        """A row with a column for each parameter."""
+        row: dict[str, Any] = {"trial": self.trial, "state": self.state, **self.parameters, "value": self.value}
+        row |= {"best_value": self.best_value, "best_step": self.best_step, "step": self.step, "time_s": self.time_s}
+        return {**row, "error": self.error, "origin": " ".join(self.origin)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepResult:
+    """All trials in order, and the one to take."""
+
+    folder: Path
+    metric: str  # with its sign
+    rows: tuple[TrialResult, ...]
+    best: TrialResult | None  # None: no trial has a value
+
+    def to_table(self) -> Table:
+        """For the terminal, the best one marked."""
+        keys = list(self.rows[0].parameters) if self.rows else []
+        title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
+        table = Table(title=title, title_justify="left", caption="* best", caption_justify="left")
+        table.add_column("trial")
+        for heading in keys:
+            table.add_column(heading, justify="right", overflow="fold")
+        for heading in (self.metric.removeprefix("-"), "step", "time"):
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_column("outcome", overflow="fold")
+        for row in self.rows:
+            mark = "*" if row == self.best else ""
+            outcome = row.state if row.error is None else f"{row.state}: {row.error}"
+            outcome += "".join(f", from {origin}" for origin in row.origin[-1:])
+            numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
+            cells = [f"{row.trial}{mark}", *(shown(row.parameters[key]) for key in keys), *numbers, outcome]
+            table.add_row(*map(Text, cells), style="bold" if mark else None)
+        return table
+
+
+def shown(value: Any) -> str:
+    """A parameter's value for people."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else kind(value) if not isinstance(value, dict) else json.dumps(value)
+
+
+def collect(sweep: Sweep, journal: Journal) -> SweepResult:
+    """From the run folders."""
+    rows = tuple(_row(sweep, journal, trial) for _, trial in sorted(journal.trials.items()))
+    sign = -1.0 if sweep.lower_is_better else 1.0
+    done = [row for row in rows if row.state == "finished" and row.value is not None]
+    done = done or [row for row in rows if row.state in ("stopped", "open") and row.value is not None]
+    best = max(done, key=lambda row: sign * row.value, default=None)  # type: ignore[operator]
+    return SweepResult(folder=sweep.folder, metric=sweep.config.metric, rows=rows, best=best)
+
+
+def write(sweep: Sweep, result: SweepResult) -> None:
+    """results.jsonl, results.csv and best.yaml."""
+    rows = [row.flat() for row in result.rows]
+    write_lines(result.folder / "results.jsonl", rows)
+    if rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(result.folder / "results.csv", text.getvalue())
+    if result.best is not None:
+        write_atomic(result.folder / "best.yaml", _best_yaml(sweep, result.best))
+
+
+def _best_yaml(sweep: Sweep, best: TrialResult) -> str:
+    said = f"# {best.trial} of the sweep {sweep.folder}: {sweep.metric} was {best.value:g} at step {best.step}.\n"
+    if best.origin:
+        said += (
+            "# These are the parameters that it ended with. It went on from checkpoints of others "
+            f"({', '.join(best.origin)}),\n# so a run with these from its beginning is another one.\n"
+        )
+    return said + dump_yaml(sweep.best(best.parameters))
+
+
+def judged_folder(sweep: Sweep, run: Path) -> Path:
+    """Of the stage whose metric it is, within a trial's folder."""
+    return run / sweep.judged if sweep.base.is_pipeline else run
+
+
+def metric_values(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """A run's (step, value), steps rising; empty before it has any."""
+    return [(row["step"], row[metric]) for row in read_metrics(folder) if row.get(metric) is not None]
+
+
+def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
+    folder = judged_folder(sweep, journal.run_folder(trial.number))
+    rows = read_metrics(folder)
+    values = [(row["step"], row[sweep.metric]) for row in rows if row.get(sweep.metric) is not None]
+    sign = -1.0 if sweep.lower_is_better else 1.0
+    best = max(values, key=lambda item: sign * item[1], default=(None, None))
+    return TrialResult(
+        trial=trial.name,
+        state=trial.state,
+        parameters=trial.parameters,
+        value=values[-1][1] if values else None,
+        best_value=best[1],
+        best_step=best[0],
+        step=rows[-1]["step"] if rows else 0,
+        time_s=rows[-1]["time_s"] if rows else 0.0,
+        error=trial.error,
+        origin=tuple(trial.origin),
+    )
+
+
+def explain_failure(folder: Path, said: str, code: int) -> str:
+    """Why a trial's process failed: its own last words, else the run's errors.jsonl, else its last lines; its code."""
+    _, found, paragraph = said.rpartition("rlhf: error: ")
+    if not found:
+        errors = read_lines(folder / "errors.jsonl")
+        lines = [line for line in said.splitlines() if line.strip()]
+        paragraph = errors[-1]["message"] if errors else " / ".join(lines[-3:])
+    how = f"killed by signal {-code}" if code < 0 else f"exit {code}"
+    words = " ".join(paragraph.split())
+    return f"{how}: {words[:MOST_OF_ERROR]}{'...' if len(words) > MOST_OF_ERROR else ''}" if words else how

@@ -1,0 +1,91 @@
+"""Our sweep as a native one of W&B: its server chooses the trials, its agents run ours.
+
+What is sent is made here and can be looked at without a server. W&B passes a trial's parameters as `key=value` words
+to `rlhf sweep FILE --trial`, which makes the run of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
+from rlhf.errors import RunError, UserError
+
+METHODS = {"grid": "grid", "random": "random", "bayesian": "bayes", "asha": "random"}
+
+
+def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
+    """W&B's form of it. `words`: the file and overrides that `rlhf sweep` was given.
+
+    UserError for what W&B cannot do.
+    """
+    config, method = sweep.config, sweep.config.method
+    if isinstance(method, PbtMethod):
+        raise UserError(f"{sweep.source}: sweep.method: W&B has no pbt; run it without --wandb")
+    if any(stage.tracking.wandb != "online" for stage in sweep.base.runs.values()):
+        raise UserError(f"{sweep.source}: --wandb: W&B judges what it is told; set tracking.wandb=online")
+    made: dict[str, Any] = {
+        "name": config.name,
+        "method": METHODS[method.name],
+        "metric": {"name": sweep.metric, "goal": "minimize" if sweep.lower_is_better else "maximize"},
+        "parameters": {key: _parameter(key, parameter) for key, parameter in config.parameters.items()},
+        "command": ["${env}", "rlhf", "sweep", *words, "--trial", "${args_no_hyphens}"],
+    }
+    if not isinstance(method, GridMethod):
+        made["run_cap"] = method.trials
+    if isinstance(method, AshaMethod):
+        eta = round(method.reduction_factor)
+        if eta != method.reduction_factor:
+            raise UserError(f"{sweep.source}: sweep.method.reduction_factor: W&B takes whole numbers; {eta} is near")
+        made["early_terminate"] = {"type": "hyperband", "min_iter": method.grace_steps, "eta": eta, "strict": True}
+    return made
+
+
+def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
+    if parameter.values is not None:
+        for value in parameter.values:
+            if not isinstance(value, bool | int | float | str):
+                raise UserError(f"sweep.parameters.{key}: W&B passes no {value!r} on; take strings and numbers alone")
+        return {"values": list(parameter.values)}
+    log = parameter.scale == "log"
+    low, high = parameter.min, parameter.max
+    assert low is not None
+    assert high is not None
+    if parameter.integer and not log and parameter.step is None:
+        return {"distribution": "int_uniform", "min": int(low), "max": int(high)}
+    if parameter.step is not None or parameter.integer:
+        name = "q_log_uniform_values" if log else "q_uniform"
+        return {"distribution": name, "min": low, "max": high, "q": parameter.step or 1.0}
+    return {"distribution": "log_uniform_values" if log else "uniform", "min": low, "max": high}
+
+
+def create(sweep: Sweep, words: list[str]) -> str:
+    """Make it on W&B's server; `ENTITY/PROJECT/ID`, which agents take. RunError: the server did not."""
+    made = sweep_configuration(sweep, words)
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise UserError("--wandb: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
+    project = next(iter(sweep.base.runs.values())).tracking.wandb_project
+    try:
+        found = wandb.sweep(made, project=project)
+        return f"{wandb.Api().default_entity}/{project}/{found}"
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        raise RunError(f"--wandb: W&B did not make the sweep: {error}") from error
+
+
+def run_agent(identity: str, *, count: int | None) -> None:
+    """Run trials that W&B chooses, one after the other, until it has no more or `count` are done."""
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise UserError("--agent: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
+    here = str(Path(sys.executable).parent)  # where this `rlhf` is: the agent looks its command up
+    os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", "")])
+    try:
+        wandb.agent(identity, count=count)
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        raise RunError(f"--agent: W&B's agent failed: {error}") from error

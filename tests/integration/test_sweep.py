@@ -1,0 +1,303 @@
+"""Real sweeps over tiny runs: one that crashes is a row of the table; stopping, copying, killing and going on.
+
+Each trial is a process with a Ray of its own. The short one is in every run of the tests, the others are slow.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from wandb.proto.wandb_internal_pb2 import RunRecord
+
+import rlhf
+from rlhf.cli import main
+from rlhf.config.load import load
+from tests.integration.recipes import ONLINE, merge, rows, without_clocks
+
+RUN: dict[str, Any] = {
+    "run": {"name": "tiny"},
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "algorithm": {"name": "sft"},
+    "data": {
+        "train": {"task": "running_totals", "split": "sft", "size": 64},
+        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
+        "apply_chat_template": False,
+    },
+    "train": {
+        "steps": 4,
+        "lr": 1e-3,
+        "sequences_per_update": 16,
+        "max_tokens_per_microbatch": 512,
+        "checkpoint_every": 2,
+    },
+    "eval": {"every": 2},
+    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
+}
+LAST_NUMBER = {"correct": {"function": "last_number"}}
+CRASHES = 1e30  # a learning rate after which no loss is finite
+
+
+def sweep_file(folder: Path, name: str, **sweep: Any) -> Path:
+    """A sweep of the tiny run over learning rates."""
+    section: dict[str, Any] = {
+        "name": name,
+        "dir": str(folder),
+        "config": RUN,
+        "parameters": {"train.lr": {"values": [1e-3, CRASHES, 1e-2]}},
+        "method": {"name": "grid"},
+        "metric": "-eval/heldout/loss",
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"sweep": section | sweep}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`rlhf sweep` in a session of its own."""
+    with file.with_suffix(".log").open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rlhf.cli", "sweep", str(file), *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], *, timeout_s: float = 240.0) -> None:
+    """Until it holds; the process must go on meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the sweep has ended"
+        assert time.monotonic() < deadline, f"waited {timeout_s} s"
+        time.sleep(0.2)
+
+
+def trial_processes(folder: Path) -> list[psutil.Process]:
+    """Those that run a trial of this folder, and all below them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder / "trials") in word for word in process.info["cmdline"] or ()):
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def wrote(folder: Path, trial: int, step: int) -> bool:
+    """Whether a trial has written this step's row."""
+    run = folder / "trials" / f"trial-{trial:03d}"
+    return (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows(run))
+
+
+def test_a_crash_of_one_trial_is_not_that_of_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = sweep_file(tmp_path, "crash")
+    assert main(["sweep", str(file), "--quiet"]) == 0
+    folder = tmp_path / "crash"
+    first, crashed, best = results(folder)
+    assert [row["state"] for row in (first, crashed, best)] == ["finished", "failed", "finished"]
+    assert "not finite in optimizer step 2" in crashed["error"]
+    assert best["value"] < first["value"]
+    with (folder / "results.csv").open(encoding="utf-8") as text:
+        assert [float(row["train.lr"]) for row in csv.DictReader(text)] == [1e-3, CRASHES, 1e-2]
+    shown = capsys.readouterr().out
+    assert "trial-002*" in shown
+    assert "not finite" in " ".join(shown.split())
+    assert load(folder / "best.yaml").stages["tiny-crash"].train.lr == 1e-2  # type: ignore[union-attr]
+    assert {path.name for path in (folder / "plots").iterdir()} == {"parameters.png", "parallel.png", "curves.png"}
+    run = folder / "trials" / "trial-002"
+    assert (run / "final" / "model.safetensors").exists()
+    assert rows(run)[-1]["eval/heldout/loss"] == best["value"]
+    assert not trial_processes(folder)
+    capsys.readouterr()
+    assert main(["sweep", str(file), "--quiet"]) == 2
+    assert "already holds a sweep" in capsys.readouterr().err
+    assert main(["sweep", str(file), "--quiet", "--resume", "auto"]) == 0  # nothing is left to do
+    assert results(folder) == [first, crashed, best]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_six_trials_one_of_which_crashes(tmp_path: Path) -> None:
+    values = [3e-4, 1e-3, CRASHES, 3e-3, 1e-2, 3e-2]
+    file = sweep_file(tmp_path, "six", parameters={"train.lr": {"values": values}})
+    found = rlhf.sweep(file, quiet=True)
+    assert [row.state for row in found.rows] == ["finished", "finished", "failed", *["finished"] * 3]
+    assert found.best is not None
+    assert found.best.value == min(row.value for row in found.rows if row.state == "finished" and row.value is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The second trial equals one that was never killed; the first is not touched; the failed one stays failed."""
+    changes = ["train.steps=400", "train.checkpoint_every=5", "eval.every=50", "sweep.concurrency=1"]
+    parameters = {"train.lr": {"values": [CRASHES, 1e-3, 2e-3]}}
+    file = sweep_file(tmp_path, "killed", parameters=parameters)
+    folder = tmp_path / "killed"
+    sweep = start(file, *changes)
+    wait_until(lambda: wrote(folder, 1, 60), sweep)
+    os.kill(sweep.pid, signal.SIGKILL)
+    for process in trial_processes(folder):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    sweep.wait(timeout=30)
+    assert not (folder / "trials" / "trial-001" / "final").exists()
+    assert (folder / "trials" / "trial-001" / "checkpoints" / "latest").exists()
+    failed = (folder / "trials" / "trial-000" / "metrics.jsonl").read_bytes()
+
+    again = start(file, *changes, "--resume", "auto")
+    assert again.wait(timeout=600) == 0, file.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+    assert [row["state"] for row in results(folder)] == ["failed", "finished", "finished"]
+    assert (folder / "trials" / "trial-000" / "metrics.jsonl").read_bytes() == failed
+    assert "resumed from the checkpoint" in (folder / "trials" / "trial-001.log").read_text(encoding="utf-8")
+
+    unbroken = sweep_file(tmp_path, "unbroken", parameters={"train.lr": {"values": [1e-3]}})
+    rlhf.sweep(unbroken, changes, quiet=True)
+    ours = without_clocks(rows(folder / "trials" / "trial-001"))
+    assert ours == without_clocks(rows(tmp_path / "unbroken" / "trials" / "trial-000"))
+
+    failed_again = start(file, *changes, "--resume", "auto", "--retry-failed")
+    assert failed_again.wait(timeout=300) == 0
+    log = (folder / "trials" / "trial-000.log").read_text(encoding="utf-8")
+    assert log.count("not finite in optimizer step 2") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_that_ends_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
+    file = sweep_file(tmp_path, "ended", parameters={"train.lr": {"values": [1e-3, 2e-3]}})
+    folder = tmp_path / "ended"
+    sweep = start(file, "train.steps=100000", "eval.every=50")
+    wait_until(lambda: wrote(folder, 0, 5) and wrote(folder, 1, 5), sweep)
+    running = trial_processes(folder)
+    assert running
+    os.kill(sweep.pid, how)
+    assert sweep.wait(timeout=120) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    _, alive = psutil.wait_procs(running, timeout=0.0 if how == signal.SIGINT else 90.0)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert {row["state"] for row in map(json.loads, (folder / "trials.jsonl").open()) if row["event"] == "end"} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
+    """Of four draws the third alone is bad: it is worse than others were at step 4, and stops soon after, with a
+    checkpoint and no failure."""
+    method = {"name": "asha", "trials": 4, "grace_steps": 4, "reduction_factor": 2}
+    parameters = {"train.lr": {"values": [1e-2, 1e-7]}}
+    file = sweep_file(tmp_path, "asha", method=method, parameters=parameters, seed=8)
+    found = rlhf.sweep(file, ["train.steps=300", "eval.every=4", "train.checkpoint_every=4"], quiet=True)
+    by_rate: dict[float, set[str]] = {}
+    for row in found.rows:
+        by_rate.setdefault(row.parameters["train.lr"], set()).add(row.state)
+    assert by_rate[1e-7] == {"stopped"}
+    assert "finished" in by_rate[1e-2]
+    assert found.best is not None
+    assert found.best.parameters["train.lr"] == 1e-2
+    stopped = found.rows[2]
+    assert 4 <= stopped.step < 300
+    assert not (found.folder / "trials" / stopped.trial / "final").exists()
+    assert not trial_processes(found.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_optuna_suggests_from_what_is_known(tmp_path: Path) -> None:
+    method = {"name": "bayesian", "trials": 3}
+    parameters = {
+        "train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"},
+        "train.sequences_per_update": {"values": [8, 16]},
+    }
+    file = sweep_file(tmp_path, "bayes", method=method, parameters=parameters)
+    found = rlhf.sweep(file, ["sweep.method.trials=2"], quiet=True)
+    assert [row.state for row in found.rows] == ["finished"] * 2
+    more = rlhf.sweep(file, resume=True, quiet=True)
+    assert more.rows[:2] == found.rows
+    assert len({row.parameters["train.lr"] for row in more.rows}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_population_goes_on_from_its_best(tmp_path: Path) -> None:
+    """The member whose rate is too small takes up the other's weights at step 2 with another rate, exactly: its next
+    rows are those of a run that does the same by hand."""
+    method = {"name": "pbt", "trials": 2, "every": 2, "quantile": 0.5, "resample": 0.0}
+    parameters = {"train.lr": {"min": 1e-7, "max": 1e-2, "scale": "log"}}
+    file = sweep_file(tmp_path, "pbt", method=method, parameters=parameters, seed=1)
+    found = rlhf.sweep(file, quiet=True)
+    assert [row.state for row in found.rows] == ["finished"] * 2
+    copied = next(row for row in found.rows if row.origin)
+    (origin,) = copied.origin
+    source = next(row for row in found.rows if row.trial == origin.partition("@")[0])
+    assert origin.endswith("@2")
+    factor = copied.parameters["train.lr"] / source.parameters["train.lr"]
+    assert min(abs(factor - 0.8), abs(factor - 1.2)) < 1e-4
+
+    hand = found.folder / "trials" / f"{source.trial}.yaml"
+    own = ["run.name=hand", f"run.dir={tmp_path}"]
+    rlhf.train(hand, own, until=2, quiet=True)
+    rlhf.train(hand, [*own, f"train.lr={copied.parameters['train.lr']}"], resume=True, quiet=True)
+    ours, theirs = rows(found.folder / "trials" / copied.trial), rows(tmp_path / "hand")
+    assert without_clocks(ours[-2:]) == without_clocks(theirs[-2:])
+    assert [row["step"] for row in ours] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
+    """And are one group of W&B, their parameters in its config."""
+    pairs = {"task": "running_totals", "split": "pairs", "size": 32}
+    run = RUN | {
+        "algorithm": {"name": "dpo"},
+        "data": {"train": pairs, "eval": pairs | {"seed": 5, "size": 16}, "apply_chat_template": False},
+        "tracking": {"wandb": "offline"},
+    }
+    file = sweep_file(tmp_path, "dpo", config=run, parameters={"algorithm.beta": {"values": [0.1, 0.3]}}, concurrency=1)
+    found = rlhf.sweep(file, quiet=True)
+    assert [row.state for row in found.rows] == ["finished"] * 2
+    assert len(list((found.folder / "trials" / "reference_logprobs").iterdir())) == 2  # training and evaluation set
+    logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
+    assert [log.count("are written to") for log in logs] == [2, 0]
+    assert [log.count("are those in") for log in logs] == [0, 2]
+    for row in found.rows:
+        (record,) = (found.folder / "trials" / row.trial / "wandb").glob("offline-run-*/*.wandb")
+        text = record.read_bytes()
+        assert RunRecord(run_group="dpo").SerializeToString() in text
+        assert b"beta" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_equal_engines_stay_from_one_trial_to_the_next(tmp_path: Path, tiny_model: Path) -> None:
+    """And what the later trial samples and learns with them is, bit for bit, what it does with engines of its own."""
+    changes = {"run": {"name": "tiny"}, "policy": {"model": str(tiny_model)}, "algorithm": {"name": "grpo"}}
+    run = merge(ONLINE, {**changes, "rewards": LAST_NUMBER})
+    parameters = {"train.lr": {"values": [1e-3, 1e-4]}}
+    file = sweep_file(tmp_path, "warm", config=run, parameters=parameters, metric="rewards/score/mean", concurrency=1)
+    found = rlhf.sweep(file, quiet=True)
+    assert [row.state for row in found.rows] == ["finished"] * 2
+    logs = [(found.folder / "trials" / f"{row.trial}.log").read_text(encoding="utf-8") for row in found.rows]
+    assert ["the rollout engines are those of the run before" in log for log in logs] == [False, True]
+    rlhf.train(found.folder / "trials" / "trial-001.yaml", ["run.name=alone", f"run.dir={tmp_path}"], quiet=True)
+    ours, alone = rows(found.folder / "trials" / "trial-001"), rows(tmp_path / "alone")
+    assert without_clocks(ours) == without_clocks(alone)
+    assert ours[-1]["rollouts/response_tokens/mean"] > 0
+    assert not [process for process in psutil.Process().children(recursive=True) if "serve_trials" in process.name()]

@@ -1,0 +1,203 @@
+"""What a sweep knows after a kill, what comes of its trials, and who goes on from whom. Run folders made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.load import load
+from rlhf.config.sweep import Sweep, load_sweep
+from rlhf.errors import UserError
+from rlhf.sweeps.journal import Copy, Journal
+from rlhf.sweeps.plots import plot
+from rlhf.sweeps.results import collect, explain_failure, write
+from rlhf.sweeps.space import known_trials
+from rlhf.sweeps.strategy import Listed, Population
+from rlhf.tracking.atomic import write_lines
+from rlhf.tracking.run_folder import RunFolder, is_sound
+from tests.unit.test_config_sweep import write_sweep
+
+PBT = {"name": "pbt", "trials": 4, "every": 4, "quantile": 0.25, "resample": 0.0}
+
+
+def wrote(journal: Journal, number: int, **losses: float) -> None:
+    """A run's rows: `s4=0.5` is a loss at step 4."""
+    folder = journal.run_folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": int(at[1:]), "time_s": 1.0, "eval/heldout/loss": loss} for at, loss in losses.items()]
+    write_lines(folder / "metrics.jsonl", rows)
+
+
+def checkpoint(journal: Journal, number: int, step: int) -> None:
+    """One whose weights are the run's number."""
+    path = journal.run_folder(number)
+    with RunFolder.open(path.parent, path.name, resume=True) as folder:
+        (folder.begin_checkpoint(step) / "weights").write_text(str(number))
+        folder.commit_checkpoint(step)
+
+
+def journal_of(sweep: Sweep, *, resume: bool = False) -> Journal:
+    return Journal.open(sweep, resume=resume)
+
+
+def test_a_sweep_that_was_killed_knows_its_trials(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path))
+    known = known_trials(sweep)
+    assert known is not None
+    with journal_of(sweep) as journal:
+        listed = Listed(journal, known)
+        first, second = listed.next(), listed.next()
+        assert first is not None
+        assert second is not None
+        journal.end(0, "failed", "exit 1: token hf_abcdefghijklmnopqrstuvwx was wrong")
+        with pytest.raises(UserError, match=r"sweep.name: .* is in use by process"):
+            journal_of(sweep, resume=True)
+    with (sweep.folder / "trials.jsonl").open("a") as file:
+        file.write('{"event": "tri')  # cut by the kill
+    with pytest.raises(UserError, match=r"already holds a sweep\. Continue it with --resume auto"):
+        journal_of(sweep)
+    with journal_of(sweep, resume=True) as journal:
+        assert {n: trial.state for n, trial in journal.trials.items()} == {0: "failed", 1: "open"}
+        assert journal.trials[0].error == "exit 1: token *** was wrong"
+        assert journal.trials[1].parameters == known[1]
+        assert Listed(journal, known).left == [1, 2]
+        journal.end(0, "open")
+        assert Listed(journal, known).left == [0, 1, 2]
+    with journal_of(sweep, resume=True) as journal:
+        assert journal.trials[0].state == "open"
+
+
+def test_only_more_trials_may_be_asked_of_a_sweep_that_goes_on(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path))
+    journal_of(sweep).close()
+    more = load_sweep(write_sweep(tmp_path), ["sweep.method.trials=5", "sweep.concurrency=1"])
+    journal_of(more, resume=True).close()
+    for change in ("sweep.seed=1", "train.weight_decay=0.5", "sweep.metric=-eval/heldout/perplexity"):
+        other = load_sweep(write_sweep(tmp_path), ["sweep.method.trials=5", change])
+        with pytest.raises(UserError, match=f"with other settings: .*{change.partition('=')[0]}"):
+            journal_of(other, resume=True)
+
+
+def test_what_comes_of_the_trials(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path))
+    known = known_trials(sweep)
+    assert known is not None
+    with journal_of(sweep) as journal:
+        for number, values in enumerate(known):
+            journal.add(number, values)
+        wrote(journal, 0, s0=3.0, s4=1.0, s9=2.0)
+        wrote(journal, 1, s0=3.0, s4=0.5)
+        journal.end(0, "finished")
+        journal.end(1, "stopped")
+        journal.end(2, "failed", "exit 1: the end")
+        found = collect(sweep, journal)
+        write(sweep, found)
+        pictures = plot(sweep, journal, found)
+    assert [(row.value, row.best_value, row.best_step, row.step) for row in found.rows] == [
+        (2.0, 1.0, 4, 9),
+        (0.5, 0.5, 4, 4),
+        (None, None, None, 0),
+    ]
+    assert found.best == found.rows[0]  # one that has come to its end goes before a stopped one
+    lines = [json.loads(line) for line in (sweep.folder / "results.jsonl").read_text().splitlines()]
+    assert lines[2]["error"] == "exit 1: the end"
+    assert lines[0]["train.lr"] == known[0]["train.lr"]
+    assert (
+        (sweep.folder / "results.csv").read_text().splitlines()[0].startswith("trial,state,train.lr,value,best_value")
+    )
+    (best,) = load(sweep.folder / "best.yaml").runs.values()
+    assert best.train.lr == known[0]["train.lr"]
+    assert best.run.name == "tiny-rates"
+    assert all(path.stat().st_size > 5000 for path in pictures)
+    assert len(pictures) == 3
+
+
+def test_why_a_trial_failed(tmp_path: Path) -> None:
+    assert (
+        explain_failure(tmp_path, "INFO\nrlhf: error: data.train: is\n  empty\n", 2) == "exit 2: data.train: is empty"
+    )
+    assert explain_failure(tmp_path, "one\ntwo\n\nthree\nfour\n", 1) == "exit 1: two / three / four"
+    write_lines(tmp_path / "errors.jsonl", [{"message": "rank 0 is gone"}])
+    assert explain_failure(tmp_path, "INFO\n", -9) == "killed by signal 9: rank 0 is gone"
+
+
+def population(tmp_path: Path) -> tuple[Sweep, Any]:
+    sweep = load_sweep(write_sweep(tmp_path, method=PBT))
+    return sweep, known_trials(sweep)
+
+
+def arrive(journal: Journal, members: Population, losses: dict[int, float]) -> None:
+    """All members do their four steps."""
+    for number, loss in losses.items():
+        assignment = members.next()
+        assert assignment is not None
+        assert (assignment.trial.number, assignment.until) == (number, 4)
+        wrote(journal, number, s0=9.0, s4=loss)
+        checkpoint(journal, number, 4)
+    for number in losses:
+        members.ended(journal.trials[number])
+
+
+def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        (journal.run_folder(1) / "spool").mkdir(parents=True)
+        (journal.run_folder(1) / "spool" / "group").write_text("sampled by other weights")
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        next_one = members.next()
+        assert next_one is not None
+        assert next_one.until == 8
+        copied = journal.trials[1]
+        assert copied.origin == ["trial-002@4"]
+        assert copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(
+            0.8, rel=1e-4
+        ) or copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(1.2, rel=1e-4)
+        assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
+        assert is_sound(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
+        assert not list((journal.run_folder(1) / "spool").glob("*"))
+        assert journal.trials[0].parameters == known[0]
+        assert (journal.run_folder(0) / "checkpoints" / "latest" / "weights").read_text() == "0"
+
+
+def test_no_member_goes_on_before_all_have_arrived(tmp_path: Path) -> None:
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        assert [members.next() is None for _ in range(5)] == [False] * 4 + [True]
+        wrote(journal, 0, s4=1.0)
+        checkpoint(journal, 0, 4)
+        members.ended(journal.trials[0])
+        assert members.next() is None
+
+
+def test_a_population_that_was_killed_does_what_was_left_of_its_look(tmp_path: Path) -> None:
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        journal.look(4, [Copy(trial=1, source=2, step=4, parameters={"train.lr": 5e-3})])  # and then the kill
+    with journal_of(sweep, resume=True) as journal:
+        again = Population(sweep, journal, known)
+        assert journal.trials[1].parameters == {"train.lr": 5e-3}
+        assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
+        assert again.left == [0, 1, 2, 3]
+        checkpoint(journal, 3, 8)
+    with journal_of(sweep, resume=True) as journal:
+        assert Population(sweep, journal, known).left == [0, 1, 2]
+        assert journal.trials[1].origin == ["trial-002@4"]
+
+
+def test_a_member_that_failed_is_replaced(tmp_path: Path) -> None:
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        journal.end(0, "failed", "exit 1")
+        members.next()
+        assert journal.trials[0].state == "open"
+        assert journal.trials[0].origin == ["trial-002@4"]
+        assert not journal.trials[1].origin  # one of four is replaced, and that is the failed one

@@ -1,0 +1,117 @@
+"""Ray Tune's Optuna searcher and successive halving, as the sweep's methods: what they suggest, stop, and know again.
+
+Trials are made by hand: a run's rows are written at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from actors.search import Asha, Bayesian, strategy_of
+from rlhf.config.sweep import Sweep, load_sweep
+from rlhf.errors import UserError
+from rlhf.sweeps.journal import Journal
+from rlhf.sweeps.space import known_trials
+from tests.unit.test_config_sweep import write_sweep
+from tests.unit.test_sweeps_journal import wrote
+
+ASHA = {"name": "asha", "trials": 4, "grace_steps": 2, "reduction_factor": 2}
+
+
+def bayesian(folder: Path, trials: int) -> Sweep:
+    parameters = {
+        "train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"},
+        "train.lr_schedule": {"values": ["linear", "cosine"]},
+    }
+    return load_sweep(write_sweep(folder, method={"name": "bayesian", "trials": trials}, parameters=parameters))
+
+
+def run_all(sweep: Sweep, *, resume: bool, most: int) -> list[float]:
+    """The rates of the trials that are run now; the loss is least at 1e-3, and with cosine."""
+    rates = []
+    with Journal.open(sweep, resume=resume) as journal:
+        method = strategy_of(sweep, journal, known_trials(sweep))
+        while len(rates) < most and (assignment := method.next()) is not None:
+            trial = assignment.trial
+            rate = trial.parameters["train.lr"]
+            wrote(
+                journal, trial.number, s9=abs(rate - 1e-3) * 1e3 + (trial.parameters["train.lr_schedule"] == "linear")
+            )
+            journal.end(trial.number, "finished")
+            method.ended(trial)
+            rates.append(rate)
+    return rates
+
+
+def test_optuna_comes_near_the_best_rate_and_goes_on_without_repeating_itself(tmp_path: Path) -> None:
+    sweep = bayesian(tmp_path, 30)
+    first = run_all(sweep, resume=False, most=4)
+    rest = run_all(sweep, resume=True, most=99)
+    assert (len(first), len(rest)) == (4, 26)
+    assert len({*first, *rest}) == 30
+    assert all(1e-4 <= rate <= 1e-2 for rate in (*first, *rest))
+    early, late = (sorted(abs(rate - 1e-3) for rate in rates) for rates in ([*first, *rest[:6]], rest[-10:]))
+    assert late[5] < early[5]  # medians: it looks where the loss was low
+
+
+def test_a_trial_that_a_kill_left_is_first_and_counts_once(tmp_path: Path) -> None:
+    sweep = bayesian(tmp_path, 2)
+    with Journal.open(sweep, resume=False) as journal:
+        begun = Bayesian(sweep, journal, trials=2).next()
+        assert begun is not None
+    with Journal.open(sweep, resume=True) as journal:
+        method = Bayesian(sweep, journal, trials=2)
+        again = method.next()
+        assert again is not None
+        assert again.trial.parameters == begun.trial.parameters
+        journal.end(0, "failed", "exit 1")
+        method.ended(again.trial)
+        assert method.next() is not None
+        assert method.next() is None
+
+
+def test_without_optuna_one_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with Journal.open(bayesian(tmp_path, 2), resume=False) as journal, pytest.raises(UserError, match="extra `sweeps`"):
+        Bayesian(bayesian(tmp_path, 2), journal, trials=2)
+
+
+def asha(sweep: Sweep, journal: Journal) -> Asha:
+    method = strategy_of(sweep, journal, known_trials(sweep))
+    assert isinstance(method, Asha)
+    return method
+
+
+def test_the_worse_half_is_stopped_at_each_look(tmp_path: Path) -> None:
+    """Looks at steps 2, 4 and 8. At each the better half of those that came so far goes on, here by the median: the
+    first always; 3 is worse than 2 and stops; 1 is better and goes on."""
+    sweep = load_sweep(write_sweep(tmp_path, method=ASHA))
+    with Journal.open(sweep, resume=False) as journal:
+        method = asha(sweep, journal)
+        trials = [assignment.trial for _ in range(4) if (assignment := method.next()) is not None]
+        assert not method.report(trials[0], 0, 99.0)
+        assert not method.report(trials[0], 2, 2.0)
+        assert method.report(trials[1], 2, 3.0)
+        assert not method.report(trials[2], 2, 1.0)
+        assert not method.report(trials[2], 4, 1.0)
+        assert method.report(trials[0], 4, 2.0)
+
+
+def test_successive_halving_knows_after_a_kill_what_it_knew(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, method=ASHA))
+    with Journal.open(sweep, resume=False) as journal:
+        method = asha(sweep, journal)
+        for loss in (2.0, 1.0):
+            assignment = method.next()
+            assert assignment is not None
+            wrote(journal, assignment.trial.number, s0=9.0, s2=loss)
+            journal.end(assignment.trial.number, "finished")
+    with Journal.open(sweep, resume=True) as journal:
+        method = asha(sweep, journal)
+        assignment = method.next()
+        assert assignment is not None
+        assert assignment.trial.number == 2
+        assert method.report(assignment.trial, 2, 1.8)  # the median of 2.0 and 1.0 is 1.5
