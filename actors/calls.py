@@ -26,7 +26,6 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
     """The results, in order. The first failure is raised at once, whatever the others still do; of a rank that died
     and the peers that it took along, the rank is named."""
     began = time.monotonic()
-    owed = {ref: f"{role} rank {rank}" for rank, ref in enumerate(refs)}
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
     try:
         done, pending = await asyncio.wait(futures, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -35,18 +34,13 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
         failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
         if failed:
             rank, error = min(failed, key=lambda found: (not isinstance(found[1], RayActorError), found[0]))
-            failure = explain(error, role=role, rank=rank, stage=stage)
-            lost = "" if isinstance(error, RayActorError) else losses(owed)
-            if lost:
-                raise RunError(f"{failure}{lost} {RESUMES}") from failure
-            raise failure
+            raise explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
-            why = losses({refs[rank]: owed[refs[rank]] for rank in late}) or IT_HANGS
             raise RunError(
                 f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
-                f"{time.monotonic() - began:.0f} s ({limit}).{why} {RESUMES}"
+                f"{time.monotonic() - began:.0f} s ({limit}).{losses() or IT_HANGS} {RESUMES}"
             )
         return [future.result() for future in futures]
     finally:
@@ -59,9 +53,9 @@ async def wait_one(ref: ObjectRef[Any], *, role: str, rank: int, stage: str, dea
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
-        why = losses({ref: f"{role} rank {rank}"}) or IT_HANGS
         raise RunError(
-            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s).{why} {RESUMES}"
+            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s)."
+            f"{losses() or IT_HANGS} {RESUMES}"
         ) from error
     except RayError as error:
         raise explain(error, role=role, rank=rank, stage=stage) from error
@@ -75,14 +69,14 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
         cause = error.cause
         if isinstance(cause, UserError):
             failure = UserError(str(cause))
-        elif isinstance(cause, RunError):
-            failure = RunError(f"{who} failed: {cause}")
         else:
-            failure = RunError(f"{who} failed: {type(cause).__name__}: {_short(str(cause))}")
+            told = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
+            lost = losses()
+            failure = RunError(f"{who} failed: {told}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
         failure = RunError(f"{who} {_how_it_died(error)} {RESUMES}")
     else:
-        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}")
+        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{losses()}")
     failure.__cause__ = error
     return failure
 

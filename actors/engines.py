@@ -185,10 +185,9 @@ class RolloutEngines:
                 done, _ = await asyncio.wait(waits, timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     stuck = sorted({engine for _, engine in waits.values()})
-                    owed = {columns[r.group_id]: f"rollout engine {engine}" for r, engine in waits.values()}
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
-                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses(owed)} {RESUMES}"
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses()} {RESUMES}"
                     )
                 for future in sorted(done, key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)

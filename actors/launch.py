@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import ray
 
+from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
 from actors.cluster import connected
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
@@ -22,11 +22,10 @@ from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, lo
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.kept_engines import KEEPER
 from actors.merge import run_merge
-from actors.models import refuse_other_model
 from actors.nodes import Nodes
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
-from actors.recording import open_mirror, recording
+from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
 from actors.standing import leaving
 from actors.teacher import spawn_online_teacher, spawn_teacher
@@ -45,16 +44,14 @@ from rlhf.config.derive import (
     ships_adapter,
     uses_reward_model,
 )
-from rlhf.config.differences import changes
 from rlhf.config.dump import dump_yaml
-from rlhf.config.load import LoadedConfig, load
+from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
-from rlhf.config.stages import MergeStage, Stage, result_of, run_folder
+from rlhf.config.stages import MergeStage, result_of
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
-from rlhf.controller.record import RunRecord, read_state
-from rlhf.data.stream import Cursor, Stream
+from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError, UserError
 from rlhf.rewards.scoring import fingerprint
 from rlhf.tracking import logs
@@ -94,9 +91,14 @@ def launch(
     logs.configure()
     if until is not None:
         _refuse_other_end(loaded, until)
+    with sigterm_preempts() as told:
+        _run_stages(loaded, told, resume=resume, mode=mode, until=until)
+
+
+def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
     for written in loaded.stages.values():
-        _meet_mirror(written, resume=resume)
-        _refuse_unusable_folder(written, resume=resume)
+        meet_mirror(written, resume=resume)
+        refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
         logger.info("%s is finished: nothing is left to do", loaded.name)
@@ -104,9 +106,9 @@ def launch(
     stages = load_inputs(loaded)
     for stage in stages if resume else ():
         if isinstance(stage, StageInputs):
-            _refuse_other_checkpoint(stage)
+            refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
-    with connected(clusters[0]) if clusters else nullcontext(), sigterm_preempts() as told:
+    with connected(clusters[0]) if clusters else nullcontext():
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
@@ -130,82 +132,6 @@ def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
         raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
     if not 1 <= until <= steps[0]:
         raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
-
-
-def _meet_mirror(stage: Stage, *, resume: bool) -> None:
-    """With `resume`, bring here what the mirror has and the folder lacks. UserError if a new run would replace one."""
-    if stage.run.mirror is None or (resume and result_of(stage).exists()):
-        return
-    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
-        mirror = open_mirror(stage, folder)
-        assert mirror is not None
-        if resume:
-            mirror.fetch()
-        elif mirror.holds_run():
-            raise UserError(
-                f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
-                "run.name, or remove it there."
-            )
-
-
-def _refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
-    """UserError if the run's folder cannot be written, is in use, or holds what this run would not go on from."""
-    path = run_folder(stage)
-    if resume and result_of(stage).exists():
-        _refuse_other_settings(stage)
-        return
-    try:
-        with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
-            if resume and folder.latest_checkpoint() is None and any(folder.checkpoints.glob("step_*")):
-                raise UserError(
-                    f"--resume: no checkpoint in {folder.checkpoints} is whole, so there is nothing to go on from. "
-                    "Bring one back from a copy, or remove the folder's checkpoints to start from the beginning."
-                )
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
-        ) from error
-
-
-def _refuse_other_settings(stage: Stage) -> None:
-    """UserError if a finished run was made with other settings than it has now."""
-    try:
-        (made_with,) = load(run_folder(stage) / "config.resolved.yaml").stages.values()
-    except UserError as error:
-        logger.warning("%s is finished; with which settings is not known: %s", run_folder(stage), error)
-        return
-    changed = changes(made_with, stage)
-    if changed:
-        raise UserError(
-            f"--resume: {run_folder(stage)} is finished, with other settings: {'; '.join(changed)}. Choose another "
-            "run.name, or remove the folder to do it anew."
-        )
-
-
-def _refuse_other_checkpoint(stage: StageInputs) -> None:
-    """UserError if the newest checkpoint in the run's folder is of another model or other data, or of a later step."""
-    config = stage.config
-    if result_of(stage.written).exists():
-        return
-    with RunFolder.open(config.run.dir, config.run.name, resume=True) as folder:
-        step = folder.latest_checkpoint()
-        if step is None:
-            return
-        state = read_state(folder.checkpoint(step))
-        if step > config.train.steps:
-            raise UserError(
-                f"train.steps: is {config.train.steps}, but {folder.checkpoint(step)} has done {step} already. "
-                "Raise it, or write that checkpoint as a model with `rlhf export`."
-            )
-        refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
-        _stream(stage).restore(Cursor(**state["cursor"]))
-
-
-def _stream(stage: StageInputs) -> Stream[Any]:
-    """The training data in the run's order."""
-    config, inputs = stage.config, stage.inputs
-    items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
-    return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
 async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
@@ -263,7 +189,7 @@ async def _run_offline(
             gang,
             record,
             train_set=inputs.rows,
-            rows=_stream(stage),
+            rows=stream_of(stage),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=gang.fingerprint,
             teacher=teacher,
@@ -409,7 +335,7 @@ async def _run_online(
                 policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic, teacher=teacher
             ),
             record,
-            prompts=_stream(stage),
+            prompts=stream_of(stage),
             eval_sets=inputs.eval_sets,
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,

@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import wait_all
-from actors.standing import own_standing, remember
+from actors.standing import forget, own_standing, remember
 
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # for an end that Ray takes for an orderly one
@@ -35,6 +35,7 @@ class Processes:
         self.role = role
         self.handles = handles
         self.here: list[psutil.Process] = []
+        self.actors: list[str] = []
         self.ended = False
 
     async def found(self, *, deadline_s: float) -> None:
@@ -42,7 +43,8 @@ class Processes:
         asked = [handle.__ray_call__.remote(own_standing) for handle in self.handles]
         node = ray.get_runtime_context().get_node_id()
         found = await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s)
-        remember(found)
+        remember(self.role, found)
+        self.actors = [actor for actor, _, _ in found]
         for _, where, pid in found:
             if where == node:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -53,6 +55,7 @@ class Processes:
         if self.ended:
             return
         self.ended = True
+        forget(self.actors)
         for handle in self.handles:
             ray.kill(handle)
         _, alive = psutil.wait_procs(self.here, timeout=ASKED_S)

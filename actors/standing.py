@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray import ObjectRef
 
 ANSWERS_WITHIN_S = 2.0
 DRAINING_KNOWN_WITHIN_S = 10.0
@@ -25,7 +23,7 @@ DRAINING_KNOWN_WITHIN_S = 10.0
 class Standing:
     """Where an actor's process is."""
 
-    actor: str
+    who: str  # such as `policy rank 1`
     node: str  # Ray's id
     address: str
     port: int  # of the node's raylet
@@ -51,38 +49,41 @@ def own_standing(actor: object) -> tuple[str, str, int]:
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
 
 
-def remember(found: Sequence[tuple[str, str, int]]) -> None:
-    """What actors have said of themselves."""
+def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
+    """What a role's workers have said of themselves, in rank order."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    for actor, node, pid in found:
+    for rank, (actor, node, pid) in enumerate(found):
         if node in nodes:
             address, port = nodes[node]
-            _STANDING[actor] = Standing(actor=actor, node=node, address=address, port=port, pid=pid)
+            _STANDING[actor] = Standing(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
+
+
+def forget(actors: Iterable[str]) -> None:
+    """These have been ended."""
+    for actor in actors:
+        _STANDING.pop(actor, None)
 
 
 def standing(actor: str | None) -> Standing | None:
-    """Where an actor is, or was; None: it was never found."""
+    """Where an actor is, or was; None: it was never found, or has been ended."""
     return _STANDING.get(actor or "")
 
 
-def losses(owed: Mapping[ObjectRef[Any], str]) -> str:
-    """A sentence on what has become of the nodes of those who owe results, as far as they are lost; else empty.
+def losses() -> str:
+    """A sentence on the nodes that the run has lost, whatever failed because of it; empty if all of them answer.
 
-    owed: who owes each result, such as `policy rank 1`.
+    A rank fails too whose peer is gone, or whose arguments lay there.
     """
-    places: dict[str, Standing] = {}
-    whose: dict[str, list[str]] = {}
-    for ref, who in owed.items():
-        place = standing(ref.task_id().actor_id().hex())
-        if place is not None:
-            places[place.node] = place
-            whose.setdefault(place.node, []).append(who)
+    places = {place.node: place for place in _STANDING.values()}
     if not places:
         return ""
     with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
         found = dict(zip(places, pool.map(Standing.loss, places.values()), strict=True))
-    lost = [f"{', '.join(sorted(set(whose[node])))}: {loss}" for node, loss in found.items() if loss is not None]
-    return f" {'; '.join(sorted(lost))}." if lost else ""
+    said = []
+    for node, loss in found.items():
+        if loss is not None:
+            said.append(f"{', '.join(place.who for place in _STANDING.values() if place.node == node)} ({loss})")
+    return f" Lost with its node: {'; '.join(said)}." if said else ""
 
 
 async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:

@@ -15,7 +15,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,16 +169,16 @@ class Jobs:
         self.state(job)
         shown = 0
         while True:
-            with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):  # then it is asked for again
-                async for text in self._log(job, skip=shown):
-                    shown += len(text)
-                    write(self._masked(text))
+            log = self._log(job, skip=shown)
+            while text := await _next(log):
+                shown += len(text)
+                write(self._masked(text))
             end = await self._state_in_time(job)
             if end.is_over:
                 return end
             await asyncio.sleep(1.0)
 
-    async def _log(self, job: str, *, skip: int) -> Any:
+    async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str, None]:
         """Pieces of the log behind the first `skip` characters, until the job is over or the connection breaks."""
         stream = self._client.tail_job_logs(job)
         coming = asyncio.ensure_future(anext(stream, None))
@@ -198,8 +198,7 @@ class Jobs:
                 coming = asyncio.ensure_future(anext(stream, None))
         finally:
             coming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await coming
+            await asyncio.wait({coming})
             await stream.aclose()
 
     async def _state_in_time(self, job: str) -> JobEnd:
@@ -242,6 +241,14 @@ class Jobs:
             if len(value) >= 4:
                 text = text.replace(value, MASK)
         return redact(text)
+
+
+async def _next(log: AsyncGenerator[str, None]) -> str | None:
+    """The next piece of a log. None at its end, and where the connection breaks: then it is asked for again."""
+    try:
+        return await anext(log, None)
+    except (RuntimeError, OSError, aiohttp.ClientError):
+        return None
 
 
 def submit(

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,6 +99,8 @@ def measure(name: str, runs: Path) -> Path:
         named = [*overrides, f"run={{name: {name}, dir: {runs}}}", *SHORT]
         command = [sys.executable, "-m", "rlhf.cli", "train", config, "--quiet", *named]
         subprocess.run(command, check=True, timeout=DEADLINE_S, cwd=ROOT)
+        for what in ("checkpoints", "final"):  # gigabytes
+            shutil.rmtree(folder / what, ignore_errors=True)
     return folder
 
 

@@ -191,7 +191,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
         longest = derive(config).longest_sequence
         fits = max(cache, 0.0) / each
         how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
-        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how))
+        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how, in_heap=False))
     if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
         whole = shape.parameters * size
         terms.append(Term(name="weight sync", nbytes=whole, how="the policy's file, mapped", place="shared"))

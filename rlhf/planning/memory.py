@@ -50,6 +50,7 @@ class Term:
     how: str  # the arithmetic
     place: Place = "device"
     first_only: bool = False  # of a gang, its first rank alone has it
+    in_heap: bool = True  # False: one block, or pages of a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,10 +188,11 @@ def _summed_gradients(t: Training) -> list[Term]:
 
 
 def _bucket(t: Training) -> list[Term]:
-    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs."""
+    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs. At stage 0 they are
+    added up where they are."""
     size = min(t.trained, BUCKET_ELEMENTS)
     if t.zero_stage == 0:
-        return [Term(name="gradients of a pass", nbytes=t.trained * t.itemsize, how=_product(t.trained, t.itemsize, 1))]
+        return []
     count = 2 if t.on_gpu and t.zero_stage < 3 else 1
     return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=_product(size, t.itemsize * count, 1))]
 
@@ -216,11 +218,12 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
     count = shape.scalar_parameters if scalar else shape.parameters
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
     terms = [
-        Term(name="weights", nbytes=count * itemsize, how=_product(count, itemsize, 1)),
+        Term(name="weights", nbytes=count * itemsize, how=_product(count, itemsize, 1), in_heap=False),
         Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer"),
     ]
     if not scalar:
-        size = 3 * min(tokens, CHUNK_ROWS) * shape.vocab * 4 + (shape.embedding * 4 if widens else 0)
+        each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, what their sum is taken of
+        size = min(tokens, CHUNK_ROWS) * shape.vocab * each + (shape.embedding * 4 if widens else 0)
         terms.append(
             Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
         )
@@ -256,7 +259,7 @@ def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool) -> tuple[
     """The terms with the process itself and, on a CPU, what its heap holds beyond them."""
     found = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
     if not on_gpu:
-        heap = sum(term.nbytes for term in terms if term.place == "device" and term.name != "KV cache")
+        heap = sum(term.nbytes for term in terms if term.place == "device" and term.in_heap)
         slack = (Measured.HEAP - 1.0) * heap
         found.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))
     return tuple(found)

@@ -36,10 +36,9 @@ class NodeSampler:
         now, memory = self._times, psutil.virtual_memory()
         total = sum(now[:_COUNTED]) - sum(before[:_COUNTED])
         idle = now.idle + now.iowait - before.idle - before.iowait
-        found: dict[str, Reduction] = {
-            "cpu_fraction": Mean(total=max(total - idle, 0.0), count=total),
-            "memory_gib": Last(value=(memory.total - memory.available) / 2**30),
-        }
+        found: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
+        if total > 0.0:  # of less than a tick of the kernel's clock there is nothing to say
+            found["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
         with self._guard:
             found |= self._gpu
             self._gpu = {}

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlhf.errors import RunError, UserError
@@ -204,7 +205,7 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
 
 
 def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
-    scores, old = row.get("scores") or {}, row.get("mean_old_logprob")
+    scores, old = row.get("scores") or {}, _mean_logprob(row, "old")
     return [
         row.get("group_id"),
         row.get("sample"),
@@ -216,8 +217,15 @@ def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
         row.get("response_tokens"),
         row.get("truncated"),
         _difference(old, row.get("mean_rollout_logprob")),
-        _difference(old, row.get("mean_ref_logprob")),
+        _difference(old, _mean_logprob(row, "ref")),
     ]
+
+
+def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
+    """Over the sampled tokens; where it was not known before the update, of the tokens themselves."""
+    mean: float | None = row.get(f"mean_{whose}_logprob")
+    values = [value for value in (row.get("tokens") or {}).get(f"{whose}_logprobs") or () if value is not None]
+    return fmean(values) if mean is None and values else mean
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

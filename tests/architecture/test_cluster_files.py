@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,14 +54,15 @@ def test_ray_up_takes_the_cloud_files(name: str) -> None:
     written = yaml.safe_load((CLUSTER / f"{name}.yaml").read_text(encoding="utf-8"))
     config = prepare_config(written)
     validate_config(config)
-    head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
+    head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][1]
     assert "--dashboard-host=127.0.0.1" in head
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
     assert "--address=$RAY_HEAD_IP:6379" in worker
     assert "RAY_AUTH_MODE=token" in " ".join(config["setup_commands"])
     assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
-    for command in (*config["setup_commands"], head, worker):
+    assert f"spot_notice.sh {name}" in config["worker_start_ray_commands"][2]
+    for command in (*config["setup_commands"], head, *config["worker_start_ray_commands"]):
         lint(command)
 
 
@@ -71,6 +75,51 @@ def lint(script: str) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What AWS and Google Cloud answer on a spot machine: the third question hears that it is called back."""
+
+    asked = 0
+
+    def do_PUT(self) -> None:
+        self.answer(200, b"t0ken")
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        if self.path == "/latest/meta-data/spot/instance-action" and self.headers["X-aws-ec2-metadata-token"]:
+            self.answer(200 if self.asked > 2 else 404, b'{"action": "terminate"}')
+        elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
+            self.answer(200, b"TRUE" if self.asked > 2 else b"FALSE")
+        else:
+            self.answer(403, b"")
+
+    def answer(self, code: int, text: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("cloud", "left_s"), [("aws", 110), ("gcp", 25)])
+def test_a_spot_machine_that_is_called_back_is_drained(tmp_path: Path, cloud: str, left_s: int) -> None:
+    script = CLUSTER / "spot_notice.sh"
+    lint(script.read_text(encoding="utf-8"))
+    (tmp_path / "ray").write_text('#!/bin/sh\necho "$RAY_ADDRESS: $*"\n', encoding="utf-8")
+    (tmp_path / "ray").chmod(0o755)
+    Metadata.asked = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"METADATA": f"http://127.0.0.1:{server.server_port}", "LOOK_EVERY_S": "0.01"}
+        env = {**os.environ, **here, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        said = subprocess.run([script, cloud], env=env, capture_output=True, text=True, timeout=60).stdout
+        server.shutdown()
+    assert Metadata.asked == 3
+    assert "auto: drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in said
+    assert said.endswith(f"--deadline-remaining-seconds {left_s}\n")
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml"])

@@ -88,8 +88,10 @@ def lost_at(process: subprocess.Popen[str], run: Path, steps: int, lose: Callabl
 def names(said: str, host: Host, what: str) -> bool:
     """Whether the last words name stage, role, node and what became of it, and how to go on."""
     (paragraph,) = said.split("rlhf: error: ")[1:]
-    died = r"\w[\w ]*: (policy|critic|rollout|reward|reference) rank \d died with its node "
-    found = re.match(died + rf"\(process \d+ on {re.escape(host.address)}\): {re.escape(what)}\.", paragraph)
+    role, node = r"(policy|critic|rollout|reward|reference) rank \d", re.escape(host.address)
+    itself = rf"\w[\w ]*: {role} died with its node \(process \d+ on {node}\): {re.escape(what)}\."
+    another = rf"\w[\w ]*: {role} .* Lost with its node: {role}.* \({re.escape(what)}\)\."
+    found = re.match(itself, paragraph) or re.match(another, paragraph, re.DOTALL)
     return found is not None and "--resume auto" in paragraph
 
 
@@ -113,7 +115,7 @@ ray.init(address=head)
 (node,) = [one["NodeID"] for one in ray.nodes() if one["NodeManagerAddress"] == "10.77.0.2"]
 there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
-remember([ray.get(worker.where.remote(), timeout=60)])
+remember("policy", [ray.get(worker.where.remote(), timeout=60)])
 assert asyncio.run(leaving({node})) is None
 reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
 subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)

@@ -105,17 +105,17 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     assert count["update/ratio/histogram"] == 2 * tokens  # once an epoch
     tokenizer = AutoTokenizer.from_pretrained(unbroken / "final")
     for row in trained:
-        tokens = row["tokens"]
-        assert tokens["sampled"] == [True] * row["response_tokens"]
-        assert "".join(tokens["texts"]) == tokenizer.decode(tokens["ids"])
-        assert row["response"] == tokenizer.decode(tokens["ids"], skip_special_tokens=True)
+        one = row["tokens"]
+        assert one["sampled"] == [True] * row["response_tokens"]
+        assert "".join(one["texts"]) == tokenizer.decode(one["ids"])
+        assert row["response"] == tokenizer.decode(one["ids"], skip_special_tokens=True)
         for name, mean in (
             ("rollout_logprobs", "mean_rollout_logprob"),
             ("old_logprobs", "mean_old_logprob"),
             ("ref_logprobs", "mean_ref_logprob"),
             ("advantages", "advantage"),
         ):
-            assert fmean(tokens[name]) == pytest.approx(row[mean], abs=1e-4), name
+            assert fmean(one[name]) == pytest.approx(row[mean], abs=1e-4), name
     held_out = next(row["tokens"] for row in samples if row["split"] == "heldout")
     assert held_out["rollout_logprobs"]
     assert (held_out["old_logprobs"], held_out["advantages"]) == (None, None)

@@ -31,6 +31,7 @@ nodes = Nodes(placement)
 async def use(limit_s):
     until = time.monotonic() + limit_s
     while True:
+        time.sleep(0.2)
         found = await nodes.use()
         if len(found) >= 4 or time.monotonic() > until:
             return {key: one.result() for key, one in found.items()}

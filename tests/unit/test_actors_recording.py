@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.launch import _meet_mirror
+from actors.beginning import meet_mirror
 from actors.recording import recording
 from rlhf.config.load import load
 from rlhf.config.stages import MergeStage
@@ -145,8 +145,8 @@ def test_a_mirrored_run_goes_on_elsewhere_and_is_not_begun_twice(tmp_path: Path)
     assert json.loads((there / "errors.jsonl").read_text())["message"] == "lost"
     other = mirrored(tmp_path, "other")
     with pytest.raises(UserError, match=r"run\.mirror: .* already holds a run. Continue it with --resume auto"):
-        _meet_mirror(other, resume=False)
-    _meet_mirror(other, resume=True)
+        meet_mirror(other, resume=False)
+    meet_mirror(other, resume=True)
     with recording(other, resume=True) as (record, step):
         assert step == 20
         checkpointed(record, 30)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,3 +83,45 @@ def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     jobs = object.__new__(Jobs)
     jobs._hidden = ("open sesame", "no")
     assert jobs._masked("it said open sesame, no more") == "it said ***, no more"
+
+
+class Breaking:
+    """A client whose log breaks off once, in the middle of what was there."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.asked += 1
+        yield "one\n"
+        if self.asked == 1:
+            yield "tw"
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+        yield "two\nth"
+        yield "ree\n"
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        state = "RUNNING" if self.asked < 2 else "FAILED"
+        return SimpleNamespace(status=state, driver_exit_code=75, message=None)
+
+
+def test_a_log_that_breaks_off_is_taken_up_where_it_was() -> None:
+    jobs, told = object.__new__(Jobs), list[str]()
+    jobs._hidden, jobs._client = (), Breaking()
+    end = jobs.follow("demo-1", told.append)
+    assert "".join(told) == "one\ntwo\nthree\n"
+    assert (end.state, end.exit_code) == ("FAILED", 75)
+
+
+def test_a_head_that_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(Breaking):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            if self.asked:
+                raise ConnectionError("refused")
+            return super().get_job_info(job)
+
+    monkeypatch.setattr(actors.submit, "LOST_FOR_S", -1.0)
+    jobs = object.__new__(Jobs)
+    jobs._hidden, jobs._client, jobs.address = (), Lost(), "http://head:8265"
+    with pytest.raises(rlhf.RunError, match=r"no state of demo-1 for .*it may go on: .*refused"):
+        jobs.follow("demo-1", lambda text: None)

@@ -273,6 +273,9 @@ def test_tables_say_how_far_the_logprobs_are_apart() -> None:
     assert found["old_minus_rollout_logprob"] == 0.5
     assert found["old_minus_ref_logprob"] is None
     assert "anything" not in found
+    row["mean_old_logprob"], row["tokens"] = None, {"old_logprobs": [None, -1.0, -3.0], "ref_logprobs": None}
+    _, (cells,) = tables([row])["train"]
+    assert cells[-2:] == [-0.5, None]  # (-1 - 3) / 2 + 1.5
     of_evaluation = {"set": "held", "prompt": "p", "response": "r", "score": 1.0, "scores": {}}
     assert list(tables([of_evaluation, {"set": "held", "nll": 2.0}])) == ["held"]
 
