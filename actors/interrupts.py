@@ -38,6 +38,9 @@ class Sigterm:
     came: float | None = None
     why: str = "SIGTERM"
     is_heeded: bool = False
+    listen: Callable[[], object] = lambda: (
+        None
+    )  # again, where a library has begun to listen instead, as `ray.init` does
 
     def refuse_more(self) -> None:
         """Preempted if it came: what comes next is not begun."""
@@ -71,7 +74,7 @@ def sigterm_preempts() -> Iterator[Sigterm]:
         if not (is_first and told.is_heeded):
             _interrupt(frame)
 
-    with _handling(hear):
+    with _handling(hear) as told.listen:
         try:
             yield told
         except KeyboardInterrupt:
@@ -129,13 +132,14 @@ async def heeding(
 
 
 @contextmanager
-def _handling(hear: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handling(hear: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], object]]:
+    """SIGTERM is heard so; what is yielded has it heard so again. Only a main thread can."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     before = signal.signal(signal.SIGTERM, hear)
     try:
-        yield
+        yield lambda: signal.signal(signal.SIGTERM, hear)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -109,6 +109,7 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
             refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
+        told.listen()
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
