@@ -4,7 +4,7 @@ export function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace("e+", "e");
+  if (size >= 1e6 || size < 1e-4) return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
   if (Number.isInteger(value)) return String(value);
   return String(Number(value.toPrecision(size >= 1000 ? 5 : 4)));
 }

@@ -103,8 +103,8 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
       >`}
       ${chips.length > 1 && chips.map(([name, value]) => html`<span class="chip" key=${name}>${name} ${number(value)}</span>`)}
       <span class="chip" title="tokens that the policy sampled">${response.response_tokens ?? "?"} tok</span>
-      ${response.mean_rollout_logprob !== undefined &&
-      html`<span class="chip" title="mean log-probability by the engine">lp ${number(response.mean_rollout_logprob)}</span>`}
+      ${typeof response.mean_rollout_logprob === "number" &&
+      html`<span class="chip" title="mean log-probability by the engine">lp ${number(Number(response.mean_rollout_logprob.toPrecision(3)))}</span>`}
       ${response.max_version >= 0 &&
       html`<span class="chip" title="weights that sampled it"
         >v${response.min_version === response.max_version ? response.max_version : `${response.min_version}–${response.max_version}`}</span
