@@ -148,11 +148,15 @@ def test_what_fails_after_the_notice_is_preempted_too() -> None:
 
 
 def test_sigterm_is_heard_again_where_a_library_has_taken_it() -> None:
-    with pytest.raises(Preempted, match="given up"), sigterm_preempts() as told:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        terminate()
-        told.listen()
-        terminate()
+    def taken() -> None:
+        with sigterm_preempts() as told:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            terminate()
+            told.listen()
+            terminate()
+
+    with pytest.raises(Preempted, match="given up"):
+        taken()
 
 
 def test_what_heeds_no_notice_is_interrupted() -> None:
