@@ -234,7 +234,7 @@ class Jobs:
             raise RunError(f"the cluster at {self.address} refused: {said}") from None
 
     def _said(self, words: object) -> str:
-        return self._masked(" ".join(str(words or "").split()))[:600]
+        return self._masked(" ".join(str(words or "").split()))[:600].rstrip(".")
 
     def _masked(self, text: str) -> str:
         for value in self._hidden:

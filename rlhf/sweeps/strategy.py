@@ -170,5 +170,6 @@ def copy_checkpoint(journal: Journal, copy: Copy) -> None:
         (folder.checkpoints / "best").unlink(missing_ok=True)  # of what this run was
         for part in (folder.spool, folder.references):  # rollouts of its own weights; what its reference was
             shutil.rmtree(part, ignore_errors=True)
+        folder.spool.mkdir()
         if (source / "references").exists():
             shutil.copytree(source / "references", folder.references)

@@ -33,7 +33,10 @@ def trimmed(found: Histogram) -> dict[str, Any]:
     """The form that is written: without empty bins at the ends."""
     filled = [place for place, count in enumerate(found.counts) if count]
     first, last = filled[0], filled[-1]
-    return {"edges": list(found.edges[first : last + 2]), "counts": list(found.counts[first : last + 1])}
+    return {
+        "edges": list(found.edges[first : last + 2]),
+        "counts": [int(count) for count in found.counts[first : last + 1]],
+    }
 
 
 def append_histograms(folder: Path, step: int, found: Mapping[str, Histogram]) -> None:

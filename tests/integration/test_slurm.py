@@ -66,13 +66,17 @@ def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with several_hosts(3) as hosts, slurm(hosts, tmp_path / "slurm") as cluster:
 
+        def has_begun(log: Path, nodes: int) -> bool:
+            said = log.read_text() if log.exists() else ""
+            return "rlhf train" in said and said.count("ray start") == nodes
+
         def submitted(nodes: int, *words: str) -> tuple[str, Path]:
             log = tmp_path / f"{nodes}.log"
             number = cluster.run("sbatch", "--parsable", f"--nodes={nodes}", f"--output={log}", SCRIPT, *words)
             return number.strip(), log
 
         number, log = submitted(3, "run.yaml", "train.steps=2")
-        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.until(lambda: has_begun(log, 3), within_s=30.0, what="the run")
         cluster.run("scancel", "--signal=TERM", "--batch", number)
         cluster.until(lambda: cluster.job(number).get("Restarts") == "1", within_s=30.0, what="back in the queue")
         cluster.run("scancel", number)
@@ -83,7 +87,7 @@ def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
             assert re.search(rf"ray start --block --address=10.77.0.1:\d+ --node-ip-address={address} ", said)
 
         number, log = submitted(1, "run.yaml")
-        cluster.until(lambda: log.exists() and "rlhf train" in log.read_text(), within_s=30.0, what="the run")
+        cluster.until(lambda: has_begun(log, 1), within_s=30.0, what="the run")
         cluster.run("scancel", number)
         cluster.until(lambda: not cluster.run("squeue", "--noheader"), within_s=30.0, what="its end")
         assert cluster.job(number)["JobState"] == "CANCELLED"

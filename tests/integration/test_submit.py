@@ -39,6 +39,7 @@ PORTS = (
     "dashboard-agent-grpc-port",
     "metrics-export-port",
     "runtime-env-agent-port",
+    "ray-client-server-port",
 )
 
 
@@ -53,7 +54,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     options = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
-    options += ["--ray-client-server-port=0", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2"]
+    options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2"]
     options += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", f"--temp-dir={TEMPORARY}"]
     log = tmp_path_factory.mktemp("head") / "log"
     process = subprocess.Popen(
@@ -71,6 +72,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
                 Jobs(address)
                 break
             except (rlhf.UserError, rlhf.RunError):
+                assert process.poll() is None, log.read_text()
                 assert time.monotonic() < give_up, log.read_text()
                 time.sleep(0.5)
         yield address

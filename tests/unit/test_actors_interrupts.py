@@ -148,7 +148,7 @@ def test_what_fails_after_the_notice_is_preempted_too() -> None:
 
 
 def test_sigterm_is_heard_again_where_a_library_has_taken_it() -> None:
-    def taken() -> None:
+    def lost_and_found() -> None:
         with sigterm_preempts() as told:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             terminate()
@@ -156,7 +156,7 @@ def test_sigterm_is_heard_again_where_a_library_has_taken_it() -> None:
             terminate()
 
     with pytest.raises(Preempted, match="given up"):
-        taken()
+        lost_and_found()
 
 
 def test_what_heeds_no_notice_is_interrupted() -> None:

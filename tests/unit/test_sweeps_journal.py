@@ -145,8 +145,8 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
     sweep, known = population(tmp_path)
     with journal_of(sweep) as journal:
         members = Population(sweep, journal, known)
-        (journal.run_folder(1) / "spool").mkdir(parents=True)
-        (journal.run_folder(1) / "spool" / "group").write_text("sampled by other weights")
+        with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
+            (folder.spool / "group").write_text("sampled by other weights")
         arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
         next_one = members.next()
         assert next_one is not None
@@ -158,7 +158,8 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
         ) or copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(1.2, rel=1e-4)
         assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
         assert is_sound(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
-        assert not list((journal.run_folder(1) / "spool").glob("*"))
+        with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
+            assert not list(folder.spool.iterdir())
         assert journal.trials[0].parameters == known[0]
         assert (journal.run_folder(0) / "checkpoints" / "latest" / "weights").read_text() == "0"
 
