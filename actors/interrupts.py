@@ -38,9 +38,7 @@ class Sigterm:
     came: float | None = None
     why: str = "SIGTERM"
     is_heeded: bool = False
-    listen: Callable[[], object] = lambda: (
-        None
-    )  # again, where a library has begun to listen instead, as `ray.init` does
+    listen: Callable[[], object] = lambda: None  # again, after a library that listens itself, as `ray.init` does
 
     def refuse_more(self) -> None:
         """Preempted if it came: what comes next is not begun."""
