@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
 
 import rlhf
 from actors.submit import RUN, Jobs
@@ -52,6 +53,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         one.close()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    reset_auth_token_state()  # which a process reads once
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     options = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
     options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2"]
@@ -83,6 +85,8 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(TEMPORARY, ignore_errors=True)
+        monkeypatch.undo()
+        reset_auth_token_state()
 
 
 @pytest.fixture
@@ -138,5 +142,6 @@ def test_a_job_is_stopped_and_submitted_again(
     assert "other-1: FAILED, exit code 2" in capsys.readouterr().out
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()
     with pytest.raises(rlhf.UserError, match="takes requests with its token alone: set RAY_AUTH_MODE=token"):
         rlhf.job_status(first, address=head)
