@@ -40,6 +40,7 @@ THREE_BUNDLES: Mapping[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     base = merge(ONLINE, THREE_BUNDLES)
