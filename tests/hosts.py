@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.engine.distributed import INTERFACE_VARIABLES
+
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"  # of every bridge: none is joined to another, or to the machine's own network
 GCS_PORT = 6379
@@ -42,12 +44,13 @@ class Host:
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
     ) -> subprocess.Popen[str]:
-        """Run a command there, in a process group of its own."""
+        """Run a command there, in a process group of its own. Which interface a gang of this process took is left out."""
+        here = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *map(str, command)],
             text=True,
             start_new_session=True,
-            env={**os.environ, **self.environment, **env},
+            env={**here, **self.environment, **env},
             **options,
         )
 
