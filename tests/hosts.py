@@ -44,7 +44,10 @@ class Host:
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
     ) -> subprocess.Popen[str]:
-        """Run a command there, in a process group of its own. Which interface a gang of this process took is left out."""
+        """Run a command there, in a process group of its own.
+
+        Its environment is this one, but for the interface that a gang of this process took.
+        """
         here = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *map(str, command)],
