@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import psutil
 import pytest
@@ -18,6 +18,17 @@ from actors.cluster import OWN_RAY
 from actors.interrupts import Sigterm, heeding, sigterm_interrupts, sigterm_preempts
 from rlhf.controller.notice import Notice
 from rlhf.errors import Preempted, RunError
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Signals as a program finds them that starts in one: a shell has SIGINT ignored in the background, Ray hears
+    SIGTERM itself where it was begun before."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
 
 
 def terminate() -> None:
