@@ -42,6 +42,7 @@ def compare_with_unbroken(config: Path, run: Path) -> None:
     assert without_clocks(rows(run)) == without_clocks(rows(run.with_name(f"{run.name}-unbroken")))
 
 
+@pytest.mark.slow
 def test_an_offline_run_finishes_its_step(ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config, run = write_run(tmp_path, "sft", SFT, SELDOM, {"cluster": {"roles": None}}), tmp_path / "sft"
     said = preempted(config, run, capsys)

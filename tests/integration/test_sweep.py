@@ -106,6 +106,7 @@ def wrote(folder: Path, trial: int, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows(run))
 
 
+@pytest.mark.slow
 def test_a_crash_of_one_trial_is_not_that_of_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = sweep_file(tmp_path, "crash")
     assert main(["sweep", str(file), "--quiet"]) == 0
