@@ -49,8 +49,8 @@ class OfNode:
     finding: Finding
 
 
-def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
-    """Prints all findings as a table. 1 if something makes training impossible, else 0.
+def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
+    """All findings, and prints them as a table.
 
     loaded: the configuration whose paths and placement are looked at too. address: else its cluster.address, else
     RAY_ADDRESS.
@@ -66,7 +66,7 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
     if cluster_to_join(settings.address) is None:
         raise UserError("--cluster: no cluster is named. Give --address HOST:PORT, cluster.address, or RAY_ADDRESS.")
     with connected(settings):
-        found = list(examine([] if loaded is None else list(loaded.stages.values())))
+        found = tuple(examine([] if loaded is None else list(loaded.stages.values())))
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     table = Table(title="rlhf doctor --cluster", title_justify="left")
     for heading in ("", "node", "what", "found", "what to do"):
@@ -79,7 +79,7 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
     bad = sorted({f"{one.finding.what} ({one.node})" for one in found if one.finding.state == "bad"})
     verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this cluster can train"
     console.print(verdict, highlight=False)
-    return 1 if bad else 0
+    return found
 
 
 def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+import rlhf
 from actors.cluster_doctor import OfNode, judge, paths_of, together
 from actors.cluster_doctor import cluster_doctor as look
 from actors.doctor import Finding
 from actors.node_probe import NodeFacts, NodeProbe, code_hash, size_of, versions
+from rlhf.cli import main
 from rlhf.errors import UserError
 
 SOUND = NodeFacts(
@@ -94,3 +96,13 @@ def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="no cluster is named"):
         look(None, None)
+    with pytest.raises(UserError, match="no cluster is named"):
+        rlhf.cluster_doctor()
+
+
+def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [OfNode(node="n", finding=Finding(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
+    for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
+        monkeypatch.setattr("actors.cluster_doctor.cluster_doctor", lambda *_, found=found: found)
+        assert main(["doctor", "--cluster", "--address", "here:6379"]) == code
+        assert rlhf.cluster_doctor(address="here:6379") == found
