@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +116,28 @@ def test_rows_that_cannot_be_scored(
     with pytest.raises(UserError, match=why):
         rlhf.reward(config, write(tmp_path / "r.jsonl", rows))
     assert main(["reward", config, "--file", str(tmp_path / "r.jsonl")]) == 2
+
+
+def test_the_page_shows_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    chapter = page.partition("### A file with bad rows\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", chapter, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "yaml", "json", "console", "json", "console"]
+    files = ("right.py", "run.yaml", "responses.jsonl", None, "broken.jsonl", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "7 * 8 =", "answer": "56"}\n')
+    codes = []
+    for (_, text), file in zip(blocks, files, strict=True):
+        if file is not None:
+            (tmp_path / file).write_text(text)
+            continue
+        command, _, printed = text.partition("\n")
+        codes.append(main(shlex.split(command)[2:]))
+        assert "".join(capsys.readouterr()).replace(f"{tmp_path}/", "/w/") == printed
+    assert codes == [1, 2]
 
 
 def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path) -> None:
