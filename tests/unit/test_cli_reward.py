@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -157,6 +158,14 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids + end])
         value = model.score(model.model(ids).last_hidden_state[0, -1]).item()
         assert one.score == pytest.approx(value, rel=1e-5)
+    file = write(tmp_path / "r.jsonl", [row("a b", "xcd"), row("a b", "xc", truncated=True)])
+    whole, cut = rlhf.reward(config, file, how).rows
+    steps = "reward.steps={combine: product, separator: c}"  # `xc` and `d`
+    (one, other) = rlhf.reward(config, file, [*how, steps]).rows
+    assert cut.score is not None
+    assert whole.score is not None
+    first, last = (1 / (1 + math.exp(-score)) for score in (cut.score, whole.score))
+    assert [one.score, other.score] == pytest.approx([first * last, first], rel=1e-5)
 
 
 async def test_the_server(config: str) -> None:
