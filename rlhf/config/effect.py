@@ -145,6 +145,8 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if isinstance(algorithm, RAFTConfig):
         why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
         yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
+        why = f"algorithm {algorithm.name} has no tokens of negative advantage"
+        yield from _all("algorithm.correction.off_policy_mask", why, "bound the ratios by reject")
     correction, clips = algorithm.correction, algorithm.felt_off_policy
     if correction is not None and correction.weights is None:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
