@@ -69,6 +69,10 @@ INERT = {
         ["algorithm={name: raft, keep: 2}"],
         "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
     ),
+    "data.curriculum={}": (
+        [GRPO, "data.train={task: running_totals, size: 160}"],
+        "train.steps * rollouts.prompts_per_step = 80 prompts are asked, and data.train has as many or more",
+    ),
     "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "none has moved yet"),
     "algorithm.value_clip=0.2": (
         ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}"],
@@ -177,6 +181,9 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
         ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
         ["algorithm={name: gpg, correction: {preset: bypass_clip_k3_rs}}"],  # it rejects
+        ["data.curriculum={}", "data.train={task: running_totals, size: 79}"],
+        ["data.curriculum={}", "data.train={task: running_totals, size: 160}", "reward_policy.on_error=drop"],
+        ["data.curriculum={}"],  # of a file it is not known before it is read
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
         ["algorithm={name: dapo, overlong: {buffer: 50}}"],
