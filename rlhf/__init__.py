@@ -79,18 +79,15 @@ def plan(
 ) -> str:
     """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
 
+    Of a file for a sweep: its trials, how many fit at once, and the plan of the first.
     cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
     are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
     `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
     """
-    loaded = _loaded(config, overrides)
-    if simulate is not None:
-        from rlhf.planning.scenarios import render as play
+    from rlhf.commands.plan import plan as text_of
 
-        return play(loaded, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
-    from rlhf.planning.report import render
-
-    return render(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
+    what = config if isinstance(config, str | Path) else _loaded(config, overrides)
+    return text_of(what, overrides, cluster=cluster, shapes=shapes, lengths=lengths, simulate=simulate)
 
 
 def train(

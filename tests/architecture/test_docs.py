@@ -101,7 +101,8 @@ def test_commands_parse(page: Path) -> None:
             if config in written_by(page):
                 continue
             loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
-            loads.get(args.command, rlhf.load_config)(ROOT / config, args.overrides)
+            of_sweep = args.command == "plan" and "sweep" in read_tree(ROOT / config).values
+            loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(ROOT / config, args.overrides)
 
 
 def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
