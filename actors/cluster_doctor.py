@@ -7,6 +7,7 @@ It leaves nothing behind, on the nodes or in the run's folder.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import statistics
@@ -39,6 +40,8 @@ MOST_FOR_ALL_PAIRS = 8  # nodes; of more, each is measured with the next one
 CLOCKS_WITHIN_S = 1.0
 SLOW = 0.5  # of the median bandwidth
 SHM_NEEDED_GIB = 2.0
+MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections that name them
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,8 @@ class OfNode:
     finding: Finding
 
 
-def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
-    """Prints all findings as a table. 1 if something makes training impossible, else 0.
+def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
+    """All findings, and prints them as a table.
 
     loaded: the configuration whose paths and placement are looked at too. address: else its cluster.address, else
     RAY_ADDRESS.
@@ -66,7 +69,7 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
     if cluster_to_join(settings.address) is None:
         raise UserError("--cluster: no cluster is named. Give --address HOST:PORT, cluster.address, or RAY_ADDRESS.")
     with connected(settings):
-        found = list(examine([] if loaded is None else list(loaded.stages.values())))
+        found = tuple(examine([] if loaded is None else list(loaded.stages.values())))
         nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     table = Table(title="rlhf doctor --cluster", title_justify="left")
     for heading in ("", "node", "what", "found", "what to do"):
@@ -79,7 +82,7 @@ def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> int:
     bad = sorted({f"{one.finding.what} ({one.node})" for one in found if one.finding.state == "bad"})
     verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this cluster can train"
     console.print(verdict, highlight=False)
-    return 1 if bad else 0
+    return found
 
 
 def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
@@ -97,8 +100,8 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
     yield OfNode(node="cluster", finding=_nodes(alive))
     yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
     with _probes(alive) as probes, _shared_folder(stages) as shared:
-        paths = paths_of(stages)
-        asked = {node: probe.look.remote(node, paths, shared) for node, probe in probes.items()}
+        paths, models = paths_of(stages), models_of(stages)
+        asked = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
         facts: dict[str, NodeFacts] = {}
         ends = time.monotonic() + ANSWER_WITHIN_S
         for node, ref in asked.items():
@@ -158,6 +161,31 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
         whence = "" if Path(path).is_absolute() else f"; it is taken from {facts.folder} there: name it from the root"
         advice = f"put it on a disk that all nodes share, or copy it to every node{whence}"
         yield Finding(what=path, state="note" if size else "bad", found=found, advice=advice)
+    for model, cached in facts.cached.items():
+        if cached:
+            yield Finding(what=model, state="ok", found="in the hub's cache")
+        elif facts.no_hub:
+            found = f"not in the hub's cache, and no hub answers ({facts.no_hub})"
+            advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
+            yield Finding(what=model, state="bad", found=found, advice=advice)
+        else:
+            advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
+            yield Finding(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
+
+
+def models_of(stages: Sequence[Stage]) -> list[str]:
+    """The models of the hub that the runs load: names that are no path here."""
+    named: dict[str, None] = {}
+    for stage in stages:
+        tree = stage.model_dump(mode="json")
+        sections = [tree.get(role) for role in MODELS]
+        sections += [section.get("reward") for section in sections if section]
+        for section in sections:
+            for key in ("model", "against"):
+                name = (section or {}).get(key)
+                if name is not None and HUB_NAME.fullmatch(name) and not os.path.exists(name):
+                    named[name] = None
+    return list(named)
 
 
 def paths_of(stages: Sequence[Stage]) -> list[str]:

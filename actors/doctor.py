@@ -44,8 +44,8 @@ class Finding:
     advice: str = ""
 
 
-def doctor() -> int:
-    """Prints all findings as a table. 1 if something makes training impossible, else 0."""
+def doctor() -> tuple[Finding, ...]:
+    """All findings, and prints them as a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -53,7 +53,7 @@ def doctor() -> int:
     table = Table(title="rlhf doctor", title_justify="left")
     for heading in ("", "what", "found", "what to do"):
         table.add_column(heading, overflow="fold")
-    findings = list(examine())
+    findings = tuple(examine())
     for finding in findings:
         style = {"ok": "green", "note": "yellow", "bad": "bold red"}[finding.state]
         table.add_row(Text(finding.state, style), finding.what, Text(finding.found), Text(finding.advice))
@@ -62,7 +62,7 @@ def doctor() -> int:
     bad = [finding.what for finding in findings if finding.state == "bad"]
     verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this machine can train"
     console.print(verdict, highlight=False)
-    return 1 if bad else 0
+    return findings
 
 
 def examine() -> Iterator[Finding]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 
 logger = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 8.0
@@ -21,14 +22,33 @@ def use_cache_if_silent() -> None:
     """Where no hub answers, have this process and the workers take what is cached, as HF_HUB_OFFLINE=1 does."""
     if constants.HF_HUB_OFFLINE:
         return
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_WITHIN_S).close()
-    except HTTPError:
-        return  # an answer
-    except OSError as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLError):
-            return  # an answer, and the libraries may trust other certificates
+    reason = why_silent()
+    if reason:
         logger.warning("no hub answers at %s (%s): only what is cached of it can be used", constants.ENDPOINT, reason)
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def why_silent() -> str:
+    """Why nothing can be had from the hub here; "" if it answers."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_WITHIN_S).close()
+    except HTTPError:
+        return ""  # an answer
+    except OSError as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, ssl.SSLError):
+            return ""  # an answer, and the libraries may trust other certificates
+        return str(reason)
+    return ""
+
+
+def is_cached(model: str) -> bool:
+    """Whether a model of the hub, or an adapter, lies in this machine's cache with its weights."""
+    for name in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(model, name)
+        if isinstance(found, str) and any(Path(found).parent.glob("*.safetensors")):
+            return True
+    return False

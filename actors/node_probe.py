@@ -42,6 +42,8 @@ class NodeFacts:
     shm_gib: float
     shm_free_gib: float
     seen: Mapping[str, str]  # of each path asked for: how large it is there; "" if it is not there
+    cached: Mapping[str, bool]  # of each model of the hub asked for: whether it lies in the node's cache
+    no_hub: str  # why the hub does not answer there; "": it does, or no model was asked for
     shared: str  # "": it read what the driver had written and wrote beside it; else why not
 
 
@@ -56,12 +58,13 @@ class Link:
 class NodeProbe:
     """One node's."""
 
-    def look(self, address: str, paths: Sequence[str], shared: Path | None) -> NodeFacts:
+    def look(self, address: str, paths: Sequence[str], models: Sequence[str], shared: Path | None) -> NodeFacts:
         """All that it can say by itself. shared: a file of the driver's, in a folder that all should share."""
         ends = psutil.net_if_addrs()
         up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
         interface = next((name for name, found in ends.items() if any(e.address == address for e in found)), "")
         shm = shutil.disk_usage("/dev/shm")
+        cached, no_hub = of_hub(models)
         return NodeFacts(
             host=socket.gethostname(),
             interface=interface,
@@ -72,6 +75,8 @@ class NodeProbe:
             shm_gib=shm.total / 2**30,
             shm_free_gib=shm.free / 2**30,
             seen={path: size_of(path) for path in paths},
+            cached=cached,
+            no_hub=no_hub,
             shared="" if shared is None else self._share(shared, address),
         )
 
@@ -145,6 +150,18 @@ def code_hash() -> str:
     for path in sorted(path for package in CODE for path in (root / package).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
+    """Which of these models are cached here, and why the hub does not answer; "" if it does or none is needed."""
+    if not models:
+        return {}, ""
+    try:
+        from actors.hub import is_cached, why_silent
+    except ImportError as error:
+        return dict.fromkeys(models, False), str(error)
+    cached = {model: is_cached(model) for model in models}
+    return cached, "" if all(cached.values()) else why_silent()
 
 
 def size_of(path: str) -> str:

@@ -25,6 +25,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer, refuse_without_head
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
+from rlhf.rollouts.texts import step_ends
 from rlhf.types import GroupScores, Prompt
 from rlhf.workers.reward_model import RewardModel
 
@@ -180,4 +181,9 @@ class Scorer:
             for response_ids, cut in zip(encode(responses, self.tokenizer), truncated, strict=True)
         ]
         flat = torch.tensor([token for sequence in sequences for token in sequence])
-        return self.model.scores(flat, torch.tensor([len(sequence) for sequence in sequences]))
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        if self.model.steps is None:
+            return self.model.scores(flat, lengths, None)
+        mask = torch.cat([torch.arange(len(sequence)) >= len(prompt_ids) for sequence in sequences])
+        ends = step_ends(flat, lengths, mask, self.tokenizer, separator=self.model.steps.separator)
+        return self.model.scores(flat, lengths, ends)

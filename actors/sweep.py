@@ -23,10 +23,10 @@ from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import is_online
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig
-from rlhf.config.seating import copies, seat
-from rlhf.config.stages import MergeStage
+from rlhf.config.seating import copies
 from rlhf.config.sweep import GridMethod, Sweep
 from rlhf.errors import Preempted, RunError, UserError
+from rlhf.planning.trials import bundles_of
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
@@ -213,7 +213,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
     """The place of each trial that runs at once, and what it may use there."""
     config = sweep.config
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
-    wanted = [_bundles(trial) for trial in trials]
+    wanted = [bundles_of(trial) for trial in trials]
     cluster = _cluster(sweep.base)
     address = cluster_to_join(cluster.address)
     cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
@@ -245,12 +245,6 @@ def _may_keep_engines(sweep: Sweep) -> bool:
     runs = list(sweep.base.runs.values())
     fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
     return fixed and not sweep.base.is_pipeline and is_online(runs[0]) and runs[0].cluster.device == "cpu"
-
-
-def _bundles(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:
-    """What the most demanding stage of a trial reserves."""
-    stages = [seat(stage) for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
-    return max(stages, key=lambda seating: (seating.total("GPU"), seating.total("CPU"))).bundles
 
 
 def _cluster(loaded: LoadedConfig) -> ClusterConfig:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from rlhf.errors import Preempted, RunError, UserError
 
 if TYPE_CHECKING:
+    from actors.cluster_doctor import OfNode
+    from actors.doctor import Finding
     from actors.submit import JobEnd
     from rlhf.config.load import LoadedConfig
     from rlhf.config.merge import MergeRun
@@ -33,7 +35,9 @@ __all__ = [
     "Preempted",
     "RunError",
     "UserError",
+    "cluster_doctor",
     "dashboard",
+    "doctor",
     "evaluate",
     "export",
     "follow_job",
@@ -41,10 +45,13 @@ __all__ = [
     "job_status",
     "load_config",
     "load_merge",
+    "make_wandb_sweep",
     "merge",
     "plan",
+    "quickstart",
     "report",
     "reward",
+    "run_wandb_agent",
     "serve_reward",
     "stop_job",
     "submit",
@@ -72,18 +79,15 @@ def plan(
 ) -> str:
     """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
 
+    Of a file for a sweep: its trials, how many fit at once, and the plan of the first.
     cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
     are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
     `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
     """
-    loaded = _loaded(config, overrides)
-    if simulate is not None:
-        from rlhf.planning.scenarios import render as play
+    from rlhf.commands.plan import plan as text_of
 
-        return play(loaded, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
-    from rlhf.planning.report import render
-
-    return render(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
+    what = config if isinstance(config, str | Path) else _loaded(config, overrides)
+    return text_of(what, overrides, cluster=cluster, shapes=shapes, lengths=lengths, simulate=simulate)
 
 
 def train(
@@ -126,6 +130,36 @@ def sweep(
     from rlhf.config.sweep import load_sweep
 
     return run_sweep(load_sweep(config, overrides), resume=resume, retry_failed=retry_failed, quiet=quiet)
+
+
+def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Make the file's sweep on W&B's server, whose agents run its trials. Returns `ENTITY/PROJECT/ID`.
+
+    UserError: the input is wrong, or there are no credentials. RunError: the server did not make it.
+    """
+    from rlhf.config.sweep import load_sweep
+    from rlhf.sweeps.wandb_sweep import create
+
+    return create(load_sweep(config, overrides), [str(config), *overrides])
+
+
+def run_wandb_agent(sweep: str, *, count: int | None = None) -> None:
+    """Run trials of a sweep that `make_wandb_sweep` made, until W&B has no more or `count` are done."""
+    from rlhf.sweeps.wandb_sweep import run_agent
+
+    run_agent(sweep, count=count)
+
+
+def quickstart(
+    algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Path:
+    """Train a tiny model here, in minutes, and show what it has learnt. Returns the pipeline's folder.
+
+    One that was cut off goes on. RunError: it has not learnt what it should.
+    """
+    from rlhf.commands.quickstart import quickstart as run
+
+    return run(algorithm, overrides, quiet=quiet)
 
 
 def export(run: str | Path, folder: str | Path, *, step: int | None = None) -> None:
@@ -268,6 +302,25 @@ def serve_reward(
         raise UserError(f"overrides change a configuration, and {target} is a function")
     what = str(target) if is_function else _loaded(target, overrides)
     run(what, host=host, port=port, token_env=token_env, ready=ready)
+
+
+def doctor() -> tuple[Finding, ...]:
+    """What this machine has for training, printed and returned. Training is impossible while a finding is `bad`."""
+    from rlhf.commands.doctor import doctor as look
+
+    return look()
+
+
+def cluster_doctor(
+    config: str | Path | Config | LoadedConfig | None = None, *, address: str | None = None
+) -> tuple[OfNode, ...]:
+    """How the nodes of a Ray cluster fit together, printed and returned; with a configuration its paths and room too.
+
+    address: HOST:PORT of the cluster, else cluster.address, or RAY_ADDRESS.
+    """
+    from rlhf.commands.doctor import cluster_doctor as look
+
+    return look(None if config is None else _loaded(config, ()), address)
 
 
 def submit(

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from actors.cluster_doctor import OfNode
+    from actors.doctor import Finding
     from rlhf.commands.shared import Subparsers
+    from rlhf.config.load import LoadedConfig
 
 
 def add(commands: Subparsers) -> None:
@@ -27,14 +30,28 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, and print what was found."""
+    """Look, and print what was found. 1 if something makes training impossible, else 0."""
     if args.cluster is None:
         if args.address is not None:
             raise UserError("--address has no effect without --cluster")
-        from actors.doctor import doctor
+        findings = doctor()
+    else:
+        from rlhf.config.load import load
 
-        return doctor()
-    from actors.cluster_doctor import cluster_doctor
-    from rlhf.config.load import load
+        of_nodes = cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
+        findings = tuple(one.finding for one in of_nodes)
+    return int(any(finding.state == "bad" for finding in findings))
 
-    return cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
+
+def doctor() -> tuple[Finding, ...]:
+    """Look at this machine."""
+    from actors.doctor import doctor as look
+
+    return look()
+
+
+def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
+    """Look at the nodes of a cluster."""
+    from actors.cluster_doctor import cluster_doctor as look
+
+    return look(loaded, address)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import add_overrides, say
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
+    from rlhf.config.load import LoadedConfig
 
 
 def add(commands: Subparsers) -> None:
@@ -31,14 +34,38 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
+    settings = {"cluster": args.cluster, "shapes": args.shapes, "lengths": args.lengths}
+    say(plan(args.config, args.overrides, simulate=args.simulate, **settings))
+    return 0
+
+
+def plan(
+    config: str | Path | LoadedConfig,
+    overrides: Sequence[str],
+    *,
+    cluster: str | None,
+    shapes: Path | None,
+    lengths: str | None,
+    simulate: str | None,
+) -> str:
+    """The text, of a run or of a file for `rlhf sweep`."""
     from rlhf.config.load import load
-    from rlhf.planning import scenarios
+    from rlhf.config.yaml_tree import read_tree
+
+    if isinstance(config, str | Path):
+        if "sweep" in read_tree(Path(config)).values:
+            from rlhf.config.sweep import load_sweep
+            from rlhf.planning.trials import render_sweep
+
+            if simulate is not None:
+                raise UserError("--simulate is of one run; give the file that the sweep varies")
+            sweep = load_sweep(config, overrides)
+            return render_sweep(sweep, cluster=cluster, shapes=shapes, lengths=lengths)
+        config = load(config, overrides)
+    if simulate is not None:
+        from rlhf.planning import scenarios
+
+        return scenarios.render(config, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
     from rlhf.planning.report import render
 
-    loaded = load(args.config, args.overrides)
-    settings = {"cluster": args.cluster, "shapes": args.shapes, "lengths": args.lengths}
-    if args.simulate is None:
-        say(render(loaded, **settings))
-    else:
-        say(scenarios.render(loaded, args.simulate, **settings))
-    return 0
+    return render(config, cluster=cluster, shapes=shapes, lengths=lengths)

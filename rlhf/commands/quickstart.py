@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,16 +25,24 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, show before and after. A quickstart that was cut off goes on."""
+    """Train, show before and after."""
+    quickstart(args.algorithm, args.overrides, quiet=args.quiet)
+    return 0
+
+
+def quickstart(algorithm: str, overrides: Sequence[str], *, quiet: bool) -> Path:
+    """Train, show before and after; the folder. A quickstart that was cut off goes on."""
     from rlhf.commands.train import launch
     from rlhf.config.load import load
     from rlhf.config.stages import run_folder
-    from rlhf.quickstart import show
+    from rlhf.quickstart_results import show
 
-    loaded = load(recipe(RECIPES[args.algorithm]), args.overrides)
-    launch(loaded, resume=True, quiet=args.quiet)
+    if algorithm not in RECIPES:
+        raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPES)}")
+    loaded = load(recipe(RECIPES[algorithm]), overrides)
+    launch(loaded, resume=True, quiet=quiet)
     show(run_folder(list(loaded.stages.values())[-1]))
-    return 0
+    return loaded.folder
 
 
 def recipe(name: str) -> Path:

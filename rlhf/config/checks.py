@@ -167,7 +167,7 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     """Keys of an algorithm on rollouts that contradict others."""
     algorithm, train = config.algorithm, config.train
     if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
-        yield from _correction(algorithm.correction)
+        yield from _correction(config, algorithm, algorithm.correction)
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
@@ -185,12 +185,18 @@ def _algorithm(config: Config) -> Iterator[Problem]:
         yield _problem("algorithm.reference_every", text)
 
 
-def _correction(correction: CorrectionConfig) -> Iterator[Problem]:
+def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionConfig) -> Iterator[Problem]:
     """A correction must correct something, and once."""
     if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
         text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
         yield _problem("algorithm.correction", text)
-    if correction.mode == "bypass" and correction.weights is not None:
+    if correction.mode == "bypass" and not algorithm.felt_off_policy and not correction.rejects:
+        text = (
+            f"is bypass, but algorithm {config.algorithm.name} has no importance ratio that it would act on; set "
+            "policy_gradient and choose weights, or reject"
+        )
+        yield _problem("algorithm.correction.mode", text)
+    elif correction.mode == "bypass" and correction.weights is not None:
         text = (
             f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
             "weights would count it twice; set null, or mode policy_gradient"

@@ -21,6 +21,7 @@ from rlhf.algorithms.section import Section
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig
+from rlhf.config.data import TaskConfig
 from rlhf.config.rewards import RewardConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
@@ -145,6 +146,8 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if isinstance(algorithm, RAFTConfig):
         why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
         yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
+        why = f"algorithm {algorithm.name} has no tokens of negative advantage"
+        yield from _all("algorithm.correction.off_policy_mask", why, "bound the ratios by reject")
     correction, clips = algorithm.correction, algorithm.felt_off_policy
     if correction is not None and correction.weights is None:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
@@ -253,6 +256,13 @@ def _of_preferences(config: Config) -> Iterator[Inert]:
 
 
 def _of_data_and_training(config: Config) -> Iterator[Inert]:
+    data, rollouts = config.data, config.rollouts
+    if data.curriculum is not None and rollouts is not None and isinstance(data.train, TaskConfig):
+        asked = config.train.steps * rollouts.prompts_per_step
+        replaced = rollouts.dynamic_sampling is not None or config.reward_policy.on_error == "drop"
+        if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
+            why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many"
+            yield from _all("data.curriculum", f"{why} or more: none comes up twice", "train for more steps")
     if config.data.eval is None:
         keys = "eval train.best_metric train.early_stopping"
         yield from _all(keys, "there is no data.eval", "name a held-out set as data.eval")

@@ -81,6 +81,19 @@ class TeacherConfig(ModelConfig):
     """The frozen model that a student learns from: a language model with the policy's tokenizer."""
 
 
+class StepScores(Section):
+    """A response is worth what a process reward model says of its steps."""
+
+    combine: Literal["min", "mean", "product"] = "min"
+    """What is made of the probabilities that the steps are right: the lowest (arXiv:2312.08935), their mean, or their
+    product (arXiv:2305.20050)."""
+    separator: str = Field(default="\n", min_length=1)
+    """Ends every step but the last, as in the model's training (`algorithm.step_separator`)."""
+
+
 class RewardModelConfig(ModelConfig):
     """A sequence-classification model with one label, or the folder of a LoRA adapter of one, used by
     `rewards.<name>.role: reward`."""
+
+    steps: StepScores | None = None
+    """Take a process reward model's word for every step of a response; null: the head's value at its end alone."""

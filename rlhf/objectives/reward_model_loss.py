@@ -1,12 +1,15 @@
-"""Losses of reward models: of responses by pairs, of steps by labels; and whether their margins are calibrated.
+"""Losses of reward models: of responses by pairs, of steps by labels; what steps come to, and whether margins are
+calibrated.
 
 One loss a pair or a token; the caller divides by the counts of the whole optimizer step.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
@@ -29,6 +32,25 @@ def centering(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Flo
     arXiv:2312.09244; TRL's center_rewards_coefficient.
     """
     return (chosen + rejected).square()
+
+
+def combined_steps(
+    scores: Float[Tensor, " N"],
+    ends: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    by: Literal["min", "mean", "product"],
+) -> Float[Tensor, " B"]:
+    """What a process reward model says of whole responses: its probabilities sigmoid(score) that the steps are right,
+    their least (arXiv:2312.08935), mean, or product (arXiv:2305.20050). ends: the token that ends each step, where the
+    score is read; ValueError for a response without one.
+    """
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[ends]
+    if len(rows.unique()) < len(lengths):
+        raise ValueError("combined_steps needs a step in every response: one of these has none")
+    reduce = {"min": "amin", "mean": "mean", "product": "prod"}[by]
+    empty = scores.new_zeros(len(lengths))
+    return empty.scatter_reduce(0, rows, scores[ends].sigmoid(), reduce=reduce, include_self=False)
 
 
 def step_cross_entropy(

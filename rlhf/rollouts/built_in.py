@@ -13,4 +13,5 @@ BUILT_INS: Mapping[str, str] = {
     "skyrl_gym": "rlhf.rollouts.adapters.skyrl_gym:SkyRLGym",
     "textarena": "rlhf.rollouts.adapters.textarena:TextArena",
     "http": "rlhf.rollouts.adapters.http:HttpEnvironment",
+    "openenv": "rlhf.rollouts.adapters.openenv:OpenEnv",
 }

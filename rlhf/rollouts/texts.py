@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.rollouts.spans import pieces
@@ -24,6 +26,35 @@ def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
     texts = iter(decoded)
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
+
+
+def step_ends(
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    response_mask: Bool[Tensor, " N"],
+    tokenizer: Any,
+    *,
+    separator: str,
+) -> Bool[Tensor, " N"]:
+    """True at the tokens that end a response's steps: those that complete a separator, and the last sampled one.
+
+    A step of nothing but white space is none; a response of nothing else is one step.
+    """
+    ends = torch.zeros_like(response_mask)
+    special = set(tokenizer.all_special_ids)
+    for sequence in torch.arange(len(token_ids)).split(lengths.tolist()):
+        places = sequence[response_mask[sequence]].tolist() or [int(sequence[-1])]
+        ids = token_ids[places].tolist()
+        step = ""
+        for place, token, text in zip(places, ids, token_texts(ids, tokenizer), strict=True):
+            step += "" if token in special else text
+            before, found, behind = step.rpartition(separator)
+            if found:
+                ends[place] = bool(before.strip())
+                step = behind
+        if step.strip() or not ends[places].any():
+            ends[places[-1]] = True
+    return ends
 
 
 def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]:

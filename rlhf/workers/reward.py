@@ -19,7 +19,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import response_texts, tokens_of, turns_of
+from rlhf.rollouts.texts import response_texts, step_ends, tokens_of, turns_of
 from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts, TokenSignals
@@ -89,7 +89,7 @@ class RewardWorker:
         environment_rewards: where there is an environment, the rewards that it gave."""
         specs = self.settings.specs
         models = [spec.name for spec in specs if spec.is_model and spec.applies_to(prompt.columns)]
-        numbers = self.model.scores(rollouts.token_ids, rollouts.lengths) if models else []
+        numbers = self._model_scores(rollouts) if models else []
         given = [reward for reward in environment_rewards if reward is not None]
         by_model = dict.fromkeys([spec.name for spec in specs if spec.from_environment], given)
         return self.rewards.score(
@@ -99,6 +99,14 @@ class RewardWorker:
             model_scores=by_model | dict.fromkeys(models, numbers),
             asked=asked,
         )
+
+    def _model_scores(self, rollouts: Rollouts) -> list[float]:
+        """What the reward model says of each response."""
+        tokens, lengths, steps = rollouts.token_ids, rollouts.lengths, self.model.steps
+        if steps is None:
+            return self.model.scores(tokens, lengths, None)
+        ends = step_ends(tokens, lengths, rollouts.response_mask, self.tokenizer, separator=steps.separator)
+        return self.model.scores(tokens, lengths, ends)
 
     def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
         """The prompt with what an environment began the conversation with."""

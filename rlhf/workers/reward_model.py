@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.config.model import RewardModelConfig
 from rlhf.engine.memory import explains_out_of_memory
-from rlhf.models.heads import sequence_scores
+from rlhf.models.heads import sequence_scores, token_scores
 from rlhf.models.loading import load_reward_model
+from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.workers.place import torch_dtype
 from rlhf.workers.ragged import slices
 
@@ -21,6 +23,7 @@ class RewardModel:
     def __init__(
         self, config: RewardModelConfig, device: torch.device, *, max_tokens_per_microbatch: int, rank: int = 0
     ) -> None:
+        self.steps = config.steps
         self.device = device
         self.rank = rank
         self.max_tokens = max_tokens_per_microbatch
@@ -31,15 +34,24 @@ class RewardModel:
             )
             self.model = model.to(device).eval().requires_grad_(False)
 
-    def scores(self, token_ids: Tensor, lengths: Tensor) -> list[float]:
-        """One number a sequence: the head's value at its last token."""
+    def scores(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
+    ) -> list[float]:
+        """One number a sequence: the head's value at its last token, or what it says of the steps that end where told,
+        as `config.steps` combines it."""
         sizes = lengths.tolist()
         scores = [0.0] * len(sizes)
         with self.lock, torch.no_grad():
             for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens):
                 with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
-                    tokens = token_ids[piece.tokens].to(self.device)
-                    found = sequence_scores(self.model, tokens, piece.lengths.to(self.device))
+                    tokens, lengths = token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
+                    if step_ends is None:
+                        found = sequence_scores(self.model, tokens, lengths)
+                    else:
+                        assert self.steps is not None
+                        ends = step_ends[piece.tokens].to(self.device)
+                        said = token_scores(self.model, tokens, lengths)
+                        found = combined_steps(said, ends, lengths, by=self.steps.combine)
                 for row, value in zip(piece.rows, found.tolist(), strict=True):
                     scores[row] = value
         return scores

@@ -12,11 +12,13 @@ import pytest
 from pydantic import BaseModel
 
 import rlhf
+from rlhf.algorithms import AlgorithmConfig
 from rlhf.arguments import parse
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
 from rlhf.config.sweep import SweepFile, load_sweep
+from rlhf.config.yaml_tree import read_tree
 from rlhf.tracking.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +101,24 @@ def test_commands_parse(page: Path) -> None:
             if config in written_by(page):
                 continue
             loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
-            loads.get(args.command, rlhf.load_config)(ROOT / config, args.overrides)
+            of_sweep = args.command == "plan" and "sweep" in read_tree(ROOT / config).values
+            loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(ROOT / config, args.overrides)
+
+
+def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    sections = re.split(r"\n#{2,3} ", page)
+    recipes = {read_tree(path).values.get("algorithm", {}).get("name") for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {get_args(one.model_fields["name"].annotation)[0]: one for one in get_args(AlgorithmConfig)}
+    assert configs.keys() <= recipes
+    for name, config in configs.items():
+        file = f"`{config.__module__.replace('.', '/')}.py`"
+        (section,) = [text for text in sections if file in text]
+        assert "Watch: " in section, name
+        _, found, failures = section.partition("Known failure")
+        assert found, name
+        shared = len(set(re.findall(r"`rlhf/algorithms/\w+\.py`", section))) > 1
+        assert not shared or re.search(rf"\b{name}\b", failures), name
 
 
 def test_the_readme_is_short() -> None:

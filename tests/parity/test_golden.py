@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def test_every_further_case_of_an_offline_loss_is_ok() -> None:
 
 def test_no_case_is_unsupported(verdicts: dict[str, Verdict]) -> None:
     assert [verdict.line(why=True) for verdict in verdicts.values() if verdict.kind == "unsupported"] == []
+
+
+def test_the_page_says_how_many_are_equal(verdicts: dict[str, Verdict]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    table = page.partition("| cases | equal | refused |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    told = {name: (int(ok), int(no)) for name, ok, no in re.findall(r"\| `?(\w+)`? \| (\d+) \| (\d+) \|", table)}
+    found: dict[str, list[str]] = {"all": []}
+    offline = {verdict.name: verdict for verdict in judge(load(OFFLINE_CASES))}
+    for cases, outcomes in ((load(CASES), verdicts), (load(OFFLINE_CASES), offline)):
+        for case in cases:
+            if case.name in outcomes:
+                for name in ("all", case.category):
+                    found.setdefault(name, []).append(outcomes[case.name].kind)
+    assert told == {name: (kinds.count("ok"), kinds.count("refused")) for name, kinds in found.items()}
 
 
 def test_a_packing_with_a_sequence_elsewhere_differs(

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from actors.cluster_doctor import OfNode, judge, paths_of, together
+import rlhf
+from actors.cluster_doctor import OfNode, judge, models_of, paths_of, together
 from actors.cluster_doctor import cluster_doctor as look
 from actors.doctor import Finding
-from actors.node_probe import NodeFacts, NodeProbe, code_hash, size_of, versions
+from actors.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
+from rlhf.cli import main
 from rlhf.errors import UserError
 
 SOUND = NodeFacts(
@@ -25,6 +27,8 @@ SOUND = NodeFacts(
     shm_gib=16.0,
     shm_free_gib=15.0,
     seen={},
+    cached={},
+    no_hub="",
     shared="",
 )
 
@@ -42,6 +46,13 @@ def test_a_node_like_this_machine_is_fine() -> None:
         ({"shm_gib": 0.06, "shm_free_gib": 0.06}, "note", "/dev/shm", "0.1 GiB, 0.1 GiB free"),
         ({"interface": "", "others": ("eth1",)}, "note", "interface", "none has the address"),
         ({"seen": {"/models/a": ""}}, "bad", "/models/a", "not there, here 3 files of 9 bytes"),
+        ({"cached": {"a/b": False, "c/d": True}}, "note", "a/b", "not in the hub's cache; the hub answers"),
+        (
+            {"cached": {"a/b": False}, "no_hub": "away"},
+            "bad",
+            "a/b",
+            "not in the hub's cache, and no hub answers (away)",
+        ),
         ({"seen": {"/models/a": "2 files of 8 bytes"}}, "note", "/models/a", "2 files of 8 bytes, here 3 files"),
     ],
 )
@@ -83,6 +94,39 @@ def test_the_paths_of_a_configuration_are_those_that_are_here(tmp_path: Path) ->
     assert size_of(f"{tmp_path}/missing.jsonl") == ""
 
 
+def test_the_models_of_the_hub_are_those_that_are_no_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "here").mkdir(parents=True)
+    tree = {
+        "policy": {"model": "some/model"},
+        "critic": {"model": "models/here"},
+        "reference": None,
+        "reward": {"model": "stage:reward"},
+        "rewards": {"judged": {"judge": {"model": "of/a-service"}}},
+        "evaluate": {"model": "runs/a/final", "against": "another/one", "reward": {"model": "a/judge"}},
+    }
+    stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
+    assert models_of([stage]) == ["some/model", "another/one", "a/judge"]
+
+
+def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, files in (("whole", ("config.json", "model.safetensors")), ("begun", ("config.json",))):
+        folder = tmp_path / f"models--a--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("c0ffee")
+        (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+        for file in files:
+            (folder / "snapshots" / "c0ffee" / file).write_text("{}")
+    found = {"a/whole": True, "a/begun": False, "a/none": False}
+    assert of_hub(list(found)) == (found, "HF_HUB_OFFLINE is set")
+    assert of_hub(["a/whole"]) == ({"a/whole": True}, "")
+    assert of_hub([]) == ({}, "")
+
+
 def test_a_link_is_measured() -> None:
     there, here = NodeProbe(), NodeProbe()
     link = there.reach("127.0.0.1", here.listen("127.0.0.1"))
@@ -94,3 +138,13 @@ def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="no cluster is named"):
         look(None, None)
+    with pytest.raises(UserError, match="no cluster is named"):
+        rlhf.cluster_doctor()
+
+
+def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [OfNode(node="n", finding=Finding(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
+    for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
+        monkeypatch.setattr("actors.cluster_doctor.cluster_doctor", lambda *_, found=found: found)
+        assert main(["doctor", "--cluster", "--address", "here:6379"]) == code
+        assert rlhf.cluster_doctor(address="here:6379") == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,3 +183,26 @@ def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     assert "3 steps" in rlhf.plan(loaded)
     with pytest.raises(rlhf.UserError, match="overrides change a file"):
         rlhf.plan(loaded, ["train.steps=4"])
+
+
+def test_every_command_is_a_call_too() -> None:
+    names = {"eval": "evaluate", "serve-reward": "serve_reward"}
+    missing = [name for name in COMMANDS if names.get(name, name) not in rlhf.__all__]
+    assert not missing
+    modules = {module.name for module in pkgutil.iter_modules(rlhf.__path__)}  # importing one would hide a call
+    assert not modules & set(rlhf.__all__)
+
+
+def test_a_quickstart_by_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch_with: Callable[[Launch], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown: list[Path] = []
+    launched = []
+    launch_with(lambda loaded, *, resume, quiet, json_lines, until: launched.append((loaded.name, resume, quiet)))
+    monkeypatch.setattr("rlhf.quickstart_results.show", shown.append)
+    assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
+    assert launched == [("mine", True, True)]
+    assert shown == [Path("runs/mine/grpo")]
+    with pytest.raises(rlhf.UserError, match="got 'dqn', expected ppo or grpo"):
+        rlhf.quickstart("dqn")  # type: ignore[arg-type]

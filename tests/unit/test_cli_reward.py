@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -116,6 +119,28 @@ def test_rows_that_cannot_be_scored(
     assert main(["reward", config, "--file", str(tmp_path / "r.jsonl")]) == 2
 
 
+def test_the_page_shows_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    chapter = page.partition("### A file with bad rows\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", chapter, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "yaml", "json", "console", "json", "console"]
+    files = ("right.py", "run.yaml", "responses.jsonl", None, "broken.jsonl", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "7 * 8 =", "answer": "56"}\n')
+    codes = []
+    for (_, text), file in zip(blocks, files, strict=True):
+        if file is not None:
+            (tmp_path / file).write_text(text)
+            continue
+        command, _, printed = text.partition("\n")
+        codes.append(main(shlex.split(command)[2:]))
+        assert "".join(capsys.readouterr()).replace(f"{tmp_path}/", "/w/") == printed
+    assert codes == [1, 2]
+
+
 def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -133,6 +158,14 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids + end])
         value = model.score(model.model(ids).last_hidden_state[0, -1]).item()
         assert one.score == pytest.approx(value, rel=1e-5)
+    file = write(tmp_path / "r.jsonl", [row("a b", "xcd"), row("a b", "xc", truncated=True)])
+    whole, cut = rlhf.reward(config, file, how).rows
+    steps = "reward.steps={combine: product, separator: c}"  # `xc` and `d`
+    (one, other) = rlhf.reward(config, file, [*how, steps]).rows
+    assert cut.score is not None
+    assert whole.score is not None
+    first, last = (1 / (1 + math.exp(-score)) for score in (cut.score, whole.score))
+    assert [one.score, other.score] == pytest.approx([first * last, first], rel=1e-5)
 
 
 async def test_the_server(config: str) -> None:

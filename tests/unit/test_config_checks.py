@@ -206,6 +206,11 @@ RELATIONS = {
         ["algorithm.correction={preset: bypass_clip, weights: token_truncated}"],
         "algorithm.correction.weights: is token_truncated",
     ),
+    "a bypass has a ratio to act on": (
+        ["algorithm={name: gpg, correction: {preset: bypass_clip}}"],
+        "algorithm.correction.mode: is bypass, but algorithm gpg has no importance ratio that it would act on; set "
+        "policy_gradient and choose weights, or reject",
+    ),
     "what agrees is not rejected": (
         ["algorithm.correction={reject: {geometric_mean_ratio: [1.1, 2]}}"],
         "algorithm.correction.reject.geometric_mean_ratio: got [1.1, 2.0], expected [low, high] with low < 1 < high",

@@ -43,6 +43,10 @@ INERT = {
         ["algorithm={name: sapo}", "train.sequences_per_update=32"],
         "every ratio is 1",
     ),
+    "algorithm.correction={off_policy_mask: 0.1}": (
+        ["algorithm={name: raft}", "train.sequences_per_update=8"],
+        "algorithm raft has no tokens of negative advantage; remove it, or bound the ratios by reject",
+    ),
     "algorithm.advantage_clip=2": (
         ["algorithm={name: raft}", "train.sequences_per_update=8"],
         "algorithm raft imitates what it keeps, without advantages",
@@ -64,6 +68,10 @@ INERT = {
     "rollouts.keep_per_prompt={count: 3}": (
         ["algorithm={name: raft, keep: 2}"],
         "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
+    ),
+    "data.curriculum={}": (
+        [GRPO, "data.train={task: running_totals, size: 160}"],
+        "train.steps * rollouts.prompts_per_step = 80 prompts are asked, and data.train has as many or more",
     ),
     "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "none has moved yet"),
     "algorithm.value_clip=0.2": (
@@ -172,6 +180,10 @@ def test_supervised_runs_take_no_keys_of_rollouts(
         ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
         ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
         ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
+        ["algorithm={name: gpg, correction: {preset: bypass_clip_k3_rs}}"],  # it rejects
+        ["data.curriculum={}", "data.train={task: running_totals, size: 79}"],
+        ["data.curriculum={}", "data.train={task: running_totals, size: 160}", "reward_policy.on_error=drop"],
+        ["data.curriculum={}"],  # of a file it is not known before it is read
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
         ["algorithm={name: dapo, overlong: {buffer: 50}}"],

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import rlhf
 from actors import doctor
+from rlhf.cli import main
 from rlhf.rewards.sandbox import SandboxError
 
 
@@ -109,7 +111,8 @@ def test_exit_code(
 ) -> None:
     findings = [doctor.Finding(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
-    assert doctor.doctor() == code
+    assert main(["doctor"]) == code
+    assert rlhf.doctor() == tuple(findings)
     out = capsys.readouterr().out
     assert "x [y]" in out
     assert ("training is not possible yet: see thing bad" in out) == (code == 1)

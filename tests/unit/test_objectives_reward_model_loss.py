@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlhf.objectives.reward_model_loss import (
     bradley_terry,
     calibration_bins,
     centering,
+    combined_steps,
     step_cross_entropy,
 )
 from rlhf.tracking.reductions import CalibrationError
@@ -77,3 +79,17 @@ def test_calibration_of_nothing_is_nan_and_of_no_numbers_refused() -> None:
         calibration_bins(torch.zeros(1), num_bins=0)
     with pytest.raises(ValueError, match="got nan"):
         calibration_bins(torch.tensor([math.nan]), num_bins=3)
+
+
+@pytest.mark.parametrize(("by", "first"), [("min", 0.25), ("mean", 0.5), ("product", 0.75 * 0.5 * 0.25)])
+def test_what_steps_come_to(by: Any, first: float) -> None:
+    """Probabilities 3/4, 1/2 and 1/4 of the first response's steps, 3/4 of the second's one; others are not read."""
+    scores = torch.tensor([9.0, LOG3, 0.0, -9.0, -LOG3, 9.0, LOG3], dtype=torch.float64)
+    ends = torch.tensor([False, True, True, False, True, False, True])
+    found = combined_steps(scores, ends, torch.tensor([5, 2]), by=by)
+    torch.testing.assert_close(found.tolist(), [first, 0.75])
+
+
+def test_a_response_without_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of these has none"):
+        combined_steps(torch.zeros(3), torch.tensor([True, False, False]), torch.tensor([2, 1]), by="min")

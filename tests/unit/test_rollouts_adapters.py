@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,3 +115,67 @@ def test_a_server_that_fails_is_a_failure(server: str) -> None:
         play("http", {"url": "file:///etc/passwd"}, {})
     with pytest.raises(UserError, match="NO_SUCH_TOKEN, which is to hold the token, is not set"):
         play("http", {"url": server, "token_env": "NO_SUCH_TOKEN"}, {})
+
+
+@pytest.fixture
+def openenv() -> Iterator[str]:
+    """What an OpenEnv server does with its messages: a session a connection, errors in answers."""
+    sync_server = pytest.importorskip("websockets.sync.server", reason="the extra openenv is not installed")
+
+    def serve(session: Any) -> None:
+        assert session.request.path == "/ws"
+        if session.request.headers.get("Authorization") not in (None, "Bearer a-token"):
+            session.send(json.dumps({"type": "error", "data": {"message": "who are you?"}}))
+            return
+        left = 0
+        for message in map(json.loads, session):
+            data = message["data"]
+            if message["type"] == "reset":
+                left, reward = data.get("start", data["seed"]), None
+            elif data["kind"] != ["say"] or data["text"] == "boom":
+                session.send(json.dumps({"type": "error", "data": {"message": "too loud", "code": "EXECUTION_ERROR"}}))
+                continue
+            else:
+                left, reward = left - 1, 0.5
+            told = {"observation": {"said": f"{left} left", "more": [1]}, "reward": reward, "done": left == 0}
+            session.send(json.dumps({"type": "observation", "data": told}))
+
+    with sync_server.serve(serve, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.socket.getsockname()[1]}/"
+
+
+ACTION = {"kind": ["say"], "text": "{response}"}
+
+
+def test_an_environment_of_openenv_plays(openenv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args: dict[str, Any] = {"url": openenv, "action": ACTION, "observation": "said"}
+    first, steps = play("openenv", args, {"start": 2, "answer": "x"}, "{a}", "b")
+    assert first == "2 left"
+    assert steps == [
+        Step(observation="1 left", reward=0.5, done=False),
+        Step(observation="0 left", reward=0.5, done=True),
+    ]
+    assert play("openenv", args, {}, seed=3)[0] == "3 left"
+    del args["observation"]
+    monkeypatch.setenv("ENV_TOKEN", "a-token")
+    assert json.loads(play("openenv", {**args, "token_env": "ENV_TOKEN"}, {})[0]) == {"said": "1 left", "more": [1]}
+    monkeypatch.setenv("ENV_TOKEN", "another")
+    with pytest.raises(EnvironmentFailure, match=r"reset: .* answered reset with error: \{'message': 'who are you"):
+        play("openenv", {**args, "token_env": "ENV_TOKEN"}, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({}, EnvironmentFailure, r"step: RuntimeError: ws://.*/ws answered step with error: .*too loud"),
+        ({"observation": "told"}, EnvironmentFailure, "the observation has said, more, and no told"),
+        ({"url": "http://127.0.0.1:9"}, EnvironmentFailure, r"reset: ConnectionRefusedError"),
+        ({"url": "ftp://here"}, UserError, "expected one of http or https"),
+        ({"action": {"text": "fixed"}}, UserError, r"which has no \{response\}"),
+        ({"token_env": "NO_SUCH_TOKEN"}, UserError, "NO_SUCH_TOKEN, which is to hold the token, is not set"),
+    ],
+)
+def test_what_openenv_does_not_take_is_said(openenv: str, changes: dict[str, Any], kind: type, said: str) -> None:
+    with pytest.raises(kind, match=said):
+        play("openenv", {"url": openenv, "action": ACTION, **changes}, {}, "boom")

@@ -138,6 +138,28 @@ def test_a_group_plays_one_game() -> None:
     assert bytes(begin.pop()) == f"game {request().seeds[0]}".encode()
 
 
+def test_a_slow_environment_stalls_itself_alone() -> None:
+    """Of two groups that are played at once the one whose environment answers is through first."""
+    through: list[str] = []
+
+    async def play_both() -> None:
+        conversations = Conversations(spec(source=moody(rounds=2)), byte_tokenizer(), Script("x"))
+        await conversations.start()
+
+        async def one(name: str, sleep_s: float) -> None:
+            played = await conversations.play(request(samples=2, text="{observation}", sleep_s=sleep_s), SAMPLING)
+            assert [(group.reward, group.finish_reason) for group in played] == [(1.0, "stop")] * 2
+            through.append(name)
+
+        try:
+            await asyncio.gather(one("slow", 1.5), one("quick", 0.0))
+        finally:
+            await conversations.stop()
+
+    asyncio.run(asyncio.wait_for(play_both(), 60.0))
+    assert through == ["quick", "slow"]
+
+
 @pytest.mark.parametrize(
     ("mood", "kind", "message"),
     [

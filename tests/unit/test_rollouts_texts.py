@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
+from typing import Any
 
 import pytest
+import torch
 
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.texts import token_texts
+from rlhf.rollouts.texts import step_ends, token_texts
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
 
@@ -32,3 +35,28 @@ def test_bytes_that_are_no_text_are_joined_as_they_are_decoded(tokenizer: object
         texts = token_texts(ids, tokenizer)
         assert len(texts) == len(ids)
         assert "".join(texts) == tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("response", "separator", "steps"),
+    [
+        ("one\ntwo<|eos|>", "\n", ["one\n", "two<|eos|>"]),
+        ("one\ntwo", "\n", ["one\n", "two"]),  # cut
+        ("one\n\n two\n<|eos|>", "\n", ["one\n", "\n two\n"]),  # neither a blank line nor the end is a step
+        ("one\ntwo\n\nthree", "\n\n", ["one\ntwo\n\n", "three"]),
+        ("<|eos|>", "\n", ["<|eos|>"]),
+        (" \n", "\n", [" \n"]),
+    ],
+)
+def test_steps_end_where_a_separator_does(tokenizer: Any, response: str, separator: str, steps: list[str]) -> None:
+    prompt = list(b"a\nb\n")
+    sampled = [id for part in re.split(r"(<.*>)", response) for id in ([257] if part == "<|eos|>" else part.encode())]
+    rows = [[*prompt, *sampled], [*prompt, 65]]
+    mask = [place >= len(prompt) for row in rows for place in range(len(row))]
+    lengths = torch.tensor([len(row) for row in rows])
+    ends = step_ends(torch.tensor([*rows[0], *rows[1]]), lengths, torch.tensor(mask), tokenizer, separator=separator)
+    assert ends.nonzero().flatten().tolist()[-1] == len(mask) - 1
+    found = [place - len(prompt) + 1 for place in ends[: len(rows[0])].nonzero().flatten().tolist()]
+    begun = [0, *found]
+    texts = [tokenizer.decode(sampled[a:b], skip_special_tokens=False) for a, b in zip(begun, found, strict=False)]
+    assert texts == steps

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import rlhf
 from rlhf.cli import main
 from rlhf.config.load import LoadedConfig
 from rlhf.config.sweep import load_sweep
@@ -101,6 +102,22 @@ def test_what_wandb_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any]
 def test_a_run_that_is_not_told_to_wandb_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(write_sweep(tmp_path)), "--wandb"]) == 2
     assert "set tracking.wandb=online" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"set tracking\.wandb=online"):
+        rlhf.make_wandb_sweep(write_sweep(tmp_path))
+
+
+def test_the_calls_ask_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("wandb.login", lambda prompt: True)
+    monkeypatch.setattr("wandb.sweep", lambda made, project: asked.append((made["command"], project)) or "abc123")
+    monkeypatch.setattr("wandb.agent", lambda identity, count: asked.append((identity, count)))
+    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(default_entity="me"))
+    file = write_sweep(tmp_path)
+    identity = rlhf.make_wandb_sweep(file, ["tracking.wandb=online"])
+    assert identity == "me/rlhf/abc123"
+    rlhf.run_wandb_agent(identity, count=3)
+    words = ["sweep", str(file), "tracking.wandb=online", "--trial", "${args_no_hyphens}"]
+    assert asked == [(["${env}", "rlhf", *words], "rlhf"), (identity, 3)]
 
 
 @pytest.mark.parametrize(

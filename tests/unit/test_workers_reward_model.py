@@ -9,7 +9,7 @@ import pytest
 import torch
 from aiohttp import web
 
-from rlhf.config.model import RewardModelConfig
+from rlhf.config.model import RewardModelConfig, StepScores
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.remote import RemoteReward
 from rlhf.rewards.scoring import RewardSpec
@@ -100,3 +100,30 @@ def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -
             assert other.scores == pytest.approx((2.0 + 100 * taste[0], 33.0 + 100 * taste[1]))
         finally:
             worker.stop()
+
+
+def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_model: Path) -> None:
+    """The least probability of a response's steps is that of the worst prefix that ends with a step."""
+    config = RewardModelConfig(model=str(reward_model), dtype="float32")
+    common = {"tokenizer": str(tiny_model), "trust_remote_code": False, "timeout_s": 5.0, "processes": 1}
+    specs = (RewardSpec(name="taste", weight=1.0, function=None),)
+
+    def scored(responses: list[str], steps: StepScores | None) -> tuple[float, ...]:
+        model = config.model_copy(update={"steps": steps})
+        made = RewardSettings(specs=specs, model=model, memory_gib=8.0, max_tokens_per_microbatch=16, **common)  # type: ignore[arg-type]
+        worker = RewardWorker(made, PLACE)
+        worker.start()
+        try:
+            rollouts = group(worker.tokenizer, "ab", responses)
+            return worker.score(
+                Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={}), rollouts, [False], {}
+            ).scores
+        finally:
+            worker.stop()
+
+    response = "1;22;3"
+    prefixes = scored(["1;", "1;22;", "1;22;3"], None)
+    right = torch.tensor(prefixes).sigmoid()
+    for combine, expected in (("min", right.min()), ("mean", right.mean()), ("product", right.prod())):
+        steps = StepScores(combine=combine, separator=";")  # type: ignore[arg-type]
+        assert scored([response], steps) == pytest.approx([expected.item()], rel=1e-5)

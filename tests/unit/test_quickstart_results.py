@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import RunError
-from rlhf.quickstart import show
+from rlhf.quickstart_results import show
 
 
 def write(folder: Path, scores: list[float]) -> None:

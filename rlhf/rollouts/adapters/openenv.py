@@ -1,0 +1,107 @@
+"""An environment that an OpenEnv server holds, over its WebSocket: one connection is one session of its own.
+
+Written against openenv-core 0.3.0. A call that fails is the environment's failure, and none is made twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from websockets.sync.client import ClientConnection
+
+RESPONSE = "{response}"  # what stands for the policy's turn in `action`
+MOST_BYTES = 16 * 2**20  # of one message
+
+
+class OpenEnv:
+    """The environment at `url`.
+
+    action: what is sent as a turn, with `{response}` in at least one of its texts. observation: the field of the
+    environment's observations that the policy is told; None: all of them, as JSON. token_env: variable with a bearer
+    token; None: none is sent.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        action: Mapping[str, Any],
+        observation: str | None = None,
+        token_env: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        try:
+            from websockets.exceptions import ConnectionClosed
+            from websockets.sync.client import connect
+        except ImportError as error:
+            raise ImportError(
+                f"websockets is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[openenv]'"
+            ) from error
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {url!r}, expected one of http or https")
+        if RESPONSE not in json.dumps(action):
+            raise ValueError(f"action is {action!r:.100}, which has no {RESPONSE} for what the policy says")
+        self.connect, self.closed = connect, ConnectionClosed
+        self.url = f"ws{url.removeprefix('http').rstrip('/')}/ws"
+        self.action = action
+        self.observation = observation
+        self.timeout_s = timeout_s
+        self.session: ClientConnection | None = None
+        self.headers: dict[str, str] = {}
+        if token_env is not None:
+            if token_env not in os.environ:
+                raise ValueError(f"the environment variable {token_env}, which is to hold the token, is not set")
+            self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
+
+    def reset(self, seed: int, **columns: Any) -> str | None:
+        """Open a session; the server passes on what its environment's reset takes of the columns."""
+        self.session = self.connect(
+            self.url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=MOST_BYTES
+        )
+        return self._told(self._ask("reset", {"seed": seed, **columns})) or None
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        """One turn."""
+        told = self._ask("step", _filled(self.action, response))
+        return self._told(told), float(told["reward"] or 0.0), bool(told["done"])
+
+    def close(self) -> None:
+        """End the session."""
+        if self.session is not None:
+            self.session.close()
+
+    def _ask(self, kind: str, data: Any) -> dict[str, Any]:
+        assert self.session is not None
+        with contextlib.suppress(self.closed):  # a full server says so, and closes: that is read below
+            self.session.send(json.dumps({"type": kind, "data": data}))
+        answer = json.loads(self.session.recv(timeout=self.timeout_s))
+        if answer["type"] != "observation":
+            raise RuntimeError(f"{self.url} answered {kind} with {answer['type']}: {answer['data']!r:.400}")
+        told: dict[str, Any] = answer["data"]
+        return told
+
+    def _told(self, told: Mapping[str, Any]) -> str:
+        """Of an answer, what the policy reads."""
+        found = told["observation"]
+        if self.observation is not None:
+            if self.observation not in found:
+                raise KeyError(f"the observation has {', '.join(found) or 'nothing'}, and no {self.observation}")
+            found = found[self.observation]
+        if not found:
+            return ""
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
+def _filled(action: Any, response: str) -> Any:
+    """The action with the response in its place, at any depth."""
+    if isinstance(action, str):
+        return action.replace(RESPONSE, response)
+    if isinstance(action, Mapping):
+        return {key: _filled(value, response) for key, value in action.items()}
+    if isinstance(action, list | tuple):
+        return [_filled(value, response) for value in action]
+    return action
