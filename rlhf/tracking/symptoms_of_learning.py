@@ -6,6 +6,7 @@ from what healthy runs show (tests hold rows of some) that a finding deserves a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import median
 
@@ -57,10 +58,11 @@ def kl_blow_up(history: History) -> Finding | None:
         return None
     level = mean(recent)
     before = [point.value for point in history.last(key, 23)[:-3]]
-    jumped = bool(before) and level > KL_JUMP * median(before) and level > KL_JUMP_FROM
+    usual = median(before) if before else math.inf
+    jumped = level > max(KL_JUMP * usual, KL_JUMP_FROM)  # an estimate may be 0 or below it
     if level <= KL_REF and not jumped:
         return None
-    grown = f", {say(level / median(before))} times the median of the 20 steps before" if jumped else ""
+    grown = f"; the median of the 20 steps before is {say(usual)}" if jumped else ""
     return Finding(
         kind="kl_blow_up",
         severity="failure" if level > KL_REF else "warning",

@@ -217,6 +217,14 @@ def test_the_numbers_and_steps_are_those_of_the_series() -> None:
     assert "29.9 nats a token" in found.what  # (12.8 + 25.6 + 51.2) / 3
 
 
+@pytest.mark.parametrize("before", [0.0, -0.001])
+def test_a_kl_that_jumps_from_nothing_is_told_without_a_ratio(before: float) -> None:
+    """A reference that is the policy, as while the learning rate warms up; the estimator may be negative by chance."""
+    (found,) = diagnose(rows(30, experience__kl_ref__mean=lambda s: 0.5 if s > 25 else before))
+    assert found.kind == "kl_blow_up"
+    assert f"0.5 nats a token; the median of the 20 steps before is {before:g}." in found.what
+
+
 def test_each_kind_is_told_once_while_the_run_goes_on_and_the_worst_first() -> None:
     watch = Watch()
     told = [
