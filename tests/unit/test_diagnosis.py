@@ -6,9 +6,11 @@ three digits.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -208,6 +210,17 @@ def test_a_run_that_hacks_its_reward_is_found_out() -> None:
     (found,) = diagnose(real("hacked_ppo"))
     assert (found.kind, found.severity, found.metrics[0]) == ("reward_hacking", "failure", "eval/heldout/correct")
     assert "fell from 0.422 (step 0) to 0.161" in found.what
+
+
+def test_the_noise_of_an_evaluation_is_no_fall() -> None:
+    """Ten evaluations on 200 prompts of a policy that solves a tenth of them and learns nothing, 200 times."""
+    draw = random.Random(0)
+    told = 0
+    for _ in range(200):
+        scores = [fmean(draw.random() < 0.1 for _ in range(200)) for _ in range(10)]
+        found = diagnose(evaluated(90, *scores, every=10))
+        told += any(one.kind == "held_out_falls" for one in found)
+    assert told <= 20
 
 
 def test_the_numbers_and_steps_are_those_of_the_series() -> None:
