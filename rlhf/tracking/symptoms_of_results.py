@@ -24,7 +24,10 @@ FLAT, FLAT_EVALS, FLAT_STEPS = 0.02, 5, 20  # spread of the evaluations, as a sh
 CHANCE, CHANCE_STEPS = 0.55, 30  # accuracy of pairs; .5 is a coin
 
 _LOSSES = ("loss", "nll", "perplexity", "kl_teacher")  # evaluation metrics of which less is better
-_NEUTRAL = ("response_tokens", "truncated", "score_low", "score_high", "margin", "mismatched_kl")
+_NEUTRAL = (
+    *("response_tokens", "truncated", "score_low", "score_high", "margin", "mismatched_kl"),
+    *("chosen_reward", "rejected_reward", "calibration_error"),
+)
 
 
 def rewards_alike(history: History) -> Finding | None:

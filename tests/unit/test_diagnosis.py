@@ -223,6 +223,13 @@ def test_the_noise_of_an_evaluation_is_no_fall() -> None:
     assert told <= 20
 
 
+@pytest.mark.parametrize("metric", ["chosen_reward", "rejected_reward", "calibration_error"])
+def test_what_may_go_either_way_is_no_result(metric: str) -> None:
+    """DPO lowers the rewards of both responses; a calibration error is better small, and noisy."""
+    for values in ((0.5, 0.45, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4, 0.5)):
+        assert diagnose(evaluated(40, *values, every=10, key=f"eval/heldout/{metric}")) == []
+
+
 def test_the_numbers_and_steps_are_those_of_the_series() -> None:
     ill, _ = CASES["kl_blow_up"]  # .05 until step 30, then doubling: means of three exceed .25 at 34, 1 at 36
     (found,) = diagnose(ill)
