@@ -62,18 +62,20 @@ def _read(path: Path) -> Sequence[int]:
     found: list[int] = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # a response may hold what else ends a line
         except OSError as error:
             raise UserError(
                 f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
             ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--lengths {path}: is no text: {error}. Give a file or lognormal:MEAN:SIGMA") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
                 length = int(value["response_tokens"] if isinstance(value, dict) else value)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise UserError(
                     f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"
                 ) from error

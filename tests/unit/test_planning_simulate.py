@@ -102,6 +102,8 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
     seen = parse_lengths(str(file), most=4)
     assert seen.seen == (3, 5)
     assert {seen.draw(Random(seed)) for seed in range(20)} == {3, 4}
+    file.write_text(json.dumps({"response": "one\u2028two\x85", "response_tokens": 5}, ensure_ascii=False) + "\n")
+    assert parse_lengths(str(file), most=9).seen == (5,)  # no line ends there
 
 
 @pytest.mark.parametrize(
@@ -112,12 +114,17 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
         ("nowhere.txt", "nowhere.txt: cannot be read: No such file"),
         ("{bad}", r"bad.jsonl:2: expected a number, or an object with `response_tokens`, got 'x'"),
         ("{empty}", "there are no lengths in it"),
+        ("{endless}", "endless:1: expected a number"),
+        ("{binary}", "binary: is no text: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_wrong_lengths(tmp_path: Path, text: str, error: str) -> None:
     (tmp_path / "bad.jsonl").write_text("3\nx\n")
     (tmp_path / "empty").write_text("\n")
-    named = text.format(bad=tmp_path / "bad.jsonl", empty=tmp_path / "empty")
+    (tmp_path / "endless").write_text("1e999\n")
+    (tmp_path / "binary").write_bytes(b"\xff\n")
+    names = {"bad": "bad.jsonl", "empty": "empty", "endless": "endless", "binary": "binary"}
+    named = text.format(**{key: tmp_path / name for key, name in names.items()})
     with pytest.raises(UserError, match=error):
         parse_lengths(named, most=10)
 
