@@ -153,6 +153,14 @@ def test_errors_hide_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "401 for ***"
 
 
+def test_what_is_no_character_is_written_as_json_can(tmp_path: Path) -> None:
+    """Half a surrogate, as in the name of a file or what a service answered with."""
+    record = ErrorRecord(step=1, stage="rewards", kind="raised", message="no file a\udcff")
+    Tracker(tmp_path).log_error(record)
+    Tracker(tmp_path)  # writes what is there anew
+    assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "no file a\udcff"
+
+
 def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
     path = samples_path(tmp_path, 12)
     write_samples(path, [sample("first"), sample("second")])
@@ -173,11 +181,15 @@ def test_samples_of_other_splits_stay(tmp_path: Path) -> None:
     assert [(row["split"], row["response"]) for row in read_lines(path)] == [("train", "a"), ("heldout", "d")]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError("the disk is gone")
+
     path = tmp_path / "file"
     write_atomic(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "\ud800")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_atomic(path, "new")
     assert path.read_text() == "old"
 
 
