@@ -86,6 +86,14 @@ def test_failures_cost_time_and_the_seed_says_which() -> None:
     assert storm != simulate(failing, staleness=0, steps=6, seed=2)
 
 
+def test_the_engines_of_a_node_fail_together() -> None:
+    """As often as the node does, not each by itself."""
+    failing = replace(MANY, train_tokens_per_s=1e9, mtbf_s=200.0, restart_s=0.0)  # training takes no time to fail in
+    for engines, nodes in ((8, 1), (16, 2)):
+        found = simulate(replace(failing, engines=engines), staleness=0, steps=400, seed=1)
+        assert found.failures == pytest.approx(nodes * 401 * found.step_s / 200.0, rel=0.25)  # some hundred, at random
+
+
 def test_an_engine_that_fails_answers_everything_again() -> None:
     # Every response is trained on once: as many tokens a step as without failures.
     failing = replace(ONE, mtbf_s=5.0, restart_s=1.0)
