@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
         raise UserError("report needs the folder of a run, such as runs/NAME")
     runs = read_runs(folders)
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    findings = {run.name: _findings(run) for run in runs}
+    findings = {run.name: diagnose(run.rows) for run in runs}
     groups = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
     page = _page(groups, findings, title=", ".join(folder.resolve().name for folder in folders))
     try:
@@ -55,11 +55,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     except OSError as error:
         raise UserError(f"{html}: cannot be written: {error.strerror}. Name another file with --out.") from error
     return Report(html=html, pictures=pictures, findings=findings)
-
-
-def _findings(run: Run) -> list[Finding]:
-    bound = (run.config.get("rollouts") or {}).get("max_staleness")
-    return diagnose(run.rows, max_staleness=bound if isinstance(bound, int) else None)
 
 
 def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], html: Path) -> list[Path]:

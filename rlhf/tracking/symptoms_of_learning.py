@@ -217,8 +217,8 @@ def sampler_mismatch(history: History) -> Finding | None:
         why="The probabilities that the engine sampled with are not those that the trainer computes, so the gradient "
         "is of another policy than the one that wrote the responses: old weights, other numerics, or other sampling "
         "settings.",
-        advice="compare weight_sync/probe_max_diff; lower rollouts.max_staleness; set algorithm.correction, which "
-        "weighs or leaves out what is far off.",
+        advice="compare weight_sync/probe_max_diff; set algorithm.correction, which weighs or leaves out what is far "
+        "off.",
     )
 
 
@@ -257,7 +257,7 @@ def effective_samples_low(history: History) -> Finding | None:
         what=f"The effective sample size is {say(100 * mean(recent))} % of the tokens.",
         why="Few tokens with large ratios of trainer to sampler would carry most of the weight: the responses are of a "
         "policy that is too different from the one that is trained.",
-        advice="lower rollouts.max_staleness or train.lr; set algorithm.correction with a truncation.",
+        advice="compare weight_sync/probe_max_diff; set algorithm.correction with a truncation.",
     )
 
 
@@ -274,8 +274,8 @@ def much_rejected(history: History) -> Finding | None:
         metrics=(key, "experience/rollout_logprob_diff/mean"),
         what=f"{say(100 * mean(recent))} % of the sampled tokens are rejected by the correction.",
         why="Sampler and trainer disagree more than the correction's bounds allow; most of the generation is wasted.",
-        advice="find the cause of the difference first (rollouts.max_staleness, train.lr); then widen the bounds of "
-        "algorithm.correction.",
+        advice="find the cause of the difference first (weight_sync/probe_max_diff, train.lr); then widen the bounds "
+        "of algorithm.correction.",
     )
 
 

@@ -38,14 +38,10 @@ class Tracker:
     the disk before `log` returns.
     """
 
-    def __init__(
-        self, folder: Path, *, backends: Sequence[TrackerBackend] = (), max_staleness: int | None = None
-    ) -> None:
-        """max_staleness: `rollouts.max_staleness` of the run; None: it has none."""
+    def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._backends = tuple(map(Relay, backends))
-        self._max_staleness = max_staleness
         for name in ("metrics.jsonl", histograms.FILE, "errors.jsonl"):
             keep_lines(folder / name, lambda row: True)
         self._continue()
@@ -53,7 +49,7 @@ class Tracker:
     def _continue(self) -> None:
         """Take up step, clock and what has been told from the rows."""
         rows = read_metrics(self._folder)
-        self._watch = Watch(max_staleness=self._max_staleness)
+        self._watch = Watch()
         for row in rows:
             self._watch.observe(row)
         self._last_step: int = rows[-1]["step"] if rows else -1
