@@ -23,7 +23,7 @@ from rlhf.tracking.findings import Finding, Severity
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import declared
 from rlhf.tracking.reductions import Histogram
-from rlhf.tracking.samples import remove_samples_after
+from rlhf.tracking.samples import remove_files_after
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +108,13 @@ class Tracker:
         rows = keep_lines(self._path, lambda row: row["step"] <= step)
         keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
         errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
-        samples = remove_samples_after(self._folder, step)
-        if rows or errors or samples:
+        files = remove_files_after(self._folder, step)
+        if rows or errors or files:
             logger.info(
-                "resume at step %d: removed later metrics of %d steps, samples of %d, and %d errors",
+                "resume at step %d: removed later metrics of %d steps, samples and evaluations of %d, and %d errors",
                 step,
                 rows,
-                len(samples),
+                len(files),
                 errors,
             )
         self._continue()

@@ -15,6 +15,7 @@ from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
 from rlhf.tracking.backends import TrackedStep
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.findings import Severity
+from rlhf.tracking.run_folder import evaluation_path
 from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.tracker import Tracker, read_metrics
 
@@ -104,16 +105,19 @@ def test_non_finite_values_are_null_and_told(
 
 
 def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
+    (tmp_path / "evals").mkdir()
     tracker = Tracker(tmp_path)
     for step in range(1, 6):
         tracker.log(step, {"update/lr": float(step)})
         tracker.log_error(failure(step))
         write_samples(samples_path(tmp_path, step), [sample(f"answer {step}")])
+        write_atomic(evaluation_path(tmp_path, step), "{}")
     resumed = Tracker(tmp_path)
     resumed.truncate_after(3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert [row["step"] for row in read_lines(tmp_path / "errors.jsonl")] == [1, 2, 3]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_00000{n}.jsonl" for n in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "evals").iterdir()) == [f"step_00000{n}.json" for n in (1, 2, 3)]
     resumed.log(4, {"update/lr": 40.0})
     assert [row["update/lr"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
 
