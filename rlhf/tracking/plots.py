@@ -59,16 +59,14 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
-    """One curve, and the look of its panel."""
+    """One curve, and the look of its panel. Without points it is there for the legend."""
     from matplotlib.ticker import MaxNLocator
 
-    if not points:
-        return
-    steps, values = zip(*points, strict=True)
+    steps, values = [step for step, _ in points], [value for _, value in points]
     sparse = key.startswith("eval/") or len(points) == 1
     axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if sparse else None, markersize=5, label=label)
     if sparse:
-        for step, value in {points[0], points[-1]}:
+        for step, value in {*points[:1], *points[-1:]}:
             axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
         axes.margins(y=0.2)
     axes.set_xlabel("step", fontsize=9)
