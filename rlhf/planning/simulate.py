@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
 
+MOST_FAILURES = 10_000
 Kind = Literal["finish", "trained", "failed"]
 
 
@@ -188,9 +190,9 @@ class _Simulation:
         lost = 0.0
         if system.mtbf_s is not None:
             nodes = -(-system.training_gpus // system.gpus_per_node)
-            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work and self.failures < 10_000:
+            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work:
                 lost += until + system.restart_s  # the step begins anew
-                self.failures += 1
+                self.count_failure()
         self.work = (work, tokens)
         self.post(self.now + work + lost, "trained")
 
@@ -212,7 +214,7 @@ class _Simulation:
 
     def fail(self, node: int) -> None:
         """A node is gone: its engines answer their groups anew after the restart."""
-        self.failures += 1
+        self.count_failure()
         first = node * self.system.engines_per_node
         for index in range(first, min(first + self.system.engines_per_node, len(self.engines))):
             engine = self.engines[index]
@@ -221,6 +223,11 @@ class _Simulation:
             engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
             self.refill(index)
         self.expect_failure(node)
+
+    def count_failure(self) -> None:
+        self.failures += 1
+        if self.failures > MOST_FAILURES:
+            raise UserError("--simulate: nodes fail so often that steps do not end; raise mtbf_h")
 
     def _unfinished(self, engine: _Engine, group: int) -> list[int]:
         return sorted(engine.lengths[group])[-self.open[group] :]

@@ -86,6 +86,14 @@ def test_failures_cost_time_and_the_seed_says_which() -> None:
     assert storm != simulate(failing, staleness=0, steps=6, seed=2)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("mtbf_s", "rate"), [(0.1, 1000.0), (10.0, 1e-3)])  # no response ends; no update does
+def test_nodes_that_fail_before_anything_is_done_are_told(mtbf_s: float, rate: float) -> None:
+    failing = replace(ONE, mtbf_s=mtbf_s, restart_s=1.0, train_tokens_per_s=rate)
+    with pytest.raises(UserError, match=r"nodes fail so often that steps do not end; raise mtbf_h"):
+        simulate(failing, staleness=0, steps=1, seed=0)
+
+
 def test_the_engines_of_a_node_fail_together() -> None:
     """As often as the node does, not each by itself."""
     failing = replace(MANY, train_tokens_per_s=1e9, mtbf_s=200.0, restart_s=0.0)  # training takes no time to fail in
