@@ -77,8 +77,9 @@ async def _serve(application: web.Application, host: str, port: int, ready: Call
     try:
         try:
             await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise UserError(f"--host {host} --port {port}: cannot be listened on: {error.strerror}") from error
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--host {host} --port {port}: cannot be listened on: {why}") from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
         await ended.wait()
     finally:
