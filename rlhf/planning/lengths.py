@@ -57,7 +57,10 @@ def parse_lengths(text: str, *, most: int) -> Lengths:
 
 
 def _read(path: Path) -> Sequence[int]:
-    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples."""
+    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples.
+
+    Those of evaluations are passed over: they may be sampled otherwise, and are far more.
+    """
     files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
     found: list[int] = []
     for file in files:
@@ -74,7 +77,11 @@ def _read(path: Path) -> Sequence[int]:
                 continue
             try:
                 value = json.loads(line)
-                length = int(value["response_tokens"] if isinstance(value, dict) else value)
+                if isinstance(value, dict):
+                    if value.get("split", "train") != "train":
+                        continue
+                    value = value["response_tokens"]
+                length = int(value)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise UserError(
                     f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"

@@ -120,6 +120,10 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
     assert {seen.draw(Random(seed)) for seed in range(20)} == {3, 4}
     file.write_text(json.dumps({"response": "one\u2028two\x85", "response_tokens": 5}, ensure_ascii=False) + "\n")
     assert parse_lengths(str(file), most=9).seen == (5,)  # no line ends there
+    (tmp_path / "samples").mkdir()
+    rows = [{"split": "heldout", "response_tokens": 7}, {"split": "train", "response_tokens": 6}]
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert parse_lengths(str(tmp_path), most=9).seen == (6,)  # evaluations sample otherwise, and far more
 
 
 @pytest.mark.parametrize(
