@@ -18,7 +18,7 @@ TRUNCATED = 0.3  # of the responses: a cut response rarely scores, so length is 
 TRUNCATED_RISE, LONGER = 0.15, 1.2  # more cut responses and a fifth more tokens: length runs away
 SHRUNK, WORTH_SHRINKING = 0.2, 20  # share of their first length, of responses that had some tokens
 SCORE_RISE = 0.25  # of the scores' deviation: beyond the noise of five batches
-EVAL_FALL, EVAL_NOISE = 0.2, 5.0  # both: of the best value; and times the evaluations' noise, since all are looked at
+EVAL_FALL, EVAL_NOISE = 0.2, 6.0  # both: of the best value; and times the evaluations' noise, since all are looked at
 OVERFIT = 1.05  # times the lowest held-out loss: beyond the noise of an evaluation
 FLAT, FLAT_EVALS, FLAT_STEPS = 0.02, 5, 20  # spread of the evaluations, as a share of the largest
 CHANCE, CHANCE_STEPS = 0.55, 30  # accuracy of pairs; .5 is a coin
@@ -271,14 +271,21 @@ def _fallen(points: list[Point]) -> tuple[Point, float] | None:
     limit = best.value - EVAL_FALL * abs(best.value)
     if len(later) < 2 or any(point.value >= limit for point in later) or best.value == 0:
         return None
-    if best.value - mean(later) <= EVAL_NOISE * _noise([point.value for point in points]):
+    if best.value - mean(later) <= EVAL_NOISE * _noise(points, best):
         return None
     return best, mean(later)
 
 
-def _noise(values: Sequence[float]) -> float:
-    """Standard deviation of a series around its trend, by its second differences, which a straight line has none of."""
-    bends = [a - 2.0 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+def _noise(points: Sequence[Point], best: Point) -> float:
+    """Standard deviation of a series around its trend, by its second differences, which a straight line has none of.
+
+    That at the best is left out: the trend turns there.
+    """
+    bends = [
+        before.value - 2.0 * point.value + after.value
+        for before, point, after in zip(points, points[1:], points[2:], strict=False)
+        if point is not best
+    ]
     return math.sqrt(fmean(bend * bend for bend in bends) / 6.0)
 
 
