@@ -17,13 +17,13 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.reporting import sections
 from rlhf.reporting.clock import time_spent
-from rlhf.reporting.curves import COLORS, keys_of, main_keys, plot
+from rlhf.reporting.curves import keys_of, main_keys, plot
 from rlhf.reporting.markup import embedded, folded, section, text
 from rlhf.reporting.runs import Run, read_pairs, read_runs, read_spans
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.diagnosis import diagnose
 from rlhf.tracking.findings import SEVERITIES, Finding
-from rlhf.tracking.plots import plot_curves
+from rlhf.tracking.plots import COLORS, plot_curves
 
 _OWN = Path(__file__).with_name("static")
 _UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"
@@ -64,8 +64,7 @@ def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]
         keys = main_keys(runs, [one for run in runs for one in findings[run.name]])
         if keys:
             end = f".{runs[0].stage}.png" if len(groups) > 1 else ".png"
-            with_rows = {run.name: run.folder for run in runs if run.rows}
-            written.append(plot_curves(with_rows, keys, output=html.with_suffix(end)))
+            written.append(plot_curves({run.name: run.folder for run in runs}, keys, output=html.with_suffix(end)))
     return written
 
 

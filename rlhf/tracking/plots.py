@@ -22,7 +22,7 @@ from rlhf.tracking.tracker import read_metrics
 
 _PANEL_INCHES = (4.6, 3.0)
 _COLUMNS = 2
-_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
 
 
 def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Path) -> Path:
@@ -44,7 +44,7 @@ def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Pat
     figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
     for place, key in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, place)
-        for color, (name, run) in zip(cycle(_COLORS), rows.items(), strict=False):
+        for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
             _draw(axes, key, _points(run, key), color=color, label=name)
         if len(runs) > 1 and place == 1:
             axes.legend(fontsize=8, frameon=False)
