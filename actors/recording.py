@@ -46,9 +46,7 @@ def recording(
         if mirror is not None:
             mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
         after = None if not resume else -1 if step is None else step
-        tracker = Tracker(
-            folder.path, backends=_backends(stage, folder.path, after), max_staleness=_max_staleness(stage)
-        )
+        tracker = Tracker(folder.path, backends=_backends(stage, folder.path, after))
         timeline = Timeline(folder.timeline)
         failed = True
         try:
@@ -95,11 +93,6 @@ def _hiding_nothing() -> Iterator[None]:
         yield
     except (OSError, RunError) as error:
         logger.warning("the end of the run could not be written down: %s", error)
-
-
-def _max_staleness(stage: Stage) -> int | None:
-    """Of a run that samples."""
-    return stage.rollouts.max_staleness if isinstance(stage, Config) and stage.rollouts is not None else None
 
 
 def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:

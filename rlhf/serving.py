@@ -11,6 +11,7 @@ import ipaddress
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -44,15 +45,20 @@ def serving_token(host: str, token_env: str | None) -> str | None:
 
 def stranger(request: web.Request) -> str | None:
     """Why a server without a token does not answer; None: it does. A page of another site may have named us."""
-    if is_loopback(urlsplit(f"//{request.host}").hostname or ""):
-        return None
+    with suppress(ValueError):  # a bracket that does not close
+        if is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+            return None
     return f"this server is for this machine alone, and was called {request.host}"
 
 
 def gives_token(request: web.Request, token: str) -> bool:
     """Whether a request has the token, as `Authorization: Bearer TOKEN`."""
-    given = request.headers.get("Authorization", "").encode()
-    return hmac.compare_digest(given, f"Bearer {token}".encode())
+    return same(request.headers.get("Authorization", ""), f"Bearer {token}")
+
+
+def same(given: str, secret: str) -> bool:
+    """Whether a header is the secret, in a time that does not tell how much of it is. A header may be no text."""
+    return hmac.compare_digest(os.fsencode(given), os.fsencode(secret))
 
 
 def serve_until_interrupted(
@@ -71,8 +77,9 @@ async def _serve(application: web.Application, host: str, port: int, ready: Call
     try:
         try:
             await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise UserError(f"--host {host} --port {port}: cannot be listened on: {error.strerror}") from error
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--host {host} --port {port}: cannot be listened on: {why}") from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
         await ended.wait()
     finally:

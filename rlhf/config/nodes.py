@@ -78,8 +78,10 @@ def _node(said: str, text: str) -> Node:
     fields = {"cpu": "cpus", "gpu": "gpus", "mem": "mem_gib", "gpumem": "gpumem_gib", "price": "price"}
     values: dict[str, float] = {}
     kind: str | None = None
-    for item in said.split(","):
-        key, _, value = item.partition("=")
+    items = dict(item.split("=") for item in said.split(","))
+    if len(items) <= said.count(","):
+        raise UserError(f"--cluster {text!r}: {said!r} says a key twice")
+    for key, value in items.items():
         if key == "type":
             kind = value.lower()
             if kind not in ACCELERATORS:
@@ -88,7 +90,7 @@ def _node(said: str, text: str) -> Node:
         if key not in fields:
             raise UserError(f"--cluster {text!r}: {key!r} is unknown, expected {', '.join([*fields, 'type'])}")
         if _NUMBER.fullmatch(value) is None or (key == "gpu" and "." in value):
-            raise UserError(f"--cluster {text!r}: {item!r}, expected a number, of GPUs a whole one")
+            raise UserError(f"--cluster {text!r}: '{key}={value}', expected a number, of GPUs a whole one")
         values[fields[key]] = float(value)
     if "cpus" not in values:
         raise UserError(f"--cluster {text!r}: {said!r} has no cpu=, expected nodes such as {EXAMPLE}")

@@ -57,23 +57,32 @@ def parse_lengths(text: str, *, most: int) -> Lengths:
 
 
 def _read(path: Path) -> Sequence[int]:
-    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples."""
+    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples.
+
+    Those of evaluations are passed over: they may be sampled otherwise, and are far more.
+    """
     files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
     found: list[int] = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # a response may hold what else ends a line
         except OSError as error:
             raise UserError(
                 f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
             ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--lengths {path}: is no text: {error}. Give a file or lognormal:MEAN:SIGMA") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-                length = int(value["response_tokens"] if isinstance(value, dict) else value)
-            except (ValueError, TypeError, KeyError) as error:
+                if isinstance(value, dict):
+                    if value.get("split", "train") != "train":
+                        continue
+                    value = value["response_tokens"]
+                length = int(value)
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise UserError(
                     f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"
                 ) from error

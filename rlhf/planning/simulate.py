@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
 
+MOST_FAILURES = 10_000
 Kind = Literal["finish", "trained", "failed"]
 
 
@@ -46,6 +48,11 @@ class System:
         """In all."""
         own = self.engines * self.gpus_per_engine
         return max(own, self.training_gpus) if self.colocated else own + self.training_gpus
+
+    @property
+    def engines_per_node(self) -> int:
+        """1 where an engine takes a node or more."""
+        return max(self.gpus_per_node // self.gpus_per_engine, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +106,10 @@ class _Simulation:
         self.tails: list[float] = []
         self.next_engine = 0
 
-    def post(self, time: float, kind: Kind, engine: int = 0, serial: int = 0) -> None:
+    def post(self, time: float, kind: Kind, index: int = 0, serial: int = 0) -> None:
+        """index: of the engine, or of the node that fails."""
         self.order += 1
-        heapq.heappush(self.events, (time, self.order, kind, engine, serial))
+        heapq.heappush(self.events, (time, self.order, kind, index, serial))
 
     def step_s(self, engine: _Engine) -> float:
         return self.system.base_s + len(engine.active) * self.system.each_s
@@ -182,9 +190,9 @@ class _Simulation:
         lost = 0.0
         if system.mtbf_s is not None:
             nodes = -(-system.training_gpus // system.gpus_per_node)
-            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work and self.failures < 10_000:
+            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work:
                 lost += until + system.restart_s  # the step begins anew
-                self.failures += 1
+                self.count_failure()
         self.work = (work, tokens)
         self.post(self.now + work + lost, "trained")
 
@@ -204,23 +212,31 @@ class _Simulation:
         self.issue()
         self.train()
 
-    def fail(self, index: int) -> None:
-        """An engine is gone: it answers its groups anew after the restart."""
-        engine = self.engines[index]
-        self.advance(engine)
+    def fail(self, node: int) -> None:
+        """A node is gone: its engines answer their groups anew after the restart."""
+        self.count_failure()
+        first = node * self.system.engines_per_node
+        for index in range(first, min(first + self.system.engines_per_node, len(self.engines))):
+            engine = self.engines[index]
+            self.advance(engine)
+            again = [(tokens, group) for group in engine.lengths for tokens in self._unfinished(engine, group)]
+            engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
+            self.refill(index)
+        self.expect_failure(node)
+
+    def count_failure(self) -> None:
         self.failures += 1
-        again = [(tokens, group) for group in engine.lengths for tokens in self._unfinished(engine, group)]
-        engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
-        self.refill(index)
-        self.expect_failure(index)
+        if self.failures > MOST_FAILURES:
+            raise UserError("--simulate: nodes fail so often that steps do not end; raise mtbf_h")
 
     def _unfinished(self, engine: _Engine, group: int) -> list[int]:
         return sorted(engine.lengths[group])[-self.open[group] :]
 
-    def expect_failure(self, index: int) -> None:
+    def expect_failure(self, node: int) -> None:
+        """Of a node of engines, or of those that one engine takes."""
         assert self.system.mtbf_s is not None
         nodes = max(self.system.gpus_per_engine / self.system.gpus_per_node, 1.0)
-        self.post(self.now + self.random.expovariate(nodes / self.system.mtbf_s), "failed", index)
+        self.post(self.now + self.random.expovariate(nodes / self.system.mtbf_s), "failed", node)
 
     def run_until(self, version: int) -> None:
         while self.version < version:
@@ -237,8 +253,8 @@ def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcom
     """`steps` steps after as many as it takes to fill the pipeline. The same seed: the same outcome."""
     run = _Simulation(system, staleness, seed)
     if system.mtbf_s is not None:
-        for index in range(system.engines):
-            run.expect_failure(index)
+        for node in range(-(-system.engines // system.engines_per_node)):
+            run.expect_failure(node)
     run.issue()
     run.run_until(1 + staleness)
     began, busy, sampled = run.now, *_decoded(run)

@@ -197,7 +197,7 @@ def system_of(
     parallel = role.tensor_parallel
     bandwidth = one.bandwidth * one.decode * parallel
     mean = config.data.max_prompt_tokens + lengths.average() / 2
-    arithmetic = forward_operations(shape, mean) / (one.peak * one.forward * parallel)
+    arithmetic = forward_operations(shape, 2 * mean) / (one.peak * one.forward * parallel)  # a token sees all of them
     seconds = sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
     derived = derive(config)
     tokens = derived.sequences_per_step * (config.data.max_prompt_tokens + lengths.average())

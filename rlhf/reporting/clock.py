@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.reporting.curves import COLORS
 from rlhf.reporting.markup import section, text
 from rlhf.reporting.runs import Run, Span
+from rlhf.tracking.plots import COLORS
 from rlhf.tracking.progress import duration, number
 
 _SHOWN_STEPS = 3  # of the picture: about so many are told apart

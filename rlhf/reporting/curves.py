@@ -11,7 +11,6 @@ from rlhf.reporting.runs import Run
 from rlhf.tracking.findings import Finding
 from rlhf.tracking.metrics import declared
 
-COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
 _MOST_POINTS = 1500  # of a curve
 _MAIN = (
     *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "preference/accuracy/mean"),

@@ -17,13 +17,13 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.reporting import sections
 from rlhf.reporting.clock import time_spent
-from rlhf.reporting.curves import COLORS, keys_of, main_keys, plot
+from rlhf.reporting.curves import keys_of, main_keys, plot
 from rlhf.reporting.markup import embedded, folded, section, text
 from rlhf.reporting.runs import Run, read_pairs, read_runs, read_spans
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.diagnosis import diagnose
 from rlhf.tracking.findings import SEVERITIES, Finding
-from rlhf.tracking.plots import plot_curves
+from rlhf.tracking.plots import COLORS, plot_curves
 
 _OWN = Path(__file__).with_name("static")
 _UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"
@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
         raise UserError("report needs the folder of a run, such as runs/NAME")
     runs = read_runs(folders)
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    findings = {run.name: _findings(run) for run in runs}
+    findings = {run.name: diagnose(run.rows) for run in runs}
     groups = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
     page = _page(groups, findings, title=", ".join(folder.resolve().name for folder in folders))
     try:
@@ -57,11 +57,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     return Report(html=html, pictures=pictures, findings=findings)
 
 
-def _findings(run: Run) -> list[Finding]:
-    bound = (run.config.get("rollouts") or {}).get("max_staleness")
-    return diagnose(run.rows, max_staleness=bound if isinstance(bound, int) else None)
-
-
 def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], html: Path) -> list[Path]:
     """report.png, or of a pipeline report.STAGE.png of each stage that has curves."""
     written = []
@@ -69,8 +64,7 @@ def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]
         keys = main_keys(runs, [one for run in runs for one in findings[run.name]])
         if keys:
             end = f".{runs[0].stage}.png" if len(groups) > 1 else ".png"
-            with_rows = {run.name: run.folder for run in runs if run.rows}
-            written.append(plot_curves(with_rows, keys, output=html.with_suffix(end)))
+            written.append(plot_curves({run.name: run.folder for run in runs}, keys, output=html.with_suffix(end)))
     return written
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from rlhf.errors import RunError
 
+_NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
+
 
 @contextmanager
 def explains_full(path: Path) -> Iterator[None]:
@@ -55,7 +57,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace the file: a reader, and a run killed at any moment, sees the old text or the new."""
     aside = path.with_name(f".{path.name}.partial")
     with explains_full(path):
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8", errors=_NO_CHARACTER) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -70,7 +72,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one row and wait until it is on the disk."""
-    with explains_full(path), path.open("a", encoding="utf-8") as file:
+    with explains_full(path), path.open("a", encoding="utf-8", errors=_NO_CHARACTER) as file:
         file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())

@@ -21,9 +21,8 @@ CHECKS = (*LEARNING, *RESULTS, *RUNNING)
 class Watch:
     """A diagnosis while the run goes on. Invariant: each kind of finding is reported once."""
 
-    def __init__(self, *, max_staleness: int | None = None) -> None:
-        """max_staleness: `rollouts.max_staleness` of the run; None: not known."""
-        self._history = History(max_staleness=max_staleness)
+    def __init__(self) -> None:
+        self._history = History()
         self._said: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> list[Finding]:
@@ -38,13 +37,13 @@ class Watch:
         return [found for check in CHECKS if (found := check(self._history)) is not None]
 
 
-def diagnose(rows: Iterable[Mapping[str, Any]], *, max_staleness: int | None = None) -> list[Finding]:
+def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     """What looked wrong at some time in a run, the worst first, each kind once.
 
     A finding's steps reach from the first row that shows it to the last; its words are those of its worst and latest
     appearance. It is over if `last_step` lies before the newest row.
     """
-    watch = Watch(max_staleness=max_staleness)
+    watch = Watch()
     found: dict[str, Finding] = {}
     for row in rows:
         for one in watch.now(row):

@@ -53,9 +53,7 @@ class Point:
 class History:
     """Rows so far. Invariant: `last(key)` ends with the newest value that the metric had."""
 
-    def __init__(self, *, max_staleness: int | None = None) -> None:
-        """max_staleness: `rollouts.max_staleness` of the run; None: not known."""
-        self.max_staleness = max_staleness
+    def __init__(self) -> None:
         self.step = 0
         self.not_finite: tuple[str, ...] = ()  # keys of the newest row
         self._first: dict[str, list[Point]] = {}

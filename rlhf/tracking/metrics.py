@@ -89,9 +89,14 @@ class Metric:
     traits: frozenset[Trait]  # a run has the metric if all of these are true of it
     always: bool  # False: only with a setting named in `meaning`, even if the traits hold
 
+    @property
+    def pattern(self) -> str:
+        """A regular expression of its keys, for programs in any language."""
+        return re.sub(r"<(\w+)>", lambda m: f"(?:{PLACEHOLDERS[m[1]][0]})", self.name)
+
     def matches(self, key: str) -> bool:
         """Whether the key is this metric, placeholders filled in."""
-        return re.fullmatch(re.sub(r"<(\w+)>", lambda m: f"(?:{PLACEHOLDERS[m[1]][0]})", self.name), key) is not None
+        return re.fullmatch(self.pattern, key) is not None
 
 
 def _metric(

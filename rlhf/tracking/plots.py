@@ -22,7 +22,7 @@ from rlhf.tracking.tracker import read_metrics
 
 _PANEL_INCHES = (4.6, 3.0)
 _COLUMNS = 2
-_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
 
 
 def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Path) -> Path:
@@ -44,7 +44,7 @@ def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Pat
     figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
     for place, key in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, place)
-        for color, (name, run) in zip(cycle(_COLORS), rows.items(), strict=False):
+        for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
             _draw(axes, key, _points(run, key), color=color, label=name)
         if len(runs) > 1 and place == 1:
             axes.legend(fontsize=8, frameon=False)
@@ -59,16 +59,14 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
-    """One curve, and the look of its panel."""
+    """One curve, and the look of its panel. Without points it is there for the legend."""
     from matplotlib.ticker import MaxNLocator
 
-    if not points:
-        return
-    steps, values = zip(*points, strict=True)
+    steps, values = [step for step, _ in points], [value for _, value in points]
     sparse = key.startswith("eval/") or len(points) == 1
     axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if sparse else None, markersize=5, label=label)
     if sparse:
-        for step, value in {points[0], points[-1]}:
+        for step, value in {*points[:1], *points[-1:]}:
             axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
         axes.margins(y=0.2)
     axes.set_xlabel("step", fontsize=9)

@@ -183,7 +183,7 @@ def number(value: float) -> str:
     """Three significant digits, whole numbers whole, and no exponent for thousands."""
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else str(value)
-    whole = float(value).is_integer() or abs(value) >= 1000
+    whole = float(value).is_integer() or abs(value) >= 999.5  # three digits make a thousand of it
     return f"{value:.0f}" if whole and abs(value) < 1e9 else f"{value:.3g}"
 
 

@@ -105,15 +105,15 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def remove_samples_after(folder: Path, step: int) -> list[int]:
-    """Remove the samples of later steps, as a resumed run writes them anew. Returns those steps."""
-    removed = []
-    for path in sorted((folder / "samples").glob("step_*.jsonl")):
+def remove_files_after(folder: Path, step: int) -> list[int]:
+    """Remove the samples and the evaluations of later steps, as a resumed run writes them anew. Returns those steps."""
+    removed = set()
+    for path in (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")):
         number = int(path.stem.removeprefix("step_"))
         if number > step:
             path.unlink()
-            removed.append(number)
-    return removed
+            removed.add(number)
+    return sorted(removed)
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ from what healthy runs show (tests hold rows of some) that a finding deserves a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import median
 
@@ -57,10 +58,11 @@ def kl_blow_up(history: History) -> Finding | None:
         return None
     level = mean(recent)
     before = [point.value for point in history.last(key, 23)[:-3]]
-    jumped = bool(before) and level > KL_JUMP * median(before) and level > KL_JUMP_FROM
+    usual = median(before) if before else math.inf
+    jumped = level > max(KL_JUMP * usual, KL_JUMP_FROM)  # an estimate may be 0 or below it
     if level <= KL_REF and not jumped:
         return None
-    grown = f", {say(level / median(before))} times the median of the 20 steps before" if jumped else ""
+    grown = f"; the median of the 20 steps before is {say(usual)}" if jumped else ""
     return Finding(
         kind="kl_blow_up",
         severity="failure" if level > KL_REF else "warning",
@@ -215,8 +217,8 @@ def sampler_mismatch(history: History) -> Finding | None:
         why="The probabilities that the engine sampled with are not those that the trainer computes, so the gradient "
         "is of another policy than the one that wrote the responses: old weights, other numerics, or other sampling "
         "settings.",
-        advice="compare weight_sync/probe_max_diff; lower rollouts.max_staleness; set algorithm.correction, which "
-        "weighs or leaves out what is far off.",
+        advice="compare weight_sync/probe_max_diff; set algorithm.correction, which weighs or leaves out what is far "
+        "off.",
     )
 
 
@@ -255,7 +257,7 @@ def effective_samples_low(history: History) -> Finding | None:
         what=f"The effective sample size is {say(100 * mean(recent))} % of the tokens.",
         why="Few tokens with large ratios of trainer to sampler would carry most of the weight: the responses are of a "
         "policy that is too different from the one that is trained.",
-        advice="lower rollouts.max_staleness or train.lr; set algorithm.correction with a truncation.",
+        advice="compare weight_sync/probe_max_diff; set algorithm.correction with a truncation.",
     )
 
 
@@ -272,8 +274,8 @@ def much_rejected(history: History) -> Finding | None:
         metrics=(key, "experience/rollout_logprob_diff/mean"),
         what=f"{say(100 * mean(recent))} % of the sampled tokens are rejected by the correction.",
         why="Sampler and trainer disagree more than the correction's bounds allow; most of the generation is wasted.",
-        advice="find the cause of the difference first (rollouts.max_staleness, train.lr); then widen the bounds of "
-        "algorithm.correction.",
+        advice="find the cause of the difference first (weight_sync/probe_max_diff, train.lr); then widen the bounds "
+        "of algorithm.correction.",
     )
 
 

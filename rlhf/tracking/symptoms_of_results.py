@@ -5,7 +5,9 @@ Each check is pure: a history in, a finding or None out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 
 from rlhf.tracking.findings import Finding, History, Point, mean, say
 
@@ -16,13 +18,16 @@ TRUNCATED = 0.3  # of the responses: a cut response rarely scores, so length is 
 TRUNCATED_RISE, LONGER = 0.15, 1.2  # more cut responses and a fifth more tokens: length runs away
 SHRUNK, WORTH_SHRINKING = 0.2, 20  # share of their first length, of responses that had some tokens
 SCORE_RISE = 0.25  # of the scores' deviation: beyond the noise of five batches
-EVAL_FALL = 0.2  # of the best value: beyond the noise of an evaluation on some hundred prompts
+EVAL_FALL, EVAL_NOISE = 0.2, 6.0  # both: of the best value; and times the evaluations' noise, since all are looked at
 OVERFIT = 1.05  # times the lowest held-out loss: beyond the noise of an evaluation
 FLAT, FLAT_EVALS, FLAT_STEPS = 0.02, 5, 20  # spread of the evaluations, as a share of the largest
 CHANCE, CHANCE_STEPS = 0.55, 30  # accuracy of pairs; .5 is a coin
 
 _LOSSES = ("loss", "nll", "perplexity", "kl_teacher")  # evaluation metrics of which less is better
-_NEUTRAL = ("response_tokens", "truncated", "score_low", "score_high", "margin", "mismatched_kl")
+_NEUTRAL = (
+    *("response_tokens", "truncated", "score_low", "score_high", "margin", "mismatched_kl"),
+    *("chosen_reward", "rejected_reward", "calibration_error"),
+)
 
 
 def rewards_alike(history: History) -> Finding | None:
@@ -266,7 +271,22 @@ def _fallen(points: list[Point]) -> tuple[Point, float] | None:
     limit = best.value - EVAL_FALL * abs(best.value)
     if len(later) < 2 or any(point.value >= limit for point in later) or best.value == 0:
         return None
+    if best.value - mean(later) <= EVAL_NOISE * _noise(points, best):
+        return None
     return best, mean(later)
+
+
+def _noise(points: Sequence[Point], best: Point) -> float:
+    """Standard deviation of a series around its trend, by its second differences, which a straight line has none of.
+
+    That at the best is left out: the trend turns there.
+    """
+    bends = [
+        before.value - 2.0 * point.value + after.value
+        for before, point, after in zip(points, points[1:], points[2:], strict=False)
+        if point is not best
+    ]
+    return math.sqrt(fmean(bend * bend for bend in bends) / 6.0)
 
 
 RESULTS: tuple[Callable[[History], Finding | None], ...] = (

@@ -1,4 +1,4 @@
-"""What goes wrong with a run as a program: failing rewards and environments, lag, throughput, memory.
+"""What goes wrong with a run as a program: failing rewards and environments, throughput, memory.
 
 Each check is pure: a history in, a finding or None out.
 """
@@ -14,7 +14,6 @@ RECENT = 20  # steps in which an error still counts as of now
 SLOWED = 0.5  # of the first steps' throughput: longer responses cost less than that
 GROWTH, GROWTH_GIB = 1.5, 1.0  # both: memory that a long-lived process takes once, it keeps
 STILL_GROWS = 1.02  # within the last 20 steps
-AT_BOUND = 10  # steps in a row: a queue that is full now and then is what it is for
 
 _FAILURES = {
     "rewards/errors/total": "reward calls raised, hung or gave no number",
@@ -46,23 +45,6 @@ def rewards_fail(history: History) -> Finding | None:
         "biases what is learnt towards the others.",
         advice="errors.jsonl names prompt, sample and message of each; mend the function, or raise "
         "reward_policy.timeout_s where it is slow.",
-    )
-
-
-def lag_at_bound(history: History) -> Finding | None:
-    key, bound = "experience/policy_lag/max", history.max_staleness
-    recent = history.last(key, AT_BOUND)
-    if not bound or not recent or any(point.value < bound for point in recent):
-        return None
-    return Finding(
-        kind="lag_at_bound",
-        severity="notice",
-        first_step=recent[0].step,
-        last_step=history.step,
-        metrics=(key, "experience/rollout_ess_token", "time/rollouts_s", "time/update_s"),
-        what=f"In {AT_BOUND} steps in a row the oldest sample was {bound} versions old, which is the most allowed.",
-        why="The engines are always as far ahead as they may be: training is the slower half, and engines wait.",
-        advice="give the policy more workers, or the engines fewer; a lower rollouts.max_staleness costs nothing then.",
     )
 
 
@@ -109,4 +91,4 @@ def memory_grows(history: History) -> Finding | None:
     return None
 
 
-RUNNING: tuple[Callable[[History], Finding | None], ...] = (rewards_fail, lag_at_bound, slower, memory_grows)
+RUNNING: tuple[Callable[[History], Finding | None], ...] = (rewards_fail, slower, memory_grows)

@@ -6,6 +6,7 @@ are asked by `nvidia-smi` on a thread, at times of their own: at a step's end th
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 
@@ -57,8 +58,7 @@ class NodeSampler:
 
 def gpu_use(told: str) -> dict[str, Reduction]:
     """Of all GPUs of a node, from what nvidia-smi says: a line each with per cent and MiB, or that it does not know."""
-    rows = [line.split(",") for line in told.splitlines()]
-    numbers = [(float(busy), float(used)) for busy, used in rows if "[" not in busy + used]
+    numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", told, re.MULTILINE)]
     if not numbers:
         return {}
     return {

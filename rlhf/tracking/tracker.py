@@ -23,7 +23,7 @@ from rlhf.tracking.findings import Finding, Severity
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics import declared
 from rlhf.tracking.reductions import Histogram
-from rlhf.tracking.samples import remove_samples_after
+from rlhf.tracking.samples import remove_files_after
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,10 @@ class Tracker:
     the disk before `log` returns.
     """
 
-    def __init__(
-        self, folder: Path, *, backends: Sequence[TrackerBackend] = (), max_staleness: int | None = None
-    ) -> None:
-        """max_staleness: `rollouts.max_staleness` of the run; None: it has none."""
+    def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._backends = tuple(map(Relay, backends))
-        self._max_staleness = max_staleness
         for name in ("metrics.jsonl", histograms.FILE, "errors.jsonl"):
             keep_lines(folder / name, lambda row: True)
         self._continue()
@@ -53,7 +49,7 @@ class Tracker:
     def _continue(self) -> None:
         """Take up step, clock and what has been told from the rows."""
         rows = read_metrics(self._folder)
-        self._watch = Watch(max_staleness=self._max_staleness)
+        self._watch = Watch()
         for row in rows:
             self._watch.observe(row)
         self._last_step: int = rows[-1]["step"] if rows else -1
@@ -112,13 +108,13 @@ class Tracker:
         rows = keep_lines(self._path, lambda row: row["step"] <= step)
         keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
         errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
-        samples = remove_samples_after(self._folder, step)
-        if rows or errors or samples:
+        files = remove_files_after(self._folder, step)
+        if rows or errors or files:
             logger.info(
-                "resume at step %d: removed later metrics of %d steps, samples of %d, and %d errors",
+                "resume at step %d: removed later metrics of %d steps, samples and evaluations of %d, and %d errors",
                 step,
                 rows,
-                len(samples),
+                len(files),
                 errors,
             )
         self._continue()

@@ -27,13 +27,10 @@ class RunPlace:
 
     def state(self) -> dict[str, Any]:
         """How far it is, from what lies in its folder."""
-        metrics = self.path / "metrics.jsonl"
-        try:
-            age: float | None = round(max(time.time() - metrics.stat().st_mtime, 0.0), 1)
-        except OSError:
-            age = None
+        written = _written(self.path / "metrics.jsonl")
+        age = round(max(time.time() - written, 0.0), 1) if written else None
         done = any((self.path / result).exists() for result in ("final", "eval.json"))
-        failed = not done and (self.path / "traceback.txt").exists()
+        failed = not done and _written(self.path / "traceback.txt") > _written(self.path / "environment.json")
         return {"name": self.name, "done": done, "failed": failed, "age_s": age, "steps": self.sample_steps()}
 
     def sample_steps(self) -> list[int]:
@@ -82,10 +79,15 @@ def _stages(folder: Path) -> list[Path]:
 
 def _began(path: Path) -> tuple[float, str]:
     """The environment is written when a run starts, and again when it is resumed."""
+    return _written(path / "environment.json") or time.time(), path.name
+
+
+def _written(path: Path) -> float:
+    """When; 0: never."""
     try:
-        return (path / "environment.json").stat().st_mtime, path.name
+        return path.stat().st_mtime
     except OSError:
-        return time.time(), path.name
+        return 0.0
 
 
 def _name(path: Path, depth: int) -> str:

@@ -14,15 +14,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import re
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from rlhf.serving import gives_token, serve_until_interrupted, serving_token, stranger
-from rlhf.tracking.metrics import METRICS, PLACEHOLDERS
+from rlhf.serving import gives_token, same, serve_until_interrupted, serving_token, stranger
+from rlhf.tracking.metrics import METRICS
 from rlhf.tracking.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
@@ -41,13 +41,9 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-_DECLARED: Sequence[dict[str, str]] = [
-    {
-        "pattern": re.sub(r"<(\w+)>", lambda match: f"(?:{PLACEHOLDERS[match[1]][0]})", metric.name),
-        "unit": metric.unit,
-        "meaning": metric.meaning,
-    }
-    for metric in METRICS.values()
+_DECLARED: Sequence[dict[str, str]] = [  # literal names go before patterns
+    {"pattern": metric.pattern, "unit": metric.unit, "meaning": metric.meaning}
+    for metric in sorted(METRICS.values(), key=lambda metric: "<" in metric.name)
 ]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -92,14 +88,14 @@ class RunViewer:
         if request.path in _OPEN or request.path.startswith("/static/"):
             return None
         cookie = request.cookies.get(_COOKIE, "")
-        if gives_token(request, self.token) or hmac.compare_digest(cookie.encode(), self._pass().encode()):
+        if gives_token(request, self.token) or same(cookie, self._pass()):
             return None
         return _error(401, "log in with the token")
 
     def _pass(self) -> str:
         """What a logged-in browser holds: made of the token, which cannot be told from it."""
         assert self.token is not None
-        return hmac.digest(self.token.encode(), b"rlhf view", "sha256").hex()
+        return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         return web.FileResponse(STATIC / "index.html")

@@ -6,9 +6,11 @@ three digits.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -194,14 +196,8 @@ def test_a_symptom_is_found_where_it_is_and_nowhere_else(kind: str) -> None:
     assert diagnose(well) == []
 
 
-def test_the_oldest_sample_at_its_bound_needs_to_know_the_bound() -> None:
-    lagging = rows(12, experience__policy_lag__max=lambda s: 2.0)
-    assert [one.kind for one in diagnose(lagging, max_staleness=2)] == ["lag_at_bound"]
-    assert diagnose(lagging) == diagnose(lagging, max_staleness=3) == diagnose(lagging, max_staleness=0) == []
-
-
 def test_a_healthy_run_has_no_finding() -> None:
-    assert diagnose(real("healthy_grpo"), max_staleness=0) == []
+    assert diagnose(real("healthy_grpo")) == []
 
 
 def test_a_run_that_hacks_its_reward_is_found_out() -> None:
@@ -210,11 +206,43 @@ def test_a_run_that_hacks_its_reward_is_found_out() -> None:
     assert "fell from 0.422 (step 0) to 0.161" in found.what
 
 
+def test_the_noise_of_an_evaluation_is_no_fall() -> None:
+    """Ten evaluations on 200 prompts of a policy that solves a tenth of them and learns nothing, 200 times."""
+    draw = random.Random(0)
+    told = 0
+    for _ in range(200):
+        scores = [fmean(draw.random() < 0.1 for _ in range(200)) for _ in range(10)]
+        found = diagnose(evaluated(90, *scores, every=10))
+        told += any(one.kind == "held_out_falls" for one in found)
+    assert told <= 30  # without a regard to noise 150
+
+
+def test_a_fall_from_a_peak_is_told_soon() -> None:
+    """The turn at the best is no noise."""
+    found = diagnose(evaluated(50, 0.3, 0.6, 0.5, 0.4, 0.35, every=10))
+    assert [one.kind for one in found] == ["held_out_falls"]
+
+
+@pytest.mark.parametrize("metric", ["chosen_reward", "rejected_reward", "calibration_error"])
+def test_what_may_go_either_way_is_no_result(metric: str) -> None:
+    """DPO lowers the rewards of both responses; a calibration error is better small, and noisy."""
+    for values in ((0.5, 0.45, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4, 0.5)):
+        assert diagnose(evaluated(40, *values, every=10, key=f"eval/heldout/{metric}")) == []
+
+
 def test_the_numbers_and_steps_are_those_of_the_series() -> None:
     ill, _ = CASES["kl_blow_up"]  # .05 until step 30, then doubling: means of three exceed .25 at 34, 1 at 36
     (found,) = diagnose(ill)
     assert (found.severity, found.first_step, found.last_step) == ("failure", 32, 40)
     assert "29.9 nats a token" in found.what  # (12.8 + 25.6 + 51.2) / 3
+
+
+@pytest.mark.parametrize("before", [0.0, -0.001])
+def test_a_kl_that_jumps_from_nothing_is_told_without_a_ratio(before: float) -> None:
+    """A reference that is the policy, as while the learning rate warms up; the estimator may be negative by chance."""
+    (found,) = diagnose(rows(30, experience__kl_ref__mean=lambda s: 0.5 if s > 25 else before))
+    assert found.kind == "kl_blow_up"
+    assert f"0.5 nats a token; the median of the 20 steps before is {before:g}." in found.what
 
 
 def test_each_kind_is_told_once_while_the_run_goes_on_and_the_worst_first() -> None:
@@ -242,8 +270,7 @@ def test_an_empty_run_and_rows_with_nothing_in_them_have_no_finding() -> None:
 
 def test_metrics_and_keys_that_are_named_exist() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    lagging = diagnose(rows(12, experience__policy_lag__max=lambda s: 2.0), max_staleness=2)
-    found: list[Finding] = [*lagging, *(one for ill, _ in CASES.values() for one in diagnose(ill))]
+    found: list[Finding] = [one for ill, _ in CASES.values() for one in diagnose(ill)]
     assert len({one.kind for one in found}) >= len(CHECKS)
     for one in found:
         for key in one.metrics:
@@ -255,4 +282,4 @@ def test_metrics_and_keys_that_are_named_exist() -> None:
 
 def test_the_page_names_every_finding() -> None:
     page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    assert not [kind for kind in (*CASES, "lag_at_bound") if f"`{kind}`" not in page]
+    assert not [kind for kind in CASES if f"`{kind}`" not in page]

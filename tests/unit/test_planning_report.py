@@ -111,6 +111,23 @@ def test_training_time_by_hand() -> None:
     assert update.seconds == pytest.approx(tokens * 3 * forward_operations(shape, length) / (16 * 989e12 * 0.4))
 
 
+def test_decoding_time_by_hand() -> None:
+    # A sequence in the middle of its response: all of its keys and values are read, and multiplied with the query.
+    from rlhf.config.nodes import parse_cluster
+    from rlhf.planning.footprints import Sizes
+    from rlhf.planning.lengths import Lengths
+    from rlhf.planning.shapes import find_shape
+    from rlhf.planning.time import system_of
+
+    config = next(iter(load(LARGE).runs.values()))
+    shape = find_shape(config.policy.model, shapes=None, made={})
+    weights, context = shape.parameters - shape.embedding - shape.hidden, 1024 + 500
+    read = context * 2 * 80 * 1024 * 2 / (4 * 3350e9 * 0.6)
+    multiplied = (2 * weights + 4 * 80 * 8192 * context) / (4 * 989e12 * 0.45)
+    system = system_of(config, Sizes(), parse_cluster(NODES), Lengths(most=4096, mean=1000.0), {})
+    assert system.each_s == pytest.approx(read + multiplied)
+
+
 def test_a_simulation_of_the_recipe() -> None:
     said = "gpus=32+128,staleness=0+1,steps=2,mtbf_h=50"
     text = rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")

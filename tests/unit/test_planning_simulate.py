@@ -86,6 +86,22 @@ def test_failures_cost_time_and_the_seed_says_which() -> None:
     assert storm != simulate(failing, staleness=0, steps=6, seed=2)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("mtbf_s", "rate"), [(0.1, 1000.0), (10.0, 1e-3)])  # no response ends; no update does
+def test_nodes_that_fail_before_anything_is_done_are_told(mtbf_s: float, rate: float) -> None:
+    failing = replace(ONE, mtbf_s=mtbf_s, restart_s=1.0, train_tokens_per_s=rate)
+    with pytest.raises(UserError, match=r"nodes fail so often that steps do not end; raise mtbf_h"):
+        simulate(failing, staleness=0, steps=1, seed=0)
+
+
+def test_the_engines_of_a_node_fail_together() -> None:
+    """As often as the node does, not each by itself."""
+    failing = replace(MANY, train_tokens_per_s=1e9, mtbf_s=200.0, restart_s=0.0)  # training takes no time to fail in
+    for engines, nodes in ((8, 1), (16, 2)):
+        found = simulate(replace(failing, engines=engines), staleness=0, steps=400, seed=1)
+        assert found.failures == pytest.approx(nodes * 401 * found.step_s / 200.0, rel=0.25)  # some hundred, at random
+
+
 def test_an_engine_that_fails_answers_everything_again() -> None:
     # Every response is trained on once: as many tokens a step as without failures.
     failing = replace(ONE, mtbf_s=5.0, restart_s=1.0)
@@ -102,6 +118,12 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
     seen = parse_lengths(str(file), most=4)
     assert seen.seen == (3, 5)
     assert {seen.draw(Random(seed)) for seed in range(20)} == {3, 4}
+    file.write_text(json.dumps({"response": "one\u2028two\x85", "response_tokens": 5}, ensure_ascii=False) + "\n")
+    assert parse_lengths(str(file), most=9).seen == (5,)  # no line ends there
+    (tmp_path / "samples").mkdir()
+    rows = [{"split": "heldout", "response_tokens": 7}, {"split": "train", "response_tokens": 6}]
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert parse_lengths(str(tmp_path), most=9).seen == (6,)  # evaluations sample otherwise, and far more
 
 
 @pytest.mark.parametrize(
@@ -112,12 +134,17 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
         ("nowhere.txt", "nowhere.txt: cannot be read: No such file"),
         ("{bad}", r"bad.jsonl:2: expected a number, or an object with `response_tokens`, got 'x'"),
         ("{empty}", "there are no lengths in it"),
+        ("{endless}", "endless:1: expected a number"),
+        ("{binary}", "binary: is no text: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_wrong_lengths(tmp_path: Path, text: str, error: str) -> None:
     (tmp_path / "bad.jsonl").write_text("3\nx\n")
     (tmp_path / "empty").write_text("\n")
-    named = text.format(bad=tmp_path / "bad.jsonl", empty=tmp_path / "empty")
+    (tmp_path / "endless").write_text("1e999\n")
+    (tmp_path / "binary").write_bytes(b"\xff\n")
+    names = {"bad": "bad.jsonl", "empty": "empty", "endless": "endless", "binary": "binary"}
+    named = text.format(**{key: tmp_path / name for key, name in names.items()})
     with pytest.raises(UserError, match=error):
         parse_lengths(named, most=10)
 

@@ -159,6 +159,11 @@ def test_half_surrogates_do_not_break_the_file() -> None:
     assert text("a\ud800<b>").encode() == b"a?&lt;b&gt;"
 
 
+def test_every_mark_of_direction_shows() -> None:
+    for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)):
+        assert text(chr(code)) == f"\\x{code:02x}"
+
+
 def test_nothing_of_the_page_lies_elsewhere(tmp_path: Path) -> None:
     page = Page(rlhf.report(make_run(tmp_path, "demo")).html)
     assert not [(tag, a) for tag, a in page.elements if "src" in a or "href" in a or tag in ("link", "iframe")]

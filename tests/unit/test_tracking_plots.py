@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from rlhf.errors import UserError
@@ -40,6 +41,19 @@ def test_runs_share_a_panel_and_a_metric_of_one_has_one(tmp_path: Path) -> None:
     both = {name: tmp_path / name for name in ("a", "b")}
     beside = plot_curves(both, ["rewards/score/mean", "update/lr"], output=tmp_path / "beside.png")
     assert png_size(beside)[0] == 2 * png_size(alone)[0]
+
+
+def test_the_legend_names_a_run_that_the_first_panel_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
+    for name, key in (("a", "update/loss/mean"), ("b", "update/grad_norm")):
+        (tmp_path / name).mkdir()
+        Tracker(tmp_path / name).log(1, {key: 1.0})
+    runs = {name: tmp_path / name for name in ("a", "b")}
+    plot_curves(runs, ["update/loss/mean", "update/grad_norm"], output=tmp_path / "both.png")
+    legend = saved[0].axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
 
 
 def test_nothing_to_plot_is_said(tmp_path: Path) -> None:

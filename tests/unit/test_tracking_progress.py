@@ -175,6 +175,7 @@ def test_duration(seconds: float, text: str) -> None:
         (float("nan"), "nan"),
         (-2.5, "-2.5"),
         (15312.7, "15313"),
+        (999.7, "1000"),
         (1e12, "1e+12"),
     ],
 )

@@ -25,4 +25,7 @@ def test_gpus_of_a_node_are_taken_together() -> None:
     assert found["gpu_fraction"].result() == pytest.approx(0.4)  # (30 + 50) / 2 per cent
     assert found["gpu_memory_gib"].result() == pytest.approx(4.0)
     assert gpu_use("") == {}
+    assert gpu_use("Unable to determine the device handle for GPU 0000:00:1E.0: Unknown Error\n30, 1024") == gpu_use(
+        "30, 1024"
+    )
     assert gpu_use("[N/A], 1024\n") == {}  # a slice of a GPU does not say how busy it is

@@ -15,6 +15,7 @@ from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
 from rlhf.tracking.backends import TrackedStep
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.findings import Severity
+from rlhf.tracking.run_folder import evaluation_path
 from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.tracker import Tracker, read_metrics
 
@@ -104,16 +105,19 @@ def test_non_finite_values_are_null_and_told(
 
 
 def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
+    (tmp_path / "evals").mkdir()
     tracker = Tracker(tmp_path)
     for step in range(1, 6):
         tracker.log(step, {"update/lr": float(step)})
         tracker.log_error(failure(step))
         write_samples(samples_path(tmp_path, step), [sample(f"answer {step}")])
+        write_atomic(evaluation_path(tmp_path, step), "{}")
     resumed = Tracker(tmp_path)
     resumed.truncate_after(3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert [row["step"] for row in read_lines(tmp_path / "errors.jsonl")] == [1, 2, 3]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_00000{n}.jsonl" for n in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "evals").iterdir()) == [f"step_00000{n}.json" for n in (1, 2, 3)]
     resumed.log(4, {"update/lr": 40.0})
     assert [row["update/lr"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
 
@@ -153,6 +157,14 @@ def test_errors_hide_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "401 for ***"
 
 
+def test_what_is_no_character_is_written_as_json_can(tmp_path: Path) -> None:
+    """Half a surrogate, as in the name of a file or what a service answered with."""
+    record = ErrorRecord(step=1, stage="rewards", kind="raised", message="no file a\udcff")
+    Tracker(tmp_path).log_error(record)
+    Tracker(tmp_path)  # writes what is there anew
+    assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "no file a\udcff"
+
+
 def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
     path = samples_path(tmp_path, 12)
     write_samples(path, [sample("first"), sample("second")])
@@ -173,11 +185,15 @@ def test_samples_of_other_splits_stay(tmp_path: Path) -> None:
     assert [(row["split"], row["response"]) for row in read_lines(path)] == [("train", "a"), ("heldout", "d")]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError("the disk is gone")
+
     path = tmp_path / "file"
     write_atomic(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "\ud800")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_atomic(path, "new")
     assert path.read_text() == "old"
 
 

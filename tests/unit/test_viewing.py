@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -199,6 +201,25 @@ async def test_a_run_that_has_written_nothing_and_one_that_is_gone(client: Clien
     assert (await asked.get("/api/runs")).status == 200
 
 
+async def test_a_run_has_failed_until_it_is_started_again(client: Client, run: Path) -> None:
+    async def failed() -> bool:
+        return bool((await (await asked.get("/api/runs")).json())["runs"][0]["failed"])
+
+    asked = await client(run)
+    for number, name in enumerate(("environment.json", "traceback.txt")):
+        (run / name).touch()
+        os.utime(run / name, (1000 + number, 1000 + number))
+    assert await failed()
+    os.utime(run / "environment.json", (1002, 1002))  # as --resume writes it
+    assert not await failed()
+
+
+async def test_a_literal_metric_goes_before_a_pattern(client: Client, run: Path) -> None:
+    declared = (await (await (await client(run)).get("/api/runs", params={"metrics": "1"})).json())["metrics"]
+    meaning = next(one["meaning"] for one in declared if re.fullmatch(one["pattern"], "rewards/greedy/mean"))
+    assert meaning.startswith("Score of the greedy response")
+
+
 async def test_a_pipelines_stages_are_runs_as_they_come(client: Client, tmp_path: Path) -> None:
     (tmp_path / "pipe" / "models").mkdir(parents=True)
     (tmp_path / "pipe" / "config.resolved.yaml").write_text("stages: {}\n")
@@ -244,6 +265,7 @@ async def test_without_a_token_it_answers_to_names_of_this_machine_alone(client:
     asked = await client(run)
     assert (await asked.get("/api/runs", headers={"Host": "evil.example"})).status == 403
     assert (await asked.get("/api/runs", headers={"Host": "localhost:1"})).status == 200
+    assert (await asked.get("/api/runs", headers={"Host": "[::1"})).status == 403
 
 
 async def test_a_browser_logs_in_once(client: Client, run: Path) -> None:
@@ -252,6 +274,11 @@ async def test_a_browser_logs_in_once(client: Client, run: Path) -> None:
     for path in ("/api/runs", "/api/metrics?run=demo", "/api/samples?run=demo&step=2", "/api/config?run=demo"):
         assert (await asked.get(path)).status == 401
     assert (await asked.get("/api/runs", headers={"Authorization": "Bearer secret"})).status == 200
+    for header in (b"Authorization: Bearer \xff", b"Cookie: rlhf-view=\xff"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", asked.port)
+        writer.write(b"GET /api/runs HTTP/1.0\r\n" + header + b"\r\n\r\n")
+        assert b" 401 " in await reader.readline()
+        writer.close()
     assert (await asked.get("/api/runs", headers={"Cookie": "rlhf-view=secret"})).status == 401
     assert (await asked.post("/login", headers={"Authorization": "Bearer other"})).status == 401
     response = await asked.post("/login", headers={"Authorization": "Bearer secret"})
@@ -261,6 +288,12 @@ async def test_a_browser_logs_in_once(client: Client, run: Path) -> None:
     assert "secret" not in cookie
     value = cookie.split(";")[0]
     assert (await asked.get("/api/runs", headers={"Cookie": value})).status == 200
+
+
+@pytest.mark.parametrize("port", ["65536", "-1"])
+def test_a_port_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert main(["view", str(run), "--port", port]) == 2
+    assert f"--host 127.0.0.1 --port {port}: cannot be listened on: bind(): port must be" in capsys.readouterr().err
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
