@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,19 @@ def test_no_member_goes_on_before_all_have_arrived(tmp_path: Path) -> None:
         checkpoint(journal, 0, 4)
         members.ended(journal.trials[0])
         assert members.next() is None
+
+
+def test_a_member_that_others_ended_is_waited_for(tmp_path: Path) -> None:
+    """It is the best so far, but has no checkpoint of the look's step to go on from."""
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        shutil.rmtree(journal.run_folder(2) / "checkpoints")
+        assert members.next() is None
+        assert not journal.looked_at
+    with journal_of(sweep, resume=True) as journal:
+        assert Population(sweep, journal, known).left == [2]
 
 
 def test_a_population_that_was_killed_does_what_was_left_of_its_look(tmp_path: Path) -> None:
