@@ -64,9 +64,9 @@ class _Loop:
     journal: Journal
     strategy: Strategy
     shares: Sequence[Share]
+    failures: int  # also those of before a kill
     running: list[_Running] = field(default_factory=list)
     warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
-    failures: int = 0
 
     def run(self) -> None:
         """Until no trial runs and none is to come."""
@@ -184,7 +184,8 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
                     journal.end(trial.number, "open")
         _wait_for_leftovers(journal, within_s=_grace_s(sweep) + END_WITHIN_S)
         shares = _shares(sweep, known)
-        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares)
+        failures = sum(trial.state == "failed" for trial in journal.trials.values())
+        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures)
         try:
             loop.run()
         finally:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.sweep import _wait_for_leftovers
+import actors.sweep
+from actors.sweep import _wait_for_leftovers, run_sweep
 from rlhf.config.sweep import load_sweep
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 from rlhf.sweeps.journal import Journal
+from rlhf.sweeps.space import known_trials
 from rlhf.tracking.run_folder import lock_folder
 from tests.unit.test_config_sweep import write_sweep
 
@@ -28,3 +30,20 @@ def test_trials_of_a_killed_sweep_that_still_end_are_waited_for(tmp_path: Path, 
         threading.Timer(0.5, os.close, [held]).start()
         _wait_for_leftovers(journal, within_s=30.0)
         os.close(lock_folder(run, key="run.name"))
+
+
+def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a trial was started")
+
+    monkeypatch.setattr(actors.sweep, "TrialProcess", started)
+    sweep = load_sweep(write_sweep(tmp_path, max_failures=0))
+    known = known_trials(sweep)
+    assert known is not None
+    with Journal.open(sweep, resume=False) as journal:
+        journal.add(0, known[0])
+        journal.end(0, "failed", "exit 1: no memory")
+    with pytest.raises(RunError, match=r"more than sweep.max_failures = 0: trial-000: exit 1: no memory"):
+        run_sweep(sweep, resume=True, quiet=True)
+    with pytest.raises(AssertionError):
+        run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
