@@ -319,8 +319,8 @@ def places_of(cluster: ClusterConfig, placement: Placement, role: Role, *, threa
 
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
-    """Environment of a worker that computes with torch, set before it imports it."""
-    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN") if key in os.environ}
+    """Environment of a worker that computes with torch, set before it imports it. No secrets: every node logs it."""
+    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME") if key in os.environ}
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
