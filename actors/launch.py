@@ -123,7 +123,7 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
-        write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+        write_atomic(loaded.folder / "config.resolved.yaml", logs.redact(dump_yaml(loaded)))
 
 
 def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
