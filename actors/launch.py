@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,7 +58,6 @@ from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.progress import Mode
-from rlhf.tracking.run_folder import RunFolder
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -197,17 +196,7 @@ async def _run_offline(
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        if step is not None:
-            await controller.restore(step)
-        is_done = await heeding(
-            controller.run(until=until),
-            controller.notice,
-            told,
-            grace_s=config.train.preemption_grace_s,
-            leaving=partial(leaving, placement.nodes()),
-        )
-        if is_done:
-            await _finish(gang, record.folder)
+        await _carry_out(controller, gang, told, step=step, until=until, nodes=placement.nodes())
 
 
 async def _run_online(
@@ -343,17 +332,7 @@ async def _run_online(
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
         )
-        if step is not None:
-            await controller.restore(step)
-        is_done = await heeding(
-            controller.run(until=until),
-            controller.notice,
-            told,
-            grace_s=config.train.preemption_grace_s,
-            leaving=partial(leaving, placement.nodes()),
-        )
-        if is_done:
-            await _finish(policy, record.folder)
+        await _carry_out(controller, policy, told, step=step, until=until, nodes=placement.nodes())
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
@@ -363,9 +342,29 @@ def _policy_rank(config: Config) -> type[Publishes]:
     return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
 
 
-async def _finish(gang: PolicyGang | OfflineGang, folder: RunFolder) -> None:
-    """Write final/."""
-    aside: Path = folder.begin_final()
+async def _carry_out(
+    controller: OnlineController | OfflineController,
+    gang: PolicyGang | OfflineGang,
+    told: Sigterm,
+    *,
+    step: int | None,
+    until: int | None,
+    nodes: Collection[str],
+) -> None:
+    """The loop, from the checkpoint of `step` if there is one; final/ at its end, not at `until`."""
+    if step is not None:
+        await controller.restore(step)
+    is_done = await heeding(
+        controller.run(until=until),
+        controller.notice,
+        told,
+        grace_s=controller.config.train.preemption_grace_s,
+        leaving=partial(leaving, nodes),
+    )
+    if not is_done:
+        return
+    folder = controller.record.folder
+    aside = folder.begin_final()
     await gang.export(aside)
     if not any(aside.iterdir()):
         raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
