@@ -58,11 +58,12 @@ class Mirror:
 
     def holds_run(self) -> bool:
         """Whether a run is there, whole or not."""
-        return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in self._listing())
+        listing = self._guarded(self._listing, "looking into")
+        return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in listing)
 
     def fetch(self) -> None:
         """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result."""
-        self._guarded(self._fetch, "fetching the run")
+        self._guarded(self._fetch, "fetching the run from")
 
     def begin(self, keep: int) -> None:
         """Start to make the mirror what the folder is, with the newest `keep` checkpoints. After `settle` only."""
@@ -290,13 +291,14 @@ class Mirror:
                 return result
         raise AssertionError("unreachable")
 
-    def _guarded(self, call: Callable[[], None], what: str) -> None:
-        """In a thread that is given up when nothing moves. RunError names the place."""
+    def _guarded(self, call: Callable[[], T], what: str) -> T:
+        """Its result, in a thread that is given up when nothing moves. RunError names the place."""
+        done: list[T] = []
         failed: list[Exception] = []
 
         def work() -> None:
             try:
-                call()
+                done.append(call())
             except Exception as error:  # noqa: BLE001  (raised below, with the place)
                 failed.append(error)
 
@@ -306,12 +308,13 @@ class Mirror:
         while thread.is_alive():
             if time.monotonic() - self._moved > self._stalled_s:
                 self._abandoned = True
-                raise RunError(f"run.mirror: {what} from {self.place}: no answer for {self._stalled_s:g} s")
+                raise RunError(f"run.mirror: {what} {self.place}: no answer for {self._stalled_s:g} s")
             thread.join(0.2)
         if failed and isinstance(failed[0], RunError):
             raise failed[0]
         if failed:
-            raise RunError(f"run.mirror: {what} from {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+            raise RunError(f"run.mirror: {what} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+        return done[0]
 
 
 class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
