@@ -25,7 +25,8 @@ from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.errors import UserError
 
 LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's memory and unpacks it on every node
-STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "wandb"})  # at the top, whatever .gitignore says
+# At the top, whatever .gitignore says.
+STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "sweeps", "wandb"})
 GIT_WITHIN_S = 60.0
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
 

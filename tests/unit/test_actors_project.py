@@ -43,6 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "a.log": "",
         "runs/demo/metrics.jsonl": "",
         "models/m/config.json": "{}",
+        "sweeps/rates/trials.jsonl": "",
         "package/models/code.py": "",
     }.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
