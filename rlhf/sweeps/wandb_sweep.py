@@ -69,10 +69,10 @@ def create(sweep: Sweep, words: list[str]) -> str:
 
     if not wandb.login(prompt=False):
         raise UserError("--wandb: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
-    project = next(iter(sweep.base.runs.values())).tracking.wandb_project
+    where = next(iter(sweep.base.runs.values())).tracking
     try:
-        found = wandb.sweep(made, project=project)
-        return f"{wandb.Api().default_entity}/{project}/{found}"
+        found = wandb.sweep(made, entity=where.wandb_entity, project=where.wandb_project)
+        return f"{where.wandb_entity or wandb.Api().default_entity}/{where.wandb_project}/{found}"
     except (wandb.errors.Error, OSError, ValueError) as error:
         raise RunError(f"--wandb: W&B did not make the sweep: {error}") from error
 

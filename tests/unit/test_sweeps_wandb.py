@@ -14,7 +14,7 @@ from rlhf.cli import main
 from rlhf.config.load import LoadedConfig
 from rlhf.config.sweep import load_sweep
 from rlhf.errors import UserError
-from rlhf.sweeps.wandb_sweep import sweep_configuration
+from rlhf.sweeps.wandb_sweep import create, sweep_configuration
 from tests.unit.test_config_sweep import write_sweep
 
 PARAMETERS: dict[str, Any] = {
@@ -62,6 +62,18 @@ def test_what_is_sent_to_the_server(tmp_path: Path) -> None:
         "run_cap": 20,
         "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 3, "strict": True},
     }
+
+
+def test_it_is_made_where_its_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "sweep", lambda made, **given: asked.update(given) or "abc123")
+    words = ["tracking.wandb=online", "tracking.wandb_entity=team", "tracking.wandb_project=ours"]
+    sweep = load_sweep(write_sweep(tmp_path, parameters=PARAMETERS), words)
+    assert create(sweep, words) == "team/ours/abc123"
+    assert asked == {"entity": "team", "project": "ours"}
 
 
 def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
