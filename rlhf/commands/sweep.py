@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
     if args.retry_failed and args.resume != "auto":
         raise UserError("--retry-failed has no effect without --resume auto")
+    if args.resume == "auto" and (args.wandb or args.trial or args.agent is not None):
+        raise UserError("--resume has no effect with --wandb, --agent or --trial; it continues a sweep of our own")
+    if args.agent is not None and args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect with --agent: trials have the keys that --wandb was given")
     if args.trial:
         return _run_trial(args)
     sweep = load_sweep(args.config, args.overrides)

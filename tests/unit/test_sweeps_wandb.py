@@ -116,7 +116,14 @@ def test_a_run_that_is_not_told_to_wandb_is_refused(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--count", "3"], "--count has no effect"), (["--retry-failed"], "no effect without --resume")]
+    ("words", "said"),
+    [
+        (["--count", "3"], "--count has no effect"),
+        (["--retry-failed"], "no effect without --resume"),
+        (["--resume", "auto", "--wandb"], "--resume has no effect with --wandb"),
+        (["--resume", "auto", "--agent", "me/ours/x"], "--resume has no effect with"),
+        (["--agent", "me/ours/x", "train.steps=3"], "train.steps=3 has no effect with --agent"),
+    ],
 )
 def test_options_without_effect_are_refused(
     tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
