@@ -110,6 +110,12 @@ def test_what_wandb_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any]
         sweep_configuration(online(tmp_path, **changes), [])
 
 
+def test_no_secret_is_sent(tmp_path: Path) -> None:
+    words = ["sweep.yaml", "run.mirror=https://me:secret@store/runs"]
+    with pytest.raises(UserError, match=r"--wandb: argument run\.mirror holds a secret"):
+        sweep_configuration(online(tmp_path), words)
+
+
 def test_a_run_that_is_not_told_to_wandb_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(write_sweep(tmp_path)), "--wandb"]) == 2
     assert "set tracking.wandb=online" in capsys.readouterr().err
