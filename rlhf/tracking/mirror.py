@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 STALLED_S = 300.0  # without a byte that moved: an upload that is alive sends a piece within seconds
 LAST_CHANCE_S = 30.0  # for what was begun, and again for what is left, when a run fails or is interrupted
 _TRIES, _PAUSE_S = 3, 2.0  # of one file; the pause doubles
-_ELSEWHERE = ("checkpoints", "final", "spool", "wandb")  # handled by themselves, or of no use on another machine
+_ELSEWHERE = ("checkpoints", "final", "wandb")  # handled by themselves, or of no use on another machine
 _RESULT = "eval.json"  # of an evaluation: it says that the run is finished, so it goes last
 _FINAL = "final.json"  # there: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
@@ -131,12 +132,14 @@ class Mirror:
             self._write(_FINAL, {"files": files})
         self._remove_old(keep)
 
-    def _state(self) -> Iterator[str]:
-        """Names of the files beside checkpoints and model, without what is half written."""
-        found = sorted(path.relative_to(self._folder.path) for path in self._folder.path.rglob("*") if path.is_file())
-        for path in sorted(found, key=lambda path: path.name == _RESULT):
-            if path.parts[0] not in _ELSEWHERE and not any(part.startswith(".") for part in path.parts):
-                yield path.as_posix()
+    def _state(self) -> list[str]:
+        """Names of the files beside checkpoints and model, without what is half written. Some go meanwhile."""
+        top, found = self._folder.path, list[str]()
+        for at, folders, files in os.walk(top):  # which passes over a folder that has gone
+            apart = _ELSEWHERE if Path(at) == top else ()
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
+            found += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
+        return sorted(found, key=lambda name: (name == _RESULT, name))
 
     def _put_changed(self, name: str) -> None:
         path = self._folder.path / name
