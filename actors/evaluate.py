@@ -154,7 +154,7 @@ async def _answers(
             spawn(
                 placement,
                 "reward",
-                places_of(cluster, placement, "reward", threads=cluster.roles.reward.threads),
+                places_of(cluster, placement, "reward"),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
                 concurrency=settings.concurrency,
@@ -209,7 +209,7 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
         spawn(
             placement,
             "policy",
-            places_of(cluster, placement, "policy", threads=cluster.roles.policy.threads),
+            places_of(cluster, placement, "policy"),
             lambda place: ((candidate.model, place), options),
             LikelihoodWorker,
         ),

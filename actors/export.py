@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from actors.cluster import connected
-from actors.gang import OfflineGang, ending, rank_places, spawn
+from actors.gang import OfflineGang, ending, places_of, spawn
 from actors.models import with_adapters, with_tiny
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
@@ -65,7 +65,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
 
 async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
     placement = await reserve(config)
-    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
+    places = places_of(config.cluster, placement, "policy")
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
         "policy",

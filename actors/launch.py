@@ -17,7 +17,7 @@ import ray
 from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
 from actors.cluster import connected
 from actors.evaluate import run_evaluation
-from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
+from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, places_of, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.kept_engines import KEEPER
@@ -161,7 +161,7 @@ async def _run_offline(
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             )
     placement = await reserve(config)
-    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
+    places = places_of(config.cluster, placement, "policy")
     steps = config.train.steps
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
@@ -228,7 +228,7 @@ async def _run_online(
             spawn(
                 placement,
                 "policy",
-                rank_places(config, placement, "policy", threads=cluster.roles.policy.threads),
+                places_of(cluster, placement, "policy"),
                 lambda place: ((config, place), policy_options),
                 _policy_rank(config),
             ),
@@ -244,7 +244,7 @@ async def _run_online(
                 spawn(
                     placement,
                     "critic",
-                    rank_places(config, placement, "critic", threads=cluster.roles.critic.threads),
+                    places_of(cluster, placement, "critic"),
                     lambda place: ((config, critic_model(config), place), critic_options),
                     CriticRank,
                 ),
@@ -263,7 +263,7 @@ async def _run_online(
                 spawn(
                     placement,
                     "reference",
-                    rank_places(config, placement, "reference", threads=cluster.roles.reference.threads),
+                    places_of(cluster, placement, "reference"),
                     lambda place: ((reference_model(config), place), reference_options),
                     ReferenceWorker,
                 ),
@@ -286,7 +286,7 @@ async def _run_online(
             spawn(
                 placement,
                 "reward",
-                rank_places(config, placement, "reward", threads=cluster.roles.reward.threads),
+                places_of(cluster, placement, "reward"),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
                 concurrency=settings.concurrency,
