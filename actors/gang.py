@@ -290,7 +290,7 @@ def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
     return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
 
-def places_of(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankPlace]:
+def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankPlace]:
     """Where each rank of a role stands. On a GPU a process sees its own device alone."""
     nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
     cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
@@ -325,18 +325,18 @@ def worker_environment(place: RankPlace) -> dict[str, str]:
 
 
 def spawn(
+    cluster: ClusterConfig,
     placement: Placement,
     role: Role,
-    places: Sequence[RankPlace],
     arguments: Callable[[RankPlace], tuple[tuple[Any, ...], dict[str, Any]]],
     cls: Any,
     *,
     concurrency: int = 1,
 ) -> list[ActorHandle[Any]]:
-    """One actor for each place; `arguments` gives those of its constructor."""
+    """An actor for each rank of a role; `arguments` gives those of its constructor, from where it stands."""
     remote = ray.remote(cls)
     handles = []
-    for place in places:
+    for place in _places(cluster, placement, role):
         args, options = arguments(place)
         environment = worker_environment(place)
         settings = placement.options(role, place.rank, environment, concurrency=concurrency)

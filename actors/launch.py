@@ -17,7 +17,7 @@ import ray
 from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
 from actors.cluster import connected
 from actors.evaluate import run_evaluation
-from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, places_of, spawn
+from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.kept_engines import KEEPER
@@ -161,12 +161,11 @@ async def _run_offline(
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             )
     placement = await reserve(config)
-    places = places_of(config.cluster, placement, "policy")
     steps = config.train.steps
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
         "policy",
-        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), rank),
+        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": steps}), rank),
         deadline_s=config.cluster.call_timeout_s,
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
@@ -226,9 +225,9 @@ async def _run_online(
         policy = PolicyGang(
             "policy",
             spawn(
+                cluster,
                 placement,
                 "policy",
-                places_of(cluster, placement, "policy"),
                 lambda place: ((config, place), policy_options),
                 _policy_rank(config),
             ),
@@ -242,9 +241,9 @@ async def _run_online(
             critic = CriticGang(
                 "critic",
                 spawn(
+                    cluster,
                     placement,
                     "critic",
-                    places_of(cluster, placement, "critic"),
                     lambda place: ((config, critic_model(config), place), critic_options),
                     CriticRank,
                 ),
@@ -261,9 +260,9 @@ async def _run_online(
             }
             reference = ReferenceWorkers(
                 spawn(
+                    cluster,
                     placement,
                     "reference",
-                    places_of(cluster, placement, "reference"),
                     lambda place: ((reference_model(config), place), reference_options),
                     ReferenceWorker,
                 ),
@@ -284,9 +283,9 @@ async def _run_online(
         )
         reward = RewardWorkers(
             spawn(
+                cluster,
                 placement,
                 "reward",
-                places_of(cluster, placement, "reward"),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
                 concurrency=settings.concurrency,
