@@ -156,8 +156,14 @@ def _listed(folder: Path) -> set[Path]:
                 output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
     except FileNotFoundError as error:
         raise UserError("git is not installed; it tells which files .gitignore leaves out. Install it.") from error
-    names = (output or "").split("\0")
-    return {Path(name) for name in names if name and (folder / name).is_file()}
+    found: set[Path] = set()
+    for name in filter(None, (output or "").split("\0")):
+        path = folder / name
+        if (path / ".git").exists() and not path.is_symlink():  # of its own: a submodule or a clone
+            found |= {Path(name) / inner for inner in _listed(path)}
+        elif path.is_file():
+            found.add(Path(name))
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -84,6 +84,19 @@ def test_files_go_by_gitignore_and_by_name(folder: Path, repository: bool) -> No
     assert names(packed()) == EXPECTED
 
 
+def test_a_repository_inside_of_the_project_goes_too(folder: Path) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    inner = folder / "package" / "models"
+    (inner / ".gitignore").write_text("*.bin\n")
+    (inner / "large.bin").write_text("")
+    subprocess.run(["git", "init", "--quiet"], cwd=inner, check=True)
+    absent = ["git", "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},absent"]  # a submodule not fetched
+    (folder / "absent").mkdir()
+    subprocess.run(absent, cwd=folder, check=True)
+    (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
+    assert names(packed()) == EXPECTED | {"package/models/.gitignore"}
+
+
 def test_a_run_folder_inside_of_the_project_stays(folder: Path) -> None:
     (folder / "out/demo").mkdir(parents=True)
     (folder / "out/demo/metrics.jsonl").write_text("")
