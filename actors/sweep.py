@@ -177,13 +177,14 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if sweep.config.method.name == "bayesian":
         require_optuna()
     known = known_trials(sweep)
-    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts():
+    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts() as told:
         if retry_failed:
             for trial in journal.trials.values():
                 if trial.state == "failed":
                     journal.end(trial.number, "open")
         _wait_for_leftovers(journal, within_s=_grace_s(sweep) + END_WITHIN_S)
         shares = _shares(sweep, known)
+        told.listen()
         failures = sum(trial.state == "failed" for trial in journal.trials.values())
         loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures)
         try:

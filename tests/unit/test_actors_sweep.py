@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -10,12 +12,18 @@ import pytest
 
 import actors.sweep
 from actors.sweep import _wait_for_leftovers, run_sweep
+from actors.trials import Share
 from rlhf.config.sweep import load_sweep
-from rlhf.errors import RunError, UserError
+from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials
 from rlhf.tracking.run_folder import lock_folder
 from tests.unit.test_config_sweep import write_sweep
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_have_their_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.tracking.logs.configure", lambda level: None)
 
 
 @pytest.mark.parametrize("stage", ["", "sft"])
@@ -47,3 +55,17 @@ def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pyt
         run_sweep(sweep, resume=True, quiet=True)
     with pytest.raises(AssertionError):
         run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
+
+
+def test_sigterm_is_heard_though_ray_was_asked_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(*_: object) -> list[Share]:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
+        return [Share()]
+
+    def told(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(actors.sweep, "_shares", shares)
+    monkeypatch.setattr(actors.sweep, "strategy_of", told)
+    with pytest.raises(Preempted):
+        run_sweep(load_sweep(write_sweep(tmp_path)), resume=False, quiet=True)
