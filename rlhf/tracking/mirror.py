@@ -62,6 +62,10 @@ class Mirror:
         listing = self._guarded(self._listing, "looking into")
         return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in listing)
 
+    def holds_result(self) -> bool:
+        """Whether a finished run is there, whole."""
+        return self._guarded(lambda: self._marker(_FINAL) or self._marker(_RESULT), "looking into") is not None
+
     def fetch(self) -> None:
         """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result."""
         self._guarded(self._fetch, "fetching the run from")
