@@ -85,7 +85,8 @@ def _run_trial(args: argparse.Namespace) -> int:
     run_id = os.environ.get("WANDB_RUN_ID")
     if run_id is None:
         raise UserError("--trial is for W&B's agent, which names the run in WANDB_RUN_ID; use --agent")
-    varied = load_sweep(args.config).config.parameters
+    of_sweep = [word for word in args.overrides if word.startswith("sweep.")]
+    varied = load_sweep(args.config, of_sweep).config.parameters
     given = [word for word in args.overrides if word.partition("=")[0] in varied]
     sweep = load_sweep(args.config, [word for word in args.overrides if word not in given])
     parameters = {word.partition("=")[0]: from_yaml(word.partition("=")[2]) for word in given}

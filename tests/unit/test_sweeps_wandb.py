@@ -92,6 +92,10 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
     (run,) = launched[0].runs.values()
     assert (run.train.lr, run.train.warmup_steps, run.train.grad_clip, run.data.shuffle) == (0.00025, 3, 1.5, False)
     assert (run.run.name, run.tracking.wandb, run.tracking.wandb_group) == ("x7k2", "online", "rates")
+    made = ["sweep.parameters={train.steps: {values: [9, 12]}}", "tracking.wandb=online"]
+    assert main(["sweep", str(file), *made, "--trial", "train.steps=12"]) == 0
+    (run,) = launched[1].runs.values()
+    assert run.train.steps == 12
 
 
 @pytest.mark.parametrize(
