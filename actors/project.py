@@ -77,11 +77,14 @@ def _is_run(path: Path, loaded: LoadedConfig) -> bool:
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
     """UserError for a run folder or a cluster that means another place in the job than here."""
     for stage in loaded.stages.values():
-        if not stage.run.dir.is_absolute():
-            raise UserError(
-                f"run.dir: {stage.run.dir} is relative, and the job's folder is a copy that Ray removes. Name a place "
-                f"that every node of the cluster sees; on one that sees this disk: run.dir={stage.run.dir.absolute()}"
-            )
+        mirror = stage.run.mirror
+        named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})
+        for key, place in named.items():
+            if not place.is_absolute():
+                raise UserError(
+                    f"run.{key}: {place} is relative, and the job's folder is a copy that Ray removes. Name a place "
+                    f"that every node of the cluster sees; on one that sees this disk: run.{key}={place.absolute()}"
+                )
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
         if address not in (None, "auto"):
             raise UserError(

@@ -130,6 +130,7 @@ def test_variables_travel_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     ("overrides", "words"),
     [
         (["run.dir=runs"], ["run.dir: runs is relative", "project/runs"]),
+        (["run.mirror=copies"], ["run.mirror: copies is relative", "project/copies"]),
         (["cluster.address=10.0.0.1:6379"], ["cluster.address", "'10.0.0.1:6379'", "remove it"]),
         (["data.train=none.jsonl"], ["data.train: none.jsonl does not exist"]),
         (["data.train=../outside.jsonl"], ["data.train: ", "outside.jsonl is outside of the project"]),
