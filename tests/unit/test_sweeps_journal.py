@@ -71,6 +71,12 @@ def test_a_sweep_that_was_killed_knows_its_trials(tmp_path: Path) -> None:
         assert journal.trials[0].state == "open"
 
 
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rates" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"sweep\.dir: {tmp_path}/rates cannot be written: Is a directory"):
+        journal_of(load_sweep(write_sweep(tmp_path)))
+
+
 def test_only_more_trials_may_be_asked_of_a_sweep_that_goes_on(tmp_path: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
     journal_of(sweep).close()
