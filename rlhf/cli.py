@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _how_to_go_on(given: Sequence[str], args: argparse.Namespace) -> str:
     """With what a run that was cut off is continued."""
-    if args.command not in ("train", "sweep", "quickstart"):
+    of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
+    if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
     resume = "" if args.command == "quickstart" or args.resume == "auto" else " --resume auto"
     return f"; continue with: rlhf {shlex.join(given)}{resume}"

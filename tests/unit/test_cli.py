@@ -164,6 +164,17 @@ def test_a_run_that_is_cut_off_says_how_to_go_on(
     assert capsys.readouterr().err == expected
 
 
+def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.commands.sweep.run", interrupted)
+    assert main(["sweep", "x.yaml", "--agent", "me/ours/x"]) == 130
+    assert capsys.readouterr().err == "rlhf: interrupted\n"
+
+
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("actors.export")
