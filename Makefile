@@ -59,7 +59,7 @@ setup: .venv/installed
 	  options+=(--torch-backend cpu)
 	fi
 	echo "make setup: installing into .venv for $$engine"
-	$(BIN)/uv pip install --python $(BIN)/python "$${options[@]}" --editable ".[$$engine,tasks,dev]"
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python "$${options[@]}" --editable ".[$$engine,tasks,dev]"
 	touch $@
 
 quickstart: setup

@@ -1,5 +1,5 @@
 """What stands in a run's folder, or in its mirror, looked at before anything starts: whether the run can begin there,
-or go on from it. It changes nothing but to fetch a mirror's newer run.
+or go on from it. It changes nothing but to bring to the one what the other alone has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.inputs import OnlineInputs, StageInputs
 from actors.models import refuse_other_model
-from actors.recording import open_mirror
+from actors.recording import kept_checkpoints, open_mirror
 from rlhf.config.differences import changes
 from rlhf.config.load import load
 from rlhf.config.stages import Stage, result_of, run_folder
@@ -23,13 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def meet_mirror(stage: Stage, *, resume: bool) -> None:
-    """With `resume`, bring here what the mirror has and the folder lacks. UserError if a new run would replace one."""
-    if stage.run.mirror is None or (resume and result_of(stage).exists()):
+    """With `resume`, bring here what the mirror has and the folder lacks, or there a result that is here alone.
+
+    UserError if a new run would replace one.
+    """
+    if stage.run.mirror is None:
         return
     with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
         mirror = open_mirror(stage, folder)
         assert mirror is not None
-        if resume:
+        if resume and result_of(stage).exists():
+            if not mirror.holds_result():
+                mirror.finish(kept_checkpoints(stage), failed=False)
+        elif resume:
             mirror.fetch()
         elif mirror.holds_run():
             raise UserError(

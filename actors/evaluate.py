@@ -17,7 +17,7 @@ from typing import Any
 from actors.cluster import connected
 from actors.engines import serve_engines
 from actors.eval_inputs import Candidate, EvalInputs, inputs_of_stage
-from actors.gang import Stoppable, ending, places_of, spawn
+from actors.gang import Stoppable, ending, spawn
 from actors.interrupts import sigterm_interrupts
 from actors.placement import reserve_seats
 from actors.reading import named
@@ -152,9 +152,9 @@ async def _answers(
         )
         reward = RewardWorkers(
             spawn(
+                cluster,
                 placement,
                 "reward",
-                places_of(cluster, placement, "reward", threads=cluster.roles.reward.threads),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
                 concurrency=settings.concurrency,
@@ -207,9 +207,9 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     options = {"max_tokens_per_microbatch": inputs.max_tokens_per_microbatch}
     workers = LikelihoodWorkers(
         spawn(
+            cluster,
             placement,
             "policy",
-            places_of(cluster, placement, "policy", threads=cluster.roles.policy.threads),
             lambda place: ((candidate.model, place), options),
             LikelihoodWorker,
         ),

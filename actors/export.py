@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from actors.cluster import connected
-from actors.gang import OfflineGang, ending, rank_places, spawn
+from actors.gang import OfflineGang, ending, spawn
 from actors.models import with_adapters, with_tiny
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
@@ -65,11 +65,10 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
 
 async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
     placement = await reserve(config)
-    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
         "policy",
-        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": 1}), rank),
+        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": 1}), rank),
         deadline_s=config.cluster.call_timeout_s,
     )
     async with ending([gang], placement):

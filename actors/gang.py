@@ -19,7 +19,6 @@ from actors.placement import Placement
 from actors.processes import KEEPS_MEMORY, Processes
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.cluster import ClusterConfig
-from rlhf.config.root import Config
 from rlhf.errors import RunError, UserError
 from rlhf.roles import AdvantagesReport, Arithmetic, MemoryReport, Metrics, PrepareReport, Ref, StatesByRank
 from rlhf.tracking.metrics import merge
@@ -291,14 +290,9 @@ def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
     return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
 
-def rank_places(config: Config, placement: Placement, role: Role, *, threads: int | str) -> list[RankPlace]:
-    """Where each rank of a role of a run stands."""
-    return places_of(config.cluster, placement, role, threads=threads)
-
-
-def places_of(cluster: ClusterConfig, placement: Placement, role: Role, *, threads: int | str) -> list[RankPlace]:
+def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankPlace]:
     """Where each rank of a role stands. On a GPU a process sees its own device alone."""
-    nodes = placement.nodes_of(role)
+    nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
     cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
     places = []
     for rank, node in enumerate(nodes):
@@ -311,7 +305,7 @@ def places_of(cluster: ClusterConfig, placement: Placement, role: Role, *, threa
                 local_rank=0 if cuda else nodes[:rank].count(node),
                 local_world_size=1 if cuda else on_node,
                 device="cuda" if cuda else "cpu",
-                threads=auto if isinstance(threads, str) else threads,
+                threads=auto if threads == "auto" else threads,
                 deadline_s=cluster.call_timeout_s,
             )
         )
@@ -319,8 +313,8 @@ def places_of(cluster: ClusterConfig, placement: Placement, role: Role, *, threa
 
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
-    """Environment of a worker that computes with torch, set before it imports it."""
-    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN") if key in os.environ}
+    """Environment of a worker that computes with torch, set before it imports it. No secrets: every node logs it."""
+    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME") if key in os.environ}
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
@@ -331,18 +325,18 @@ def worker_environment(place: RankPlace) -> dict[str, str]:
 
 
 def spawn(
+    cluster: ClusterConfig,
     placement: Placement,
     role: Role,
-    places: Sequence[RankPlace],
     arguments: Callable[[RankPlace], tuple[tuple[Any, ...], dict[str, Any]]],
     cls: Any,
     *,
     concurrency: int = 1,
 ) -> list[ActorHandle[Any]]:
-    """One actor for each place; `arguments` gives those of its constructor."""
+    """An actor for each rank of a role; `arguments` gives those of its constructor, from where it stands."""
     remote = ray.remote(cls)
     handles = []
-    for place in places:
+    for place in _places(cluster, placement, role):
         args, options = arguments(place)
         environment = worker_environment(place)
         settings = placement.options(role, place.rank, environment, concurrency=concurrency)

@@ -32,9 +32,7 @@ class Keeper:
         self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
     ) -> LentEngines:
         """The run's place and its engines: those of the run before if they are the same, else new ones, not started."""
-        policy = config.policy
-        key = repr((policy.model, policy.dtype, policy.trust_remote_code, max_model_len, seat(config), config.cluster))
-        lent = self.kept
+        key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
             self.kept, lent.is_kept, lent.is_started = None, False, True
             logger.info("the rollout engines are those of the run before")
@@ -42,7 +40,7 @@ class Keeper:
         self.close()
         placement = await reserve(config)
         engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
-        whole = policy.lora is None and environment is None and config.cluster.device == "cpu"
+        whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.way is not None and engines.way.method == "shm"
         return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
@@ -83,6 +81,13 @@ class LentEngines:
             KEEPER.kept = self
         else:
             self.placement.release()
+
+
+def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
+    """Runs with the same one need the same engines in the same place."""
+    policy = config.policy
+    model = policy.model, policy.dtype, policy.lora, policy.trust_remote_code
+    return repr((model, max_model_len, environment, seat(config), config.cluster))
 
 
 async def _renewed(engines: RolloutEngines, spool: Path) -> bool:

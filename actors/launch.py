@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ import ray
 from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
 from actors.cluster import connected
 from actors.evaluate import run_evaluation
-from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, rank_places, spawn
+from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
 from actors.interrupts import Sigterm, heeding, sigterm_preempts
 from actors.kept_engines import KEEPER
@@ -58,7 +58,6 @@ from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.progress import Mode
-from rlhf.tracking.run_folder import RunFolder
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -123,7 +122,7 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
-        write_atomic(loaded.folder / "config.resolved.yaml", dump_yaml(loaded))
+        write_atomic(loaded.folder / "config.resolved.yaml", logs.redact(dump_yaml(loaded)))
 
 
 def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
@@ -162,12 +161,11 @@ async def _run_offline(
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             )
     placement = await reserve(config)
-    places = rank_places(config, placement, "policy", threads=config.cluster.roles.policy.threads)
     steps = config.train.steps
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
         "policy",
-        spawn(placement, "policy", places, lambda place: ((config, place), {"optimizer_steps": steps}), rank),
+        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": steps}), rank),
         deadline_s=config.cluster.call_timeout_s,
         sequence_parallel=config.cluster.roles.policy.sequence_parallel,
     )
@@ -197,17 +195,7 @@ async def _run_offline(
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        if step is not None:
-            await controller.restore(step)
-        is_done = await heeding(
-            controller.run(until=until),
-            controller.notice,
-            told,
-            grace_s=config.train.preemption_grace_s,
-            leaving=partial(leaving, placement.nodes()),
-        )
-        if is_done:
-            await _finish(gang, record.folder)
+        await _carry_out(controller, gang, told, step=step, until=until, nodes=placement.nodes())
 
 
 async def _run_online(
@@ -237,9 +225,9 @@ async def _run_online(
         policy = PolicyGang(
             "policy",
             spawn(
+                cluster,
                 placement,
                 "policy",
-                rank_places(config, placement, "policy", threads=cluster.roles.policy.threads),
                 lambda place: ((config, place), policy_options),
                 _policy_rank(config),
             ),
@@ -253,9 +241,9 @@ async def _run_online(
             critic = CriticGang(
                 "critic",
                 spawn(
+                    cluster,
                     placement,
                     "critic",
-                    rank_places(config, placement, "critic", threads=cluster.roles.critic.threads),
                     lambda place: ((config, critic_model(config), place), critic_options),
                     CriticRank,
                 ),
@@ -272,9 +260,9 @@ async def _run_online(
             }
             reference = ReferenceWorkers(
                 spawn(
+                    cluster,
                     placement,
                     "reference",
-                    rank_places(config, placement, "reference", threads=cluster.roles.reference.threads),
                     lambda place: ((reference_model(config), place), reference_options),
                     ReferenceWorker,
                 ),
@@ -295,9 +283,9 @@ async def _run_online(
         )
         reward = RewardWorkers(
             spawn(
+                cluster,
                 placement,
                 "reward",
-                rank_places(config, placement, "reward", threads=cluster.roles.reward.threads),
                 lambda place: ((settings, place), {}),
                 RewardWorker,
                 concurrency=settings.concurrency,
@@ -343,17 +331,7 @@ async def _run_online(
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
         )
-        if step is not None:
-            await controller.restore(step)
-        is_done = await heeding(
-            controller.run(until=until),
-            controller.notice,
-            told,
-            grace_s=config.train.preemption_grace_s,
-            leaving=partial(leaving, placement.nodes()),
-        )
-        if is_done:
-            await _finish(policy, record.folder)
+        await _carry_out(controller, policy, told, step=step, until=until, nodes=placement.nodes())
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
@@ -363,9 +341,29 @@ def _policy_rank(config: Config) -> type[Publishes]:
     return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
 
 
-async def _finish(gang: PolicyGang | OfflineGang, folder: RunFolder) -> None:
-    """Write final/."""
-    aside: Path = folder.begin_final()
+async def _carry_out(
+    controller: OnlineController | OfflineController,
+    gang: PolicyGang | OfflineGang,
+    told: Sigterm,
+    *,
+    step: int | None,
+    until: int | None,
+    nodes: Collection[str],
+) -> None:
+    """The loop, from the checkpoint of `step` if there is one; final/ at its end, not at `until`."""
+    if step is not None:
+        await controller.restore(step)
+    is_done = await heeding(
+        controller.run(until=until),
+        controller.notice,
+        told,
+        grace_s=controller.config.train.preemption_grace_s,
+        leaving=partial(leaving, nodes),
+    )
+    if not is_done:
+        return
+    folder = controller.record.folder
+    aside = folder.begin_final()
     await gang.export(aside)
     if not any(aside.iterdir()):
         raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")

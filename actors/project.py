@@ -25,7 +25,8 @@ from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.errors import UserError
 
 LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's memory and unpacks it on every node
-STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "wandb"})  # at the top, whatever .gitignore says
+# At the top, whatever .gitignore says.
+STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "sweeps", "wandb"})
 GIT_WITHIN_S = 60.0
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
 
@@ -76,11 +77,14 @@ def _is_run(path: Path, loaded: LoadedConfig) -> bool:
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
     """UserError for a run folder or a cluster that means another place in the job than here."""
     for stage in loaded.stages.values():
-        if not stage.run.dir.is_absolute():
-            raise UserError(
-                f"run.dir: {stage.run.dir} is relative, and the job's folder is a copy that Ray removes. Name a place "
-                f"that every node of the cluster sees; on one that sees this disk: run.dir={stage.run.dir.absolute()}"
-            )
+        mirror = stage.run.mirror
+        named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})
+        for key, place in named.items():
+            if not place.is_absolute():
+                raise UserError(
+                    f"run.{key}: {place} is relative, and the job's folder is a copy that Ray removes. Name a place "
+                    f"that every node of the cluster sees; on one that sees this disk: run.{key}={place.absolute()}"
+                )
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
         if address not in (None, "auto"):
             raise UserError(
@@ -155,8 +159,14 @@ def _listed(folder: Path) -> set[Path]:
                 output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
     except FileNotFoundError as error:
         raise UserError("git is not installed; it tells which files .gitignore leaves out. Install it.") from error
-    names = (output or "").split("\0")
-    return {Path(name) for name in names if name and (folder / name).is_file()}
+    found: set[Path] = set()
+    for name in filter(None, (output or "").split("\0")):
+        path = folder / name
+        if (path / ".git").exists() and not path.is_symlink():  # of its own: a submodule or a clone
+            found |= {Path(name) / inner for inner in _listed(path)}
+        elif path.is_file():
+            found.add(Path(name))
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

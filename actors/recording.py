@@ -41,8 +41,7 @@ def recording(
         folder.write_config(dump_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
-        keep = stage.train.keep_checkpoints if isinstance(stage, Config) else 1
-        mirror = open_mirror(stage, folder)
+        keep, mirror = kept_checkpoints(stage), open_mirror(stage, folder)
         if mirror is not None:
             mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
         after = None if not resume else -1 if step is None else step
@@ -84,6 +83,11 @@ def recording(
 def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
     """Where the run's folder is copied to; None: nowhere."""
     return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
+
+
+def kept_checkpoints(stage: Stage) -> int:
+    """How many of the newest stay; a merge or an evaluation has none."""
+    return stage.train.keep_checkpoints if isinstance(stage, Config) else 1
 
 
 @contextmanager

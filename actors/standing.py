@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 
 ANSWERS_WITHIN_S = 2.0
 DRAINING_KNOWN_WITHIN_S = 10.0
@@ -93,7 +94,7 @@ async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
 
     try:
         told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)
-    except TimeoutError:  # whatever keeps the head from answering will show itself in the run's own calls
+    except (TimeoutError, RayError):  # whatever keeps the head from answering will show itself in the run's own calls
         return None
     for node, deadline_ms in told.items():
         if node in nodes:

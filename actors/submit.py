@@ -234,10 +234,10 @@ class Jobs:
             raise RunError(f"the cluster at {self.address} refused: {said}") from None
 
     def _said(self, words: object) -> str:
-        return self._masked(" ".join(str(words or "").split()))[:600].rstrip(".")
+        return " ".join(self._masked(str(words or "")).split())[:600].rstrip(".")
 
     def _masked(self, text: str) -> str:
-        for value in self._hidden:
+        for value in sorted(self._hidden, key=len, reverse=True):  # one may be a part of another
             if len(value) >= 4:
                 text = text.replace(value, MASK)
         return redact(text)
@@ -259,6 +259,12 @@ def submit(
     UserError before any contact for whatever can be known here. Returns the cluster's jobs and the id of this one.
     """
     loaded = load(config, overrides)
+    for text in overrides:
+        if redact(text) != text:
+            raise UserError(
+                f"argument {text.partition('=')[0]}: holds a secret, and a cluster shows the command of a job to all "
+                "its users; give it by an environment variable (--env), or write it in the configuration's file"
+            )
     values = _values(env)
     project = project_of(Path(config), overrides, loaded)
     words = ["python", "-m", "actors.job", "train", str(project.config), *overrides, "--resume", "auto"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from actors.address import cluster_to_join
 from actors.interrupts import sigterm_preempts
 from actors.search import require_optuna, strategy_of
-from actors.trials import Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
+from actors.trials import END_WITHIN_S, Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.derive import is_online
 from rlhf.config.dump import dump_yaml
@@ -36,6 +36,7 @@ from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.environment import visible_gpus
 from rlhf.tracking.progress import number
+from rlhf.tracking.run_folder import lock_folder
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
@@ -63,9 +64,9 @@ class _Loop:
     journal: Journal
     strategy: Strategy
     shares: Sequence[Share]
+    failures: int  # also those of before a kill
     running: list[_Running] = field(default_factory=list)
     warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
-    failures: int = 0
 
     def run(self) -> None:
         """Until no trial runs and none is to come."""
@@ -111,7 +112,7 @@ class _Loop:
 
     def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
         """One of its own; where engines may stay, that of the trial before it in this place."""
-        grace_s = max(run.train.preemption_grace_s for run in self.sweep.base.runs.values())
+        grace_s = _grace_s(self.sweep)
         if not _may_keep_engines(self.sweep):
             return TrialProcess(file, log, self.shares[slot], until=until, grace_s=grace_s)
         if slot not in self.warm or not self.warm[slot].is_idle:
@@ -176,13 +177,16 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if sweep.config.method.name == "bayesian":
         require_optuna()
     known = known_trials(sweep)
-    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts():
+    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts() as told:
         if retry_failed:
             for trial in journal.trials.values():
                 if trial.state == "failed":
                     journal.end(trial.number, "open")
+        _wait_for_leftovers(journal, within_s=_grace_s(sweep) + END_WITHIN_S)
         shares = _shares(sweep, known)
-        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares)
+        told.listen()
+        failures = sum(trial.state == "failed" for trial in journal.trials.values())
+        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures)
         try:
             loop.run()
         finally:
@@ -201,6 +205,29 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if result.best is None:
         raise RunError(f"no trial came to an end with a value of {sweep.metric}: {_failures(result)}")
     return result
+
+
+def _grace_s(sweep: Sweep) -> float:
+    """What a trial that is told to end may take for the step at work."""
+    return max(run.train.preemption_grace_s for run in sweep.base.runs.values())
+
+
+def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
+    """Until no trial of a sweep that was killed is left: the kernel has told them to end. UserError names one that is.
+
+    A new process would be refused its folder, and the trial be taken for one that failed.
+    """
+    trials, give_up = journal.folder / "trials", time.monotonic() + within_s
+    for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock")):
+        while True:
+            try:
+                os.close(lock_folder(lock.parent, key="run.name"))
+                break
+            except UserError:
+                if time.monotonic() > give_up:
+                    raise
+            logger.info("%s: a process of the sweep before still ends", lock.parent)
+            time.sleep(1.0)
 
 
 def _failures(result: SweepResult) -> str:

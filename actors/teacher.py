@@ -8,7 +8,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from actors.calls import wait_all
-from actors.gang import largest, rank_places, spawn
+from actors.gang import largest, spawn
 from actors.placement import Placement
 from actors.processes import Processes
 from actors.services import ReferenceWorkers
@@ -23,8 +23,9 @@ from rlhf.workers.teacher import TeacherWorker
 def spawn_teacher(config: Config, placement: Placement) -> TeacherWorkers:
     """The workers of a run's teacher."""
     options = {"max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
-    places = rank_places(config, placement, "teacher", threads=config.cluster.roles.teacher.threads)
-    handles = spawn(placement, "teacher", places, lambda place: ((config.teacher, place), options), TeacherWorker)
+    handles = spawn(
+        config.cluster, placement, "teacher", lambda place: ((config.teacher, place), options), TeacherWorker
+    )
     return TeacherWorkers(handles, deadline_s=config.cluster.call_timeout_s)
 
 
@@ -37,8 +38,9 @@ def spawn_online_teacher(config: Config, placement: Placement) -> OnlineTeacherW
         "samples_per_prompt": rollouts.samples_per_prompt,
         "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
     }
-    places = rank_places(config, placement, "teacher", threads=config.cluster.roles.teacher.threads)
-    handles = spawn(placement, "teacher", places, lambda place: ((config.teacher, place), options), OnlineTeacherWorker)
+    handles = spawn(
+        config.cluster, placement, "teacher", lambda place: ((config.teacher, place), options), OnlineTeacherWorker
+    )
     return OnlineTeacherWorkers(handles, deadline_s=config.cluster.call_timeout_s)
 
 

@@ -108,7 +108,8 @@ class TrialProcess(_Started):
 class WarmProcess(_Started):
     """`rlhf train` for one trial after another in one process, whose engines stay where the next trial needs the same.
 
-    It ends with the first trial that fails or is interrupted: whoever comes next gets a new one.
+    It ends with the first trial that fails or is interrupted, and that trial not before it: whoever comes next gets a
+    new one, and finds nothing of this one.
     """
 
     def __init__(self, share: Share, *, grace_s: float = 0.0) -> None:
@@ -128,9 +129,12 @@ class WarmProcess(_Started):
     def poll(self) -> int | None:
         """The exit code of the trial; None: it goes on."""
         assert self.process.stdout is not None
-        code = super().poll()
-        told = self.process.stdout.readline()
-        return int(told) if told else code
+        code, ended_well = super().poll(), self.process.stdout.readline()
+        if ended_well and self.deadline is None:
+            return 0
+        if ended_well:  # it was told to end too late to hear it
+            self.dismiss()
+        return code
 
     @property
     def is_idle(self) -> bool:
@@ -140,7 +144,8 @@ class WarmProcess(_Started):
     def dismiss(self) -> None:
         """There are no more trials."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.deadline = time.monotonic() + self.end_within_s
 
 

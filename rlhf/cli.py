@@ -6,6 +6,8 @@ again with --resume auto, 130 interrupted. An error is one short paragraph on st
 
 from __future__ import annotations
 
+import argparse
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.tracking.logs import hush_imports
+from rlhf.tracking.logs import hush_imports, redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,15 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
-        sys.stderr.write(f"rlhf: interrupted{_how_to_go_on(given, args.command)}\n")
-        return 130
+        return _say(f"interrupted{_how_to_go_on(given, args)}", 130)
     except Preempted as kept:
-        sys.stderr.write(f"rlhf: preempted: {kept}{_how_to_go_on(given, args.command)}\n")
-        return 75
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is no one to tell
-        return 1
+        return _say(f"preempted: {kept}{_how_to_go_on(given, args)}", 75)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.stderr.close()  # there is no one to tell
+            return 1
         if args.debug:
             raise
         known = _known(error)
@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(known, 2 if isinstance(known, UserError) else 1)
 
 
-def _how_to_go_on(given: Sequence[str], command: str) -> str:
+def _how_to_go_on(given: Sequence[str], args: argparse.Namespace) -> str:
     """With what a run that was cut off is continued."""
-    if command not in ("train", "sweep", "quickstart"):
+    of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
+    if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
-    resume = "" if "--resume" in given or command == "quickstart" else " --resume auto"
+    resume = "" if args.command == "quickstart" or args.resume == "auto" else " --resume auto"
     return f"; continue with: rlhf {shlex.join(given)}{resume}"
 
 
@@ -61,8 +62,19 @@ def _known(error: BaseException) -> UserError | RunError | None:
     return None
 
 
+def _reader_is_gone() -> bool:
+    """Whether it is our own output that nobody takes."""
+    output = select.poll()
+    output.register(1, 0)  # an error is told unasked
+    return bool(output.poll(0))
+
+
 def _report(error: object, code: int) -> int:
-    sys.stderr.write(f"rlhf: error: {error}\n")
+    return _say(f"error: {error}", code)
+
+
+def _say(text: str, code: int) -> int:
+    sys.stderr.write(redact(f"rlhf: {text}\n"))
     return code
 
 

@@ -1,8 +1,8 @@
 """Trials of a sweep one after another in one process: the next one finds Ray, the imports and equal engines there.
 
-Started by actors.sweep, which writes a line of JSON a trial to stdin and reads an exit code from stdout; all else that
-is said goes to the trial's log. It ends when stdin does, or with the first trial that does not end well, since nobody
-knows what that one has left behind.
+Started by actors.sweep, which writes a line of JSON a trial to stdin and reads one from stdout when the trial has ended
+well; all else that is said goes to the trial's log. It ends when stdin does, or with the exit code of the first trial
+that does not end well, since nobody knows what that one has left behind.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def serve() -> int:
                 with suppress(UserError, RunError):  # main meets it again, and says it
                     _keep(to_the_end, order["words"][1])
             code = main(order["words"])
-            replies.write(f"{code}\n")
-            replies.flush()
             if code != 0:
                 return code
+            replies.write("done\n")
+            replies.flush()
     return 0
 
 

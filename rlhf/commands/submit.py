@@ -123,4 +123,7 @@ def _code(job: str, end: JobEnd) -> int:
 
 def _amount(text: str) -> tuple[str, float]:
     name, _, amount = text.partition("=")
-    return name, float(amount)
+    try:
+        return name, float(amount)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes NAME=N, such as tpu=4, got {text!r}") from None

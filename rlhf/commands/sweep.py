@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
     if args.retry_failed and args.resume != "auto":
         raise UserError("--retry-failed has no effect without --resume auto")
+    if args.resume == "auto" and (args.wandb or args.trial or args.agent is not None):
+        raise UserError("--resume has no effect with --wandb, --agent or --trial; it continues a sweep of our own")
+    if args.agent is not None and args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect with --agent: trials have the keys that --wandb was given")
     if args.trial:
         return _run_trial(args)
     sweep = load_sweep(args.config, args.overrides)
@@ -81,7 +85,8 @@ def _run_trial(args: argparse.Namespace) -> int:
     run_id = os.environ.get("WANDB_RUN_ID")
     if run_id is None:
         raise UserError("--trial is for W&B's agent, which names the run in WANDB_RUN_ID; use --agent")
-    varied = load_sweep(args.config).config.parameters
+    of_sweep = [word for word in args.overrides if word.startswith("sweep.")]
+    varied = load_sweep(args.config, of_sweep).config.parameters
     given = [word for word in args.overrides if word.partition("=")[0] in varied]
     sweep = load_sweep(args.config, [word for word in args.overrides if word not in given])
     parameters = {word.partition("=")[0]: from_yaml(word.partition("=")[2]) for word in given}

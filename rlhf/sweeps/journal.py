@@ -78,11 +78,11 @@ class Journal:
         folder = sweep.folder
         try:
             (folder / "trials").mkdir(parents=True, exist_ok=True)
+            journal = cls(folder, lock_folder(folder, key="sweep.name"))
         except OSError as error:
             raise UserError(
-                f"sweep.dir: cannot create {folder}: {error.strerror}. Choose one you can write."
+                f"sweep.dir: {folder} cannot be written: {error.strerror}. Choose one you can write."
             ) from error
-        journal = cls(folder, lock_folder(folder, key="sweep.name"))
         try:
             journal._take_up(sweep, resume=resume)
         except BaseException:

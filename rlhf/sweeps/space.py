@@ -29,9 +29,10 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
     config, method = sweep.config, sweep.config.method
     trials: list[Values] | None = None
     if isinstance(method, GridMethod):
+        count = math.prod(_count(parameter) or 0 for parameter in config.parameters.values())
+        if count > MOST_TRIALS:
+            raise UserError(f"{sweep.source}: sweep.parameters: have {count} combinations; {MOST_TRIALS} at most")
         trials = grid(config.parameters)
-        if len(trials) > MOST_TRIALS:
-            raise UserError(f"{sweep.source}: sweep.parameters: have {len(trials)} combinations; {MOST_TRIALS} at most")
     elif isinstance(method, RandomMethod | AshaMethod | PbtMethod):
         trials = [draw(config.parameters, seed=config.seed, number=number) for number in range(method.trials)]
     for values in (*([] if isinstance(method, GridMethod) else corners(config.parameters)), *(trials or ())):
@@ -41,7 +42,7 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
 
 def grid(parameters: Mapping[str, Parameter]) -> list[Values]:
     """Every combination; the last parameter changes fastest."""
-    lists = [list(_all(parameter)) for parameter in parameters.values()]
+    lists = [[_at(one, place) for place in range(_count(one) or 0)] for one in parameters.values()]
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*lists)]
 
 
@@ -92,10 +93,6 @@ def _moved(parameter: Parameter, value: Any, random: Random) -> Any:
         return fitting(parameter, value * random.choice(FACTORS))
     place = next(place for place in range(count) if _at(parameter, place) == value)
     return _at(parameter, min(max(place + random.choice((-1, 1)), 0), count - 1))
-
-
-def _all(parameter: Parameter) -> Iterator[Any]:
-    return (_at(parameter, place) for place in range(_count(parameter) or 0))
 
 
 def _count(parameter: Parameter) -> int | None:

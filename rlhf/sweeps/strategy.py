@@ -86,8 +86,8 @@ class Population:
         self.left = self._open()
 
     def next(self) -> Assignment | None:
-        """A member that has not arrived; the look, once all have."""
-        if not self.left and not self.running and self._until() is not None:
+        """A member that has not arrived; the look, once all have. One that others have ended is left to --resume."""
+        if not self.left and not self.running and self._until() is not None and not self._open():
             self._look()
         if not self.left:
             return None

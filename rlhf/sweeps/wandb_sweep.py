@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.errors import RunError, UserError
+from rlhf.tracking.logs import redact
 
 METHODS = {"grid": "grid", "random": "random", "bayesian": "bayes", "asha": "random"}
 
@@ -27,6 +28,12 @@ def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
         raise UserError(f"{sweep.source}: sweep.method: W&B has no pbt; run it without --wandb")
     if any(stage.tracking.wandb != "online" for stage in sweep.base.runs.values()):
         raise UserError(f"{sweep.source}: --wandb: W&B judges what it is told; set tracking.wandb=online")
+    for word in words:
+        if redact(word) != word:
+            raise UserError(
+                f"{sweep.source}: --wandb: argument {word.partition('=')[0]} holds a secret, and W&B keeps the "
+                "command; give it by an environment variable, or write it in the file"
+            )
     made: dict[str, Any] = {
         "name": config.name,
         "method": METHODS[method.name],
@@ -69,10 +76,10 @@ def create(sweep: Sweep, words: list[str]) -> str:
 
     if not wandb.login(prompt=False):
         raise UserError("--wandb: W&B has no credentials here: set WANDB_API_KEY, or run `wandb login`.")
-    project = next(iter(sweep.base.runs.values())).tracking.wandb_project
+    where = next(iter(sweep.base.runs.values())).tracking
     try:
-        found = wandb.sweep(made, project=project)
-        return f"{wandb.Api().default_entity}/{project}/{found}"
+        found = wandb.sweep(made, entity=where.wandb_entity, project=where.wandb_project)
+        return f"{where.wandb_entity or wandb.Api().default_entity}/{where.wandb_project}/{found}"
     except (wandb.errors.Error, OSError, ValueError) as error:
         raise RunError(f"--wandb: W&B did not make the sweep: {error}") from error
 

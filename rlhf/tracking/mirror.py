@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 STALLED_S = 300.0  # without a byte that moved: an upload that is alive sends a piece within seconds
 LAST_CHANCE_S = 30.0  # for what was begun, and again for what is left, when a run fails or is interrupted
 _TRIES, _PAUSE_S = 3, 2.0  # of one file; the pause doubles
-_ELSEWHERE = ("checkpoints", "final", "spool", "wandb")  # handled by themselves, or of no use on another machine
+_ELSEWHERE = ("checkpoints", "final", "wandb")  # handled by themselves, or of no use on another machine
 _RESULT = "eval.json"  # of an evaluation: it says that the run is finished, so it goes last
 _FINAL = "final.json"  # there: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
@@ -58,11 +59,16 @@ class Mirror:
 
     def holds_run(self) -> bool:
         """Whether a run is there, whole or not."""
-        return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in self._listing())
+        listing = self._guarded(self._listing, "looking into")
+        return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in listing)
+
+    def holds_result(self) -> bool:
+        """Whether a finished run is there, whole."""
+        return self._guarded(lambda: self._marker(_FINAL) or self._marker(_RESULT), "looking into") is not None
 
     def fetch(self) -> None:
         """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result."""
-        self._guarded(self._fetch, "fetching the run")
+        self._guarded(self._fetch, "fetching the run from")
 
     def begin(self, keep: int) -> None:
         """Start to make the mirror what the folder is, with the newest `keep` checkpoints. After `settle` only."""
@@ -130,12 +136,14 @@ class Mirror:
             self._write(_FINAL, {"files": files})
         self._remove_old(keep)
 
-    def _state(self) -> Iterator[str]:
-        """Names of the files beside checkpoints and model, without what is half written."""
-        found = sorted(path.relative_to(self._folder.path) for path in self._folder.path.rglob("*") if path.is_file())
-        for path in sorted(found, key=lambda path: path.name == _RESULT):
-            if path.parts[0] not in _ELSEWHERE and not any(part.startswith(".") for part in path.parts):
-                yield path.as_posix()
+    def _state(self) -> list[str]:
+        """Names of the files beside checkpoints and model, without what is half written. Some go meanwhile."""
+        top, found = self._folder.path, list[str]()
+        for at, folders, files in os.walk(top):  # which passes over a folder that has gone
+            apart = _ELSEWHERE if Path(at) == top else ()
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
+            found += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
+        return sorted(found, key=lambda name: (name == _RESULT, name))
 
     def _put_changed(self, name: str) -> None:
         path = self._folder.path / name
@@ -290,13 +298,14 @@ class Mirror:
                 return result
         raise AssertionError("unreachable")
 
-    def _guarded(self, call: Callable[[], None], what: str) -> None:
-        """In a thread that is given up when nothing moves. RunError names the place."""
+    def _guarded(self, call: Callable[[], T], what: str) -> T:
+        """Its result, in a thread that is given up when nothing moves. RunError names the place."""
+        done: list[T] = []
         failed: list[Exception] = []
 
         def work() -> None:
             try:
-                call()
+                done.append(call())
             except Exception as error:  # noqa: BLE001  (raised below, with the place)
                 failed.append(error)
 
@@ -306,12 +315,13 @@ class Mirror:
         while thread.is_alive():
             if time.monotonic() - self._moved > self._stalled_s:
                 self._abandoned = True
-                raise RunError(f"run.mirror: {what} from {self.place}: no answer for {self._stalled_s:g} s")
+                raise RunError(f"run.mirror: {what} {self.place}: no answer for {self._stalled_s:g} s")
             thread.join(0.2)
         if failed and isinstance(failed[0], RunError):
             raise failed[0]
         if failed:
-            raise RunError(f"run.mirror: {what} from {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+            raise RunError(f"run.mirror: {what} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+        return done[0]
 
 
 class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]

@@ -73,11 +73,11 @@ class RunFolder:
         path = (parent / name).absolute()  # the same for actors, which may run in another folder
         try:
             path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(path, key="run.name")
         except OSError as error:
             raise UserError(
-                f"run.dir: cannot create {path}: {error.strerror}. Choose a folder you can write."
+                f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
             ) from error
-        lock = lock_folder(path, key="run.name")
         with ExitStack() as after_failure:
             after_failure.callback(os.close, lock)
             state = _state(path)

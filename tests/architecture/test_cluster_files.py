@@ -197,6 +197,14 @@ def test_the_slurm_script_is_clean_and_requeues_by_itself() -> None:
     assert any(option.startswith("--signal=B:TERM@") for option in options)
 
 
+def test_a_ray_process_that_ends_is_not_waited_for() -> None:
+    (ready,) = re.findall(r"^ready\(\) \{.*?^\}\n", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    given = 'READY_WITHIN_S=10 told=false steps=(); fail() { echo "$1"; kill "${steps[@]}"; exit 3; }\n'
+    steps = "sleep 60 > /dev/null & steps+=($!); true & steps+=($!); wait $!; ready both false\n"
+    done = subprocess.run(["bash", "-c", given + ready + steps], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "both: a Ray process has ended; its output is above\n")
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_dockerfiles_are_clean_and_pinned(path: Path) -> None:
     done = subprocess.run([BIN / "hadolint", "--format=json", path], capture_output=True, text=True, timeout=60)

@@ -43,6 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "a.log": "",
         "runs/demo/metrics.jsonl": "",
         "models/m/config.json": "{}",
+        "sweeps/rates/trials.jsonl": "",
         "package/models/code.py": "",
     }.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,19 @@ def test_files_go_by_gitignore_and_by_name(folder: Path, repository: bool) -> No
     assert names(packed()) == EXPECTED
 
 
+def test_a_repository_inside_of_the_project_goes_too(folder: Path) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    inner = folder / "package" / "models"
+    (inner / ".gitignore").write_text("*.bin\n")
+    (inner / "large.bin").write_text("")
+    subprocess.run(["git", "init", "--quiet"], cwd=inner, check=True)
+    absent = ["git", "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},absent"]  # a submodule not fetched
+    (folder / "absent").mkdir()
+    subprocess.run(absent, cwd=folder, check=True)
+    (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
+    assert names(packed()) == EXPECTED | {"package/models/.gitignore"}
+
+
 def test_a_run_folder_inside_of_the_project_stays(folder: Path) -> None:
     (folder / "out/demo").mkdir(parents=True)
     (folder / "out/demo/metrics.jsonl").write_text("")
@@ -116,6 +130,7 @@ def test_variables_travel_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     ("overrides", "words"),
     [
         (["run.dir=runs"], ["run.dir: runs is relative", "project/runs"]),
+        (["run.mirror=copies"], ["run.mirror: copies is relative", "project/copies"]),
         (["cluster.address=10.0.0.1:6379"], ["cluster.address", "'10.0.0.1:6379'", "remove it"]),
         (["data.train=none.jsonl"], ["data.train: none.jsonl does not exist"]),
         (["data.train=../outside.jsonl"], ["data.train: ", "outside.jsonl is outside of the project"]),

@@ -163,6 +163,30 @@ def test_a_mirror_that_cannot_be_written_fails_before_anything_starts(
         pytest.fail("it began")
 
 
+def test_a_result_that_did_not_get_away_follows_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise PermissionError("expired")
+
+    def finish() -> None:
+        with recording(stage, resume=False) as (record, _):
+            (record.folder.begin_final() / "model.safetensors").write_text("final")
+            record.folder.commit_final()
+            monkeypatch.setattr(record.mirror, "_put", fails)
+
+    stage, there = mirrored(tmp_path), tmp_path / "mirror" / "demo" / "final.json"
+    with pytest.raises(RunError, match=r"expired.*--resume auto"):
+        finish()
+    assert not there.exists()
+    meet_mirror(stage, resume=True)
+    assert json.loads(there.read_text()) == {"files": {"model.safetensors": 5}}
+    assert (there.parent / "final" / "model.safetensors").read_text() == "final"
+    written = there.stat().st_mtime_ns
+    meet_mirror(stage, resume=True)
+    assert there.stat().st_mtime_ns == written
+
+
 def test_a_checkpoint_that_did_not_get_away_is_told_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 from actors import standing
-from actors.standing import Standing, forget, losses
+from actors.standing import Standing, forget, leaving, losses
 
 
 @pytest.fixture
@@ -52,6 +54,11 @@ def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "create_connection", silent)
     assert at("policy rank 0", "n1", 1).loss() == "node 127.0.0.1 cannot be reached"
+
+
+def test_a_head_that_cannot_be_asked_is_no_notice() -> None:
+    assert not ray.is_initialized()  # nor does a driver that joins by ray:// have what it takes to ask
+    assert asyncio.run(leaving({"n1"})) is None
 
 
 def free_port() -> int:

@@ -54,7 +54,8 @@ def silent() -> Iterator[str]:
         (["run.yaml", "--address", "10.0.0.1:6379"], "10.0.0.1:6379 (--address or RAY_ADDRESS) is no address of a"),
         (["run.yaml", "--address", "ray://10.0.0.1:10001"], "ray://10.0.0.1:10001 (--address or RAY_ADDRESS) is no"),
         (["run.yaml"], "no dashboard of Ray answers at http://127.0.0.1:1"),
-        (["run.yaml", "--resource", "tpu"], "--resource"),
+        (["run.yaml", "--resource", "tpu"], "--resource: takes NAME=N, such as tpu=4, got 'tpu'"),
+        (["run.yaml", "run.mirror=https://me:very-private-words@store/runs"], "argument run.mirror: holds a secret"),
     ],
 )
 def test_what_is_wrong_is_said_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -81,8 +82,9 @@ def test_who_says_nothing_is_not_waited_for(silent: str, monkeypatch: pytest.Mon
 
 def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     jobs = object.__new__(Jobs)
-    jobs._hidden = ("open sesame", "no")
+    jobs._hidden = ("open", "open sesame", "no", "two\nlines")
     assert jobs._masked("it said open sesame, no more") == "it said ***, no more"
+    assert jobs._said("refused:\ntwo\nlines, open") == "refused: ***, ***"
 
 
 class Breaking:

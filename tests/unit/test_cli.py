@@ -112,6 +112,12 @@ def test_train_passes_what_it_was_given(
             1,
             "rlhf: error: deep\n",
         ),
+        (rlhf.RunError("https://me:secret@host is gone"), 1, "rlhf: error: https://***@host is gone\n"),
+        (
+            BrokenPipeError(32, "Broken pipe"),  # of another than our reader
+            1,
+            "rlhf: error: BrokenPipeError: [Errno 32] Broken pipe (unexpected; --debug shows where)\n",
+        ),
         (ZeroDivisionError("by 0"), 1, "rlhf: error: ZeroDivisionError: by 0 (unexpected; --debug shows where)\n"),
     ],
 )
@@ -130,7 +136,15 @@ def test_failures(
         main(["train", file, "--debug"])
 
 
-@pytest.mark.parametrize("more", [[], ["--resume", "auto"]])
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        ([], " --resume auto"),
+        (["--resume", "auto"], " --resume auto"),
+        (["--resume=auto"], " --resume=auto"),
+        (["--resume", "never"], " --resume never --resume auto"),
+    ],
+)
 @pytest.mark.parametrize(
     ("ended", "code", "said"),
     [(KeyboardInterrupt(), 130, "interrupted"), (rlhf.Preempted("step 3 is kept"), 75, "preempted: step 3 is kept")],
@@ -143,11 +157,23 @@ def test_a_run_that_is_cut_off_says_how_to_go_on(
     code: int,
     said: str,
     more: list[str],
+    hint: str,
 ) -> None:
     launch_with(raising(ended))
     assert main(["train", file, "run.seed=5", *more]) == code
-    expected = f"rlhf: {said}; continue with: rlhf train {file} run.seed=5 --resume auto\n"
+    expected = f"rlhf: {said}; continue with: rlhf train {file} run.seed=5{hint}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.commands.sweep.run", interrupted)
+    assert main(["sweep", "x.yaml", "--agent", "me/ours/x"]) == 130
+    assert capsys.readouterr().err == "rlhf: interrupted\n"
 
 
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def tools(tmp_path: Path) -> str:
             "eval MODEL --data running_totals:4 --no-chat-template --reward last_number --k 2",
             "--k: is 2, expected 1 to",
         ),
-        ("eval MODEL --data running_totals --k x", "argument --k: invalid"),
+        ("eval MODEL --data running_totals --k x", "argument --k: takes whole numbers, such as 1,8, got 'x'"),
         ("eval MODEL --data running_totals --data running_totals", "a set called running_totals already"),
         ("eval MODEL --data running_totals --model other", "--model has no effect"),
         ("eval MODEL --data running_totals train.steps=3", "train.steps=3: changes a configuration"),

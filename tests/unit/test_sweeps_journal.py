@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def test_a_sweep_that_was_killed_knows_its_trials(tmp_path: Path) -> None:
         assert Listed(journal, known).left == [0, 1, 2]
     with journal_of(sweep, resume=True) as journal:
         assert journal.trials[0].state == "open"
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rates" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"sweep\.dir: {tmp_path}/rates cannot be written: Is a directory"):
+        journal_of(load_sweep(write_sweep(tmp_path)))
 
 
 def test_only_more_trials_may_be_asked_of_a_sweep_that_goes_on(tmp_path: Path) -> None:
@@ -173,6 +180,19 @@ def test_no_member_goes_on_before_all_have_arrived(tmp_path: Path) -> None:
         checkpoint(journal, 0, 4)
         members.ended(journal.trials[0])
         assert members.next() is None
+
+
+def test_a_member_that_others_ended_is_waited_for(tmp_path: Path) -> None:
+    """It is the best so far, but has no checkpoint of the look's step to go on from."""
+    sweep, known = population(tmp_path)
+    with journal_of(sweep) as journal:
+        members = Population(sweep, journal, known)
+        arrive(journal, members, {0: 2.0, 1: 3.0, 2: 1.0, 3: 2.5})
+        shutil.rmtree(journal.run_folder(2) / "checkpoints")
+        assert members.next() is None
+        assert not journal.looked_at
+    with journal_of(sweep, resume=True) as journal:
+        assert Population(sweep, journal, known).left == [2]
 
 
 def test_a_population_that_was_killed_does_what_was_left_of_its_look(tmp_path: Path) -> None:

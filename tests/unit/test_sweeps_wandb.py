@@ -15,7 +15,7 @@ from rlhf.cli import main
 from rlhf.config.load import LoadedConfig
 from rlhf.config.sweep import load_sweep
 from rlhf.errors import UserError
-from rlhf.sweeps.wandb_sweep import sweep_configuration
+from rlhf.sweeps.wandb_sweep import create, sweep_configuration
 from tests.unit.test_config_sweep import write_sweep
 
 PARAMETERS: dict[str, Any] = {
@@ -65,6 +65,18 @@ def test_what_is_sent_to_the_server(tmp_path: Path) -> None:
     }
 
 
+def test_it_is_made_where_its_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "sweep", lambda made, **given: asked.update(given) or "abc123")
+    words = ["tracking.wandb=online", "tracking.wandb_entity=team", "tracking.wandb_project=ours"]
+    sweep = load_sweep(write_sweep(tmp_path, parameters=PARAMETERS), words)
+    assert create(sweep, words) == "team/ours/abc123"
+    assert asked == {"entity": "team", "project": "ours"}
+
+
 def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
@@ -81,6 +93,10 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
     (run,) = launched[0].runs.values()
     assert (run.train.lr, run.train.warmup_steps, run.train.grad_clip, run.data.shuffle) == (0.00025, 3, 1.5, False)
     assert (run.run.name, run.tracking.wandb, run.tracking.wandb_group) == ("x7k2", "online", "rates")
+    made = ["sweep.parameters={train.steps: {values: [9, 12]}}", "tracking.wandb=online"]
+    assert main(["sweep", str(file), *made, "--trial", "train.steps=12"]) == 0
+    (run,) = launched[1].runs.values()
+    assert run.train.steps == 12
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,12 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
 def test_what_wandb_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         sweep_configuration(online(tmp_path, **changes), [])
+
+
+def test_no_secret_is_sent(tmp_path: Path) -> None:
+    words = ["sweep.yaml", "run.mirror=https://me:secret@store/runs"]
+    with pytest.raises(UserError, match=r"--wandb: argument run\.mirror holds a secret"):
+        sweep_configuration(online(tmp_path), words)
 
 
 def test_a_run_that_is_not_told_to_wandb_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +143,14 @@ def test_the_calls_ask_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--count", "3"], "--count has no effect"), (["--retry-failed"], "no effect without --resume")]
+    ("words", "said"),
+    [
+        (["--count", "3"], "--count has no effect"),
+        (["--retry-failed"], "no effect without --resume"),
+        (["--resume", "auto", "--wandb"], "--resume has no effect with --wandb"),
+        (["--resume", "auto", "--agent", "me/ours/x"], "--resume has no effect with"),
+        (["--agent", "me/ours/x", "train.steps=3"], "train.steps=3 has no effect with --agent"),
+    ],
 )
 def test_options_without_effect_are_refused(
     tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,6 +233,45 @@ def test_a_store_that_hangs_is_given_up_and_nothing_is_removed(tmp_path: Path) -
         assert not mirror.is_free()
         release.set()
         mirror.settle()
+
+
+def test_a_folder_that_goes_during_an_upload_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
+        commit(folder, 10)
+        mirror = Mirror("memory://going", folder, name="demo")
+        going, scandir = [folder.own / "checkpoints-step_000020", folder.reference(10)], os.scandir
+        for path in going:
+            path.mkdir(parents=True)
+
+        def look(path: str | Path) -> Any:
+            if Path(path) in going:
+                Path(path).rmdir()
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", look)
+        assert upload(mirror) is None
+        assert whole(mirror) == [10]
+
+
+def test_a_store_that_does_not_say_what_it_has_is_named(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    class Mute(MemoryFileSystem):
+        protocol = "mute"
+        cachable = False
+
+        def exists(self, path: str, **options: Any) -> bool:
+            if "locked" in path:
+                raise PermissionError("403, hf_abcdefghijklmnopqrstuv")
+            return release.wait(30)
+
+    fsspec.register_implementation("mute", Mute, clobber=True)
+    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
+        with pytest.raises(RunError, match=r"run\.mirror: .*mute://locked/demo failed: PermissionError: 403, \*\*\*"):
+            Mirror("mute://locked", folder, name="demo").holds_run()
+        with pytest.raises(RunError, match=r"run\.mirror: .*mute://runs/demo: no answer for 0.05 s"):
+            Mirror("mute://runs", folder, name="demo", stalled_s=0.05).holds_run()
+        release.set()
 
 
 def test_a_file_that_would_lie_outside_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

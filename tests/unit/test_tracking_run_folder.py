@@ -182,6 +182,12 @@ def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> No
         assert (folder.spool / "group_0").read_text() == "rollouts"
 
 
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"run\.dir: {tmp_path}/run cannot be written: Is a directory"):
+        RunFolder.open(tmp_path, "run", resume=False)
+
+
 def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         (folder.begin_checkpoint(2) / "old").write_text("x")
