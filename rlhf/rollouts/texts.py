@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ _INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole ch
 _WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the first that is new: a character's bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """One response as people read it."""
+
+    response: str
+    turns: tuple[SampleTurn, ...]
+    tokens: SampleTokens
+
+
 def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Each response as text, without the special tokens that end it; of a conversation the policy's turns, a line break
     between two."""
@@ -26,6 +36,19 @@ def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
     texts = iter(decoded)
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
+
+
+def transcripts(
+    rollouts: Rollouts, places: Sequence[int], tokenizer: Any, *, signals: Sequence[TokenSignals] = ()
+) -> list[Transcript]:
+    """What the samples files show of the sequences at these places, with what training made of those of which there are
+    signals."""
+    texts, turns = response_texts(rollouts, tokenizer), turns_of(rollouts, tokenizer)
+    tokens = tokens_of(rollouts, places, signals, tokenizer)
+    return [
+        Transcript(response=texts[place], turns=turns[place], tokens=row)
+        for place, row in zip(places, tokens, strict=True)
+    ]
 
 
 def step_ends(
