@@ -48,7 +48,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import refuse_unservable
 from rlhf.rollouts.spans import Sampled
 from rlhf.rollouts.texts import token_texts
-from rlhf.serving import gives_token, refuse_taken, serve_until_interrupted, serving_token, stranger
+from rlhf.serving import END_WITHIN_S, gives_token, refuse_taken, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import Prompt, Sampling
 
@@ -58,6 +58,7 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
 USUAL_LENGTH = 8192  # tokens of prompt and response, where the model takes more: the engine's cache has to hold them
+LAST_S = END_WITHIN_S - 1.0  # for what is being answered when the server is told to end
 GRACE_S = 60.0  # by which what an engine does outlasts a request's deadline, which then is what is told
 THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
 
@@ -89,7 +90,8 @@ class ModelServer:
         self.engines = engines
         self.tokenizer = tokenizer
         self.spec = spec
-        self.waiting = 0
+        self.limits: set[asyncio.Timeout] = set()  # of the requests that are not answered yet
+        self.is_ending = False
         self.created = int(time.time())
         self.prefix = raw_prefix(tokenizer)
         self.texts = ThreadPoolExecutor(1)  # what goes through the tokenizer, which is no matter for an event loop
@@ -101,7 +103,16 @@ class ModelServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._text)
+        app.on_shutdown.append(self._end)
         return app
+
+    async def _end(self, application: web.Application) -> None:
+        """What is being answered has a last moment, after which its callers are told."""
+        self.is_ending = True
+        last = asyncio.get_running_loop().time() + LAST_S
+        for limit in self.limits:
+            if not limit.expired():
+                limit.reschedule(min(limit.when() or last, last))
 
     @web.middleware
     async def _guard(
@@ -152,16 +163,19 @@ class ModelServer:
         if model != self.spec.name:
             told = f"there is no model {model}: this server has {self.spec.name}"
             raise Refused(told, param="model", code="model_not_found", status=404)
-        if self.waiting >= MAX_WAITING:
+        if len(self.limits) >= MAX_WAITING:
             return _error(429, f"{MAX_WAITING} requests are waiting already", "rate_limit_error")
-        self.waiting += 1
         try:
-            async with asyncio.timeout(self.spec.deadline_s):
-                return web.json_response(await answering())
+            async with asyncio.timeout(LAST_S if self.is_ending else self.spec.deadline_s) as limit:
+                self.limits.add(limit)
+                try:
+                    return web.json_response(await answering())
+                finally:
+                    self.limits.remove(limit)
         except TimeoutError:
+            if self.is_ending:
+                return _error(503, "the server is told to end", "server_error")
             return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
-        finally:
-            self.waiting -= 1
 
     async def _answer_chat(self, asked: ChatRequest) -> dict[str, Any]:
         prompt = await self._off_the_loop(self._of_conversation, asked)

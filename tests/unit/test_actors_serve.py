@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -321,6 +324,21 @@ async def test_a_request_ends_at_its_deadline_and_with_its_caller() -> None:
         await until(lambda: engines.dropped == 1)
 
 
+async def test_what_is_being_answered_when_it_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.serve.LAST_S", 0.3)
+    engines = StandIn(hold=asyncio.Event())
+    spec = ServerSpec(name="tiny", max_length=32, deadline_s=20.0, token=None)
+    server = TestServer(ModelServer(engines, TOKENIZER, spec).application(), handler_cancellation=True)
+    async with TestClient(server) as client:
+        waiting = asyncio.create_task(ask(client, "chat/completions", CHAT))
+        await until(lambda: len(engines.asked) == 1)
+        ending = asyncio.create_task(server.close())
+        status, told = await waiting
+        assert (status, told["error"]["message"]) == (503, "the server is told to end")
+        assert engines.dropped == 1
+        await ending
+
+
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10.0):
         while not holds():
@@ -519,6 +537,28 @@ async def test_an_engine_that_fails_on_a_request_and_lives_goes_on() -> None:
 
 
 # The command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_says_what_ended_it_and_signals_are_heard_as_before(number: signal.Signals) -> None:
+    script = (
+        "import signal, sys\n"
+        "from aiohttp import web\n"
+        "from rlhf.serving import serve_until_interrupted\n"
+        "hear = lambda *_: None\n"
+        "signal.signal(signal.SIGTERM, hear)\n"
+        "say = lambda text: print(text, flush=True)\n"
+        "told = serve_until_interrupted(web.Application(), host='127.0.0.1', port=0, ready=say)\n"
+        "say((told.name, signal.getsignal(signal.SIGTERM) is hear))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("http://127.0.0.1:")
+            process.send_signal(number)
+            assert process.stdout.readline() == f"('{number.name}', True)\n"
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
