@@ -15,7 +15,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -281,6 +281,7 @@ def serve(
     token_env: str | None,
     engines: int,
     tensor_parallel: int,
+    kv_cache_gib: int | None,
     max_length: int | None,
     deadline_s: float,
     device: Literal["cpu", "cuda"],
@@ -292,7 +293,17 @@ def serve(
     UserError before anything starts if the model, the token or a limit is wrong.
     """
     logs.configure()
-    _refuse_limits(engines=engines, tensor_parallel=tensor_parallel, max_length=max_length, deadline_s=deadline_s)
+    least = {
+        "--engines": (engines, 1),
+        "--tensor-parallel": (tensor_parallel, 1),
+        "--kv-cache-gib": (kv_cache_gib, 1),
+        "--max-length": (max_length, 2),
+    }
+    _refuse_limits(least, deadline_s)
+    if kv_cache_gib is not None and device == "cuda":
+        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
+    if tensor_parallel > 1 and device == "cpu":
+        raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
     token = serving_token(host, token_env)
     refuse_taken(host, port)
     model = found_model(model_name, trust_remote_code=trust_remote_code)
@@ -303,6 +314,8 @@ def serve(
     spec = ServerSpec(name=name or model.name, max_length=length, deadline_s=deadline_s, token=token)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
     rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
+    if kv_cache_gib is not None:
+        rollout["kv_cache_gib"] = kv_cache_gib
     limit_s = deadline_s + GRACE_S
     cluster = ClusterConfig.model_validate({"device": device, "roles": {"rollout": rollout}, "call_timeout_s": limit_s})
     with suppress(_Told), serving(model, tokenizer, cluster, max_model_len=length) as served:
@@ -326,15 +339,9 @@ class _Told(Exception):
     """The end by SIGTERM of a server with a Ray of its own."""
 
 
-def _refuse_limits(*, engines: int, tensor_parallel: int, max_length: int | None, deadline_s: float) -> None:
-    counts = {
-        "--engines": engines,
-        "--tensor-parallel": tensor_parallel,
-        "--max-length": 2 if max_length is None else max_length,
-    }
-    for flag, value in counts.items():
-        least = 2 if flag == "--max-length" else 1
-        if value < least:
-            raise UserError(f"{flag}: is {value}, expected {least} or more")
+def _refuse_limits(least: Mapping[str, tuple[int | None, int]], deadline_s: float) -> None:
+    for flag, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{flag}: is {value}, expected {lowest} or more")
     if not 0.0 < deadline_s <= 900_000.0:
         raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")

@@ -219,6 +219,7 @@ def serve(
     token_env: str | None = None,
     engines: int = 1,
     tensor_parallel: int = 1,
+    kv_cache_gib: int | None = None,
     max_length: int | None = None,
     deadline_s: float = 600.0,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -228,7 +229,8 @@ def serve(
     """Serve a model in the form of OpenAI's interface, until SIGINT or SIGTERM. `ready` is told the base URL.
 
     model: as for `generate`; requests call it by `name`. token_env: environment variable with the token that callers
-    must give; hosts beyond this machine need one. max_length: tokens of prompt and response, at most.
+    must give; hosts beyond this machine need one. kv_cache_gib: of each engine on a CPU. max_length: tokens of prompt
+    and response, at most.
     """
     from rlhf.commands.serve import serve as run
 
@@ -240,6 +242,7 @@ def serve(
         token_env=token_env,
         engines=engines,
         tensor_parallel=tensor_parallel,
+        kv_cache_gib=kv_cache_gib,
         max_length=max_length,
         deadline_s=deadline_s,
         device=device,

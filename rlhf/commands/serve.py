@@ -26,6 +26,7 @@ def add(commands: Subparsers) -> None:
     add("--token-env", metavar="NAME", help="variable with the token that callers must give, as their API key")
     add("--engines", type=int, default=1, metavar="N", help="among which requests are dealt out; 1")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of one engine; 1")
+    add("--kv-cache-gib", type=int, metavar="N", help="cache of each engine on a CPU; 1")
     add("--max-length", type=int, metavar="N", help="tokens of prompt and response; what the model takes, up to 8192")
     add(
         "--deadline-s",
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         token_env=args.token_env,
         engines=args.engines,
         tensor_parallel=args.tensor_parallel,
+        kv_cache_gib=args.kv_cache_gib,
         max_length=args.max_length,
         deadline_s=args.deadline_s,
         device=args.device,
@@ -66,6 +68,7 @@ def serve(
     token_env: str | None,
     engines: int,
     tensor_parallel: int,
+    kv_cache_gib: int | None,
     max_length: int | None,
     deadline_s: float,
     device: Literal["cpu", "cuda"],
@@ -83,6 +86,7 @@ def serve(
         token_env=token_env,
         engines=engines,
         tensor_parallel=tensor_parallel,
+        kv_cache_gib=kv_cache_gib,
         max_length=max_length,
         deadline_s=deadline_s,
         device=device,

@@ -568,6 +568,9 @@ def test_a_server_says_what_ended_it_and_signals_are_heard_as_before(number: sig
         (["MODEL", "--token-env", "NO_SUCH_TOKEN"], "the environment variable NO_SUCH_TOKEN is not set"),
         (["MODEL", "--port", "99999"], "--port 99999: cannot be listened on"),
         (["MODEL", "--engines", "0"], "--engines: is 0, expected 1 or more"),
+        (["MODEL", "--kv-cache-gib", "0"], "--kv-cache-gib: is 0, expected 1 or more"),
+        (["MODEL", "--kv-cache-gib", "2", "--device", "cuda"], "has no effect on a GPU"),
+        (["MODEL", "--tensor-parallel", "2"], "--tensor-parallel: is of GPUs"),
         (["MODEL", "--max-length", "1"], "--max-length: is 1, expected 2 or more"),
         (["MODEL", "--max-length", "4096"], "--max-length: is 4096, more than the 2048 that"),
         (["MODEL", "--deadline-s", "0"], "--deadline-s: is 0, expected more than 0"),
@@ -596,11 +599,13 @@ def test_the_command_and_the_call_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert main(["serve", "some/model", "--port", "0"]) == 0
     rlhf.serve("some/model")
     words = ["--name", "judge", "--engines", "2", "--tensor-parallel", "4", "--device", "cuda", "--max-length", "99"]
+    words += ["--kv-cache-gib", "5"]
     assert main(["serve", "m", *words, "--token-env", "T", "--host", "::1", "--deadline-s", "3"]) == 0
     for call in calls:
         del call["ready"]
     assert calls[0] == calls[1]
     expected = {"name": "judge", "engines": 2, "tensor_parallel": 4, "device": "cuda", "max_length": 99}
+    expected["kv_cache_gib"] = 5
     assert calls[2].items() >= expected.items()
     assert (calls[2]["token_env"], calls[2]["host"], calls[2]["deadline_s"], calls[2]["port"]) == (
         "T",
