@@ -11,12 +11,13 @@ import logging
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf.rollouts.identity import request_identity
-from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,14 @@ def read_group(
     except (SafetensorError, ValueError) as error:
         logger.warning("%s is damaged (%s); its group is drawn again", path, error)
         return None
-    return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
+    return rollouts, tuple(_info(row) for row in json.loads(metadata["infos"]))
+
+
+def _info(row: dict[str, Any]) -> RolloutInfo:
+    rewards = row.pop("environment_rewards")
+    return RolloutInfo(
+        **row, environment_rewards=None if rewards is None else tuple(StepReward(**one) for one in rewards)
+    )
 
 
 def _identity(request: GroupRequest, sampling: Sampling, environment: str) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import Aggregation, ClippedConfig
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class SequenceClipConfig(ClippedConfig):
     """Ratios of whole responses are near 1, and so are the bounds."""
 
+    takes_steps: ClassVar[StepUse] = "advantages"
     clip_low: float = Field(default=3e-4, gt=0.0, lt=1.0)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0.0)

@@ -27,9 +27,9 @@ TWO_TURNS = Played(
     prompt_token_ids=(63, 63),
     spans=(sampled(65, 257), Told(token_ids=(33, 33, 33)), sampled(66, version=4)),
     finish_reason="stop",
-    reward=1.5,
+    rewards=(0.5, 1.0),
 )
-ONE_TURN = Played(prompt_token_ids=(63, 63), spans=(sampled(67),), finish_reason="length", reward=0.0)
+ONE_TURN = Played(prompt_token_ids=(63, 63), spans=(sampled(67),), finish_reason="length", rewards=(0.0,))
 
 
 def test_columns_and_scalars_of_a_group() -> None:

@@ -39,9 +39,9 @@ GROUP = assemble(
             prompt_token_ids=tuple(b"go"),
             spans=(sampled("3"), Told(token_ids=tuple(b"not 7")), sampled("it is 7")),
             finish_reason="stop",
-            reward=1.0,
+            rewards=(0.25, 0.75),
         ),
-        Played(prompt_token_ids=tuple(b"go"), spans=(sampled("7 or 8"),), finish_reason="length", reward=0.25),
+        Played(prompt_token_ids=tuple(b"go"), spans=(sampled("7 or 8"),), finish_reason="length", rewards=(0.25,)),
     ],
 )
 
@@ -74,7 +74,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
 
 def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> None:
     """2 * 1 + 1, and 2 * -1 + 0 for the one that was cut, whose last number is 8. What was told is no answer."""
-    scores = worker.score(PROMPT, GROUP[0], (False, True), {}, (1.0, 0.25))
+    scores = worker.score(PROMPT, GROUP[0], (False, True), {}, [info.environment_rewards for info in GROUP[1]])
     assert scores.by_name == {"won": (1.0, -1.0), "last": (1.0, 0.0)}
     assert scores.scores == (3.0, -2.0)
 
@@ -147,8 +147,8 @@ def test_metrics_count_turns_and_what_was_told() -> None:
 
 def test_failures_are_counted_by_kind_and_single_turns_have_none() -> None:
     error = RewardError(reward="environment", kind="timeout", message="m", prompt_id=2, sample=0)
-    failed = dataclasses.replace(GROUP[1][0], environment_reward=None, environment_error=error)
+    failed = dataclasses.replace(GROUP[1][0], environment_rewards=None, environment_error=error)
     found = {name: value.result() for name, value in environment_failures([failed, GROUP[1][1]]).items()}
     assert found == {"rollouts/environment_errors/total": 1.0, "rollouts/environment_timeouts/total": 1.0}
-    plain = dataclasses.replace(GROUP[1][0], environment_reward=None)
+    plain = dataclasses.replace(GROUP[1][0], environment_rewards=None)
     assert environment_failures([plain]) == {}
