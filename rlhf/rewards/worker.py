@@ -73,7 +73,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """kind: `loaded` (payload: Signature), `value` (float; by step, pairs of end and float), or a failure (its message)."""
+    """kind: `loaded` (payload: Signature), `value` (float, or pairs of end and float), or a failure (its message)."""
 
     kind: str
     payload: Any
