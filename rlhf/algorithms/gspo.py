@@ -36,8 +36,8 @@ class GSPO(GroupRelative):
     """The geometric mean of a response's token ratios stands for each of them.
 
     It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
-    tokens of a response have one advantage and one weight, as here. Where they have not, because tokens are corrected
-    or chosen one by one, the token form is the one in which a token's weight meets its own gradient.
+    tokens of a response have one advantage and one weight. Where they have not, because tokens are corrected, chosen
+    or credited with their steps one by one, the token form is the one in which a token's weight meets its own gradient.
     """
 
     config: SequenceClipConfig
