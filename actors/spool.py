@@ -59,10 +59,11 @@ def read_group(
             if any(metadata.get(key) != value for key, value in _identity(request, sampling, environment).items()):
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
-    except (SafetensorError, ValueError) as error:
+            infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also of a release that knew other scalars
         logger.warning("%s is damaged (%s); its group is drawn again", path, error)
         return None
-    return rollouts, tuple(_info(row) for row in json.loads(metadata["infos"]))
+    return rollouts, infos
 
 
 def _info(row: dict[str, Any]) -> RolloutInfo:
