@@ -56,6 +56,11 @@ class EngineLoop:
         """Requests in the engine."""
         return len(self._waiting)
 
+    @property
+    def failure(self) -> RunError | None:
+        """What every call raises since the engine failed; None: it runs."""
+        return self._failure
+
     def start(self) -> Future[None]:
         """Build the engine in its thread."""
         self._thread.start()

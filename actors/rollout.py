@@ -66,6 +66,7 @@ class EngineHealth:
     requests_in_flight: int
     last_step_age_s: float
     rss_gib: float
+    failure: str | None  # why it answers nothing any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,6 +339,7 @@ class RolloutWorker:
             requests_in_flight=self.loop.num_waiting,
             last_step_age_s=time.monotonic() - self.loop.last_step,
             rss_gib=psutil.Process().memory_info().rss / 2**30,
+            failure=None if self.loop.failure is None else str(self.loop.failure),
         )
 
     async def shutdown(self) -> None:

@@ -115,7 +115,7 @@ def build_engine(spec: RolloutSpec) -> Any:
 def sampling_params(sampling: Sampling, seed: int, *, stop_token: int | None = None) -> Any:
     """vLLM's parameters for one sample. stop_token: one that ends it besides the model's own."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -126,6 +126,7 @@ def sampling_params(sampling: Sampling, seed: int, *, stop_token: int | None = N
         stop=list(sampling.stop),
         stop_token_ids=None if stop_token is None else [stop_token],
         include_stop_str_in_output=True,
+        structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         detokenize=bool(sampling.stop),  # text is only looked at for stop strings
         logprobs=0,  # the sampled token's
         flat_logprobs=True,

@@ -52,6 +52,7 @@ __all__ = [
     "report",
     "reward",
     "run_wandb_agent",
+    "serve",
     "serve_reward",
     "stop_job",
     "submit",
@@ -207,6 +208,47 @@ def generate(
     from rlhf.evaluation.decoding import Decoding
 
     return run(str(model), prompts, decoding or Decoding(), device=device, trust_remote_code=trust_remote_code)
+
+
+def serve(
+    model: str | Path,
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    engines: int = 1,
+    tensor_parallel: int = 1,
+    kv_cache_gib: int | None = None,
+    max_length: int | None = None,
+    deadline_s: float = 600.0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    trust_remote_code: bool = False,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a model in the form of OpenAI's interface, until SIGINT or SIGTERM. `ready` is told the base URL.
+
+    model: as for `generate`; requests call it by `name`. token_env: environment variable with the token that callers
+    must give; hosts beyond this machine need one. kv_cache_gib: of each engine on a CPU. max_length: tokens of prompt
+    and response, at most.
+    """
+    from rlhf.commands.serve import serve as run
+
+    run(
+        str(model),
+        name=name,
+        host=host,
+        port=port,
+        token_env=token_env,
+        engines=engines,
+        tensor_parallel=tensor_parallel,
+        kv_cache_gib=kv_cache_gib,
+        max_length=max_length,
+        deadline_s=deadline_s,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        ready=ready,
+    )
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -43,6 +44,19 @@ def serving_token(host: str, token_env: str | None) -> str | None:
     return token
 
 
+def refuse_taken(host: str, port: int) -> None:
+    """UserError if an address cannot be listened on now, for a server that takes long until it does."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise _unheard(host, port, error) from error
+
+
+def _unheard(host: str, port: int, error: OSError | OverflowError) -> UserError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"--host {host} --port {port}: cannot be listened on: {why}")
+
+
 def stranger(request: web.Request) -> str | None:
     """Why a server without a token does not answer; None: it does. A page of another site may have named us."""
     with suppress(ValueError):  # a bracket that does not close
@@ -62,25 +76,46 @@ def same(given: str, secret: str) -> bool:
 
 
 def serve_until_interrupted(
-    application: web.Application, *, host: str, port: int, ready: Callable[[str], None]
-) -> None:
-    """Serve until the first SIGINT or SIGTERM. `ready` is told the address, without a path."""
-    asyncio.run(_serve(application, host, port, ready))
+    application: web.Application,
+    *,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    drops_abandoned: bool = False,
+) -> signal.Signals:
+    """Serve until the first SIGINT or SIGTERM, and say which it was. `ready` is told the address, without a path.
+
+    drops_abandoned: a request whose caller has gone is cancelled. Who heard the signals before hears them again after.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return asyncio.run(_serve(application, host, port, ready, drops_abandoned))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-async def _serve(application: web.Application, host: str, port: int, ready: Callable[[str], None]) -> None:
-    ended = asyncio.Event()
+async def _serve(
+    application: web.Application, host: str, port: int, ready: Callable[[str], None], drops_abandoned: bool
+) -> signal.Signals:
+    ended: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+
+    def end(number: signal.Signals) -> None:
+        if not ended.done():
+            ended.set_result(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=END_WITHIN_S)
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    runner = web.AppRunner(
+        application, access_log=None, shutdown_timeout=END_WITHIN_S, handler_cancellation=drops_abandoned
+    )
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, host, port).start()
         except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"--host {host} --port {port}: cannot be listened on: {why}") from error
+            raise _unheard(host, port, error) from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
-        await ended.wait()
+        return await ended
     finally:
         await runner.cleanup()

@@ -185,6 +185,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None  # None: all tokens
     stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
+    choices: tuple[str, ...] = ()  # not empty: a response is one of these, as far as its tokens reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rlhf.engine.distributed import INTERFACE_VARIABLES
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"  # of every bridge: none is joined to another, or to the machine's own network
 GCS_PORT = 6379
+MOUNTED = "at"  # where each host sees its disk, beside them
 START_WITHIN_S = 90.0
 GONE_WITHIN_S = 10.0
 
@@ -39,7 +40,7 @@ class Host:
     name: str
     address: str
     link: str  # the bridge's end of its cable
-    environment: Mapping[str, str] = field(default_factory=dict)
+    disk: Path  # its own: Ray's files, of which two nodes' would be at one path
 
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
@@ -49,11 +50,13 @@ class Host:
         Its environment is this one, but for the interface that a gang of this process took.
         """
         here = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
+        place = self.disk.parent / MOUNTED
+        with_disk = ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", str(self.disk), str(place)]
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *map(str, command)],
+            ["ip", "netns", "exec", self.name, *with_disk, *map(str, command)],
             text=True,
             start_new_session=True,
-            env={**here, **self.environment, **env},
+            env={**here, "RAY_TMPDIR": str(place), **env},
             **options,
         )
 
@@ -107,7 +110,7 @@ def several_hosts(count: int) -> Iterator[list[Host]]:
     me = os.getpid()
     names = [f"rlhf-{me}-{i}" for i in range(count)]
     bridge = f"rlbr{me}"
-    temporary = Path(f"/tmp/rl{me}")  # short: the paths of Ray's sockets lie below it
+    disks = Path(f"/tmp/rl{me}")  # short: the paths of Ray's sockets lie below it
     with ExitStack() as after:
         tried = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
         if tried.returncode != 0:
@@ -117,13 +120,14 @@ def several_hosts(count: int) -> Iterator[list[Host]]:
             _output("ip", "netns", "add", name)
         _output("ip", "link", "add", bridge, "type", "bridge")
         _output("ip", "link", "set", bridge, "up")
-        temporary.mkdir()
+        for folder in (MOUNTED, *map(str, range(count))):
+            (disks / folder).mkdir(parents=True)
         addresses = [f"{NETWORK}.{i + 1}" for i in range(count)]
         for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
             _connect(name, address, bridge, f"rl{me}v{i}")
             _give_names(name, address, addresses)
         yield [
-            Host(name, address, f"rl{me}v{i}", {"RAY_TMPDIR": str(temporary)})
+            Host(name, address, f"rl{me}v{i}", disks / str(i))
             for i, (name, address) in enumerate(zip(names, addresses, strict=True))
         ]
 

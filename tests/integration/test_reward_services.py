@@ -1,19 +1,24 @@
-"""A real run whose rewards are services, gated and routed; and a judge on vLLM's own server."""
+"""A real run whose rewards are services, gated and routed; a judge on vLLM's own server, and on `rlhf serve`."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf
 from tests.integration.recipes import rows, train, write_config
@@ -135,3 +140,134 @@ def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypat
         assert kinds == {"not_a_number"}  # this model writes what comes
         refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
         assert {one.kind for row in refused for one in row.errors} == {"refused"}
+
+
+@contextmanager
+def serving(model: Path, folder: Path, port: str, *words: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """`rlhf serve`, once it answers."""
+    log = folder / f"serve{port}.log"
+    command = [sys.executable, "-m", "rlhf.cli", "serve", str(model), "--name", "judge", "--port", port, *words]
+    with running([*command, "--token-env", "JUDGE_KEY"], log, OMP_NUM_THREADS="1") as process:
+        wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=200)
+        yield process, log
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals, log: Path) -> None:
+    """Tell it to end; it does in order, and nothing that it started is left."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert below
+    process.send_signal(number)
+    assert process.wait(60) == 0, log.read_text()[-3000:]
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive, [one.cmdline() for one in alive]
+
+
+@pytest.mark.slow
+def test_a_judge_on_a_rollout_engine_of_ours(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by the judge reward and by OpenAI's own client; what it samples is what transformers would."""
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
+    port = "18733"
+    with serving(tiny_model, tmp_path, port) as (process, log):
+        config = write_config(
+            tmp_path / "judge.yaml",
+            {
+                "run": {"name": "judge", "dir": str(tmp_path)},
+                "algorithm": {"name": "grpo"},
+                "rewards": {
+                    "taste": {
+                        "url": f"http://127.0.0.1:{port}/v1",
+                        "token_env": "JUDGE_KEY",
+                        "judge": {
+                            "model": "judge",
+                            "prompt": "Is this answer to `{question}` right? {response}",
+                            "choices": {"yes": 1.0, "no": -1.0},
+                            "request": {
+                                "temperature": 0.0,
+                                "max_tokens": 4,
+                                "structured_outputs": {"choice": ["yes", "no"]},
+                            },
+                        },
+                        "http": {"timeout_s": 60.0, "deadline_s": 120.0, "max_in_flight": 64},
+                    }
+                },
+            },
+        )
+        texts = ("4", "5", "4", "a fish", *map(str, range(60)))
+        responses = [{"prompt": "p", "question": "2+2", "response": text} for text in texts]
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))
+        found = rlhf.reward(config, tmp_path / "r.jsonl").rows
+        assert [row.errors for row in found] == [()] * len(texts)
+        assert all(row.score in (1.0, -1.0) for row in found)
+        assert found[0].score == found[2].score
+        free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
+        kinds = {one.kind for row in rlhf.reward(config, tmp_path / "r.jsonl", free).rows for one in row.errors}
+        assert kinds == {"not_a_number"}  # this model writes what comes
+        refused = rlhf.reward(config, tmp_path / "r.jsonl", ["rewards.taste.judge.model=nobody"]).rows
+        assert {one.kind for row in refused for one in row.errors} == {"refused"}
+        assert "there is no model nobody" in refused[0].errors[0].message
+        ask_as_openai(f"http://127.0.0.1:{port}/v1", tiny_model)
+        end(process, signal.SIGINT, log)
+
+
+def ask_as_openai(url: str, model: Path) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=url, api_key="a-key-of-this-test", max_retries=0)
+    assert [one.id for one in client.models.list()] == ["judge"]
+
+    def chat(**more: Any) -> Any:
+        return client.chat.completions.create(model="judge", messages=[{"role": "user", "content": "ab"}], **more)
+
+    told = chat(max_completion_tokens=12, temperature=0.0, logprobs=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        whole = policy.generate(ids, max_new_tokens=12, do_sample=False)
+        logprobs = policy(whole).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
+    sampled = whole[0, ids.shape[1] :]
+    assert told.choices[0].message.content == tokenizer.decode(sampled, skip_special_tokens=True)
+    assert told.usage.prompt_tokens == ids.shape[1]
+    assert told.usage.completion_tokens == len(sampled)
+    kept = [place for place, token in enumerate(sampled.tolist()) if token not in tokenizer.all_special_ids]
+    expected = [logprobs[place, sampled[place]].item() for place in kept]
+    assert [one.logprob for one in told.choices[0].logprobs.content] == pytest.approx(expected, abs=1e-4)
+
+    first, second = (chat(n=3, seed=7, max_tokens=16, temperature=0.9) for _ in range(2))
+    assert [one.message.content for one in first.choices] == [one.message.content for one in second.choices]
+    assert len({one.message.content for one in first.choices}) == 3
+    letter = max(first.choices[0].message.content, key=first.choices[0].message.content.count)
+    cut = chat(n=3, seed=7, max_tokens=16, temperature=0.9, stop=[letter]).choices[0]
+    assert cut.message.content == first.choices[0].message.content.partition(letter)[0]
+    assert cut.finish_reason == "stop"
+    texts = client.completions.create(model="judge", prompt=["a", "b"], max_tokens=3, temperature=0.0)
+    assert [one.index for one in texts.choices] == [0, 1]
+    with pytest.raises(openai.BadRequestError, match="`stream` is true, and can be false only here"):
+        chat(stream=True)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="another", max_retries=0).models.list()
+
+
+@pytest.mark.slow
+def test_a_server_whose_engine_is_killed_says_so_and_ends_in_order(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openai = pytest.importorskip("openai")
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
+    port = "18734"
+    url = f"http://127.0.0.1:{port}"
+    with serving(tiny_model, tmp_path, port, "--max-length", "256") as (process, log):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="a-key-of-this-test", max_retries=0)
+        ask = {"model": "judge", "prompt": "a", "max_tokens": 4}
+        assert client.completions.create(**ask).choices
+        children = psutil.Process(process.pid).children(recursive=True)
+        (engine,) = [one for one in children if "RolloutEngine" in " ".join(one.cmdline())]
+        engine.kill()
+        with pytest.raises(openai.InternalServerError, match="rollout rank 0 died") as told:
+            client.completions.create(**ask)
+        assert told.value.status_code == 503
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}/health", timeout=30)
+        end(process, signal.SIGTERM, log)

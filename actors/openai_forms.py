@@ -1,0 +1,324 @@
+"""Requests and answers in the form of OpenAI's interface, as far as a rollout engine does what they ask. Pure.
+
+What an engine does not do is refused by its name. A field is left out of account only where it asks for nothing: one
+that is null, or has the value that it has when it is not given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from rlhf.types import FinishReason, Sampling
+
+MOST_SAMPLES = 128  # responses to one prompt
+MOST_PROMPTS = 128  # of one request for completions
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+_ASKS_NOTHING: Mapping[str, Any] = {
+    "stream": False,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "top_logprobs": 0,
+    "response_format": {"type": "text"},
+    "echo": False,
+    "best_of": 1,
+    "suffix": "",
+}
+_SAID = {
+    "missing": "is missing",
+    "string_type": "is no string",
+    "int_type": "is no integer",
+    "float_type": "is no number",
+    "bool_type": "is neither true nor false",
+    "list_type": "is no list",
+    "model_type": "is no object",
+    "model_attributes_type": "is no object",
+}
+
+
+class Refused(Exception):
+    """A request that is not done as it stands."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param  # the field
+        self.code = code
+        self.status = status
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's form of it."""
+        return error_body(self.message, "invalid_request_error", param=self.param, code=self.code)
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Message(_Form):
+    """One turn. Its content may come as a list of texts, which become lines of one."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        texts = []
+        for part in value:
+            match part:
+                case {"type": "text", "text": str(text), **rest} if not rest:
+                    texts.append(text)
+                case _:
+                    raise ValueError('has a part that is not {"type": "text", "text": ...}: images are not read')
+        return "\n".join(texts)
+
+
+class Structure(_Form):
+    """What a response must be: one of these strings."""
+
+    choice: list[str] = Field(min_length=1, max_length=1000)
+
+    @field_validator("choice")
+    @classmethod
+    def _printable(cls, value: list[str]) -> list[str]:
+        if not all(text and text.isprintable() for text in value):
+            raise ValueError("must have strings that are not empty, of printable characters on one line")
+        return value
+
+
+class _Request(_Form):
+    """What both kinds have."""
+
+    model: str
+    n: int = Field(default=1, ge=1, le=MOST_SAMPLES)
+    temperature: float = 1.0
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=1)  # not OpenAI's; vLLM's server has it too
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: list[str] = []
+    structured_outputs: Structure | None = None  # not OpenAI's; vLLM's server has it too
+
+    @field_validator("temperature")
+    @classmethod
+    def _in_range(cls, value: float, info: ValidationInfo) -> float:
+        if value != 0.0 and not 0.01 <= value <= 10.0:
+            raise ValueError(f"is {value}, expected 0 (greedy), or 0.01 to 10")
+        if value == 0.0 and info.data.get("n", 1) > 1:
+            raise ValueError(f"is 0 with n {info.data['n']}, but greedy responses to one prompt are all equal")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if not all(value):
+            raise ValueError("has a string that is empty")
+        return value
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """What the engine is told."""
+        return Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=tuple(self.stop),
+            choices=() if self.structured_outputs is None else tuple(self.structured_outputs.choice),
+        )
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+
+    @field_validator("messages")
+    @classmethod
+    def _ends_before_the_answer(cls, value: list[Message]) -> list[Message]:
+        if value[-1].role == "assistant":
+            raise ValueError("end with the assistant's turn, which is to be sampled")
+        return value
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
+        other = info.data.get("max_tokens")
+        if None not in (value, other) and value != other:
+            raise ValueError(f"is {value}, and max_tokens is {other}: one of them is enough")
+        return value
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a response, at most; None: what room there is."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextRequest(_Request):
+    """POST /v1/completions."""
+
+    prompt: list[str] = Field(min_length=1, max_length=MOST_PROMPTS)
+    max_tokens: int = Field(default=16, ge=1)
+    logprobs: Literal[0] | None = None  # 0: of the sampled tokens
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _listed_prompt(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+R = TypeVar("R", ChatRequest, TextRequest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response as it is told."""
+
+    text: str  # up to what stopped it
+    finish_reason: FinishReason
+    tokens: tuple[tuple[str, float], ...]  # of the text, with their log-probabilities
+    num_tokens: int  # that were sampled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """The responses to one prompt."""
+
+    num_prompt_tokens: int
+    answers: tuple[Answer, ...]
+
+
+def read(text: str, form: type[R]) -> R:
+    """A request's body. Refused says what is wrong with it, or what is not done here."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refused("the body is no JSON object")
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, nothing in _ASKS_NOTHING.items():
+        if name in given and name not in form.model_fields and given[name] == nothing:
+            del given[name]
+    for name in given:
+        if name not in form.model_fields:
+            raise _not_done(name, given[name], form)
+    try:
+        return form.model_validate(given)
+    except ValidationError as error:
+        raise _wrong(error, given) from error
+
+
+def _not_done(name: str, value: object, form: type[BaseModel]) -> Refused:
+    if name in _ASKS_NOTHING:
+        return Refused(f"`{name}` is {_short(value)}, and can be {_short(_ASKS_NOTHING[name])} only here", param=name)
+    return Refused(f"`{name}` is not supported here; there are {', '.join(form.model_fields)}", param=name)
+
+
+def _wrong(error: ValidationError, given: Mapping[str, Any]) -> Refused:
+    """The first thing that is wrong, with its place."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return Refused(f"`{place}` is not supported here", param=place)
+    said = _SAID.get(first["type"])
+    if first["type"] == "value_error":
+        said = str(first["ctx"]["error"])
+    elif said is None:
+        said = f"is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return Refused(f"`{place}` {said}", param=place)
+
+
+def _short(value: object) -> str:
+    return f"{json.dumps(value):.80}"
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first string that stops it."""
+    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: int) -> dict[str, Any]:
+    """The answer to a conversation."""
+    return {
+        "id": f"chatcmpl-{name}",
+        "object": "chat.completion",
+        "created": created,
+        "model": request.model,
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": _chat_logprobs(answer) if request.logprobs else None,
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answered.answers)
+        ],
+        "usage": _usage([answered]),
+    }
+
+
+def text_body(request: TextRequest, found: Sequence[Answered], *, name: str, created: int) -> dict[str, Any]:
+    """The answer to prompts: n choices to the first, then to the next."""
+    answers = [answer for answered in found for answer in answered.answers]
+    return {
+        "id": f"cmpl-{name}",
+        "object": "text_completion",
+        "created": created,
+        "model": request.model,
+        "choices": [
+            {
+                "index": index,
+                "text": answer.text,
+                "logprobs": None if request.logprobs is None else _text_logprobs(answer),
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answers)
+        ],
+        "usage": _usage(found),
+    }
+
+
+def _chat_logprobs(answer: Answer) -> dict[str, Any]:
+    return {
+        "content": [
+            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, logprob in answer.tokens
+        ],
+        "refusal": None,
+    }
+
+
+def _text_logprobs(answer: Answer) -> dict[str, Any]:
+    tokens = [token for token, _ in answer.tokens]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [logprob for _, logprob in answer.tokens],
+        "top_logprobs": None,
+        "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+    }
+
+
+def _usage(found: Sequence[Answered]) -> dict[str, int]:
+    prompts = sum(answered.num_prompt_tokens for answered in found)
+    sampled = sum(answer.num_tokens for answered in found for answer in answered.answers)
+    return {"prompt_tokens": prompts, "completion_tokens": sampled, "total_tokens": prompts + sampled}
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,95 @@
+"""`rlhf serve MODEL`: a model behind an HTTP server, asked as OpenAI's interface is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from rlhf.commands.shared import say
+
+if TYPE_CHECKING:
+    from rlhf.commands.shared import Subparsers
+
+SERVE_PORT = 8702
+SERVE_DEADLINE_S = 600.0
+
+
+def add(commands: Subparsers) -> None:
+    """Its arguments."""
+    command = commands.add_parser("serve", help="serve a model over HTTP, in OpenAI's form")
+    add = command.add_argument
+    add("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
+    add("--name", help="by which requests call it; MODEL if not given")
+    add("--host", default="127.0.0.1", help="address to listen on; others than loopback: a token")
+    add("--port", type=int, default=SERVE_PORT, help=f"0: a free one; {SERVE_PORT} if not given")
+    add("--token-env", metavar="NAME", help="variable with the token that callers must give, as their API key")
+    add("--engines", type=int, default=1, metavar="N", help="among which requests are dealt out; 1")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of one engine; 1")
+    add("--kv-cache-gib", type=int, metavar="N", help="cache of each engine on a CPU; 1")
+    add("--max-length", type=int, metavar="N", help="tokens of prompt and response; what the model takes, up to 8192")
+    add(
+        "--deadline-s",
+        type=float,
+        default=SERVE_DEADLINE_S,
+        metavar="S",
+        help=f"from a request to its answer; {SERVE_DEADLINE_S:g}",
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu if not given")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    serve(
+        args.model,
+        name=args.name,
+        host=args.host,
+        port=args.port,
+        token_env=args.token_env,
+        engines=args.engines,
+        tensor_parallel=args.tensor_parallel,
+        kv_cache_gib=args.kv_cache_gib,
+        max_length=args.max_length,
+        deadline_s=args.deadline_s,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        ready=lambda url: say(f"serving {url}\n"),
+    )
+    return 0
+
+
+def serve(
+    model: str,
+    *,
+    name: str | None,
+    host: str,
+    port: int,
+    token_env: str | None,
+    engines: int,
+    tensor_parallel: int,
+    kv_cache_gib: int | None,
+    max_length: int | None,
+    deadline_s: float,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve a model until it is interrupted."""
+    from actors.serve import serve as serve_model
+
+    serve_model(
+        model,
+        name=name,
+        host=host,
+        port=port,
+        token_env=token_env,
+        engines=engines,
+        tensor_parallel=tensor_parallel,
+        kv_cache_gib=kv_cache_gib,
+        max_length=max_length,
+        deadline_s=deadline_s,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        ready=ready,
+    )
