@@ -90,10 +90,11 @@ def check_ends(sample: dict[str, Any]) -> None:
     last = [place for place in range(len(sampled)) if sampled[place] and not any(sampled[place + 1 : place + 2])]
     assert [step["end"] for step in steps["won"]] == last
     assert sum(step["value"] for step in steps["won"]) == pytest.approx(sample["scores"]["won"])
-    digits = [place for place, text in enumerate(texts) if sampled[place] and text.isdigit() and text.isascii()]
-    ends = [step["end"] for step in steps["digits"]]
-    assert ends[:-1] == digits[: len(ends)][:-1]  # a digit that ends the whole response is credited to its last token
-    assert [step["value"] for step in steps["digits"]] == [float(texts[place]) for place in digits]
+    digits = [one for one in sample["response"] if one in "0123456789"]
+    assert [step["value"] for step in steps["digits"]] == [float(one) for one in digits]
+    for one, step in zip(digits, steps["digits"], strict=True):  # one that ends the response is its last token's
+        assert sampled[step["end"]]
+        assert one in texts[step["end"]] or step["end"] == last[-1]
     assert steps["sound"][-1]["end"] == last[-1]
     assert all(0.0 < step["value"] < 1.0 for step in steps["sound"])
 
