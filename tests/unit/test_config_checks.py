@@ -284,6 +284,10 @@ RELATIONS = {
         ],
         "algorithm.group_baseline: is true, which compares whole responses, but rewards.f.credit is step",
     ),
+    "rewards that are compared one by one have no steps": (
+        ["algorithm={name: gdpo}", "rewards={f: {function: 'f.py:g', credit: step}, h: {function: math_answer}}"],
+        "rewards.f.credit: is step, but algorithm gdpo weighs a response as a whole; use ppo, grpo or response",
+    ),
     "a penalty on whole responses is not compared with steps": (
         ["algorithm={name: grpo, kl: {coef: 0.1, place: reward}}", "rewards={f: {function: 'f.py:g', credit: step}}"],
         "algorithm.kl.place: is reward, a penalty on whole responses, but rewards.f.credit is step; set it to loss",
