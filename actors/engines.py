@@ -71,7 +71,12 @@ def start_engines(
 
 
 def serve_engines(
-    model: ModelOnDisk, cluster: ClusterConfig, placement: Placement, *, max_model_len: int
+    model: ModelOnDisk,
+    cluster: ClusterConfig,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    environment: EnvironmentSpec | None = None,
 ) -> RolloutEngines:
     """Engines that answer with a model as it lies on disk, not yet started. No weights can be synced into them."""
     spec = RolloutSpec(
@@ -84,6 +89,7 @@ def serve_engines(
         adapter=model.adapter,
         lora_rank=model.lora_rank,
         trust_remote_code=model.trust_remote_code,
+        environment=environment,
     )
     return RolloutEngines(_spawn(spec, cluster, placement), None, deadline_s=cluster.call_timeout_s)
 

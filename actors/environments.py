@@ -1,4 +1,5 @@
-"""A run's environment, tried out before any actor starts: what it is, what it reads, and whether its model can play."""
+"""The environment of a run or an evaluation, tried out before any actor starts: what it is, what it reads, and whether
+the model can play."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.reading import named
-from rlhf.config.root import Config
+from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.data.chat import names, read_tools
 from rlhf.data.sources import Row
 from rlhf.errors import UserError
+from rlhf.models.on_disk import ModelOnDisk
 from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environment_process import Description
 from rlhf.rollouts.environments import EnvironmentSpec, resolve
@@ -36,18 +38,19 @@ class LoadedEnvironment:
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:
         """UserError if a row lacks a column that `reset` needs, or offers a tool that the environment has not."""
-        ours = names(self.tools)
+        ours, name = names(self.tools), self.spec.source.name
+        mapping = "data.columns" if self.spec.key == KEY else "evaluate.columns"
         for row in rows:
-            missing = [name for name in self.description.required if name not in row.columns]
+            missing = [column for column in self.description.required if column not in row.columns]
             if missing:
                 raise UserError(
-                    f"{KEY}.name: `{self.spec.source.name}.reset` needs the column `{missing[0]}`, which {row.place} "
-                    f"of {data} lacks. Add it to the data, or map it from another one with data.columns."
+                    f"{self.spec.key}.name: `{name}.reset` needs the column `{missing[0]}`, which {row.place} of "
+                    f"{data} lacks. Add it to the data, or map it from another one with {mapping}."
                 )
-            foreign = [name for name in names(read_tools(row) or ()) if name not in ours]
+            foreign = [tool for tool in names(read_tools(row) or ()) if tool not in ours]
             if foreign:
                 raise UserError(
-                    f"{row.place}: column `tools` offers `{foreign[0]}`, and {KEY} `{self.spec.source.name}` has "
+                    f"{row.place}: column `tools` offers `{foreign[0]}`, and {self.spec.key} `{name}` has "
                     f"{', '.join(ours) or 'no tools'}."
                 )
 
@@ -59,34 +62,59 @@ class LoadedEnvironment:
             observation = asyncio.run(_first_observation(self.spec, prompt))
             first_prompt(prompt, observation, tokenizer)
         except (EnvironmentFailure, ValueError) as error:
-            raise UserError(f"{KEY}: with the first row of {data}, {error}.") from error
+            raise UserError(f"{self.spec.key}: with the first row of {data}, {error}.") from error
+
+    def check_lengths(
+        self, prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int
+    ) -> None:
+        """UserError if the model has no room for a conversation, or a conversation none for a prompt with one turn."""
+        most = self.spec.max_tokens
+        if model.max_length is not None and most > model.max_length:
+            raise UserError(
+                f"{self.spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; "
+                "lower it"
+            )
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(prompt.token_ids) + max_new_tokens > most:
+                raise UserError(
+                    f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that "
+                    f"is more than {self.spec.key}.max_tokens, {most}. Raise that, or shorten the prompt."
+                )
 
 
-def load_environment(config: Config, *, beside: Path) -> LoadedEnvironment | None:
-    """The environment of a run, loaded once in a process of its own. None: the run has none.
+def load_environment(
+    section: EnvironmentConfig | None,
+    *,
+    beside: Path,
+    tokenizer: str,
+    trust_remote_code: bool,
+    chat: bool,
+    key: str = KEY,
+) -> LoadedEnvironment | None:
+    """The environment of a section, loaded once in a process of its own. None: there is none.
 
-    beside: the folder where its file is looked for before the current one. UserError if it cannot be used.
+    beside: the folder where its file is looked for before the current one. chat: string prompts go through the chat
+    template. key: what messages call the section. UserError if it cannot be used.
     """
-    assert config.rollouts is not None
-    section = config.rollouts.environment
     if section is None:
         return None
     spec = EnvironmentSpec(
-        source=resolve(section.name, args=section.args, folders=(beside, Path.cwd()), key=f"{KEY}.name"),
+        source=resolve(section.name, args=section.args, folders=(beside, Path.cwd()), key=f"{key}.name"),
         max_turns=section.max_turns,
         max_tokens=section.max_tokens,
         step_timeout_s=section.step_timeout_s,
         memory_gib=section.memory_gib,
         processes=section.processes,
         tool_parser=section.tool_parser,
-        chat=config.data.apply_chat_template,
-        tokenizer=config.policy.model,
-        trust_remote_code=config.policy.trust_remote_code,
+        chat=chat,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        key=key,
     )
-    with named(f"{KEY}.name"):
+    with named(f"{key}.name"):
         description = asyncio.run(_describe(spec))
     if "tool_parser" in section.model_fields_set and not description.tools:
-        raise UserError(f"{KEY}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
+        raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
     return LoadedEnvironment(spec=spec, description=description)
 
 

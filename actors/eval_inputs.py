@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.environments import KEY as ENVIRONMENT_KEY
+from actors.environments import LoadedEnvironment, load_environment
 from actors.hub import use_cache_if_silent
 from actors.made import Made
-from actors.reading import REWARD_KEY, check_rewards, load_rewards, local_model, named, reading_of, source_of
+from actors.prompts import read_prompts
+from actors.reading import REWARD_KEY, load_rewards, local_model, named, reading_of, source_of
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
@@ -24,10 +28,10 @@ from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig
 from rlhf.config.rewards import RewardConfig, RewardPolicy
+from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, load_examples
-from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
 from rlhf.errors import UserError
@@ -37,6 +41,7 @@ from rlhf.evaluation.sources import source_names
 from rlhf.models.loading import load_tokenizer, refuse_without_head
 from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights, refuse_unservable
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -52,11 +57,19 @@ class Candidate:
     prompts: Mapping[str, tuple[Prompt, ...]]
     examples: Mapping[str, tuple[Example, ...]]
     sources: Mapping[str, Mapping[int, str]]  # of sets that are split by one: by prompt id
+    environment: EnvironmentSpec | None  # in which prompts are answered
 
     @property
     def longest_prompt(self) -> int:
         """Tokens; 0 without prompts."""
         return max((len(prompt.token_ids) for one in self.prompts.values() for prompt in one), default=0)
+
+    def longest_sequence(self, max_new_tokens: int) -> int:
+        """Most tokens of a prompt with its response, or of a conversation."""
+        return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
+
+
+EnvironmentFor = Callable[[ModelOnDisk], LoadedEnvironment | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +121,8 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     if rewards:
         own = config.eval
         marks = marks.over(Marks(ks=own.k, pass_score=own.pass_score, answers=own.answer, by=own.by))
+    played = None if rollouts is None else rollouts.environment
+    environment = _environment(played, loaded, chat=data.apply_chat_template)
     candidates = []
     first = ("policy.model", config.policy.model) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
@@ -117,6 +132,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
                 found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
             how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config), "by": marks.by}
+            how |= {"environment": environment}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
     return _inputs(
         candidates,
@@ -131,9 +147,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
 
 
 def _refuse_other_measures(config: Config, model: str) -> None:
-    """UserError if the run measures its held-out sets neither by single responses nor by given completions."""
-    if config.rollouts is not None and config.rollouts.environment is not None:
-        raise UserError("rollouts.environment: only the run's own evaluations play it; `rlhf eval` asks for one turn")
+    """UserError if the run measures its held-out sets neither by responses nor by given completions."""
     if config.rewards or offline_kind(config) == "supervised":
         return
     others: Mapping[OfflineKind, str] = {
@@ -174,6 +188,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
     rewards = load_rewards(
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
     )
+    environment = _environment(config.environment, loaded, chat=config.apply_chat_template, key="evaluate.environment")
     candidates = []
     for name in ("model", "against"):
         wanted = getattr(config, name)
@@ -187,6 +202,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
                 "reading": reading,
                 "by": config.by,
                 "by_key": "evaluate.by",
+                "environment": environment,
             }
             candidates.append(
                 _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
@@ -204,6 +220,14 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         cluster=stage.cluster,
     )
+
+
+def _environment(
+    section: EnvironmentConfig | None, loaded: LoadedConfig, *, chat: bool, key: str = ENVIRONMENT_KEY
+) -> EnvironmentFor:
+    """The environment of a section as each model plays it."""
+    load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, chat=chat, key=key)
+    return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code)
 
 
 def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
@@ -301,33 +325,45 @@ def _candidate(
     set_key: str,
     reward_key: str = REWARD_KEY,
     by_key: str = "eval.by",
+    environment: EnvironmentFor = lambda _: None,
 ) -> Candidate:
     """The sets in a model's tokens. UserError names the set and the row that is wrong."""
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}
-    how: dict[str, Any] = {
-        "system_prompt": decoding.system_prompt,
-        "apply_chat_template": decoding.apply_chat_template,
-    }
     if rewards:
         refuse_unservable(model)
+    played = environment(model) if rewards else None
     for name, source in sets.items():
         key = set_key.format(name)
-        with named(key):
-            rows = read_rows(source, columns=columns)
         if not rewards:
+            with named(key):
+                rows = read_rows(source, columns=columns)
             with named(f"{key} (without rewards its completions are measured)"):
                 examples[name] = _examples(rows, tokenizer, reading, model, key=key)
             continue
-        check_rewards(rewards, rows, key, key=reward_key)
+        prompts[name], rows = read_prompts(
+            source,
+            key,
+            tokenizer,
+            columns=columns,
+            rewards=rewards,
+            reward_key=reward_key,
+            environment=played,
+            system_prompt=decoding.system_prompt,
+            apply_chat_template=decoding.apply_chat_template,
+            max_prompt_tokens=ANY_LENGTH,
+        )
         with named(key):
-            prompts[name] = load_prompts(rows, tokenizer, max_prompt_tokens=ANY_LENGTH, **how)
-            refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
+            if played is None:
+                refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
+            else:
+                played.check_lengths(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
         if by is not None:
             sources[name] = source_names(prompts[name], by, key=by_key, data=key)
-    return Candidate(model=model, prompts=prompts, examples=examples, sources=sources)
+    spec = None if played is None else played.spec
+    return Candidate(model=model, prompts=prompts, examples=examples, sources=sources, environment=spec)
 
 
 def _examples(
@@ -368,7 +404,7 @@ def _inputs(
         with named(key):
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
-    longest = max(candidate.longest_prompt for candidate in candidates)
+    longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
     try:
         marking = marking_of(marks, rewards, samples=decoding.samples)
     except ValueError as error:
@@ -380,7 +416,7 @@ def _inputs(
         rewards=rewards,
         reward_model=reward_model,
         reward_policy=reward_policy,
-        max_tokens_per_microbatch=max(max_tokens_per_microbatch, longest + decoding.max_new_tokens),
+        max_tokens_per_microbatch=max(max_tokens_per_microbatch, longest),
         cluster=cluster,
     )
 

@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
 from rlhf.config.seating import seats_of
 from rlhf.config.stages import result_of
-from rlhf.controller.answers import answered, error_record, request_for
+from rlhf.controller.answers import answered, error_record, note_errors, request_for
 from rlhf.errors import RunError, UserError
 from rlhf.evaluation.results import (
     Evaluation,
@@ -42,16 +43,17 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.rewards.scoring import describe
-from rlhf.roles import CompletedGroup
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.rollouts.texts import Transcript
 from rlhf.tracking.atomic import write_atomic, write_lines
-from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.errors import write_error
 from rlhf.tracking.samples import samples_path
-from rlhf.types import GroupScores
 from rlhf.workers.likelihood import LikelihoodWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
 REPORT, SAMPLES = "eval.json", "samples.jsonl"
+Said = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
 
 
 def refuse_unusable_folder(folder: Path) -> None:
@@ -80,12 +82,19 @@ class Found:
 
 
 def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
-    """Measure, and write eval.json and samples.jsonl into the folder.
+    """Measure, and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or an environment
+    failed.
 
     RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
     """
+    (folder / "errors.jsonl").unlink(missing_ok=True)  # of an evaluation that failed
+
+    def note(scored: ScoredGroup) -> None:
+        for error in scored.scores.errors:
+            write_error(folder, error_record(error, step=0))
+
     with connected(inputs.cluster), sigterm_interrupts():
-        found = asyncio.run(_find(inputs))
+        found = asyncio.run(_find(inputs, note))
     write_lines(folder / SAMPLES, found.rows)
     write_atomic(folder / REPORT, found.report)
     return found.evaluation
@@ -98,7 +107,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step()
         with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
-            found = asyncio.run(_find(inputs, record.tracker.log_error))
+            found = asyncio.run(_find(inputs, partial(note_errors, record=record, step=0)))
         write_lines(samples_path(record.folder.path, 0), found.rows)
         metrics = found.evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
@@ -106,10 +115,10 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-async def _find(inputs: EvalInputs, log_error: Callable[[ErrorRecord], None] = lambda _: None) -> Found:
-    """Everything that the models answer, measured. `log_error` is told of each reward that failed."""
+async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Found:
+    """Everything that the models answer, measured. `note` is told of each scored group, with what failed in it."""
     if inputs.rewards:
-        answers = [await _answers(candidate, inputs, log_error) for candidate in inputs.candidates]
+        answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
     else:
         sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
@@ -125,7 +134,7 @@ async def _find(inputs: EvalInputs, log_error: Callable[[ErrorRecord], None] = l
 
 
 async def _answers(
-    candidate: Candidate, inputs: EvalInputs, log_error: Callable[[ErrorRecord], None]
+    candidate: Candidate, inputs: EvalInputs, note: Callable[[ScoredGroup], None]
 ) -> dict[str, list[PromptResult]]:
     """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
@@ -137,7 +146,8 @@ async def _answers(
             candidate.model,
             cluster,
             placement,
-            max_model_len=candidate.longest_prompt + decoding.max_new_tokens,
+            max_model_len=candidate.longest_sequence(decoding.max_new_tokens),
+            environment=candidate.environment,
         )
         groups.append(engines)
         settings = RewardSettings(
@@ -167,9 +177,14 @@ async def _answers(
         await engines.start(deadline_s=cluster.start_timeout_s)
         await reward.start(deadline_s=cluster.start_timeout_s)
 
-        async def judge(group: CompletedGroup, _: int) -> tuple[CompletedGroup, GroupScores, list[str]]:
-            scores, texts = await asyncio.gather(reward.score(group), reward.texts(group))
-            return group, scores, texts
+        async def judge(group: CompletedGroup, _: int) -> tuple[ScoredGroup, Said]:
+            async def read() -> Said:
+                return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
+
+            scores, said = await asyncio.gather(reward.score(group), read())
+            scored = ScoredGroup(group=group, scores=scores)
+            note(scored)
+            return scored, said
 
         found = {}
         for name, prompts in candidate.prompts.items():
@@ -187,15 +202,13 @@ async def _answers(
                 for index, prompt in enumerate(prompts)
             ]
             judged = await answered(engines, requests, sampling_of(decoding), judge)
-            errors = [scores.errors for _, scores, _ in judged if scores.errors]
-            for error in (one for failed in errors for one in failed):
-                log_error(error_record(error, step=0))
+            errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
             if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
                 raise RunError(f"eval {name}: {describe(errors[0])}")
             for failed in errors:
                 logger.warning("%s: left out, since %s", name, describe(failed))
             form = inputs.marking.answers if inputs.marking.pass_score is not None else None
-            found[name] = [_result(group, scores, texts, form) for group, scores, texts in judged if not scores.errors]
+            found[name] = [_result(scored, said, form) for scored, said in judged if not scored.scores.errors]
     return found
 
 
@@ -224,16 +237,17 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     return found
 
 
-def _result(
-    group: CompletedGroup, scores: GroupScores, texts: Sequence[str], answers: AnswerForm | None
-) -> PromptResult:
-    prompt = group.request.prompt
+def _result(scored: ScoredGroup, said: Said, answers: AnswerForm | None) -> PromptResult:
+    group, prompt = scored.group, scored.group.request.prompt
+    conversations = tuple(one for one in said if isinstance(one, Transcript))
+    texts = [one.response if isinstance(one, Transcript) else one for one in said]
     return PromptResult(
         prompt_id=prompt.prompt_id,
-        prompt=prompt.text,
+        prompt=conversations[0].turns[0].text if conversations else prompt.text,  # with the first observation
         responses=tuple(texts),
-        scores=scores.scores,
-        by_name=scores.by_name,
+        transcripts=conversations or None,
+        scores=scored.scores.scores,
+        by_name=scored.scores.by_name,
         answers=None if answers is None else tuple(answer_of(text, answers) for text in texts),
         truncated=tuple(info.finish_reason == "length" for info in group.infos),
         response_tokens=tuple(info.num_response_tokens for info in group.infos),

@@ -16,7 +16,8 @@ from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.merge import foresee, with_local_models
 from actors.models import check_models, models_of, refuse_other_results, with_adapters, with_tiny
-from actors.reading import check_rewards, load_rewards, named, reading_of, refuse_unused_rewards, source_of
+from actors.prompts import read_prompts
+from actors.reading import load_rewards, named, reading_of, refuse_unused_rewards, source_of
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
@@ -39,7 +40,6 @@ from rlhf.controller.evaluation import EvalSet
 from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import Pair, collate_pairs, load_pairs
-from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import FILE_SUFFIXES, read_rows
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import Share
@@ -164,28 +164,29 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     data = config.data
 
     def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
-        with named(name):
-            rows = read_rows(source_of(source), columns=data.columns)
-        check_rewards(specs, rows, name)
-        if environment is not None:
-            environment.check_rows(rows, name)
-        with named(name):
-            prompts = load_prompts(
-                rows,
-                tokenizer,
-                system_prompt=data.system_prompt,
-                apply_chat_template=data.apply_chat_template,
-                max_prompt_tokens=data.max_prompt_tokens,
-                first_id=first_id,
-                tools=environment.tools if environment is not None else None,
-            )
-        if environment is not None:
-            environment.check_prompt(prompts[0], tokenizer, name)
+        prompts, _ = read_prompts(
+            source_of(source),
+            name,
+            tokenizer,
+            columns=data.columns,
+            rewards=specs,
+            environment=environment,
+            system_prompt=data.system_prompt,
+            apply_chat_template=data.apply_chat_template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            first_id=first_id,
+        )
         return prompts
 
     beside = Path(loaded.source).resolve().parent
     specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
-    environment = load_environment(config, beside=beside)
+    environment = load_environment(
+        config.rollouts.environment,
+        beside=beside,
+        tokenizer=config.policy.model,
+        trust_remote_code=config.policy.trust_remote_code,
+        chat=data.apply_chat_template,
+    )
     prompts: tuple[Prompt, ...] = ()
     shares = []
     for name, one in train_sets(config).items():

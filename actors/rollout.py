@@ -178,7 +178,7 @@ class RolloutWorker:
         try:
             description = await conversations.start()
         except UserError as error:  # the driver could load it, so this machine differs from the driver's
-            raise RunError(f"{self.spec.name}: rollouts.environment: {error}") from error
+            raise RunError(f"{self.spec.name}: {spec.key}: {error}") from error
         if description.tools:
             conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
         return conversations

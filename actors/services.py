@@ -20,6 +20,7 @@ from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s
 from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
+from rlhf.rollouts.texts import Transcript
 from rlhf.types import GroupScores, Role, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.reward import RewardSettings
 
@@ -76,6 +77,14 @@ class RewardWorkers:
         ref = self.handles[worker].texts.remote(group.rollouts)
         texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
         return texts
+
+    async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
+        """The responses turn by turn and token by token."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].transcripts.remote(group.rollouts)
+        limit_s = self.deadline_s
+        said: list[Transcript] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=limit_s)
+        return said
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         """What each response answers, by which responses vote; None: nothing."""

@@ -44,5 +44,6 @@ def source_problems(
     """Rewards of an environment that is not there. `at`: the section that they stand in."""
     for name, reward in rewards.items():
         if reward.environment and environment is None:
-            text = "is true, but there is no environment; name one as rollouts.environment of a run on rollouts"
+            where = "evaluate.environment" if at else "rollouts.environment of a run on rollouts"
+            text = f"is true, but there is no environment; name one as {where}"
             yield Problem(key=(*at, "rewards", name, "environment"), text=text)

@@ -20,6 +20,7 @@ from rlhf.config.model import Dtype, RewardModelConfig
 from rlhf.config.reward_checks import reward_problems
 from rlhf.config.reward_limits import limit_problems
 from rlhf.config.rewards import RewardConfig, RewardPolicy
+from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.config.root import RewardName
 from rlhf.config.run import RunConfig, TrackingConfig
 from rlhf.config.train import EvalTemperature
@@ -56,6 +57,8 @@ class EvaluateConfig(Section):
     """Responses to each prompt; more than one needs a temperature above 0."""
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
+    environment: EnvironmentConfig | None = None
+    """null: one turn answers a prompt. With one, evaluate.max_new_tokens is of each turn."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response; they stay in it."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
@@ -97,7 +100,12 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
     """Everything that is wrong with it. Empty: it can start."""
     return (
         *written_inert(stage, inert_in_evaluation(stage)),
-        *reward_problems(stage.evaluate.rewards, stage.evaluate.reward, at=("evaluate",)),
+        *reward_problems(
+            stage.evaluate.rewards,
+            stage.evaluate.reward,
+            environment=stage.evaluate.environment,
+            at=("evaluate",),
+        ),
         *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
         *_problems(stage.evaluate),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
@@ -111,6 +119,10 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
     if samples > 1 and config.temperature == 0.0 and config.rewards:
         text = f"is {samples}, but evaluate.temperature is 0: greedy responses to one prompt are all equal; raise that"
         yield Problem(key=("evaluate", "samples_per_prompt"), text=text)
+    environment, new = config.environment, config.max_new_tokens
+    if environment is not None and config.rewards and environment.max_tokens <= new:
+        text = f"is {environment.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
+        yield Problem(key=("evaluate", "environment", "max_tokens"), text=text)
     if config.k is not None and max(config.k) > samples:
         text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise that, or lower k"
         yield Problem(key=("evaluate", "k"), text=text)
@@ -122,8 +134,8 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
     functions = [reward.function for reward in config.rewards.values() if reward.function is not None]
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
-        keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens stop k pass_score answer by"
-        yield from _all(keys, why, "name a reward")
+        keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens environment stop"
+        yield from _all(f"{keys} k pass_score answer by", why, "name a reward")
     else:
         if not stage.uses_reward_model:
             fix = "add a reward with `role: reward` to evaluate.rewards"

@@ -109,7 +109,11 @@ def _evaluation_facts(stage: EvaluationStage) -> list[list[str]]:
         return [*facts, ["measured", "completions: loss, perplexity and token accuracy; nothing is sampled"]]
     count = config.samples_per_prompt
     how = "greedy" if config.temperature == 0.0 else f"at temperature {config.temperature:g}"
-    answers = f"{count} to a prompt, {how}, of at most {config.max_new_tokens:,} tokens"
+    played = config.environment
+    most = f"at most {config.max_new_tokens:,} tokens"
+    if played is not None:
+        most = f"at most {played.max_turns} turns of {config.max_new_tokens:,} tokens with {played.name}"
+    answers = f"{count} to a prompt, {how}, of {most}"
     return [*facts, ["responses", answers], ["rewards", ", ".join(config.rewards)]]
 
 

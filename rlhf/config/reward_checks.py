@@ -82,4 +82,4 @@ def reward_problems(
     for argument in environment.args if environment is not None else ():
         if SECRET.search(argument):
             text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-            yield Problem(key=("rollouts", "environment", "args", argument), text=text)
+            yield Problem(key=(*(at or ("rollouts",)), "environment", "args", argument), text=text)

@@ -56,6 +56,14 @@ def error_record(error: RewardError, *, step: int) -> ErrorRecord:
     )
 
 
+def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
+    """Write down and count what rewards and environments of a group failed on."""
+    for error in scored.scores.errors:
+        record.tracker.log_error(error_record(error, step=step))
+    failures = environment_failures(scored.group.infos)
+    record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors)), **failures})
+
+
 async def answered(
     rollout: RolloutRole,
     requests: Sequence[GroupRequest],
@@ -194,10 +202,7 @@ class Answers:
         return ScoredGroup(group=group, scores=scores)
 
     def _note_errors(self, scored: ScoredGroup, *, step: int) -> None:
-        for error in scored.scores.errors:
-            self.record.tracker.log_error(error_record(error, step=step))
-        failures = environment_failures(scored.group.infos)
-        self.record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors)), **failures})
+        note_errors(scored, self.record, step=step)
 
 
 def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rlhf.rewards.scoring import RewardSpec
+    from rlhf.rollouts.texts import Transcript
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class PromptResult(PromptScores):
 
     prompt: str
     responses: tuple[str, ...]
+    transcripts: tuple[Transcript, ...] | None = None  # of conversations with an environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,10 +235,17 @@ def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking:
             "answer": None if one.answers is None else one.answers[sample],
             "truncated": one.truncated[sample],
             "response_tokens": one.response_tokens[sample],
+            **({} if one.transcripts is None else _as_sampled(one.transcripts[sample])),
         }
         for one in results
         for sample, response in enumerate(one.responses)
     ]
+
+
+def _as_sampled(conversation: Transcript) -> dict[str, Any]:
+    """As a run's samples have them: what was sampled and what was told, turn by turn and token by token."""
+    turns = [asdict(turn) for turn in conversation.turns]
+    return {"turns": turns, "tokens": asdict(conversation.tokens)}
 
 
 def example_rows(model: str, name: str, results: Sequence[ExampleResult]) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class EnvironmentSpec:
     chat: bool  # string prompts go through the chat template
     tokenizer: str
     trust_remote_code: bool
+    key: str = "rollouts.environment"  # of its section, for messages
 
     def fingerprint(self) -> str:
         """Of all that a conversation's tokens depend on beside the request, as far as one file of code says it."""
@@ -170,7 +171,7 @@ class Conversations:
             raise EnvironmentFailure(
                 "raised",
                 f"the prompt with its first observation has {len(token_ids)} tokens, which leaves none for an answer: "
-                f"rollouts.environment.max_tokens is {self.spec.max_tokens}",
+                f"{self.spec.key}.max_tokens is {self.spec.max_tokens}",
             )
         return token_ids
 

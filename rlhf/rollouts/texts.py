@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from rlhf.types import Rollouts, TokenSignals
 _DIGITS = 6  # of a token's numbers in a samples file
 _INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
 _WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the first that is new: a character's bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """One response as people read it."""
+
+    response: str
+    turns: tuple[SampleTurn, ...]
+    tokens: SampleTokens
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
@@ -45,6 +55,19 @@ def character_ends(rollouts: Rollouts, tokenizer: Any) -> list[tuple[int, ...]]:
         assert last is not None, "a response has a sampled token"
         found.append((*ends[:1], *ends[:-1], last))
     return found
+
+
+def transcripts(
+    rollouts: Rollouts, places: Sequence[int], tokenizer: Any, *, signals: Sequence[TokenSignals] = ()
+) -> list[Transcript]:
+    """What the samples files show of the sequences at these places, with what training made of those of which there are
+    signals."""
+    texts, turns = response_texts(rollouts, tokenizer), turns_of(rollouts, tokenizer)
+    tokens = tokens_of(rollouts, places, signals, tokenizer)
+    return [
+        Transcript(response=texts[place], turns=turns[place], tokens=row)
+        for place, row in zip(places, tokens, strict=True)
+    ]
 
 
 def step_ends(

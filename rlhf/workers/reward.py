@@ -21,7 +21,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import character_ends, response_texts, step_ends, tokens_of, turns_of
+from rlhf.rollouts.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
@@ -133,6 +133,10 @@ class RewardWorker:
         """Each response as text, without the special tokens that end it."""
         return response_texts(rollouts, self.tokenizer)
 
+    def transcripts(self, rollouts: Rollouts) -> list[Transcript]:
+        """Each response turn by turn and token by token."""
+        return transcripts(rollouts, range(len(rollouts.lengths)), self.tokenizer)
+
     def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
         """What each response answers, by which responses vote; None: nothing."""
         return tuple(answer_of(text, form) for text in self.texts(rollouts))
@@ -145,13 +149,12 @@ class RewardWorker:
         whole = []
         signals = [part for part in parts if isinstance(part, TokenSignals)]
         for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
-            texts, turns = self.texts(columns), turns_of(columns, self.tokenizer)
-            tokens = tokens_of(columns, [record.sample for record in group], signals, self.tokenizer)
-            for record, row in zip(group, tokens, strict=True):
-                record = replace(record, response=texts[record.sample], tokens=row)
+            places = [record.sample for record in group]
+            found = transcripts(columns, places, self.tokenizer, signals=signals)
+            for record, said in zip(group, found, strict=True):
+                record = replace(record, response=said.response, tokens=said.tokens)
                 if record.turns is not None:
-                    said = turns[record.sample]
-                    record = replace(record, prompt=said[0].text, turns=said)
+                    record = replace(record, prompt=said.turns[0].text, turns=said.turns)
                 whole.append(record)
         write_samples(path, whole)
 

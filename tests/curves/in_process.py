@@ -19,7 +19,15 @@ from transformers import AutoModelForCausalLM
 from actors.inputs import OnlineInputs, StageInputs, load_inputs
 from actors.ranks import free_address
 from actors.recording import recording
-from rlhf.config.derive import critic_model, derive, needs, pairs_rollouts, reference_is_adapter_off, reference_model
+from rlhf.config.derive import (
+    critic_model,
+    derive,
+    distils_rollouts,
+    needs,
+    pairs_rollouts,
+    reference_is_adapter_off,
+    reference_model,
+)
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
 from rlhf.controller.learning import OnlineRoles
@@ -46,10 +54,12 @@ from rlhf.tracking.metrics import merge
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
 from rlhf.workers.critic import CriticWorker
 from rlhf.workers.online_pairs import OnlinePreferenceWorker
+from rlhf.workers.online_teacher import OnlineTeacherWorker
 from rlhf.workers.place import RankPlace
 from rlhf.workers.policy import PolicyWorker
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
+from rlhf.workers.student import StudentWorker
 from rlhf.workers.trained import TrainedWorker
 
 PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
@@ -108,7 +118,7 @@ class Trained:
 class Policy(Trained):
     """The policy role."""
 
-    def __init__(self, worker: PolicyWorker | OnlinePreferenceWorker) -> None:
+    def __init__(self, worker: PolicyWorker | OnlinePreferenceWorker | StudentWorker) -> None:
         super().__init__(worker)
         self.worker: Any = worker
 
@@ -120,8 +130,8 @@ class Policy(Trained):
         returns, (means, metrics) = self.worker.set_advantages(by_sequence, *values)
         return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=() if returns is None else (returns,))
 
-    async def update(self, minibatch: int) -> Metrics:
-        return merge([self.worker.update(minibatch)])
+    async def update(self, minibatch: int, states: Sequence[Any] = ()) -> Metrics:
+        return merge([self.worker.update(minibatch, *states)])
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
         return [self.worker.token_signals(sequences)[0]]
@@ -174,6 +184,17 @@ class Reference:
 
     async def memory(self) -> MemoryReport:
         return NOTHING
+
+
+class Teacher(Reference):
+    """The teacher role, which is asked for the sampled tokens alone."""
+
+    worker: OnlineTeacherWorker
+
+    async def mean_logprobs(
+        self, rollouts: Sequence[Any], *, temperature: float, samples_per_prompt: int
+    ) -> Mapping[int, float]:
+        return self.worker.mean_logprobs(temperature, samples_per_prompt, *rollouts)
 
 
 class Reward:
@@ -409,14 +430,17 @@ async def run(loaded: LoadedConfig) -> Path:
 def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
     wanted, derived = needs(config), derive(config)
-    kind = OnlinePreferenceWorker if pairs_rollouts(config) else PolicyWorker
-    worker: Any = kind(
-        config,
-        PLACE,
-        optimizer_steps=derived.policy_optimizer_steps,
-        reference_is_adapter_off=reference_is_adapter_off(config),
-    )
+    kind: Any = OnlinePreferenceWorker if pairs_rollouts(config) else PolicyWorker
+    own: dict[str, Any] = {"reference_is_adapter_off": reference_is_adapter_off(config)}
+    if distils_rollouts(config):
+        kind, own = StudentWorker, {}
+    worker = kind(config, PLACE, optimizer_steps=derived.policy_optimizer_steps, **own)
     policy = Policy(worker)
+    sequences: dict[str, Any] = {
+        "temperature": config.rollouts.temperature,
+        "samples_per_prompt": config.rollouts.samples_per_prompt,
+        "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
+    }
     critic = None
     if "critic" in wanted:
         critic = Critic(
@@ -424,15 +448,10 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
         )
     reference = None
     if "reference" in wanted:
-        reference = Reference(
-            ReferenceWorker(
-                reference_model(config),
-                PLACE,
-                temperature=config.rollouts.temperature,
-                samples_per_prompt=config.rollouts.samples_per_prompt,
-                max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-            )
-        )
+        reference = Reference(ReferenceWorker(reference_model(config), PLACE, **sequences))
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(OnlineTeacherWorker(config.teacher, PLACE, **sequences))
     policy_of = config.reward_policy
     reward = RewardWorker(
         RewardSettings(
@@ -454,6 +473,7 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
         else Conversing(config.policy.model, worker, inputs.environment),
         "reward": Reward(reward),
         "reference": reference,
+        "teacher": teacher,
         "critic": critic,
     }
     return OnlineRoles(**roles), reward

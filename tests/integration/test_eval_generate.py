@@ -26,8 +26,9 @@ from tests.integration.recipes import ONLINE, merge
 LOGIT = 40.0  # of the token that follows: no other one is ever drawn
 
 
-def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str]) -> Path:
-    """The tiny model cut down to a table: after the token on the left comes the one on the right.
+def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str], *, logit: float = LOGIT) -> Path:
+    """The tiny model cut down to a table: after the token on the left comes the one on the right, or one of its
+    characters, all as likely.
 
     Attention and MLP add nothing, so the head sees the last token's embedding, scaled by the norm to length sqrt(96).
     """
@@ -39,9 +40,9 @@ def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str]) -> Path:
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
         for token, after in follows.items():
-            now, then = tokenizer.convert_tokens_to_ids([token, after])
+            now, *then = tokenizer.convert_tokens_to_ids([token, *([EOS] if after == EOS else after)])
             state = model.model.norm(model.model.embed_tokens.weight[now])
-            model.lm_head.weight[then] += LOGIT * state / state.square().sum()
+            model.lm_head.weight[then] += logit * state / state.square().sum()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -313,9 +313,3 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
     path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
     with pytest.raises(rlhf.UserError, match=r"evaluate\.k: has no effect here: evaluate\.rewards is empty"):
         load(path)
-
-
-def test_a_run_with_an_environment_is_measured_by_itself_alone(config: str) -> None:
-    played = load(config, ["rollouts.environment={name: guess_number, max_tokens: 2000}"])
-    with pytest.raises(rlhf.UserError, match=r"rollouts\.environment: only the run's own evaluations play it"):
-        inputs_of_run(played, model=None, against=None, marks=Marks())

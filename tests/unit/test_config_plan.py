@@ -182,6 +182,8 @@ def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
     assert "runs/D/soup/final, then x/a" in judge
     assert fact(read, "data") == "heldout (3 rows of t)"
     assert fact(read, "measured").startswith("completions")
+    played = load(path, ["stages.judge.evaluate.environment={name: guess_number, max_tokens: 2000}"])
+    assert fact(render(played), "responses").endswith("of at most 8 turns of 1,300 tokens with guess_number")
     render(load(path), cluster="cpu=2")
     with pytest.raises(UserError, match="demo/judge does not fit the cluster 'cpu=1'"):
         render(load(path), cluster="cpu=1")

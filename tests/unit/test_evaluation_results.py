@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from rlhf.evaluation.comparison import before_after
@@ -26,8 +27,11 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.rollouts.texts import transcripts
 from rlhf.tracking.metrics import declared
 from rlhf.tracking.run_folder import evaluation_path
+from rlhf.types import Rollouts
 
 
 def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]) -> PromptResult:
@@ -238,3 +242,31 @@ def test_a_run_shows_its_first_and_last_evaluation(tmp_path: Path) -> None:
     assert "0.75 (0.65 to 0.85)" in text.getvalue()
     assert "step 20" in text.getvalue()
     assert "0.5 (" not in text.getvalue()
+
+
+def test_conversations_are_written_turn_by_turn_and_token_by_token() -> None:
+    """Two turns of the policy, `4` and `6`, with what it was told between them; only these are sampled."""
+    tokenizer = byte_tokenizer()
+    prompt, told = list(b"1-7?"), list(b" up ")
+    mask = [False] * 4 + [True] + [False] * 4 + [True]
+    rollouts = Rollouts(
+        sequence_ids=torch.tensor([0]),
+        lengths=torch.tensor([10]),
+        token_ids=torch.tensor([*prompt, *b"4", *told, *b"6"]),
+        response_mask=torch.tensor(mask),
+        rollout_logprobs=torch.tensor([0.0] * 4 + [-0.5] + [0.0] * 4 + [-0.25]),
+        versions=torch.tensor([0 if sampled else -1 for sampled in mask]),
+    )
+    (conversation,) = transcripts(rollouts, [0], tokenizer)
+    assert conversation.response == "4\n6"
+    (row,) = prompt_rows("m", "s", [replace(result(0, ("4\n6",), (1.0,)), transcripts=(conversation,))], MARKING)
+    assert [(turn["role"], turn["text"], turn["sampled"]) for turn in row["turns"]] == [
+        ("prompt", "1-7?", False),
+        ("policy", "4", True),
+        ("environment", " up ", False),
+        ("policy", "6", True),
+    ]
+    tokens = row["tokens"]
+    assert (tokens["texts"], tokens["sampled"]) == (tuple("4 up 6"), (True, False, False, False, False, True))
+    assert tokens["rollout_logprobs"] == (-0.5, None, None, None, None, -0.25)
+    assert "turns" not in prompt_rows("m", "s", RESULTS, MARKING)[0]
