@@ -93,6 +93,7 @@ def load_rewards(
                 only=reward.only,
                 from_environment=reward.environment,
                 truncated_score=reward.truncated_score,
+                by_step=reward.credit == "step",
             )
         )
     return tuple(specs)

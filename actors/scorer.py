@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from actors.reading import REWARD_KEY, load_rewards, local_model, named
 from rlhf.config.data import DataSource
 from rlhf.config.derive import eval_sets, train_sets, uses_reward_model
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.load import LoadedConfig
-from rlhf.config.model import RewardModelConfig
+from rlhf.config.model import RewardModelConfig, StepScores
 from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import Config
 from rlhf.data.chat import encode
@@ -26,7 +28,7 @@ from rlhf.models.loading import load_tokenizer, refuse_without_head
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.texts import step_ends
-from rlhf.types import GroupScores, Prompt
+from rlhf.types import GroupScores, Prompt, StepReward
 from rlhf.workers.reward_model import RewardModel
 
 MICROBATCH_TOKENS = 8192
@@ -165,14 +167,26 @@ class Scorer:
         self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, Outcome]
     ) -> GroupScores:
         """The scores of one group."""
-        models = [spec.name for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
-        numbers = self._model_scores(prompt.text, responses, truncated) if models else []
+        models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
+        model_scores: dict[str, list[float]] = {}
+        model_steps: dict[str, list[tuple[StepReward, ...]]] = {}
+        if models:
+            assert self.model is not None
+            flat, lengths, ends = self._tokens(prompt.text, responses, truncated, self.model.steps)
+            for spec in models:
+                if spec.by_step:
+                    assert ends is not None, "reward.steps is checked"
+                    model_steps[spec.name] = self.model.step_rewards(flat, lengths, ends)
+                else:
+                    model_scores[spec.name] = self.model.scores(flat, lengths, ends)
         return self.rewards.score(
-            prompt, responses, truncated=truncated, model_scores=dict.fromkeys(models, numbers), asked=asked
+            prompt, responses, truncated=truncated, model_scores=model_scores, asked=asked, model_steps=model_steps
         )
 
-    def _model_scores(self, prompt: str, responses: Sequence[str], truncated: Sequence[bool]) -> list[float]:
-        assert self.model is not None
+    def _tokens(
+        self, prompt: str, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
+    ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
+        """Prompt and responses as the reward model reads them; with steps, where these end."""
         (prompt_ids,) = encode([prompt], self.tokenizer)
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
@@ -182,8 +196,7 @@ class Scorer:
         ]
         flat = torch.tensor([token for sequence in sequences for token in sequence])
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        if self.model.steps is None:
-            return self.model.scores(flat, lengths, None)
+        if steps is None:
+            return flat, lengths, None
         mask = torch.cat([torch.arange(len(sequence)) >= len(prompt_ids) for sequence in sequences])
-        ends = step_ends(flat, lengths, mask, self.tokenizer, separator=self.model.steps.separator)
-        return self.model.scores(flat, lengths, ends)
+        return flat, lengths, step_ends(flat, lengths, mask, self.tokenizer, separator=steps.separator)

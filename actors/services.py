@@ -49,7 +49,7 @@ class RewardWorkers:
         if errors:
             return GroupScores(scores=(), by_name={}, errors=errors)
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
-        environment = tuple(info.environment_reward for info in group.infos)
+        environment = tuple(info.environment_rewards for info in group.infos)
         limit_s = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s) + self.deadline_s
         prompt = group.request.prompt
         asked = await self._ask(worker, group, truncated)

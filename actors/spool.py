@@ -11,12 +11,13 @@ import logging
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf.rollouts.identity import request_identity
-from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,18 @@ def read_group(
             if any(metadata.get(key) != value for key, value in _identity(request, sampling, environment).items()):
                 return None
             rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
-    except (SafetensorError, ValueError) as error:
+            infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also of a release that knew other scalars
         logger.warning("%s is damaged (%s); its group is drawn again", path, error)
         return None
-    return rollouts, tuple(RolloutInfo(**info) for info in json.loads(metadata["infos"]))
+    return rollouts, infos
+
+
+def _info(row: dict[str, Any]) -> RolloutInfo:
+    rewards = row.pop("environment_rewards")
+    return RolloutInfo(
+        **row, environment_rewards=None if rewards is None else tuple(StepReward(**one) for one in rewards)
+    )
 
 
 def _identity(request: GroupRequest, sampling: Sampling, environment: str) -> dict[str, str]:

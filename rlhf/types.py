@@ -220,6 +220,14 @@ class GroupRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepReward:
+    """What one step of a response is worth. A turn is a step of a conversation."""
+
+    end: int  # place in its sequence of the token that ends it, which was sampled
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
     """Scalars of one response: what the controller sees in place of tokens."""
 
@@ -232,8 +240,14 @@ class RolloutInfo:
     mean_logprob: float  # of its sampled tokens, by the sampler
     num_turns: int = 1  # of the policy
     num_environment_tokens: int = 0  # between its turns
-    environment_reward: float | None = None  # sum over its turns; None: no environment, or it failed
+    environment_rewards: tuple[StepReward, ...] | None = None  # of its turns; None: no environment, or it failed
     environment_error: RewardError | None = None
+
+    @property
+    def environment_reward(self) -> float | None:
+        """The sum over its turns."""
+        given = self.environment_rewards
+        return None if given is None else sum((step.value for step in given), 0.0)
 
     @property
     def num_tokens(self) -> int:
@@ -253,6 +267,10 @@ class GroupScores:
     scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
     by_name: Mapping[str, tuple[float, ...]]  # each reward that applies to the row, before its gate and weight
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
+    steps: Mapping[str, tuple[tuple[StepReward, ...], ...]] = field(
+        default_factory=dict
+    )  # of those in by_name that are
+    # credited by steps, whose value there is the sum: each response's, before gate and weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,10 +303,11 @@ class BatchPlan:
 
     step: int
     minibatches: tuple[MinibatchPlan, ...]
-    scores: Mapping[int, float]  # by sequence id
+    scores: Mapping[int, float]  # by sequence id, without what is credited by steps
     kl_coef: float
     entropy_coef: float = 0.0
     temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, where its prompt has its own
+    steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, as they are trained on
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """All sequences of a rank, in the order of the minibatches."""

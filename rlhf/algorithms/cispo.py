@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -17,6 +17,7 @@ class CISPOConfig(OnlineConfig):
     """REINFORCE with bounded importance weights that carry no gradient."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ("min_ratio", "max_ratio")
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["cispo"]
     """The algorithm."""
     min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import ClippedConfig
+from rlhf.algorithms.shared import ClippedConfig, StepUse
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -21,6 +21,7 @@ class ClipCovConfig(ClippedConfig):
     """GRPO without a few tokens whose log-probability and advantage move together."""
 
     felt_by_selection: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["clip_cov"]
     """The algorithm."""
     fraction: float = Field(default=2e-4, gt=0.0, le=1.0)

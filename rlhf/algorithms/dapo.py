@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.section import Section
-from rlhf.algorithms.shared import ClippedConfig
+from rlhf.algorithms.shared import ClippedConfig, StepUse
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ class OverlongConfig(Section):
 class DAPOConfig(ClippedConfig):
     """Decoupled clip and dynamic sampling policy optimisation."""
 
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dapo"]
     """The algorithm."""
     clip_high: float = Field(default=0.28, gt=0.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -17,6 +17,7 @@ class DPPOConfig(OnlineConfig):
     """Divergence proximal policy optimisation, with the divergences of {token, rest} (the paper's binary ones)."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ("divergence", "max_decrease", "max_increase", "max_ratio")
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dppo"]
     """The algorithm."""
     divergence: Literal["tv", "kl"] = "tv"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, SequenceOutcomes, WithoutCritic
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, SequenceOutcomes, StepUse, WithoutCritic
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class DrGRPOConfig(ClippedConfig):
     """GRPO done right: no division by the group's standard deviation, nor by a response's length."""
 
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dr_grpo"]
     """The algorithm."""
     aggregation: Aggregation = "token_sum_norm"
@@ -33,6 +34,12 @@ class DrGRPO(WithoutCritic):
         from rlhf.objectives.advantages import group_centered
 
         return group_centered(outcomes.scores, group_size=outcomes.group_size)
+
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Each less the mean of its group's."""
+        from rlhf.objectives.advantages import steps_centered
+
+        return steps_centered(rewards)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -17,6 +17,7 @@ class DROConfig(OnlineConfig):
     """Direct reward optimisation."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ("beta",)
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dro"]
     """The algorithm."""
     beta: float = Field(default=0.05, gt=0.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, SequenceOutcomes, WithoutCritic
+from rlhf.algorithms.shared import ClippedConfig, OnlineConfig, SequenceOutcomes, StepUse, WithoutCritic
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -18,6 +18,7 @@ GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 an
 class GRPOConfig(ClippedConfig):
     """Group-relative policy optimisation."""
 
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["grpo"]
     """The algorithm."""
     std_normalize: bool = True
@@ -36,6 +37,12 @@ class GroupRelative(WithoutCritic):
 
         return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Rewards less their mean, over their standard deviation."""
+        from rlhf.objectives.advantages import steps_normalized
+
+        return steps_normalized(rewards, eps=GROUP_STD_EPS)
+
 
 class GRPO(GroupRelative):
     """Group-relative policy optimisation.
@@ -53,6 +60,12 @@ class GRPO(GroupRelative):
         if not self.config.std_normalize:
             return group_centered(outcomes.scores, group_size=outcomes.group_size)
         return super().sequence_advantages(outcomes)
+
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Each against all of its group."""
+        from rlhf.objectives.advantages import steps_centered
+
+        return super().step_terms(rewards) if self.config.std_normalize else steps_centered(rewards)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import Aggregation, ClippedConfig
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class SequenceClipConfig(ClippedConfig):
     """Ratios of whole responses are near 1, and so are the bounds."""
 
+    takes_steps: ClassVar[StepUse] = "advantages"
     clip_low: float = Field(default=3e-4, gt=0.0, lt=1.0)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0.0)
@@ -35,8 +36,8 @@ class GSPO(GroupRelative):
     """The geometric mean of a response's token ratios stands for each of them.
 
     It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
-    tokens of a response have one advantage and one weight, as here. Where they have not, because tokens are corrected
-    or chosen one by one, the token form is the one in which a token's weight meets its own gradient.
+    tokens of a response have one advantage and one weight. Where they have not, because tokens are corrected, chosen
+    or credited with their steps one by one, the token form is the one in which a token's weight meets its own gradient.
     """
 
     config: SequenceClipConfig

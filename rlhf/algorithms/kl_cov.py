@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -20,6 +20,7 @@ class KLCovConfig(OnlineConfig):
     """The unclipped policy gradient with a penalty on a few tokens."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ("fraction", "penalty")
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["kl_cov"]
     """The algorithm."""
     fraction: float = Field(default=2e-3, gt=0.0, le=1.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardsToGo
+from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardsToGo, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class OTBConfig(ClippedConfig):
     """Policy gradient with the optimal token baseline."""
 
+    takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["otb"]
     """The algorithm."""
     aggregation: Aggregation = "sequence_mean_token_sum"

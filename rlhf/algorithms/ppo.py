@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes
+from rlhf.algorithms.shared import ClippedConfig, OnlineDefaults, RewardKLConfig, SequenceOutcomes, StepUse
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ class PPOConfig(ClippedConfig):
     """PPO with a critic of its own."""
 
     felt_by_moved_critic: ClassVar[tuple[str, ...]] = ("value_clip",)
+    takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["ppo"]
     """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, RewardsToGo
+from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, RewardsToGo, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class ReinforceConfig(OnlineConfig):
     """The plain policy gradient. Right for one optimizer step a batch: no ratio says how old a sample is."""
 
+    takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce"]
     """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, RewardsToGo, SequenceOutcomes
+from rlhf.algorithms.shared import ClippedConfig, RewardKLConfig, RewardsToGo, SequenceOutcomes, StepUse
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class ReinforcePlusPlusConfig(ClippedConfig):
     """REINFORCE with the batch as its baseline, and PPO's clip."""
 
+    takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce_plus_plus"]
     """The algorithm."""
     kl: RewardKLConfig = RewardKLConfig()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.shared import Aggregation, OnlineConfig
+from rlhf.algorithms.shared import Aggregation, OnlineConfig, StepUse
 
 if TYPE_CHECKING:
     from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
@@ -17,6 +17,7 @@ class SAPOConfig(OnlineConfig):
     """Soft adaptive policy optimisation: a token's gradient fades with the distance of its ratio from 1."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ("temperature_positive", "temperature_negative")
+    takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["sapo"]
     """The algorithm."""
     temperature_positive: float = Field(default=1.0, gt=0.0)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum_norm"]
+StepUse = Literal["rewards", "advantages"] | None
 Estimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
 
 
@@ -98,6 +99,8 @@ class OnlineConfig(Section):
     felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
     felt_by_selection: ClassVar[tuple[str, ...]] = ()  # the others that say which tokens the loss treats apart
     felt_by_moved_critic: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
+    takes_steps: ClassVar[StepUse] = None  # what rewards of single steps become:
+    # rewards of the tokens that end them, or advantages of all tokens up to there; None: it has no use for them
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy: EntropyConfig = EntropyConfig()
@@ -209,6 +212,10 @@ class OnlineAlgorithm(Protocol):
         """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
         ...
 
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """What is summed over the steps that end at or after a token, of all steps of one prompt's responses."""
+        ...
+
     def token_advantages(
         self,
         rewards: Float[Tensor, " N"],
@@ -244,6 +251,10 @@ class OnlineDefaults:
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """TypeError: there are none."""
         raise TypeError(f"{type(self).__name__} treats all tokens alike")
+
+    def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Their rewards as they are."""
+        return rewards
 
     def shaped(
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int

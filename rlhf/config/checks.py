@@ -23,7 +23,7 @@ from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
 from rlhf.config.model import CriticConfig, PolicyConfig
-from rlhf.config.reward_checks import normalization_problems, reward_problems
+from rlhf.config.reward_checks import credit_problems, normalization_problems, reward_problems
 from rlhf.config.reward_limits import limit_problems
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
@@ -38,7 +38,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
     environment = config.rollouts.environment if config.rollouts is not None else None
     found = [*unused(config), *_presence(config)]
     found += reward_problems(config.rewards, config.reward, environment=environment)
-    found += [*_adapters(config), *_cluster(config), *normalization_problems(config)]
+    found += [*_adapters(config), *_cluster(config), *normalization_problems(config), *credit_problems(config)]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:

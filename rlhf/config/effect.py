@@ -233,6 +233,9 @@ def inert_in_rewards(rewards: Mapping[str, RewardConfig], *, at: Key = ()) -> It
             for own in ("pattern", "scale"):
                 why = f"{'.'.join((*key, 'judge', 'choices'))} says what the answer is worth"
                 yield Inert(key=(*key, "judge", own), why=why, fix="remove `choices`")
+        if reward.role == "reward" and all(one.credit == "step" for one in rewards.values() if one.role == "reward"):
+            why = f"{'.'.join((*key, 'credit'))} is step: nothing is combined"
+            yield Inert(key=(*at, "reward", "steps", "combine"), why=why, fix="set that to response")
         if reward.weight == 0.0:
             for own in ("gate", "normalize"):
                 yield Inert(key=(*key, own), why=f"{'.'.join(key)}.weight is 0", fix="give it a weight")

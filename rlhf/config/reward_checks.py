@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig
+from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.environment_checks import source_problems
 from rlhf.config.explain import Problem
@@ -25,6 +27,23 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
             yield Problem(key=("rewards", name, "normalize"), text=text + "; set it to none")
 
 
+def credit_problems(config: Config) -> Iterator[Problem]:
+    """Rewards that are credited by steps need an algorithm that can tell a response's tokens apart."""
+    algorithm, names = config.algorithm, [name for name, reward in config.rewards.items() if reward.credit == "step"]
+    if not names:
+        return
+    if not isinstance(algorithm, OnlineConfig) or algorithm.takes_steps is None:
+        text = f"is step, but algorithm {algorithm.name} weighs a response as a whole; use ppo, grpo or response"
+        yield Problem(key=("rewards", names[0], "credit"), text=text)
+        return
+    if isinstance(algorithm, ReinforcePlusPlusConfig) and algorithm.group_baseline:
+        text = f"is true, which compares whole responses, but rewards.{names[0]}.credit is step; set it to false"
+        yield Problem(key=("algorithm", "group_baseline"), text=text)
+    if algorithm.takes_steps == "advantages" and algorithm.kl.coef > 0.0 and algorithm.kl.place == "reward":
+        text = f"is reward, a penalty on whole responses, but rewards.{names[0]}.credit is step; set it to loss"
+        yield Problem(key=("algorithm", "kl", "place"), text=text)
+
+
 def reward_problems(
     rewards: Mapping[str, RewardConfig],
     model: RewardModelConfig | None,
@@ -39,6 +58,11 @@ def reward_problems(
         key = (*at, "reward")
         text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
         yield Problem(key=key, text=text)
+    for name, reward in rewards.items():
+        if reward.role == "reward" and reward.credit == "step" and model is not None and model.steps is None:
+            steps = ".".join((*at, "reward", "steps"))
+            text = f"is step, but {steps} is null: set {steps}.separator to what ends the reward model's steps"
+            yield Problem(key=(*at, "rewards", name, "credit"), text=text)
     if "score" in rewards:
         text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
         yield Problem(key=(*at, "rewards", "score"), text=text)

@@ -104,6 +104,10 @@ class RewardConfig(Section):
     """Its factor in the response's score."""
     normalize: Literal["none", "group"] = "none"
     """group: what is trained on is its distance from the mean over the prompt's responses, over their deviation."""
+    credit: Literal["response", "step"] = "response"
+    """step: a function gives each step of a response a value, the reward model (`reward.steps`) the probability that it
+    is right, an environment what a turn earned, and that is credited to the tokens up to the step's end. response: one
+    value is credited to all of its tokens."""
     gate: str | None = None
     """Name of another reward whose value, as it is, this one is multiplied by."""
     only: dict[str, Annotated[tuple[str | int | bool, ...], Field(min_length=1)]] = Field(default_factory=dict)
@@ -142,6 +146,13 @@ class RewardConfig(Section):
             raise ValueError("give exactly one of `function`, `role`, `url` and `environment: true`")
         if self.function is None and self.args:
             raise ValueError("`args` has an effect with `function` alone")
+        if self.credit == "step" and (self.url is not None or (self.function is not None and ":" not in self.function)):
+            raise ValueError(
+                "`credit: step` needs a function of your own, `role: reward` or `environment: true`: services and "
+                "built-ins give one number a response"
+            )
+        if self.credit == "step" and self.normalize == "group":
+            raise ValueError("`normalize: group` compares whole responses, and `credit: step` is of their steps")
         return self
 
 

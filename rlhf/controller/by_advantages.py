@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import by_reward
+from rlhf.controller.training_scores import by_reward, by_step, is_flat
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
 from rlhf.tracking.reductions import Last, Mean
-from rlhf.types import BatchPlan, TokenValues
+from rlhf.types import BatchPlan, StepReward, TokenValues
 
 logger = logging.getLogger(__name__)
 KEPT_BY = {"spread": most_spread, "best": best}
@@ -51,12 +52,13 @@ class AdvantageLearning:
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.group_size = trained_per_prompt(config, self.rollouts)
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
+        self.steps: Mapping[int, tuple[StepReward, ...]] = {}
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring. Where nothing is kept there is no optimizer step: the weights stay."""
         record, roles = self.record, self.roles
-        kept = self._kept(groups)
+        kept, self.steps = by_step(self._kept(groups), self.config.rewards, self.algorithm.step_terms)
         plan = self._plan(kept, step, roles.policy)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
@@ -103,7 +105,7 @@ class AdvantageLearning:
             if places:
                 kept.append(only(scored, places))
         if self.algorithm.compares_responses:
-            flat = sum(len(set(scored.scores.scores)) == 1 for scored in groups)
+            flat = sum(is_flat(scored.scores, self.config.rewards) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
         if leaves_out(self.config):
             total = sum(len(scored.group.infos) for scored in kept)
@@ -113,7 +115,7 @@ class AdvantageLearning:
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
         """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
-        return plan_batch(
+        plan = plan_batch(
             groups,
             step=step,
             seed=self.config.run.seed,
@@ -122,6 +124,7 @@ class AdvantageLearning:
             kl_coef=self.kl_coef,
             entropy_coef=self.entropy.in_force,
         )
+        return replace(plan, steps=self.steps)
 
     async def _experience(
         self, plan: BatchPlan, groups: Sequence[ScoredGroup]

@@ -19,6 +19,7 @@ from rlhf.config.rollouts import DynamicSampling
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.record import RunRecord
+from rlhf.controller.training_scores import is_flat
 from rlhf.data.curriculum import Curriculum
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
@@ -30,14 +31,15 @@ from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
 
 
-def teaches(scores: Sequence[float], rule: DynamicSampling | None) -> bool:
-    """Whether a group is trained on: its responses differ in score, and their mean is within the rule's bounds."""
+def teaches(scores: Sequence[float], rule: DynamicSampling | None, *, differs: bool = False) -> bool:
+    """Whether a group is trained on: its responses differ in score (or in what `differs` speaks of), and their mean is
+    within the rule's bounds."""
     if rule is None:
         return True
     mean = sum(scores) / len(scores)
     above = rule.min_mean is None or mean >= rule.min_mean
     below = rule.max_mean is None or mean <= rule.max_mean
-    return min(scores) < max(scores) and above and below
+    return (differs or min(scores) < max(scores)) and above and below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class Collector:
                 if scored.scores.errors:
                     batch.dropped.append(_without_tokens(scored))
                     self._refuse_dropped(batch, scored, step)
-                elif teaches(scored.scores.scores, self.rollouts.dynamic_sampling):
+                elif self._teaches(scored):
                     batch.kept.append(scored)
                 else:
                     batch.filtered.append(_without_tokens(scored))
@@ -130,7 +132,7 @@ class Collector:
 
         def is_enough(scored: ScoredGroup) -> bool:
             nonlocal left
-            if not scored.scores.errors and teaches(scored.scores.scores, rule):
+            if not scored.scores.errors and self._teaches(scored):
                 left -= 1
             return left == 0
 
@@ -141,6 +143,11 @@ class Collector:
         waiting = [t for t, r in zip(turns, requests, strict=True) if r.group_id not in answered]
         self.waiting = waiting + self.waiting
         return found
+
+    def _teaches(self, scored: ScoredGroup) -> bool:
+        """Whether it is trained on. Responses of one score may differ in their steps."""
+        differs = not is_flat(scored.scores, self.config.rewards)
+        return teaches(scored.scores.scores, self.rollouts.dynamic_sampling, differs=differs)
 
     def _next(self, count: int) -> list[Turn]:
         """The next prompts: those that wait, then the stream's, less what the curriculum passes over."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.histograms import TOKEN_EDGES
 from rlhf.tracking.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.samples import SampleRecord
-from rlhf.types import RolloutInfo
+from rlhf.types import RolloutInfo, StepReward
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
@@ -37,6 +38,20 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     if greedy:
         found["rewards/greedy/mean"] = Mean.of(greedy)
     found |= {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+    for name, responses in steps_by_reward(groups).items():
+        values = [step.value for steps in responses for step in steps]
+        found[f"rewards/{name}/steps/mean"] = Mean.of([float(len(steps)) for steps in responses])
+        found[f"rewards/{name}/step/mean"] = Mean.of(values)
+        found[f"rewards/{name}/step/std"] = Std.of(values)
+    return found
+
+
+def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepReward, ...]]]:
+    """The same of their steps, of rewards that are credited by them."""
+    found: dict[str, list[tuple[StepReward, ...]]] = {}
+    for scored in groups:
+        for name, responses in scored.scores.steps.items():
+            found.setdefault(name, []).extend(responses)
     return found
 
 
@@ -72,6 +87,11 @@ def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     }
 
 
+def _behind(info: RolloutInfo, steps: Sequence[StepReward]) -> tuple[StepReward, ...]:
+    """Steps whose ends count from the prompt's end, as a sample's tokens do."""
+    return tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in steps)
+
+
 def group_samples(
     groups: Sequence[ScoredGroup], signals: Signals, *, split: str, most: int | None
 ) -> list[SampleSelection]:
@@ -97,6 +117,7 @@ def group_samples(
                     response="",
                     score=scored.scores.scores[sample] if scored.scores.scores else None,
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
+                    steps={name: _behind(info, steps[sample]) for name, steps in scored.scores.steps.items()},
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),
                     truncated=info.finish_reason == "length",

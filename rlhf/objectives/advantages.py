@@ -110,6 +110,23 @@ def group_normalized(scores: Float[Tensor, " B"], *, group_size: int, eps: float
     return (centered_P_G / (scores_P_G.std(dim=1, keepdim=True) + eps)).flatten()
 
 
+def steps_centered(rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+    """Rewards of all steps of one prompt's responses less their mean; see steps_normalized."""
+    return group_centered(rewards, group_size=len(rewards)) if len(rewards) > 1 else torch.zeros_like(rewards)
+
+
+def steps_normalized(rewards: Float[Tensor, " S"], *, eps: float) -> Float[Tensor, " S"]:
+    """Rewards of all steps of one prompt's responses less their mean, over their std plus eps.
+
+    Process supervision (arXiv:2402.03300, section 4.1.3): a token's advantage is the sum of these over the steps of
+    its response that end at or after it, reward_to_go with gamma 1. With one step a response it is group_normalized.
+    A step that is alone gives 0.
+    """
+    if len(rewards) < 2:
+        return torch.zeros_like(rewards)
+    return group_normalized(rewards, group_size=len(rewards), eps=eps)
+
+
 def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
     """Score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740).
 

@@ -34,6 +34,19 @@ def token_rewards(
     return penalties.index_add(0, last, scores.to(penalties.dtype))
 
 
+def step_rewards(
+    ends: Int[Tensor, " S"], values: Float[Tensor, " S"], response_mask: Bool[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Each step's value on the token that ends it, zero elsewhere; of steps that end together, their sum.
+
+    ValueError for a step that ends with a token that was not sampled: nothing could be credited with it.
+    """
+    if not bool(response_mask[ends].all()):
+        wrong = ends[~response_mask[ends]].tolist()
+        raise ValueError(f"step_rewards: steps end at {wrong[:8]}, where no token was sampled")
+    return torch.zeros(len(response_mask)).index_add(0, ends, values.float())
+
+
 def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
     """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
 

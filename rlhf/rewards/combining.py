@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from rlhf.objectives.advantages import group_normalized
+from rlhf.types import StepReward
 
 GROUP_STD_EPS = 1e-6
 
@@ -54,6 +55,20 @@ def gated(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -
         gate = shares[name].gate
         factors = [1.0] * len(values) if gate is None else by_name[gate]
         found[name] = [value * factor for value, factor in zip(values, factors, strict=True)]
+    return found
+
+
+def gated_steps(
+    steps: Mapping[str, Sequence[Sequence[StepReward]]],
+    by_name: Mapping[str, Sequence[float]],
+    shares: Mapping[str, Share],
+) -> dict[str, list[list[float]]]:
+    """gate * value of each step of each response, by reward."""
+    found = {}
+    for name, responses in steps.items():
+        gate = shares[name].gate
+        factors = [1.0] * len(responses) if gate is None else by_name[gate]
+        found[name] = [[step.value * factor for step in one] for one, factor in zip(responses, factors, strict=True)]
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from rlhf.errors import RunError
 from rlhf.rewards.process import ProcessDied, ProcessTimeout, RewardProcess
 from rlhf.rewards.worker import LoadError, Reply, Request, Signature, Source
-from rlhf.types import RewardErrorKind
+from rlhf.types import RewardErrorKind, StepReward
 
 START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
 
@@ -37,6 +37,7 @@ class Outcome:
 
     scores: tuple[float, ...]
     failures: tuple[Failure, ...]
+    steps: tuple[tuple[StepReward, ...], ...] = ()  # of one that is credited by steps, whose scores are their sums
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
@@ -90,8 +91,10 @@ class RewardPool:
             with suppress(queue.Empty):
                 self._idle.get_nowait().discard()
 
-    def score(self, reward: int, prompt: str, responses: Sequence[str], columns: Mapping[str, Any]) -> Outcome:
-        """Scores of one group by sources[reward].
+    def score(
+        self, reward: int, prompt: str, responses: Sequence[str], columns: Mapping[str, Any], *, by_step: bool = False
+    ) -> Outcome:
+        """Scores of one group by sources[reward]; by_step: the ends of its steps count characters of the response.
 
         A hang or a death ends the group: it cannot be used any more, and the rest may hang as well. The first
         death is tried again in a fresh process, since a process may also be killed from outside.
@@ -102,7 +105,11 @@ class RewardPool:
         with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
             while len(replies) < len(responses):
                 request = Request(
-                    reward=reward, prompt=prompt, responses=tuple(responses[len(replies) :]), columns=pickled
+                    reward=reward,
+                    prompt=prompt,
+                    responses=tuple(responses[len(replies) :]),
+                    columns=pickled,
+                    by_step=by_step,
                 )
                 end = self._exchange(self._running(slot), request, replies)
                 if end is None:
@@ -118,7 +125,14 @@ class RewardPool:
             for sample, reply in enumerate(replies)
             if reply.kind != "value"
         )
-        return Outcome(scores=() if failures else tuple(reply.payload for reply in replies), failures=failures)
+        values = () if failures else tuple(reply.payload for reply in replies)
+        if not by_step:
+            return Outcome(scores=values, failures=failures)
+        return Outcome(
+            scores=tuple(sum((value for _, value in steps), 0.0) for steps in values),
+            failures=failures,
+            steps=tuple(tuple(StepReward(end=end, value=value) for end, value in steps) for steps in values),
+        )
 
     def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
         """Append the replies as they come. What ended it before they were all there, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.rewards.combining import Share, plain_sum
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.pool import Failure, Outcome, RewardPool, longest_s
-from rlhf.types import GroupScores, Prompt, RewardError
+from rlhf.types import GroupScores, Prompt, RewardError, StepReward
 
 if TYPE_CHECKING:
     from rlhf.rewards.remote import RemoteReward
@@ -37,6 +37,7 @@ class RewardSpec:
     gate: str | None = None  # name of the reward whose value is a factor of this one
     only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)  # columns and their values; empty: all
     truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
+    by_step: bool = False  # it says what each step of a response is worth
 
     @property
     def is_model(self) -> bool:
@@ -59,7 +60,7 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
         source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
         told = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
-        digest.update(repr((*told, spec.from_environment)).encode())
+        digest.update(repr((*told, spec.from_environment, spec.by_step)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -137,13 +138,18 @@ class RewardSet:
         truncated: Sequence[bool],
         model_scores: Mapping[str, Sequence[float]] = _NONE,
         asked: Mapping[str, Outcome] = _NONE,
+        model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _NONE,
+        places: Sequence[Sequence[int]] | None = None,
     ) -> GroupScores:
         """Weighted sum of the rewards for each response to one prompt; of those that apply to its row.
 
         truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs of the
-        reward model. asked: what `ask` gave.
+        reward model. asked: what `ask` gave. model_steps: the same as model_scores, for those that are credited by
+        steps. places: of each response, for every number of its first characters, the place of the token that ends
+        them; None: nobody asks for steps.
         """
         by_name: dict[str, tuple[float, ...]] = {}
+        steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
         errors: list[RewardError] = []
         for spec in self.specs:
             if not spec.applies_to(prompt.columns):
@@ -151,23 +157,32 @@ class RewardSet:
             if spec.function is not None:
                 assert self._pool is not None
                 columns = spec.function.select(prompt.columns)
-                outcome = self._pool.score(self._places[spec.name], prompt.text, responses, columns)
+                place = self._places[spec.name]
+                outcome = self._pool.score(place, prompt.text, responses, columns, by_step=spec.by_step)
+                if places is not None:
+                    outcome = replace(outcome, steps=_at_tokens(outcome.steps, places))
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
                 who = "the environment" if spec.from_environment else "the reward model"
-                outcome = _check(model_scores[spec.name], len(responses), f"{who} gave")
-            by_name[spec.name] = outcome.scores
+                told = tuple(model_steps[spec.name]) if spec.by_step else ()
+                sums = [sum((step.value for step in one), 0.0) for one in told]
+                outcome = _check(sums if spec.by_step else model_scores[spec.name], len(responses), f"{who} gave")
+                outcome = replace(outcome, steps=told)
             if spec.truncated_score is not None and not outcome.failures:
-                told = zip(outcome.scores, truncated, strict=True)
-                by_name[spec.name] = tuple(spec.truncated_score if cut else score for score, cut in told)
+                outcome = _with_cut(outcome, truncated, spec.truncated_score, places)
+            by_name[spec.name] = outcome.scores
+            if spec.by_step and places is not None:
+                steps[spec.name] = outcome.steps
             errors += _as_errors(spec.name, outcome, prompt)
         if errors or not self.specs:
             return GroupScores(scores=(), by_name={}, errors=tuple(errors))
         total = _check(plain_sum(by_name, self._shares), len(responses), "the weighted sum is")
         if total.failures:
             errors = _as_errors("weighted sum", total, prompt)
-        return GroupScores(scores=total.scores, by_name={} if errors else by_name, errors=tuple(errors))
+        if errors:
+            return GroupScores(scores=(), by_name={}, errors=tuple(errors))
+        return GroupScores(scores=total.scores, by_name=by_name, errors=(), steps=steps)
 
 
 def describe(errors: Sequence[RewardError]) -> str:
@@ -201,6 +216,28 @@ def _as_errors(reward: str, outcome: Outcome, prompt: Prompt) -> list[RewardErro
         RewardError(reward=reward, kind=f.kind, message=f.message, prompt_id=prompt.prompt_id, sample=f.sample)
         for f in outcome.failures
     ]
+
+
+def _at_tokens(
+    steps: Sequence[Sequence[StepReward]], places: Sequence[Sequence[int]]
+) -> tuple[tuple[StepReward, ...], ...]:
+    """Steps whose ends count characters, by their tokens. None of a reward that failed."""
+    return tuple(
+        tuple(replace(step, end=place[step.end]) for step in one)
+        for one, place in zip(steps, places, strict=bool(steps))
+    )
+
+
+def _with_cut(
+    outcome: Outcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
+) -> Outcome:
+    """With one value for every response that was cut; by steps, it is one step as a whole."""
+    scores = tuple(value if cut else score for score, cut in zip(outcome.scores, truncated, strict=True))
+    steps = outcome.steps
+    if steps and places is not None:
+        told = zip(steps, truncated, places, strict=True)
+        steps = tuple((StepReward(end=place[-1], value=value),) if cut else one for one, cut, place in told)
+    return replace(outcome, scores=scores, steps=steps)
 
 
 def _check(scores: Sequence[float], count: int, what: str) -> Outcome:

@@ -68,11 +68,12 @@ class Request:
     prompt: str
     responses: tuple[str, ...]
     columns: bytes  # a pickled dict, opened afresh for every call: no call sees what another did to it
+    by_step: bool = False  # a response's value is a list of steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """kind: `loaded` (payload: Signature), `value` (float), or a failure (its message)."""
+    """kind: `loaded` (payload: Signature), `value` (float, or pairs of end and float), or a failure (its message)."""
 
     kind: str
     payload: Any
@@ -146,7 +147,7 @@ class Reward:
 
     def _score_one(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
         columns: dict[str, Any] = pickle.loads(request.columns)
-        return [_as_reply(self._call(prompt=request.prompt, response=responses[0], **columns))]
+        return [_answer(self._call(prompt=request.prompt, response=responses[0], **columns), responses[0], request)]
 
     def _score_group(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
         count = len(responses)
@@ -155,7 +156,7 @@ class Reward:
         values = list(self._call(prompts=[request.prompt] * count, responses=list(responses), **columns))
         if len(values) != count:
             return [Reply(kind="not_a_number", payload=f"returned {len(values)} scores for {count} responses")] * count
-        return [_as_reply(value) for value in values]
+        return [_answer(value, response, request) for value, response in zip(values, responses, strict=True)]
 
     def _guard(
         self,
@@ -173,13 +174,39 @@ class Reward:
         return [failure] * len(responses)
 
 
+def _answer(value: object, response: str, request: Request) -> Reply:
+    return _as_steps(value, response) if request.by_step else _as_reply(value)
+
+
+def _as_steps(value: Any, response: str) -> Reply:
+    """Of a reward that is credited by steps."""
+    try:
+        pairs = [(end, worth) for end, worth in value]
+    except (TypeError, ValueError):
+        return _misfit(value, "a list of (end, value), one a step,")
+    steps = []
+    for end, worth in pairs:
+        told = _as_reply(worth)
+        if told.kind != "value":
+            return told
+        if not isinstance(end, numbers.Integral) or not 0 <= int(end) <= len(response):
+            text = f"returned a step that ends at {end!r:.40} of a response of {len(response)} characters"
+            return Reply(kind="not_a_number", payload=text)
+        steps.append((int(end), told.payload))
+    return Reply(kind="value", payload=tuple(steps))
+
+
+def _misfit(value: object, expected: str) -> Reply:
+    text = repr(value)
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return Reply(
+        kind="not_a_number", payload=f"returned {shown} of type {type(value).__name__} where {expected} is expected"
+    )
+
+
 def _as_reply(value: object) -> Reply:
     if not isinstance(value, numbers.Real):
-        text = repr(value)
-        shown = text if len(text) <= 80 else text[:77] + "..."
-        return Reply(
-            kind="not_a_number", payload=f"returned {shown} of type {type(value).__name__} where a float is expected"
-        )
+        return _misfit(value, "a float")
     try:
         number = float(value)
     except OverflowError:

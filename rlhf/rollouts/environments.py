@@ -180,7 +180,7 @@ class Conversations:
         writer = self._writer(game.request.prompt)
         tokens = played.prompt_token_ids
         spans: list[Sampled | Told] = []
-        reward = 0.0
+        rewards: list[float] = []
         for turn in range(self.spec.max_turns):
             room = min(game.sampling.max_new_tokens, self.spec.max_tokens - len(tokens))
             sampling = replace(game.sampling, max_new_tokens=room)
@@ -188,15 +188,15 @@ class Conversations:
             sampled = await self.draw(game.request.group_id, tokens, seed, sampling, writer.stop_token)
             spans.append(sampled)
             step = await self._step(conversation, sampled, writer)
-            reward += step.reward
+            rewards.append(step.reward)
             if step.done:
-                return replace(played, spans=tuple(spans), finish_reason="stop", reward=reward)
+                return replace(played, spans=tuple(spans), finish_reason="stop", rewards=tuple(rewards))
             told = writer.after(sampled.token_ids, step.observation)
             tokens = (*tokens, *sampled.token_ids, *told)
             if turn + 1 == self.spec.max_turns or len(tokens) >= self.spec.max_tokens:
                 break
             spans.append(Told(token_ids=told))
-        return replace(played, spans=tuple(spans), finish_reason="length", reward=reward)
+        return replace(played, spans=tuple(spans), finish_reason="length", rewards=tuple(rewards))
 
     async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:
         """What the environment says; of a tool call that cannot be made, what is wrong with it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.tracking.atomic import json_line, keep_lines, write_atomic
-from rlhf.types import GroupScores, RewardError
+from rlhf.types import GroupScores, RewardError, StepReward
 
 logger = logging.getLogger(__name__)
 Key = tuple[int, int, str]
@@ -76,5 +76,9 @@ def _entry(row: dict[str, Any]) -> tuple[Key, GroupScores]:
         scores=tuple(row["scores"]),
         by_name={name: tuple(values) for name, values in row["by_name"].items()},
         errors=tuple(RewardError(**error) for error in row["errors"]),
+        steps={
+            name: tuple(tuple(StepReward(**step) for step in steps) for steps in responses)
+            for name, responses in row["steps"].items()
+        },
     )
     return (row["group_id"], row["version"], row["request"]), scores

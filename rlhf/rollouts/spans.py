@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from rlhf.errors import RunError
-from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts
+from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rollouts, StepReward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Played:
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | Told, ...]
     finish_reason: FinishReason  # length: it met a limit before it was over
-    reward: float | None = None  # of the environment; None: there is none, or it failed
+    rewards: tuple[float, ...] | None = None  # of the environment, one a turn; None: there is none, or it failed
     error: RewardError | None = None
 
 
@@ -60,16 +60,18 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
     infos = []
     for index, played in enumerate(conversations):
         start = len(ids)
+        ends = []  # of the turns
         for span in (Told(token_ids=played.prompt_token_ids), *played.spans):
             count, sampled = len(span.token_ids), isinstance(span, Sampled)
             ids += span.token_ids
             masks += [sampled] * count
             logprobs += span.logprobs if isinstance(span, Sampled) else [0.0] * count
             versions += span.versions if isinstance(span, Sampled) else [-1] * count
+            ends += [len(ids) - start - 1] * sampled
         turns = [span for span in played.spans if isinstance(span, Sampled)]
         own = torch.tensor([value for turn in turns for value in turn.logprobs])
         by_token = [version for turn in turns for version in turn.versions]
-        prompt = len(played.prompt_token_ids)
+        prompt, given = len(played.prompt_token_ids), played.rewards
         infos.append(
             RolloutInfo(
                 sequence_id=request.first_sequence_id + index,
@@ -81,7 +83,9 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
                 mean_logprob=float(own.mean()) if turns else 0.0,
                 num_turns=len(turns),
                 num_environment_tokens=len(ids) - start - prompt - len(own),
-                environment_reward=played.reward,
+                environment_rewards=None
+                if given is None
+                else tuple(StepReward(end=end, value=value) for end, value in zip(ends, given, strict=True)),
                 environment_error=played.error,
             )
         )

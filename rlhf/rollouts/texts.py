@@ -38,6 +38,25 @@ def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
 
 
+def character_ends(rollouts: Rollouts, tokenizer: Any) -> list[tuple[int, ...]]:
+    """Of each response, as `response_texts` has it, for n from 0 to its length the place in its sequence of the token
+    that ends its first n characters. All of it ends with the last sampled token, also if that has no text."""
+    found = []
+    for sequence in pieces(rollouts):
+        ends: list[int] = []
+        place, last = 0, None
+        for sampled, ids in sequence:
+            if sampled:
+                ends += [] if last is None else [last]  # the line break between two turns
+                for offset, text in enumerate(token_texts(ids, tokenizer, skip_special_tokens=True)):
+                    ends += [place + offset] * len(text)
+                last = place + len(ids) - 1
+            place += len(ids)
+        assert last is not None, "a response has a sampled token"
+        found.append((*ends[:1], *ends[:-1], last))
+    return found
+
+
 def transcripts(
     rollouts: Rollouts, places: Sequence[int], tokenizer: Any, *, signals: Sequence[TokenSignals] = ()
 ) -> list[Transcript]:
@@ -96,14 +115,14 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
     ]
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """A text for each token, special ones written out, which joined are the text of all.
+def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool = False) -> list[str]:
+    """A text for each token, special ones written out or empty, which joined are the text of all.
 
     A token that ends within a character is "", and the one that completes it has it whole: only the last can end so.
     """
 
     def text(start: int, end: int) -> str:
-        found: str = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        found: str = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
         return found
 
     found = []

@@ -222,6 +222,25 @@ _DECLARATIONS = (
     ),
     _metric("rewards/<name>/mean", "1", Mean, "online rewards", "One reward, before its gate and weight"),
     _metric(
+        "rewards/<name>/steps/mean",
+        "steps",
+        Mean,
+        "online rewards",
+        "Steps of a response, of a reward that is credited by them (`credit: step`)",
+        always=False,
+    ),
+    _metric(
+        "rewards/<name>/step/mean",
+        "1",
+        Mean,
+        "online rewards",
+        "What such a reward gives one step, before its gate and weight; `rewards/<name>/mean` has a response's sum",
+        always=False,
+    ),
+    _metric(
+        "rewards/<name>/step/std", "1", Std, "online rewards", "Its deviation over the batch's steps", always=False
+    ),
+    _metric(
         "rewards/greedy/mean",
         "1",
         Mean,

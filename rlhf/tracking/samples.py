@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.tracking.atomic import read_lines, write_lines
+
+if TYPE_CHECKING:
+    from rlhf.types import StepReward
 
 _TAIL_BYTES = 1 << 20  # of a file of samples in which its last line is looked for
 
@@ -69,6 +72,10 @@ class SampleRecord:
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
     mean_teacher_logprob: float | None
+    steps: Mapping[str, Sequence[StepReward]] = field(
+        default_factory=dict
+    )  # of the rewards that are credited by steps;
+    # their ends are places in `tokens`
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
     tokens: SampleTokens | None = None  # added with the text by whoever has them
 

@@ -21,7 +21,7 @@ from rlhf.config.root import Config
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs, policy_logprobs_and_collisions, policy_logprobs_only
-from rlhf.objectives.advantages import whiten
+from rlhf.objectives.advantages import reward_to_go, whiten
 from rlhf.objectives.masking import (
     Moments,
     merge_moments,
@@ -30,7 +30,7 @@ from rlhf.objectives.masking import (
     sequence_means,
     to_tokens,
 )
-from rlhf.objectives.rewards import token_rewards
+from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.objectives.token_baseline import realized_energy, step_baseline, step_cells, step_sums
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics import merge
@@ -163,6 +163,8 @@ class PolicyWorker(TrainedWorker):
         if by_sequence is not None:
             per_sequence = torch.tensor([by_sequence[i] for i in rollouts.sequence_ids.tolist()], dtype=torch.float32)
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
+            if share.plan.steps:
+                advantages = advantages + reward_to_go(self._step_rewards(), mask, lengths, gamma=1.0)
         else:
             old_values = TokenValues.gather(values, rollouts.sequence_ids.tolist()).values if values else None
             advantages, targets = self.algorithm.token_advantages(self._token_rewards(), old_values, mask, lengths)
@@ -313,7 +315,8 @@ class PolicyWorker(TrainedWorker):
         return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
-        """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward."""
+        """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward, and what
+        is credited by steps."""
         share, config = self.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
@@ -323,7 +326,21 @@ class PolicyWorker(TrainedWorker):
             assert share.old_logprobs is not None
             penalty = reference_kl(config, share.old_logprobs, share.ref_logprobs, mask)
         scores = torch.tensor([share.plan.scores[i] for i in rollouts.sequence_ids.tolist()])
-        return token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
+        rewards = token_rewards(scores, penalty, mask, rollouts.lengths, kl_coef=share.plan.kl_coef)
+        return rewards + self._step_rewards() if share.plan.steps else rewards
+
+    def _step_rewards(self) -> Float[Tensor, " N"]:
+        """What is credited by steps, each step's where it ends."""
+        share = self.share
+        if not share.ids:
+            return torch.zeros(len(share.rollouts.token_ids))
+        starts = (share.rollouts.lengths.cumsum(0) - share.rollouts.lengths).tolist()
+        told = [
+            (start, step) for i, start in zip(share.ids, starts, strict=True) for step in share.plan.steps.get(i, ())
+        ]
+        ends = torch.tensor([start + step.end for start, step in told], dtype=torch.int64)
+        values = torch.tensor([step.value for _, step in told])
+        return step_rewards(ends, values, share.rollouts.response_mask)
 
     def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Returns less their groups' baselines, whichever ranks a group's sequences are on."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from rlhf.config.model import RewardModelConfig
 from rlhf.engine.memory import peak_memory
@@ -19,10 +21,10 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
-from rlhf.rollouts.texts import Transcript, response_texts, step_ends, transcripts, turns_of
+from rlhf.rollouts.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.rollouts.turns import PLACEHOLDER
 from rlhf.tracking.samples import SampleRecord, write_samples
-from rlhf.types import GroupScores, Prompt, Rollouts, TokenSignals
+from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward_model import RewardModel
 
@@ -83,30 +85,43 @@ class RewardWorker:
         rollouts: Rollouts,
         truncated: Sequence[bool],
         asked: dict[str, Outcome],
-        environment_rewards: Sequence[float | None] = (),
+        environment_rewards: Sequence[tuple[StepReward, ...] | None] = (),
     ) -> GroupScores:
         """Scores of one group's responses, of which some may have been cut. asked: what `ask` gave.
-        environment_rewards: where there is an environment, the rewards that it gave."""
-        specs = self.settings.specs
-        models = [spec.name for spec in specs if spec.is_model and spec.applies_to(prompt.columns)]
-        numbers = self._model_scores(rollouts) if models else []
-        given = [reward for reward in environment_rewards if reward is not None]
-        by_model = dict.fromkeys([spec.name for spec in specs if spec.from_environment], given)
+        environment_rewards: where there is an environment, the rewards that it gave, turn by turn."""
+        specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
+        given = [rewards for rewards in environment_rewards if rewards is not None]
+        scores = {
+            spec.name: [sum((s.value for s in one), 0.0) for one in given] for spec in specs if spec.from_environment
+        }
+        steps = {spec.name: given for spec in specs if spec.from_environment}
+        models = [spec.name for spec in specs if spec.is_model and not spec.by_step]
+        scores |= dict.fromkeys(models, self._model_scores(rollouts) if models else [])
+        models = [spec.name for spec in specs if spec.is_model and spec.by_step]
+        steps |= dict.fromkeys(models, self._model_steps(rollouts) if models else [])
         return self.rewards.score(
             self._as_read(prompt, rollouts),
             self.texts(rollouts),
             truncated=truncated,
-            model_scores=by_model | dict.fromkeys(models, numbers),
+            model_scores=scores,
             asked=asked,
+            model_steps=steps,
+            places=character_ends(rollouts, self.tokenizer) if any(spec.by_step for spec in specs) else None,
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
         """What the reward model says of each response."""
-        tokens, lengths, steps = rollouts.token_ids, rollouts.lengths, self.model.steps
-        if steps is None:
-            return self.model.scores(tokens, lengths, None)
-        ends = step_ends(tokens, lengths, rollouts.response_mask, self.tokenizer, separator=steps.separator)
-        return self.model.scores(tokens, lengths, ends)
+        ends = None if self.model.steps is None else self._step_ends(rollouts)
+        return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
+
+    def _model_steps(self, rollouts: Rollouts) -> list[tuple[StepReward, ...]]:
+        """What it says of the steps of each response."""
+        return self.model.step_rewards(rollouts.token_ids, rollouts.lengths, self._step_ends(rollouts))
+
+    def _step_ends(self, rollouts: Rollouts) -> Bool[Tensor, " N"]:
+        assert self.model.steps is not None
+        columns = (rollouts.token_ids, rollouts.lengths, rollouts.response_mask)
+        return step_ends(*columns, self.tokenizer, separator=self.model.steps.separator)
 
     def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
         """The prompt with what an environment began the conversation with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,8 +14,9 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import sequence_scores, token_scores
 from rlhf.models.loading import load_reward_model
 from rlhf.objectives.reward_model_loss import combined_steps
+from rlhf.types import StepReward
 from rlhf.workers.place import torch_dtype
-from rlhf.workers.ragged import slices
+from rlhf.workers.ragged import Slice, slices
 
 
 class RewardModel:
@@ -39,19 +41,38 @@ class RewardModel:
     ) -> list[float]:
         """One number a sequence: the head's value at its last token, or what it says of the steps that end where told,
         as `config.steps` combines it."""
+        scores = [0.0] * len(lengths)
+        function = sequence_scores if step_ends is None else token_scores
+        for piece, said in self._passes(function, token_ids, lengths):
+            found = said
+            if step_ends is not None:
+                assert self.steps is not None
+                found = combined_steps(said, step_ends[piece.tokens], piece.lengths, by=self.steps.combine)
+            for row, value in zip(piece.rows, found.tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    def step_rewards(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
+    ) -> list[tuple[StepReward, ...]]:
+        """Of each sequence, the probabilities that the steps that end where told are right."""
+        found: list[tuple[StepReward, ...]] = [()] * len(lengths)
+        for piece, said in self._passes(token_scores, token_ids, lengths):
+            sizes = piece.lengths.tolist()
+            columns = said.sigmoid().split(sizes), step_ends[piece.tokens].split(sizes)
+            for row, values, ends in zip(piece.rows, *columns, strict=True):
+                told = zip(ends.nonzero().flatten().tolist(), values[ends].tolist(), strict=True)
+                found[row] = tuple(StepReward(end=end, value=value) for end, value in told)
+        return found
+
+    def _passes(
+        self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
+    ) -> Iterator[tuple[Slice, Tensor]]:
+        """The sequences in micro-batches, with what one of rlhf.models.heads gives for each."""
         sizes = lengths.tolist()
-        scores = [0.0] * len(sizes)
         with self.lock, torch.no_grad():
             for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens):
                 with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
-                    tokens, lengths = token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
-                    if step_ends is None:
-                        found = sequence_scores(self.model, tokens, lengths)
-                    else:
-                        assert self.steps is not None
-                        ends = step_ends[piece.tokens].to(self.device)
-                        said = token_scores(self.model, tokens, lengths)
-                        found = combined_steps(said, ends, lengths, by=self.steps.combine)
-                for row, value in zip(piece.rows, found.tolist(), strict=True):
-                    scores[row] = value
-        return scores
+                    tokens = token_ids[piece.tokens].to(self.device)
+                    found = function(self.model, tokens, piece.lengths.to(self.device)).cpu()
+                yield piece, found

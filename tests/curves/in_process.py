@@ -208,7 +208,7 @@ class Reward:
         truncated = [info.finish_reason == "length" for info in group.infos]
         rollouts: Any = group.rollouts
         assert not [info for info in group.infos if info.environment_error is not None]
-        environment = [info.environment_reward for info in group.infos]
+        environment = [info.environment_rewards for info in group.infos]
         return self.worker.score(group.request.prompt, rollouts, truncated, {}, environment)
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:

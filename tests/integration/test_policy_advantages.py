@@ -17,7 +17,7 @@ from rlhf.config.load import checked
 from rlhf.config.root import Config
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics import merge, results
-from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.place import RankPlace
 from rlhf.workers.policy import PolicyWorker
 from tests.integration.rank_gang import Gang
@@ -142,3 +142,72 @@ def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path
     assert row["update/loss/mean"] == pytest.approx(nll, rel=1e-5)
     assert row["update/grad_norm"] > 0.0
     assert row["update/tokens/total"] == PROMPT + len(tokens)
+
+
+def steps_of(sequence_id: int, length: int) -> tuple[StepReward, ...]:
+    """Up to three steps, the last of which may end before the response does; of every fifth response none."""
+    ends = sorted({PROMPT + (sequence_id * k) % (length - PROMPT) for k in (1, 2, 4)})
+    return tuple(StepReward(end=end, value=0.5 * end - sequence_id) for end in ends) if sequence_id % 5 else ()
+
+
+def credit(
+    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
+) -> dict[int, list[float]]:
+    """One rank: the advantages of its share's tokens, of scores (or advantages) and of steps."""
+    config = config_of(algorithm, model, folder, workers=world_size)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker.build()
+    rollouts = [rollouts_of(group) for group in range(GROUPS)]
+    chosen = [i for share in shares for i in share]
+    whole = Rollouts.gather(rollouts, chosen)
+    lengths = dict(zip(chosen, whole.lengths.tolist(), strict=True))
+    minibatch = MinibatchPlan(
+        sequences_by_rank=tuple(map(tuple, shares)), num_tokens=len(whole.token_ids), num_sequences=len(chosen)
+    )
+    plan = BatchPlan(
+        step=1,
+        minibatches=(minibatch,),
+        scores={i: SCORES[i] for i in chosen},
+        kl_coef=0.0,
+        steps={i: steps_of(i, lengths[i]) for i in chosen},
+    )
+    worker.prepare(plan, len(rollouts), *rollouts)
+    values = [TokenValues(sequence_ids=whole.sequence_ids, lengths=whole.lengths, values=whole.token_ids / 100)]
+    ppo = algorithm["name"] == "ppo"
+    worker.set_advantages(None if ppo else SCORES, *(values if ppo else ()))
+    per_token = worker.advantages.split(worker.share.rollouts.lengths.tolist())
+    if not shares[rank]:
+        assert [float(one.abs().sum()) for one in per_token] == [0.0]
+        return {}
+    return dict(zip(shares[rank], [one.tolist() for one in per_token], strict=True))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shares", [[range(0, 18, 2), range(1, 18, 2)], [[], [4, 7, 9, 10]]], ids=["both", "one"])
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_steps_are_credited_to_the_tokens_up_to_their_ends(
+    gang: Gang, model: str, tmp_path: Path, name: str, shares: list[list[int]]
+) -> None:
+    """grpo: a token has its response's advantage and what the steps that end at or after it are worth. ppo: loops over
+    the rewards to come and the critic's values."""
+    if name == "grpo":
+        algorithm: dict[str, Any] = {"name": "grpo"}
+    else:
+        algorithm = {"name": "ppo", "gamma": 0.9, "lam": 0.8, "whiten_advantages": False, "kl": {"coef": 0.0}}
+    found = gang.run(credit, algorithm=algorithm, model=model, folder=str(tmp_path), shares=shares)
+    advantages = {i: row for part in found for i, row in part.items()}
+    assert sorted(advantages) == sorted(i for share in shares for i in share)
+    for i, row in advantages.items():
+        one = Rollouts.gather([rollouts_of(i // SAMPLES)], [i])
+        length = int(one.lengths[0])
+        steps = steps_of(i, length)
+        if name == "grpo":
+            expected = [SCORES[i] + sum(step.value for step in steps if step.end >= t) for t in range(PROMPT, length)]
+        else:
+            value = [*(one.token_ids / 100).tolist(), 0.0]
+            reward = [sum(step.value for step in steps if step.end == t) for t in range(length)]
+            reward[-1] += SCORES[i]
+            delta = [reward[t] + 0.9 * value[t + 1] - value[t] for t in range(length)]
+            expected = [sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, length)) for t in range(PROMPT, length)]
+        assert row[:PROMPT] == [0.0] * PROMPT
+        assert row[PROMPT:] == pytest.approx(expected, rel=1e-4, abs=1e-4)

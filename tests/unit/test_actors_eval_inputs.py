@@ -21,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, PromptResult
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.tracker import read_metrics
-from rlhf.types import GroupScores, Prompt, RewardError, RolloutInfo
+from rlhf.types import GroupScores, Prompt, RewardError, RolloutInfo, StepReward
 
 RUN = """\
 run: {name: demo, seed: 7}
@@ -179,7 +179,7 @@ def test_a_stage_counts_what_failed_as_a_run_does(
                 min_version=0,
                 max_version=0,
                 mean_logprob=0.0,
-                environment_reward=1.0 if error is None else None,
+                environment_rewards=(StepReward(end=1, value=1.0),) if error is None else None,
                 environment_error=error,
             )
             for sample, error in enumerate(errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from actors.spool import group_path, read_group, write_group
 from rlhf.controller.answers import request_for
-from rlhf.types import Prompt, RolloutInfo, Rollouts, Sampling
+from rlhf.types import Prompt, RolloutInfo, Rollouts, Sampling, StepReward
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
@@ -66,3 +67,12 @@ def test_a_group_whose_tokens_are_lost_is_drawn_again(tmp_path: Path, caplog: py
     path.write_bytes(path.read_bytes()[:header].ljust(path.stat().st_size, b"\0"))
     assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
     assert str(path) in caplog.text
+
+
+def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
+    info = replace(INFO, environment_rewards=(StepReward(end=1, value=0.5),))
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (info,))
+    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert found is not None
+    assert repr(found[1]) == repr((info,))  # by which a ledger knows its scores
+    assert found[1][0].environment_reward == 0.5

@@ -166,6 +166,9 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
     assert whole.score is not None
     first, last = (1 / (1 + math.exp(-score)) for score in (cut.score, whole.score))
     assert [one.score, other.score] == pytest.approx([first * last, first], rel=1e-5)
+    credited = ["rewards={taste: {role: reward, credit: step}}", "reward.steps={separator: c}"]
+    (one, other) = rlhf.reward(config, file, [*how[:2], *credited]).rows
+    assert [one.score, other.score] == pytest.approx([first + last, first], rel=1e-5)
 
 
 async def test_the_server(config: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.cli import main
 
 ONLINE = """\
@@ -260,6 +261,37 @@ RELATIONS = {
         ["algorithm={name: remax}", "rewards.correct.normalize=group"],
         "rewards.correct.normalize: is group, but algorithm remax compares with the score of a greedy response alone",
     ),
+    "a service says nothing of steps": (
+        ["rewards.taste={url: 'http://h/', credit: step}"],
+        "rewards.taste: `credit: step` needs a function of your own, `role: reward` or `environment: true`",
+    ),
+    "a built-in says nothing of steps": (
+        ["rewards.correct.credit=step"],
+        "rewards.correct: `credit: step` needs a function of your own",
+    ),
+    "steps are no responses to be normalised": (
+        ["rewards.taste={function: 'f.py:g', credit: step, normalize: group}"],
+        "rewards.taste: `normalize: group` compares whole responses, and `credit: step` is of their steps",
+    ),
+    "a reward model has steps to be credited": (
+        [*REWARD_MODEL, "rewards.taste.credit=step"],
+        "rewards.taste.credit: is step, but reward.steps is null: set reward.steps.separator to what ends",
+    ),
+    "a baseline of whole responses has no steps": (
+        [
+            "algorithm={name: reinforce_plus_plus, group_baseline: true}",
+            "rewards={f: {function: 'f.py:g', credit: step}}",
+        ],
+        "algorithm.group_baseline: is true, which compares whole responses, but rewards.f.credit is step",
+    ),
+    "rewards that are compared one by one have no steps": (
+        ["algorithm={name: gdpo}", "rewards={f: {function: 'f.py:g', credit: step}, h: {function: math_answer}}"],
+        "rewards.f.credit: is step, but algorithm gdpo weighs a response as a whole; use ppo, grpo or response",
+    ),
+    "a penalty on whole responses is not compared with steps": (
+        ["algorithm={name: grpo, kl: {coef: 0.1, place: reward}}", "rewards={f: {function: 'f.py:g', credit: step}}"],
+        "algorithm.kl.place: is reward, a penalty on whole responses, but rewards.f.credit is step; set it to loss",
+    ),
     "secrets stay out of a judge's request": (
         ["rewards.taste={url: 'http://h/v1', judge: {model: m, request: {api_key: x}}}"],
         "rewards.taste.judge.request.api_key: looks like a secret",
@@ -420,3 +452,24 @@ def test_beside_an_engine_zero_3_takes_no_adapter(tmp_path: Path, capsys: pytest
     beside = "cluster.roles.rollout.colocate_with=policy"
     message = refusal(tmp_path, capsys, ONLINE, [CUDA, LORA, beside, "cluster.roles.policy.zero_stage=3"])
     assert "cluster.roles.policy.zero_stage: is 3, but an engine takes turns" in message
+
+
+BY_STEP = "rewards={f: {function: 'f.py:g', credit: step}}"
+WITHOUT_STEPS = ("gmpo", "vespo", "rloo", "opo", "gpg", "pass_at_k", "remax", "raft", "online_dpo")
+
+
+@pytest.mark.parametrize("name", [name for name in (*ONLINE_ALGORITHMS, "online_dpo") if name != "gdpo"])
+def test_an_algorithm_takes_steps_or_refuses_them(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"pass_at_k": ", k: 2"}.get(name, "")
+    overrides = [f"algorithm={{name: {name}{keys}}}", BY_STEP, "train.sequences_per_update=8"]
+    if name in WITHOUT_STEPS:
+        message = (
+            f"rewards.f.credit: is step, but algorithm {name} weighs a response as a whole; use ppo, grpo or response"
+        )
+        assert message in refusal(tmp_path, capsys, ONLINE, overrides)
+        return
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), *overrides]) == 0

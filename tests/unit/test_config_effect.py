@@ -83,6 +83,10 @@ INERT = {
     "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "reward.steps.combine=mean": (
+        ["rewards={taste: {role: reward, credit: step}}", "reward={model: a/b, steps: {separator: ';'}}"],
+        "rewards.taste.credit is step: nothing is combined; remove it, or set that to response",
+    ),
     "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "rewards.correct.token_env=T": ([], "rewards.correct.url is null: it is no service"),
     "rewards.correct.judge.model=m": ([], "rewards.correct.url is null: it is no service"),

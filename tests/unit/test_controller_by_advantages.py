@@ -16,13 +16,14 @@ from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import rollout_metrics
+from rlhf.controller.training_scores import is_flat
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.metrics import merge, results
 from rlhf.tracking.progress import open_progress
 from rlhf.tracking.reductions import Mean
 from rlhf.tracking.run_folder import RunFolder
 from rlhf.tracking.timeline import Timeline
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo, StepReward
 
 
 class Policy:
@@ -96,7 +97,15 @@ def groups(*scores: Sequence[float], greedy: Sequence[float] | None = None) -> l
 class Run:
     """A run's learning with its roles, in a folder."""
 
-    def __init__(self, folder: RunFolder, algorithm: Mapping[str, Any], *, per_update: int, **rollouts: Any) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        algorithm: Mapping[str, Any],
+        *,
+        per_update: int,
+        rewards: Mapping[str, Any] | None = None,
+        **rollouts: Any,
+    ) -> None:
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
@@ -104,7 +113,7 @@ class Run:
                 "algorithm": algorithm,
                 "data": {"train": "x.jsonl"},
                 "rollouts": {"prompts_per_step": 3, "samples_per_prompt": 4, **rollouts},
-                "rewards": {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
+                "rewards": rewards or {"right": {"function": "f"}, "short": {"function": "f", "weight": 0.5}},
                 "train": {"steps": 10, "lr": 1.0, "sequences_per_update": per_update, "epochs_per_batch": 2},
             }
         )
@@ -243,3 +252,88 @@ def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) 
     other.learn(groups(FIRST, SECOND, FLAT))
     assert other.policy.plan is not None
     assert other.policy.plan.entropy_coef == pytest.approx(0.015)
+
+
+BY_STEP = {
+    "right": {"function": "f"},
+    "sound": {"function": "f.py:g", "credit": "step", "weight": 0.5, "gate": "parses"},
+    "parses": {"function": "f", "weight": 0.0},
+}
+
+
+def in_steps(scored: ScoredGroup, *values: Sequence[float], parses: Sequence[float]) -> ScoredGroup:
+    """The group with steps beside what it scored, which end at the tokens 3, 4, ..."""
+    told = tuple(tuple(StepReward(end=3 + n, value=v) for n, v in enumerate(one)) for one in values)
+    right = scored.scores.scores
+    by_name = {"right": right, "sound": tuple(map(sum, values)), "parses": tuple(parses)}
+    total = tuple(r + 0.5 * p * sum(one) for r, p, one in zip(right, parses, values, strict=True))
+    return replace(scored, scores=GroupScores(scores=total, by_name=by_name, errors=(), steps={"sound": told}))
+
+
+def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> None:
+    """Behind their gates the first group's are 1, 0 | 1, 1 | 0 (its gate is 0) | 3, whose mean is 1: 0, -1 | 0, 0 | -1
+    | 2, over the deviation sqrt(6 / 5), times the weight. The rest of the score is compared by itself. To the second
+    group the reward does not apply."""
+    run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
+    first, second, flat = groups(FIRST, SECOND, FLAT)
+    second = replace(second, scores=GroupScores(scores=SECOND, by_name={"right": SECOND}, errors=()))
+    first = in_steps(first, (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
+    flat = in_steps(flat, (2.0,), (), (2.0, 2.0), (2.0,), parses=(1.0, 1.0, 1.0, 1.0))
+    signals = run.learn([first, second, flat])
+    assert run.policy.plan is not None
+    steps = run.policy.plan.steps
+    unit = 0.5 / (6 / 5) ** 0.5
+    expected = {
+        0: (0.0, -unit),
+        1: (0.0, 0.0),
+        2: (-unit,),
+        3: (2 * unit,),
+        8: (0.0,),
+        9: (),
+        10: (0.0, 0.0),
+        11: (0.0,),
+    }
+    assert set(steps) == set(expected)
+    for sequence_id, values in expected.items():
+        assert [step.end for step in steps[sequence_id]] == [3 + n for n in range(len(values))]
+        assert [step.value for step in steps[sequence_id]] == pytest.approx(values, abs=1e-5)
+    assert [run.policy.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
+    std = (5 / 3) ** 0.5
+    assert [signals.advantages[i] for i in range(4)] == pytest.approx([(s - 1.5) / std for s in FIRST], rel=1e-5)
+    assert [signals.advantages[i] for i in range(8, 12)] == pytest.approx([0.0] * 4, abs=1e-6)
+    assert first.scores.scores[0] == 0.5  # what is reported has the steps
+
+
+def test_kept_responses_steps_are_compared_with_each_other(folder: RunFolder) -> None:
+    """Of the scores 0.5, 4, 1, 3.5 the best two are kept, with the steps 1, 1 | 3: mean 5/3."""
+    algorithm, keep = {"name": "dr_grpo"}, {"count": 2, "by": "best"}
+    run = Run(folder, algorithm, per_update=2, rewards=BY_STEP, keep_per_prompt=keep)
+    first = in_steps(groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
+    run.learn([first])
+    assert run.policy.plan is not None
+    found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
+    assert found == {1: pytest.approx([-1 / 3, -1 / 3]), 3: pytest.approx([2 / 3])}
+
+
+def test_rewards_to_come_get_the_steps_as_they_are(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "reinforce", "kl": {"coef": 0.0}}, per_update=12, rewards=BY_STEP)
+    first = in_steps(groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 2.0, 0.0, 1.0))
+    run.learn([first])
+    assert run.policy.plan is not None
+    found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
+    assert found == {0: [0.5, 0.0], 1: [1.0, 1.0], 2: [0.0], 3: [1.5]}
+    assert run.policy.advantages is None
+    assert [run.policy.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
+
+
+def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
+    """Equal scores with other steps teach; with a gate that is 0, or a weight that is, they do not."""
+    run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
+    (one,) = groups((0.0, 0.0))
+    told = ((1.0, 0.0), (0.5, 0.5))
+    found = [in_steps(one, *told, parses=(1.0, 1.0)), in_steps(one, *told, parses=(0.0, 0.0))]
+    assert found[0].scores.scores == (0.5, 0.5)
+    rewards = run.learning.config.rewards
+    assert [is_flat(scored.scores, rewards) for scored in found] == [False, True]
+    silent = {**rewards, "sound": rewards["sound"].model_copy(update={"weight": 0.0})}
+    assert is_flat(found[0].scores, silent)

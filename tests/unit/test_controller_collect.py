@@ -22,7 +22,7 @@ from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.identity import request_identity
 from rlhf.tracking.metrics import merge, results
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
+from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
 Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # in which requests are answered
@@ -376,3 +376,25 @@ def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) 
     run.scores = lambda _: FAILED
     run.collect(5)  # 4, 6 and then 1, 2: (0.5 + 0) / 2 is within the band, 0 after some more groups is not
     assert run.row["data/within_band/fraction"] == 5 / 8
+
+
+def test_groups_of_one_score_teach_by_their_steps(tmp_path: Path) -> None:
+    """All score 1 by two steps; those of odd prompts are worth the same."""
+    run = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
+    credited = {"r": {"function": "f.py:g", "credit": "step"}}
+    run.collector.config = Config.model_validate({**run.collector.config.model_dump(), "rewards": credited})
+
+    async def score(group: CompletedGroup) -> GroupScores:
+        first = 0.5 if group.request.prompt.prompt_id % 2 else 0.25
+        steps = (StepReward(end=2, value=first), StepReward(end=3, value=1.0 - first))
+        return GroupScores(scores=(1.0, 1.0), by_name={"r": (1.0, 1.0)}, errors=(), steps={"r": (steps, steps)})
+
+    run.score = score  # type: ignore[method-assign]
+    run.answers.reward = run  # type: ignore[assignment]
+    assert run.trained() == [0, 2, 4, 6]
+    again = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
+    again.collector.config = run.collector.config
+    again.score = None  # type: ignore[assignment, method-assign]
+    found = again.collect().groups  # by what was written down
+    assert [scored.group.request.prompt.prompt_id for scored in found] == [0, 2, 4, 6]
+    assert found[0].scores.steps["r"][1] == (StepReward(end=2, value=0.25), StepReward(end=3, value=0.75))

@@ -22,6 +22,8 @@ from rlhf.objectives.advantages import (
     leave_one_out,
     length_weighted_centered,
     reward_to_go,
+    steps_centered,
+    steps_normalized,
     uneven_group_scale,
     whiten,
 )
@@ -190,3 +192,27 @@ def test_what_has_no_baseline_is_refused(estimator: Callable[..., Tensor]) -> No
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"finite scores: those at \[1\]"):
             estimator(column(1, bad), group_size=2)
+
+
+def test_process_supervision_of_a_group() -> None:
+    """Steps worth 1 and 0 of the first response, 1 and 1 of the second: mean 3/4, variance 3/4 / 3 = 1/4, so 1/2, -3/2
+    and twice 1/2. The first has 5 sampled tokens behind 2 of the prompt, and its steps end at the second and the last
+    of them; the second has 4 with one that it was told behind the first, and its steps end at the first and the third.
+    """
+    terms = steps_normalized(column(1.0, 0.0, 1.0, 1.0), eps=0.0)
+    torch.testing.assert_close(terms, column(0.5, -1.5, 0.5, 0.5))
+    torch.testing.assert_close(steps_centered(column(1.0, 0.0, 1.0, 1.0)), column(0.25, -0.75, 0.25, 0.25))
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1]).bool()
+    rewards = torch.zeros(13, dtype=terms.dtype)
+    rewards[[3, 6, 8, 11]] = terms
+    found = reward_to_go(rewards, mask, torch.tensor([7, 6]), gamma=1.0)
+    expected = column(0, 0, -1.0, -1.0, -1.5, -1.5, -1.5, 0, 1.0, 0, 0.5, 0.5, 0.0)
+    torch.testing.assert_close(found, expected.to(found.dtype))
+
+
+def test_one_step_a_response_is_a_score_and_one_step_alone_has_nothing_to_be_compared_with() -> None:
+    scores = column(3.0, 1.0, 4.0, 1.5)
+    assert torch.equal(steps_normalized(scores, eps=1e-6), group_normalized(scores, group_size=4, eps=1e-6))
+    assert torch.equal(steps_centered(scores), group_centered(scores, group_size=4))
+    for values in (column(2.0), column()):
+        assert steps_normalized(values, eps=1e-6).tolist() == steps_centered(values).tolist() == [0.0] * len(values)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated, token_rewards
+from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated, step_rewards, token_rewards
 
 MASK, LENGTHS = torch.tensor([False, True, True, False, False, True]), torch.tensor([4, 2])
 
@@ -36,3 +36,10 @@ def test_truncated_scores() -> None:
     scores, truncated = torch.tensor([1.0, 0.5, -0.5]), torch.tensor([True, False, True])
     assert scale_truncated(scores, truncated, factor=0.5).tolist() == [0.5, 0.5, -0.25]
     assert replace_truncated(scores, truncated, value=-1.0).tolist() == [-1.0, 0.5, -1.0]
+
+
+def test_a_step_is_rewarded_where_it_ends() -> None:
+    found = step_rewards(torch.tensor([5, 1, 5]), torch.tensor([1.0, -2.0, 0.5]), MASK)
+    assert found.tolist() == [0.0, -2.0, 0.0, 0.0, 0.0, 1.5]
+    with pytest.raises(ValueError, match=r"steps end at \[3\], where no token was sampled"):
+        step_rewards(torch.tensor([3]), torch.tensor([1.0]), MASK)

@@ -291,3 +291,24 @@ def test_processes_end_with_their_parent(name: str) -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, f"reward process {pid} is still there 3 s after its parent"
         time.sleep(0.02)
+
+
+def test_steps_of_functions_and_what_is_none() -> None:
+    sources = [source(f"steps.py:{name}") for name in ("digits", "lines_of_group", "returns")]
+    with RewardPool(sources, timeout_s=5.0) as pool:
+        one = pool.score(0, "p", ["a1b2", "", "x"], {}, by_step=True)
+        assert one.scores == (3.0, 0.0, 0.0)
+        assert [[(step.end, step.value) for step in steps] for steps in one.steps] == [[(2, 1.0), (4, 2.0)], [], []]
+        two = pool.score(1, "p", ["ab\nc"], {}, by_step=True)
+        assert [(step.end, step.value) for step in two.steps[0]] == [(3, 3.0), (4, 1.0)]
+        for value, message in (
+            (1.0, "returned 1.0 of type float where a list of (end, value), one a step, is expected"),
+            ([(1, "x")], "returned 'x' of type str where a float is expected"),
+            ([(1, float("nan"))], "returned nan"),
+            ([(3, 1.0)], "returned a step that ends at 3 of a response of 2 characters"),
+            ([(-1, 1.0)], "returned a step that ends at -1 of a response of 2 characters"),
+            ([(0.5, 1.0)], "returned a step that ends at 0.5 of a response of 2 characters"),
+        ):
+            (failure,) = pool.score(2, "p", ["ab"], {"value": value}, by_step=True).failures
+            assert (failure.kind, failure.message) == ("not_a_number", message)
+        assert pool.score(0, "p", ["1"], {}).failures[0].kind == "not_a_number"  # steps where a number is asked for

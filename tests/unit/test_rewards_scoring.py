@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe, fingerprint
-from rlhf.types import Prompt, RewardError
+from rlhf.types import Prompt, RewardError, StepReward
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
 PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", "unused": 1})
@@ -107,3 +107,35 @@ def test_a_cut_response_gets_what_the_configuration_says() -> None:
     assert scores.by_name == {"taste": (-2.0, 4.0), "other": (1.0, 1.0)}
     assert scores.scores == (0.0, 3.0)  # 0.5 * -2 + 1 and 0.5 * 4 + 1
     assert fingerprint([cut], model="") != fingerprint([spec("taste", None, 0.5)], model="")
+
+
+def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
+    """`1x2` is the tokens 4 to 6 and an end at 7; the second response, `3`, was cut and is token 2 of its sequence."""
+    digits = RewardSpec(
+        name="digits",
+        weight=2.0,
+        function=load_reward("steps.py:digits", args={}, folders=[FILES], key="digits"),
+        by_step=True,
+        truncated_score=-1.0,
+    )
+    sound = RewardSpec(name="sound", weight=1.0, function=None, by_step=True)
+    told = [(StepReward(end=5, value=0.5), StepReward(end=7, value=0.25)), ()]
+    with RewardSet([digits, sound, spec("taste", None)], timeout_s=5.0) as rewards:
+        columns = {"truncated": [False, True], "model_scores": {"taste": [1.0, 1.0]}, "model_steps": {"sound": told}}
+        scores = rewards.score(PROMPT, ["1x2", "3"], places=[(4, 4, 5, 7), (2, 2)], **columns)  # type: ignore[arg-type]
+        unplaced = rewards.score(PROMPT, ["1x2", "3"], **columns)  # type: ignore[arg-type]
+        broken = {**columns, "model_steps": {"sound": [(StepReward(end=1, value=float("nan")),), ()]}}
+        failed = rewards.score(PROMPT, ["1x2", "3"], places=[(4, 4, 5, 7), (2, 2)], **broken)  # type: ignore[arg-type]
+    assert scores.by_name == {"digits": (3.0, -1.0), "sound": (0.75, 0.0), "taste": (1.0, 1.0)}
+    assert scores.scores == (7.75, -1.0)
+    assert scores.steps == {
+        "digits": (
+            (StepReward(end=4, value=1.0), StepReward(end=7, value=2.0)),
+            (StepReward(end=2, value=-1.0),),  # as a whole
+        ),
+        "sound": tuple(told),
+    }
+    assert (unplaced.scores, unplaced.by_name, unplaced.steps) == (scores.scores, scores.by_name, {})
+    assert (failed.scores, failed.steps, failed.errors[0].message) == ((), {}, "the reward model gave nan")
+    plain = RewardSpec(name="sound", weight=1.0, function=None)
+    assert fingerprint([sound], model="") != fingerprint([plain], model="")

@@ -101,7 +101,7 @@ def test_turns_alternate_until_the_environment_is_done() -> None:
     (played,) = play(request(secret=7), script)
     assert said(played) == ["3<|eos|>", "higher", "9<|eos|>", "lower", "7<|eos|>"]
     assert [isinstance(span, Sampled) for span in played.spans] == [True, False, True, False, True]
-    assert (played.reward, played.finish_reason, played.error) == (1.0, "stop", None)
+    assert (played.rewards, played.finish_reason, played.error) == ((0.0, 0.0, 1.0), "stop", None)
     seed = request().seeds[0]
     assert [one[1] for one in script.asked] == [seed, turn_seed(seed, 1), turn_seed(seed, 2)]
     assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is drawn after all that was said
@@ -110,7 +110,7 @@ def test_turns_alternate_until_the_environment_is_done() -> None:
 def test_a_limit_of_turns_cuts_without_a_reward_for_the_end() -> None:
     (played,) = play(request(secret=7), Script("1"), spec(max_turns=2))
     assert said(played) == ["1<|eos|>", "higher", "1<|eos|>"]
-    assert (played.reward, played.finish_reason) == (0.0, "length")
+    assert (played.rewards, played.finish_reason) == ((0.0, 0.0), "length")
 
 
 def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
@@ -148,7 +148,7 @@ def test_a_slow_environment_stalls_itself_alone() -> None:
 
         async def one(name: str, sleep_s: float) -> None:
             played = await conversations.play(request(samples=2, text="{observation}", sleep_s=sleep_s), SAMPLING)
-            assert [(group.reward, group.finish_reason) for group in played] == [(1.0, "stop")] * 2
+            assert [(sum(group.rewards or ()), group.finish_reason) for group in played] == [(1.0, "stop")] * 2
             through.append(name)
 
         try:
@@ -176,7 +176,7 @@ def test_a_failure_is_that_conversations_error(mood: str, kind: str, message: st
     asked = request(text="{observation}", mood=mood)
     (played,) = play(asked, Script("x"), spec(source=moody(), step_timeout_s=1.0))
     assert played.error is not None
-    assert (played.error.kind, played.error.prompt_id, played.reward) == (kind, 3, None)
+    assert (played.error.kind, played.error.prompt_id, played.rewards) == (kind, 3, None)
     assert message in played.error.message
 
 
@@ -212,7 +212,7 @@ def test_tools_are_called_and_wrong_calls_are_told() -> None:
         "error: there is no tool 'multiply'; there is calculate",
         "42",
     ]
-    assert (played.reward, played.finish_reason) == (1.0, "stop")
+    assert (played.rewards, played.finish_reason) == ((0.0, 0.0, 0.0, 1.0), "stop")
 
 
 def in_host(source: Source, work: Callable[[EnvironmentHost], Awaitable[T]], *, step_timeout_s: float = 5.0) -> T:

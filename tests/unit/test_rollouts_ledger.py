@@ -5,9 +5,14 @@ from pathlib import Path
 import pytest
 
 from rlhf.rollouts.ledger import ScoreLedger
-from rlhf.types import GroupScores, RewardError
+from rlhf.types import GroupScores, RewardError, StepReward
 
-SCORES = GroupScores(scores=(1.0, 0.5), by_name={"a": (1.0, 0.5)}, errors=())
+SCORES = GroupScores(
+    scores=(1.0, 0.5),
+    by_name={"a": (1.0, 0.5)},
+    errors=(),
+    steps={"a": ((StepReward(end=3, value=0.75), StepReward(end=9, value=0.25)), (StepReward(end=4, value=0.5),))},
+)
 FAILED = GroupScores(
     scores=(),
     by_name={},

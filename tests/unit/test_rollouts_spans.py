@@ -9,7 +9,7 @@ from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.spans import Played, Sampled, Told, assemble, pieces
 from rlhf.rollouts.texts import response_texts, turns_of
-from rlhf.types import Prompt, RewardError
+from rlhf.types import Prompt, RewardError, StepReward
 from rlhf.workers.ragged import shared_prompts, slices
 
 PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
@@ -27,9 +27,9 @@ TWO_TURNS = Played(
     prompt_token_ids=(63, 63),
     spans=(sampled(65, 257), Told(token_ids=(33, 33, 33)), sampled(66, version=4)),
     finish_reason="stop",
-    reward=1.5,
+    rewards=(0.5, 1.0),
 )
-ONE_TURN = Played(prompt_token_ids=(63, 63), spans=(sampled(67),), finish_reason="length", reward=0.0)
+ONE_TURN = Played(prompt_token_ids=(63, 63), spans=(sampled(67),), finish_reason="length", rewards=(0.0,))
 
 
 def test_columns_and_scalars_of_a_group() -> None:
@@ -44,6 +44,7 @@ def test_columns_and_scalars_of_a_group() -> None:
     assert (two.num_tokens, two.num_own_tokens) == (8, 6)
     assert (two.min_version, two.max_version) == (3, 4)
     assert two.mean_logprob == pytest.approx(-2.0 / 3)
+    assert two.environment_rewards == (StepReward(end=3, value=0.5), StepReward(end=7, value=1.0))
     assert (two.environment_reward, two.finish_reason) == (1.5, "stop")
     assert (one.num_turns, one.num_environment_tokens, one.finish_reason) == (1, 0, "length")
 

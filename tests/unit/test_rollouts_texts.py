@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.texts import step_ends, token_texts
+from rlhf.rollouts.texts import character_ends, response_texts, step_ends, token_texts
+from rlhf.types import Rollouts
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
 
@@ -60,3 +61,39 @@ def test_steps_end_where_a_separator_does(tokenizer: Any, response: str, separat
     begun = [0, *found]
     texts = [tokenizer.decode(sampled[a:b], skip_special_tokens=False) for a, b in zip(begun, found, strict=False)]
     assert texts == steps
+
+
+def conversations(*rows: list[tuple[bool, list[int]]]) -> Rollouts:
+    """Sequences of spans: whether they were sampled, and their tokens."""
+    ids = [id for row in rows for _, span in row for id in span]
+    return Rollouts(
+        sequence_ids=torch.arange(len(rows)),
+        lengths=torch.tensor([sum(len(span) for _, span in row) for row in rows]),
+        token_ids=torch.tensor(ids),
+        response_mask=torch.tensor([sampled for row in rows for sampled, span in row for _ in span]),
+        rollout_logprobs=torch.zeros(len(ids)),
+        versions=torch.zeros(len(ids), dtype=torch.int64),
+    )
+
+
+def test_characters_end_with_their_tokens(tokenizer: Any) -> None:
+    """`aü` and the end of the turn, then `b` behind three tokens of the environment: `aü`, line break, `b`. ü is the
+    tokens 3 and 4; the line break is the first turn's, and the whole ends with the special token at 10."""
+    rollouts = conversations(
+        [(False, [63, 63]), (True, [*"aü".encode(), 257]), (False, [1, 2, 3]), (True, [98, 257])],
+        [(False, [63]), (True, [257])],
+        [(False, [63]), (True, list(b"cut"))],
+    )
+    assert response_texts(rollouts, tokenizer) == ["aü\nb", "", "cut"]
+    assert character_ends(rollouts, tokenizer) == [(2, 2, 4, 5, 10), (1,), (1, 1, 2, 3)]
+
+
+def test_every_character_of_any_response_has_an_end(tokenizer: Any) -> None:
+    draw = random.Random(1)
+    for _ in range(50):
+        spans = [(index % 2 == 1, [draw.randrange(320) for _ in range(draw.randrange(1, 60))]) for index in range(4)]
+        rollouts = conversations(spans)
+        (text,), (ends,) = response_texts(rollouts, tokenizer), character_ends(rollouts, tokenizer)
+        assert len(ends) == len(text) + 1
+        assert list(ends) == sorted(ends)
+        assert bool(rollouts.response_mask[list(ends)].all())

@@ -19,7 +19,7 @@ from rlhf.rewards.scoring import RewardSpec
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.spans import Played, Sampled, Told, assemble
 from rlhf.tracking.samples import samples_path
-from rlhf.types import GroupScores, Prompt, RewardError, TokenSignals
+from rlhf.types import GroupScores, Prompt, RewardError, StepReward, TokenSignals
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -39,9 +39,9 @@ GROUP = assemble(
             prompt_token_ids=tuple(b"go"),
             spans=(sampled("3"), Told(token_ids=tuple(b"not 7")), sampled("it is 7")),
             finish_reason="stop",
-            reward=1.0,
+            rewards=(0.25, 0.75),
         ),
-        Played(prompt_token_ids=tuple(b"go"), spans=(sampled("7 or 8"),), finish_reason="length", reward=0.25),
+        Played(prompt_token_ids=tuple(b"go"), spans=(sampled("7 or 8"),), finish_reason="length", rewards=(0.25,)),
     ],
 )
 
@@ -74,7 +74,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
 
 def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> None:
     """2 * 1 + 1, and 2 * -1 + 0 for the one that was cut, whose last number is 8. What was told is no answer."""
-    scores = worker.score(PROMPT, GROUP[0], (False, True), {}, (1.0, 0.25))
+    scores = worker.score(PROMPT, GROUP[0], (False, True), {}, [info.environment_rewards for info in GROUP[1]])
     assert scores.by_name == {"won": (1.0, -1.0), "last": (1.0, 0.0)}
     assert scores.scores == (3.0, -2.0)
 
@@ -147,8 +147,33 @@ def test_metrics_count_turns_and_what_was_told() -> None:
 
 def test_failures_are_counted_by_kind_and_single_turns_have_none() -> None:
     error = RewardError(reward="environment", kind="timeout", message="m", prompt_id=2, sample=0)
-    failed = dataclasses.replace(GROUP[1][0], environment_reward=None, environment_error=error)
+    failed = dataclasses.replace(GROUP[1][0], environment_rewards=None, environment_error=error)
     found = {name: value.result() for name, value in environment_failures([failed, GROUP[1][1]]).items()}
     assert found == {"rollouts/environment_errors/total": 1.0, "rollouts/environment_timeouts/total": 1.0}
-    plain = dataclasses.replace(GROUP[1][0], environment_reward=None)
+    plain = dataclasses.replace(GROUP[1][0], environment_rewards=None)
     assert environment_failures([plain]) == {}
+
+
+def test_turns_are_credited_with_what_they_earned_and_samples_show_where(worker: RewardWorker, tmp_path: Path) -> None:
+    """The turns of the first conversation end at 2 and 14 of its sequence, that of the second at 7; the prompt is 2."""
+    won = RewardSpec(name="won", weight=2.0, function=None, from_environment=True, by_step=True)
+    settings = dataclasses.replace(worker.settings, specs=(won,))
+    other = RewardWorker(settings, worker.place)
+    other.start()
+    scores = other.score(PROMPT, GROUP[0], (False, True), {}, [info.environment_rewards for info in GROUP[1]])
+    assert (scores.scores, scores.by_name) == ((2.0, 0.5), {"won": (1.0, 0.25)})
+    turns = (StepReward(end=2, value=0.25), StepReward(end=14, value=0.75)), (StepReward(end=7, value=0.25),)
+    assert scores.steps == {"won": turns}
+    scored = ScoredGroup(
+        group=CompletedGroup(request=REQUEST, rollouts=None, infos=GROUP[1]),  # type: ignore[arg-type]
+        scores=scores,
+    )
+    found = {name: value.result() for name, value in rollout_metrics([scored], version=0).items()}
+    assert (found["rewards/won/steps/mean"], found["rewards/won/step/mean"]) == (1.5, pytest.approx(1.25 / 3))
+    (chosen,) = group_samples([scored], Signals(), split="train", most=None)
+    path = samples_path(tmp_path, 1)
+    other.write_samples(path, [chosen.records], GROUP[0])
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first["steps"] == {"won": [{"end": 0, "value": 0.25}, {"end": 12, "value": 0.75}]}
+    assert [first["tokens"]["texts"][step["end"]] for step in first["steps"]["won"]] == ["3", "7"]
+    assert second["steps"] == {"won": [{"end": 5, "value": 0.25}]}

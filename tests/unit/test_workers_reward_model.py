@@ -17,6 +17,7 @@ from rlhf.rewards.service import ServiceSpec
 from rlhf.types import Prompt, Rollouts
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward import RewardSettings, RewardWorker
+from rlhf.workers.reward_model import RewardModel
 from tests.unit.test_rewards_remote import served
 
 PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
@@ -127,3 +128,39 @@ def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_mod
     for combine, expected in (("min", right.min()), ("mean", right.mean()), ("product", right.prod())):
         steps = StepScores(combine=combine, separator=";")  # type: ignore[arg-type]
         assert scored([response], steps) == pytest.approx([expected.item()], rel=1e-5)
+
+
+def test_a_process_reward_model_gives_each_step_its_probability(tiny_model: Path, reward_model: Path) -> None:
+    """Those of a response, each at the token that ends the step, are what it says of the prefixes that end there."""
+    config = RewardModelConfig(model=str(reward_model), dtype="float32", steps=StepScores(separator=";"))
+    settings = RewardSettings(
+        specs=(
+            RewardSpec(name="sound", weight=1.0, function=None, by_step=True),
+            RewardSpec(name="least", weight=1.0, function=None),
+        ),
+        tokenizer=str(tiny_model),
+        trust_remote_code=False,
+        model=config,
+        timeout_s=5.0,
+        processes=1,
+        memory_gib=8.0,
+        max_tokens_per_microbatch=10,  # a response a pass
+    )
+    worker = RewardWorker(settings, PLACE)
+    worker.start()
+    try:
+        prompt = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={})
+        rollouts = group(worker.tokenizer, "ab", ["1;22;3", "4;"])
+        found = worker.score(prompt, rollouts, [True, False], {})
+        bare = RewardModel(config, torch.device("cpu"), max_tokens_per_microbatch=64)
+        prefixes = group(worker.tokenizer, "ab", ["1;", "1;22;", "1;22;3", "4;"])
+        logits = bare.scores(prefixes.token_ids, prefixes.lengths, None)
+    finally:
+        worker.stop()
+    first, second = found.steps["sound"]
+    assert [step.end for step in first] == [3, 6, 7]  # behind `ab`: `1;` to 3, `22;` to 6, what was cut to 7
+    assert [step.end for step in second] == [3]
+    values = [step.value for step in (*first, *second)]
+    assert values == pytest.approx(torch.tensor(logits).sigmoid().tolist(), rel=1e-5)
+    assert found.by_name["sound"] == pytest.approx((sum(values[:3]), values[3]))
+    assert found.by_name["least"] == pytest.approx((min(values[:3]), values[3]), rel=1e-5)
