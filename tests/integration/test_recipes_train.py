@@ -20,7 +20,8 @@ from rlhf.config.yaml_tree import read_tree
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "merge" not in read_tree(path).values]
+OTHERS = {"merge", "sweep"}  # of other commands
+RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if OTHERS.isdisjoint(read_tree(path).values)]
 
 ONLINE = {"prompts_per_step": 4, "max_new_tokens": 4}
 TRAIN = {"steps": 1, "sequences_per_update": 4, "checkpoint_every": 1}
@@ -57,6 +58,8 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         small["train"] = {**kept, **TRAIN}
     if "algorithm" in small:
         small["algorithm"] = {k: v for k, v in small["algorithm"].items() if k != "critic_warmup_steps"}
+        if "overlong" in small["algorithm"]:
+            small["algorithm"]["overlong"] = {**small["algorithm"]["overlong"], "buffer": 2}
     if "rollouts" in small:
         sets = small.get("algorithm", {}).get("k", 1)  # of responses: there must be more than one set in a group
         small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
