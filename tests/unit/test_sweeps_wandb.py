@@ -131,7 +131,7 @@ def test_a_run_that_is_not_told_to_wandb_is_refused(tmp_path: Path, capsys: pyte
 def test_the_calls_ask_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("wandb.login", lambda prompt: True)
-    monkeypatch.setattr("wandb.sweep", lambda made, project: asked.append((made["command"], project)) or "abc123")
+    monkeypatch.setattr("wandb.sweep", lambda made, **where: asked.append((made["command"], where)) or "abc123")
     monkeypatch.setattr("wandb.agent", lambda identity, count: asked.append((identity, count)))
     monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(default_entity="me"))
     file = write_sweep(tmp_path)
@@ -139,7 +139,8 @@ def test_the_calls_ask_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert identity == "me/rlhf/abc123"
     rlhf.run_wandb_agent(identity, count=3)
     words = ["sweep", str(file), "tracking.wandb=online", "--trial", "${args_no_hyphens}"]
-    assert asked == [(["${env}", "rlhf", *words], "rlhf"), (identity, 3)]
+    where = {"entity": None, "project": "rlhf"}
+    assert asked == [(["${env}", "rlhf", *words], where), (identity, 3)]
 
 
 @pytest.mark.parametrize(
