@@ -212,5 +212,9 @@ def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes
             scalar=name == "reward",
             widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
         )
+    if name == "reward":
+        vocab, each = sizes.of(config.policy.model).vocab, Measured.TOKENIZER_BYTES
+        how = f"measured: {vocab:,} * {each} bytes"
+        terms.append(Term(name="tokenizer", nbytes=vocab * each, how=how, place="host"))
     workers = getattr(config.cluster.roles, name).workers
     return Footprint(role=name, workers=workers, terms=with_process(terms, process=base, on_gpu=on_gpu), on_gpu=on_gpu)

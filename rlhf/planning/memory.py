@@ -37,6 +37,7 @@ class Measured:
     TRAINER_BYTES = int(0.60 * GIB)
     FORWARD_BYTES = int(0.56 * GIB)
     REWARD_BYTES = int(0.55 * GIB)
+    TOKENIZER_BYTES = 1450  # an entry of its vocabulary, in a reward worker; the other processes were measured with one
     ENGINE_BYTES = int(0.80 * GIB)
     HEAP = 1.26
 
