@@ -7,7 +7,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-import ray
+from ray._private.state import GlobalState
+from ray.exceptions import RayError
 
 from actors import standing
 from actors.standing import Standing, forget, leaving, losses
@@ -56,8 +57,11 @@ def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPa
     assert at("policy rank 0", "n1", 1).loss() == "node 127.0.0.1 cannot be reached"
 
 
-def test_a_head_that_cannot_be_asked_is_no_notice() -> None:
-    assert not ray.is_initialized()  # nor does a driver that joins by ray:// have what it takes to ask
+def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    not_joined = GlobalState()  # nor does a driver that joins by ray:// have what it takes to ask
+    monkeypatch.setattr("ray._private.state.state", not_joined)
+    with pytest.raises(RayError):
+        not_joined.get_draining_nodes()
     assert asyncio.run(leaving({"n1"})) is None
 
 
