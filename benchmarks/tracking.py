@@ -190,7 +190,8 @@ def main() -> None:
         steps = {
             "tiny model, GRPO": step_s(
                 *("quickstart_grpo.yaml", "tiny", folder),
-                *("stages.sft.train.steps=40", "stages.grpo.train.steps=5", "stages.grpo.data.eval=null"),
+                *("stages.sft.train.steps=40", "stages.grpo.train.steps=5", "stages.grpo.train.warmup_steps=1"),
+                "stages.grpo.data.eval=null",
             )
         }
         if (args.model / "config.json").exists():
