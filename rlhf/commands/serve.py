@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlhf.commands.shared import say
 
@@ -59,37 +58,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def serve(
-    model: str,
-    *,
-    name: str | None,
-    host: str,
-    port: int,
-    token_env: str | None,
-    engines: int,
-    tensor_parallel: int,
-    kv_cache_gib: int | None,
-    max_length: int | None,
-    deadline_s: float,
-    device: Literal["cpu", "cuda"],
-    trust_remote_code: bool,
-    ready: Callable[[str], None],
-) -> None:
-    """Serve a model until it is interrupted."""
+def serve(model: str, **options: Any) -> None:
+    """Serve a model until it is interrupted. The options are those of `actors.serve.serve`, which has no defaults."""
     from actors.serve import serve as serve_model
 
-    serve_model(
-        model,
-        name=name,
-        host=host,
-        port=port,
-        token_env=token_env,
-        engines=engines,
-        tensor_parallel=tensor_parallel,
-        kv_cache_gib=kv_cache_gib,
-        max_length=max_length,
-        deadline_s=deadline_s,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        ready=ready,
-    )
+    serve_model(model, **options)
