@@ -247,11 +247,17 @@ __all__ = ["Guessing", "Numbers"]
 
 
 @pytest.fixture(scope="module")
-def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def python() -> str:
+    """An interpreter that has verifiers, which cannot be installed beside us."""
+    found = os.environ.get(PYTHON)
+    if found is None:
+        pytest.skip(f"VERIFIERS NOT TESTED: {PYTHON} does not name an interpreter that has it")
+    return found
+
+
+@pytest.fixture(scope="module")
+def verifiers(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The server on each of the two environments."""
-    python = os.environ.get(PYTHON)
-    if python is None:
-        pytest.skip(f"{PYTHON} does not name an interpreter that has verifiers: nothing of verifiers is tested")
     folder = tmp_path_factory.mktemp("verifiers")
     (folder / "sums_env.py").write_text(SUMS)
     (folder / "guessing_env.py").write_text(GUESSING)
@@ -319,10 +325,7 @@ def test_verifiers_with_several_turns(verifiers: dict[str, str]) -> None:
         environment.step("boom")
 
 
-def test_an_environment_that_cannot_be_served_says_why() -> None:
-    python = os.environ.get(PYTHON)
-    if python is None:
-        pytest.skip(f"{PYTHON} does not name an interpreter that has verifiers: nothing of verifiers is tested")
+def test_an_environment_that_cannot_be_served_says_why(python: str) -> None:
     for arguments, said in (
         (["no-such-env"], "taskset 'no-such-env' not found"),
         (["no-such-env", "--config", '{"id": "user-sim"}'], "no-such-env has the agents assistant, user"),
