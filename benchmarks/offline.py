@@ -39,7 +39,7 @@ from training import DEADLINE_S, DTYPES, SEED, apart, measure_product, uneven_le
 
 LR, BETA = 1e-5, 0.1
 STEPS = {"bfloat16": 3, "float32": 10}  # the first warms up
-LONGEST, BUDGET = 512, 1024  # tokens of a sequence, and of one of our micro-batches
+LONGEST = 512  # tokens of a sequence
 PROMPT_SHARE = (0.2, 0.6)  # of a row's tokens
 SECOND = (0.5, 1.5)  # length of a rejected response over the chosen one's
 PAD = "<|endoftext|>"  # TRL scores the last token that is none: the usual one also ends a turn
@@ -60,13 +60,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a process is to measure. `trl_rows`: of a padded micro-batch; one of ours is packed within BUDGET."""
+    """What a process is to measure. `trl_rows`: of a padded micro-batch; one of ours is packed within `budget`."""
 
     model: str
     method: str
     dtype: str
     batches: tuple[tuple[Row, ...], ...] = field(repr=False)  # one a step
     trl_rows: int
+
+    @property
+    def budget(self) -> int:
+        """Tokens of one of our micro-batches: more take more memory, and are faster in bfloat16 alone. A pair fits."""
+        return LONGEST if (self.method, self.dtype) == ("sft", "float32") else 832
 
     @property
     def rows(self) -> list[Row]:
@@ -168,7 +173,7 @@ def ours(job: Job) -> Measured:
                 "steps": len(job.batches),
                 "lr": LR,
                 "sequences_per_update": len(job.batches[0]),
-                "max_tokens_per_microbatch": BUDGET,
+                "max_tokens_per_microbatch": job.budget,
             },
         }
     )

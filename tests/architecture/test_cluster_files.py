@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import ray
 import yaml
@@ -20,6 +21,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
+KUBERNETES_VERSION = "1.36"  # whose schemas the pods and the claim must follow, unknown keys refused
 BIN = Path(sys.executable).parent
 KUBERNETES = CLUSTER / "kubernetes"
 SCRIPT = CLUSTER / "slurm/train.sbatch"
@@ -150,6 +152,22 @@ def test_a_kubernetes_cluster_is_whole(name: str) -> None:
         assert claim == documents("storage.yaml")[0]["metadata"]["name"]
     gpus = workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert workers["rayStartParams"]["num-gpus"] == gpus
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml"])
+def test_pods_follow_the_schema_of_kubernetes(name: str) -> None:
+    spec = ray_cluster(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+        pod["spec"]["containers"][0]["resource"] = {}
+        with pytest.raises(kubernetes_validate.ValidationError, match="'resource' was unexpected"):
+            kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+
+
+def test_the_claim_follows_the_schema_of_kubernetes() -> None:
+    (claim,) = documents("storage.yaml")
+    kubernetes_validate.validate(claim, KUBERNETES_VERSION, strict=True)
 
 
 def test_a_kubernetes_job_resumes_and_cleans_up() -> None:
