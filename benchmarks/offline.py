@@ -70,8 +70,10 @@ class Job:
 
     @property
     def budget(self) -> int:
-        """Tokens of one of our micro-batches: more take more memory, and are faster in bfloat16 alone. A pair fits."""
-        return LONGEST if (self.method, self.dtype) == ("sft", "float32") else 832
+        """Tokens of one of our micro-batches, one pair at least. More take more memory, and are faster in bfloat16."""
+        if self.dtype == "bfloat16":
+            return 1024
+        return LONGEST if self.method == "sft" else 832
 
     @property
     def rows(self) -> list[Row]:

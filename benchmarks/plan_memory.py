@@ -6,8 +6,8 @@ Each case is two steps of a recipe, in a process of its own, one after the other
 not done again. The estimate is given the tokens of the run's micro-batches, since `rlhf plan` takes them as full. The
 constants of rlhf.planning.memory.Measured were set by the cases marked so; the others were not looked at for it.
 
---alone: no runs, but one training rank without Ray, on random sequences: the loader, the engine, the losses' forward
-pass and the allocator settings of a worker, two optimizer steps of two micro-batches. A tenth of the time.
+--alone: no runs, but training ranks without Ray, on random sequences: the loader, the engine, the losses' forward pass
+and the allocator settings of a worker, two optimizer steps of two micro-batches. A tenth of the time.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def compare(folder: Path) -> list[tuple[str, float, float]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alone:
-    """One rank, on micro-batches of 512 tokens."""
+    """Ranks with micro-batches of 512 tokens each."""
 
+    ranks: int = 1
     dtype: str = "bfloat16"
     zero_stage: int = 2
     lora_rank: int | None = None
@@ -127,7 +128,7 @@ class Alone:
 
     def overrides(self) -> list[str]:
         """Of the recipe for supervised training, which is what the plan is asked about."""
-        said = [f"policy.dtype={self.dtype}", f"cluster.roles.policy.zero_stage={self.zero_stage}"]
+        said = [f"policy.dtype={self.dtype}", *ranks(self.ranks, self.zero_stage)]
         said += ["policy.gradient_checkpointing=true"] * self.checkpointing
         return said + [f"policy.lora={{rank: {self.lora_rank}}}"] * (self.lora_rank is not None)
 
@@ -142,13 +143,15 @@ ALONE = {
     "bf16, checkpointing": Alone(checkpointing=True),
     "bf16, LoRA": Alone(lora_rank=16),
     "fp32, stage 0": Alone(dtype="float32", zero_stage=0),
+    "bf16, stage 3, two ranks": Alone(zero_stage=3, ranks=2),
     "fp32, stage 3": Alone(dtype="float32", zero_stage=3),
+    "fp32, stage 3, two ranks": Alone(dtype="float32", zero_stage=3, ranks=2),
     "fp32, policy's loss": Alone(dtype="float32", supervised=False),
 }
 
 
-def train_alone(case: Alone, model: str, results: Any) -> None:
-    """In a process of its own: its peak, GiB, goes into the queue."""
+def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> None:
+    """In a process of its own: the first rank's peak, GiB, goes into the queue."""
     import torch
 
     from rlhf.config.derive import adapter_options
@@ -160,12 +163,10 @@ def train_alone(case: Alone, model: str, results: Any) -> None:
     from rlhf.models.lora import add_lora
     from rlhf.models.packed import policy_logprobs, supervised_loss
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     cpu, dtype = torch.device("cpu"), getattr(torch, case.dtype)
-    here = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "master_addr": "127.0.0.1"}
-    init_distributed(**here, master_port=port, device=cpu, deadline_s=60.0)
+    torch.set_num_threads(max(1, torch.get_num_threads() // case.ranks))
+    here = {"rank": rank, "world_size": case.ranks, "local_rank": rank, "local_world_size": case.ranks}
+    init_distributed(**here, master_addr="127.0.0.1", master_port=port, device=cpu, deadline_s=60.0)
     from rlhf.engine.deepspeed import DeepSpeedEngine
 
     with shards_as_it_loads(zero_stage=case.zero_stage, dtype=dtype, offload_parameters=False):
@@ -194,7 +195,8 @@ def train_alone(case: Alone, model: str, results: Any) -> None:
                 loss = -1e-3 * engine.forward(policy_logprobs, token_ids, lengths, mask=mask)[0].sum()
             engine.backward(loss, last=last)
         engine.step()
-    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
+    if rank == 0:
+        results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
 
 
 def compare_alone(case: Alone) -> tuple[float, float]:
@@ -205,10 +207,16 @@ def compare_alone(case: Alone) -> tuple[float, float]:
     context = multiprocessing.get_context("spawn")
     os.environ.update(KEEPS_MEMORY)  # read by the C library when the child starts
     results = context.Queue()
-    child = context.Process(target=train_alone, args=(case, str(ROOT / run.policy.model), results))
-    child.start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = [(case, rank, port, str(ROOT / run.policy.model), results) for rank in range(case.ranks)]
+    children = [context.Process(target=train_alone, args=one) for one in where]
+    for child in children:
+        child.start()
     measured: float = results.get(timeout=DEADLINE_S)
-    child.join(timeout=60)
+    for child in children:
+        child.join(timeout=60)
     return (found.rss - found.of("shared")) / GIB, measured
 
 
@@ -217,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all if none is given")
     parser.add_argument("--runs", type=Path, default=Path("runs/plan_memory"))
-    parser.add_argument("--alone", action="store_true", help="one training rank without Ray")
+    parser.add_argument("--alone", action="store_true", help="training ranks without Ray")
     args = parser.parse_args()
     table = Table("case", "role", "estimated GiB", "measured GiB", "error", "calibrates")
     worst = 0.0

@@ -34,6 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Offload = frozenset[Literal["optimizer", "parameters"]]
 
+BUCKET_ELEMENTS = 5 * 10**7  # of gradients reduced at once, in copies, up to three of them
 _GATHER_BYTES = 256 * 2**20  # of ZeRO-3 parameters made whole at once
 _TAG = "deepspeed"  # folder of DeepSpeed's own files in a snapshot
 
@@ -99,8 +100,8 @@ class DeepSpeedEngine:
         zero: dict[str, Any] = {
             "stage": self._zero_stage,
             "overlap_comm": on_gpu,
-            "reduce_bucket_size": min(num_parameters, 5 * 10**8),  # elements; DeepSpeed allocates all of it
-            "allgather_bucket_size": min(num_parameters, 5 * 10**8),
+            "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),  # DeepSpeed allocates all of it
+            "allgather_bucket_size": min(num_parameters, BUCKET_ELEMENTS),
         }
         if on_gpu and "optimizer" in offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

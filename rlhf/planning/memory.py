@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them
 PREFILL_TOKENS = 8192  # as in actors.vllm_engine
-BUCKET_ELEMENTS = 5 * 10**8  # most of DeepSpeed's reduce bucket
+BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet let go, DeepSpeed's default
 
 Place = Literal["device", "host", "shared"]  # shared: in the process's resident set, once in its node's memory
@@ -133,10 +133,11 @@ def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, wid
 
 
 def training_terms(shape: Shape, t: Training) -> list[Term]:
-    """Of one rank: what it always holds, and the larger of its two peaks, with the work of the backward pass.
+    """Of one rank: what it always holds, and the largest of its peaks.
 
-    The first is where the backward pass begins: all activations, the head, the bucket for the gradients. The other is
-    where it ends: the bucket twice, since its gradients are reduced in a copy.
+    The first is where the backward pass begins: all activations, the head, the bucket for the gradients. The second is
+    where it ends: the bucket twice, since its gradients are reduced in a copy. Stage 3 has one in the optimizer step,
+    for which the gradients become one block; a heap has freed the activations by then, but no hole as large.
     """
     states = _states(t)
     bucket = _bucket(t)
@@ -149,7 +150,13 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
         last.append(Term(name="gradients in reduction", nbytes=size, how="as the bucket"))
         if t.trained > shape.embedding:
             last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how="vocabulary * hidden * 4 bytes"))
-    peak = max(first, last, key=lambda terms: sum(term.nbytes for term in terms))
+    step = [*bucket, *summed]
+    if t.zero_stage == 3 and "optimizer" not in t.offload:
+        block = Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=_product(t.trained, 4, t.ranks))
+        step.append(block)
+        if not t.on_gpu:
+            first.append(block)
+    peak = max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))
     return [*states, *peak]
 
 
@@ -168,12 +175,12 @@ def _states(t: Training) -> list[Term]:
         )
     ]
     optimizer: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    if b == 2 or t.zero_stage in (1, 2):
+    if sharded:
         terms.append(
             Term(name="master weights", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=optimizer)
         )
     terms.append(Term(name="Adam moments", nbytes=t.trained * 8 / by, how=_product(t.trained, 8, by), place=optimizer))
-    if t.zero_stage == 3:
+    if t.zero_stage == 3 and t.ranks > 1:
         live = min(t.trained + t.frozen, LIVE_PARAMETERS)
         terms.append(Term(name="weights gathered", nbytes=live * b, how=_product(live, b, 1)))
     return terms

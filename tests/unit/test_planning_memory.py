@@ -117,8 +117,10 @@ def test_activations_are_what_the_packed_forward_pass_saves(tmp_path: Path, dtyp
 
 def test_constants_of_the_code_that_is_modelled() -> None:
     from actors import vllm_engine
+    from rlhf.engine import deepspeed
     from rlhf.objectives import vocabulary_head
 
+    assert memory.BUCKET_ELEMENTS == deepspeed.BUCKET_ELEMENTS
     assert memory.CHUNK_ROWS == vocabulary_head.CHUNK_ROWS
     assert memory.CHUNKS_PER_PRODUCT == vocabulary_head.CHUNKS_PER_PRODUCT
     assert memory.PREFILL_TOKENS == vllm_engine.PREFILL_TOKENS
@@ -144,6 +146,11 @@ def test_states_of_one_rank_by_hand(tmp_path: Path) -> None:
     third = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 3}")
     assert term(third, "weights") == count * 2 / 4
     assert term(third, "weights gathered") == 10**9 * 2
+    assert term(third, "gradient bucket") == 5 * 10**7 * 2
+    alone = policy(tmp_path, "cluster.roles.policy={workers: 1, zero_stage: 3}", "policy.dtype=float32")
+    assert term(alone, "master weights") == count * 4  # DeepSpeed copies them in float32 too
+    assert term(alone, "weights gathered") == 0
+    assert term(alone, "gradients as a block") == count * 4
     plain = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}", "policy.dtype=float32")
     assert (term(plain, "master weights"), term(plain, "Adam moments")) == (0, count * 8)
 
