@@ -34,11 +34,11 @@ class Measured:
     the next ones exactly.
     """
 
-    TRAINER_BYTES = int(0.60 * GIB)
-    FORWARD_BYTES = int(0.56 * GIB)
-    REWARD_BYTES = int(0.55 * GIB)
+    TRAINER_BYTES = int(0.68 * GIB)
+    FORWARD_BYTES = int(0.64 * GIB)
+    REWARD_BYTES = int(0.61 * GIB)
     TOKENIZER_BYTES = 1450  # an entry of its vocabulary, in a reward worker; the other processes were measured with one
-    ENGINE_BYTES = int(0.80 * GIB)
+    ENGINE_BYTES = int(0.84 * GIB)
     HEAP = 1.26
 
 
