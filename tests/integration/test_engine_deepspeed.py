@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
-from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
@@ -88,8 +89,11 @@ def weights_of(engine: DeepSpeedEngine, dtype: torch.dtype = torch.float32) -> d
     return {name: weight.clone() for name, weight in engine.named_weights(dtype)}
 
 
-def train_and_publish(rank: int, world_size: int, *, stage: int, num_microbatches: int) -> dict[str, Tensor]:
-    engine = make_engine(stage)
+def train_and_publish(
+    rank: int, world_size: int, *, stage: int, num_microbatches: int, bucket: int
+) -> dict[str, Tensor]:
+    with mock.patch("rlhf.engine.deepspeed.BUCKET_ELEMENTS", bucket):
+        engine = make_engine(stage)
     train(engine, rank, world_size, steps=range(1, STEPS + 1), num_microbatches=num_microbatches)
     weights = weights_of(engine)
     engine.close()
@@ -162,11 +166,16 @@ def expected() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("num_microbatches", "bucket"),
+    [(1, BUCKET_ELEMENTS), (2, BUCKET_ELEMENTS), (2, 1000)],
+    ids=["one", "two", "two_in_buckets_below_a_layer"],
+)
 def test_equals_plain_adamw_on_the_whole_batch(
-    gang: Gang, stage: int, num_microbatches: int, expected: dict[str, Tensor]
+    gang: Gang, stage: int, num_microbatches: int, bucket: int, expected: dict[str, Tensor]
 ) -> None:
-    for weights in gang.run(train_and_publish, stage=stage, num_microbatches=num_microbatches):
+    assert bucket == BUCKET_ELEMENTS or max(map(torch.Tensor.numel, expected.values())) > bucket
+    for weights in gang.run(train_and_publish, stage=stage, num_microbatches=num_microbatches, bucket=bucket):
         assert weights.keys() == expected.keys()
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
 
