@@ -124,10 +124,10 @@ def several_hosts(count: int) -> Iterator[list[Host]]:
             (disks / folder).mkdir(parents=True)
         addresses = [f"{NETWORK}.{i + 1}" for i in range(count)]
         for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
-            _connect(name, address, bridge, f"rl{me}v{i}")
+            _connect(name, address, bridge, _link(me, i))
             _give_names(name, address, addresses)
         yield [
-            Host(name, address, f"rl{me}v{i}", disks / str(i))
+            Host(name, address, _link(me, i), disks / str(i))
             for i, (name, address) in enumerate(zip(names, addresses, strict=True))
         ]
 
@@ -181,12 +181,18 @@ def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
     (folder / "resolv.conf").write_text("", encoding="utf-8")
 
 
+def _link(owner: int, index: int) -> str:
+    """The outer end of a host's cable."""
+    return f"rl{owner}v{index}"
+
+
 def _remove(owner: int) -> None:
     """All that a process has made."""
     names = [name for name in _namespaces() if name.startswith(f"rlhf-{owner}-")]
     for name in names:
         _kill_all(name)
-    for name in names:
+    for name in names:  # with a namespace its link would go too, but later: the next host may want its name
+        subprocess.run(["ip", "link", "delete", _link(owner, int(name.rsplit("-", 1)[1]))], capture_output=True)
         _output("ip", "netns", "delete", name)
         shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
     subprocess.run(["ip", "link", "delete", f"rlbr{owner}"], capture_output=True)
