@@ -1,11 +1,13 @@
 """A run on a cluster of three hosts, whose roles meet over the network only, is the run that one machine makes.
 
 Hosts are network namespaces (tests/hosts.py): real nodes of Ray, real gloo between the policy's ranks and from them to
-vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses.
+vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses. A sweep's trials share
+hosts too.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +84,21 @@ total = torch.ones(3)
 dist.all_reduce(total)
 print("total", total.sum().item(), os.environ.get("GLOO_SOCKET_IFNAME"))
 """
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_of_a_sweep_share_the_hosts(tmp_path: Path) -> None:
+    with several_hosts(2) as hosts:
+        address = start_ray(hosts, cpus=[1, 2])
+        short = ["train.steps=20", "train.checkpoint_every=20", "sweep.method.trials=4"]
+        config = Path(__file__).parents[2] / "configs/sweep_tiny.yaml"
+        sweep = [*rlhf(), "sweep", config, "--quiet", f"cluster.address={address}", f"sweep.dir={tmp_path}", *short]
+        hosts[0].run(sweep, timeout_s=400.0)
+    events = [json.loads(line) for line in (tmp_path / "tiny/trials.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events[:4]] == ["trial", "trial", "trial", "end"]  # a CPU each
+    ends = [event["state"] for event in events if event["event"] == "end"]
+    assert ends == ["finished"] * 4
 
 
 def test_ranks_meet_by_the_interface_that_leads_to_the_others() -> None:
