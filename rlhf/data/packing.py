@@ -34,6 +34,16 @@ def pack(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
+def pack_evenly(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """As many bins as `pack` makes, about equally full where the longest-first rule of `balance` finds how; else its
+    bins. Full bins and a last small one would take more memory, and smaller products."""
+    bins = pack(lengths, max_tokens=max_tokens)
+    if len(bins) < 2:
+        return bins
+    even = balance(lengths, len(bins))
+    return even if all(sum(lengths[i] for i in members) <= max_tokens for members in even) else bins
+
+
 def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Indices for each rank with the costs about equal: the costliest next goes to the rank with least so far.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf.data.packing import pack
+from rlhf.data.packing import pack_evenly
 from rlhf.models.branches import Branch
 from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
@@ -77,7 +77,7 @@ def slices(
     else:
         families, sizes = _families(lengths, rows, prompts, max_tokens=max_tokens)
     found = []
-    for members in pack(sizes, max_tokens=max_tokens):
+    for members in pack_evenly(sizes, max_tokens=max_tokens):
         chosen: list[int] = []
         tokens: list[Tensor] = []
         branches: list[Branch | None] = []

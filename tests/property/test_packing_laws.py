@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data.packing import balance, pack
+from rlhf.data.packing import balance, pack, pack_evenly
 
 COSTS = st.lists(st.floats(min_value=0.0, max_value=1e6), max_size=60)
 
@@ -22,10 +22,13 @@ def packings(draw: st.DrawFn) -> tuple[list[int], int]:
 @given(packings())
 def test_bins_hold_everything_once_within_the_budget(case: tuple[list[int], int]) -> None:
     lengths, max_tokens = case
-    bins = pack(lengths, max_tokens=max_tokens)
-    assert sorted(itertools.chain.from_iterable(bins)) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in members) <= max_tokens for members in bins)
-    assert bins == pack(lengths, max_tokens=max_tokens)
+    few = len(pack(lengths, max_tokens=max_tokens))
+    for function in (pack, pack_evenly):
+        bins = function(lengths, max_tokens=max_tokens)
+        assert len(bins) == few
+        assert sorted(itertools.chain.from_iterable(bins)) == list(range(len(lengths)))
+        assert all(0 < sum(lengths[i] for i in members) <= max_tokens for members in bins)
+        assert bins == function(lengths, max_tokens=max_tokens)
 
 
 @given(packings())

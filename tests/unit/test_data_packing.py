@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.packing import balance, pack
+from rlhf.data.packing import balance, pack, pack_evenly
 
 
 def test_the_longest_goes_first_and_each_where_it_fits_tightest() -> None:
@@ -17,6 +17,16 @@ def test_a_sequence_may_fill_a_bin_but_not_exceed_it() -> None:
     with pytest.raises(ValueError, match="sequence 1 has 9 tokens, more than the 8"):
         pack([8, 9], max_tokens=8)
     assert pack([], max_tokens=8) == []
+
+
+def test_bins_are_even_where_that_needs_no_more_of_them() -> None:
+    # Best fit makes [5, 4] and [2]; by turns 5 | 4 2 are 5 and 6 of 9.
+    assert pack([5, 2, 4], max_tokens=9) == [[0, 2], [1]]
+    assert pack_evenly([5, 2, 4], max_tokens=9) == [[0], [1, 2]]
+    # Full bins leave no choice: by turns 6 3 2 | 5 4 would be 11 of 10.
+    assert pack_evenly([2, 6, 3, 5, 4], max_tokens=10) == pack([2, 6, 3, 5, 4], max_tokens=10)
+    assert pack_evenly([3, 4], max_tokens=9) == [[0, 1]]
+    assert pack_evenly([], max_tokens=9) == []
 
 
 def test_the_costliest_goes_to_the_rank_with_least() -> None:
