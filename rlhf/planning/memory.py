@@ -137,7 +137,8 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
 
     The first is where the backward pass begins: all activations, the head, the bucket for the gradients. The second is
     where it ends: the bucket twice, since its gradients are reduced in a copy. Stage 3 has one in the optimizer step,
-    for which the gradients become one block; a heap has freed the activations by then, but no hole as large.
+    for which the gradients become one block, which a host keeps that the optimizer is offloaded to; a heap has freed
+    the activations by then, but no hole as large.
     """
     states = _states(t)
     bucket = _bucket(t)
@@ -151,10 +152,10 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
         if t.trained > shape.embedding:
             last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how="vocabulary * hidden * 4 bytes"))
     step = [*bucket, *summed]
-    if t.zero_stage == 3 and "optimizer" not in t.offload:
-        block = Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=_product(t.trained, 4, t.ranks))
+    if t.zero_stage == 3:
+        block = _block(t)
         step.append(block)
-        if not t.on_gpu:
+        if block.place == "host" or not t.on_gpu:  # it is there from the start, or beside holes too small for it
             first.append(block)
     peak = max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))
     return [*states, *peak]
@@ -193,6 +194,13 @@ def _summed_gradients(t: Training) -> list[Term]:
     by = t.ranks if t.zero_stage in (2, 3) else 1
     place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
     return [Term(name="summed gradients", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=place)]
+
+
+def _block(t: Training) -> Term:
+    """The gradients that stage 3's optimizer steps on."""
+    place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
+    how = _product(t.trained, 4, t.ranks)
+    return Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=how, place=place)
 
 
 def _bucket(t: Training) -> list[Term]:

@@ -64,7 +64,8 @@ def total(shape: Shape, training: Training) -> float:
 def test_memory_grows_with_the_work_and_shrinks_with_the_ranks(drawn: tuple[Shape, Training]) -> None:
     shape, one = drawn
     assert total(shape, replace(one, tokens=2 * one.tokens)) >= total(shape, one)
-    assert total(shape, replace(one, ranks=2 * one.ranks)) <= total(shape, one)
+    several = replace(one, ranks=one.ranks + (one.zero_stage == 3))  # one rank alone gathers no weights
+    assert total(shape, replace(several, ranks=2 * several.ranks)) <= total(shape, several)
     assert total(shape, replace(one, accumulates=True)) >= total(shape, replace(one, accumulates=False))
     more_layers = replace(shape, layers=2 * shape.layers)
     assert total(more_layers, one) >= total(shape, one)
@@ -77,8 +78,9 @@ def test_what_is_offloaded_moves_and_is_not_lost(drawn: tuple[Shape, Training]) 
     shape, one = drawn
     both = replace(one, on_gpu=True, zero_stage=3, offload=("optimizer", "parameters"))
     there, here = training_terms(shape, both), training_terms(shape, replace(both, offload=()))
-    assert sum(t.nbytes for t in there if t.place == "device") < sum(t.nbytes for t in here)
-    assert sum(t.nbytes for t in there) == sum(t.nbytes for t in here)
+    whole, before = sum(t.nbytes for t in there), sum(t.nbytes for t in here)
+    assert sum(t.nbytes for t in there if t.place == "device") < before
+    assert before <= whole <= before + one.trained * 4 / one.ranks  # the host keeps the gradients' block
 
 
 @settings(max_examples=40)
