@@ -84,6 +84,8 @@ class Arguments:
     def __init__(self, case: Case, others: Mapping[str, Case]) -> None:
         self.case = case
         self.dtype = DTYPES.get(case.dtype, torch.float64)
+        self.rounding = 0.0
+        """Absolute error that the source's own arithmetic may have; it is added to the case's tolerance."""
         self._others = others
         self._read: set[str] = set()
 
@@ -110,6 +112,11 @@ class Arguments:
         """A floating-point input that may be absent."""
         self._read.add(f"inputs.{name}")
         return self.tensor(name) if self.has(name) else None
+
+    def either(self, *names: str) -> Tensor | None:
+        """Return the input that goes by one of these names, in the case's dtype, or None."""
+        self._read.update(f"inputs.{name}" for name in names)
+        return next((self.tensor(name) for name in names if self.has(name)), None)
 
     def integers(self, name: str) -> Tensor:
         """An integer input."""

@@ -74,7 +74,8 @@ def judge_one(case: Case, others: dict[str, Case]) -> Verdict:
         unanswered = [f"expected.{key}" for key in case.expected if key not in outputs]
         if ignored := arguments.unread() + unanswered:
             return Verdict(name=case.name, kind="unsupported", detail=f"{', '.join(ignored)} ignored")
-        errors = {key: largest_error(outputs[key], value, case.tol) for key, value in case.expected.items()}
+        tol = {**case.tol, "atol": case.tol["atol"] + arguments.rounding}
+        errors = {key: largest_error(outputs[key], value, tol) for key, value in case.expected.items()}
     except Unsupported as error:
         return Verdict(name=case.name, kind="unsupported", detail=str(error))
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -92,6 +92,16 @@ def test_a_changed_value_differs(
     assert lines[1] == "0 ok, 1 differ, 0 refused, 0 unsupported"
 
 
+@pytest.mark.parametrize(("change", "kind"), [(5e-8, "ok"), (1e-6, "differs")])
+def test_one_unit_in_the_last_place_of_a_float32_logarithm_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: float, kind: str
+) -> None:
+    cases = {case["name"]: case for case in json.loads(OFFLINE_CASES.read_text())["cases"]}
+    case = copy.deepcopy(cases["trl.dpo.exo_pair.2.0.0.25"])
+    case["expected"]["loss"] += change
+    assert rerun(tmp_path, case, capsys)[1][0].split(" ")[0] == kind
+
+
 @pytest.mark.parametrize("change", ["params", "inputs", "expected"])
 def test_whatever_the_answer_would_ignore_is_unsupported(
     tmp_path: Path, stored: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str], change: str

@@ -260,8 +260,12 @@ def compute_loss(
         metrics["kl"] = batch.mean(kl if biased else kl * batch.shown_ratio())
     loss = batch.aggregated(losses, loss_type)
     if entropies is not None:
-        coef, accumulation = arguments.number("entropy_coef", 0.0), arguments.number("grad_accum", 1)
-        metrics["entropy"], metrics["entropy_coef"] = batch.mean(entropies), torch.tensor(coef, dtype=torch.float64)
+        coef, next_coef = entropy_coefs(arguments, masked_mean(entropies.detach(), high_entropy))
+        accumulation = arguments.number("grad_accum", 1)
+        metrics["entropy"], metrics["entropy_coef"] = (
+            batch.mean(entropies),
+            torch.tensor(next_coef, dtype=torch.float64),
+        )
         metrics["policy_loss"] = loss if loss_type in PER_STEP else loss * accumulation
         loss = loss - coef * masked_mean(entropies, high_entropy) / accumulation
     if loss_type in CLIPPED:
@@ -274,23 +278,44 @@ def compute_loss(
     return loss, metrics
 
 
+def entropy_coefs(arguments: Arguments, measured: Tensor) -> tuple[float, float]:
+    """Return the coefficient of TRL's entropy bonus in this step, and the one that its controller sets for the next.
+
+    The adaptive controller applies no bonus until an earlier step has measured an entropy at or below its target.
+    """
+    coef = arguments.number("entropy_coef", 0.0)
+    if not arguments.flag("use_adaptive_entropy", False):
+        return coef, coef
+    target, delta = arguments.number("entropy_target", 0.2), arguments.number("entropy_coef_delta", 0.005)
+    low, high = arguments.number("entropy_coef_min", 0.0), arguments.number("entropy_coef_max", 1.0)
+    applied = coef if arguments.number("last_world_entropy", math.inf) <= target else 0.0
+    return applied, min(coef + delta, high) if measured.item() <= target else max(coef - delta, low)
+
+
 def trl_layout(arguments: Arguments) -> Layout:
-    """Of the mask. In a batch of one column the masked rows stay, for the metrics see them."""
+    """Return the layout of the sampled tokens: the completion mask without the tokens that tools wrote.
+
+    In a batch of one column the masked rows stay, because TRL's metrics count them.
+    """
     mask = arguments.mask("mask")
-    return Layout(mask, keep_padding=mask.shape[1] == 1)
+    sampled = mask & arguments.mask_or_all("tool_mask", mask.shape)
+    return Layout(sampled, keep_padding=mask.shape[1] == 1)
 
 
 def trl_entropies(arguments: Arguments, layout: Layout) -> Tensor | None:
-    """Flat, if given."""
+    """Return the entropies of the tokens, flat, or None where the case has none."""
     entropies = arguments.maybe("entropies")
     return None if entropies is None else layout.flat(entropies)
 
 
 def trl_grpo_loss(arguments: Arguments) -> Outputs:
-    """With the log-probabilities given."""
+    """Compute the loss from given log-probabilities and entropies."""
     logprobs, layout = arguments.variable("logps"), trl_layout(arguments)
-    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs), trl_entropies(arguments, layout))
-    return {"loss": loss, "grad_logps": gradient(loss, logprobs), **metrics}
+    entropies = arguments.variable("entropies") if arguments.has("entropies") else None
+    flat_entropies = None if entropies is None else layout.flat(entropies)
+    loss, metrics = compute_loss(arguments, layout, layout.flat(logprobs), flat_entropies)
+    gradients = {} if entropies is None else {"grad_entropies": gradient(loss, entropies)}
+    return {"loss": loss, "grad_logps": gradient(loss, logprobs), **gradients, **metrics}
 
 
 def trl_gmpo_loss(arguments: Arguments) -> Outputs:

@@ -12,27 +12,47 @@ from tests.parity.case import Adapter, Arguments, Outputs
 
 
 def trl_pack(arguments: Arguments) -> Outputs:
-    """Whole sequences, or (`wrapped`) single tokens, as members of bins."""
+    """Pack whole sequences (`bfd`), their fragments (`bfd_split`), or single tokens (`wrapped`) into bins."""
     sequences, size = arguments.raw("input_ids"), arguments.whole("seq_length")
-    strategy = arguments.choice("strategy", {"bfd": best_fit, "wrapped": single_tokens}, "bfd")
-    bins, found = strategy([len(sequence) for sequence in sequences], size)
-    for name in ("input_ids", "labels"):
+    strategy = arguments.choice("strategy", {"bfd": truncated, "bfd_split": split, "wrapped": single_tokens}, "bfd")
+    bins, packed = strategy([len(sequence) for sequence in sequences], size)
+    for name in arguments.case.inputs:
         column = [token for sequence in arguments.raw(name) for token in sequence]
-        found[name] = [[column[place] for place in places] for places in bins]
-    return found
+        packed[name] = [[column[place] for place in places] for places in bins]
+    return packed
 
 
-def best_fit(lengths: Sequence[int], size: int) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
-    """(tokens of each bin, lengths within it). TRL cuts what is too long, and lists a bin in the order of placement."""
+Packed = tuple[list[list[int]], dict[str, list[list[int]]]]  # tokens of each bin, and what else TRL returns
+
+
+def truncated(lengths: Sequence[int], size: int) -> Packed:
+    """Pack sequences, each cut at the size of a bin."""
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    kept = [min(length, size) for length in lengths]
-    bins = [sorted(members, key=lambda i: (-kept[i], i)) for members in pack(kept, max_tokens=size)]
-    tokens = [[place for i in members for place in range(starts[i], starts[i] + kept[i])] for members in bins]
-    return tokens, {"seq_lengths": [[kept[i] for i in members] for members in bins]}
+    return best_fit(starts, [min(length, size) for length in lengths], size)
 
 
-def single_tokens(lengths: Sequence[int], size: int) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
-    """A sequence ends in one bin and goes on in the next, where it sees what stands before it."""
+def split(lengths: Sequence[int], size: int) -> Packed:
+    """Pack fragments of at most the size of a bin. No token is lost."""
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    fragments = [
+        (start + offset, min(size, length - offset))
+        for start, length in zip(starts, lengths, strict=True)
+        for offset in range(0, length, size)
+    ]
+    return best_fit([start for start, _ in fragments], [length for _, length in fragments], size)
+
+
+def best_fit(starts: Sequence[int], lengths: Sequence[int], size: int) -> Packed:
+    """Pack runs of tokens. TRL drops empty runs, and lists the runs of a bin in the order of their placement."""
+    kept = [(start, length) for start, length in zip(starts, lengths, strict=True) if length]
+    sizes = [length for _, length in kept]
+    bins = [sorted(members, key=lambda i: (-sizes[i], i)) for members in pack(sizes, max_tokens=size)]
+    tokens = [[place for i in members for place in range(kept[i][0], sum(kept[i]))] for members in bins]
+    return tokens, {"seq_lengths": [[sizes[i] for i in members] for members in bins]}
+
+
+def single_tokens(lengths: Sequence[int], size: int) -> Packed:
+    """Fill each bin to its size: a sequence may end in one bin and continue in the next."""
     return pack([1] * sum(lengths), max_tokens=size), {}
 
 

@@ -40,11 +40,13 @@ class Batch:
 class VerlBatch(Batch):
     """With verl's clip range, importance weights and result."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, *, legacy: bool = False) -> None:
         super().__init__(arguments, logprobs="log_prob", old="old_log_prob", mask="response_mask")
         arguments.ignore("loss")
-        clip = arguments.number("clip_ratio", 0.2)
-        low, high = (arguments.optional(f"clip_ratio_{side}", clip) for side in ("low", "high"))
+        # The registered losses read clip_ratio from a configuration, the legacy function has an argument cliprange.
+        name = "cliprange" if legacy else "clip_ratio"
+        clip = arguments.number(name, 0.2)
+        low, high = (arguments.optional(f"{name}_{side}", clip) for side in ("low", "high"))
         self.clip = {"clip_low": clip if low is None else low, "clip_high": clip if high is None else high}
         weights = arguments.maybe("rollout_is_weights")
         self.weights = torch.ones_like(self.advantages) if weights is None else self.layout.flat(weights)
@@ -73,15 +75,22 @@ class VerlBatch(Batch):
         return self.fraction(low | high)
 
 
-def verl_vanilla(arguments: Arguments) -> Outputs:
+def verl_vanilla(arguments: Arguments, *, legacy: bool = False) -> Outputs:
     """PPO with dual clip."""
-    batch = VerlBatch(arguments)
+    batch = VerlBatch(arguments, legacy=legacy)
     cap = arguments.number("clip_ratio_c", 3.0)
     columns = (batch.ratio, batch.advantages, batch.mask)
     clipped = policy_loss.clipped_loss(*columns, **batch.clip)
     losses = policy_loss.dual_clipped_loss(*columns, **batch.clip, max_ratio=cap)
     capped = (clipped > -batch.advantages * cap) & (batch.advantages < 0)
     return batch.outputs(losses, pg_clipfrac=batch.clip_fraction(batch.ratio), pg_clipfrac_lower=batch.fraction(capped))
+
+
+def verl_legacy(arguments: Arguments) -> Outputs:
+    """The same loss as a plain function, which returns its metrics under their bare names."""
+    outputs = verl_vanilla(arguments, legacy=True)
+    bare = {name.removeprefix("actor/"): value for name, value in outputs.items()}
+    return {**outputs, **bare, "pg_loss": outputs["loss"]}
 
 
 def verl_gspo(arguments: Arguments) -> Outputs:
@@ -357,6 +366,7 @@ def openrlhf_correction(arguments: Arguments, batch: Batch, rollout: Tensor, *, 
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("verl", "compute_policy_loss"): verl_legacy,
     ("verl", "compute_policy_loss_vanilla"): verl_vanilla,
     ("verl", "compute_policy_loss_gspo"): verl_gspo,
     ("verl", "compute_policy_loss_sapo"): verl_sapo,

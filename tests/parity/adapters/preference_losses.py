@@ -74,6 +74,7 @@ class DPOSettings:
     """The parameters of TRL's DPOConfig that its loss reads, and the loss itself."""
 
     def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
         named = arguments.param("loss_type", "sigmoid")
         self.names: list[str] = named if isinstance(named, list) else [named]
         given = arguments.param("loss_weights", None)
@@ -176,9 +177,15 @@ def of_ratios(loss: Callable[..., Tensor]) -> DPOTerm:
 
 
 def exo_pair(settings: DPOSettings, pairs: Pairs) -> Tensor:
-    """TRL takes the logarithms of the preference in float32: their rounding is added."""
+    """TRL takes the logarithms of the preference in float32: their rounding is added.
+
+    A float32 logarithm is not the same on every processor: its last bit depends on the vector instructions. The case's
+    tolerance therefore grows by one unit in the last place of the larger logarithm, whatever the dtype of the case.
+    """
     scores, epsilon = (pairs.chosen_scores, pairs.rejected_scores), torch.tensor(settings.label_smoothing)
     rounded, smoothing = torch.stack([torch.log1p(-epsilon), torch.log(epsilon)]), epsilon.item()
+    last_place = torch.finfo(torch.float32).eps * rounded.abs().max().item()
+    settings.arguments.rounding = last_place * max(1.0, settings.beta / 2)  # the gradient has a factor of beta / 2
     exact = scores[0].new_tensor([1.0 - smoothing, smoothing]).log()
     loss = preference_loss.exo_pair(*scores, beta=settings.beta, label_smoothing=smoothing)
     chosen = (settings.beta * (scores[0] - scores[1])).sigmoid()

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated
+import torch
+
+from rlhf.objectives.rewards import overlong_penalty, replace_truncated, scale_truncated, token_rewards
 from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.aggregation import openrlhf_aggregated
 from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import Layout, gradient
+
+
+def openrlhf_reward(arguments: Arguments) -> Outputs:
+    """Compute the score on the last sampled token minus the KL penalty of each token.
+
+    OpenRLHF charges the penalty to masked tokens too, and gives the score of a fully masked row to its last column. A
+    negative coefficient counts as 0.
+    """
+    kl, scores = arguments.tensor("kl"), arguments.tensor("r")
+    coef = max(arguments.number("kl_coef"), 0.0)
+    if clip := arguments.param("reward_clip_range", None):
+        scores = scores.clamp(*clip)
+    mask = arguments.mask_or_all("action_mask", kl.shape)
+    carries = mask.clone()
+    carries[:, -1] |= ~mask.any(1)
+    layout = Layout(carries)
+    scored = layout.padded(token_rewards(scores, layout.flat(kl), layout.mask, layout.lengths, kl_coef=coef))
+    rewards = torch.where(carries, scored, -coef * kl)
+    return {"reward": rewards, "rewards": rewards, "out": rewards}
 
 
 def openrlhf_overlong(arguments: Arguments) -> Outputs:
@@ -47,6 +68,7 @@ def openrlhf_sft_loss(arguments: Arguments) -> Outputs:
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("openrlhf", "compute_reward"): openrlhf_reward,
     ("openrlhf", "apply_overlong_penalty"): openrlhf_overlong,
     ("openrlhf", "apply_stop_properly_penalty"): openrlhf_stop_properly,
     ("openrlhf", "SFTLoss.forward"): openrlhf_sft_loss,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from rlhf.objectives.masking import moments
 from tests.parity.adapters.aggregation import EPS
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, carried_back
+
+COUNT_ROUNDING = torch.finfo(torch.float32).eps
+"""Relative error of n / (n - 1) where a library divides whole numbers, as TRL does: PyTorch returns a float32."""
 
 
 def verl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -58,12 +63,30 @@ def verl_gae(arguments: Arguments) -> Outputs:
     return {"advantages_whitened": verl_whiten(advantages, mask), "returns": returns}
 
 
-def verl_masked_whiten(arguments: Arguments) -> Outputs:
-    """Whitened, whitened with the mean added back, and the moments."""
-    values, mask = arguments.tensor("values"), arguments.mask("mask")
-    mean, variance = verl_moments(values, mask)
-    whitened = verl_whiten(values, mask)
-    return {"whitened": whitened, "noshift": whitened + mean, "masked_mean": mean, "masked_var": variance}
+def masked_whiten(of: Callable[[Tensor, Tensor], tuple[float, float]], *, rounding: float = 0.0) -> Adapter:
+    """Return the adapter of a library's masked_whiten; `of` gives its mean and its unbiased variance.
+
+    `shift_mean` false adds the mean back: `noshift` is that result. Masked positions are whitened too. `rounding` is
+    the relative error of the library's own result.
+    """
+
+    def adapter(arguments: Arguments) -> Outputs:
+        values, mask = arguments.tensor("values"), arguments.mask("mask")
+        mean, variance = of(values, mask)
+        centered = whiten(values, torch.ones_like(mask), mean=mean, variance=variance)
+        arguments.rounding = rounding * centered.abs().max().item()
+        shifted = centered + mean
+        result = centered if arguments.flag("shift_mean", True) else shifted
+        moments = {"masked_mean": mean, "masked_var": variance}
+        return {"whitened": result, "out": result, "noshift": shifted, "shift": centered, **moments}
+
+    return adapter
+
+
+def trl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Return TRL's masked mean and unbiased variance."""
+    result = moments(values, mask)
+    return result.mean, result.variance
 
 
 def openrlhf_gae(arguments: Arguments) -> Outputs:
@@ -102,7 +125,9 @@ def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("verl", "compute_gae_advantage_return"): verl_gae,
-    ("verl", "masked_whiten"): verl_masked_whiten,
+    ("verl", "masked_whiten"): masked_whiten(verl_moments),
+    ("trl", "masked_whiten"): masked_whiten(trl_moments, rounding=COUNT_ROUNDING),
+    ("trl_snap", "masked_whiten"): masked_whiten(trl_moments, rounding=COUNT_ROUNDING),
     ("openrlhf", "RemoteExperienceMaker.get_advantages_and_returns"): openrlhf_gae,
     ("openrlhf", "RemoteExperienceMaker.get_cumulative_returns"): openrlhf_cumulative_returns,
     ("openrlhf", "masked_normalize"): openrlhf_masked_normalize,

@@ -16,6 +16,7 @@ from rlhf.objectives.masking import Moments, masked_mean, moments, sequence_sums
 from rlhf.objectives.policy_loss import clipped_ratios, clipped_surrogate
 from tests.parity.adapters.aggregation import weighted
 from tests.parity.adapters.corrections import trl_sampler_correction
+from tests.parity.adapters.token_advantages import COUNT_ROUNDING
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
 
@@ -76,21 +77,33 @@ def trl_grpo_advantages(arguments: Arguments) -> Outputs:
 
 
 def trl_rloo_advantages(arguments: Arguments) -> Outputs:
-    """Scores held in a range, minus the KL of the whole response, against the others of the group."""
+    """Compute RLOO's advantages: scores held in a range, minus beta times the KL of the whole response."""
     _, _, scores = weighted_scores(arguments)
     if clip := arguments.param("reward_clip_range", None):
         scores = scores.clamp(*clip)
-    beta = arguments.number("beta", 0.05 if arguments.has("old_logps") else 0.0)
-    arguments.ignore("mask", "old_logps", "ref_logps")
+    mask, old, ref = (arguments.either(*names) for names in RLOO_COLUMNS)
+    beta = arguments.number("beta", 0.05 if old is not None else 0.0)
+    metrics: dict[str, Tensor] = {}
     if beta != 0.0:
-        layout = Layout(arguments.mask("mask"))
-        kl = kl_k1(layout.flat(arguments.tensor("old_logps")), layout.flat(arguments.tensor("ref_logps")))
-        scores = scores - beta * sequence_sums(torch.where(layout.mask, kl, 0.0), layout.lengths)
+        if mask is None or old is None or ref is None:
+            raise Unsupported("beta without log-probabilities of the policy and the reference, and their mask")
+        layout = Layout(mask.bool())
+        kl = torch.where(layout.mask, kl_k1(layout.flat(old), layout.flat(ref)), 0.0)
+        scores = scores - beta * sequence_sums(kl, layout.lengths)
+        metrics["kl"] = masked_mean(kl, layout.mask)
     advantages = leave_one_out(scores, group_size=arguments.whole("num_generations"))
     if arguments.flag("normalize_advantages", False):
-        found = all_moments(advantages)
-        advantages = over_std(advantages - found.mean, math.sqrt(found.variance))
-    return {"advantages": advantages}
+        of_batch = all_moments(advantages)
+        advantages = over_std(advantages - of_batch.mean, math.sqrt(of_batch.variance))
+        arguments.rounding = COUNT_ROUNDING * advantages.abs().max().item()
+    return {"advantages": advantages, "rewards": scores, **metrics}
+
+
+RLOO_COLUMNS = (
+    ("mask", "completion_mask"),
+    ("old_logps", "old_per_token_logps"),
+    ("ref_logps", "ref_per_token_logps"),
+)
 
 
 def trl_rloo_loss(arguments: Arguments) -> Outputs:
