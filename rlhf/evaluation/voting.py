@@ -23,7 +23,7 @@ def answer_of(response: str, form: AnswerForm) -> str | None:
     found = _last_boxed(response) if form == "boxed" else EXTRACTORS[form](response)
     if found is None or form != "last_number":
         return found or None
-    text = format(Decimal(found), "f")  # exact, whatever the number of digits; the extractor finds no exponents
+    text = format(Decimal(found), "f")  # exact, whatever the number of digits; the extractor has expanded exponents
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
 

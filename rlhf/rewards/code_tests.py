@@ -23,7 +23,7 @@ from rlhf.rewards.sandbox import START_LIMIT_S, Sandbox
 Score = Literal["all", "share"]
 Extract = Literal["code_block", "whole"]
 
-_FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)[^`]*")
+_FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive: a line that is no fence takes linear time
 _PYTHON = {"py", "python", "python3"}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
 

@@ -1,9 +1,11 @@
 """Built-in rewards: the table of all, and rules that compare a response with a column of its data row.
 
-The rules here give 1.0 for right and 0.0 for wrong, but `reasoning_gym`, which gives its task's partial credit. They
-run in reward processes like a user's own. Keep imports at the top to the standard library: a heavy one belongs in a
-constructor, which runs once a process and outside the limit of a call. An `answer` that a rule cannot read raises: the
-data is wrong then, not the response.
+The rules here give 1.0 for right and 0.0 for wrong. `reasoning_gym` gives the partial credit of its task. All run in
+reward processes, like a user's own reward. Keep imports at the top to the standard library: a heavy import belongs in a
+constructor, which runs once in each process and outside the time limit of a call.
+
+Two rules hold for every built-in. A data row that it cannot read raises, because then the data is wrong. A response
+never raises: a response that a rule cannot read, or cannot check within `limit_s`, is wrong.
 """
 
 from __future__ import annotations
@@ -11,20 +13,27 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from rlhf.rewards.code_tests import CodeTests, last_code_block
 from rlhf.rewards.shaping import CosineLength, length_penalty, overlong, repetition_penalty, target_length
 
-# A minus sign belongs to the number unless it stands behind a digit, a letter or a closing bracket ("10-3" ends in 3).
+# A minus sign belongs to the number unless it follows a digit, a letter or a closing bracket ("10-3" ends in 3).
 # A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
-_NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+# A number may begin with its decimal point (".5"), but "v.5" and "1.2.3" end in 5 and 3. An exponent has at most three
+# digits, because a number is written out in full.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?!\w))?"
+)
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 # Where a response says which choice it takes: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
 # small letter needs something to close it, since "a" is a word. Counts are bounded: a response may be all white space.
@@ -49,7 +58,7 @@ def contains(prompt: str, response: str, answer: object) -> float:
 
 
 def last_number(prompt: str, response: str, answer: object) -> float:
-    """The last number in the response equals the last one in the answer ("#### 1,234" and "1234.0" are equal)."""
+    """Compare the last number in the response with the last in the answer ("#### 1,234" equals "1.234e3")."""
     expected = _last_number(str(answer))
     if expected is None:
         raise ValueError(f"there is no number in the answer {answer!r}")
@@ -71,24 +80,29 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
     return float(bool(found) and found[-1].upper() == expected[1].upper())
 
 
-def regex_match(prompt: str, response: str, pattern: str, answer: object) -> float:
-    """What the pattern's first group, or else the whole pattern, captures in its last match equals the answer."""
-    found = [match[match.re.groups and 1] for match in re.finditer(pattern, response, re.DOTALL)]
-    return float(bool(found) and found[-1] is not None and found[-1].strip() == str(answer).strip())
+def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
+    """Compare what the pattern's first group, or else the whole pattern, captures in its last match with the answer."""
+    compiled = re.compile(pattern, re.DOTALL)
+    captured = None
+    with _limit(limit_s) as search:
+        for match in compiled.finditer(response):
+            captured = match[compiled.groups and 1]
+    return float(search.in_time and captured is not None and captured.strip() == str(answer).strip())
 
 
 class JsonSchema:
     """The response is JSON that a schema allows: its last fenced block, or else all of it.
 
     The schema is the argument, or else the column `schema`: an object or its JSON. A reference to another document is
-    never fetched.
+    never fetched. NaN and Infinity are not JSON, and a number that Python cannot read is not allowed by any schema.
     """
 
-    def __init__(self, schema: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, schema: Mapping[str, Any] | None = None, limit_s: float = 5.0) -> None:
         import jsonschema
         import referencing
 
         self._library, self._registry = jsonschema, referencing.Registry()
+        self._limit_s = _positive(limit_s)
         self._fixed = None if schema is None else self._validator(schema)
 
     def __call__(self, prompt: str, response: str, schema: object = None) -> float:
@@ -96,10 +110,13 @@ class JsonSchema:
             raise ValueError("there is no schema: give args.schema, or a column `schema`")
         validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
         block = last_code_block(response)
-        try:
-            return float(validator.is_valid(json.loads(response if block is None else block)))
-        except (json.JSONDecodeError, RecursionError):
-            return 0.0
+        allowed = False
+        with _limit(self._limit_s) as check:
+            try:
+                allowed = validator.is_valid(_read_json(response if block is None else block))
+            except (ValueError, OverflowError, RecursionError):  # such as 5,000 digits, or 1e999 and `multipleOf`
+                allowed = False
+        return float(check.in_time and allowed)
 
     def _validator(self, schema: Any) -> Any:
         kind = self._library.validators.validator_for(schema)
@@ -107,62 +124,73 @@ class JsonSchema:
         return kind(schema, registry=self._registry)
 
 
+def _read_json(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 class FormatRegex:
     """The whole response matches a pattern (`re.fullmatch`; a dot matches line ends too)."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, limit_s: float = 5.0) -> None:
         self._pattern = re.compile(pattern, re.DOTALL)
+        self._limit_s = _positive(limit_s)
 
     def __call__(self, prompt: str, response: str) -> float:
-        return float(self._pattern.fullmatch(response) is not None)
+        matches = False
+        with _limit(self._limit_s) as match:
+            matches = self._pattern.fullmatch(response) is not None
+        return float(match.in_time and matches)
 
 
 class MathAnswer:
     """The response's final answer equals the `answer` as a mathematical expression (math-verify).
 
-    A response that takes more than `limit_s` to check counts as wrong: a model may well write 9^(9^(9^9)). One that
-    hangs below Python, where no limit reaches, is ended by the pool and is an error.
+    A response that takes more than `limit_s` to check counts as wrong: a model may well write 9^(9^(9^9)).
     """
 
     def __init__(self, limit_s: float = 5.0) -> None:
         import math_verify
 
-        if limit_s <= 0:
-            raise ValueError(f"limit_s must be positive, got {limit_s}")
         self._library = math_verify
-        self._limit_s = limit_s
+        self._limit_s = _positive(limit_s)
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off: ours is on
 
     def __call__(self, prompt: str, response: str, answer: object) -> float:
         gold = self._parse(str(answer)) or self._parse(f"${answer}$")
         if not gold:
             raise ValueError(f"math-verify finds no expression in the answer {answer!r}")
-        try:
-            with _limit(self._limit_s):
-                return float(self._library.verify(gold, self._parse(response), timeout_seconds=None))
-        except _TooSlow:
-            return 0.0
+        equal = False
+        with _limit(self._limit_s) as check:
+            equal = self._library.verify(gold, self._parse(response), timeout_seconds=None)
+        return float(check.in_time and equal)
 
     def _parse(self, text: str) -> list[Any]:
-        found: list[Any] = self._library.parse(text, parsing_timeout=None)
-        return found
+        expressions: list[Any] = self._library.parse(text, parsing_timeout=None)
+        return expressions
 
 
 class ReasoningGym:
     """The score that a reasoning-gym task gives to the answer in the response.
 
-    Reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where the
-    data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets 0, as
-    does one on which the task's scorer raises, unless it raises on the right answer too: then the entry is wrong. A
-    task that gives full marks to nonsense is refused; one that gives them to "nan" does not get to see it.
+    It reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where
+    the data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets
+    0. So does a response on which the task's scorer raises or takes more than `limit_s`; if the scorer raises on the
+    right answer too, the entry is wrong, and that raises. A task that gives full marks to nonsense is refused. A task
+    that gives full marks to "nan" never sees it.
     """
 
-    def __init__(self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number") -> None:
+    def __init__(
+        self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number", limit_s: float = 5.0
+    ) -> None:
         import reasoning_gym
 
         if extract not in EXTRACTORS:
             raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(EXTRACTORS)}")
         self._library = reasoning_gym
+        self._limit_s = _positive(limit_s)
         self._extract = EXTRACTORS[extract]
         self._tasks: dict[str, tuple[Callable[..., float], bool]] = {}
 
@@ -177,7 +205,10 @@ class ReasoningGym:
         extracted = self._extract(response)
         if extracted is None or (believes_nan and "nan" in extracted.lower()):
             return 0.0
-        return _score(score, extracted, entry)
+        value = 0.0
+        with _limit(self._limit_s) as check:
+            value = _score(score, extracted, entry)
+        return value if check.in_time and math.isfinite(value) else 0.0
 
     def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
         """The task's scorer, and whether it takes "nan" for the right answer."""
@@ -217,18 +248,30 @@ BUILT_INS: dict[str, Callable[..., Any]] = {
 
 
 def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
-    """Seconds after which a built-in calls a response wrong by itself; None: it has no such limit."""
+    """Return the seconds after which a built-in finds a response wrong by itself; None: it has no such limit."""
     if function not in BUILT_INS:
         return None
+    if function == "cosine_length":
+        return own_limit_s(args.get("verifier", "math_answer"), args.get("verifier_args", {}))
     parameter = inspect.signature(BUILT_INS[function]).parameters.get("limit_s")
     limit = args.get("limit_s", parameter.default) if parameter is not None else None
     return float(limit) if isinstance(limit, int | float) else None
 
 
+def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
+    """Return what a built-in gives a response on which its process hung or died, below the reach of `limit_s`.
+
+    That is its score of a wrong response. None: the function is no built-in, and says nothing of such a response.
+    """
+    if function == "cosine_length":
+        return float(args.get("wrong_at_zero", -10.0))
+    return 0.0 if function in BUILT_INS else None
+
+
 def _last_number(text: str) -> str | None:
-    """In plain notation: no thousands separators."""
-    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return found[-1].replace(",", "") if found else None
+    """Return the last number in plain notation, without thousands separators or an exponent."""
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return format(Decimal(numbers[-1].replace(",", "")), "f") if numbers else None
 
 
 def _last_tagged(text: str) -> str | None:
@@ -243,21 +286,45 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
 }
 
 
+def _positive(limit_s: float) -> float:
+    if not limit_s > 0:
+        raise ValueError(f"limit_s is {limit_s}; it must be positive")
+    return limit_s
+
+
+_AGAIN_S = 0.5  # a destructor may have swallowed the first _TooSlow
+
+
 class _TooSlow(BaseException):
-    """Not an Exception: sympy and math-verify catch those."""
+    """Ends a check at its limit. It is no Exception, because sympy and math-verify catch those."""
+
+
+class _Check:
+    """Says whether the body of `_limit` came to its end."""
+
+    in_time = False
 
 
 @contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    """_TooSlow after so many seconds of Python. A reward process calls rewards in its main thread, as signals need."""
+def _limit(seconds: float) -> Iterator[_Check]:
+    """Leave the body after so many seconds. A reward process calls rewards in its main thread, as signals need.
+
+    Python code and regular expressions can be left so. A C function that never returns can not: the pool ends its
+    process, and gives the response `score_of_killed`.
+    """
+    check = _Check()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooSlow
+        if not check.in_time:
+            raise _TooSlow
 
     earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
-        yield
+        yield check
+        check.in_time = True
+    except _TooSlow:
+        pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, earlier)

@@ -126,6 +126,8 @@ def test_example_metrics_by_hand() -> None:
         ("it is 1,234.0.", "last_number", "1234"),
         ("from 3 to 2.50", "last_number", "2.5"),
         ("100", "last_number", "100"),
+        ("it is .50", "last_number", "0.5"),
+        ("1.5e3", "last_number", "1500"),
         ("none", "last_number", None),
         ("it is " + "1234567890" * 4, "last_number", "1234567890" * 4),
         ("0." + "1234567890" * 3 + "12", "last_number", "0." + "1234567890" * 3 + "12"),

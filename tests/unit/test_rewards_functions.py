@@ -42,6 +42,20 @@ from rlhf.rewards.worker import Source
         ("3", -3, 0.0),
         ("none", 3, 0.0),
         ("", 0, 0.0),
+        ("The answer is .5", 0.5, 1.0),
+        ("The answer is .5", 5, 0.0),
+        ("-.5", -0.5, 1.0),
+        ("it is -.5.", 0.5, 0.0),
+        ("1.5e3", 1500, 1.0),
+        ("1.5e3", 3, 0.0),
+        ("about 1e-3.", 0.001, 1.0),
+        ("2E+2", "200", 1.0),
+        ("1,234.5", 1234.5, 1.0),
+        ("1,234.5e1", 12345, 1.0),
+        ("version 1.2.3", 3, 1.0),
+        ("see no.5", 5, 1.0),
+        ("3e5f", 5, 1.0),  # no exponent: a letter follows
+        ("1e" + "9" * 5000, 1, 0.0),
     ],
 )
 def test_last_number(response: str, answer: object, score: float) -> None:
@@ -122,6 +136,25 @@ def test_json_schema() -> None:
     assert JsonSchema()("p", "[]", schema='{"type": "object"}') == 0.0
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, '{"age": ' + "9" * 5000 + "}", "1e999", "-1e999", "NaN", "[Infinity]"])
+def test_json_schema_finds_a_number_that_it_cannot_read_wrong(text: str) -> None:
+    schema = {"multipleOf": 0.1, "properties": {"age": {"type": "integer"}}}
+    assert JsonSchema(schema=schema)("p", text) == 0.0
+
+
+def test_json_schema_finds_a_response_wrong_that_takes_longer_than_its_limit() -> None:
+    unhashable = "[" + ",".join(f'{{"a": {i}}}' for i in range(100_000)) + "]"
+    schema = {"uniqueItems": True}
+    assert JsonSchema(schema=schema, limit_s=0.2)("p", unhashable) == 0.0
+    assert JsonSchema(schema=schema)("p", '[{"a": 1}, {"a": 2}]') == 1.0
+
+
+def test_a_pattern_that_backtracks_without_end_finds_the_response_wrong() -> None:
+    assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "a" * 100) == 0.0
+    assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "aaab") == 1.0
+    assert regex_match("p", "a" * 100, "(a|a)+b", "a", limit_s=0.2) == 0.0
+
+
 def test_json_schema_that_is_wrong_or_missing_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"args\.schema, or a column"):
         JsonSchema()("p", "{}")
@@ -135,10 +168,10 @@ def test_json_schema_fetches_nothing() -> None:
         remote("p", "{}")
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["```python\n", "``` \n", "answer" + " " * 1000, "answer is ", "<answer>", "</answer>", "\\boxed{", " ", "1,"],
-)
+REPEATED = ("```python\n", "``` \n", "```" + " " * 60_000 + "`", "answer" + " " * 1000, "answer is ", "<answer>")
+
+
+@pytest.mark.parametrize("piece", [*REPEATED, "</answer>", "\\boxed{", " ", "1,"])
 def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
     """Models that collapse write such things, and a rule that takes quadratic time would look like a hang."""
     response = piece * (200_000 // len(piece))
@@ -155,6 +188,8 @@ def test_limits_of_their_own() -> None:
     assert own_limit_s("math_answer", {}) == 5.0
     assert own_limit_s("code_tests", {"limit_s": 3}) == 3.0
     assert own_limit_s("exact_match", {}) is None
+    assert own_limit_s("cosine_length", {"verifier_args": {"limit_s": 2}}) == 2.0
+    assert own_limit_s("cosine_length", {"verifier": "last_number"}) is None
     assert own_limit_s("mine.py:reward", {"limit_s": 99}) is None
 
 
