@@ -11,6 +11,7 @@ Without a token it serves this machine alone. It streams nothing: an answer come
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import secrets
 import signal
@@ -48,7 +49,15 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import refuse_unservable
 from rlhf.rollouts.spans import Sampled
 from rlhf.rollouts.texts import token_texts
-from rlhf.serving import END_WITHIN_S, gives_token, refuse_taken, serve_until_interrupted, serving_token, stranger
+from rlhf.serving import (
+    END_WITHIN_S,
+    gives_token,
+    read_text,
+    refuse_taken,
+    serve_until_interrupted,
+    serving_token,
+    stranger,
+)
 from rlhf.tracking import logs
 from rlhf.types import Prompt, Sampling
 
@@ -58,6 +67,7 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20
 MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
 USUAL_LENGTH = 8192  # tokens of prompt and response, where the model takes more: the engine's cache has to hold them
+LONG_TEXT = 100_000  # characters of a request from which on it takes a noticeable part of a second to tokenize
 LAST_S = END_WITHIN_S - 1.0  # for what is being answered when the server is told to end
 GRACE_S = 60.0  # by which what an engine does outlasts a request's deadline, which then is what is told
 THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
@@ -94,7 +104,10 @@ class ModelServer:
         self.is_ending = False
         self.created = int(time.time())
         self.prefix = raw_prefix(tokenizer)
-        self.texts = ThreadPoolExecutor(1)  # what goes through the tokenizer, which is no matter for an event loop
+        self.texts = ThreadPoolExecutor(1)  # tokenizes and decodes, so that the event loop never waits for it
+        self.long_texts = ThreadPoolExecutor(1)  # tokenizes long prompts with a tokenizer of its own
+        self.long_tokenizer = copy.deepcopy(tokenizer)
+        self.most_characters = spec.max_length * max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     def application(self) -> web.Application:
         """What aiohttp runs."""
@@ -178,12 +191,12 @@ class ModelServer:
             return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
 
     async def _answer_chat(self, asked: ChatRequest) -> dict[str, Any]:
-        prompt = await self._off_the_loop(self._of_conversation, asked)
+        prompt = await self._prompt_of(self._of_conversation, asked, [one.content for one in asked.messages])
         answered = await self._answered(prompt, asked, asked.limit, seed=_seed(asked), wants_tokens=asked.logprobs)
         return chat_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
 
     async def _answer_texts(self, asked: TextRequest) -> dict[str, Any]:
-        prompts = await self._off_the_loop(self._of_texts, asked)
+        prompts = await self._prompt_of(self._of_texts, asked, asked.prompt)
         seed, wants_tokens = _seed(asked), asked.logprobs is not None
         tasks = [
             asyncio.ensure_future(self._answered(one, asked, asked.max_tokens, seed=seed, wants_tokens=wants_tokens))
@@ -226,32 +239,47 @@ class ModelServer:
                 length += len(told)
         return Answer(text=text, finish_reason=response.finish_reason, tokens=tuple(tokens), num_tokens=len(ids))
 
-    def _of_conversation(self, asked: ChatRequest) -> Prompt:
-        if self.tokenizer.chat_template is None:
+    def _of_conversation(self, asked: ChatRequest, tokenizer: Any) -> Prompt:
+        if tokenizer.chat_template is None:
             raise Refused(
                 f"{self.spec.name} has no chat template, by which conversations are written; ask for completions"
             )
         for place, message in enumerate(asked.messages):
             refuse_half_characters(message.content, f"`messages[{place}].content`")
         messages = [{"role": message.role, "content": message.content} for message in asked.messages]
-        text = render(messages, self.tokenizer, add_generation_prompt=True, place="`messages`")
-        return self._prompts([text])[0]
+        text = render(messages, tokenizer, add_generation_prompt=True, place="`messages`")
+        return self._prompts([text], tokenizer)[0]
 
-    def _of_texts(self, asked: TextRequest) -> list[Prompt]:
+    def _of_texts(self, asked: TextRequest, tokenizer: Any) -> list[Prompt]:
         for place, text in enumerate(asked.prompt):
             refuse_half_characters(text, f"`prompt[{place}]`")
         return self._prompts(
-            [raw_prompt(text, place="`prompt`", system_prompt=None, prefix=self.prefix) for text in asked.prompt]
+            [raw_prompt(text, place="`prompt`", system_prompt=None, prefix=self.prefix) for text in asked.prompt],
+            tokenizer,
         )
 
-    def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        encoded = encode(texts, self.tokenizer)
+    def _prompts(self, texts: Sequence[str], tokenizer: Any) -> list[Prompt]:
+        encoded = encode(texts, tokenizer)
         if not all(encoded):
             raise Refused(f"the prompt {texts[encoded.index([])]!r:.40} has no tokens", param="prompt")
         return [
             Prompt(prompt_id=place, token_ids=tuple(token_ids), text=text, columns={})
             for place, (text, token_ids) in enumerate(zip(texts, encoded, strict=True))
         ]
+
+    async def _prompt_of(self, tokenized: Callable[[Any, Any], T], asked: object, texts: Sequence[str]) -> T:
+        """Tokenize a request. A long one is refused by its characters, or waits for other long ones alone."""
+        longest = max(map(len, texts))
+        if longest > self.most_characters:
+            raise Refused(
+                f"the prompt has {longest} characters. The {self.spec.max_length} tokens that this server takes "
+                f"(--max-length) hold at most {self.most_characters}",
+                code="context_length_exceeded",
+            )
+        loop = asyncio.get_running_loop()
+        if sum(map(len, texts)) > LONG_TEXT:
+            return await loop.run_in_executor(self.long_texts, tokenized, asked, self.long_tokenizer)
+        return await loop.run_in_executor(self.texts, tokenized, asked, self.tokenizer)
 
     async def _off_the_loop(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.texts, work, *arguments)
@@ -263,9 +291,9 @@ def _seed(asked: ChatRequest | TextRequest) -> int:
 
 async def _body(request: web.Request) -> str:
     try:
-        return await request.text()
-    except (UnicodeDecodeError, LookupError) as error:
-        raise Refused(f"the body is not text: {error}") from error
+        return await read_text(request)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _error(status: int, text: str, kind: str, *, code: str | None = None) -> web.Response:
@@ -329,7 +357,8 @@ def serve(
                 drops_abandoned=True,
             )
         finally:
-            server.texts.shutdown(wait=False, cancel_futures=True)
+            for executor in (server.texts, server.long_texts):
+                executor.shutdown(wait=False, cancel_futures=True)
         if told is signal.SIGTERM and OWN_RAY.daemons:
             OWN_RAY.kill()  # which may have been told too: a Ray that ends is not to be asked
             raise _Told

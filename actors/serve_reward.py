@@ -22,7 +22,7 @@ from aiohttp import web
 from actors.scorer import Scorer, Scoring
 from rlhf.errors import RunError
 from rlhf.rewards.scoring import asks_in_flight
-from rlhf.serving import gives_token, serve_until_interrupted, serving_token, stranger
+from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import GroupScores, Prompt
 
@@ -88,7 +88,7 @@ class RewardServer:
         if self.waiting >= MAX_WAITING:
             return _error(503, f"{MAX_WAITING} requests are waiting already")
         try:
-            group = read_group(await request.text())
+            group = read_group(await read_text(request))
             self._refuse_unfit(group.prompt)
         except ValueError as error:
             return _error(400, str(error))

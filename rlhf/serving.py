@@ -1,6 +1,6 @@
-"""What every server of the framework keeps to: this machine alone, or behind a token; until it is interrupted.
+"""Rules that every server of the framework follows: who may ask, how slow a client may be, and when the server ends.
 
-Below the servers themselves (rewards, views of a run). It knows no page and no request beyond who may ask.
+The servers themselves (of models, of rewards, of run folders) import this module. It knows none of their requests.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import asyncio
 import hmac
 import ipaddress
 import os
+import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -20,6 +21,10 @@ from aiohttp import web
 from rlhf.errors import UserError
 
 END_WITHIN_S = 5.0
+IDLE_CONNECTION_S = 20.0  # a connection without a complete request head is closed after this time
+BODY_S = 60.0  # from the head of a request to the end of its body
+SWEEP_EVERY_S = 0.5
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def is_loopback(host: str) -> bool:
@@ -58,11 +63,38 @@ def _unheard(host: str, port: int, error: OSError | OverflowError) -> UserError:
 
 
 def stranger(request: web.Request) -> str | None:
-    """Why a server without a token does not answer; None: it does. A page of another site may have named us."""
+    """Return why a server without a token refuses a request, or None.
+
+    A web page of another site can make a browser send requests here. Its name is then in `Host` or in `Origin`.
+    """
+    origin = request.headers.get("Origin")
+    if not _names_this_machine(f"//{request.host}"):
+        return f"this server is for this machine alone, and was called {request.host}"
+    if origin is not None and not _names_this_machine(origin):
+        return f"this server is for this machine alone, and a page of {origin} sent this request"
+    return None
+
+
+def _names_this_machine(url: str) -> bool:
     with suppress(ValueError):  # a bracket that does not close
-        if is_loopback(urlsplit(f"//{request.host}").hostname or ""):
-            return None
-    return f"this server is for this machine alone, and was called {request.host}"
+        return is_loopback(urlsplit(url).hostname or "")
+    return False
+
+
+async def read_text(request: web.Request) -> str:
+    """Return the body of a request as text.
+
+    ValueError if the body is not encoded as the request says, HTTPRequestTimeout if it does not arrive in time.
+    """
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.text()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_S:g} s") from error
+    except (UnicodeDecodeError, LookupError) as error:
+        raise ValueError(f"the body is not text: {error}") from error
+    except web.RequestPayloadError as error:
+        raise ValueError(f"the body is not encoded as the request's headers say: {error}") from error
 
 
 def gives_token(request: web.Request, token: str) -> bool:
@@ -106,10 +138,13 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end, number)
+    connections = Connections()
+    application.middlewares.insert(0, connections.middleware)
     runner = web.AppRunner(
         application, access_log=None, shutdown_timeout=END_WITHIN_S, handler_cancellation=drops_abandoned
     )
     await runner.setup()
+    sweeping = asyncio.create_task(connections.close_idle(runner))
     try:
         try:
             await web.TCPSite(runner, host, port).start()
@@ -118,4 +153,46 @@ async def _serve(
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
         return await ended
     finally:
+        sweeping.cancel()
         await runner.cleanup()
+
+
+class Connections:
+    """Closes connections on which no request arrives, so that slow clients cannot use up the file descriptors.
+
+    A connection is busy from a complete request head to the end of the answer. An idle one is closed after
+    IDLE_CONNECTION_S, and the oldest idle ones at once while more than half of the process' descriptors are in use.
+    """
+
+    def __init__(self) -> None:
+        self._busy: set[object] = set()
+        self._idle_since: dict[object, float] = {}
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Mark the connection as busy while its request is answered."""
+        self._busy.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._busy.discard(request.protocol)
+            self._idle_since.pop(request.protocol, None)
+
+    async def close_idle(self, runner: web.AppRunner) -> None:
+        """Look at all connections again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            assert runner.server is not None
+            self.sweep(runner.server.connections, now=asyncio.get_running_loop().time())
+
+    def sweep(self, connections: Sequence[web.RequestHandler], *, now: float) -> None:
+        """Close the connections that have been idle for too long, or that are too many."""
+        idle = [connection for connection in connections if connection not in self._busy]
+        self._idle_since = {connection: self._idle_since.get(connection, now) for connection in idle}
+        excess = len(connections) - self._most
+        for connection in sorted(idle, key=lambda one: self._idle_since[one]):
+            if excess <= 0 and now - self._idle_since[connection] < IDLE_CONNECTION_S:
+                break
+            connection.force_close()
+            excess -= 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.reporting.runs import Run
 from rlhf.tracking.findings import Finding
-from rlhf.tracking.metrics import declared
+from rlhf.tracking.metrics import declared, is_declared
 
 _MOST_POINTS = 1500  # of a curve
 _MAIN = (
@@ -47,11 +47,11 @@ def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str
     """One plot's data as uPlot takes it: the steps, and each run's values at them."""
     curves = [_curve(run.rows, key) for run in runs]
     steps = sorted({step for curve in curves for step in curve})
-    metric = _declared(key)
+    metric = declared(key) if is_declared(key) else None
     return {
         "key": key,
-        "unit": "" if metric is None or metric[0] == "1" else metric[0],
-        "meaning": "" if metric is None else metric[1],
+        "unit": "" if metric is None or metric.unit == "1" else metric.unit,
+        "meaning": "" if metric is None else metric.meaning,
         "x": steps,
         "y": [[curve.get(step) for step in steps] for curve in curves],
         "bands": [[one.first_step, one.last_step, one.severity] for one in findings if key in one.metrics],
@@ -65,11 +65,3 @@ def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     if points and kept[-1] != points[-1]:
         kept.append(points[-1])
     return {step: float(f"{value:.5g}") for step, value in kept}
-
-
-def _declared(key: str) -> tuple[str, str] | None:
-    try:
-        metric = declared(key)
-    except KeyError:  # a run of another version
-        return None
-    return metric.unit, metric.meaning

@@ -23,6 +23,7 @@ from rlhf.reporting.runs import Run, read_pairs, read_runs, read_spans
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.diagnosis import diagnose
 from rlhf.tracking.findings import SEVERITIES, Finding
+from rlhf.tracking.metrics import is_declared
 from rlhf.tracking.plots import COLORS, plot_curves
 
 _OWN = Path(__file__).with_name("static")
@@ -61,7 +62,7 @@ def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]
     """report.png, or of a pipeline report.STAGE.png of each stage that has curves."""
     written = []
     for runs in groups:
-        keys = main_keys(runs, [one for run in runs for one in findings[run.name]])
+        keys = [key for key in main_keys(runs, [one for run in runs for one in findings[run.name]]) if is_declared(key)]
         if keys:
             end = f".{runs[0].stage}.png" if len(groups) > 1 else ".png"
             written.append(plot_curves({run.name: run.folder for run in runs}, keys, output=html.with_suffix(end)))

@@ -201,7 +201,7 @@ def _own_config(folder: Path) -> Mapping[str, Any]:
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or of a run that never got as far
+    except (OSError, ValueError, RecursionError):  # not there yet, or of a run that never got as far
         return {}
     return found if isinstance(found, Mapping) else {}
 
@@ -214,11 +214,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
-    paths = sorted((folder / "evals").glob("step_*.json"))
-    found = {int(path.stem.removeprefix("step_")): _json(path) for path in paths}
+    """Read the evaluations of a run by step. A file whose sets have no numbers is left out: it may be another's."""
+    paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
     if (folder / "eval.json").exists():
-        found[0] = _json(folder / "eval.json")
-    return {step: one for step, one in found.items() if isinstance(one.get("sets"), Mapping)}
+        paths[0] = folder / "eval.json"
+    read = {step: _json(path) for step, path in sorted(paths.items())}
+    return {step: evaluation for step, evaluation in read.items() if _has_numbers(evaluation.get("sets"))}
+
+
+def _has_numbers(sets: Any) -> bool:
+    """Return whether each set is an object, and each of its metrics has numbers alone."""
+    if not isinstance(sets, Mapping) or not all(isinstance(one, Mapping) for one in sets.values()):
+        return False
+    metrics = [one.get("metrics", {}) for one in sets.values()]
+    if not all(isinstance(named, Mapping) for named in metrics):
+        return False
+    estimates = [estimate for named in metrics for estimate in named.values()]
+    return all(
+        isinstance(estimate, Mapping)
+        and isinstance(estimate.get("value"), int | float)
+        and all(isinstance(estimate.get(end), int | float | None) for end in ("low", "high"))
+        for estimate in estimates
+    )
 
 
 def _kinds(errors: Iterable[Mapping[str, Any]]) -> list[ErrorKind]:

@@ -132,7 +132,7 @@ def _estimates(first: Mapping[str, Any], last: Mapping[str, Any], *, same: bool)
         for index, (metric, now) in enumerate(found.get("metrics", {}).items()):
             before = earlier.get(metric)
             change = "" if before is None or same else f"{now['value'] - before['value']:+.3g}"
-            named = f"{text(name)} ({found.get('num_rows', '?')})" if index == 0 else ""
+            named = f"{text(name)} ({text(found.get('num_rows', '?'))})" if index == 0 else ""
             told = [_interval(now)] if same else [_interval(before), _interval(now)]
             yield [named, text(metric), *told, text(change)]
 

@@ -573,6 +573,11 @@ def declared(key: str) -> Metric:
     raise KeyError(f"metric {key!r} is not declared in rlhf/tracking/metrics.py")
 
 
+def is_declared(key: str) -> bool:
+    """Return whether a key is declared. That of a run of another version may not be."""
+    return key in METRICS or any("<" in metric.name and metric.matches(key) for metric in METRICS.values())
+
+
 def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
     """All parts' values together, in the given order (ranks, then micro-batches).
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,21 @@ _PREVIEW = 160  # characters of a prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPreview:
+    """The part of a prompt in which it differs from the other prompts of its file."""
+
+    preview: str
+    hash: str  # of the whole prompt, by which two steps' prompts are compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleIndex:
     """What a file holds. `version` is another one as soon as the file is."""
 
     version: str
     spans: tuple[tuple[int, int], ...]  # of each line, begin and length in bytes
     rows: tuple[dict[str, Any], ...]  # of each line, in short
-    prompts: dict[str, str]  # how each group's begins
+    prompts: dict[str, PromptPreview]  # of each group
     bad_lines: int
 
 
@@ -86,7 +95,25 @@ def _read_index(path: Path, version: str) -> SampleIndex:
                 rows.append(row)
                 spans.append((begin, len(line)))
             begin += len(line)
-    return SampleIndex(version=version, spans=tuple(spans), rows=tuple(rows), prompts=prompts, bad_lines=bad)
+    previews = _previews(prompts)
+    return SampleIndex(version=version, spans=tuple(spans), rows=tuple(rows), prompts=previews, bad_lines=bad)
+
+
+def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
+    """Leave out what all prompts begin with, such as a system prompt; of a single prompt keep the end."""
+    first, last = min(prompts.values(), default=""), max(prompts.values(), default="")
+    differs = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    start = first.rfind(" ", 0, differs) + 1
+
+    def preview(prompt: str) -> str:
+        if first == last:
+            return prompt[-_PREVIEW:]
+        return ("…" if start else "") + prompt[start : start + _PREVIEW]
+
+    return {
+        group: PromptPreview(preview=preview(prompt), hash=sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16])
+        for group, prompt in prompts.items()
+    }
 
 
 def _short(line: bytes) -> dict[str, Any] | None:
@@ -96,7 +123,7 @@ def _short(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(head + b"}" if found else head)
-    except ValueError:
+    except (ValueError, RecursionError):  # a line that is nested too deep is no response of a run
         return None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         return None
@@ -104,4 +131,4 @@ def _short(line: bytes) -> dict[str, Any] | None:
     split = str(row.get("split", row.get("set", "")))
     group = f"{split}:{row.get('group_id', row.get('prompt_id', ''))}"
     tokens = row.get("response_tokens")
-    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"][:_PREVIEW]}
+    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"]}

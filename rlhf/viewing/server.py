@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class RunViewer:
         told = {
             "version": index.version,
             "rows": index.rows,
-            "prompts": index.prompts,
+            "prompts": {group: asdict(prompt) for group, prompt in index.prompts.items()},
             "bad_lines": index.bad_lines,
         }
         return web.json_response(told)

@@ -23,7 +23,7 @@ from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.roles import MemoryReport
 from rlhf.rollouts.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.rollouts.turns import PLACEHOLDER
-from rlhf.tracking.samples import SampleRecord, write_samples
+from rlhf.tracking.samples import SampleRecord, SampleTokens, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.place import RankPlace
 from rlhf.workers.reward_model import RewardModel
@@ -152,7 +152,7 @@ class RewardWorker:
             places = [record.sample for record in group]
             found = transcripts(columns, places, self.tokenizer, signals=signals)
             for record, said in zip(group, found, strict=True):
-                record = replace(record, response=said.response, tokens=said.tokens)
+                record = replace(_with_token_means(record, said.tokens), response=said.response, tokens=said.tokens)
                 if record.turns is not None:
                     record = replace(record, prompt=said.turns[0].text, turns=said.turns)
                 whole.append(record)
@@ -166,3 +166,20 @@ class RewardWorker:
     def stop(self) -> None:
         """End the reward processes."""
         self.rewards.close()
+
+
+def _with_token_means(record: SampleRecord, tokens: SampleTokens) -> SampleRecord:
+    """Return the record with the mean log-probabilities of its tokens, where the controller had none.
+
+    A run with one update per batch measures them in that update, after the controller has made the record.
+    """
+
+    def mean(known: float | None, column: Sequence[float | None] | None) -> float | None:
+        values = [value for value in column or () if value is not None]
+        return sum(values) / len(values) if known is None and values else known
+
+    return replace(
+        record,
+        mean_old_logprob=mean(record.mean_old_logprob, tokens.old_logprobs),
+        mean_ref_logprob=mean(record.mean_ref_logprob, tokens.ref_logprobs),
+    )

@@ -127,6 +127,8 @@ async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
         await page.until("document.querySelectorAll('.chart canvas').length >= 3")
         sections = await page.value("[...document.querySelectorAll('.stage')].map((one) => one.dataset.stage)")
         assert sections == ["first", "rewards", "eval", "update"]
+        flat = "import('/static/curves.js').then((module) => module.around(null, 0, 0))"
+        assert await page.value(flat) == [-1, 1]  # a curve of zeros lies in the middle of its axis
         assert await page.value(SCORE) == "0.4"
         meaning = await page.value("document.querySelector('[data-stage=rewards] figcaption').title")
         assert meaning.startswith("Weighted sum of the rewards")
@@ -199,7 +201,7 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
 
 async def test_filters_and_errors(runs: list[Path]) -> None:
     async with shown(runs[0]) as (page, url):
-        await page.open(url + "#tab=samples&step=2&split=train")
+        await page.open(url + "#tab=samples&step=2&split=train&colour=__proto__")
         await page.until(f"{CARDS}.length === 2")
         groups = "document.querySelectorAll('.group').length"
         assert await page.value(groups) == PROMPTS

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from actors.openai_forms import MOST_SAMPLES, ChatRequest, cut, read
 from actors.rollout import EngineHealth
 from actors.serve import MAX_BODY_BYTES, ModelServer, ServerSpec
 from rlhf.cli import main
+from rlhf.data.chat import encode
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.spans import Sampled
@@ -281,6 +283,43 @@ async def test_other_models_lengths_and_bodies() -> None:
             assert answer.status == status
             assert "POST /v1/chat/completions" in (await answer.json())["error"]["message"]
     assert not engines.asked
+
+
+async def test_a_prompt_of_too_many_characters_is_refused_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longest = max(map(len, TOKENIZER.get_vocab()))
+    text = "x" * (32 * longest + 1)
+
+    def unasked(*arguments: object) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr("actors.serve.encode", unasked)
+    async with serving(StandIn(), max_length=32) as client:
+        for path, body in (
+            ("completions", TEXT | {"prompt": text}),
+            ("chat/completions", CHAT | {"messages": [{"role": "user", "content": text}]}),
+        ):
+            status, told = await ask(client, path, body)
+            assert (status, told["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_a_long_prompt_does_not_keep_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.serve.LONG_TEXT", 8)
+    tokenizing = threading.Event()
+
+    def slow_where_long(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+        if len(texts[0]) > 8:
+            assert tokenizing.wait(20.0)
+        return encode(texts, tokenizer)
+
+    monkeypatch.setattr("actors.serve.encode", slow_where_long)
+    async with serving(StandIn("yes"), max_length=32) as client:
+        long = asyncio.ensure_future(ask(client, "completions", TEXT | {"prompt": "long enough", "max_tokens": 1}))
+        assert (await ask(client, "completions", TEXT | {"prompt": "a"}))[0] == 200
+        assert not long.done()
+        tokenizing.set()
+        assert (await long)[0] == 200
 
 
 async def test_a_model_without_a_chat_template_takes_prompts() -> None:

@@ -155,6 +155,37 @@ def test_what_a_model_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     assert "'unsafe-inline'" not in str(policy["content"]).split("script-src")[1]
 
 
+def test_the_evaluations_of_a_received_run_are_shown_and_never_obeyed(tmp_path: Path) -> None:
+    """Numbers that are none leave the file out; a number of rows is text to HTML, whatever it is."""
+    run = make_run(tmp_path, "demo")
+    refresh = '<meta http-equiv="refresh" content="0; url=http://127.0.0.1:1/">'
+    good = {"score": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    (run / "evals").mkdir(exist_ok=True)
+    for step, sets in enumerate(
+        (
+            {"heldout": {"num_rows": refresh, "metrics": good}},
+            {"heldout": {"metrics": {"score": {"value": refresh}}}},
+            {"heldout": refresh},
+            {"heldout": {"metrics": [refresh]}},
+        ),
+        start=20,
+    ):
+        (run / "evals" / f"step_{step:06d}.json").write_text(json.dumps({"sets": sets}))
+    (run / "evals" / "step_x.json").write_text("[" * 200_000)
+    page = Page(rlhf.report(run).html)
+    assert [a.get("http-equiv") for tag, a in page.elements if tag == "meta" and "http-equiv" in a] == [
+        "Content-Security-Policy"
+    ]
+    assert f"heldout ({refresh})" in page.text
+
+
+def test_a_metric_of_another_version_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "eval/a/b/c/score": 1.0}) + "\n" for row in rows))
+    assert rlhf.report(run).pictures
+
+
 def test_half_surrogates_do_not_break_the_file() -> None:
     assert text("a\ud800<b>").encode() == b"a?&lt;b&gt;"
 

@@ -154,7 +154,7 @@ async def test_samples_are_listed_in_short_and_read_whole_by_place(client: Clien
         ("train:3", 0, 0.0, 1),
         ("train:3", 1, 1.0, 1),
     ]
-    assert listing["prompts"] == {"train:3": f"2+2= {HOSTILE}"}
+    assert listing["prompts"]["train:3"]["preview"] == f"2+2= {HOSTILE}"
     assert listing["bad_lines"] == 0
     params = {"run": "demo", "step": 2, "version": listing["version"], "at": "1"}
     response = await asked.get("/api/responses", params=params)
@@ -165,6 +165,24 @@ async def test_samples_are_listed_in_short_and_read_whole_by_place(client: Clien
     assert (await asked.get("/api/responses", params=params)).status == 409
     listing = await (await asked.get("/api/samples", params={"run": "demo", "step": 2})).json()
     assert len(listing["rows"]) == 3
+
+
+async def test_previews_leave_out_what_all_prompts_begin_with(client: Client, run: Path) -> None:
+    system = "You are a helpful assistant who answers in one word. " * 8
+    prompts = [f"{system}What is the capital of {country}?" for country in ("France", "Finland")]
+    lines = [{"prompt_id": i, "sample": 0, "prompt": prompt, "response": ""} for i, prompt in enumerate(prompts)]
+    samples_path(run, 5).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    asked = await client(run)
+    listing = await (await asked.get("/api/samples", params={"run": "demo", "step": 5})).json()
+    assert [one["preview"] for one in listing["prompts"].values()] == ["…France?", "…Finland?"]
+    assert len({one["hash"] for one in listing["prompts"].values()}) == 2
+
+
+async def test_a_line_that_is_nested_too_deep_is_a_bad_line(client: Client, run: Path) -> None:
+    samples_path(run, 5).write_text('{"prompt": "p", "scores": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    asked = await client(run)
+    listing = await (await asked.get("/api/samples", params={"run": "demo", "step": 5})).json()
+    assert (listing["rows"], listing["bad_lines"]) == ([], 1)
 
 
 async def test_damaged_and_other_lines_of_samples(client: Client, run: Path) -> None:

@@ -118,7 +118,12 @@ def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp
     assert chosen.sequence_ids == (0, 1)
     path = samples_path(tmp_path, 1)
     worker.write_samples(path, [chosen.records], GROUP[0], signals)
-    first, second = (json.loads(line)["tokens"] for line in path.read_text().splitlines())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    means = ["mean_old_logprob", "mean_ref_logprob"]
+    # -2/3 for the token before the environment's five, then -(8 + ... + 14)/3 for the seven behind them
+    assert [rows[0][name] for name in means] == [pytest.approx(-(2 + 77) / 3 / 8, rel=1e-5), -2.0]
+    assert [rows[1][name] for name in means] == [None, None]
+    first, second = (row["tokens"] for row in rows)
     assert "".join(first["texts"]) == "3not 7it is 7"
     assert bytes(first["ids"]) == b"3not 7it is 7"
     assert first["sampled"] == [True] + [False] * 5 + [True] * 7

@@ -66,6 +66,13 @@ function tableOf(run, name, { smoothing, log, byTime }) {
 
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+// The range of a linear axis. uPlot draws a flat curve at 0 on an axis from 0 to 100, as if it had nearly reached it.
+export function around(u, low, high) {
+  if (low === null || high === null) return [0, 1];
+  if (low === high) return low === 0 ? [-1, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
+  return uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function optionsOf(runs, width, log, byTime, readOut) {
   const axis = { stroke: colourOf("--faint"), grid: { stroke: colourOf("--line"), width: 1 }, ticks: { show: false } };
   const short = (u, values) => values.map((value) => (value === null ? "" : number(value)));
@@ -79,7 +86,7 @@ function optionsOf(runs, width, log, byTime, readOut) {
     padding: [8, 8, 0, 0],
     legend: { show: false },
     cursor: { y: false, sync: { key: byTime ? "time" : "step" }, points: { size: 6 } },
-    scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+    scales: { x: { time: false }, y: log ? { distr: 3 } : { range: around } },
     axes: [
       { ...axis, size: 24, space: 60, values: short, incrs: byTime ? undefined : [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] },
       { ...axis, size: 52, space: 34, values: short },

@@ -5,7 +5,7 @@ import { number, signed, visible } from "./format.js";
 import { failed, groupsOf, NO_FILTER, passes, splitsOf, useListing, useResponses } from "./listing.js";
 import { COLOURS, drawTokens, scaleOf, tip } from "./tokens.js";
 
-const previewOf = (prompt) => visible(prompt.replace(/<\|[^|<>]*\|>/g, " ")).trim().slice(-80) || "(empty prompt)";
+const previewOf = (prompt) => visible(prompt.replace(/<\|[^|<>]*\|>/g, " ")).trim().slice(0, 80) || "(empty prompt)";
 const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
 
 function Dots({ rows, low, high }) {
@@ -36,7 +36,7 @@ function GroupList({ groups, chosen, choose }) {
         data-group=${group.key}
         onClick=${() => choose(group.key)}
       >
-        <span class="preview">${previewOf(group.prompt)}</span>
+        <span class="preview">${previewOf(group.preview)}</span>
         <span class="sum">
           <${Dots} rows=${group.rows} low=${low} high=${high} />
           <b>${own.length ? number(own.reduce((a, b) => a + b, 0) / own.length) : ""}</b>
@@ -227,17 +227,17 @@ export function Samples({ place, go, runs, other, tick, theme, focus, filter, se
     () => groupsOf(b.listing, split, NO_FILTER, place.stepB, errorsB),
     [b.listing, split, errorsB],
   );
-  const keyB = (group) => groupsB.find((one) => one.promptId === group.promptId && one.prompt === group.prompt);
+  const keyB = (group) => groupsB.find((one) => one.promptId === group.promptId && one.hash === group.hash);
   const groups = place.compare && b.listing ? groupsA.filter(keyB) : groupsA;
   const group = groups.find((one) => one.key === place.group) ?? groups[0];
   const groupB = place.compare && group ? keyB(group) : undefined;
   const gotA = useResponses(place.run, place.step, a.listing, group, () => renew((n) => n + 1));
   const gotB = useResponses(place.runB, place.stepB, b.listing, groupB, () => renew((n) => n + 1));
-  const colour = COLOURS[place.colour] ?? COLOURS.advantage;
+  const colour = Object.hasOwn(COLOURS, place.colour) ? COLOURS[place.colour] : COLOURS.advantage;
   const shown = [...(gotA.responses ?? []), ...((groupB && gotB.responses) || [])];
   const scale = useMemo(() => scaleOf(colour, shown), [colour, gotA.responses, gotB.responses]);
   const there = shown.some((response) => response.tokens);
-  const prompt = gotA.responses?.[0]?.prompt ?? group?.prompt ?? "";
+  const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
     Object.assign(other, { groups: groups.map((one) => one.key), at: group?.key, splits, split });

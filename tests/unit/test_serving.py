@@ -1,0 +1,138 @@
+"""Servers keep slow clients and web pages of other sites away, whatever the server serves."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer, unused_port
+
+import rlhf.serving as serving
+from rlhf.serving import Connections, read_text, stranger
+
+
+@asynccontextmanager
+async def echo_server() -> AsyncIterator[TestClient[Any, Any]]:
+    async def echo(request: web.Request) -> web.Response:
+        refusal = stranger(request)
+        if refusal is not None:
+            return web.Response(status=403, text=refusal)
+        try:
+            return web.Response(text=await read_text(request))
+        except ValueError as error:
+            return web.Response(status=400, text=str(error))
+
+    app = web.Application()
+    app.router.add_post("/", echo)
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "http://[::1]"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[broken"}, 403),
+        ({"Host": "evil.example"}, 403),
+    ],
+)
+async def test_a_page_of_another_site_is_refused(headers: dict[str, str], status: int) -> None:
+    async with echo_server() as client:
+        assert (await client.post("/", data=b"x", headers=headers)).status == status
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Encoding": "gzip"}, {"Content-Encoding": "deflate"}, {"Content-Type": "text/plain; charset=foo"}],
+)
+async def test_a_body_that_is_not_as_its_headers_say_is_a_bad_request(headers: dict[str, str]) -> None:
+    async with echo_server() as client:
+        answer = await client.post("/", data=b"no archive \x00", headers=headers, skip_auto_headers=["Content-Type"])
+        assert answer.status == 400
+
+
+async def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "BODY_S", 0.1)
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b"half"
+        await asyncio.sleep(20.0)
+
+    async with echo_server() as client, asyncio.timeout(10.0):
+        assert (await client.post("/", data=half())).status == 408
+
+
+class Connection:
+    """What `sweep` uses of a connection of aiohttp."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def force_close(self) -> None:
+        self.closed = True
+
+
+def sweep(connections: Connections, held: list[Connection], now: float) -> list[bool]:
+    connections.sweep(held, now=now)  # type: ignore[arg-type]
+    return [one.closed for one in held]
+
+
+def test_idle_connections_are_closed_after_their_time() -> None:
+    connections, held = Connections(), [Connection(), Connection()]
+    assert sweep(connections, held[:1], 0.0) == [False]
+    assert sweep(connections, held, 10.0) == [False, False]
+    assert sweep(connections, held, serving.IDLE_CONNECTION_S) == [True, False]
+
+
+def test_a_busy_connection_is_never_closed() -> None:
+    connections, held = Connections(), [Connection()]
+    connections._busy.add(held[0])
+    assert sweep(connections, held, 0.0) == [False]
+    assert sweep(connections, held, 1e6) == [False]
+
+
+def test_the_oldest_idle_connections_leave_when_descriptors_run_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (6, 6))
+    connections, held = Connections(), [Connection() for _ in range(5)]
+    sweep(connections, held[:2], 0.0)
+    assert sweep(connections, held, 1.0) == [True, True, False, False, False]
+
+
+async def test_a_server_answers_beside_connections_that_send_half_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "SWEEP_EVERY_S", 0.05)
+    monkeypatch.setattr(serving, "IDLE_CONNECTION_S", 0.3)
+    port, app = unused_port(), web.Application()
+
+    async def health(request: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    app.router.add_get("/", health)
+    server = asyncio.create_task(serving._serve(app, "127.0.0.1", port, lambda address: None, False))
+    try:
+        async with asyncio.timeout(20.0):
+            while True:
+                try:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    break
+                except OSError:
+                    await asyncio.sleep(0.01)
+            writer.write(b"GET / HTTP/1.1\r\nHost: lo")
+            await writer.drain()
+            assert await reader.read() == b""  # the server closes it, without an answer
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert (await reader.read()).endswith(b"ok")
+            writer.close()
+    finally:
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
