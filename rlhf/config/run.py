@@ -26,7 +26,12 @@ class RunConfig(Section):
     @field_validator("dir")
     @classmethod
     def _at_home(cls, value: Path) -> Path:
-        return value.expanduser()
+        if "\0" in str(value):
+            raise ValueError("holds a null character, which no path may")
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"got {str(value)!r}, and there is no such home folder: {error}") from error
 
 
 class TrackingConfig(Section):

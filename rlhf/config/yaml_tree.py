@@ -14,9 +14,13 @@ from typing import Any
 
 import yaml
 
+from rlhf.config.yaml_errors import explain_yaml_error
 from rlhf.errors import UserError
 
 Key = tuple[str, ...]
+MAX_NODES = 100_000
+MAX_DEPTH = 100
+MAX_MIB = 1
 
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -64,7 +68,11 @@ def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, 
     needs: what an empty file lacks, for its message.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_MIB * 2**20 + 1)
+        if len(content) > MAX_MIB * 2**20:
+            raise UserError(f"{path}: is larger than {MAX_MIB} MiB, the limit of a configuration; is it another file?")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except OSError as error:
@@ -87,12 +95,14 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     for text in overrides:
         dotted, equals, value = text.partition("=")
         key = tuple(dotted.strip().split("."))
+        place = f"argument {kind(text)}"
         if not equals or not all(key):
-            raise UserError(f"argument {text!r}: expected section.key=value, such as train.steps=10")
+            raise UserError(f"{place}: expected section.key=value, such as train.steps=10")
+        if len(key) > MAX_DEPTH:
+            raise UserError(f"{place}: sections within sections go too deep, beyond {MAX_DEPTH}")
         if key in seen:
-            raise UserError(f"argument {text!r}: {dotted} is given twice")
+            raise UserError(f"{place}: {dotted} is given twice")
         seen.add(key)
-        place = f"argument {text!r}"
         node = values
         for depth, part in enumerate(key[:-1], start=1):
             child = node.get(part)
@@ -139,49 +149,69 @@ def _parse(text: str, source: str, places: dict[Key, str], at: Key) -> Any:
         raise UserError(f"{source}: holds the control character {chr(error.character)!r}, which is not YAML") from None
     try:
         node = loader.get_single_node()
-        return None if node is None else _convert(loader, node, source, places, at, ())
+        return None if node is None else _Converter(loader, source, places).convert(node, at, ())
     except RecursionError:
         raise UserError(f"{source}: sections within sections go too deep") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None and not source.startswith("argument") else ""
-        raise UserError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
+        number, reason = explain_yaml_error(error, text)
+        line = f":{number}" if number is not None and not source.startswith("argument") else ""
+        raise UserError(f"{source}{line}: not valid YAML: {reason}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
 
 
-def _convert(
-    loader: _Loader, node: yaml.Node, source: str, places: dict[Key, str], at: Key, parents: tuple[yaml.Node, ...]
-) -> Any:
-    if any(node is parent for parent in parents):
-        raise UserError(f"{source}:{node.start_mark.line + 1}: the alias contains itself")
-    parents = (*parents, node)
-    if isinstance(node, yaml.SequenceNode):
-        return [_convert(loader, child, source, places, at, parents) for child in node.value]
-    if not isinstance(node, yaml.MappingNode):
-        line = "" if source.startswith("argument") else f":{node.start_mark.line + 1}"
+class _Converter:
+    """Turn the nodes of one text into plain values, and record where each key was written."""
+
+    def __init__(self, loader: _Loader, source: str, places: dict[Key, str]) -> None:
+        self.loader, self.source, self.places = loader, source, places
+        self.num_nodes = 0  # aliases included: a kilobyte of them can stand for billions
+
+    def convert(self, node: yaml.Node, at: Key, parents: tuple[yaml.Node, ...]) -> Any:
+        """Return the value of a node that stands at the key `at`, below `parents`."""
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise UserError(f"{self._place(node)}: the text stands for more than {MAX_NODES:,} values; shorten it")
+        if len(parents) > MAX_DEPTH:
+            raise UserError(f"{self._place(node)}: sections within sections go too deep, beyond {MAX_DEPTH}")
+        if any(node is parent for parent in parents):
+            raise UserError(f"{self._place(node)}: the alias contains itself")
+        parents = (*parents, node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.convert(child, at, parents) for child in node.value]
+        return self._mapping(node, at, parents) if isinstance(node, yaml.MappingNode) else self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, at: Key, parents: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = self._place(key_node)
+            key = self.convert(key_node, at, parents)
+            if not isinstance(key, str):
+                raise UserError(f"{place}: the key {kind(key)} is not a string; put it in quotes")
+            if key in result:
+                raise UserError(f"{place}: {'.'.join((*at, key))} is given twice")
+            self.places[(*at, key)] = place
+            result[key] = self.convert(value_node, (*at, key), parents)
+        return result
+
+    def _scalar(self, node: yaml.Node) -> Any:
         try:
-            scalar = loader.construct_object(node)
+            scalar = self.loader.construct_object(node)
         except ValueError as error:  # an integer of thousands of digits; a tag that does not fit
-            raise UserError(f"{source}{line}: {kind(node.value)} is no value of a config: {error}") from None
+            raise UserError(f"{self._place(node)}: {kind(node.value)} is no value of a config: {error}") from None
         if not isinstance(scalar, str | int | float | None):
-            raise UserError(f"{source}{line}: {kind(node.value)} as {node.tag} is no value of a config")
+            raise UserError(f"{self._place(node)}: {kind(node.value)} as {node.tag} is no value of a config")
+        if isinstance(scalar, str) and any("\ud800" <= character <= "\udfff" for character in scalar):
+            raise UserError(f"{self._place(node)}: {kind(scalar)} holds half of a character (a lone surrogate)")
         if isinstance(scalar, float) and not math.isfinite(scalar):
-            raise UserError(f"{source}{line}: {kind(node.value)} is not a finite number")
+            raise UserError(f"{self._place(node)}: {kind(node.value)} is not a finite number")
         return scalar
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        place = f"{source}:{key_node.start_mark.line + 1}"
-        key = _convert(loader, key_node, source, places, at, parents)
-        if not isinstance(key, str):
-            raise UserError(f"{place}: the key {kind(key)} is not a string; put it in quotes")
-        if key in result:
-            raise UserError(f"{place}: {'.'.join((*at, key))} is given twice")
-        places[(*at, key)] = place
-        result[key] = _convert(loader, value_node, source, places, (*at, key), parents)
-    return result
+
+    def _place(self, node: yaml.Node) -> str:
+        """Return the file and line of a node; an argument has no lines."""
+        return self.source if self.source.startswith("argument") else f"{self.source}:{node.start_mark.line + 1}"
 
 
 def copy(value: Any) -> Any:

@@ -1,0 +1,61 @@
+"""Explain why a text is not valid YAML, in words that do not assume knowledge of a parser. Parses nothing itself."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+
+def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | None, str]:
+    """Return the number of the line to blame, from 1, and what is wrong with it and how to correct it."""
+    mark, opened = error.problem_mark or error.context_mark, error.context_mark
+    problem, context = error.problem or error.context or "", error.context or ""
+    lines = text.splitlines()
+    before = "" if mark is None or mark.line >= len(lines) else lines[mark.line][: mark.column]
+    opening = "" if opened is None or opened.line >= len(lines) else lines[opened.line][opened.column :][:1]
+    where = f" of line {opened.line + 1}" if opened is not None and len(lines) > 1 else ""
+    line = None if mark is None else mark.line + 1
+    if character := re.match(r"found character '(.+)' that cannot start", problem):
+        if character[1] == "\\t":
+            return line, "the line is indented with a tab. Indent with spaces."
+        return line, f"a value cannot start with {character[1]!r}. Put the value in quotes."
+    if problem.startswith("mapping values are not allowed"):
+        if ": " in before:
+            return line, "there are two `: ` on the line. Put a value that contains `: ` in quotes."
+        return (
+            line,
+            "a key cannot stand here. The line above needs a `:` at its end, or both need the same indentation.",
+        )
+    if problem.startswith("expected <block end>, but found"):
+        if problem.endswith(("'}'", "']'")):
+            return line, f"the `{problem[-2]}` closes a bracket that was never opened."
+        if problem.endswith("'<scalar>'"):
+            return (
+                line,
+                "there is text after the end of the value. Put all of it in quotes, or correct its indentation.",
+            )
+        return line, f"the line is indented unlike its section{where}. All keys of a section start in the same column."
+    if problem.startswith(("expected ',' or '}'", "expected ',' or ']'")):
+        return line, f"the `{opening}`{where} is not closed, or a comma is missing before this place."
+    if problem.startswith("found unexpected end of stream"):
+        return (opened.line + 1 if opened else line), "the quote that opens here is never closed."
+    if problem.startswith("could not find expected ':'"):
+        return (opened.line + 1 if opened else line), "the key has no `: ` behind it."
+    if problem.startswith("found undefined alias") or context.endswith("an alias"):
+        return line, "`*` starts a reference to an anchor, and there is no such anchor. Put the text in quotes."
+    if context.startswith("found duplicate anchor"):
+        return line, "the anchor exists already. Give each anchor a name that no other has."
+    if context.endswith("an anchor"):
+        return line, "`&` starts an anchor, which needs a name. Put the text in quotes."
+    if problem.startswith("found unknown escape character"):
+        return line, "a backslash in double quotes starts an escape such as `\\n`. Use single quotes, or double it."
+    if problem.startswith("sequence entries are not allowed"):
+        return line, "a list starts on the next line, with `- ` before each entry, or is written `[a, b]`."
+    if problem.startswith("expected the node content"):
+        return line, f"a value is missing before {problem[problem.rfind('found') + 6 :].replace(chr(39), '`')}."
+    if context.endswith("a block scalar"):
+        return line, "a value that starts with `>` or `|` needs quotes."
+    if problem.startswith("but found another document"):
+        return line, "the file holds a second document. Remove the line `---`."
+    return line, f"{problem}."
