@@ -15,9 +15,10 @@ from pydantic.fields import FieldInfo
 
 from rlhf.algorithms.section import Section
 from rlhf.config.evaluate import EvaluationStage
-from rlhf.config.explain import expected, is_section, members
+from rlhf.config.explain import expected
 from rlhf.config.merge import MergeFile
 from rlhf.config.root import Config
+from rlhf.config.schema import is_section, members
 from rlhf.config.sweep import SweepFile
 
 HEAD = """\

@@ -5,11 +5,10 @@ Used by load and by the documentation. Knows the schema's shape, not its meaning
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -20,6 +19,8 @@ from pydantic.fields import FieldInfo
 
 from rlhf.algorithms.section import Section
 from rlhf.config.root import Config
+from rlhf.config.schema import descend, is_section, tag
+from rlhf.config.suggestions import choice, example, meant_value, unknown_key
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.errors import UserError
 
@@ -34,6 +35,8 @@ _SCALARS: dict[object, str] = {
     types.NoneType: "null",
 }
 
+
+MAX_PROBLEMS = 100  # in one message
 
 # How pydantic calls a member of a union that has no name of its own, in an error's location.
 _MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\[.*\]|constrained-\w+")
@@ -58,17 +61,34 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     try:
         return root.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        found: dict[Key, Problem] = {}
-        for item in error.errors(include_url=False):
-            key, text = _line_of_error(root, item["loc"], item["type"], item["input"], item["msg"])
-            found.setdefault(key, Problem(key=key, text=text))  # each member of a union reports the same key
-        return tuple(found.values())
+        problems: dict[Key, Problem] = {}
+        missing: dict[Key, Problem] = {}
+        meant: set[str] = set()
+        for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
+            if item["type"] == "extra_forbidden":
+                section, _, nodes = _follow(root, item["loc"])
+                suggestions = unknown_key(root, values, section, str(item["loc"][-1]), nodes)
+                meant.update(*(suggestion.meant for suggestion in suggestions))
+                found = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
+            else:
+                found = [_wrong_value(root, item["loc"], item["type"], item["input"], item["msg"])]
+            for problem in found:
+                group = missing if item["type"] == "missing" else problems
+                group.setdefault(problem.key, problem)  # each member of a union reports the same key
+        absent = {key: problem for key, problem in missing.items() if not _is_meant(key, meant)}
+        return tuple((absent | problems).values())
 
 
 def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
     """UserError with a line for each problem, if there is one."""
     if problems:
-        raise UserError("\n".join(f"{place(p.key)}: {'.'.join(p.key)}: {p.text}" for p in problems))
+        raise UserError("\n".join(f"{place(p.key)}: {_shown(p.key)}: {p.text}" for p in problems))
+
+
+def _shown(key: Key) -> str:
+    """Return the key on one line, whatever characters it holds."""
+    text = ".".join(key)
+    return text if text and text.isprintable() and len(text) <= 200 else kind(text)
 
 
 def expected(field: FieldInfo) -> str:
@@ -76,27 +96,16 @@ def expected(field: FieldInfo) -> str:
     return _describe(field.annotation, _bounds(field.metadata))
 
 
-def members(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a union, without their annotations."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from members(get_args(annotation)[0])
-    elif origin in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from members(member)
-    else:
-        yield annotation
+def _is_meant(key: Key, meant: set[str]) -> bool:
+    """Return whether an unknown key was probably meant to be this one or to stand below it."""
+    return any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
 
 
-def is_section(annotation: object) -> bool:
-    """Whether it is a class of the schema."""
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[Any]]:
+    """Return the key that pydantic's location stands for, its field, and the types that may stand there.
 
-
-def _line_of_error(
-    root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
-) -> tuple[Key, str]:
-    """One of pydantic's errors as (key, what is wrong with it)."""
+    A location also names members of unions, and may end below the key to blame.
+    """
     nodes: list[Any] = [root]
     key: Key = ()
     field: FieldInfo | None = None
@@ -109,100 +118,52 @@ def _line_of_error(
             continue
         if _MEMBER.fullmatch(part):
             continue
-        alternatives = [node for node in nodes if node is not types.NoneType]
-        tagged = [node for node in alternatives if _tag(node) == part]
-        below, its_field = _descend(nodes, part)
-        if tagged and len(alternatives) > 1:
+        candidates = [node for node in nodes if node is not types.NoneType]
+        tagged = [node for node in candidates if tag(node) == part]
+        below, its_field = descend(nodes, part)
+        if tagged and len(candidates) > 1:
             nodes = tagged
         elif below:
             nodes, field, key = below, its_field, (*key, part)
-        elif error_type == "extra_forbidden":
-            return (*key, part), _unknown(root, key, part, nodes)
         else:
-            break  # a member of a union of scalars
-    if error_type == "union_tag_not_found":
-        return (*key, "name"), f"is missing: expected {_choice([_tag(node) or '' for node in nodes])}"
-    if error_type == "union_tag_invalid":
-        return (*key, "name"), f"got {kind(given['name'])}, expected {_choice([_tag(node) or '' for node in nodes])}"
+            break  # an unknown key, or a member of a union of scalars
+    return key, field, nodes
+
+
+def _wrong_value(
+    root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
+) -> Problem:
+    """Return one of pydantic's errors about a value in our words."""
+    key, field, nodes = _follow(root, location)
+    if error_type in ("union_tag_not_found", "union_tag_invalid"):
+        expected_tags = choice([tag(node) or "" for node in nodes])
+        key, name = (*key, "name"), given.get("name")
+        if error_type == "union_tag_not_found" or field is None:
+            return Problem(key=key, text=f"is missing: expected {expected_tags}")
+        return Problem(key=key, text=_not_a_word(key, name, field, expected_tags))
     wanted = expected(field) if field is not None else "a mapping of sections"
     if error_type == "missing" and isinstance(location[-1], int):
-        return key, f"got too few values, expected {wanted}"
-    if error_type == "missing":
-        return key, f"is missing: expected {wanted}"
-    if error_type == "value_error":
-        return key, message.removeprefix("Value error, ")
-    if error_type == "string_pattern_mismatch":
-        return key, f"got {kind(given)}, expected letters, digits, `.`, `_` and `-`, starting with a letter or digit"
-    if error_type == "string_too_short":
-        return key, f"got {kind(given)}, expected a string that is not empty"
-    return key, f"got {kind(given)}, expected {wanted}"
+        text = f"got too few values, expected {wanted}"
+    elif error_type == "missing":
+        text = f"is missing: expected {wanted}"
+    elif error_type == "value_error":
+        text = message.removeprefix("Value error, ")
+    elif error_type == "string_pattern_mismatch":
+        text = f"got {kind(given)}, expected letters, digits, `.`, `_` and `-`, starting with a letter or digit"
+    elif error_type == "string_too_short":
+        text = f"got {kind(given)}, expected a string that is not empty"
+    elif field is None:
+        text = f"got {kind(given)}, expected {wanted}"
+    else:
+        text = _not_a_word(key, given, field, wanted) + example(key[-1], given, field)
+    return Problem(key=key, text=text)
 
 
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The word that was probably meant."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return close[0] if close else None
-
-
-def all_keys(root: type[Section], at: Key = ()) -> Iterator[Key]:
-    """Every key of the schema; below a mapping the name stands as `*`."""
-    for name, field in root.model_fields.items():
-        yield (*at, name)
-        for member in members(field.annotation):
-            inner = member
-            below = (*at, name)
-            if get_origin(member) is dict:
-                inner, below = get_args(member)[1], (*below, "*")
-            if is_section(inner):
-                yield from all_keys(inner, below)
-
-
-def _unknown(root: type[Section], section: Key, word: str, nodes: Sequence[Any]) -> str:
-    names = [name for node in nodes if is_section(node) for name in node.model_fields]
-    others = [node for node in _alternatives(root, section) if node not in nodes and word in node.model_fields]
-    if others:  # a key of another form of this section, such as another algorithm's
-        ours, owners = (_choice([_tag(node) or "" for node in some]) for some in (nodes, others))
-        return f"is a key of {owners}; {ours} has {', '.join(sorted(set(names)))}"
-    here = nearest(word, names)
-    if here:
-        return f"unknown key; did you mean {'.'.join((*section, here))}?"
-    elsewhere = [key for key in all_keys(root) if not section or key[: len(section)] != section]
-    elsewhere.sort(key=lambda key: len(_alternatives(root, key[:-1])) > 1)  # what every run has comes first
-    everywhere = {key[-1]: ".".join(key) for key in reversed(elsewhere)}
-    there = word if word in everywhere else nearest(word, list(everywhere))
-    if there:
-        return f"unknown key; did you mean {everywhere[there]}?"
-    return f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(sorted(set(names)))}"
-
-
-def _alternatives(root: type[Section], section: Key) -> list[Any]:
-    """All forms that the section at a key may have."""
-    nodes: list[Any] = [root]
-    for part in section:
-        nodes, _ = _descend(nodes, part)
-    return [node for node in nodes if is_section(node)]
-
-
-def _descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:
-    """What may stand at the key `part` of the nodes, and the field that says so."""
-    below: list[Any] = []
-    field: FieldInfo | None = None
-    for node in nodes:
-        if is_section(node) and part in node.model_fields:
-            field = field or node.model_fields[part]
-        elif get_origin(node) is dict:
-            field = field or FieldInfo(annotation=get_args(node)[1])
-        else:
-            continue
-        below += members(field.annotation)
-    return below, field
-
-
-def _tag(node: Any) -> str | None:
-    """What pydantic calls a member of a tagged union in an error's location."""
-    if is_section(node) and "name" in node.model_fields and get_origin(node.model_fields["name"].annotation) is Literal:
-        return str(get_args(node.model_fields["name"].annotation)[0])
-    return getattr(node, "__name__", None) if not is_section(node) else str(node.__name__)
+def _not_a_word(key: Key, given: Any, field: FieldInfo, wanted: str) -> str:
+    meant = meant_value(key, given, field)
+    if meant is None:
+        return f"got {kind(given)}, expected {wanted}"
+    return f"got {kind(given)}; did you mean `{meant}`? Expected {wanted}"
 
 
 def _describe(annotation: Any, bounds: str = "") -> str:
@@ -212,7 +173,7 @@ def _describe(annotation: Any, bounds: str = "") -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_describe(member, bounds) for member in arguments))
     if origin is Literal:
-        return _choice([str(argument) for argument in arguments])
+        return choice([str(argument) for argument in arguments])
     if origin is dict:
         return f"a mapping of names to {_plural(_describe(arguments[1]))}"
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -232,11 +193,6 @@ def _bounds(metadata: Sequence[Any]) -> str:
     found = [(signs[type(m)][1], getattr(m, signs[type(m)][0])) for m in inner if type(m) in signs]
     bounds = [f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}" for sign, bound in found]
     return f" {' and '.join(bounds)}" if bounds else ""
-
-
-def _choice(words: Sequence[str]) -> str:
-    quoted = [f"`{word}`" for word in words]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def _plural(words: str) -> str:

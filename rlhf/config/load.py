@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.checks import problems
-from rlhf.config.explain import nearest, parse, refuse
+from rlhf.config.explain import parse, refuse
 from rlhf.config.pipeline import resolve_stages
 from rlhf.config.root import Config
 from rlhf.config.stages import Stage, run_folder
+from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Tree, apply_overrides, read_tree
 from rlhf.errors import UserError
 

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlhf.algorithms.section import Section
-from rlhf.config.explain import Problem, nearest, parse_as, refuse
+from rlhf.config.explain import Problem, parse_as, refuse
 from rlhf.config.model import Dtype
+from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Key, apply_overrides, kind, read_tree
 from rlhf.errors import UserError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.evaluate import EvaluationStage
-from rlhf.config.explain import Problem, nearest, parse_as, refuse
+from rlhf.config.explain import Problem, parse_as, refuse
 from rlhf.config.root import Config
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import (
@@ -31,6 +31,7 @@ from rlhf.config.stages import (
     stage_problems,
     stage_unused,
 )
+from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Key, Tree, copy, kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

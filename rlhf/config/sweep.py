@@ -17,9 +17,10 @@ from pydantic import Field, field_validator
 
 from rlhf.algorithms.section import Section
 from rlhf.config import derive
-from rlhf.config.explain import Problem, nearest, parse_as, refuse
+from rlhf.config.explain import Problem, parse_as, refuse
 from rlhf.config.load import LoadedConfig, resolve
 from rlhf.config.root import Config
+from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Key, Tree, apply_overrides, kind, read_tree
 from rlhf.errors import UserError
 from rlhf.tracking.metrics import METRICS, declared

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from rlhf.config.docs import HEAD, render
-from rlhf.config.explain import all_keys
 from rlhf.config.load import load
 from rlhf.config.root import Config
+from rlhf.config.schema import all_keys
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

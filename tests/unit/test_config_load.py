@@ -58,8 +58,29 @@ def test_a_run_and_its_folder(file: Path) -> None:
         ("- a\n", "must hold a mapping of sections, not ['a']"),
         (BASE + "run: {name: other}\n", ":9: run is given twice"),
         (BASE.replace("{name: ppo}", "{name: ppo, name: grpo}"), ":4: algorithm.name is given twice"),
-        ("run: {name: demo\npolicy: {}\n", ":2: not valid YAML: "),
-        ("run:\n\tname: demo\n", ":2: not valid YAML: "),
+        ("run: {name: demo\npolicy: {}\n", ":2: not valid YAML: the `{` of line 1 is not closed"),
+        ("run:\n\tname: demo\n", ":2: not valid YAML: the line is indented with a tab. Indent with spaces."),
+        ("run:\n  name: x\n dir: y\n", ":3: not valid YAML: the line is indented unlike its section of line 1."),
+        ("run:\n  name: x\n   dir: y\n", ":3: not valid YAML: a key cannot stand here."),
+        ("run: name: x\n", ":1: not valid YAML: there are two `: ` on the line."),
+        ("run: {}\nx: 'a\ny: 1\n", ":2: not valid YAML: the quote that opens here is never closed."),
+        ("x: ***\n", ":1: not valid YAML: `*` starts a reference to an anchor"),
+        ("x: @a\n", ":1: not valid YAML: a value cannot start with '@'. Put the value in quotes."),
+        ("run: {}\nx\ny: 1\n", ":2: not valid YAML: the key has no `: ` behind it."),
+        ("x: 'it's'\n", ":1: not valid YAML: there is text after the end of the value."),
+        ("x: 1\n---\ny: 2\n", ":2: not valid YAML: the file holds a second document."),
+        ("x: - a\n", ":1: not valid YAML: a list starts on the next line"),
+        ('x: "\\q"\n', ":1: not valid YAML: a backslash in double quotes starts an escape"),
+        ("x: [1]]\n", ":1: not valid YAML: the `]` closes a bracket that was never opened."),
+        ("run: {}\n<<: {b: 2}\n", ":2: <<: merge keys (`<<`) are not supported; write the keys out"),
+        ("x: &a 1\ny: &a 1\n", ":2: not valid YAML: the anchor exists already."),
+        (
+            "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(40)),
+            "the text stands for more than 100,000 values",
+        ),
+        ("x: " + "[" * 101 + "]" * 101 + "\n", ":1: sections within sections go too deep, beyond 100"),
+        ('x: "\\ud800"\n', "holds half of a character"),
+        ("#" * (2**20 + 1), "is larger than 1 MiB, the limit of a configuration"),
         ("1: 2\n", ":1: the key 1 is not a string"),
         ("run: !!python/name:os.system\n", ":1: not valid YAML: "),
         ("run: &x {name: *x}\n", "the alias contains itself"),
@@ -126,7 +147,7 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),
         (
             "algorithm.name=pp",
-            f"algorithm.name: got 'pp', expected {ALGORITHMS}",
+            f"algorithm.name: got 'pp'; did you mean `ppo`? Expected {ALGORITHMS}",
         ),
         (
             "algorithm={}",
@@ -168,6 +189,12 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
 )
 def test_a_wrong_value_says_what_is_expected(file: Path, override: str, message: str) -> None:
     assert error(file, override).startswith(f"argument {override!r}: {message}")
+
+
+def test_a_message_stays_short(file: Path) -> None:
+    assert len(error(file, "a" * 1_000_000 + "=1")) < 1000
+    assert len(error(file, "train.lr=" + "a" * 1_000_000)) < 1000
+    assert len(error(file, *(f"x{i}=1" for i in range(300))).splitlines()) == 100
 
 
 def test_a_missing_section(file: Path) -> None:
@@ -218,6 +245,9 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         (["train.lr=[1"], "argument 'train.lr=[1': not valid YAML: "),
         (["train.lr=1e400"], "argument 'train.lr=1e400': '1e400' is not a finite number"),
         (["train.steps=" + "9" * 5000], "is no value of a config: Exceeds the limit"),
+        ([".".join("a" * 200) + "=1"], "sections within sections go too deep, beyond 100"),
+        (["run.dir=~nosuchuser/x"], "run.dir: got '~nosuchuser/x', and there is no such home folder"),
+        (['run.dir="\\0"'], "run.dir: holds a null character, which no path may"),
         (["run.name=a\x00"], "holds the control character '\\x00', which is not YAML"),
         (["stages.a.train.lr=1"], "has no stage 'a'; its stages: none, it is a single run"),
     ],

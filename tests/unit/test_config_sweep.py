@@ -112,7 +112,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"set": {"run.dir": "x"}}, "sweep.set.run.dir: is given to each trial"),
     ({"set": {"train.stps": 1}}, r"train.stps: unknown key; did you mean train.steps\?"),
     ({"method": {"name": "grid"}}, "train.lr: is a range without end of numbers, and a grid has each"),
-    ({"method": {"name": "gird"}}, "sweep.method.name: got 'gird', expected `grid`, `random`"),
+    ({"method": {"name": "gird"}}, "sweep.method.name: got 'gird'; did you mean `grid`. Expected `grid`, `random`"),
     ({"method": {"name": "grid", "trials": 3}}, "sweep.method.trials: is a key of"),
     ({"method": {"name": "asha", "trials": 3, "grace_steps": 9}}, "grace_steps: is 9, but a trial has only 9 steps"),
     ({"method": {"name": "asha", "trials": 3, "grace_steps": 3}}, "grace_steps: is 3, but .* measured every 2 steps"),
