@@ -165,18 +165,22 @@ def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
 
 
 def load_adapter(engine: Any, manifest: WeightManifest) -> Loaded:
-    """The same for a LoRA adapter, out of its folder."""
+    """Load a published LoRA adapter out of its folder, over the one before."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
-    if not engine.add_lora(adapter_request(manifest)):
+    if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
         raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
     return _finish(engine, manifest.version, [checksum])
 
 
-def adapter_request(manifest: WeightManifest) -> Any:
-    """vLLM's name for the policy's adapter. There is one, loaded over the one before."""
+def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
+    """Return vLLM's name for the policy's adapter.
+
+    load_inplace: load the adapter again although one of this name is loaded. Never set it in the requests of samples:
+    vLLM would load the adapter from its folder in every step of the engine.
+    """
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", 1, manifest.fields["folder"], load_inplace=True)
+    return LoRARequest("policy", 1, manifest.fields["folder"], load_inplace=load_inplace)
 
 
 def reset_caches(engine: Any) -> None:

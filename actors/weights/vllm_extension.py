@@ -1,6 +1,7 @@
-"""What vLLM's workers import (`worker_extension_cls`): it registers our transports and answers what the sync asks.
+"""The module that vLLM's workers import (`worker_extension_cls`) before they load a model.
 
-vLLM mixes the class into its own worker, so `self` is that worker.
+It registers the weight transports and the LoRA products for CPUs. vLLM mixes the class into its own worker, so `self`
+is that worker.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.weights.vllm_lora_cpu import share_adapter_on_cpu
 from rlhf.engine.memory import peak_memory
 
 PREFIX = "rlhf_"  # vLLM has backends of its own called nccl and ipc
@@ -20,6 +22,7 @@ _ENGINES = {
 }
 for _name, (_module, _class) in _ENGINES.items():
     WeightTransferEngineFactory.register_engine(PREFIX + _name, _module, _class)
+share_adapter_on_cpu()
 
 
 class WorkerExtension:

@@ -196,6 +196,30 @@ def test_cancelled_groups_leave_the_engine_to_the_others(synced: Any, spool: Pat
     assert rollouts.sequence_ids.tolist() == [88, 89, 90, 91]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ((1, 2), dataclasses.replace(SAMPLING, temperature=3.0), r"temperature must be in \[0, 2\]"),
+        ((1, 2), dataclasses.replace(SAMPLING, max_new_tokens=600), "more than the engine's 512"),
+        ((1, 10**6), SAMPLING, "out of vocabulary"),
+    ],
+    ids=["temperature", "length", "token"],
+)
+def test_what_the_engine_refuses_ends_the_wait_at_once(
+    synced: Any, prompt: tuple[int, ...], sampling: Sampling, message: str
+) -> None:
+    bad = dataclasses.replace(request(24), prompt=dataclasses.replace(request(24).prompt, token_ids=prompt))
+    call(synced.hold.remote())
+    groups = [synced.generate.remote(r, s) for r, s in ((bad, sampling), (request(25), SAMPLING))]
+    released = synced.release.remote(2)
+    for group in groups:
+        with pytest.raises(RayTaskError, match=message):
+            ray.get(group, timeout=30)
+    ray.wait([released], timeout=30)
+    assert call(synced.health.remote()).requests_in_flight == 0
+    call(synced.generate.remote(request(26), SAMPLING))
+
+
 def test_health_answers_while_groups_are_awaited(synced: Any) -> None:
     call(synced.hold.remote())
     waiting = synced.generate.remote(request(23), SAMPLING)
@@ -208,7 +232,8 @@ def test_health_answers_while_groups_are_awaited(synced: Any) -> None:
 
 def test_an_adapter_is_loaded_over_the_one_before(tiny_model: Path, ray_local: None, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    modules = ["q_proj", "v_proj", "o_proj", "up_proj"]  # vLLM fuses q, k, v and gate, up: an adapter may lack parts
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
     policy = get_peft_model(base, config).eval()
     fields = json.loads(json.dumps(config.to_dict(), default=sorted))
     sender = AdapterSender(tmp_path, fields, rank=0, dtype=torch.float32)
@@ -227,6 +252,13 @@ def test_an_adapter_is_loaded_over_the_one_before(tiny_model: Path, ray_local: N
             assert worst_difference(policy, rollouts) < 1e-4
             with policy.disable_adapter():
                 assert worst_difference(policy, rollouts) > 1e-2
+
+        def load_again(*args: Any) -> None:
+            raise ValueError("an engine step loaded the adapter again")
+
+        call(handle.replace.remote("vllm.lora.worker_manager.WorkerLoRAManager", "_load_adapter", load_again))
+        call(handle.generate.remote(request(3), SAMPLING))
+        call(handle.replace.remote("vllm.lora.worker_manager.WorkerLoRAManager", "_load_adapter", None))
     sender.close()
 
 

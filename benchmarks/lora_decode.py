@@ -1,0 +1,142 @@
+"""Decode speed of an engine that serves a LoRA adapter against one that serves the merged weights, in one run.
+
+    python benchmarks/lora_decode.py [--sequences 64] [--tokens 128] [--rounds 5] [--threads 2]
+
+Two engines, each in its own process, hold the same policy: one as base weights and an adapter, the other merged. They
+answer the same requests in turn, so load on the machine slows both. The ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.weights.adapter import AdapterSender
+from actors.weights.shm import ShmSender
+from rlhf.models.lora import add_lora
+from rlhf.models.weights import ADAPTER, adapter_sources, weight_sources
+from rlhf.types import GroupRequest, Prompt, Sampling
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE_S = 300.0
+SAMPLES = 8  # responses to a prompt
+PROMPT_TOKENS = 32
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct", help="model folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter, which is on all linear layers")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64], help="decoded at once")
+    parser.add_argument("--tokens", type=int, default=128, help="most new tokens of a response")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of each engine; only one works at a time")
+    arguments = parser.parse_args()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {
+            name: start(arguments, lora_rank=rank) for name, rank in (("merged", None), ("adapter", arguments.rank))
+        }
+        senders = publish(arguments, Path(folder), engines)
+        sys.stdout.write("| sequences | merged tok/s | adapter tok/s | merged / adapter |\n|---|---|---|---|\n")
+        for sequences in arguments.sequences:
+            speeds: dict[str, list[float]] = {name: [] for name in engines}
+            for number in range(arguments.rounds + 1):  # the first warms up
+                for name, engine in engines.items():
+                    speed = decode(engine, number, sequences=sequences, tokens=arguments.tokens)
+                    speeds[name] += [speed] if number else []
+            ratio = statistics.median(m / a for m, a in zip(speeds["merged"], speeds["adapter"], strict=True))
+            merged, adapter = (statistics.median(speeds[name]) for name in ("merged", "adapter"))
+            sys.stdout.write(f"| {sequences} | {merged:.0f} | {adapter:.0f} | {ratio:.2f} |\n")
+            sys.stdout.flush()
+        for sender in senders:
+            sender.close()
+    ray.shutdown()
+
+
+def start(arguments: argparse.Namespace, *, lora_rank: int | None) -> Any:
+    """Return the handle of a started engine."""
+    spec = RolloutSpec(
+        name="engine",
+        model=str(arguments.model),
+        dtype=arguments.dtype,
+        max_model_len=PROMPT_TOKENS + arguments.tokens,
+        max_num_seqs=max(arguments.sequences),
+        transport="shm",
+        threads=arguments.threads,
+        kv_cache_gib=0.5,
+        lora_rank=lora_rank,
+    )
+    options = {"num_cpus": 1, "max_concurrency": 100, "runtime_env": {"env_vars": engine_environment(spec)}}
+    engine = ray.remote(RolloutWorker).options(**options).remote(spec)
+    call(engine.start.remote())
+    return engine
+
+
+def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Any]) -> tuple[ShmSender, AdapterSender]:
+    """Give both engines the same policy, a random adapter on the model."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    policy = add_lora(model, rank=arguments.rank, alpha=2.0 * arguments.rank, dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    merged = ShmSender(rank=0, dtype=dtype)
+    config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
+    adapter = AdapterSender(folder, config, rank=0, dtype=dtype)
+    for name, sender, sources in (
+        ("merged", merged, weight_sources(policy)),
+        ("adapter", adapter, adapter_sources(policy)),
+    ):
+        manifest = sender.publish(((source.name, source.make()) for source in sources), 1)
+        call(engines[name].update_weights.remote(manifest, 1))
+    return merged, adapter
+
+
+def decode(engine: Any, number: int, *, sequences: int, tokens: int) -> float:
+    """Sampled tokens per second of a round, the short prefill included."""
+    requests = [request(number, group) for group in range(sequences // SAMPLES)]
+    sampling = Sampling(max_new_tokens=tokens)
+    call(engine.hold.remote())
+    groups = [engine.generate.remote(r, sampling) for r in requests]
+    began = time.perf_counter()
+    call(engine.release.remote(len(requests)))
+    answers = ray.get(groups, timeout=DEADLINE_S)
+    seconds = time.perf_counter() - began
+    sampled: int = sum(info.num_response_tokens for _, infos in answers for info in infos)
+    return sampled / seconds
+
+
+def request(number: int, group: int) -> GroupRequest:
+    """One prompt of arbitrary tokens, another in each group and round."""
+    token_ids = tuple(1000 + (7919 * number + 101 * group + 13 * i) % 20000 for i in range(PROMPT_TOKENS))
+    return GroupRequest(
+        group_id=group,
+        prompt=Prompt(prompt_id=group, token_ids=token_ids, text="", columns={}),
+        seeds=tuple(1000 * group + sample for sample in range(SAMPLES)),
+        first_sequence_id=group * SAMPLES,
+    )
+
+
+def call(ref: Any) -> Any:
+    """Return the engine's answer."""
+    return ray.get(ref, timeout=DEADLINE_S)
+
+
+if __name__ == "__main__":
+    main()
