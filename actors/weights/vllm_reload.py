@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -38,6 +39,8 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
         self.packs = loads_packed(self.model, device=self.device, num_workers=self.parallel_config.world_size)
         self.wanted = {name for name, _ in self.model.named_parameters()}
         if not self.packs:
+            if self.device.type == "cpu":
+                forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -65,6 +68,17 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
         if not self.packs:
             finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have the next load build the expert kernels of a CPU again.
+
+    vLLM packs the experts' weights for these kernels only when it builds them. A kernel that is kept would read the
+    unpacked weights of the sync as packed ones.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel = None
 
 
 def repack_heads(model: torch.nn.Module) -> None:
