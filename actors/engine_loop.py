@@ -85,18 +85,27 @@ class EngineLoop:
         return future
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
-        """Start all of them in the same step, in this order. Each future is vLLM's final RequestOutput."""
+        """Start all of them in the same step, in this order, or none if the engine refuses one.
+
+        Each future is vLLM's final RequestOutput.
+        """
         futures: list[Future[Any]] = [Future() for _ in submissions]
 
         def add(engine: Any) -> None:
-            for sample, future in zip(submissions, futures, strict=True):
-                engine.add_request(
-                    sample.request_id,
-                    {"type": "token", "prompt_token_ids": list(sample.prompt_token_ids)},
-                    sample.params,
-                    lora_request=sample.lora,
-                )
-                self._waiting[sample.request_id] = future
+            added: list[str] = []
+            try:
+                for sample in submissions:
+                    engine.add_request(
+                        sample.request_id,
+                        {"type": "token", "prompt_token_ids": list(sample.prompt_token_ids)},
+                        sample.params,
+                        lora_request=sample.lora,
+                    )
+                    added.append(sample.request_id)
+            except Exception:
+                engine.abort_request(added)
+                raise
+            self._waiting.update(zip(added, futures, strict=True))
 
         self.call(add).add_done_callback(lambda done: _fail(futures, done.exception()))
         return futures
@@ -166,7 +175,9 @@ class EngineLoop:
         self.last_step = time.monotonic()
         for output in outputs:
             if output.finished:
-                self._waiting.pop(output.request_id).set_result(output)
+                future = self._waiting.pop(output.request_id)
+                if future.set_running_or_notify_cancel():  # False: its waiter gave up
+                    future.set_result(output)
 
 
 def _told(error: BaseException) -> str:

@@ -173,8 +173,10 @@ class RolloutEngines:
         return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests but those that are cancelled meanwhile; groups come as they are completed. The first
-        failure ends the wait."""
+        """Answer all requests but those that are cancelled meanwhile, and yield groups as they are completed.
+
+        The first failure ends the wait, also that of a request which its engine refuses before it starts the batch.
+        """
         shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
         await self._all([h.hold.remote() for h in self.handles], "rollouts")
         columns: dict[int, Any] = {}
@@ -184,28 +186,33 @@ class RolloutEngines:
                 rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling)
                 columns[request.group_id] = rollouts
                 waits[asyncio.wrap_future(scalars.future())] = (request, engine)
-        releases = [h.release.remote(len(share)) for h, share in zip(self.handles, shares, strict=True)]
-        await self._all(releases, "rollouts")
+        releases = {
+            asyncio.wrap_future(handle.release.remote(len(share)).future()): engine
+            for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True))
+        }
         try:
-            while waits:
-                done, _ = await asyncio.wait(waits, timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            while waits or releases:
+                done, _ = await asyncio.wait(
+                    [*waits, *releases], timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED
+                )
                 if not done:
-                    stuck = sorted({engine for _, engine in waits.values()})
+                    stuck = sorted({*releases.values(), *(engine for _, engine in waits.values())})
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
                         f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses()} {RESUMES}"
                     )
-                for future in sorted(done, key=lambda f: waits[f][0].group_id):
+                for future in sorted(done & waits.keys(), key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)
-                    if future.exception() is not None:
-                        raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
-                    infos: tuple[RolloutInfo, ...] | None = future.result()
+                    infos: tuple[RolloutInfo, ...] | None = _result(future, engine)
                     if infos is None or request.group_id in self._cancelled:
                         continue
                     yield CompletedGroup(request=request, rollouts=columns[request.group_id], infos=infos)
+                for future in done & releases.keys():
+                    _result(future, releases.pop(future))
         finally:
-            for future in waits:
-                future.cancel()
+            for future in (*waits, *releases):
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # otherwise asyncio logs a failure that nobody waits for
             self._cancelled.difference_update(columns)
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
@@ -251,3 +258,10 @@ class RolloutEngines:
     def end(self) -> None:
         """End the engines at once."""
         self.processes.end()
+
+
+def _result(future: asyncio.Future[Any], engine: int) -> Any:
+    """Return what a call to an engine gave, or raise its failure in the words of the run."""
+    if future.exception() is not None:
+        raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
+    return future.result()

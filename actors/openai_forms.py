@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import FinishReason, Sampling
 
 MOST_SAMPLES = 128  # responses to one prompt
@@ -108,8 +109,8 @@ class _Request(_Form):
     @field_validator("temperature")
     @classmethod
     def _in_range(cls, value: float, info: ValidationInfo) -> float:
-        if value != 0.0 and not 0.01 <= value <= 10.0:
-            raise ValueError(f"is {value}, expected 0 (greedy), or 0.01 to 10")
+        if value != 0.0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+            raise ValueError(f"is {value}, expected 0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}")
         if value == 0.0 and info.data.get("n", 1) > 1:
             raise ValueError(f"is 0 with n {info.data['n']}, but greedy responses to one prompt are all equal")
         return value

@@ -87,6 +87,7 @@ class RolloutWorker:
         self._lora: Any = None
         self._serial = 0
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
+        self._refused: RunError | None = None  # why a group that came since `hold` cannot be started
         self._arrived = asyncio.Condition()
         self._conversations: Conversations | None = None
         self._playing: dict[int, asyncio.Future[list[Played]]] = {}  # groups whose conversations go on
@@ -134,16 +135,21 @@ class RolloutWorker:
         others of its batch are then scheduled, and rounded, as they were. Not so a conversation: its turns are
         batched as they come in any case, and an environment may have its price.
         """
-        version = self._synced_version()
+        try:
+            version = self._synced_version()
+            submissions = [] if self._conversations is not None else self._submissions(request, sampling)
+        except Exception as error:
+            await self._stop_release(request, error)
+            raise
         try:
             if self._conversations is None:
-                futures = await self._admit(request, self._submissions(request, sampling))
+                futures = await self._admit(request, submissions)
                 outputs = await asyncio.gather(
                     *[self._wait(f, f"group {request.group_id}", self.spec.call_timeout_s) for f in futures]
                 )
                 played = [_answer(request, sampled_of(output)) for output in outputs]
             else:
-                await self._admit(request, [])  # its turns come later, each by itself
+                await self._admit(request, submissions)  # none: its turns come later, each by itself
                 spooled = await self.read_spooled(request, sampling, version)
                 if spooled is not None:
                     return spooled
@@ -170,6 +176,14 @@ class RolloutWorker:
             self._held.append((request.group_id, submissions, started))
             self._arrived.notify_all()
         return await self._within(started, f"the release of group {request.group_id}")
+
+    async def _stop_release(self, request: GroupRequest, error: Exception) -> None:
+        """End the wait of `release`, if requests are held: a group that failed would never come."""
+        if self._held is None:
+            return
+        async with self._arrived:
+            self._refused = self._refused or RunError(f"{self.spec.name}: group {request.group_id}: {error}")
+            self._arrived.notify_all()
 
     async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
         """Load the environment beside the engine."""
@@ -231,23 +245,32 @@ class RolloutWorker:
         function of the requests and the weights alone.
         """
         await self._call(reset_caches, "the reset of its caches", self.spec.call_timeout_s)
-        self._held = []
+        self._held, self._refused = [], None
 
     async def release(self, num_groups: int) -> None:
-        """Wait until that many groups have come since `hold`, then start them in one step, by group id and sample."""
+        """Wait until that many groups have come since `hold`, then start them in one step, by group id and sample.
+
+        RunError as soon as one of the groups is refused.
+        """
         held = self._held
         if held is None:
             raise RunError(f"{self.spec.name}: release without hold")
         async with self._arrived:
             try:
                 await asyncio.wait_for(
-                    self._arrived.wait_for(lambda: len(held) >= num_groups), self.spec.call_timeout_s
+                    self._arrived.wait_for(lambda: self._refused is not None or len(held) >= num_groups),
+                    self.spec.call_timeout_s,
                 )
             except TimeoutError as error:
                 raise RunError(
                     f"{self.spec.name}: {len(held)} of {num_groups} groups came in {self.spec.call_timeout_s:.0f} s"
                 ) from error
         self._held = None
+        if self._refused is not None:
+            for _, _, started in held:
+                if not started.done():  # otherwise its `generate` has given up
+                    started.set_exception(self._refused)
+            raise self._refused
         held.sort(key=lambda entry: entry[0])
         futures = iter(self.loop.submit([sample for _, samples, _ in held for sample in samples]))
         for _, samples, started in held:

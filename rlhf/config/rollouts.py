@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from rlhf.algorithms.section import Section
+from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 class EnvironmentConfig(Section):
@@ -68,7 +69,7 @@ class RolloutsConfig(Section):
     """Responses to each prompt: one group."""
     max_new_tokens: int = Field(default=256, ge=1)
     """A response that reaches it is cut and counted as truncated."""
-    temperature: float = Field(default=1.0, ge=0.01, le=10.0)
+    temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Sampling temperature; the trainer's log-probabilities are taken at the same one. In training, a row with a column
     `temperature` has its own."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)

@@ -7,17 +7,20 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from rlhf.algorithms.section import Section
+from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _greedy_or_sampled(value: float) -> float:
-    if 0.0 < value < 0.01:
-        raise ValueError(f"got {value:g}, expected 0 or a number from 0.01: engines sample at no lower one")
+    if 0.0 < value < MIN_TEMPERATURE:
+        raise ValueError(
+            f"got {value:g}, expected 0 (greedy) or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        )
     return value
 
 
-EvalTemperature = Annotated[float, Field(ge=0.0), AfterValidator(_greedy_or_sampled)]
+EvalTemperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE), AfterValidator(_greedy_or_sampled)]
 
 
 class EarlyStopping(Section):

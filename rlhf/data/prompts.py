@@ -25,6 +25,7 @@ from rlhf.data.chat import (
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.errors import UserError
+from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import Prompt
 
 PromptSource: TypeAlias = Stream[Prompt]
@@ -88,12 +89,17 @@ def _temperature(row: Row) -> float | None:
     value = row.columns.get("temperature")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 10.0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_sampled_at(value):
         raise UserError(
-            f"{row.place}: column `temperature` is {value!r}, expected the number from 0.01 to 10 at which the prompt "
-            "is answered in training. If it means something else, give the column another name."
+            f"{row.place}: column `temperature` is {value!r}, expected the number from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g} at which the prompt is answered in training. If it means something else, give the "
+            "column another name."
         )
     return float(value)
+
+
+def _is_sampled_at(temperature: float) -> bool:
+    return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
 
 
 def _prompt_text(

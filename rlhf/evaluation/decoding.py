@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf.errors import UserError
+from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,9 @@ class Decoding:
 
     def __post_init__(self) -> None:
         _refuse("samples", self.samples, "1 to 10000", 1 <= self.samples <= 10_000)
-        one_of_many = self.temperature == 0.0 or 0.01 <= self.temperature <= 10.0
-        _refuse("temperature", self.temperature, "0 (greedy), or 0.01 to 10", one_of_many)
+        is_possible = self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE
+        rule = f"0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        _refuse("temperature", self.temperature, rule, is_possible)
         _refuse("top_p", self.top_p, "above 0, up to 1", 0.0 < self.top_p <= 1.0)
         _refuse("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1)
         _refuse("max_new_tokens", self.max_new_tokens, "1 or more", self.max_new_tokens >= 1)

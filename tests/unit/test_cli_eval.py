@@ -71,7 +71,8 @@ def tools(tmp_path: Path) -> str:
     [
         ("generate MODEL", "one of the arguments --prompt --file --chat is required"),
         ("generate MODEL --prompt a --chat", "not allowed with argument"),
-        ("generate MODEL --prompt a --temperature 0.001", "temperature: is 0.001, expected 0 (greedy), or 0.01 to 10"),
+        ("generate MODEL --prompt a --temperature 0.001", "temperature: is 0.001, expected 0 (greedy), or 0.01 to 2"),
+        ("generate MODEL --prompt a --temperature 2.5", "temperature: is 2.5, expected 0 (greedy), or 0.01 to 2"),
         ("generate MODEL --prompt a --temperature nan", "temperature: is nan"),
         ("generate MODEL --prompt a --top-p 0", "top_p: is 0.0, expected above 0, up to 1"),
         ("generate MODEL --prompt a --samples 2 --temperature 0", "greedy responses to one prompt are all equal"),
