@@ -89,7 +89,8 @@ def varlen_attention(
         # order; index_select adds in the tensor's dtype, in any order.
         k, v = (F.embedding(at.seen, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
     size = query.shape[-1]
-    q, k, v = (F.pad(x, (0, -size % HEAD_MULTIPLE)) for x in (q, k, v))  # zeros change neither products nor sums
+    if missing := -size % HEAD_MULTIPLE:  # padding by nothing would copy all three
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))  # zeros change neither products nor sums
     result = varlen_attn(
         q,
         k,

@@ -112,6 +112,22 @@ def test_values_and_gradients_are_those_of_the_cpus_attention(
     torch.testing.assert_close([x.grad for x in ours], [x.grad for x in theirs])
 
 
+@pytest.mark.parametrize(("size", "copies"), [(8, False), (6, True)])
+def test_heads_of_a_size_that_the_kernel_takes_are_not_copied(
+    size: int, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        given.extend([q, k, v])
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr("rlhf.models.varlen.varlen_attn", kernel)
+    tensors = heads([5, 3], size=size)
+    varlen_attention(*tensors, borders([5, 3], None, device=CPU), window=None, scale=None)
+    assert [x.data_ptr() != y.data_ptr() for x, y in zip(given, tensors, strict=True)] == [copies] * 3
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_real_kernel_takes_what_it_is_given(layout: str) -> None:
     lengths, branches = LAYOUTS[layout]
