@@ -15,7 +15,7 @@ from actors.eval_inputs import inputs_of_stage
 from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.merge import foresee, with_local_models
-from actors.models import check_models, models_of, refuse_other_results, with_adapters, with_tiny
+from actors.models import check_models, refuse_other_results, with_adapters, with_tiny
 from actors.prompts import read_prompts
 from actors.reading import load_rewards, named, reading_of, refuse_unused_rewards, source_of
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
@@ -27,6 +27,7 @@ from rlhf.config.derive import (
     eval_sets,
     has_scalar_head,
     is_online,
+    models_of,
     needs_gold,
     offline_kind,
     prompts_asked,

@@ -11,12 +11,9 @@ from actors.made import Made
 from actors.reading import local_model, named
 from rlhf.config.derive import (
     adapter_options,
-    critic_model,
     has_scalar_head,
-    needs,
-    reference_model,
+    models_of,
     saved_rank,
-    uses_reward_model,
 )
 from rlhf.config.differences import differences
 from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
@@ -32,6 +29,7 @@ from rlhf.models.loading import (
 )
 from rlhf.models.on_disk import refuse_broken_weights, tokenizer_of
 from rlhf.models.quantized import refuse_unquantizable
+from rlhf.models.row_layout import refuse_unpackable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
 
 
@@ -73,7 +71,9 @@ def _refuse_unusable_model(
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
         with named(f"cluster.roles.{section}"):
-            refuse_uneven_heads(shape, getattr(config.cluster.roles, section).sequence_parallel)
+            shared_by = getattr(config.cluster.roles, section).sequence_parallel
+            refuse_uneven_heads(shape, shared_by)
+            refuse_unpackable(shape.to_dict(), shared_by)
         if model.lora is not None and model.adapter is None:
             from rlhf.models.lora import refuse_unfit  # with peft, which takes seconds
 
@@ -235,18 +235,3 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
                 scalar=scalar,
                 trust_remote_code=section.trust_remote_code,
             )
-
-
-def models_of(config: Config) -> dict[str, ModelConfig]:
-    """The models that the run will load, by section."""
-    roles = needs(config)
-    found: dict[str, ModelConfig] = {"policy": config.policy}
-    if "reference" in roles:
-        found["reference"] = reference_model(config)
-    if "teacher" in roles and config.teacher is not None:
-        found["teacher"] = config.teacher
-    if "critic" in roles:
-        found["critic"] = critic_model(config)
-    if uses_reward_model(config) and config.reward is not None:
-        found["reward"] = config.reward
-    return found

@@ -18,7 +18,7 @@ from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, WeightedSource
-from rlhf.config.model import CriticConfig, LoraConfig, ReferenceConfig
+from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 
@@ -228,6 +228,21 @@ def critic_model(config: Config) -> CriticConfig:
     if policy.lora is not None:  # a policy's head and embedding are no concern of the critic
         values["lora"] = policy.lora.model_copy(update={"modules_to_save": ()})
     return CriticConfig(**values)
+
+
+def models_of(config: Config) -> dict[str, ModelConfig]:
+    """The models that the run will load, by section."""
+    roles = needs(config)
+    models: dict[str, ModelConfig] = {"policy": config.policy}
+    if "reference" in roles:
+        models["reference"] = reference_model(config)
+    if "teacher" in roles and config.teacher is not None:
+        models["teacher"] = config.teacher
+    if "critic" in roles:
+        models["critic"] = critic_model(config)
+    if uses_reward_model(config) and config.reward is not None:
+        models["reward"] = config.reward
+    return models
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:

@@ -71,7 +71,9 @@ class DeepSpeedEngine:
         self._offload = offload
         self._steps = 0
         self._nonfinite_losses = 0
-        self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]
+        self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]  # of adapters
+        for dropout in self._dropouts:
+            dropout.train()
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm

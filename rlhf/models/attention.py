@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.errors import UserError
 from rlhf.models.branches import Branches
 from rlhf.models.varlen import Borders, obstacle, varlen_attention
 from rlhf.objectives.products import widens_products
@@ -38,7 +37,7 @@ def packed_attention(
     query: Float[Tensor, "1 Q N D"],
     key: Float[Tensor, "1 K N D"],
     value: Float[Tensor, "1 K N D"],
-    attention_mask: None,
+    attention_mask: Tensor | None,
     *,
     sequence_lengths: Sequence[int],
     branches: Branches | None = None,
@@ -54,14 +53,13 @@ def packed_attention(
     """Causal attention inside each sequence, as transformers calls it.
 
     With borders (on a GPU) in one kernel call, where that kernel knows the model's attention; else neighbours of equal
-    length share one. Grouped heads, sliding windows and capped logits (Gemma 2) are handled, learnt sinks and position
-    biases refused.
+    length share one. Grouped heads, sliding windows and capped logits (Gemma 2) are handled. NotImplementedError if the
+    model has learnt sinks, position biases or a mask of its own: its sequences are computed one by one.
     """
     if s_aux is not None or position_bias is not None:
-        raise UserError(
-            f"{type(module).__name__} has attention sinks or a position bias, which the attention of packed sequences "
-            "does not know. Use another model."
-        )
+        raise NotImplementedError(f"{type(module).__name__} has attention sinks or a position bias")
+    if attention_mask is not None:
+        raise NotImplementedError(f"{type(module).__name__} has an attention mask of its own")
     if borders is not None:
         why = obstacle(query, softcap=softcap, dropout=dropout)
         if why is None:

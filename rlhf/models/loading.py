@@ -67,7 +67,7 @@ def load_causal_lm(
     quantize: Quantize | None = None,
     device: torch.device = CPU,
 ) -> Any:
-    """A causal language model in training mode with dropout off, its weights in dtype.
+    """A causal language model in evaluation mode with dropout off, its weights in dtype.
 
     quantize: the linear layers but the head are frozen in 4 bits, on the device; without it nothing is on one.
     """
@@ -206,25 +206,41 @@ def _is_causal_lm(config: Any) -> bool:
 
 
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """Training mode (from_pretrained returns evaluation mode), no dropout, no key-value cache.
+    """Evaluation mode, no dropout, no key-value cache.
 
     Dropout is off because a policy with dropout is another distribution in every pass: its ratios are noise.
     """
-    model.train()
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif "attention_dropout" in vars(module):  # attention applies it as a function
-            module.attention_dropout = 0.0
+    model.eval()
+    _disable_randomness(model)
     widen_linear_layers(model)
     if is_quantized(model):
         del model.config.quantization_config  # of these weights here, not of the model that is exported
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(model)
     return model
+
+
+def _disable_randomness(model: nn.Module) -> None:
+    """Set the rates of dropout, skipped layers and router noise to 0, also where a layer applies them as a function."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Recompute layers in the backward pass. transformers does it for layers in training mode alone."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of the layer itself; what it holds stays in evaluation mode
 
 
 def _load(path: str, load: Callable[..., T], **options: Any) -> T:

@@ -1,7 +1,8 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
 Called by every worker that holds a model. Attention runs sequence by sequence (rlhf.models.attention); the layers
-between see one row of N tokens. Positions restart at every sequence. The equations are in rlhf.objectives.
+between see one row of N tokens. Positions restart at every sequence. Models for which this is wrong compute the
+sequences of the row one by one (rlhf.models.row_layout). The equations are in rlhf.objectives.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.models.attention import ATTENTION
 from rlhf.models.branches import Branches, positions, predecessors
+from rlhf.models.row_layout import RowLayout, row_layout, rows_of
 from rlhf.models.sequence_parallel import ULYSSES, current_group, filled_up, own_part, summed
 from rlhf.models.varlen import borders
 from rlhf.objectives.distillation import (
@@ -45,9 +47,15 @@ def hidden_states(
 
     Of a row that ranks share, those of this rank's `own_part`. noise_alpha: of `embedding_noise`; None: none.
     """
-    body: Any = model.base_model
+    body = body_of(model)
+    layout = row_layout(model)
+    if branches is not None and layout < RowLayout.SHARED_PROMPTS:
+        raise ValueError(f"the sequences of {type(model).__name__} cannot share prompts: each must hold its own")
     token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
     sizes: list[int] = lengths.tolist()
+    if layout is RowLayout.ONE_BY_ONE:
+        states = [own_hidden_states(model, ids, noise_alpha=noise_alpha) for ids in token_ids.split(sizes)]
+        return torch.cat(states)[own_part(len(token_ids))]
     if branches is not None or token_ids.is_cuda:
         return _run(body, token_ids, sizes, branches, noise_alpha)
     if sizes == sorted(sizes) or current_group() is not None:
@@ -58,6 +66,24 @@ def hidden_states(
     by_length = [sizes[i] for i in order]
     hidden = _run(body, token_ids[tokens], by_length, None, noise_alpha)
     return hidden.index_select(0, tokens.argsort())
+
+
+def own_hidden_states(
+    model: nn.Module, token_ids: Int[Tensor, " n"], *, noise_alpha: float | None = None
+) -> Float[Tensor, "n H"]:
+    """Return the last hidden states of one sequence by transformers' own forward pass."""
+    body, rows = body_of(model), rows_of(model)
+    if rows is not None:
+        _set_attention(body, rows.own_attention)
+    given = _inputs(body, token_ids[None], [len(token_ids)], slice(None), noise_alpha)
+    hidden: Tensor = body(**given, use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def body_of(model: Any) -> Any:
+    """Return the layers below a model's head."""
+    body = model.base_model
+    return model.model if body is model else body  # Llama 4's base_model is the model itself
 
 
 def _run(
@@ -72,15 +98,22 @@ def _run(
     if group is not None:
         attention |= {"within": ATTENTION, "group": group}
     own = own_part(len(token_ids))
-    given: dict[str, Tensor] = {"input_ids": token_ids[None, own]}
-    if noise_alpha is not None:
-        embedded = body.get_input_embeddings()(token_ids[None, own])
-        sizes = torch.tensor(lengths, device=embedded.device)
-        of_tokens = sizes.repeat_interleave(sizes)[own]
-        given = {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
+    given = _inputs(body, token_ids[None, own], lengths, own, noise_alpha)
     outputs = body(**given, position_ids=places[None, own], use_cache=False, **attention)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
+
+
+def _inputs(
+    body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], own: slice, noise_alpha: float | None
+) -> dict[str, Tensor]:
+    """What a model reads of a row's tokens: the token ids, or embeddings with noise."""
+    if noise_alpha is None:
+        return {"input_ids": token_ids}
+    embedded = body.get_input_embeddings()(token_ids)
+    sizes = torch.tensor(lengths, device=embedded.device)
+    of_tokens = sizes.repeat_interleave(sizes)[own]
+    return {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
 
 
 def embedding_noise(
@@ -325,9 +358,11 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
     """What stands between the head's product and the logits: bias, logit scale and softcap, from the model's config."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return {
         "bias": model.get_output_embeddings().bias,
-        "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
+        "softcap": softcap,  # Gemma
         "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
     }
 

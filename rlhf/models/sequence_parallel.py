@@ -90,13 +90,14 @@ def own_part(num_tokens: int) -> slice:
     return slice(group.rank * size, (group.rank + 1) * size)
 
 
-def whole_row(part: Float[Tensor, " n"], num_tokens: int) -> Float[Tensor, " N"]:
+def whole_row(part: Float[Tensor, " n *D"], num_tokens: int) -> Float[Tensor, " N *D"]:
     """The row, from every rank's own part."""
     group = current_group()
     if group is None:
         return part
     own = own_part(num_tokens)
-    return summed(F.pad(part, (own.start, len(part) * group.size - own.stop)))[:num_tokens]
+    around = (own.start, len(part) * group.size - own.stop)
+    return summed(F.pad(part, (0, 0) * (part.ndim - 1) + around))[:num_tokens]
 
 
 def summed(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import ROLE_ORDER, is_online
+from rlhf.config.derive import ROLE_ORDER, is_online, models_of
 from rlhf.config.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.plan import refuse_misfit, stage_text, table
@@ -13,10 +13,12 @@ from rlhf.config.root import Config
 from rlhf.config.seating import seat
 from rlhf.config.stages import MergeStage, final_folder
 from rlhf.errors import UserError
+from rlhf.models.row_layout import RowLayout, expected_layout
 from rlhf.planning.fitting import places, remedies, this_machine
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
+from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 
@@ -52,15 +54,30 @@ def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | 
 
 
 def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: str | None) -> list[str]:
+    rows = _row_layouts(config, sizes)
     try:
         found = footprints(config, sizes)
         return [
+            *rows,
             "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(found),
             *_fits(config, sizes, found, nodes),
             *_times(config, sizes, nodes, response_lengths(config, lengths)),
         ]
     except UserError as error:
-        return [f"no estimate of memory and time: {error}."]
+        return [*rows, f"no estimate of memory and time: {error}."]
+
+
+def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
+    """Name the models whose sequences are not packed as usual, as far as their config.json is here."""
+    lines = []
+    for section, model in models_of(config).items():
+        stored = find_config((sizes.made or {}).get(model.model, model.model), shapes=sizes.shapes)
+        layout, reason = (RowLayout.SHARED_PROMPTS, "") if stored is None else expected_layout(stored[0])
+        if layout is RowLayout.ONE_BY_ONE:
+            lines.append(f"  {section}: sequences are computed one by one, which is slower: {reason}")
+        elif layout is RowLayout.PACKED:
+            lines.append(f"  {section}: responses to a prompt do not share its tokens: {reason}")
+    return ["\n".join(["layout of sequences", *lines])] if lines else []
 
 
 def _terms(found: Sequence[Footprint]) -> str:

@@ -109,19 +109,29 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
         return TINY
     if model in made:
         return find_shape(made[model], shapes=shapes, made=made)
-    for path in _places(model, shapes):
-        if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} cannot be read as JSON: {error}") from error
-            return shape_of(config, str(path))
+    if (stored := find_config(model, shapes=shapes)) is not None:
+        config, path = stored
+        return shape_of(config, str(path))
     if model in _TABLE:
         return shape_of(_config_of_table(model), f"the built-in table ({model})")
     raise UserError(
         f"the sizes of {model} are not known here: there is no {_places(model, shapes)[0]}, it is not in the hub's "
         "cache, and not among the well-known models. Put its config.json there, or into a folder given as --shapes"
     )
+
+
+def find_config(model: str, *, shapes: Path | None) -> tuple[dict[str, Any], Path] | None:
+    """The values of a model's config.json and its path. None: there is no such file."""
+    for path in _places(model, shapes):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read as JSON: {error}") from error
+            if not isinstance(config, dict):
+                raise UserError(f"{path} holds a {type(config).__name__}, expected the object of a model's config.")
+            return config, path
+    return None
 
 
 def _places(model: str, shapes: Path | None) -> list[Path]:

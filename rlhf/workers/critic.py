@@ -60,7 +60,8 @@ class CriticWorker(TrainedWorker):
         self.microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
+            budget = self.config.train.max_tokens_per_microbatch
+            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
             self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
         self.old_values = torch.zeros(len(self.rollouts.token_ids))
         for minibatch_slices in self.microbatches:

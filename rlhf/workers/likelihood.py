@@ -9,6 +9,8 @@ from rlhf.evaluation.results import ExampleResult
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.packed import supervised_loss
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
 from rlhf.types import Examples
 from rlhf.workers.place import RankPlace
 from rlhf.workers.ragged import slices
@@ -36,12 +38,14 @@ class LikelihoodWorker:
 
                 model = with_adapter(model, source.adapter)
             self.model = model.to(self.device).eval().requires_grad_(False)
+            check_rows(self.model, self.device)
 
     def measure(self, examples: Examples) -> tuple[ExampleResult, ...]:
         """One result for each example, in order."""
         lengths = examples.lengths.tolist()
         found: list[ExampleResult | None] = [None] * len(lengths)
-        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens):
+        layout = row_layout(self.model)
+        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=layout):
             mask = examples.loss_mask[piece.tokens]
             with (
                 torch.no_grad(),

@@ -10,6 +10,7 @@ import torch
 
 from rlhf.config.root import Config
 from rlhf.engine.base import StepReport
+from rlhf.models.row_layout import RowLayout
 from rlhf.roles import Metrics
 from rlhf.tracking.reductions import Last, Mean
 from rlhf.types import Examples, MinibatchPlan, Pairs, TokenValues
@@ -69,7 +70,8 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
         rows = plan.sequences_by_rank[self.data_rank]
         examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
         lengths = examples.lengths.tolist()
-        cut = slices(lengths, range(len(rows)), max_tokens=self.config.train.max_tokens_per_microbatch)
+        budget = self.config.train.max_tokens_per_microbatch
+        cut = slices(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
         return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
 
 
@@ -99,15 +101,17 @@ class PairsWorker(OfflineWorker):
         prompts = SharedPrompts(
             keys=tuple(place // len(sides) for place in range(len(sequences))),
             lengths=tuple(pairs.prompt_tokens.repeat_interleave(len(sides)).tolist()),
+            together=True,
         )
         budget = self.config.train.max_tokens_per_microbatch
         lengths = pairs.examples.lengths.tolist()
-        cut = slices(lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts)
+        cut = slices(lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts, layout=self.layout)
+        in_padding = len(sides) if self.layout is RowLayout.ONE_BY_ONE else 1
         reference = self.references.get(dataset)
         return Batch(
             rows=rows,
             pairs=pairs,
             num_sides=len(sides),
-            cut=tuple(padded(cut, self.engine.max_over_ranks(len(cut)))),
+            cut=tuple(padded(cut, self.engine.max_over_ranks(len(cut)), sequences=in_padding)),
             reference=None if reference is None else reference.take(sequences),
         )

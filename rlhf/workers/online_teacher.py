@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rlhf.models.row_layout import row_layout
 from rlhf.objectives.masking import sequence_means
 from rlhf.types import Examples, LearntStates, Role, Rollouts, VocabularyHead
 from rlhf.workers.ragged import shared_prompts, slices
@@ -29,7 +30,8 @@ class OnlineTeacherWorker(ReferenceWorker):
         rollouts = Rollouts.gather(given, [i for share in shares for i in share])
         lengths = rollouts.lengths.tolist()
         prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
-        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts)
+        layout = row_layout(self.model)
+        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=layout)
         examples = Examples(
             sequence_ids=rollouts.sequence_ids,
             lengths=rollouts.lengths,

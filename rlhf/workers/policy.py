@@ -116,7 +116,8 @@ class PolicyWorker(TrainedWorker):
         microbatches = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            cut = slices(lengths, rows, max_tokens=self.config.train.max_tokens_per_microbatch, prompts=prompts)
+            budget = self.config.train.max_tokens_per_microbatch
+            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
             microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
         self.temperatures = Temperatures.of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         self.share = _Share(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.data.packing import pack_evenly
 from rlhf.models.branches import Branch
+from rlhf.models.row_layout import RowLayout
 from rlhf.objectives.masking import to_tokens
 from rlhf.types import Rollouts
 
@@ -31,6 +32,11 @@ class SharedPrompts:
 
     keys: tuple[int, ...]  # by row; equal keys: equal prompts
     lengths: tuple[int, ...]  # tokens of each row's prompt
+    together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
+
+    def unshared(self) -> SharedPrompts | None:
+        """Return the same rows, each with its own prompt. None: nothing needs to keep them together."""
+        return replace(self, lengths=(0,) * len(self.lengths)) if self.together else None
 
 
 def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrompts:
@@ -65,9 +71,20 @@ class Temperatures:
 
 
 def slices(
-    lengths: Sequence[int], rows: Sequence[int], *, max_tokens: int, prompts: SharedPrompts | None = None
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    *,
+    max_tokens: int,
+    prompts: SharedPrompts | None = None,
+    layout: RowLayout = RowLayout.SHARED_PROMPTS,
 ) -> list[Slice]:
-    """The given rows of a batch in micro-batches of at most max_tokens tokens."""
+    """The given rows of a batch in micro-batches of at most max_tokens tokens.
+
+    layout: of the model. If it computes sequences one by one, a micro-batch is one row, or the rows that must stay
+    together: the memory is that of one sequence, and ranks with shards of the weights run equally many passes.
+    """
+    if prompts is not None and layout < RowLayout.SHARED_PROMPTS:
+        prompts = prompts.unshared()
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -77,7 +94,8 @@ def slices(
     else:
         families, sizes = _families(lengths, rows, prompts, max_tokens=max_tokens)
     found = []
-    for members in pack_evenly(sizes, max_tokens=max_tokens):
+    alone = layout is RowLayout.ONE_BY_ONE
+    for members in [[i] for i in range(len(sizes))] if alone else pack_evenly(sizes, max_tokens=max_tokens):
         chosen: list[int] = []
         tokens: list[Tensor] = []
         branches: list[Branch | None] = []
@@ -85,8 +103,7 @@ def slices(
             trunk = len(chosen)
             for row in family:
                 branch = None
-                if row != family[0]:
-                    assert prompts is not None
+                if row != family[0] and prompts is not None and prompts.lengths[row] > 0:
                     branch = Branch(of=trunk, length=prompts.lengths[row])
                 chosen.append(row)
                 branches.append(branch)
@@ -122,7 +139,15 @@ def _families(
     return families, sizes
 
 
-def padded(found: Sequence[Slice], count: int) -> list[Slice]:
-    """As many micro-batches as the other ranks have: what is missing is one token that nothing is learnt from."""
-    empty = Slice(rows=(), lengths=torch.tensor([1]), tokens=torch.tensor([0]), branches=None)
+def padded(found: Sequence[Slice], count: int, *, sequences: int = 1) -> list[Slice]:
+    """As many micro-batches as the other ranks have: what is missing is one token that nothing is learnt from.
+
+    sequences: how often this token stands in such a micro-batch, as a sequence each time.
+    """
+    empty = Slice(
+        rows=(),
+        lengths=torch.ones(sequences, dtype=torch.int64),
+        tokens=torch.zeros(sequences, dtype=torch.int64),
+        branches=None,
+    )
     return [*found, *[empty] * (count - len(found))]

@@ -13,6 +13,8 @@ from rlhf.config.model import ReferenceConfig, TeacherConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
 from rlhf.roles import MemoryReport
 from rlhf.types import Role, Rollouts, TokenValues
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -52,6 +54,7 @@ class ReferenceWorker:
         with explains_out_of_memory(role=self.role, stage="start", rank=self.place.rank):
             loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
             self.model = loaded.to(self.device).eval().requires_grad_(False)
+            check_rows(self.model, self.device)
 
     def logprobs(
         self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts
@@ -88,7 +91,9 @@ class ReferenceWorker:
         values = torch.zeros(len(rollouts.token_ids))
         at = Temperatures.of(rollouts, temperatures, common=temperature)
         prompts = shared_prompts(rollouts, samples_per_prompt=samples_per_prompt)
-        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts):
+        for piece in slices(
+            lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=row_layout(self.model)
+        ):
             with (
                 torch.no_grad(),
                 explains_out_of_memory(

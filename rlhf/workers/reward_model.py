@@ -13,6 +13,8 @@ from rlhf.config.model import RewardModelConfig
 from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.heads import sequence_scores, token_scores
 from rlhf.models.loading import load_reward_model
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
 from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.types import StepReward
 from rlhf.workers.place import torch_dtype
@@ -35,6 +37,7 @@ class RewardModel:
                 config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
             )
             self.model = model.to(device).eval().requires_grad_(False)
+            check_rows(self.model, device)
 
     def scores(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
@@ -71,7 +74,8 @@ class RewardModel:
         """The sequences in micro-batches, with what one of rlhf.models.heads gives for each."""
         sizes = lengths.tolist()
         with self.lock, torch.no_grad():
-            for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens):
+            layout = row_layout(self.model)
+            for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens, layout=layout):
                 with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
                     tokens = token_ids[piece.tokens].to(self.device)
                     found = function(self.model, tokens, piece.lengths.to(self.device)).cpu()

@@ -85,7 +85,7 @@ class StudentWorker(OfflineWorker):
         self.microbatches: list[list[Slice]] = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts)
+            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
             self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
         self.plan, self.rollouts = plan, rollouts
         self.teacher_logprobs = TokenValues.gather(told, ids).values if told else None

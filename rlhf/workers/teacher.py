@@ -16,6 +16,8 @@ from rlhf.config.model import TeacherConfig
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import learnt_states, lm_head_settings, lm_head_weight
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
 from rlhf.roles import MemoryReport
 from rlhf.types import Examples, LearntStates, VocabularyHead
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -40,6 +42,7 @@ class TeacherWorker:
                 config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
             )
             self.model = model.to(self.device).eval().requires_grad_(False)
+            check_rows(self.model, self.device)
 
     def load_data(self, *sets: Examples) -> None:
         """The data sets, as the student has them."""
@@ -53,7 +56,7 @@ class TeacherWorker:
         """Of each share of rows one column, computed packed together over the shares; last, the states in all."""
         examples = self.sets[dataset].take([row for share in shares for row in share])
         lengths = examples.lengths.tolist()
-        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens)
+        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model))
         hidden = states_of(self.model, examples, cut, place=self.place)
         return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
 

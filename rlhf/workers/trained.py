@@ -21,6 +21,8 @@ from rlhf.engine.memory import explains_out_of_memory, peak_memory
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.export import export_adapter, export_model
 from rlhf.models.loading import architecture_fingerprint, load_tokenizer
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, MemoryReport
 from rlhf.types import Role
 from rlhf.workers.place import RankPlace, torch_dtype
@@ -109,6 +111,9 @@ class TrainedWorker(ABC):
                 deadline_s=place.deadline_s,
                 sequence_parallel=self.resources.sequence_parallel,
             )
+            with torch.no_grad():
+                self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
+            self.layout = row_layout(module)
         self.tokenizer: Any = load_tokenizer(
             self.model_config.model, trust_remote_code=self.model_config.trust_remote_code
         )

@@ -52,7 +52,9 @@ WORKERS: Mapping[str, Any] = {
 }
 
 
-def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int) -> Config:
+def config_of(
+    algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int, tokens: int, zero_stage: int
+) -> Config:
     config = Config.model_validate(
         {
             "run": {"name": "workers", "dir": folder},
@@ -66,7 +68,7 @@ def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers:
                 "max_tokens_per_microbatch": tokens,
                 "grad_clip": 100.0,
             },
-            "cluster": {"roles": {"policy": {"workers": workers}}},
+            "cluster": {"roles": {"policy": {"workers": workers, "zero_stage": zero_stage}}},
         }
     )
     return next(iter(checked(config).stages.values()))
@@ -126,6 +128,7 @@ def train_rank(
     folder: str,
     tokens: int,
     repeated: tuple[int, ...],
+    zero_stage: int = 2,
 ) -> list[Any]:
     """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
     place = RankPlace(
@@ -138,7 +141,7 @@ def train_rank(
         deadline_s=DEADLINE_S,
     )
     name = algorithm["name"]
-    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
+    config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, zero_stage=zero_stage)
     worker = WORKERS[name](config, place, optimizer_steps=STEPS)
     worker.build()
     pairs = data_of(name, model)

@@ -25,7 +25,9 @@ from rlhf.models.loading import (
     refuse_no_language_model,
     refuse_without_head,
 )
+from rlhf.models.row_check import check_rows
 from tests.merging_models import make_adapter, make_reward_adapter
+from tests.tiny_architectures import tiny_model as model_of
 
 
 def with_config(source: Path, folder: Path, **changes: object) -> str:
@@ -35,13 +37,61 @@ def with_config(source: Path, folder: Path, **changes: object) -> str:
     return str(folder)
 
 
-def test_training_mode_without_dropout(tiny_model: Path, tmp_path: Path) -> None:
-    path = with_config(tiny_model, tmp_path / "m", attention_dropout=0.5)
-    model = load_causal_lm(path, dtype=torch.bfloat16, gradient_checkpointing=True)
-    assert model.training
+def test_layers_are_recomputed_though_the_model_is_in_evaluation_mode(tiny_model: Path) -> None:
+    model = load_causal_lm(str(tiny_model), dtype=torch.bfloat16, gradient_checkpointing=True)
     assert model.dtype == torch.bfloat16
-    assert model.is_gradient_checkpointing
-    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.0}
+    passes = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
+    model(torch.tensor([[1, 2, 3]]), use_cache=False).logits.sum().backward()
+    assert len(passes) == 2  # forward, and again in the backward pass
+
+
+# Published models with dropout in their config.json, or with noise in their routers, and the keys that set it.
+RANDOM = {
+    "biogpt": ["hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop", "activation_dropout"],
+    "bloom": ["hidden_dropout", "attention_dropout"],
+    "gpt2": ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+    "gpt_bigcode": ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+    "gpt_neox_japanese": ["hidden_dropout", "attention_dropout"],
+    "llama": ["attention_dropout"],
+    "mixtral": ["attention_dropout", "router_jitter_noise"],
+    "opt": ["dropout", "attention_dropout", "layerdrop"],
+    "persimmon": ["hidden_dropout", "attention_dropout"],
+    "phi3": ["resid_pdrop", "embd_pdrop", "attention_dropout"],
+    "phimoe": ["attention_dropout", "router_jitter_noise", "input_jitter_noise"],
+    "seed_oss": ["residual_dropout", "attention_dropout"],
+    "starcoder2": ["residual_dropout", "embedding_dropout", "attention_dropout"],
+    "xglm": ["dropout", "attention_dropout", "activation_dropout", "layerdrop"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [(name, on) for name in RANDOM for on in (False, True) if (name, on) != ("gpt_neox_japanese", True)],  # has none
+)
+def test_no_pass_draws_random_numbers(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    model_of(name, **dict.fromkeys(RANDOM[name], 0.3)).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=checkpointing)
+    tokens = torch.arange(3, 12)[None]
+    one, two = (model(tokens, use_cache=False).logits for _ in range(2))
+    assert torch.equal(one, two)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens, use_cache=False).logits, one)
+
+
+def test_a_model_that_draws_random_numbers_all_the_same_is_refused(tmp_path: Path) -> None:
+    """Falcon's layers read their rate from the config; they are in training mode where they are recomputed."""
+    model_of("falcon", hidden_dropout=0.3).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="draws random numbers"):
+        check_rows(model, torch.device("cpu"))
+    check_rows(load_causal_lm(str(tmp_path), dtype=torch.float32), torch.device("cpu"))
+
+
+def test_checkpointing_of_a_model_that_has_none_is_refused(tmp_path: Path) -> None:
+    model_of("ctrl").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gradient_checkpointing: CTRLLMHeadModel does not support it"):
+        load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=True)
 
 
 def test_a_new_critic_values_everything_at_zero(tiny_model: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.models.row_layout import RowLayout
 from rlhf.types import Examples, MinibatchPlan, Pairs, TokenValues
 from rlhf.workers.offline import PairsWorker
 
@@ -22,6 +23,7 @@ class Worker(PairsWorker):
         self.data_rank = 1
         self.config: Any = SimpleNamespace(train=SimpleNamespace(max_tokens_per_microbatch=budget))
         self.engine: Any = SimpleNamespace(max_over_ranks=lambda count: max(count, 3))
+        self.layout = RowLayout.SHARED_PROMPTS
         self.load_data(pairs)
         values = pairs.examples.token_ids.float()
         self.references[0] = TokenValues(

@@ -1,0 +1,104 @@
+"""A hybrid model in real DeepSpeed engines: a step depends on neither ranks, shards nor micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.engine.base import OptimizerSettings, ScheduleSettings
+from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.errors import UserError
+from rlhf.models.row_check import check_rows
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.tracking.metrics import merge, results
+from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
+from tests.integration.test_offline_workers import train_rank
+from tests.tiny_architectures import tiny_model
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Linear attention in its first layer, attention in its second."""
+    folder = tmp_path_factory.mktemp("models") / "hybrid"
+    tiny_model("qwen3_5_text", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def gangs() -> Iterator[dict[int, Gang]]:
+    gangs = {1: Gang(1), 2: Gang(2)}
+    yield gangs
+    for gang in gangs.values():
+        gang.close()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("algorithm", "zero_stage"), [("dpo", 3), ("process_reward_model", 2)])
+def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
+    gangs: dict[int, Gang], hybrid: str, tmp_path: Path, algorithm: str, zero_stage: int
+) -> None:
+    found = []
+    for ranks, tokens in ((1, 4096), (2, 64)):
+        parts = gangs[ranks].run(
+            train_rank,
+            algorithm={"name": algorithm},
+            model=hybrid,
+            folder=str(tmp_path),
+            tokens=tokens,
+            repeated=(),
+            zero_stage=zero_stage,
+        )
+        found.append([results(merge(of_step)) for of_step in zip(*parts, strict=True)])
+    assert found[0][0]["update/grad_norm"] > 0
+    for first, second in zip(*found, strict=True):
+        for key in first:
+            if key != "update/tokens/total":
+                assert first[key] == pytest.approx(second[key], rel=2e-4, abs=2e-6), key
+
+
+def refusal(rank: int, world_size: int) -> str:
+    engine = DeepSpeedEngine(
+        tiny_model("qwen3_5_text"),
+        optimizer=OptimizerSettings(lr=0.1),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
+        zero_stage=0,
+        dtype=torch.float32,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+        sequence_parallel=2,
+    )
+    try:
+        with torch.no_grad():
+            engine.forward(check_rows, CPU)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_share_rows_refuse_a_hybrid(gangs: dict[int, Gang]) -> None:
+    for message in gangs[2].run(refusal):
+        assert "sequence_parallel needs a model whose sequences can be packed into one row" in message
+
+
+def layout(rank: int, world_size: int, **options: Any) -> int:
+    engine = DeepSpeedEngine(
+        tiny_model("llama"),
+        optimizer=OptimizerSettings(lr=0.1),
+        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
+        dtype=torch.float32,
+        device=CPU,
+        deadline_s=DEADLINE_S,
+        **options,
+    )
+    with torch.no_grad():
+        return int(engine.forward(check_rows, CPU))
+
+
+@pytest.mark.parametrize("options", [{"zero_stage": 3}, {"zero_stage": 0, "sequence_parallel": 2}], ids=str)
+def test_shards_and_shared_rows_pass_the_check(gangs: dict[int, Gang], options: dict[str, Any]) -> None:
+    assert gangs[2].run(layout, **options) == [2, 2]
