@@ -95,6 +95,9 @@ class DeepSpeedEngine:
             config=self._deepspeed_config(offload, num_parameters=sum(map(_numel, parameters))),
             dist_init_required=False,
         )
+        from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
+
+        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config)
         set_deadline(deadline_s)
 
     def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from rlhf.errors import UserError
+
 
 def save_random_state(path: Path) -> None:
     """Write the states of torch (with the GPU's), numpy and Python."""
@@ -24,11 +26,16 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Set the states that were saved."""
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(states["python"])
+    """Set the states that were saved. UserError if the file holds anything else."""
+    from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
+
+    states = load_data(path)
+    try:
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(states["python"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold random states: {type(error).__name__}: {error}") from error

@@ -5,6 +5,7 @@ The gradient is that of a sum over the optimizer step, so ranks and micro-batche
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,39 @@ def load_with_other_stage(rank: int, world_size: int, *, folder: Path) -> str:
     return "loaded"
 
 
+class Hostile:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+def load_hostile(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path) -> list[str]:
+    """The messages about a checkpoint whose files, one after the other, run code; and which file did."""
+    marker = folder.parent / "ran"
+    engine = make_engine(stage, dtype)
+    engine.save(folder)
+    engine.close()
+    engine = make_engine(stage, dtype)
+    messages = []
+    for path in sorted(folder.rglob("*.pt")):
+        sound = path.read_bytes()
+        for as_zip in (True, False):
+            torch.save({"module": Hostile(marker)}, path) if as_zip else path.write_bytes(pickle.dumps(Hostile(marker)))
+            try:
+                engine.load(folder)
+            except UserError as error:
+                messages.append(str(error))
+            if marker.exists():
+                messages.append(f"{path} ran")
+        path.write_bytes(sound)
+    engine.close()
+    return messages
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}rank")
 def gang(request: pytest.FixtureRequest) -> Iterator[Gang]:
     gang = Gang(request.param)
@@ -198,6 +232,18 @@ def test_nonfinite_never_reaches_the_weights(gang: Gang, stage: int, dtype: torc
     for message, unchanged in gang.run(try_nonfinite, stage=stage, dtype=dtype, where=where):
         assert "not finite in optimizer step 1" in message
         assert unchanged
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    alone = Gang(1)
+    for stage in (0, 1, 2, 3):
+        for dtype in (torch.float32, torch.bfloat16):
+            folder = tmp_path / f"{stage} {dtype}" / "checkpoint"
+            folder.parent.mkdir()
+            (messages,) = alone.run(load_hostile, stage=stage, dtype=dtype, folder=folder)
+            assert len(messages) == 2 * len(list(folder.rglob("*.pt")))
+            assert all("is refused: it is damaged, or loading it would run code" in message for message in messages)
+    alone.close()
 
 
 def test_another_layout_is_refused(gang: Gang, tmp_path: Path) -> None:

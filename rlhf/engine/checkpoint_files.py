@@ -1,0 +1,51 @@
+"""Read the tensor files of a checkpoint without running code that they hold.
+
+A pickle can call any function while it is loaded. The loader here accepts tensors, plain values and three of
+DeepSpeed's own classes, which only hold data. Import this module after `init_distributed`, as DeepSpeed itself.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from rlhf.errors import UserError
+
+_HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
+    """Write checkpoint files as DeepSpeed does, and refuse to run code when they are read."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Return the content of a file. UserError if it asks for anything but data."""
+        return load_data(Path(path), map_location=map_location)
+
+
+def load_data(path: Path, *, map_location: Any = None) -> Any:
+    """Return the content of a file that `torch.save` wrote. UserError if it is damaged or asks for more than data."""
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is damaged, or loading it would run code ({_first_line(error)}). Checkpoints hold "
+            "tensors and plain values only. Use a checkpoint that this program wrote."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}. Bring the file back from a copy, or "
+            "resume from an earlier checkpoint."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return lines[0][:200].rstrip(".")
