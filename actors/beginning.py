@@ -1,11 +1,13 @@
-"""What stands in a run's folder, or in its mirror, looked at before anything starts: whether the run can begin there,
-or go on from it. It changes nothing but to bring to the one what the other alone has.
+"""Check a run's folder and its mirror before anything starts: whether the run can begin there, or resume from it.
+
+It changes nothing, except that each of the two gets what the other alone has, and that a named checkpoint becomes the
+one to resume from.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from actors.inputs import OnlineInputs, StageInputs
@@ -22,10 +24,25 @@ from rlhf.tracking.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-def meet_mirror(stage: Stage, *, resume: bool) -> None:
+def check_folders(stages: Iterable[Stage], *, resume: bool, from_step: int | None) -> None:
+    """Check every stage's folder and mirror.
+
+    from_step: the first stage that is not finished resumes from this step's checkpoint; None: from its newest.
+    """
+    for stage in stages:
+        meet_mirror(stage, resume=resume, step=from_step)
+        if from_step is not None and not result_of(stage).exists():
+            _continue_from(stage, from_step)
+            from_step = None
+        refuse_unusable_folder(stage, resume=resume)
+    if from_step is not None:
+        raise UserError(f"--resume: is step_{from_step:06d}, but the run is finished. Choose another run.name.")
+
+
+def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
     """With `resume`, bring here what the mirror has and the folder lacks, or there a result that is here alone.
 
-    UserError if a new run would replace one.
+    step: of the checkpoint to bring, if it is not the newest. UserError if a new run would replace one.
     """
     if stage.run.mirror is None:
         return
@@ -36,7 +53,7 @@ def meet_mirror(stage: Stage, *, resume: bool) -> None:
             if not mirror.holds_result():
                 mirror.finish(kept_checkpoints(stage), failed=False)
         elif resume:
-            mirror.fetch()
+            mirror.fetch(step=step)
         elif mirror.holds_run():
             raise UserError(
                 f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
@@ -52,15 +69,25 @@ def refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
         return
     try:
         with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
-            if resume and folder.latest_checkpoint() is None and any(folder.checkpoints.glob("step_*")):
-                raise UserError(
-                    f"--resume: no checkpoint in {folder.checkpoints} is whole, so there is nothing to go on from. "
-                    "Bring one back from a copy, or remove the folder's checkpoints to start from the beginning."
-                )
+            step = folder.latest_checkpoint() if resume else None
+            if step is not None:
+                folder.refuse_damage(step)
     except OSError as error:
         raise UserError(
             f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
         ) from error
+
+
+def _continue_from(stage: Stage, step: int) -> None:
+    """Let the stage resume from the checkpoint of this step. UserError if it has none, or a damaged one."""
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=True) as folder:
+        if not folder.checkpoint(step).is_dir():
+            names = ", ".join(sorted(path.name for path in folder.checkpoints.glob("step_*"))) or "none"
+            raise UserError(
+                f"--resume: {folder.path} has no checkpoint {folder.checkpoint(step).name}. Its checkpoints: {names}."
+            )
+        folder.refuse_damage(step)
+        folder.continue_from(step)
 
 
 def _refuse_other_settings(stage: Stage) -> None:
@@ -93,8 +120,17 @@ def refuse_other_checkpoint(stage: StageInputs) -> None:
                 f"train.steps: is {config.train.steps}, but {folder.checkpoint(step)} has done {step} already. "
                 "Raise it, or write that checkpoint as a model with `rlhf export`."
             )
-        refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
-        stream_of(stage).restore(Cursor(**state["cursor"]))
+        try:
+            refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
+            stream_of(stage).restore(Cursor(**state["cursor"]))
+            reference_step = state.get("reference_step")
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder.checkpoint(step)} was written by another version of this program: its state has no "
+                f"{error}. Resume with that version, or start again under another run.name."
+            ) from error
+        if reference_step:
+            folder.refuse_damaged_reference(reference_step, checkpoint=step)
 
 
 def stream_of(stage: StageInputs) -> Stream[Any]:

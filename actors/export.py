@@ -18,7 +18,7 @@ from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
 from rlhf.tracking import logs
-from rlhf.tracking.run_folder import is_sound
+from rlhf.tracking.manifest import find_damage
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
     if not checkpoint.exists():
         found = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
         raise UserError(f"{run} has no checkpoint {name}. There are: {found}")
-    if not is_sound(checkpoint, int(checkpoint.resolve().name.removeprefix("step_"))):
-        raise UserError(f"{checkpoint.resolve()} is damaged: files are missing or cut. Name another step.")
     if folder.exists():
         raise UserError(f"{folder} exists already; name a folder that does not")
     try:
@@ -47,6 +45,9 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
     config = next(iter(load(resolved).runs.values()))
+    damage = find_damage(checkpoint.resolve(), step=int(checkpoint.resolve().name.removeprefix("step_")))
+    if damage is not None:
+        raise UserError(f"{damage} Bring the file back from a copy, or name another step with --step.")
     alone = Config.model_validate(
         {
             "run": config.run,

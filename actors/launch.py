@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.beginning import meet_mirror, refuse_other_checkpoint, refuse_unusable_folder, stream_of
+from actors.beginning import check_folders, refuse_other_checkpoint, stream_of
 from actors.cluster import connected
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
@@ -79,10 +79,17 @@ SHOWN_OFFLINE = (
 
 
 def launch(
-    loaded: LoadedConfig, *, resume: bool, quiet: bool = False, json_lines: bool = False, until: int | None = None
+    loaded: LoadedConfig,
+    *,
+    resume: bool,
+    from_step: int | None = None,
+    quiet: bool = False,
+    json_lines: bool = False,
+    until: int | None = None,
 ) -> None:
     """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
 
+    from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
     until: stop after this step, with a checkpoint from which `resume` goes on; of a single run. Preempted: SIGTERM came
     before the end.
     """
@@ -91,13 +98,11 @@ def launch(
     if until is not None:
         _refuse_other_end(loaded, until)
     with sigterm_preempts() as told:
+        check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
         _run_stages(loaded, told, resume=resume, mode=mode, until=until)
 
 
 def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
-    for written in loaded.stages.values():
-        meet_mirror(written, resume=resume)
-        refuse_unusable_folder(written, resume=resume)
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
         logger.info("%s is finished: nothing is left to do", loaded.name)

@@ -96,21 +96,23 @@ def train(
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
+    from_step: int | None = None,
     quiet: bool = False,
     json_lines: bool = False,
     until: int | None = None,
 ) -> Path:
     """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
-    quiet: no progress. json_lines: progress as JSON lines on stdout. until: stop after this step, with a checkpoint
-    from which `resume` goes on.
+    from_step: resume from the checkpoint of this step, not the newest. quiet: no progress. json_lines: progress as JSON
+    lines on stdout. until: stop after this step, with a checkpoint from which `resume` goes on.
 
     UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
-    launch(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
+    resume = resume or from_step is not None
+    launch(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
     return loaded.folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import add_overrides, add_progress, say
@@ -17,7 +18,11 @@ def add(commands: Subparsers) -> None:
     command = commands.add_parser("train", help="run a configuration, of whatever method")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument(
-        "--resume", choices=("auto", "never"), default="never", help="auto: continue the run in its folder"
+        "--resume",
+        type=_resume,
+        default="never",
+        metavar="{auto,never,STEP}",
+        help="auto: continue the run in its folder, from its newest checkpoint; STEP: from that one, as step_000010",
     )
     command.add_argument(
         "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
@@ -32,7 +37,14 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.tracking.atomic import json_line
 
     loaded = load(args.config, args.overrides)
-    launch(loaded, resume=args.resume == "auto", quiet=args.quiet, json_lines=args.json, until=args.until)
+    launch(
+        loaded,
+        resume=args.resume != "never",
+        from_step=args.resume if isinstance(args.resume, int) else None,
+        quiet=args.quiet,
+        json_lines=args.json,
+        until=args.until,
+    )
     if args.json:
         say(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
         return 0
@@ -42,13 +54,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _resume(text: str) -> str | int:
+    """Parse the value of --resume: a word, or the step of a checkpoint."""
+    match = re.fullmatch(r"(?:step_)?(\d{1,12})", text)
+    if match is None and text not in ("auto", "never"):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected auto, never, or a checkpoint such as step_000010")
+    return text if match is None else int(match[1])
+
+
 def launch(
-    loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool = False, until: int | None = None
+    loaded: LoadedConfig,
+    *,
+    resume: bool,
+    quiet: bool,
+    from_step: int | None = None,
+    json_lines: bool = False,
+    until: int | None = None,
 ) -> None:
     """Run all stages in turn."""
     from actors.launch import launch as start
 
-    start(loaded, resume=resume, quiet=quiet, json_lines=json_lines, until=until)
+    start(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:

@@ -132,11 +132,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The controller's part of a checkpoint. UserError if it is not there."""
     path = checkpoint / STATE_FILE
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}. Remove that checkpoint to resume from an earlier one."
+            f"{path} cannot be read: {error}. Name an earlier checkpoint, such as --resume step_000010."
         ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, expected an object. Name an earlier checkpoint.")
     return state
 
 

@@ -16,7 +16,8 @@ from rlhf.config.sweep import PbtMethod, Sweep
 from rlhf.sweeps.journal import Copy, Journal, Trial
 from rlhf.sweeps.results import metric_values
 from rlhf.sweeps.space import Values, changed
-from rlhf.tracking.run_folder import RunFolder, is_sound
+from rlhf.tracking.manifest import is_complete
+from rlhf.tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,7 @@ class Population:
 
     def _has_done(self, number: int, step: int | None) -> bool:
         checkpoints = self.journal.run_folder(number) / "checkpoints"
-        return step is not None and is_sound(checkpoints / f"step_{step:06d}", step)
+        return step is not None and is_complete(checkpoints / f"step_{step:06d}", step)
 
     def _look(self) -> None:
         step = self._until()
@@ -165,8 +166,9 @@ def copy_checkpoint(journal: Journal, copy: Copy) -> None:
     with RunFolder.open(target.parent, target.name, resume=True) as folder:
         aside = folder.begin_checkpoint(copy.step)
         there = source / "checkpoints" / folder.checkpoint(copy.step).name
-        shutil.copytree(there, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        folder.commit_checkpoint(copy.step)
+        shutil.copytree(there, aside, dirs_exist_ok=True)
+        folder.adopt_checkpoint(copy.step)
+        folder.continue_from(copy.step)
         (folder.checkpoints / "best").unlink(missing_ok=True)  # of what this run was
         for part in (folder.spool, folder.references):  # rollouts of its own weights; what its reference was
             shutil.rmtree(part, ignore_errors=True)

@@ -92,7 +92,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: a {type(row).__name__}, expected an object")

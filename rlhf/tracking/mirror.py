@@ -1,9 +1,10 @@
 """A run's folder on another file system, object storage or any that fsspec reaches, for machines that come and go.
 
 After each checkpoint, and when the run ends, a thread of the driver makes `<run.mirror>/<run.name>/` what the run's
-folder is. Of a checkpoint its files go first and its manifest last; it is whole there if and only if the manifest is
-there and every file has the size that the manifest says. The training loop never waits for it, except for an upload
-that is still going on when the next checkpoint is whole. Nothing here is secret: credentials are the environment's.
+folder is. The files of a checkpoint go first and its manifest last; it is whole there if and only if the manifest is
+there and every file has the size that the manifest says. A fetched file must also have the checksum. The training loop
+never waits for the thread, except for an upload that is still going on when the next checkpoint is whole. Nothing here
+is secret: credentials are the environment's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import fsspec
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import redact
-from rlhf.tracking.run_folder import MANIFEST, RunFolder
+from rlhf.tracking.manifest import MANIFEST, Manifest, find_damage
+from rlhf.tracking.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,11 +66,14 @@ class Mirror:
 
     def holds_result(self) -> bool:
         """Whether a finished run is there, whole."""
-        return self._guarded(lambda: self._marker(_FINAL) or self._marker(_RESULT), "looking into") is not None
+        return self._guarded(lambda: self._final_manifest() or self._marker(_RESULT), "looking into") is not None
 
-    def fetch(self) -> None:
-        """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result."""
-        self._guarded(self._fetch, "fetching the run from")
+    def fetch(self, *, step: int | None = None) -> None:
+        """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result.
+
+        step: bring the checkpoint of this step instead, if the folder lacks it. UserError: a fetched file is damaged.
+        """
+        self._guarded(lambda: self._fetch(step), "fetching the run from")
 
     def begin(self, keep: int) -> None:
         """Start to make the mirror what the folder is, with the newest `keep` checkpoints. After `settle` only."""
@@ -123,18 +128,19 @@ class Mirror:
         for name in self._state():
             self._put_changed(name)
         whole = self._whole_steps(self._listing())
+        latest = self._folder.latest_checkpoint()
         for step in self._folder.checkpoint_steps():
-            if step not in whole:
+            if step not in whole and latest is not None and step <= latest:
                 self._put_checkpoint(step)
         best = self._folder.best_checkpoint()
         if best is not None:
             self._write(_BEST, {"step": best})
-        if self._folder.final.exists() and self._marker(_FINAL) is None:
-            files = _files(self._folder.final)
-            for name in files:
+        if self._folder.final.exists() and self._final_manifest() is None:
+            manifest = Manifest.of(self._folder.final, step=None)
+            for name in manifest.files:
                 self._put(self._folder.final / name, f"final/{name}")
-            self._write(_FINAL, {"files": files})
-        self._remove_old(keep)
+            self._write(_FINAL, manifest.model_dump())
+        self._remove_old(keep, latest)
 
     def _state(self) -> list[str]:
         """Names of the files beside checkpoints and model, without what is half written. Some go meanwhile."""
@@ -162,53 +168,87 @@ class Mirror:
         path = self._folder.checkpoint(step)
         name = f"checkpoints/{path.name}"
         self._remove(f"{name}/{MANIFEST}")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for file in manifest["files"]:
+        manifest = Manifest.read(path)
+        if manifest is None:
+            raise RunError(f"{path / MANIFEST} is damaged, so the checkpoint is not uploaded")
+        for file in manifest.files:
             self._put(path / file, f"{name}/{file}")
         self._put(path / MANIFEST, f"{name}/{MANIFEST}")
         logger.info("checkpoint of step %d is in %s", step, self.place)
 
-    def _remove_old(self, keep: int) -> None:
-        """All but the newest `keep` whole checkpoints, the best one and those of the folder."""
+    def _remove_old(self, keep: int, latest: int | None) -> None:
+        """Remove all but the newest `keep` whole checkpoints, the best one and those of the folder.
+
+        Those after `latest` go too: they belong to a history that the run has left.
+        """
         listing = self._listing()
-        whole = self._whole_steps(listing)
+        whole = [step for step in self._whole_steps(listing) if latest is None or step <= latest]
         kept = {*whole[-keep:], *self._folder.checkpoint_steps(), self._best()}
+        if latest is not None:
+            kept = {step for step in kept if step is not None and step <= latest}
         for step in {int(match[1]) for name in listing if (match := _in_step(name))} - kept:
             name = f"checkpoints/step_{step:06d}"
             self._remove(f"{name}/{MANIFEST}")
             self._remove(name)
 
-    def _fetch(self) -> None:
+    def _fetch(self, step: int | None) -> None:
         listing = self._listing()
-        newest = max(self._whole_steps(listing), default=None)
-        here = self._folder.latest_checkpoint()
-        final = self._marker(_FINAL)
+        whole = self._whole_steps(listing)
+        wanted = max(whole, default=None) if step is None else step
+        final = self._final_manifest()
         result = final is not None or _RESULT in listing
-        if not result and (newest is None or (here is not None and here >= newest)):
+        if not result and (wanted not in whole or self._has(wanted, named=step is not None)):
             return
         for name in sorted(listing, key=lambda name: name == _RESULT):
             if PurePosixPath(name).parts[0] not in _ELSEWHERE and name != _FINAL and not name.endswith(".partial"):
                 self._get(name, self._folder.path / name, size=listing[name])
         if final is not None:
             aside = self._folder.begin_final()
-            for name, size in final["files"].items():
-                self._get(f"final/{name}", aside / name, size=size)
+            for name, entry in final.files.items():
+                self._get(f"final/{name}", aside / name, size=entry.size)
+            fetched = Manifest.of(aside, step=None)
+            for name, entry in final.files.items():
+                if fetched.files.get(name) != entry:
+                    raise UserError(
+                        f"run.mirror: {self.place}/final/{name} is damaged: its checksum is not the one that {_FINAL} "
+                        f"says. Bring the file back from a copy, or remove {_FINAL} there to train the end again."
+                    )
             self._folder.commit_final()
         best = self._best()
-        for step in dict.fromkeys((best, newest)):
-            if step is not None and step in self._whole_steps(listing) and step not in self._folder.checkpoint_steps():
-                self._get_checkpoint(step)
+        if best is not None and best != wanted and best in whole and best not in self._folder.checkpoint_steps():
+            self._get_checkpoint(best, whole)
+        if wanted is not None and wanted in whole and not self._has(wanted, named=step is not None):
+            self._get_checkpoint(wanted, whole)
+            self._folder.continue_from(wanted)
         if best in self._folder.checkpoint_steps():
             self._folder.mark_best(best)
-        logger.info("fetched %s: %s", self.place, "its result" if result else f"the checkpoint of step {newest}")
+        logger.info("fetched %s: %s", self.place, "its result" if result else f"the checkpoint of step {wanted}")
 
-    def _get_checkpoint(self, step: int) -> None:
+    def _has(self, step: int, *, named: bool) -> bool:
+        """Whether the folder need not get the checkpoint of this step. named: the user asked for it by its name."""
+        here = step if named else self._folder.latest_checkpoint()
+        if here is None or (not named and here != step):
+            return here is not None and here > step
+        return find_damage(self._folder.checkpoint(here), step=here) is None
+
+    def _get_checkpoint(self, step: int, whole: list[int]) -> None:
         name = f"checkpoints/step_{step:06d}"
         aside = self._folder.begin_checkpoint(step)
-        manifest = self._marker(f"{name}/{MANIFEST}") or {"files": {}}
-        for file, size in manifest["files"].items():
-            self._get(f"{name}/{file}", aside / file, size=size)
-        self._folder.commit_checkpoint(step)
+        manifest = self._manifest(f"{name}/{MANIFEST}")
+        if manifest is None:
+            raise RunError(f"run.mirror: {self.place}/{name}/{MANIFEST} cannot be read")
+        for file, entry in manifest.files.items():
+            self._get(f"{name}/{file}", aside / file, size=entry.size)
+        manifest.write(aside)
+        try:
+            self._folder.adopt_checkpoint(step)
+        except RunError as error:
+            before = [other for other in whole if other < step]
+            advice = f" or continue with --resume step_{before[-1]:06d}," if before else ""
+            raise UserError(
+                f"run.mirror: {self.place}/{name} is damaged. {error} Bring the file back from a copy,{advice} or "
+                "remove the damaged checkpoint there."
+            ) from error
 
     def _whole_steps(self, listing: Mapping[str, int]) -> list[int]:
         """Steps of the checkpoints that are whole there, rising."""
@@ -217,16 +257,17 @@ class Mirror:
             match = _in_step(name)
             if match is None or not name.endswith(f"/{MANIFEST}"):
                 continue
-            manifest = self._marker(name)
+            manifest = self._manifest(name)
             if manifest is not None and all(
-                listing.get(f"checkpoints/{match[0]}/{file}") == size for file, size in manifest["files"].items()
+                listing.get(f"checkpoints/{match[0]}/{file}") == entry.size for file, entry in manifest.files.items()
             ):
                 whole.append(int(match[1]))
         return sorted(whole)
 
     def _best(self) -> int | None:
         marker = self._marker(_BEST)
-        return None if marker is None else int(marker["step"])
+        step = None if marker is None else marker.get("step")
+        return step if isinstance(step, int) else None
 
     def _listing(self) -> dict[str, int]:
         """Sizes of all files there, by their names in the folder."""
@@ -265,12 +306,29 @@ class Mirror:
         self._tried(lambda: self._store.pipe_file(self._at(name), json.dumps(value).encode()))
 
     def _marker(self, name: str) -> dict[str, Any] | None:
-        """A manifest or pointer; None if it is not there, or was cut where the store cannot write a file at once."""
+        """Return the object in a small file. None: it is not there, or was cut by a store that writes in parts."""
         try:
-            found: dict[str, Any] = json.loads(self._tried(lambda: self._store.cat_file(self._at(name))))
-        except (FileNotFoundError, ValueError):
+            value = json.loads(self._read(name) or b"null")
+        except (ValueError, RecursionError):
             return None
-        return found
+        return value if isinstance(value, dict) else None
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """Return a manifest. None: it is not there, or was cut."""
+        content = self._read(name)
+        return None if content is None else Manifest.parse(content)
+
+    def _final_manifest(self) -> Manifest | None:
+        """Return the manifest of final/. None: it is not there, whole."""
+        return self._manifest(_FINAL)
+
+    def _read(self, name: str) -> bytes | None:
+        """Return a small file's content. None: it is not there."""
+        try:
+            content: bytes = self._tried(lambda: self._store.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+        return content
 
     def _remove(self, name: str) -> None:
         """A file, or a folder with all that is in it."""
@@ -317,7 +375,7 @@ class Mirror:
                 self._abandoned = True
                 raise RunError(f"run.mirror: {what} {self.place}: no answer for {self._stalled_s:g} s")
             thread.join(0.2)
-        if failed and isinstance(failed[0], RunError):
+        if failed and isinstance(failed[0], RunError | UserError):
             raise failed[0]
         if failed:
             raise RunError(f"run.mirror: {what} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
@@ -349,10 +407,6 @@ def _open_store(url: str) -> tuple[Any, str]:
             f"run.mirror: {redact(url)} is no URL that fsspec knows: {redact(str(error))}. Take s3://, gs://, abfs://, "
             "or a folder."
         ) from error
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _in_step(name: str) -> re.Match[str] | None:

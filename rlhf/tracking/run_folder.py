@@ -1,13 +1,13 @@
 """The run folder: its names, its lock, and checkpoints that are whole or absent.
 
-Opened by the driver before any actor starts and held until the run ends. Only the process that holds the lock writes
-here, and its actors do, but below `own` alone. That folder has another name at each start, so that actors of a start
-before, which live on where nothing reaches them, find nothing to write to. What stands inside a checkpoint is not known
-here.
+The driver opens the folder before any actor starts, and holds it until the run ends. Only the process that holds the
+lock writes here. Its actors write below `own` alone. `own` has a new name at each start, so actors that outlive an
+earlier start cannot write into the folder. This module does not know what a checkpoint contains.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,13 +19,14 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from rlhf.errors import UserError
-from rlhf.tracking.atomic import sync_folder, sync_tree, write_atomic
+from rlhf.errors import RunError, UserError
+from rlhf.tracking.atomic import read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
 from rlhf.tracking.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.logs import redact
+from rlhf.tracking.manifest import Manifest, find_damage, is_complete
 from rlhf.tracking.tracker import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 
 _STEP = re.compile(r"step_(\d{6,})")
-MANIFEST = "manifest.json"
 _OWN = ".own-"
 
 
@@ -76,7 +76,7 @@ class RunFolder:
             lock = lock_folder(path, key="run.name")
         except OSError as error:
             raise UserError(
-                f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
+                f"run.dir: {shorten(path)} cannot be written: {error.strerror}. Choose a folder you can write."
             ) from error
         with ExitStack() as after_failure:
             after_failure.callback(os.close, lock)
@@ -87,14 +87,28 @@ class RunFolder:
                 )
             after_failure.pop_all()
         folder = cls(path, lock)
-        folder._take_over()
-        if not resume:
-            folder._clear()
-        for part in (folder.checkpoints, folder.samples, folder.evals, folder.spool):
-            part.mkdir(exist_ok=True)
-        (folder.own / "samples").symlink_to(Path("..", folder.samples.name))
-        folder._sweep()
+        try:
+            folder._prepare(resume=resume)
+        except BaseException:
+            folder.close()
+            raise
         return folder
+
+    def _prepare(self, *, resume: bool) -> None:
+        """Make the folder's parts, and remove what an earlier start left. UserError if a part is a file."""
+        for part in (self.checkpoints, self.samples, self.evals, self.references, self.final):
+            if part.exists() and not part.is_dir():
+                raise UserError(
+                    f"run.name: {part} is a file, and a run needs a folder of that name. Move the file away, or choose "
+                    "another run.name."
+                )
+        self._take_over()
+        if not resume:
+            self._clear()
+        for part in (self.checkpoints, self.samples, self.evals, self.spool):
+            part.mkdir(exist_ok=True)
+        (self.own / "samples").symlink_to(Path("..", self.samples.name))
+        self._sweep()
 
     def close(self) -> None:
         """Release the lock."""
@@ -115,12 +129,13 @@ class RunFolder:
         write_atomic(self.config, redact(text))
 
     def write_environment(self, *, seed: int) -> None:
-        """environment.json of this start; a resumed run is warned of what changed since the last one."""
+        """Write environment.json of this start. Warn of what has changed since the last start."""
         now = describe(seed=seed)
         if self.environment.exists():
-            before = json.loads(self.environment.read_text(encoding="utf-8"))
-            changed = [key for key in now if before.get(key) != now[key]]
-            if changed:
+            before = _read_object(self.environment)
+            if before is None:
+                logger.warning("%s is damaged, so changes of the environment are not known", self.environment)
+            elif changed := [key for key in now if before.get(key) != now[key]]:
                 logger.warning(
                     "resumed in a changed environment: %s differ from %s", ", ".join(changed), self.environment
                 )
@@ -135,13 +150,31 @@ class RunFolder:
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Make the begun checkpoint durable and complete, then point `latest` at it. Replaces one of the same step."""
-        aside, target = self._aside(self.checkpoint(step)), self.checkpoint(step)
-        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-        write_atomic(aside / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        """Make the begun checkpoint durable and complete, then point `latest` at it.
+
+        It replaces a checkpoint of the same step. Later ones belong to a history that the run has left, and go.
+        """
+        target = self.checkpoint(step)
+        Manifest.of(self._aside(target), step=step).write(self._aside(target))
         self._commit(target)
         self._point("latest", step)
+        for later, path in self._step_folders():
+            if later > step:
+                _remove(path)
         return target
+
+    def adopt_checkpoint(self, step: int) -> Path:
+        """Make the begun folder, a copy of a checkpoint with its manifest, a checkpoint. RunError if it is damaged."""
+        target = self.checkpoint(step)
+        damage = find_damage(self._aside(target), step=step)
+        if damage is not None:
+            raise RunError(f"The copy of the checkpoint of step {step} is damaged: {damage}")
+        self._commit(target)
+        return target
+
+    def continue_from(self, step: int) -> None:
+        """Let a resumed run continue from the checkpoint of this step. Later ones stay until it writes its first."""
+        self._point("latest", step)
 
     def begin_final(self) -> Path:
         """An empty folder to write the final model into; `commit_final` makes it final/."""
@@ -163,11 +196,22 @@ class RunFolder:
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
         """Make the begun model durable and whole, then remove those of other steps than these and `keep`."""
+        aside = self._aside(self.reference(step))
+        Manifest.of(aside, step=step).write(aside)
         self._commit(self.reference(step))
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:
                 _remove(path)
         return self.reference(step)
+
+    def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
+        """UserError if the reference that a checkpoint needs is missing, or a byte of it is not as written."""
+        damage = find_damage(self.reference(step), step=step)
+        if damage is not None:
+            raise UserError(
+                f"--resume: the checkpoint of step {checkpoint} needs its reference {self.reference(step)}. {damage} "
+                "Bring the folder back from a copy, or start again under another run.name."
+            )
 
     def mark_best(self, step: int) -> None:
         """Point `best` at a complete checkpoint, which is then kept for as long as it is the best."""
@@ -176,16 +220,32 @@ class RunFolder:
         self._point("best", step)
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the undamaged checkpoints, rising."""
-        return [step for step, path in self._step_folders() if is_sound(path, step)]
+        """Return the steps of the complete checkpoints, rising. Sizes are checked, and checksums are not."""
+        return [step for step, path in self._step_folders() if is_complete(path, step)]
 
     def latest_checkpoint(self) -> int | None:
-        """Step of the newest undamaged checkpoint; None if there is none. Warns of damaged ones."""
-        for step, path in reversed(self._step_folders()):
-            if is_sound(path, step):
-                return step
-            logger.warning("checkpoint %s is damaged (files missing or cut): passed over", path)
-        return None
+        """Return the step that a resumed run continues from, whether that checkpoint is sound or not. None: none.
+
+        It is the one that `latest` points at; the newest if that one was removed.
+        """
+        steps = [step for step, _ in self._step_folders()]
+        latest = self._pointed("latest")
+        return latest if latest in steps else max(steps, default=None)
+
+    def refuse_damage(self, step: int) -> None:
+        """Read the whole checkpoint of a step. UserError if a byte of it is not as written."""
+        damage = find_damage(self.checkpoint(step), step=step)
+        if damage is None:
+            return
+        before = [
+            other for other, path in self._step_folders() if other < step and find_damage(path, step=other) is None
+        ]
+        instead = (
+            f"continue from the checkpoint before it with --resume {self.checkpoint(before[-1]).name}"
+            if before
+            else "start again under another run.name, since there is no sound checkpoint before it"
+        )
+        raise UserError(f"--resume: {damage} Bring the file back from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
         """Step that `best` points at; None if none was marked or it is damaged."""
@@ -272,9 +332,14 @@ class RunFolder:
 
 
 def lock_folder(path: Path, *, key: str) -> int:
-    """The held lock of a folder that `key` of the configuration names. flock: the kernel lets go of it when the process
-    ends, kill -9 included."""
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """Return the held lock of a folder that `key` of the configuration names. The kernel releases a flock when the
+    process ends, kill -9 included. A symbolic link is not followed: its target would be emptied."""
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{key}: {path / '.lock'} is a symbolic link, which is not followed. Remove it.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -298,7 +363,11 @@ def _state(path: Path) -> str | None:
             return f"a finished run: its result is in {result};"
     try:
         rows = read_metrics(path)
-    except ValueError as error:
+        if rows and not isinstance(rows[-1].get("time_s"), int | float):
+            raise ValueError(f"{path / 'metrics.jsonl'}: the last row has no `time_s`")
+        for name in (HISTOGRAMS, "errors.jsonl"):
+            read_lines(path / name)
+    except (ValueError, OSError) as error:
         raise UserError(
             f"run.name: {error}. The run's metrics are damaged: bring the file back from a copy, remove it, or choose "
             "another run.name."
@@ -316,12 +385,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def is_sound(path: Path, step: int) -> bool:
-    """Whether every file that was committed is there in its full size."""
+def shorten(path: Path) -> str:
+    """Return a path as messages show it: a very long one is cut."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:300]}... ({len(text)} characters)"
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file. None: it holds no object that can be read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["step"] == step and all(
-            (path / name).stat().st_size == size for name, size in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -29,8 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, in order of steps; a last line cut by a kill is left out."""
-    return read_lines(folder / "metrics.jsonl")
+    """Return the rows of a run's metrics.jsonl in order of steps, without a last line that a kill has cut.
+
+    ValueError: a line is not an object with a step.
+    """
+    path = folder / "metrics.jsonl"
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: the row has no `step`, or one that is no whole number")
+    return rows
 
 
 class Tracker:

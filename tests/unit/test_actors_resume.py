@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.beginning import check_folders
 from actors.launch import launch
 from actors.models import refuse_other_model, with_tiny
 from rlhf.config.dump import dump_yaml
@@ -17,6 +18,8 @@ from rlhf.config.root import Config
 from rlhf.controller.trained import trained_models
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config
+from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.tracker import Tracker
 
 RUN = """
 run: {name: demo, dir: %s}
@@ -92,6 +95,40 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
         launch(loaded(tmp_path, "train.steps=500"), resume=True)
     assert f"{run.folder} is finished, with other settings: train.steps is 2 there and 500 here." in str(caught.value)
     assert "Choose another run.name" in str(caught.value)
+
+
+def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
+    run = loaded(folder)
+    state = state_of(local(folder)) | {"cursor": {"epoch": 0, "index": 0}, "step": 1}
+    with RunFolder.open(folder, "demo", resume=True) as opened:
+        for step in steps:
+            Tracker(opened.path).log(step, {"update/lr": 1.0})
+            (opened.begin_checkpoint(step) / "controller.json").write_text(json.dumps(state))
+            opened.commit_checkpoint(step)
+    return run
+
+
+def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+    run = with_checkpoints(tmp_path, 1, 2)
+    path = tmp_path / "demo" / "checkpoints" / "step_000002" / "controller.json"
+    path.write_text(path.read_text().replace("ppo", "ppp"))
+    with pytest.raises(UserError, match=rf"{path} is damaged: .*checkpoint before it with --resume step_000001\."):
+        launch(run, resume=True)
+    with pytest.raises(UserError, match=rf"{path} is damaged"):
+        launch(run, resume=True, from_step=2)
+    with pytest.raises(UserError, match=r"no checkpoint step_000003\. Its checkpoints: step_000001, step_000002\."):
+        launch(run, resume=True, from_step=3)
+    check_folders(run.stages.values(), resume=True, from_step=1)
+    with RunFolder.open(tmp_path, "demo", resume=True) as folder:
+        assert folder.latest_checkpoint() == 1
+
+
+def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:
+    run = with_checkpoints(tmp_path, 1)
+    (tmp_path / "demo" / "final").mkdir()
+    (tmp_path / "demo" / "config.resolved.yaml").write_text(dump_yaml(run))
+    with pytest.raises(UserError, match=r"--resume: is step_000001, but the run is finished"):
+        launch(run, resume=True, from_step=1)
 
 
 def test_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:

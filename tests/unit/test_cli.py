@@ -47,7 +47,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
 
 
 def raising(error: BaseException) -> Launch:
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, **options: object) -> None:
         raise error
 
     return launch
@@ -62,7 +62,10 @@ def raising(error: BaseException) -> Launch:
             f"invalid choice: 'frobnicate' (choose from {', '.join(map(repr, COMMANDS))})",
         ),
         (["train"], "the following arguments are required: CONFIG"),
-        (["train", "x.yaml", "--resume", "maybe"], "invalid choice: 'maybe' (choose from 'auto', 'never')"),
+        (
+            ["train", "x.yaml", "--resume", "maybe"],
+            "is 'maybe', expected auto, never, or a checkpoint such as step_000010",
+        ),
         (["train", "x.yaml", "--quiet", "--json"], "argument --json: not allowed with argument --quiet"),
         (["train", "x.yaml", "--fast"], "train does not know --fast"),
         (["doctor", "x=1"], "doctor does not know x=1"),
@@ -89,9 +92,10 @@ def test_train_passes_what_it_was_given(
 ) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
+    def launch(loaded: LoadedConfig, **options: object) -> None:
         called = loaded.stages["demo"]
-        calls.append((called.train.steps, called.run.seed, resume, quiet, json_lines, until))
+        names = ("resume", "from_step", "quiet", "json_lines", "until")
+        calls.append((called.train.steps, called.run.seed, *map(options.get, names)))
 
     launch_with(launch)
     assert main(["train", file, "train.steps=3", "--resume", "auto", "run.seed=5", "--quiet", "--until", "2"]) == 0
@@ -99,7 +103,13 @@ def test_train_passes_what_it_was_given(
     capsys.readouterr()
     assert main(["train", file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"event": "done", "run": "demo", "folder": "runs/demo"}
-    assert calls == [(3, 5, True, True, False, 2), *((10, 0, False, False, told, None) for told in (False, True))]
+    assert main(["train", file, "--resume", "step_000030"]) == 0
+    assert calls == [
+        (3, 5, True, None, True, False, 2),
+        (10, 0, False, None, False, False, None),
+        (10, 0, False, None, False, True, None),
+        (10, 0, True, 30, False, False, None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +207,7 @@ def test_the_quickstart_recipes_are_found_from_anywhere(
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
-    def launch(loaded: LoadedConfig, *, resume: bool, quiet: bool, json_lines: bool, until: int | None) -> None:
+    def launch(loaded: LoadedConfig, *, resume: bool, **options: object) -> None:
         calls.append((loaded.stages["demo"].train.steps, resume))
 
     launch_with(launch)
@@ -225,7 +235,7 @@ def test_a_quickstart_by_a_call(
     monkeypatch.chdir(tmp_path)
     shown: list[Path] = []
     launched = []
-    launch_with(lambda loaded, *, resume, quiet, json_lines, until: launched.append((loaded.name, resume, quiet)))
+    launch_with(lambda loaded, *, resume, quiet, **_: launched.append((loaded.name, resume, quiet)))
     monkeypatch.setattr("rlhf.quickstart_results.show", shown.append)
     assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
     assert launched == [("mine", True, True)]

@@ -18,7 +18,8 @@ from rlhf.sweeps.results import collect, explain_failure, write
 from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed, Population
 from rlhf.tracking.atomic import write_lines
-from rlhf.tracking.run_folder import RunFolder, is_sound
+from rlhf.tracking.manifest import is_complete
+from rlhf.tracking.run_folder import RunFolder
 from tests.unit.test_config_sweep import write_sweep
 
 PBT = {"name": "pbt", "trials": 4, "every": 4, "quantile": 0.25, "resample": 0.0}
@@ -164,7 +165,7 @@ def test_the_worst_member_goes_on_from_the_best(tmp_path: Path) -> None:
             0.8, rel=1e-4
         ) or copied.parameters["train.lr"] / known[2]["train.lr"] == pytest.approx(1.2, rel=1e-4)
         assert (journal.run_folder(1) / "checkpoints" / "latest" / "weights").read_text() == "2"
-        assert is_sound(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
+        assert is_complete(journal.run_folder(1) / "checkpoints" / "step_000004", 4)
         with RunFolder.open(journal.run_folder(1).parent, "trial-001", resume=True) as folder:
             assert not list(folder.spool.iterdir())
         assert journal.trials[0].parameters == known[0]

@@ -103,6 +103,67 @@ def test_a_finished_run_is_fetched_as_finished(tmp_path: Path, url: str) -> None
         assert (other.final / "model.safetensors").read_text() == "final"
 
 
+def flip(url: str, name: str) -> None:
+    store, root = fsspec.core.url_to_fs(url)
+    content = bytearray(store.cat_file(f"{root}/demo/{name}"))
+    content[3] ^= 1
+    store.pipe_file(f"{root}/demo/{name}", bytes(content))
+
+
+@pytest.mark.parametrize("name", ["policy/model.bin", "controller.json"])
+def test_a_damaged_checkpoint_is_not_fetched(tmp_path: Path, url: str, name: str) -> None:
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        mirror = Mirror(url, folder, name="demo")
+        for step in (10, 20):
+            commit(folder, step)
+            assert upload(mirror) is None
+    flip(url, f"checkpoints/step_000020/{name}")
+    with pytest.raises(UserError, match=rf"step_000020 is damaged.*{name} is damaged.*--resume step_000010,"):
+        fetched(url, tmp_path / "b")
+    with RunFolder.open(tmp_path / "c", "demo", resume=True) as folder:
+        Mirror(url, folder, name="demo").fetch(step=10)
+        assert folder.latest_checkpoint() == 10
+        folder.refuse_damage(10)
+        mirror = Mirror(url, folder, name="demo")
+        assert upload(mirror) is None
+        assert whole(mirror) == [10]  # the later one is of a history that the run has left
+
+
+def test_a_damaged_checkpoint_here_is_replaced_by_a_sound_one_there(tmp_path: Path, url: str) -> None:
+    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
+        commit(folder, 10)
+        assert upload(Mirror(url, folder, name="demo")) is None
+        (folder.checkpoint(10) / "policy" / "model.bin").write_text("weights of 11")
+        with pytest.raises(UserError, match="is damaged"):
+            folder.refuse_damage(10)
+    with fetched(url, tmp_path) as folder:
+        folder.refuse_damage(10)
+
+
+def test_a_damaged_result_is_not_fetched(tmp_path: Path, url: str) -> None:
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        commit(folder, 10)
+        (folder.begin_final() / "model.safetensors").write_text("final")
+        folder.commit_final()
+        Mirror(url, folder, name="demo").finish(1, failed=False)
+    flip(url, "final/model.safetensors")
+    with pytest.raises(UserError, match=r"final/model\.safetensors is damaged: its checksum is not the one that final"):
+        fetched(url, tmp_path / "b")
+
+
+def test_a_manifest_cannot_write_outside_the_folder(tmp_path: Path, url: str) -> None:
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        commit(folder, 10)
+        assert upload(Mirror(url, folder, name="demo")) is None
+    store, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/demo/checkpoints/step_000010/manifest.json"
+    manifest = json.loads(store.cat_file(path))
+    manifest["files"] = {str(tmp_path / "outside"): manifest["files"]["controller.json"]}
+    store.pipe_file(path, json.dumps(manifest).encode())
+    with fetched(url, tmp_path / "b") as folder:
+        assert folder.latest_checkpoint() is None
+
+
 class Cut(MemoryFileSystem):
     """Breaks off after so many writes, in the middle of a file: as a killed process leaves it."""
 

@@ -104,22 +104,101 @@ def test_checkpoints_appear_whole(tmp_path: Path) -> None:
         assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(20).resolve()
 
 
-def test_damaged_checkpoints_are_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         for step in (10, 20, 30, 40):
             commit(folder, step)
-        (folder.checkpoint(40) / "manifest.json").unlink()
+        (folder.checkpoint(20) / "manifest.json").unlink()
         (folder.checkpoint(30) / "policy" / "model.bin").unlink()
-        (folder.checkpoint(20) / "policy" / "model.bin").write_text("weigh")  # cut
-        assert folder.checkpoint_steps() == [10]
+        (folder.checkpoint(40) / "policy" / "model.bin").write_text("weightz")  # as long as before
+        assert folder.checkpoint_steps() == [10, 40]  # by the sizes
+        assert folder.latest_checkpoint() == 40
+        with pytest.raises(UserError) as caught:
+            folder.refuse_damage(40)
+        path = folder.checkpoint(40) / "policy" / "model.bin"
+        assert str(caught.value).startswith(f"--resume: {path} is damaged: its checksum")
+        assert str(caught.value).endswith("or continue from the checkpoint before it with --resume step_000010.")
+        folder.continue_from(10)
         assert folder.latest_checkpoint() == 10
-        assert "step_000030 is damaged" in caplog.text
-        commit(folder, 20, "new weights")  # the resumed run comes to it again
-        assert folder.latest_checkpoint() == 20
-        assert (folder.checkpoint(20) / "policy" / "model.bin").read_text() == "new weights"
+        commit(folder, 15)  # of the new history: the later checkpoints were made by the old one
+        assert [path.name for path in sorted(folder.checkpoints.glob("step_*"))] == ["step_000010", "step_000015"]
+        (folder.checkpoint(10) / "added.bin").write_text("x")
+        with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no sound checkpoint before"):
+            folder.refuse_damage(10)
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        commit(folder, 10)
+        (folder.begin_reference(10) / "config.json").write_text("{}")
+        folder.commit_reference(10, keep=[])
+        folder.refuse_damage(10)
+        folder.refuse_damaged_reference(10, checkpoint=10)
+        files = [path for path in folder.checkpoint(10).rglob("*") if path.is_file()]
+        files += [path for path in folder.reference(10).rglob("*") if path.is_file()]
+        assert len(files) == 4
+        for path in files:
+            sound = path.read_bytes()
+            for place in range(len(sound)):
+                if sound[place : place + 1].isspace():
+                    continue  # of the manifest's layout, which means nothing
+                path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+                of_reference = path.is_relative_to(folder.reference(10))
+                with pytest.raises(UserError, match=r"--resume: .*(damaged|missing|belongs|says|cannot be read)"):
+                    folder.refuse_damaged_reference(10, checkpoint=10) if of_reference else folder.refuse_damage(10)
+            path.write_bytes(sound)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "[" * 100_000, '{"step": 10, "files": {"../x": {"size": 0, "xxh3_128": ""}}}', '{"files'],
+    ids=["empty", "list", "null", "deep", "outside", "cut"],
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: str) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        commit(folder, 10)
+        (folder.checkpoint(10) / "manifest.json").write_text(text)
+        assert folder.checkpoint_steps() == []
+        with pytest.raises(UserError, match=r"manifest\.json is missing, or is not the manifest of a whole folder"):
+            folder.refuse_damage(10)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
+def test_a_damaged_environment_is_written_anew(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        folder.environment.write_text(text)
+        folder.write_environment(seed=5)
+        assert "environment.json is damaged" in caplog.text
+        assert json.loads(folder.environment.read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("row", ['{"time_s": 1.0}', '{"step": "1", "time_s": 1.0}', '{"step": 1}', "[" * 100_000])
+def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(row + "\n")
+    with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl.*are damaged: bring the file back"):
+        RunFolder.open(tmp_path, "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "evals", "references"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    for _ in range(2):  # the refusal lets go of the lock
+        with pytest.raises(UserError, match=rf"run.name: {tmp_path}/run/{name} is a file, and a run needs a folder"):
+            RunFolder.open(tmp_path, "run", resume=True)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"run.name: .*\.lock is a symbolic link, which is not followed. Remove it."):
+        RunFolder.open(tmp_path, "run", resume=False)
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 def test_prune_keeps_the_newest_the_latest_and_the_best(tmp_path: Path) -> None:
@@ -165,7 +244,7 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
 
 def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as before:
-        before.metrics.write_text('{"step": 1}\n')
+        before.metrics.write_text('{"step": 1, "time_s": 0.5}\n')
         late = [before.begin_checkpoint(2), before.begin_final(), before.spool, samples_path(before.own, 1).parent]
         (before.spool / "group_0").write_text("rollouts")
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
