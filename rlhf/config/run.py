@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +10,13 @@ from pydantic import Field, field_validator
 
 from rlhf.algorithms.section import Section
 
+_MAX_PATH_BYTES = 3000  # Linux allows 4,095, and the names inside the run's folder follow
+
 
 class RunConfig(Section):
     """Everything of a run lies in <dir>/<name>/."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
+    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder of runs. A leading `~` is your home."""
@@ -28,6 +31,10 @@ class RunConfig(Section):
     def _at_home(cls, value: Path) -> Path:
         if "\0" in str(value):
             raise ValueError("holds a null character, which no path may")
+        if len(os.fsencode(value)) > _MAX_PATH_BYTES or any(len(os.fsencode(part)) > 255 for part in value.parts):
+            raise ValueError(
+                f"has {len(os.fsencode(value))} bytes; a path may have {_MAX_PATH_BYTES}, and the name of a folder 255"
+            )
         try:
             return value.expanduser()
         except RuntimeError as error:

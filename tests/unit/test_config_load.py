@@ -249,6 +249,8 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         (["train.steps=" + "9" * 5000], "is no value of a config: Exceeds the limit"),
         ([".".join("a" * 200) + "=1"], "sections within sections go too deep, beyond 100"),
         (["run.dir=~nosuchuser/x"], "run.dir: got '~nosuchuser/x', and there is no such home folder"),
+        (["run.dir=" + "a/" * 2000], "run.dir: has 3999 bytes; a path may have 3000, and the name of a folder 255"),
+        (["run.dir=" + "b" * 256], "run.dir: has 256 bytes; a path may have 3000, and the name of a folder 255"),
         (['run.dir="\\0"'], "run.dir: holds a null character, which no path may"),
         (["run.name=a\x00"], "holds the control character '\\x00', which is not YAML"),
         (["stages.a.train.lr=1"], "has no stage 'a'; its stages: none, it is a single run"),
