@@ -42,7 +42,8 @@ from rlhf.evaluation.results import (
     prompt_rows,
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
-from rlhf.rewards.scoring import describe
+from rlhf.rewards.rules import ends_run
+from rlhf.rewards.scoring import describe, error_rules
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.texts import Transcript
 from rlhf.tracking.atomic import write_atomic, write_lines
@@ -85,12 +86,12 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
     """Measure, and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or an environment
     failed.
 
-    RunError if a reward failed and reward_policy.on_error is fail, or if a set has no score at all.
+    RunError if a reward failed whose `on_error` is fail, or if a set has no score at all.
     """
     (folder / "errors.jsonl").unlink(missing_ok=True)  # of an evaluation that failed
 
     def note(scored: ScoredGroup) -> None:
-        for error in scored.scores.errors:
+        for error in (*scored.scores.errors, *scored.scores.scored_errors):
             write_error(folder, error_record(error, step=0))
 
     with connected(inputs.cluster), sigterm_interrupts():
@@ -202,9 +203,11 @@ async def _answers(
                 for index, prompt in enumerate(prompts)
             ]
             judged = await answered(engines, requests, sampling_of(decoding), judge)
+            rules = error_rules(inputs.rewards)
             errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
-            if errors and (policy.on_error == "fail" or len(errors) == len(judged)):
-                raise RunError(f"eval {name}: {describe(errors[0])}")
+            fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]
+            if errors and (fatal or len(errors) == len(judged)):
+                raise RunError(f"eval {name}: {describe((fatal or errors)[0])}")
             for failed in errors:
                 logger.warning("%s: left out, since %s", name, describe(failed))
             form = inputs.marking.answers if inputs.marking.pass_score is not None else None

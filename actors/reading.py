@@ -19,7 +19,7 @@ from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.judge import JudgeSpec
-from rlhf.rewards.loading import check_columns, load_reward
+from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.remote import RemoteReward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.service import ServiceSpec
@@ -94,6 +94,7 @@ def load_rewards(
                 from_environment=reward.environment,
                 truncated_score=reward.truncated_score,
                 by_step=reward.credit == "step",
+                on_error=reward.on_error,
             )
         )
     return tuple(specs)
@@ -128,6 +129,9 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
 def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
     """UserError if a row has no reward, or a reward lacks something of a row that it applies to: a column, its gate."""
     given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
+    deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)
+    if deep is not None:
+        raise UserError(f"{deep.place}: its columns are nested deeper than {MAX_DEPTH} levels; flatten them")
     applies = {spec.name: [spec.applies_to(columns) for columns in given] for spec in specs}
     for spec in specs:
         section = _section(key, spec.name)

@@ -65,7 +65,7 @@ def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
         scores={name: values[sample] for name, values in scores.by_name.items()},
         errors=tuple(
             RowError(reward=error.reward, kind=error.kind, message=error.message)
-            for error in scores.errors
+            for error in (*scores.errors, *scores.scored_errors)
             if error.sample == sample
         ),
     )

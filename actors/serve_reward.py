@@ -21,6 +21,7 @@ from aiohttp import web
 
 from actors.scorer import Scorer, Scoring
 from rlhf.errors import RunError
+from rlhf.rewards.loading import MAX_DEPTH, is_nested_too_deep
 from rlhf.rewards.scoring import asks_in_flight
 from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
@@ -145,6 +146,8 @@ def read_group(text: str) -> Asked:
         raise ValueError("`responses` must be a list of strings, at least one")
     if not isinstance(columns, dict):
         raise ValueError("`columns` must be an object")
+    if is_nested_too_deep(columns):
+        raise ValueError(f"`columns` are nested deeper than {MAX_DEPTH} levels")
     truncated = body.get("truncated", [False] * len(responses))
     if not isinstance(truncated, list) or [type(one) for one in truncated] != [bool] * len(responses):
         raise ValueError("`truncated` must be a list of booleans, one a response")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 Role = Literal["policy", "reference", "teacher", "reward", "critic", "rollout"]
-RewardErrorKind = Literal["raised", "timeout", "not_a_number", "died", "refused", "unavailable"]
+RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "died", "refused", "unavailable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,8 +265,10 @@ class GroupScores:
     """Rewards of one group, or why it has none. Built by the reward role."""
 
     scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
-    by_name: Mapping[str, tuple[float, ...]]  # each reward that applies to the row, before its gate and weight
+    by_name: Mapping[str, tuple[float | None, ...]]
+    # each reward that applies to the row, before its gate and weight; None: it has no opinion on the response
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
+    scored_errors: tuple[RewardError, ...] = ()  # failed calls whose responses got a score all the same
     steps: Mapping[str, tuple[tuple[StepReward, ...], ...]] = field(
         default_factory=dict
     )  # of those in by_name that are
@@ -275,7 +277,8 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardError:
-    """One reward call that raised, hung, returned no finite number, or that a service did not answer."""
+    """One reward call that raised, hung, returned no finite number, or that a service did not answer; or a response on
+    which no reward has an opinion."""
 
     reward: str
     kind: RewardErrorKind

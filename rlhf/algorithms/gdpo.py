@@ -35,7 +35,13 @@ class GDPO(GroupRelative):
         """The weighted sum of each reward against its group, normalised over the batch."""
         from rlhf.objectives.advantages import group_decoupled
 
-        return group_decoupled(outcomes.by_reward, outcomes.weights, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
+        return group_decoupled(
+            outcomes.by_reward,
+            outcomes.weights,
+            group_size=outcomes.group_size,
+            eps=GROUP_STD_EPS,
+            counted=outcomes.has_opinion,
+        )
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

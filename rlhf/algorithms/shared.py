@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -143,6 +143,8 @@ class SequenceOutcomes:
     num_tokens: Int[Tensor, " B"]  # sampled ones
     group_size: int
     greedy_scores: Float[Tensor, " P"] | None  # of one greedy response a prompt; None: the algorithm wants none
+    has_opinion: Mapping[str, Bool[Tensor, " B"]] = field(default_factory=dict)
+    # where a reward has a value for the response; a reward that is not named has one everywhere
 
 
 class OnlineAlgorithm(Protocol):

@@ -13,7 +13,6 @@ from rlhf.errors import RunError
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.load import LoadedConfig
-    from rlhf.config.rewards import RewardPolicy
     from rlhf.evaluation.scored import ScoredFile
 
 MOST_TOLD = 10  # failures
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.config.load import load
     from rlhf.tracking.atomic import json_line
 
-    found, policy = reward(load(args.config, args.overrides), args.file)
+    found, fails = reward(load(args.config, args.overrides), args.file)
     if args.json:
         say("".join(map(json_line, found.to_json())))
     else:
@@ -50,17 +49,18 @@ def run(args: argparse.Namespace) -> int:
         told = "\n".join(f"{place}: {one.reward}: {one.kind}: {one.message}" for place, one in found.errors[:MOST_TOLD])
         more = len(found.errors) - MOST_TOLD
         sys.stderr.write(told + (f"\nand {more} more\n" if more > 0 else "\n"))
-        if policy.on_error == "fail":
-            raise RunError(
-                f"{found.num_unscored} of {len(found.rows)} rows have no score, and reward_policy.on_error is fail"
-            )
+        if found.num_unscored and fails:
+            raise RunError(f"{found.num_unscored} of {len(found.rows)} rows have no score, and on_error is fail")
     return 0
 
 
-def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, RewardPolicy]:
-    """Score the responses in a file; what the rewards say, and what the configuration makes of failures."""
+def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
+    """Score the responses in a file; what the rewards say, and whether a failure among them would end a run."""
     from actors.reward import score_file
     from actors.scorer import scoring_of_config
+    from rlhf.rewards.rules import ends_run
+    from rlhf.rewards.scoring import error_rules
 
     scoring = scoring_of_config(loaded)
-    return score_file(scoring, file), scoring.policy
+    scored, rules = score_file(scoring, file), error_rules(scoring.specs)
+    return scored, ends_run([error for _, error in scored.errors], rules, scoring.policy.on_error)

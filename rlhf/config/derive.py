@@ -19,6 +19,7 @@ from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, WeightedSource
 from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
+from rlhf.config.rewards import drops
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 
@@ -317,8 +318,8 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
     left_out = 0.0
     if rollouts.dynamic_sampling is not None:
         left_out += rollouts.dynamic_sampling.max_filtered_fraction
-    if config.reward_policy.on_error == "drop":
-        left_out += config.reward_policy.max_dropped_fraction
+    if drops(config.rewards, config.reward_policy):
+        left_out += 1.0 / (1.0 - config.reward_policy.max_dropped_fraction) - 1.0
     return config.train.steps * prompts_at_once(math.ceil(rollouts.prompts_per_step * (1.0 + left_out)), rollouts)
 
 

@@ -22,7 +22,7 @@ from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import TaskConfig
-from rlhf.config.rewards import RewardConfig
+from rlhf.config.rewards import RewardConfig, drops
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
 
@@ -208,8 +208,8 @@ def _of_rewards(config: Config) -> Iterator[Inert]:
         keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
         yield from _all(keys, "there are no rewards", "name one in rewards")
         return
-    if config.reward_policy.on_error == "fail":
-        why = "reward_policy.on_error is fail: nothing is dropped"
+    if not drops(config.rewards, config.reward_policy):
+        why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
         yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")
     if all(reward.function is None for reward in config.rewards.values()):
         keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
@@ -262,7 +262,7 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     data, rollouts = config.data, config.rollouts
     if data.curriculum is not None and rollouts is not None and isinstance(data.train, TaskConfig):
         asked = config.train.steps * rollouts.prompts_per_step
-        replaced = rollouts.dynamic_sampling is not None or config.reward_policy.on_error == "drop"
+        replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
         if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
             why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many"
             yield from _all("data.curriculum", f"{why} or more: none comes up twice", "train for more steps")

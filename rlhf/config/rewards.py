@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rlhf.algorithms.section import Section
+from rlhf.rewards.rules import ErrorRule
 
 SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
 
@@ -115,6 +116,9 @@ class RewardConfig(Section):
     truncated_score: float | None = None
     """What a response gets that was cut at rollouts.max_new_tokens (a conversation: that met one of the environment's
     limits), before the weight; null: what the reward says."""
+    on_error: Literal["fail", "drop"] | Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    """What happens when this reward fails on a response: `fail`, `drop`, or the score that the response gets from it,
+    before the weight; null: reward_policy.on_error. A score is recorded as an error all the same."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the class's constructor."""
     token_env: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
@@ -144,6 +148,11 @@ class RewardConfig(Section):
     def _one_source(self) -> Self:
         if sum(source is not None for source in (self.function, self.role, self.url)) + self.environment != 1:
             raise ValueError("give exactly one of `function`, `role`, `url` and `environment: true`")
+        if self.environment and isinstance(self.on_error, float):
+            raise ValueError(
+                "`on_error` may be `fail` or `drop` where an environment gives the reward: a conversation whose "
+                "environment failed has no end that could be scored"
+            )
         if self.function is None and self.args:
             raise ValueError("`args` has an effect with `function` alone")
         if self.credit == "step" and (self.url is not None or (self.function is not None and ":" not in self.function)):
@@ -160,15 +169,28 @@ class RewardPolicy(Section):
     """What happens when a reward raises, hangs, returns no finite number, or has a service that does not answer."""
 
     on_error: Literal["fail", "drop"] = "fail"
-    """fail: the run stops. drop: the prompt's group is replaced by another prompt's."""
+    """Of a reward that has no `on_error` itself. fail: the run stops. drop: the prompt's group is replaced by another
+    prompt's."""
     timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
     """Limit of one call of a function."""
-    max_dropped_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """With drop: groups dropped in one step, as a share of prompts_per_step, at which the run stops after all."""
+    max_dropped_fraction: float = Field(default=0.25, gt=0.0, lt=1.0)
+    """With drop: the share of the groups asked last, over steps (32, or prompts_per_step if that is more), above which
+    dropped groups stop the run after all."""
     processes: int = Field(default=1, ge=1, le=1024)
     """Processes that run reward functions, for each reward worker."""
     memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
     """Memory that one of these processes may map, libraries included. A call that wants more has failed."""
+
+
+def error_rules(rewards: Mapping[str, RewardConfig]) -> dict[str, ErrorRule]:
+    """Return what each reward says of its failures, and `environment` of the environment's."""
+    of_environment = next((reward.on_error for reward in rewards.values() if reward.environment), None)
+    return {"environment": of_environment, **{name: reward.on_error for name, reward in rewards.items()}}
+
+
+def drops(rewards: Mapping[str, RewardConfig], policy: RewardPolicy) -> bool:
+    """Whether a failure can drop a group."""
+    return "drop" in {policy.on_error, *(reward.on_error for reward in rewards.values())}
 
 
 def placeholders(template: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -58,10 +59,12 @@ def error_record(error: RewardError, *, step: int) -> ErrorRecord:
 
 def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
     """Write down and count what rewards and environments of a group failed on."""
-    for error in scored.scores.errors:
+    errors = (*scored.scores.errors, *scored.scores.scored_errors)
+    for error in errors:
         record.tracker.log_error(error_record(error, step=step))
-    failures = environment_failures(scored.group.infos)
-    record.add({"rewards/errors/total": Sum(total=len(scored.scores.errors)), **failures})
+    by_name = Counter(error.reward for error in errors)
+    record.add({f"rewards/{name}/failures/total": Sum(total=count) for name, count in by_name.items()})
+    record.add({"rewards/errors/total": Sum(total=len(errors)), **environment_failures(scored.group.infos)})
 
 
 async def answered(

@@ -168,9 +168,15 @@ class AdvantageLearning:
         greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
         infos = [info for scored in groups for info in scored.group.infos]
         num_tokens = torch.tensor([info.num_response_tokens for info in infos])
+        columns = by_reward(groups, self.config.rewards)
         return SequenceOutcomes(
             scores=self._shaped(_column([scores[info.sequence_id] for info in infos]), num_tokens),
-            by_reward={name: _column(values) for name, values in by_reward(groups, self.config.rewards).items()},
+            by_reward={name: _column([v or 0.0 for v in values]) for name, values in columns.items()},
+            has_opinion={
+                name: torch.tensor([value is not None for value in values])
+                for name, values in columns.items()
+                if None in values
+            },
             weights={name: reward.weight for name, reward in self.config.rewards.items()},
             num_tokens=num_tokens,
             group_size=self.group_size,

@@ -10,11 +10,13 @@ Like the loop, this sees scalars, ids and references.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlhf.config.derive import prompts_at_once, wants_greedy
+from rlhf.config.rewards import error_rules
 from rlhf.config.rollouts import DynamicSampling
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
@@ -23,11 +25,13 @@ from rlhf.controller.training_scores import is_flat
 from rlhf.data.curriculum import Curriculum
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
+from rlhf.rewards.rules import ends_run
 from rlhf.rewards.scoring import describe
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
+RECENT_GROUPS = 32  # groups asked last, among which the dropped ones are counted; prompts_per_step if that is more
 Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
 
 
@@ -87,6 +91,8 @@ class Collector:
         settings = config.data.curriculum
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
         self.num_passed_over = 0  # by the curriculum, in this step
+        asked_last = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
+        self.recent_drops: deque[bool] = deque(maxlen=asked_last)  # of the groups asked last: whether each was dropped
 
     async def collect(self, step: int) -> Collected:
         """A whole batch, answered by version step - 1 of the weights. RunError if a bound is reached."""
@@ -95,9 +101,10 @@ class Collector:
         count = self.rollouts.prompts_per_step
         while len(batch.kept) < count:
             for scored in await self._round(batch, count - len(batch.kept), step):
+                self.recent_drops.append(bool(scored.scores.errors))
                 if scored.scores.errors:
                     batch.dropped.append(_without_tokens(scored))
-                    self._refuse_dropped(batch, scored, step)
+                    self._refuse_dropped(scored, step)
                 elif self._teaches(scored):
                     batch.kept.append(scored)
                 else:
@@ -176,20 +183,28 @@ class Collector:
         self.next_group += 1
         return group
 
-    def _refuse_dropped(self, batch: _Batch, scored: ScoredGroup, step: int) -> None:
-        policy, count = self.config.reward_policy, self.rollouts.prompts_per_step
-        if policy.on_error == "drop" and len(batch.dropped) <= policy.max_dropped_fraction * count:
+    def _refuse_dropped(self, scored: ScoredGroup, step: int) -> None:
+        """RunError if the failure ends the run by its rule, or if too many groups were dropped."""
+        policy, window = self.config.reward_policy, self.recent_drops.maxlen
+        assert window is not None
+        rules = error_rules(self.config.rewards)
+        is_fatal = ends_run(scored.scores.errors, rules, policy.on_error)
+        count, most = sum(self.recent_drops), policy.max_dropped_fraction * window
+        if not is_fatal and count <= most:
             return
         self.answers.forget_failures()
-        raise RunError(
-            f"rewards, step {step}: {describe(scored.scores.errors)}. "
-            + (
-                "reward_policy.on_error is fail; drop would replace such a prompt by another."
-                if policy.on_error == "fail"
-                else f"{len(batch.dropped)} of {count} groups were dropped, more than reward_policy."
-                f"max_dropped_fraction {policy.max_dropped_fraction} allows."
+        if is_fatal:
+            fix = (
+                "on_error is fail, for the reward or in reward_policy. Set it to drop, which replaces the prompt by "
+                "another, or give rewards.NAME.on_error the score of such a response."
             )
-        )
+        else:
+            fix = (
+                f"{count} of the last {len(self.recent_drops)} groups were dropped, and reward_policy."
+                f"max_dropped_fraction {policy.max_dropped_fraction:g} allows {most:g} of {window}. Correct the "
+                "reward, raise that fraction, or give rewards.NAME.on_error the score of such a response."
+            )
+        raise RunError(f"rewards, step {step}: {describe(scored.scores.errors)}. {fix}")
 
     def _refuse_filtered(self, batch: _Batch, step: int) -> None:
         """RunError if too many groups were filtered for a batch that is still not whole."""
@@ -247,6 +262,7 @@ class Collector:
             "cursor": asdict(self.prompts.state()),
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.waiting],
             "next_group": self.next_group,
+            "recent_drops": list(self.recent_drops),
             "curriculum": None if self.curriculum is None else self.curriculum.state(),
         }
 
@@ -255,6 +271,8 @@ class Collector:
         self.prompts.restore(Cursor(**state["cursor"]))
         self.waiting = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
         self.next_group = state["next_group"]
+        self.recent_drops.clear()
+        self.recent_drops.extend(state["recent_drops"])
         if self.curriculum is not None and state["curriculum"] is not None:
             self.curriculum.restore(state["curriculum"])
 

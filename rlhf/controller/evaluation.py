@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rlhf.config.rewards import error_rules
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.learning import Signals
@@ -15,6 +16,7 @@ from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate
+from rlhf.rewards.rules import ends_run
 from rlhf.rewards.scoring import describe
 from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
 from rlhf.tracking.atomic import write_atomic
@@ -45,7 +47,7 @@ async def evaluate(
     """Answer and score every set by the weights of a step. Returns what could be scored of each.
 
     The values stand in its row, the whole with its intervals in evals/, the responses in its samples. RunError if a
-    reward failed and reward_policy.on_error is fail, or if a set has no score at all.
+    reward failed whose `on_error` is fail, or if a set has no score at all.
     """
     assert config.rollouts is not None
     settings = config.eval
@@ -72,10 +74,12 @@ async def evaluate(
         offset += len(requests)
         groups = await answers.to(requests, sampling, step=step, version=step)
         sound = [group for group in groups if not group.scores.errors]
-        if not sound or (len(sound) < len(groups) and config.reward_policy.on_error == "fail"):
+        failures = [group.scores.errors for group in groups if group.scores.errors]
+        rules = error_rules(config.rewards), config.reward_policy.on_error
+        fatal = [errors for errors in failures if ends_run(errors, *rules)]
+        if fatal or not sound:
             answers.forget_failures()
-            failed = next(group for group in groups if group.scores.errors)
-            raise RunError(f"eval {name}, step {step}: {describe(failed.scores.errors)}")
+            raise RunError(f"eval {name}, step {step}: {describe((fatal or failures)[0])}")
         return sound
 
     with record.stage("eval", role="rollout"):

@@ -37,12 +37,18 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     if greedy:
         found["rewards/greedy/mean"] = Mean.of(greedy)
-    found |= {f"rewards/{name}/mean": Mean.of(values) for name, values in values_by_reward(groups).items()}
+    for name, values in values_by_reward(groups).items():
+        opinions = [value for value in values if value is not None]
+        if opinions:
+            found[f"rewards/{name}/mean"] = Mean.of(opinions)
+        if len(opinions) < len(values):
+            silent = len(values) - len(opinions)
+            found[f"rewards/{name}/no_opinion/fraction"] = Mean(total=silent, count=len(values))
     for name, responses in steps_by_reward(groups).items():
-        values = [step.value for steps in responses for step in steps]
+        step_values = [step.value for steps in responses for step in steps]
         found[f"rewards/{name}/steps/mean"] = Mean.of([float(len(steps)) for steps in responses])
-        found[f"rewards/{name}/step/mean"] = Mean.of(values)
-        found[f"rewards/{name}/step/std"] = Std.of(values)
+        found[f"rewards/{name}/step/mean"] = Mean.of(step_values)
+        found[f"rewards/{name}/step/std"] = Std.of(step_values)
     return found
 
 
@@ -55,9 +61,9 @@ def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepR
     return found
 
 
-def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
-    """What each reward said of the responses that it applies to; a reward that applies to none is not there."""
-    found: dict[str, list[float]] = {}
+def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
+    """Return what each reward says of the responses that it applies to; a reward that applies to none is not there."""
+    found: dict[str, list[float | None]] = {}
     for scored in groups:
         for name, values in scored.scores.by_name.items():
             found.setdefault(name, []).extend(values)

@@ -20,20 +20,26 @@ def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConf
     if all(reward.normalize == "none" for reward in rewards.values()):
         return list(groups)
     shares = _shares(rewards)
-    return [
-        replace(one, scores=replace(one.scores, scores=tuple(training_sum(one.scores.by_name, shares))))
-        for one in groups
-    ]
+    normalized = []
+    for scored in groups:
+        sums = training_sum(scored.scores.by_name, shares)
+        scores = tuple(one for one in sums if one is not None)
+        assert len(scores) == len(sums), "a group in which a response has no score is dropped"
+        normalized.append(replace(scored, scores=replace(scored.scores, scores=scores)))
+    return normalized
 
 
-def by_reward(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> dict[str, list[float]]:
-    """Each reward behind its gate, one number a response of all groups; 0 where it does not apply."""
+def by_reward(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> dict[str, list[float | None]]:
+    """Return each reward behind its gate, one value a response of all groups.
+
+    It is 0 in a group to which the reward does not apply, and None where the reward has no opinion.
+    """
     shares = _shares(rewards)
-    columns: dict[str, list[float]] = {name: [] for name in rewards}
-    for one in groups:
-        found = gated(one.scores.by_name, shares)
+    columns: dict[str, list[float | None]] = {name: [] for name in rewards}
+    for scored in groups:
+        products = gated(scored.scores.by_name, shares)
         for name, column in columns.items():
-            column += found.get(name, [0.0] * len(one.scores.scores))
+            column += products.get(name, [0.0] * len(scored.scores.scores))
     return columns
 
 
@@ -57,7 +63,8 @@ def by_step(
             trained = iter((weight * terms(flat)).tolist())
             for place, (own, steps) in enumerate(zip(values, one.scores.steps[name], strict=True)):
                 scores[place] -= weight * sum(own)
-                credited[place] += [StepReward(end=step.end, value=next(trained)) for step in steps]
+                counted = steps[: len(own)]  # none of them where the gate has no opinion
+                credited[place] += [StepReward(end=step.end, value=next(trained)) for step in counted]
         left.append(replace(one, scores=replace(one.scores, scores=tuple(scores))))
         if one.scores.steps:
             found |= {info.sequence_id: tuple(own) for info, own in zip(one.group.infos, credited, strict=True)}

@@ -31,7 +31,8 @@ class PromptScores:
 
     prompt_id: int  # row of the set
     scores: tuple[float, ...]  # weighted sum of the rewards
-    by_name: Mapping[str, tuple[float, ...]]  # each reward that applies, before its gate and weight
+    by_name: Mapping[str, tuple[float | None, ...]]
+    # each reward that applies, before its gate and weight; None: it has no opinion on the response
     answers: tuple[str | None, ...] | None  # by which responses vote; None: they do not
     truncated: tuple[bool, ...]
     response_tokens: tuple[int, ...]
@@ -173,7 +174,9 @@ def prompt_metrics(
 
     found = {"score": over_prompts([_mean(one.scores) for one in results])} if results[0].scores else {}
     for name in dict.fromkeys(name for one in results for name in one.by_name):
-        found[f"rewards/{name}"] = over_prompts([_mean(one.by_name[name]) for one in results if name in one.by_name])
+        opinions = [[v for v in one.by_name.get(name, ()) if v is not None] for one in results]
+        if any(opinions):
+            found[f"rewards/{name}"] = over_prompts([_mean(values) for values in opinions if values])
     if marking.pass_score is not None:
         passed = [[score >= marking.pass_score for score in one.scores] for one in results]
         for k in marking.ks:

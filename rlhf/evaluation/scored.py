@@ -27,7 +27,7 @@ class ScoredRow:
     place: str  # `file:line`
     group: int  # rows of one group answer one prompt
     score: float | None  # weighted sum
-    scores: Mapping[str, float]  # each reward that applies, before its gate and weight
+    scores: Mapping[str, float | None]  # each reward that applies, before its gate and weight; None: no opinion
     errors: tuple[RowError, ...]  # on this response
 
 
@@ -63,7 +63,7 @@ class ScoredFile:
             failed.setdefault(error.reward, Counter())[error.kind] += 1
         names = dict.fromkeys([*(name for row in self.rows for name in row.scores), *failed])
         for name in names:
-            values = [row.scores[name] for row in self.rows if name in row.scores]
+            values = [value for row in self.rows if (value := row.scores.get(name)) is not None]
             told = ", ".join(f"{count} {kind}" for kind, count in sorted(failed.get(name, Counter()).items()))
             table.add_row(name, *_summary(values), told)
         table.add_section()

@@ -99,15 +99,27 @@ def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Ten
     return (scores_P_G - scores_P_G.mean(dim=1, keepdim=True)).flatten()
 
 
-def group_normalized(scores: Float[Tensor, " B"], *, group_size: int, eps: float) -> Float[Tensor, " B"]:
+def group_normalized(
+    scores: Float[Tensor, " B"], *, group_size: int, eps: float, counted: Bool[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
     """Score minus its group's mean, over the group's std plus eps (arXiv:2402.03300, section 4.1.2: GRPO).
 
     The std is the unbiased one. A group of equal scores gives zeros. eps is 1e-4 in TRL, 1e-6 in verl, 1e-9 in
     OpenRLHF. Scores are prompt-major; ValueError as in group_centered.
+
+    counted: where a response has a score; mean and std are those of the group's counted scores, and the others get 0.
+    None: everywhere.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_normalized")
-    centered_P_G = scores_P_G - scores_P_G.mean(dim=1, keepdim=True)
-    return (centered_P_G / (scores_P_G.std(dim=1, keepdim=True) + eps)).flatten()
+    if counted is None:
+        centered_P_G = scores_P_G - scores_P_G.mean(dim=1, keepdim=True)
+        return (centered_P_G / (scores_P_G.std(dim=1, keepdim=True) + eps)).flatten()
+    counted_P_G = counted.view_as(scores_P_G)
+    num_counted = counted_P_G.sum(dim=1, keepdim=True)
+    mean = torch.where(counted_P_G, scores_P_G, 0.0).sum(dim=1, keepdim=True) / num_counted.clamp(min=1)
+    centered_P_G = torch.where(counted_P_G, scores_P_G - mean, 0.0)
+    variance = centered_P_G.square().sum(dim=1, keepdim=True) / (num_counted - 1).clamp(min=1)
+    return (centered_P_G / (variance.sqrt() + eps)).flatten()
 
 
 def steps_centered(rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
@@ -201,14 +213,21 @@ def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: in
 
 
 def group_decoupled(
-    by_reward: Mapping[str, Float[Tensor, " B"]], weights: Mapping[str, float], *, group_size: int, eps: float
+    by_reward: Mapping[str, Float[Tensor, " B"]],
+    weights: Mapping[str, float],
+    *,
+    group_size: int,
+    eps: float,
+    counted: Mapping[str, Bool[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
     """Each reward normalised within its group, their weighted sum normalised over the batch (GDPO, arXiv:2601.05242).
 
     Both deviations are the unbiased ones, with eps added. Rewards are prompt-major; ValueError as in group_centered.
+    counted: where a reward has a value for a response, by reward; of one that is not named there, everywhere.
     """
     normalized = [
-        weights[name] * group_normalized(scores, group_size=group_size, eps=eps) for name, scores in by_reward.items()
+        weights[name] * group_normalized(scores, group_size=group_size, eps=eps, counted=counted.get(name))
+        for name, scores in by_reward.items()
     ]
     total = torch.stack(normalized).sum(dim=0)
     return (total - total.mean()) / (total.std() + eps)

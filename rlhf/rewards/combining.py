@@ -2,6 +2,9 @@
 
 Two sums are made of the same values. The plain one is what a response's score means everywhere: in metrics, samples and
 evaluations. The normalised one is a signal for training alone, since its mean over a group says nothing.
+
+A value of None means that the reward has no opinion on the response. It is left out of both sums, and so is a reward
+whose gate has no opinion. A group's mean and deviation are those of the responses that the reward has an opinion on.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from rlhf.objectives.advantages import group_normalized
 from rlhf.types import StepReward
 
+Values = Sequence[float | None]  # of one reward, one a response; None: it has no opinion
+
 GROUP_STD_EPS = 1e-6
 
 
@@ -27,51 +32,71 @@ class Share:
     normalize: Literal["none", "group"] = "none"
 
 
-def plain_sum(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:
-    """sum over rewards of weight * gate * value, for each response of a group.
+def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+    """Return the sum over rewards of weight * gate * value, for each response of a group.
 
+    It is None for a response on which rewards with a weight apply, and none of them has an opinion.
     by_name: the rewards that apply to the group's row; the others add nothing.
     """
     return _sum(gated(by_name, shares), shares)
 
 
-def training_sum(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:
-    """The same, with each reward of `normalize: group` normalised within the group, behind its gate (arXiv:2601.05242,
-    GDPO; its second normalisation, of the sum over the batch, is an algorithm's affair)."""
-    terms: dict[str, list[float]] = {}
+def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+    """Return the same sum, with each reward of `normalize: group` normalised within the group, behind its gate.
+
+    This is arXiv:2601.05242, GDPO; its second normalisation, of the sum over the batch, is left to an algorithm.
+    """
+    terms: dict[str, Values] = {}
     for name, values in gated(by_name, shares).items():
-        if shares[name].normalize == "group":
-            scores = torch.tensor(values, dtype=torch.float64)
-            terms[name] = group_normalized(scores, group_size=len(values), eps=GROUP_STD_EPS).tolist()
-        else:
-            terms[name] = values
+        terms[name] = _normalized(values) if shares[name].normalize == "group" else values
     return _sum(terms, shares)
 
 
-def gated(by_name: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> dict[str, list[float]]:
-    """gate * value, by reward."""
-    found = {}
+def gated(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> dict[str, Values]:
+    """Return gate * value, by reward; None where either is None."""
+    products: dict[str, Values] = {}
     for name, values in by_name.items():
-        gate = shares[name].gate
-        factors = [1.0] * len(values) if gate is None else by_name[gate]
-        found[name] = [value * factor for value, factor in zip(values, factors, strict=True)]
-    return found
+        factors = _factors(shares[name].gate, by_name, len(values))
+        products[name] = [_product(value, factor) for value, factor in zip(values, factors, strict=True)]
+    return products
 
 
 def gated_steps(
-    steps: Mapping[str, Sequence[Sequence[StepReward]]],
-    by_name: Mapping[str, Sequence[float]],
-    shares: Mapping[str, Share],
+    steps: Mapping[str, Sequence[Sequence[StepReward]]], by_name: Mapping[str, Values], shares: Mapping[str, Share]
 ) -> dict[str, list[list[float]]]:
-    """gate * value of each step of each response, by reward."""
-    found = {}
+    """Return gate * value of each step of each response, by reward; no steps where the gate has no opinion."""
+    products = {}
     for name, responses in steps.items():
-        gate = shares[name].gate
-        factors = [1.0] * len(responses) if gate is None else by_name[gate]
-        found[name] = [[step.value * factor for step in one] for one, factor in zip(responses, factors, strict=True)]
-    return found
+        factors = _factors(shares[name].gate, by_name, len(responses))
+        products[name] = [
+            [] if factor is None else [step.value * factor for step in response]
+            for response, factor in zip(responses, factors, strict=True)
+        ]
+    return products
 
 
-def _sum(terms: Mapping[str, Sequence[float]], shares: Mapping[str, Share]) -> list[float]:
-    weighted = [[shares[name].weight * value for value in values] for name, values in terms.items()]
-    return [sum(row) for row in zip(*weighted, strict=True)]
+def _factors(gate: str | None, by_name: Mapping[str, Values], count: int) -> Values:
+    return [1.0] * count if gate is None else by_name[gate]
+
+
+def _product(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
+
+
+def _normalized(values: Values) -> Values:
+    counted = torch.tensor([value is not None for value in values])
+    scores = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
+    normalized = group_normalized(
+        scores, group_size=len(values), eps=GROUP_STD_EPS, counted=None if counted.all() else counted
+    ).tolist()
+    return [None if value is None else term for value, term in zip(values, normalized, strict=True)]
+
+
+def _sum(terms: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
+    weighted = any(shares[name].weight != 0.0 for name in terms)
+    sums: list[float | None] = []
+    for row in zip(*terms.values(), strict=True):
+        opinions = [(shares[name].weight, value) for name, value in zip(terms, row, strict=True) if value is not None]
+        has_score = not weighted or any(weight != 0.0 for weight, _ in opinions)
+        sums.append(sum(weight * value for weight, value in opinions) if has_score else None)
+    return sums

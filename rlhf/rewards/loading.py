@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.rewards.functions import BUILT_INS
+from rlhf.rewards.functions import BUILT_INS, score_of_killed
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.worker import LoadError, Signature, Source
+
+MAX_DEPTH = 64  # of lists and objects in a data row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,11 @@ class LoadedReward:
     function: str  # as the config has it
     source: Source
     signature: Signature
+
+    @property
+    def score_of_killed(self) -> float | None:
+        """What a response gets on which its process hung or died; None: the function says nothing of it."""
+        return score_of_killed(self.function, self.source.args) if self.source.path is None else None
 
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Of a row's columns, those that the reward is called with. KeyError if it needs one that the row lacks."""
@@ -80,6 +87,17 @@ def resolve(function: str, *, args: Mapping[str, Any], folders: Sequence[Path], 
             return Source(path=str(candidate), name=name, args=dict(args))
     tried = ", ".join(dict.fromkeys(map(str, candidates)))
     raise UserError(f"{key}: the reward file `{path}` does not exist (looked for {tried})")
+
+
+def is_nested_too_deep(columns: Mapping[str, Any]) -> bool:
+    """Whether a row's columns hold lists and objects deeper than MAX_DEPTH, which could not be sent to a reward."""
+    level: list[Any] = [columns]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [one for one in level if isinstance(one, Mapping | list | tuple)]
+        level = [value for one in nested for value in (one.values() if isinstance(one, Mapping) else one)]
+        if not level:
+            return False
+    return True
 
 
 def check_columns(reward: LoadedReward, available: Collection[str], *, key: str, data: str) -> None:

@@ -1,7 +1,8 @@
 """Runs rewards in processes of their own, with a hard limit on every call.
 
 A call that raises, hangs, returns no finite number or takes its process with it becomes a Failure of that call,
-never a score; the next call finds a fresh process. What a failure does to the run is the controller's policy.
+never a score; the next call finds a fresh process. What a failure means for its response and for the run is decided by
+the caller.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pickle
 import queue
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,16 +35,19 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One group by one reward: a score for each response, or failures and no scores."""
+    """One group by one reward. A response without a score has a failure, or the reward has no opinion on it.
 
-    scores: tuple[float, ...]
+    A group that was ended by a failure has no entries behind it.
+    """
+
+    scores: tuple[float | None, ...]  # one a response
     failures: tuple[Failure, ...]
-    steps: tuple[tuple[StepReward, ...], ...] = ()  # of one that is credited by steps, whose scores are their sums
+    steps: tuple[tuple[StepReward, ...], ...] = ()  # of a reward that is credited by steps, whose scores are their sums
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
-    """The longest that one group can take by one reward once a process is free."""
-    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # with a death, a fresh process, and once more
+    """Return the longest that one group can take by one reward once a process is free."""
+    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # fresh processes, and one call again
 
 
 class RewardPool:
@@ -92,17 +97,29 @@ class RewardPool:
                 self._idle.get_nowait().discard()
 
     def score(
-        self, reward: int, prompt: str, responses: Sequence[str], columns: Mapping[str, Any], *, by_step: bool = False
+        self,
+        reward: int,
+        prompt: str,
+        responses: Sequence[str],
+        columns: Mapping[str, Any],
+        *,
+        by_step: bool = False,
+        goes_on: bool = False,
     ) -> Outcome:
-        """Scores of one group by sources[reward]; by_step: the ends of its steps count characters of the response.
+        """Score one group by sources[reward].
 
-        A hang or a death ends the group: it cannot be used any more, and the rest may hang as well. The first
-        death is tried again in a fresh process, since a process may also be killed from outside.
+        The first death of a process is tried again in a fresh one, since a process may also be killed from outside.
+
+        Args:
+            by_step: The reward gives steps, whose ends count characters of the response.
+            goes_on: Score the rest of the group after a hang or a second death, in a fresh process. Without it such a
+                group ends there: it cannot be used any more, and the rest may hang as well.
         """
         pickled = pickle.dumps(dict(columns))
         replies: list[Reply] = []
         retried = False
         with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
+            started_s = 0.0
             while len(replies) < len(responses):
                 request = Request(
                     reward=reward,
@@ -111,7 +128,10 @@ class RewardPool:
                     columns=pickled,
                     by_step=by_step,
                 )
-                end = self._exchange(self._running(slot), request, replies)
+                began = time.monotonic()
+                process = self._running(slot, START_TIMEOUT_S * 2 - started_s)
+                started_s += time.monotonic() - began
+                end = self._exchange(process, request, replies)
                 if end is None:
                     break
                 slot.discard()
@@ -119,19 +139,20 @@ class RewardPool:
                     retried = True
                     continue
                 replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
-                break
+                if not goes_on:
+                    break
         failures = tuple(
             Failure(sample=sample, kind=cast("RewardErrorKind", reply.kind), message=reply.payload)
             for sample, reply in enumerate(replies)
             if reply.kind != "value"
         )
-        values = () if failures else tuple(reply.payload for reply in replies)
+        values = [reply.payload if reply.kind == "value" else None for reply in replies]
         if not by_step:
-            return Outcome(scores=values, failures=failures)
+            return Outcome(scores=tuple(values), failures=failures)
         return Outcome(
-            scores=tuple(sum((value for _, value in steps), 0.0) for steps in values),
+            scores=tuple(None if steps is None else sum((value for _, value in steps), 0.0) for steps in values),
             failures=failures,
-            steps=tuple(tuple(StepReward(end=end, value=value) for end, value in steps) for steps in values),
+            steps=tuple(tuple(StepReward(end=end, value=value) for end, value in steps or ()) for steps in values),
         )
 
     def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
@@ -170,21 +191,21 @@ class RewardPool:
                 slot.discard()
             self._idle.put(slot)
 
-    def _running(self, slot: _Slot) -> RewardProcess:
+    def _running(self, slot: _Slot, start_within_s: float) -> RewardProcess:
         if self._closed:
             raise RunError("the reward pool was closed while a group was being scored")
         if slot.process is not None:
             return slot.process
         process = slot.hold(self._start())
-        self._load(process)
+        self._load(process, min(start_within_s, START_TIMEOUT_S))
         return process
 
     def _start(self) -> RewardProcess:
         return RewardProcess(self._sources, memory_gib=self._memory_gib)
 
-    def _load(self, process: RewardProcess) -> tuple[Signature, ...]:
+    def _load(self, process: RewardProcess, within_s: float = START_TIMEOUT_S) -> tuple[Signature, ...]:
         try:
-            return process.load(START_TIMEOUT_S)
+            return process.load(max(within_s, 0.1))
         except LoadError as error:
             raise RunError(f"a reward process on {socket.gethostname()} cannot load its rewards: {error}") from error
 

@@ -17,16 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rlhf.errors import RunError
-from rlhf.rewards.worker import Hello, LoadError, Request, Signature, Source, describe_frames, receive_frame, send_frame
+from rlhf.rewards.worker import (
+    BrokenFrame,
+    Hello,
+    LoadError,
+    Reply,
+    Request,
+    Signature,
+    Source,
+    describe_frames,
+    receive_frame,
+    send_frame,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_LOG_LINES = 20  # of a reward's own output, each request
 KILL_WAIT_S = 10.0
+MARK = "RLHF_REWARD_PROCESS"  # environment variable by which the processes that a reward started are known
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlhf.rewards.worker import main; main({}, {}, {})"
 )
@@ -57,6 +70,7 @@ class RewardProcess:
         self._poll.register(self._connection, select.POLLIN)
         self._poll.register(self._output, select.POLLIN)
         fds = (theirs.fileno(), lifeline, self._faults.fileno())
+        self._mark = uuid.uuid4().hex
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", _BOOT.format(*fds), json.dumps(sys.path)],
@@ -65,7 +79,8 @@ class RewardProcess:
                 stderr=output,
                 pass_fds=fds,
                 start_new_session=True,  # a group of its own: killed together with what a reward starts
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # a reward that walks through a set gives one answer
+                # hash seed: a reward that walks through a set gives one answer
+                env={**os.environ, "PYTHONHASHSEED": "0", MARK: self._mark},
             )
         finally:
             theirs.close()
@@ -109,8 +124,8 @@ class RewardProcess:
         except OSError as error:
             raise ProcessDied(self._how_it_died()) from error
 
-    def receive(self, timeout_s: float) -> Any:
-        """Read one message, passing the process's output to the log meanwhile. ProcessTimeout, ProcessDied."""
+    def receive(self, timeout_s: float) -> Reply:
+        """Read one message, and pass the process's output to the log meanwhile. ProcessTimeout, ProcessDied."""
         deadline = time.monotonic() + timeout_s
         while True:
             left = max(deadline - time.monotonic(), 0.0)
@@ -119,15 +134,22 @@ class RewardProcess:
                 self._poll.unregister(self._output)
             if self._connection.fileno() in ready:
                 break
+            if left == 0.0 and self._process.poll() is not None:  # a process that it started holds the connection
+                raise ProcessDied(self._how_it_died())
             if left == 0.0:
                 raise ProcessTimeout
         self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
         try:
-            return receive_frame(self._connection)
+            message = receive_frame(self._connection)
         except TimeoutError as error:
             raise ProcessTimeout from error
         except (EOFError, OSError) as error:
             raise ProcessDied(self._how_it_died()) from error
+        except BrokenFrame as error:
+            raise ProcessDied(f"it wrote something else where its answers are read ({error})") from error
+        if not isinstance(message, Reply):
+            raise ProcessDied(f"it wrote something else where its answers are read (a {type(message).__name__})")
+        return message
 
     def where(self, path: str | None) -> str:
         """Where in the reward's code the process is now: `file:line in function`, or nothing if it does not say."""
@@ -149,8 +171,9 @@ class RewardProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill it with all that it started. Returns when it is gone; RunError if it will not go."""
+        """Kill the process and all that it started, and return when it is gone; RunError if it will not go."""
         self.signal_end()
+        self._kill_daemons()
         try:
             self._process.wait(KILL_WAIT_S)
         except subprocess.TimeoutExpired as error:
@@ -161,6 +184,17 @@ class RewardProcess:
             self._faults.close()
             for fd in (self._lifeline, self._output):
                 os.close(fd)
+
+    def _kill_daemons(self) -> None:
+        """Kill what left the process's group, such as a daemon of its own session: it inherited the mark."""
+        mark = f"{MARK}={self._mark}".encode()
+        for _ in range(3):  # one that is killed may have started another meanwhile
+            daemons = [pid for pid in _other_processes(self.pid) if mark in _environment_of(pid)]
+            for pid in daemons:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not daemons:
+                return
 
     def flush_log(self) -> None:
         """Pass what it has written so far to the log."""
@@ -185,6 +219,20 @@ class RewardProcess:
     def _read_faults(self) -> str:
         self._faults.seek(0)
         return self._faults.read().decode(errors="replace")
+
+
+def _other_processes(pid: int) -> Iterator[int]:
+    """Yield the ids of all processes but this one and `pid`."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) not in (os.getpid(), pid):
+            yield int(entry)
+
+
+def _environment_of(pid: int) -> list[bytes]:
+    """Return what the process was started with; nothing of one that has ended, or that is another user's."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
 
 
 def place_in(text: str, path: str | None) -> str:

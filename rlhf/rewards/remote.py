@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 from rlhf.errors import RunError
@@ -128,50 +128,67 @@ async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses:
             return verdict(judge, await service.post(question(judge, prompt.text, response, prompt.columns), PATH))
         except ServiceError as error:
             return error.kind, error.message
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return "not_a_number", str(error)
 
     different = list(dict.fromkeys(responses))
-    told = dict(zip(different, await asyncio.gather(*map(about, different)), strict=True))
-    failures, scores = [], []
+    verdicts = dict(zip(different, await asyncio.gather(*map(about, different)), strict=True))
+    failures: list[Failure] = []
+    scores: list[float | None] = []
     for sample, response in enumerate(responses):
-        match told[response]:
+        match verdicts[response]:
             case (kind, message):
                 failures.append(Failure(sample=sample, kind=kind, message=message))
+                scores.append(None)
             case score:
                 scores.append(score)
-    return Outcome(scores=() if failures else tuple(scores), failures=tuple(failures))
+    return Outcome(scores=tuple(scores), failures=tuple(failures))
 
 
 def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
-    """The scores of an answer `{"scores": [...]}`, or the failures of one with `{"errors": [...]}`; either checked."""
+    """Check the answer `{"scores": [...], "errors": [...]}` of a service; either may be missing.
+
+    A score of null is no opinion, unless an error names the response. Of an answer that has errors alone, the responses
+    without an error have no score either, which is a failure of theirs.
+    """
+    failures: dict[int, Failure] = {}
     if errors := answer.get("errors"):
-        return Outcome(scores=(), failures=_read_errors(errors, num_responses))
+        for error in errors if isinstance(errors, list) else [errors]:
+            match error:
+                case {"sample": int(sample), "message": str(message), **rest} if 0 <= sample < num_responses:
+                    kind = _KINDS.get(str(rest.get("kind")), "raised")
+                    failures[sample] = Failure(sample=sample, kind=kind, message=message[:500])
+                case _:
+                    text = f"it answered an error of no known form: {_shown(error)}"
+                    return _all_failed("refused", text, num_responses)
     scores = answer.get("scores")
+    if errors and scores is None:
+        text = "it scored no response of the group, since it failed on another"
+        others = _all_failed("refused", text, num_responses)
+        return replace(others, failures=tuple(failures.get(one.sample, one) for one in others.failures))
     if not isinstance(scores, list):
         return _all_failed("refused", 'it answered no list of "scores"', num_responses)
     if len(scores) != num_responses:
         text = f"it gave {len(scores)} scores for {num_responses} responses"
         return _all_failed("not_a_number", text, num_responses)
-    failures = tuple(
-        Failure(sample=sample, kind="not_a_number", message=f"it gave {score!r:.80}")
-        for sample, score in enumerate(scores)
-        if not _is_finite(score)
+    for sample, score in enumerate(scores):
+        if score is not None and not _is_finite(score):
+            text = f"it gave {_shown(score)}"
+            failures.setdefault(sample, Failure(sample=sample, kind="not_a_number", message=text))
+    return Outcome(
+        scores=tuple(
+            None if score is None or sample in failures else float(score) for sample, score in enumerate(scores)
+        ),
+        failures=tuple(failures[sample] for sample in sorted(failures)),
     )
-    return Outcome(scores=() if failures else tuple(map(float, scores)), failures=failures)
 
 
-def _read_errors(errors: Any, num_responses: int) -> tuple[Failure, ...]:
-    failures = []
-    for error in errors if isinstance(errors, list) else [errors]:
-        match error:
-            case {"sample": int(sample), "message": str(message), **rest} if 0 <= sample < num_responses:
-                kind = _KINDS.get(str(rest.get("kind")), "raised")
-                failures.append(Failure(sample=sample, kind=kind, message=message[:500]))
-            case _:
-                text = f"it answered an error of no known form: {error!r:.200}"
-                return _all_failed("refused", text, num_responses).failures
-    return tuple(failures)
+def _shown(value: object) -> str:
+    """A part of an answer, cut; what is nested too deep to be shown is named so."""
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _is_finite(score: object) -> bool:
@@ -185,4 +202,4 @@ def _is_finite(score: object) -> bool:
 
 def _all_failed(kind: RewardErrorKind, message: str, num_responses: int) -> Outcome:
     failures = tuple(Failure(sample=sample, kind=kind, message=message) for sample in range(num_responses))
-    return Outcome(scores=(), failures=failures)
+    return Outcome(scores=(None,) * num_responses, failures=failures)

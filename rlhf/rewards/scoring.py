@@ -1,7 +1,8 @@
 """The rewards of a run, combined: one weighted score a response, or why there is none.
 
 Last stage before the experience: function rewards run in the pool, services are asked, a reward model's numbers come
-from its worker. A reward that fails is reported and never counted as 0; the controller decides what becomes of it.
+from its worker. A reward that fails is reported. It counts as a number only where its configuration, or the rule of a
+built-in, says so; otherwise the group has no scores, and the controller decides what becomes of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf.rewards.combining import Share, plain_sum
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.pool import Failure, Outcome, RewardPool, longest_s
-from rlhf.types import GroupScores, Prompt, RewardError, StepReward
+from rlhf.rewards.rules import ErrorRule
+from rlhf.types import GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
     from rlhf.rewards.remote import RemoteReward
@@ -38,11 +40,23 @@ class RewardSpec:
     only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)  # columns and their values; empty: all
     truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
     by_step: bool = False  # it says what each step of a response is worth
+    on_error: ErrorRule = None  # what its failures mean
 
     @property
     def is_model(self) -> bool:
         """Whether it is the reward model."""
         return self.function is None and self.remote is None and not self.from_environment
+
+    def score_of_failure(self, kind: RewardErrorKind) -> float | None:
+        """Return what a response gets on which the reward fails so; None: its group has no scores.
+
+        A built-in without a rule of its configuration finds a response wrong that ends its process.
+        """
+        if isinstance(self.on_error, float):
+            return self.on_error
+        if self.on_error is None and self.function is not None and kind in ("timeout", "died"):
+            return self.function.score_of_killed
+        return None
 
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row with these columns is scored by it. True is not 1 here."""
@@ -60,7 +74,7 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
         source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
         told = (spec.name, spec.weight, source, service, spec.gate, dict(spec.only), spec.truncated_score)
-        digest.update(repr((*told, spec.from_environment, spec.by_step)).encode())
+        digest.update(repr((*told, spec.from_environment, spec.by_step, spec.on_error)).encode())
         if source is not None and source.path is not None:
             digest.update(Path(source.path).read_bytes())
     return digest.hexdigest()
@@ -141,48 +155,124 @@ class RewardSet:
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _NONE,
         places: Sequence[Sequence[int]] | None = None,
     ) -> GroupScores:
-        """Weighted sum of the rewards for each response to one prompt; of those that apply to its row.
+        """Return the weighted sum of the rewards that apply to the prompt's row, for each response.
 
         truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs of the
         reward model. asked: what `ask` gave. model_steps: the same as model_scores, for those that are credited by
         steps. places: of each response, for every number of its first characters, the place of the token that ends
         them; None: nobody asks for steps.
         """
-        by_name: dict[str, tuple[float, ...]] = {}
+        by_name: dict[str, tuple[float | None, ...]] = {}
         steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
         errors: list[RewardError] = []
+        scored_errors: list[RewardError] = []
         for spec in self.specs:
             if not spec.applies_to(prompt.columns):
                 continue
             if spec.function is not None:
-                assert self._pool is not None
-                columns = spec.function.select(prompt.columns)
-                place = self._places[spec.name]
-                outcome = self._pool.score(place, prompt.text, responses, columns, by_step=spec.by_step)
-                if places is not None:
-                    outcome = replace(outcome, steps=_at_tokens(outcome.steps, places))
+                outcome = self._of_function(spec, spec.function, prompt, responses, places)
             elif spec.remote is not None:
                 outcome = asked[spec.name]
             else:
-                who = "the environment" if spec.from_environment else "the reward model"
-                told = tuple(model_steps[spec.name]) if spec.by_step else ()
-                sums = [sum((step.value for step in one), 0.0) for one in told]
-                outcome = _check(sums if spec.by_step else model_scores[spec.name], len(responses), f"{who} gave")
-                outcome = replace(outcome, steps=told)
-            if spec.truncated_score is not None and not outcome.failures:
+                outcome = _of_model(spec, model_scores, model_steps, len(responses))
+            for failure in outcome.failures:
+                error = _as_error(spec.name, failure, prompt)
+                (errors if spec.score_of_failure(failure.kind) is None else scored_errors).append(error)
+            outcome = _with_scored_failures(spec, outcome, places)
+            if spec.truncated_score is not None and len(outcome.scores) == len(responses):
                 outcome = _with_cut(outcome, truncated, spec.truncated_score, places)
             by_name[spec.name] = outcome.scores
             if spec.by_step and places is not None:
                 steps[spec.name] = outcome.steps
-            errors += _as_errors(spec.name, outcome, prompt)
         if errors or not self.specs:
-            return GroupScores(scores=(), by_name={}, errors=tuple(errors))
-        total = _check(plain_sum(by_name, self._shares), len(responses), "the weighted sum is")
-        if total.failures:
-            errors = _as_errors("weighted sum", total, prompt)
+            return _without_scores(errors, scored_errors)
+        scores: list[float] = []
+        for sample, score in enumerate(plain_sum(by_name, self._shares)):
+            if score is not None and math.isfinite(score):
+                scores.append(score)
+            else:
+                failure = _not_summed(sample, score)
+                errors.append(_as_error("score", failure, prompt))
         if errors:
-            return GroupScores(scores=(), by_name={}, errors=tuple(errors))
-        return GroupScores(scores=total.scores, by_name=by_name, errors=(), steps=steps)
+            return _without_scores(errors, scored_errors)
+        return GroupScores(
+            scores=tuple(scores), by_name=by_name, errors=(), scored_errors=tuple(scored_errors), steps=steps
+        )
+
+    def _of_function(
+        self,
+        spec: RewardSpec,
+        function: LoadedReward,
+        prompt: Prompt,
+        responses: Sequence[str],
+        places: Sequence[Sequence[int]] | None,
+    ) -> Outcome:
+        assert self._pool is not None
+        outcome = self._pool.score(
+            self._places[spec.name],
+            prompt.text,
+            responses,
+            function.select(prompt.columns),
+            by_step=spec.by_step,
+            goes_on=spec.score_of_failure("timeout") is not None,
+        )
+        return outcome if places is None else replace(outcome, steps=_at_tokens(outcome.steps, places))
+
+
+def _of_model(
+    spec: RewardSpec,
+    model_scores: Mapping[str, Sequence[float]],
+    model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]],
+    count: int,
+) -> Outcome:
+    """Check what the reward model or the environment gave."""
+    steps = tuple(model_steps[spec.name]) if spec.by_step else ()
+    sums = [sum((step.value for step in response), 0.0) for response in steps]
+    scores = sums if spec.by_step else model_scores[spec.name]
+    if len(scores) != count:
+        raise ValueError(f"{len(scores)} reward model scores for {count} responses")
+    who = "the environment" if spec.from_environment else "the reward model"
+    failures = tuple(
+        Failure(sample=sample, kind="not_a_number", message=f"{who} gave {score}")
+        for sample, score in enumerate(scores)
+        if not math.isfinite(score)
+    )
+    return Outcome(
+        scores=tuple(float(score) if math.isfinite(score) else None for score in scores), failures=failures, steps=steps
+    )
+
+
+def _with_scored_failures(spec: RewardSpec, outcome: Outcome, places: Sequence[Sequence[int]] | None) -> Outcome:
+    """Return the outcome with the scores of failed calls, as far as there is a rule for them.
+
+    By steps, such a score is one step: the response as a whole.
+    """
+    scores, steps = list(outcome.scores), list(outcome.steps)
+    for failure in outcome.failures:
+        score = spec.score_of_failure(failure.kind)
+        if score is None:
+            continue
+        scores[failure.sample] = score
+        if steps and places is not None:
+            steps[failure.sample] = (StepReward(end=places[failure.sample][-1], value=score),)
+    return replace(outcome, scores=tuple(scores), steps=tuple(steps))
+
+
+def _not_summed(sample: int, score: float | None) -> Failure:
+    if score is None:
+        text = "no reward with a weight has an opinion on the response: each returned None"
+        return Failure(sample=sample, kind="no_opinion", message=text)
+    return Failure(sample=sample, kind="not_a_number", message=f"the weighted sum is {score}")
+
+
+def _without_scores(errors: Sequence[RewardError], scored_errors: Sequence[RewardError]) -> GroupScores:
+    return GroupScores(scores=(), by_name={}, errors=tuple(errors), scored_errors=tuple(scored_errors))
+
+
+def error_rules(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
+    """Return what each reward says of its failures, and `environment` of the environment's."""
+    of_environment = next((spec.on_error for spec in specs if spec.from_environment), None)
+    return {"environment": of_environment, **{spec.name: spec.on_error for spec in specs}}
 
 
 def describe(errors: Sequence[RewardError]) -> str:
@@ -205,26 +295,30 @@ _WORDS = {
     "raised": "raised an exception",
     "timeout": "did not answer in time",
     "not_a_number": "gave no finite number",
+    "no_opinion": "gave no score",
     "died": "lost its process",
     "refused": "was refused",
     "unavailable": "got no answer from its service",
 }
 
 
-def _as_errors(reward: str, outcome: Outcome, prompt: Prompt) -> list[RewardError]:
-    return [
-        RewardError(reward=reward, kind=f.kind, message=f.message, prompt_id=prompt.prompt_id, sample=f.sample)
-        for f in outcome.failures
-    ]
+def _as_error(reward: str, failure: Failure, prompt: Prompt) -> RewardError:
+    return RewardError(
+        reward=reward,
+        kind=failure.kind,
+        message=failure.message,
+        prompt_id=prompt.prompt_id,
+        sample=failure.sample,
+    )
 
 
 def _at_tokens(
     steps: Sequence[Sequence[StepReward]], places: Sequence[Sequence[int]]
 ) -> tuple[tuple[StepReward, ...], ...]:
-    """Steps whose ends count characters, by their tokens. None of a reward that failed."""
+    """Return the steps, whose ends count characters, with the places of the tokens that end them."""
     return tuple(
-        tuple(replace(step, end=place[step.end]) for step in one)
-        for one, place in zip(steps, places, strict=bool(steps))
+        tuple(replace(step, end=place[step.end]) for step in response)
+        for response, place in zip(steps, places, strict=False)  # a group that was ended has fewer
     )
 
 
@@ -238,14 +332,3 @@ def _with_cut(
         told = zip(steps, truncated, places, strict=True)
         steps = tuple((StepReward(end=place[-1], value=value),) if cut else one for one, cut, place in told)
     return replace(outcome, scores=scores, steps=steps)
-
-
-def _check(scores: Sequence[float], count: int, what: str) -> Outcome:
-    if len(scores) != count:
-        raise ValueError(f"{len(scores)} reward model scores for {count} responses")
-    failures = tuple(
-        Failure(sample=sample, kind="not_a_number", message=f"{what} {score}")
-        for sample, score in enumerate(scores)
-        if not math.isfinite(score)
-    )
-    return Outcome(scores=() if failures else tuple(map(float, scores)), failures=failures)

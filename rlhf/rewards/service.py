@@ -122,7 +122,7 @@ class Service:
             raise ServiceError("refused", said)
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServiceError("refused", f"its answer is not JSON: {self._shown(text)}") from error
         if not isinstance(found, dict):
             raise ServiceError("refused", f"its answer is no JSON object: {self._shown(text)}")

@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 MAX_ERROR_CHARS = 500
+MAX_FRAME_BYTES = 1 << 32
 _HEADER = struct.Struct("!Q")
 
 
@@ -73,7 +74,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """kind: `loaded` (payload: Signature), `value` (float, or pairs of end and float), or a failure (its message)."""
+    """One answer of a reward process.
+
+    kind: `loaded` (payload: Signature), `value` (float, pairs of end and float, or None for no opinion), or the kind of
+    a failure (payload: its message).
+    """
 
     kind: str
     payload: Any
@@ -83,6 +88,10 @@ class LoadError(Exception):
     """The reward cannot be used; the message says why."""
 
 
+class BrokenFrame(Exception):
+    """The connection holds bytes that are no message: a reward wrote into it, or the process died in a write."""
+
+
 def send_frame(connection: socket.socket, message: object) -> None:
     """Write one message. TimeoutError after the socket's timeout, OSError if the other side is gone."""
     data = pickle.dumps(message)
@@ -90,9 +99,18 @@ def send_frame(connection: socket.socket, message: object) -> None:
 
 
 def receive_frame(connection: socket.socket) -> Any:
-    """Read one message. TimeoutError after the socket's timeout, EOFError or OSError if the other side is gone."""
+    """Read one message.
+
+    TimeoutError after the socket's timeout, EOFError or OSError if the other side is gone, BrokenFrame for other bytes.
+    """
     (size,) = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
-    return pickle.loads(_receive_exactly(connection, size))
+    if size > MAX_FRAME_BYTES:
+        raise BrokenFrame(f"a message of {size} bytes")
+    data = _receive_exactly(connection, size)
+    try:
+        return pickle.loads(data)
+    except Exception as error:
+        raise BrokenFrame(f"{type(error).__name__} in a message of {size} bytes") from error
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:
@@ -179,20 +197,24 @@ def _answer(value: object, response: str, request: Request) -> Reply:
 
 
 def _as_steps(value: Any, response: str) -> Reply:
-    """Of a reward that is credited by steps."""
+    """Check the steps that a reward with `credit: step` returns for one response."""
+    if value is None:
+        return Reply(kind="value", payload=None)
     try:
         pairs = [(end, worth) for end, worth in value]
     except (TypeError, ValueError):
         return _misfit(value, "a list of (end, value), one a step,")
     steps = []
     for end, worth in pairs:
-        told = _as_reply(worth)
-        if told.kind != "value":
-            return told
+        reply = _as_reply(worth)
+        if reply.payload is None:
+            return _misfit(worth, "a float")
+        if reply.kind != "value":
+            return reply
         if not isinstance(end, numbers.Integral) or not 0 <= int(end) <= len(response):
             text = f"returned a step that ends at {end!r:.40} of a response of {len(response)} characters"
             return Reply(kind="not_a_number", payload=text)
-        steps.append((int(end), told.payload))
+        steps.append((int(end), reply.payload))
     return Reply(kind="value", payload=tuple(steps))
 
 
@@ -205,6 +227,8 @@ def _misfit(value: object, expected: str) -> Reply:
 
 
 def _as_reply(value: object) -> Reply:
+    if value is None:
+        return Reply(kind="value", payload=None)
     if not isinstance(value, numbers.Real):
         return _misfit(value, "a float")
     try:

@@ -76,6 +76,7 @@ def _entry(row: dict[str, Any]) -> tuple[Key, GroupScores]:
         scores=tuple(row["scores"]),
         by_name={name: tuple(values) for name, values in row["by_name"].items()},
         errors=tuple(RewardError(**error) for error in row["errors"]),
+        scored_errors=tuple(RewardError(**error) for error in row["scored_errors"]),
         steps={
             name: tuple(tuple(StepReward(**step) for step in steps) for steps in responses)
             for name, responses in row["steps"].items()

@@ -152,7 +152,7 @@ _DECLARATIONS = (
         "groups",
         Sum,
         "online",
-        "Groups replaced by another prompt's since a reward failed (`reward_policy.on_error: drop`)",
+        "Groups replaced by another prompt's since a reward failed (`on_error: drop`)",
     ),
     _metric("rollouts/turns/mean", "turns", Mean, "online environment", "Turns of the policy in a conversation"),
     _metric("rollouts/turns/max", "turns", Max, "online environment", "Most turns of a conversation"),
@@ -249,6 +249,22 @@ _DECLARATIONS = (
         always=False,
     ),
     _metric("rewards/errors/total", "errors", Sum, "online", "Reward calls that raised, hung or gave no number"),
+    _metric(
+        "rewards/<name>/failures/total",
+        "errors",
+        Sum,
+        "online rewards",
+        "Those of one reward, also where `on_error` gave the response a score; absent where there was none",
+        always=False,
+    ),
+    _metric(
+        "rewards/<name>/no_opinion/fraction",
+        "1",
+        Mean,
+        "online rewards",
+        "Responses on which a reward had no opinion (it returned None), of those that it applies to",
+        always=False,
+    ),
     # experience
     _metric(
         "experience/kl_ref/mean",

@@ -61,7 +61,7 @@ class SampleRecord:
     prompt: str
     response: str
     score: float | None  # weighted sum
-    scores: Mapping[str, float]  # each reward that applies, before its gate and weight
+    scores: Mapping[str, float | None]  # each reward that applies, before its gate and weight; None: no opinion
     advantage: float | None  # mean over its tokens
     preferred: bool | None  # whether it is the chosen response of its pair
     truncated: bool

@@ -114,7 +114,7 @@ def moody(folder: Path, moods: list[str], **changes: Any) -> Path:
 @pytest.mark.timeout(300)
 def test_groups_whose_environment_failed_are_replaced(tmp_path: Path) -> None:
     moods = ["well", "raise", "hang", "well", "exit", *["well"] * 59]
-    policy = {"on_error": "drop", "max_dropped_fraction": 1.0}
+    policy = {"on_error": "drop", "max_dropped_fraction": 0.99}
     train(moody(tmp_path, moods, reward_policy=policy, train={"steps": 1, "sequences_per_update": 16}))
     (row,) = rows(tmp_path / "moody")
     assert row["rollouts/dropped_groups/total"] == 3.0

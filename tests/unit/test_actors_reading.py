@@ -68,6 +68,14 @@ def test_a_reward_for_no_row_of_the_training_data_is_refused() -> None:
         refuse_unused_rewards(found, [{"sort": "maths"}])
 
 
+def test_a_row_that_is_nested_too_deep_for_a_reward_is_named() -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(UserError, match=r"d.jsonl:2: its columns are nested deeper than 64 levels"):
+        check_rewards(specs(maths=MATHS), rows({"kind": "maths", "answer": "1"}, {"answer": deep}), "data.train")
+
+
 def test_what_a_service_is_sent_must_be_json() -> None:
     found = specs(code=CODE, other={"function": "last_number", "only": {"kind": ["maths"]}})
     day = datetime.date(2026, 1, 1)

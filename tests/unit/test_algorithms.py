@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -226,6 +227,18 @@ def test_gdpo_compares_by_each_reward_and_whitens_the_sum() -> None:
     assert found is not None
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     assert found[0] != found[1]  # though both have one of the rewards
+
+
+def test_gdpo_compares_a_reward_among_the_responses_that_it_has_an_opinion_on() -> None:
+    rewards = {"a": [1.0, 0.0, 0.0, 1.0], "b": [3.0, 99.0, 1.0, 2.0]}
+    told = outcomes([0.0] * 4, group_size=4, by_reward=rewards, weights={"a": 1.0, "b": 1.0})
+    told = replace(told, has_opinion={"b": torch.tensor([True, False, True, True])})
+    deviation = statistics.stdev([1.0, 0.0, 0.0, 1.0]) + 1e-6
+    sums = [0.5 / deviation + 1.0, -0.5 / deviation, -0.5 / deviation - 1.0, 0.5 / deviation]  # b: 3, 1, 2 is 1, -1, 0
+    expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-6) for value in sums]
+    advantages = made("gdpo").sequence_advantages(told)
+    assert advantages is not None
+    assert advantages.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_remax_compares_with_the_greedy_response() -> None:

@@ -96,7 +96,7 @@ def test_failures_are_told_by_line_and_the_policy_decides(
     out, err = capsys.readouterr()
     assert "1 raised" in out
     assert f"{file}:3: length: raised: ValueError: too loud" in err
-    assert "2 of 3 rows have no score, and reward_policy.on_error is fail" in err
+    assert "2 of 3 rows have no score, and on_error is fail" in err
     assert main(["reward", config, "--file", file, "--json", "reward_policy.on_error=drop"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["score"] for line in lines] == [2.0, None, None]
@@ -197,6 +197,7 @@ async def test_the_server(config: str) -> None:
                 {"truncated": [True]},
                 {"prompt": None},
                 {"extra": 1},
+                {"columns": {"answer": json.loads("[" * 900 + "]" * 900)}},
             ):
                 assert (await ask(good | wrong))[0] == 400, wrong
             assert (await client.post("/score", data=b"{")).status == 400

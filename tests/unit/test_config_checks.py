@@ -265,6 +265,15 @@ RELATIONS = {
         ["rewards.taste={url: 'http://h/', credit: step}"],
         "rewards.taste: `credit: step` needs a function of your own, `role: reward` or `environment: true`",
     ),
+    "an environment that failed has no score": (
+        ["rewards.won={environment: true, on_error: 0.0}"],
+        "rewards.won: `on_error` may be `fail` or `drop` where an environment gives the reward",
+    ),
+    "a score on errors is a number": (
+        ["rewards.correct.on_error=true"],
+        "rewards.correct.on_error: got true, expected",
+    ),
+    "a score on errors is finite": (["rewards.correct.on_error=.nan"], "rewards.correct.on_error: got '.nan'"),
     "a built-in says nothing of steps": (
         ["rewards.correct.credit=step"],
         "rewards.correct: `credit: step` needs a function of your own",

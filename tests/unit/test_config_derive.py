@@ -249,4 +249,4 @@ def test_prompts_asked_for_those_that_are_needed() -> None:
     assert in_all(rollouts()) == 60
     assert in_all(rollouts(oversample=1.5)) == 10 * 9
     assert in_all(rollouts(dynamic_sampling={"max_filtered_fraction": 2.0})) == 10 * 6 * 3
-    assert in_all(config(GRPO, reward_policy={"on_error": "drop", "max_dropped_fraction": 0.5})) == 10 * 9
+    assert in_all(config(GRPO, reward_policy={"on_error": "drop", "max_dropped_fraction": 0.5})) == 10 * 12

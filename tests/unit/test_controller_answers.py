@@ -135,6 +135,7 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
         rollouts=SimpleNamespace(max_new_tokens=4, stop=()),
         eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1, greedy=False),
         run=SimpleNamespace(name="r", seed=0),
+        rewards={},
         reward_policy=SimpleNamespace(on_error="fail"),
     )
 

@@ -70,7 +70,7 @@ class Run:
     ) -> None:
         curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
         algorithm = keys.pop("algorithm", "grpo")
-        reward_policy = keys.pop("reward_policy", {})
+        reward, reward_policy = keys.pop("reward", {}), keys.pop("reward_policy", {})
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
@@ -78,7 +78,7 @@ class Run:
                 "algorithm": {"name": algorithm},
                 "data": {"train": "x.jsonl", "curriculum": curriculum},
                 "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2, **keys},
-                "rewards": {"r": {"function": "f"}},
+                "rewards": {"r": {"function": "f", **reward}},
                 "reward_policy": reward_policy,
                 "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8},
             }
@@ -86,11 +86,13 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.scores = scores
         self.parts: list[Any] = []
+        self.errors: list[Any] = []
+        self.failed_on: int | None = None  # prompt id of a group in which a failed call got a score
         self.engines = Engines(order)
         record: Any = SimpleNamespace(
             folder=SimpleNamespace(spool=folder),
             progress=SimpleNamespace(stage=lambda *_: None),
-            tracker=SimpleNamespace(log_error=lambda _: None),
+            tracker=SimpleNamespace(log_error=self.errors.append),
             add=self.parts.append,
         )
         roles: tuple[Any, Any] = (self.engines, self)
@@ -108,7 +110,13 @@ class Run:
         if found is None:
             error = RewardError(reward="r", kind="raised", message="no", prompt_id=prompt_id, sample=0)
             return GroupScores(scores=(), by_name={}, errors=(error,))
-        return GroupScores(scores=tuple(found), by_name={"r": tuple(found)}, errors=())
+        scored = RewardError(reward="r", kind="timeout", message="no", prompt_id=prompt_id, sample=1)
+        return GroupScores(
+            scores=tuple(found),
+            by_name={"r": tuple(found)},
+            errors=(),
+            scored_errors=(scored,) if prompt_id == self.failed_on else (),
+        )
 
     def collect(self, step: int = 1) -> Collected:
         self.parts.clear()
@@ -189,14 +197,48 @@ def test_the_share_of_filtered_groups_is_of_the_steps_prompts(tmp_path: Path) ->
 
 def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(tmp_path: Path) -> None:
     broken = by_prompt(broken=[1])
-    with pytest.raises(RunError, match=r"reward_policy\.on_error is fail; drop would replace"):
+    with pytest.raises(RunError, match=r"on_error is fail, for the reward or in reward_policy\. Set it to drop"):
         Run(tmp_path / "fail", broken).collect()
-    drops: dict[str, Any] = {"reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.25}}
-    run = Run(tmp_path / "drop", broken, **drops)
+    run = Run(tmp_path / "drop", broken, reward_policy={"on_error": "drop"})
     assert run.trained() == [0, 2, 3, 4]
     assert (run.row["rollouts/dropped_groups/total"], run.row["rollouts/tokens/total"]) == (1, 10)
-    with pytest.raises(RunError, match=r"2 of 4 groups were dropped, more than reward_policy\.max_dropped_fraction"):
-        Run(tmp_path / "many", by_prompt(broken=[1, 4]), **drops).collect()
+
+
+def test_the_rule_of_a_reward_goes_before_that_of_the_run(tmp_path: Path) -> None:
+    broken = by_prompt(broken=[1])
+    assert Run(tmp_path / "drop", broken, reward={"on_error": "drop"}).trained() == [0, 2, 3, 4]
+    with pytest.raises(RunError, match="on_error is fail"):
+        Run(tmp_path / "fail", broken, reward={"on_error": "fail"}, reward_policy={"on_error": "drop"}).collect()
+
+
+def test_failed_calls_are_counted_by_name_and_written_down_also_where_they_got_a_score(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.failed_on = 2
+    run.collect()
+    assert (run.row["rewards/errors/total"], run.row["rewards/r/failures/total"]) == (1, 1)
+    assert [(record.source, record.prompt_id, record.sample) for record in run.errors] == [("r", 2, 1)]
+    again = Run(tmp_path)  # a resumed run, by what was written down
+    again.collect()
+    assert again.row["rewards/r/failures/total"] == 1
+
+
+def test_dropped_groups_are_counted_among_those_that_were_asked(tmp_path: Path) -> None:
+    """Of the last 32 groups, a fraction of 0.25 allows 8. Groups of four asked at a time change nothing about it."""
+    drops: dict[str, Any] = {"reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.25}, "prompts": 100}
+    flaky = Run(tmp_path / "flaky", by_prompt(broken=range(0, 100, 4)), **drops)
+    assert [len(flaky.trained(step)) for step in range(1, 16)] == [4] * 15
+    with pytest.raises(RunError, match=r"step 1: .*9 of the last 10 groups were dropped.* 0\.25 allows 8 of 32\. "):
+        Run(tmp_path / "broken", by_prompt(broken=range(1, 100)), **drops).collect()
+
+
+def test_dropped_groups_are_remembered_by_a_checkpoint(tmp_path: Path) -> None:
+    drops: dict[str, Any] = {"reward_policy": {"on_error": "drop"}, "prompts": 100}
+    first = Run(tmp_path / "first", by_prompt(broken=range(1, 9)), **drops)
+    first.collect()
+    again = Run(tmp_path / "again", by_prompt(broken=[13]), **drops)
+    again.collector.restore(json.loads(json.dumps(first.collector.state())))
+    with pytest.raises(RunError, match="9 of the last 14 groups were dropped"):
+        again.collect(2)
 
 
 def slowest(*prompts: int) -> Order:
@@ -243,7 +285,7 @@ def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
     rules = {
         "oversample": 1.75,
         "dynamic_sampling": {},
-        "reward_policy": {"on_error": "drop", "max_dropped_fraction": 1.0},
+        "reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.99},
     }
     left_out = {3, 8, 15, 16}
     run = Run(
@@ -357,7 +399,7 @@ def test_only_what_may_be_trained_on_is_answered_greedily_too(tmp_path: Path, ov
         by_prompt(broken=[1]),
         algorithm="remax",
         oversample=oversample,
-        reward_policy={"on_error": "drop", "max_dropped_fraction": 1.0},
+        reward_policy={"on_error": "drop", "max_dropped_fraction": 0.99},
         warmth={2: 0.5},
     )
     batch = run.collect()

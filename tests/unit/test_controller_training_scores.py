@@ -51,6 +51,19 @@ def test_a_reward_counts_where_it_applies() -> None:
     assert "rewards/code/mean" not in found
 
 
+def test_a_reward_without_an_opinion_is_in_no_mean_and_is_counted() -> None:
+    silent = [group(0, (1.0, 3.0), {"maths": (1.0, None), "style": (None, None)})]
+    metrics = rollout_metrics(silent, version=0)
+    assert metrics["rewards/maths/mean"].result() == 1.0
+    assert metrics["rewards/maths/no_opinion/fraction"].result() == 0.5
+    assert "rewards/style/mean" not in metrics
+    assert metrics["rewards/style/no_opinion/fraction"].result() == 1.0
+    assert by_reward(silent, rewards(maths={}, style={"gate": "maths"})) == {
+        "maths": [1.0, None],
+        "style": [None, None],
+    }
+
+
 def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
     normalised = for_training(GROUPS, rewards(maths={"normalize": "group", "weight": 10.0}, style={}))
     # maths of group 0: -+1 over std sqrt(2), times 10; style as it is

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from rlhf.rewards.combining import GROUP_STD_EPS, Share, plain_sum, training_sum
+from rlhf.rewards.combining import GROUP_STD_EPS, Share, gated_steps, plain_sum, training_sum
+from rlhf.types import StepReward
 
 
 def test_a_gate_is_a_factor_and_is_taken_as_it_is() -> None:
@@ -51,3 +52,25 @@ def test_equal_values_normalise_to_nothing() -> None:
 def test_rewards_that_do_not_apply_add_nothing() -> None:
     shares = {"maths": Share(weight=1.0), "code": Share(weight=5.0)}
     assert plain_sum({"code": [2.0]}, shares) == [10.0]
+
+
+def test_a_reward_without_an_opinion_adds_nothing() -> None:
+    shares = {"a": Share(weight=2.0), "b": Share(weight=1.0), "watched": Share(weight=0.0)}
+    values = {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0, 9.0, 9.0]}
+    assert plain_sum(values, shares) == [5.0, 4.0, None]
+
+
+def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
+    shares = {"gate": Share(weight=0.0), "good": Share(weight=1.0, gate="gate"), "short": Share(weight=0.5)}
+    values = {"gate": [1.0, None], "good": [3.0, 3.0], "short": [1.0, 1.0]}
+    assert plain_sum(values, shares) == [3.5, 0.5]
+    steps = {"good": [[StepReward(end=1, value=3.0)], [StepReward(end=1, value=3.0)]]}
+    assert gated_steps(steps, values, shares) == {"good": [[3.0], []]}
+
+
+def test_a_group_is_normalised_over_the_responses_that_have_a_value() -> None:
+    shares = {"big": Share(weight=1.0, normalize="group"), "small": Share(weight=2.0)}
+    # big: mean and deviation of 100 and 300 alone
+    values = {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}
+    assert training_sum(values, shares) == pytest.approx([-math.sqrt(0.5), 2.0, math.sqrt(0.5)], abs=1e-7)
+    assert training_sum({"big": [7.0, None, None], "small": [0.0] * 3}, shares) == pytest.approx([0.0] * 3, abs=1e-7)

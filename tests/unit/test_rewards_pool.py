@@ -45,6 +45,9 @@ HOSTILE = (
     "noisy",
     "floods",
     "leaves_a_child",
+    "leaves_a_daemon",
+    "writes_rubbish",
+    "writes_a_large_header",
     "torch_is_loaded",
 )
 
@@ -59,7 +62,8 @@ def hostile() -> Iterator[RewardPool]:
 def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure, ...]:
     """Failures of the group a, x, b; afterwards the pool must score a good group."""
     outcome = pool.score(HOSTILE.index(name), "p", ["a", "x", "b"], columns)
-    assert outcome.scores == ()
+    unscored = {sample for sample, score in enumerate(outcome.scores) if score is None}
+    assert unscored == {failure.sample for failure in outcome.failures}
     assert pool.score(HOSTILE.index("raises"), "p", ["a", "b"], {}).scores == (1.0, 1.0)
     return outcome.failures
 
@@ -67,14 +71,16 @@ def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure
 @pytest.mark.parametrize(
     ("name", "kind", "parts"),
     [
-        ("raises", "raised", ("ValueError: no sense in x", "hostile.py:16 in raises")),
+        ("raises", "raised", ("ValueError: no sense in x", "hostile.py:17 in raises")),
         ("raises_in_library", "raised", ("JSONDecodeError", "decoder.py", "called from", "in raises_in_library")),
         ("exits", "raised", ("SystemExit: enough", "in exits")),
-        ("sleeps", "timeout", ("no answer within 0.8 s", "hostile.py:32 in sleeps")),
+        ("sleeps", "timeout", ("no answer within 0.8 s", "hostile.py:33 in sleeps")),
         ("hangs_in_c", "timeout", ("in hangs_in_c",)),
         ("swallows_everything", "timeout", ("in swallows_everything",)),
         ("dies", "died", ("exited with code 3",)),
         ("crashes", "died", ("SIGSEGV", "ctypes")),
+        ("writes_rubbish", "died", ("wrote something else where its answers are read",)),
+        ("writes_a_large_header", "died", ("wrote something else where its answers are read",)),
         ("eats_memory", "died", ("ran out of memory; the limit is reward_policy.memory_gib: 8",)),
     ],
 )
@@ -90,7 +96,6 @@ def test_only_the_culprit_fails(hostile: RewardPool, name: str, kind: str, parts
     [
         (float("nan"), "returned nan"),
         (float("-inf"), "returned -inf"),
-        (None, "returned None of type NoneType"),
         ("0.5", "returned '0.5' of type str"),
         ([1.0], "of type list"),
         (10**400, "too large"),
@@ -121,6 +126,18 @@ def test_a_batched_call_fails_as_a_whole(hostile: RewardPool, name: str, kind: s
     assert all(part in f.message for f in failures)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("sleeps", "timeout"), ("dies", "died"), ("raises", "raised")])
+def test_a_group_that_goes_on_has_all_its_other_scores(hostile: RewardPool, name: str, kind: str) -> None:
+    outcome = hostile.score(HOSTILE.index(name), "p", ["x", "a", "x", "b"], {}, goes_on=True)
+    assert outcome.scores == (None, 1.0, None, 1.0)
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(0, kind), (2, kind)]
+
+
+def test_none_is_no_opinion_and_no_failure(hostile: RewardPool) -> None:
+    outcome = hostile.score(HOSTILE.index("returns"), "p", ["a", "x", "b"], {"value": None})
+    assert (outcome.scores, outcome.failures) == ((1.0, None, 1.0), ())
+
+
 def test_several_raising_calls_are_all_reported(hostile: RewardPool) -> None:
     failures = hostile.score(HOSTILE.index("raises"), "p", ["x", "a", "x"], {}).failures
     assert [f.sample for f in failures] == [0, 2]
@@ -144,13 +161,15 @@ def test_a_flood_of_output_neither_blocks_nor_fills_the_log(
 
 
 def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
-    (child,) = hostile.score(HOSTILE.index("leaves_a_child"), "p", ["a"], {}).scores
-    assert psutil.pid_exists(int(child))
-    assert failures_of(hostile, "leaves_a_child")[0].kind == "timeout"
-    deadline = time.monotonic() + 5.0
-    while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"the reward's child {child} is still there 5 s after its parent"
-        time.sleep(0.02)
+    for name, kind in (("leaves_a_child", "timeout"), ("leaves_a_daemon", "died")):
+        (child,) = hostile.score(HOSTILE.index(name), "p", ["a"], {}).scores
+        assert child is not None
+        assert psutil.pid_exists(int(child))
+        assert failures_of(hostile, name)[0].kind == kind
+        deadline = time.monotonic() + 5.0
+        while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"the reward's child {child} is still there 5 s after its parent"
+            time.sleep(0.02)
 
 
 def test_processes_are_light(hostile: RewardPool) -> None:
@@ -311,4 +330,6 @@ def test_steps_of_functions_and_what_is_none() -> None:
         ):
             (failure,) = pool.score(2, "p", ["ab"], {"value": value}, by_step=True).failures
             assert (failure.kind, failure.message) == ("not_a_number", message)
+        silent = pool.score(2, "p", ["ab"], {"value": None}, by_step=True)
+        assert (silent.scores, silent.steps, silent.failures) == ((None,), ((),), ())
         assert pool.score(0, "p", ["1"], {}).failures[0].kind == "not_a_number"  # steps where a number is asked for

@@ -227,15 +227,22 @@ def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
     assert [(f.sample, f.kind) for f in failures] == [(1, "not_a_number"), (3, "not_a_number")]
 
 
+NESTED: list[Any] = []
+for _ in range(2000):
+    NESTED = [NESTED]
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "why"),
     [
         ({}, "refused", 'no list of "scores"'),
         ({"scores": [1.0]}, "not_a_number", "1 scores for 2 responses"),
-        ({"scores": [1.0, None]}, "not_a_number", "gave None"),
         ({"scores": [1.0, True]}, "not_a_number", "gave True"),
         ({"scores": [1.0, float("nan")]}, "not_a_number", "gave nan"),
         ({"scores": [1.0, 10**400]}, "not_a_number", "gave 1000"),
+        ({"scores": [1.0, 10**5000]}, "not_a_number", "gave a int that cannot be shown"),
+        ({"scores": [1.0, NESTED]}, "not_a_number", "gave a list that cannot be shown"),
+        ({"errors": [NESTED]}, "refused", "a list that cannot be shown"),
         ({"errors": [{"sample": 1, "kind": "timeout", "message": "slow"}]}, "timeout", "slow"),
         ({"errors": [{"sample": 1, "kind": ["?"], "message": "odd"}]}, "raised", "odd"),
         ({"errors": [{"sample": 5, "message": "?"}], "scores": [1.0, 1.0]}, "refused", "no known form"),
@@ -244,10 +251,30 @@ def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
 )
 def test_answers_are_checked(answer: dict[str, Any], kind: str, why: str) -> None:
     outcome = read_scores(answer, 2)
-    assert outcome.scores == ()
+    assert outcome.scores[1] is None
     assert outcome.failures[-1].kind == kind
     assert outcome.failures[-1].sample == 1
     assert why in outcome.failures[-1].message
+
+
+def test_an_answer_may_have_scores_and_errors() -> None:
+    error = {"sample": 1, "kind": "raised", "message": "no"}
+    outcome = read_scores({"scores": [1.0, None, None], "errors": [error]}, 3)
+    assert outcome.scores == (1.0, None, None)  # the last: no opinion
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(1, "raised")]
+    outcome = read_scores({"errors": [error]}, 2)
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(0, "refused"), (1, "raised")]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"scores": ' + "[" * 100_000])
+def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    with served(handler) as url:
+        for judge in (None, JudgeSpec(**dict(JudgeConfig(model="m")))):
+            (failure,) = ask(spec(url, judge=judge), ["a"]).failures
+            assert (failure.kind, failure.message[:22]) == ("refused", "its answer is not JSON")
 
 
 def test_sound_answers_are_taken() -> None:

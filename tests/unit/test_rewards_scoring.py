@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.rewards.loading import load_reward
+from rlhf.rewards.rules import ErrorRule
 from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe, fingerprint
 from rlhf.types import Prompt, RewardError, StepReward
 
@@ -139,3 +140,64 @@ def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
     assert (failed.scores, failed.steps, failed.errors[0].message) == ((), {}, "the reward model gave nan")
     plain = RewardSpec(name="sound", weight=1.0, function=None)
     assert fingerprint([sound], model="") != fingerprint([plain], model="")
+
+
+def hostile(name: str, on_error: ErrorRule, *, weight: float = 1.0) -> RewardSpec:
+    loaded = load_reward(f"hostile.py:{name}", args={}, folders=[FILES], key=name)
+    return RewardSpec(name=name, weight=weight, function=loaded, on_error=on_error)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("raises", "raised"), ("sleeps", "timeout"), ("dies", "died")])
+def test_a_failed_call_gets_the_score_of_its_rule_and_is_an_error_all_the_same(name: str, kind: str) -> None:
+    with RewardSet([hostile(name, -0.5), spec("length", "simple.py:length")], timeout_s=0.8) as rewards:
+        scores = rewards.score(PROMPT, ["a", "x", "bc"], truncated=[False] * 3)
+    assert scores.by_name == {name: (1.0, -0.5, 1.0), "length": (1.0, 1.0, 2.0)}
+    assert scores.scores == (2.0, 0.5, 3.0)
+    assert scores.errors == ()
+    assert [(error.reward, error.kind, error.sample) for error in scores.scored_errors] == [(name, kind, 1)]
+
+
+@pytest.mark.parametrize("on_error", [None, "fail", "drop"])
+def test_without_a_score_for_failures_the_group_has_no_scores(on_error: ErrorRule) -> None:
+    with RewardSet([hostile("sleeps", on_error)], timeout_s=0.5) as rewards:
+        scores = rewards.score(PROMPT, ["x", "a"], truncated=[False] * 2)
+    assert (scores.scores, scores.scored_errors) == ((), ())
+    assert [(error.kind, error.sample) for error in scores.errors] == [("timeout", 0)]
+
+
+def test_a_built_in_finds_a_response_wrong_that_ends_its_process() -> None:
+    """Its limit is above that of the pool here, as if it hung in C, where no limit of its own reaches it."""
+    loaded = load_reward("format_regex", args={"pattern": "(a|a)+b", "limit_s": 60.0}, folders=[], key="form")
+    for rule, expected in ((None, (1.0, 0.0, 0.0)), ("drop", ())):
+        form = RewardSpec(name="form", weight=1.0, function=loaded, on_error=rule)  # type: ignore[arg-type]
+        with RewardSet([form], timeout_s=0.8) as rewards:
+            scores = rewards.score(PROMPT, ["aab", "a" * 100, "c"], truncated=[False] * 3)
+        assert scores.scores == expected
+        assert [error.kind for error in (*scores.errors, *scores.scored_errors)] == ["timeout"]
+
+
+def test_a_reward_without_an_opinion_is_left_out_of_that_sum() -> None:
+    loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
+    silent = RewardSpec(name="silent", weight=2.0, function=loaded)
+    with RewardSet([silent, spec("length", "simple.py:length")], timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["ab", "x"], truncated=[False] * 2)
+    assert scores.by_name == {"silent": (1.0, None), "length": (2.0, 1.0)}
+    assert scores.scores == (4.0, 1.0)
+
+
+def test_a_response_on_which_no_reward_has_an_opinion_is_an_error() -> None:
+    loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
+    silent = RewardSpec(name="silent", weight=2.0, function=loaded)
+    with RewardSet([silent, spec("length", "simple.py:length", 0.0)], timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["ab", "x"], truncated=[False] * 2)
+    assert scores.scores == ()
+    assert [(error.reward, error.kind, error.sample) for error in scores.errors] == [("score", "no_opinion", 1)]
+
+
+def test_by_steps_a_scored_failure_is_one_step() -> None:
+    loaded = load_reward("steps.py:returns", args={"value": "no steps"}, folders=[FILES], key="steps")
+    steps = RewardSpec(name="steps", weight=1.0, function=loaded, by_step=True, on_error=-1.0)
+    with RewardSet([steps], timeout_s=5.0) as rewards:
+        scores = rewards.score(PROMPT, ["ab"], truncated=[False], places=[(3, 4, 5)])
+    assert scores.scores == (-1.0,)
+    assert scores.steps == {"steps": ((StepReward(end=5, value=-1.0),),)}
