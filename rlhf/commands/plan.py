@@ -1,9 +1,11 @@
-"""`rlhf plan CONFIG`: check a configuration and show what follows from it. Starts nothing."""
+"""`rlhf plan CONFIG`: show what follows from a configuration, and check what it reads. Starts no Ray and no engine."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.load import LoadedConfig
+    from rlhf.config.sweep import Sweep
 
 
 def add(commands: Subparsers) -> None:
@@ -33,14 +36,20 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
+    """Print the plan, then check what the run reads, as far as it is on this machine."""
+    from rlhf.config.load import LoadedConfig
+
+    target = _read(args.config, args.overrides)
     settings = {"cluster": args.cluster, "shapes": args.shapes, "lengths": args.lengths}
-    say(plan(args.config, args.overrides, simulate=args.simulate, **settings))
+    say(plan(target, (), simulate=args.simulate, **settings))
+    if args.simulate is None:
+        say("\ninputs: models, data, rewards, environments\n")
+        say(check_inputs(target if isinstance(target, LoadedConfig) else target.base, cluster=args.cluster))
     return 0
 
 
 def plan(
-    config: str | Path | LoadedConfig,
+    config: str | Path | LoadedConfig | Sweep,
     overrides: Sequence[str],
     *,
     cluster: str | None,
@@ -48,24 +57,50 @@ def plan(
     lengths: str | None,
     simulate: str | None,
 ) -> str:
-    """The text, of a run or of a file for `rlhf sweep`."""
-    from rlhf.config.load import load
-    from rlhf.config.yaml_tree import read_tree
+    """Return the text, of a run or of a file for `rlhf sweep`."""
+    from rlhf.config.load import LoadedConfig
 
-    if isinstance(config, str | Path):
-        if "sweep" in read_tree(Path(config)).values:
-            from rlhf.config.sweep import load_sweep
-            from rlhf.planning.trials import render_sweep
+    target = _read(config, overrides) if isinstance(config, str | Path) else config
+    if not isinstance(target, LoadedConfig):
+        from rlhf.planning.trials import render_sweep
 
-            if simulate is not None:
-                raise UserError("--simulate is of one run; give the file that the sweep varies")
-            sweep = load_sweep(config, overrides)
-            return render_sweep(sweep, cluster=cluster, shapes=shapes, lengths=lengths)
-        config = load(config, overrides)
+        if simulate is not None:
+            raise UserError("--simulate is of one run; give the file that the sweep varies")
+        return render_sweep(target, cluster=cluster, shapes=shapes, lengths=lengths)
     if simulate is not None:
         from rlhf.planning import scenarios
 
-        return scenarios.render(config, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
+        return scenarios.render(target, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
     from rlhf.planning.report import render
 
-    return render(config, cluster=cluster, shapes=shapes, lengths=lengths)
+    return render(target, cluster=cluster, shapes=shapes, lengths=lengths)
+
+
+def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
+    """Return which inputs were checked, or why they were not. UserError for what `rlhf train` would refuse."""
+    if cluster is not None:
+        return (
+            "  not checked, since --cluster describes other machines; without it, those of this machine are checked\n"
+        )
+    from rlhf.planning.here import missing_here
+
+    missing = missing_here(loaded)
+    if missing:
+        lines = "".join(f"  {sentence}\n" for sentence in missing)
+        return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
+    from actors.inputs import load_inputs
+
+    with tempfile.TemporaryDirectory() as folder:  # the tiny model is written there, and not into the run's folder
+        load_inputs(replace(loaded, folder=Path(folder)))
+    return "  checked: `rlhf train` takes them\n"
+
+
+def _read(config: str | Path, overrides: Sequence[str]) -> LoadedConfig | Sweep:
+    from rlhf.config.load import load
+    from rlhf.config.yaml_tree import read_tree
+
+    if "sweep" in read_tree(Path(config)).values:
+        from rlhf.config.sweep import load_sweep
+
+        return load_sweep(config, overrides)
+    return load(config, overrides)

@@ -95,9 +95,9 @@ INERT = {
         ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
         "rewards.taste.judge.choices says what the answer is worth",
     ),
-    "rewards.taste.gate=correct": (["rewards.taste={function: f, weight: 0}"], "rewards.taste.weight is 0"),
+    "rewards.taste.gate=correct": (["rewards.taste={function: contains, weight: 0}"], "rewards.taste.weight is 0"),
     "rewards.correct.normalize=group": (
-        ["algorithm={name: gdpo}", "rewards.other.function=f"],
+        ["algorithm={name: gdpo}", "rewards.other.function=contains"],
         "algorithm gdpo normalises each reward within its group",
     ),
     "reward_policy.memory_gib=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),

@@ -1,0 +1,112 @@
+"""What a run needs that this machine lacks: CPUs, GPUs, models, data sets and files of code. Loads none of them.
+
+`rlhf plan` looks here first: a recipe for another machine can be planned anywhere, and its inputs are then left unread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.data import DataSource
+from rlhf.config.derive import eval_sets, train_sets
+from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.load import LoadedConfig
+from rlhf.config.pipeline import model_places
+from rlhf.config.root import Config
+from rlhf.config.seating import fit, seat
+from rlhf.config.stages import MergeStage, Stage, final_folder
+from rlhf.data.sources import FILE_SUFFIXES
+from rlhf.rewards.loading import resolve
+
+
+def missing_here(loaded: LoadedConfig) -> list[str]:
+    """Return what this machine lacks, a sentence each. Empty: everything that the stages read can be checked here.
+
+    UserError for a built-in reward that exists nowhere.
+    """
+    folder = Path(loaded.source).resolve().parent
+    missing: dict[str, None] = {}
+    made: set[str] = set()  # folders that earlier stages write
+    for name, stage in loaded.stages.items():
+        prefix = f"stages.{name}." if loaded.is_pipeline else ""
+        sentences = [*_resources(stage), *_models(stage, made), *_data(stage), *_code(stage, folder)]
+        missing |= {f"{prefix}{sentence}": None for sentence in sentences}
+        if not isinstance(stage, EvaluationStage):
+            made.add(str(final_folder(stage)))
+    return list(missing)
+
+
+def num_gpus() -> int:
+    """Return how many NVIDIA GPUs a process on this machine may use, without starting CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return (
+        there if visible is None else min(there, len([word for word in visible.split(",") if word not in ("", "-1")]))
+    )
+
+
+def _resources(stage: Stage) -> Iterator[str]:
+    """A sentence if the local Ray that `rlhf train` would start here cannot hold the stage."""
+    if isinstance(stage, MergeStage) or stage.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
+        return
+    seating, cpus, gpus = seat(stage), len(os.sched_getaffinity(0)), num_gpus()
+    if fit(seating.bundles, [{"CPU": cpus, "GPU": gpus}]) is None:
+        wanted = f"{seating.total('CPU'):g} CPUs and {seating.total('GPU'):g} GPUs"
+        device = " (cluster.device is cuda)" if stage.cluster.device == "cuda" else ""
+        yield f"cluster: wants {wanted}{device}, and this machine has {cpus} CPUs and {gpus} GPUs"
+
+
+def _models(stage: Stage, made: set[str]) -> Iterator[str]:
+    for key, section in model_places(stage.model_dump(mode="json")):
+        name = section[key[-1]]
+        if name in made or name.startswith("tiny:") or Path(name).exists():
+            continue
+        if name.startswith(("/", ".", "~")):
+            yield f"{'.'.join(key)}: there is no folder {name}"
+        elif not _is_cached("models", name):
+            yield f"{'.'.join(key)}: there is no folder {name}, and the cache of the model hub does not hold it"
+
+
+def _data(stage: Stage) -> Iterator[str]:
+    sources: Mapping[str, DataSource] = {}
+    if isinstance(stage, Config):
+        sets = {name: one.source for name, one in train_sets(stage).items()}
+        sources = sets | {f"data.eval.{name}": source for name, source in eval_sets(stage).items()}
+    elif isinstance(stage, EvaluationStage):
+        data = stage.evaluate.data
+        sources = data if isinstance(data, dict) else {"evaluate.data": data}
+    for key, source in sources.items():
+        name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
+        if not isinstance(source, str) or Path(source).exists():
+            continue
+        if source.endswith(FILE_SUFFIXES):
+            yield f"{key}: there is no file {source}"
+        elif not Path(name).exists() and (name.startswith(("/", ".", "~")) or not _is_cached("datasets", name)):
+            yield f"{key}: there is no folder {name}, and the cache of the model hub does not hold it"
+
+
+def _code(stage: Stage, folder: Path) -> Iterator[str]:
+    """Files of rewards and environments, which stand beside the configuration or below the current folder."""
+    if isinstance(stage, MergeStage):
+        return
+    section: Any = stage.evaluate if isinstance(stage, EvaluationStage) else stage
+    prefix = "evaluate." if isinstance(stage, EvaluationStage) else ""
+    environment = getattr(section if prefix else stage.rollouts, "environment", None)
+    named = {f"{prefix}rewards.{name}.function": reward.function for name, reward in section.rewards.items()}
+    if environment is not None:
+        named[f"{prefix or 'rollouts.'}environment.name"] = environment.name
+    for key, name in named.items():
+        file, colon, _ = (name or "").rpartition(":")
+        if colon and not any((base / Path(file).expanduser()).is_file() for base in (folder, Path.cwd())):
+            yield f"{key}: there is no file {file}"
+        elif name and not colon and key.endswith(".function"):
+            resolve(name, args={}, folders=(), key=key)
+
+
+def _is_cached(kind: str, name: str) -> bool:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    return (cache / f"{kind}--{name.replace('/', '--')}").exists()

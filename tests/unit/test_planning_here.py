@@ -1,0 +1,129 @@
+"""What `rlhf plan` says of the inputs of a run: what this machine lacks, and what `rlhf train` would refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.config.load import load
+from rlhf.errors import UserError
+from rlhf.planning.here import missing_here, num_gpus
+
+RUN = """\
+run: {name: demo, dir: runs}
+policy: {model: "tiny:llama", dtype: float32}
+algorithm: {name: grpo}
+data: {train: prompts.jsonl, max_prompt_tokens: 32}
+rollouts: {prompts_per_step: 2, samples_per_prompt: 2, max_new_tokens: 8}
+rewards: {mine: {function: "rewards.py:right"}}
+train: {steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 64}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "rewards.py").write_text("def right(prompt, response, answer):\n    return float(response == answer)\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b"}) + "\n")
+    return tmp_path
+
+
+def missing(*overrides: str) -> list[str]:
+    return missing_here(load("run.yaml", overrides))
+
+
+def test_nothing_is_missing(folder: Path) -> None:
+    assert missing() == []
+    (folder / "hub" / "hub" / "models--some--model").mkdir(parents=True)
+    (folder / "hub" / "hub" / "datasets--some--data").mkdir(parents=True)
+    assert missing("policy.model=some/model", "data.train='some/data:test'") == []
+
+
+def test_what_is_missing_has_a_sentence_each(folder: Path) -> None:
+    lacks = "and the cache of the model hub does not hold it"
+    assert missing(
+        "policy.model=models/none",
+        "data.train={a: {source: none.jsonl}, b: {source: 'some/data:test'}}",
+        "data.eval={held: ./none}",
+        "rewards.mine.function='none.py:right'",
+        "rollouts.environment={name: 'game.py:Game', max_tokens: 64}",
+    ) == [
+        f"policy.model: there is no folder models/none, {lacks}",
+        "data.train.a.source: there is no file none.jsonl",
+        f"data.train.b.source: there is no folder some/data, {lacks}",
+        f"data.eval.held: there is no folder ./none, {lacks}",
+        "rewards.mine.function: there is no file none.py",
+        "rollouts.environment.name: there is no file game.py",
+    ]
+
+
+def test_a_machine_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (sentence,) = missing("cluster.device=cuda")
+    assert sentence.endswith(f"GPUs (cluster.device is cuda), and this machine has {cpus} CPUs and 0 GPUs")
+    (sentence,) = missing("cluster.roles.policy.cpus=5000")
+    assert sentence == f"cluster: wants 5001 CPUs and 0 GPUs, and this machine has {cpus} CPUs and 0 GPUs"
+    assert missing("cluster.roles.policy.cpus=5000", "cluster.address='10.0.0.1:6379'") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([Path("/dev/nvidia0"), Path("/dev/nvidia1")] * 4))
+    assert num_gpus() == 2
+
+
+def test_the_result_of_an_earlier_stage_is_not_missing(folder: Path) -> None:
+    (folder / "pipeline.yaml").write_text(
+        "run: {name: p, dir: runs}\n"
+        "stages:\n"
+        "  sft:\n"
+        "    policy: {model: 'tiny:llama'}\n"
+        "    algorithm: {name: sft}\n"
+        "    data: {train: none.jsonl}\n"
+        "    train: {steps: 1, lr: 1e-3, sequences_per_update: 4}\n"
+        "  look:\n"
+        "    evaluate: {model: 'stage:sft', data: none.csv, rewards: {r: {function: 'none.py:r'}}}\n"
+    )
+    assert missing_here(load("pipeline.yaml")) == [
+        "stages.sft.data.train: there is no file none.jsonl",
+        "stages.look.evaluate.data: there is no file none.csv",
+        "stages.look.evaluate.rewards.r.function: there is no file none.py",
+    ]
+
+
+def test_a_built_in_reward_that_exists_nowhere_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"rewards\.mine\.function: there is no built-in reward `contain`: did you mean"
+    ):
+        missing("rewards.mine.function=contain")
+
+
+def test_plan_checks_the_inputs_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "run.yaml"]) == 0
+    assert capsys.readouterr().out.endswith("rewards, environments\n  checked: `rlhf train` takes them\n")
+    assert not (folder / "runs").exists()
+
+
+def test_plan_refuses_what_train_would(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "reply": "b"}) + "\n")
+    assert main(["plan", "run.yaml"]) == 2
+    out, error = capsys.readouterr()
+    assert "1 step" in out
+    assert error.startswith("rlhf: error: rewards.mine.function: ")
+    assert "rewards.py:right` needs the column `answer`, and data.train has reply." in error
+
+
+def test_plan_says_why_inputs_are_not_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "prompts.jsonl").unlink()
+    assert main(["plan", "run.yaml"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "  not checked, since `rlhf train` does not start on this machine:\n"
+        "  data.train: there is no file prompts.jsonl\n"
+    )
+    assert main(["plan", "run.yaml", "--cluster", "cpu=8"]) == 0
+    assert "not checked, since --cluster describes other machines" in capsys.readouterr().out
