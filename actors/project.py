@@ -7,7 +7,9 @@ no cluster; imports no Ray.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import tempfile
 import zipfile
@@ -28,9 +30,18 @@ LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's 
 # At the top, whatever .gitignore says.
 STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "sweeps", "wandb"})
 GIT_WITHIN_S = 60.0
+# Files that usually hold secrets. They travel only if the configuration names them; --env gives a job single variables.
+SECRETS = re.compile(
+    r"\.env|\.env\.(?!example$|sample$|template$).+|[._]netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd"
+    r"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.+\.(pem|key|p12|pfx|jks|keystore|kdbx)|credentials(\.json)?"
+    r"|(client_)?secrets?\.(json|ya?ml|toml|env)",
+    re.IGNORECASE,
+)
+SECRET_FOLDERS = frozenset({".aws", ".azure", ".gnupg", ".kube", ".ssh"})
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
 
 Key = tuple[str, ...]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,7 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     _refuse_folders_of_this_machine(loaded)
     named = _named_files(read_tree(config), overrides, folder=folder, beside=whole.parent)
     inside = {name for name in _listed(folder) if name.parts[0] not in STAYS and not _is_run(folder / name, loaded)}
+    inside = _safe(inside, folder)
     files = tuple(sorted(inside | named | {whole.relative_to(folder)}))
     _refuse_too_large(folder, files)
     return Project(folder=folder, config=whole.relative_to(folder), files=files)
@@ -131,8 +143,31 @@ def _below(path: Path, folder: Path, place: str) -> set[Path]:
     """A file, or all files of a folder, relative to the project's."""
     if not path.is_relative_to(folder):
         raise UserError(f"{place}: {path} is outside of the project, {folder}, which is all that a job takes with it")
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return {file.relative_to(folder) for file in files}
+    if path.is_file():
+        return {path.relative_to(folder)}
+    return _safe({file.relative_to(folder) for file in path.rglob("*") if file.is_file()}, folder)
+
+
+def _safe(names: set[Path], folder: Path) -> set[Path]:
+    """Return the files without those that must not leave this machine unasked, and warn of each that is left out."""
+    reasons = {name: reason for name in names if (reason := _why_unsafe(name, folder)) is not None}
+    if reasons:
+        listed = "".join(f"\n  {name}: {reasons[name]}" for name in sorted(reasons))
+        logger.warning("left out of the job, since the configuration does not name them:%s", listed)
+    return names - reasons.keys()
+
+
+def _why_unsafe(name: Path, folder: Path) -> str | None:
+    """Return why a listed file is left out, or None."""
+    target = (folder / name).resolve()
+    if not target.is_relative_to(folder):
+        return f"a link to {target}, outside of the project"
+    if str(name) == ENVIRONMENT:
+        return "the variables of another job"
+    for path in (name, target.relative_to(folder)):
+        if SECRETS.fullmatch(path.name) or SECRET_FOLDERS.intersection(path.parts):
+            return "it may hold secrets; `--env NAME` gives the job a single variable"
+    return None
 
 
 def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rlhf.config.data import DataSource
 from rlhf.config.derive import eval_sets, train_sets
@@ -92,10 +91,12 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
     """Files of rewards and environments, which stand beside the configuration or below the current folder."""
     if isinstance(stage, MergeStage):
         return
-    section: Any = stage.evaluate if isinstance(stage, EvaluationStage) else stage
-    prefix = "evaluate." if isinstance(stage, EvaluationStage) else ""
-    environment = getattr(section if prefix else stage.rollouts, "environment", None)
-    named = {f"{prefix}rewards.{name}.function": reward.function for name, reward in section.rewards.items()}
+    if isinstance(stage, EvaluationStage):
+        prefix, rewards, environment = "evaluate.", stage.evaluate.rewards, stage.evaluate.environment
+    else:
+        prefix, rewards = "", stage.rewards
+        environment = None if stage.rollouts is None else stage.rollouts.environment
+    named = {f"{prefix}rewards.{name}.function": reward.function for name, reward in rewards.items()}
     if environment is not None:
         named[f"{prefix or 'rollouts.'}environment.name"] = environment.name
     for key, name in named.items():

@@ -126,6 +126,38 @@ def test_variables_travel_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     assert os.environ["WORD"] == "a\nb=c"
 
 
+def test_links_out_of_the_project_and_secrets_stay(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "shadow").write_text("root:hash")
+    (folder / "shadow").symlink_to(tmp_path / "shadow")
+    (folder / "notes-link.md").symlink_to(folder / "notes.md")
+    secrets = [".env", ".env.local", "deploy/.netrc", ".aws/config", "ssh/id_ed25519", "tls/server.pem", ".ssh/config"]
+    for name in [*secrets, ".env.example", ENVIRONMENT]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "innocent").symlink_to(folder / ".env")
+    project = packed()
+    assert names(project) == EXPECTED | {"notes-link.md", ".env.example"}
+    assert f"\n  shadow: a link to {tmp_path / 'shadow'}, outside of the project" in caplog.text
+    assert all(f"\n  {name}: it may hold secrets; `--env NAME` gives" in caplog.text for name in [*secrets, "innocent"])
+    project.pack(tmp_path / "a.zip", env={"WORD": "a"})
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.namelist().count(ENVIRONMENT) == 1
+        assert archive.read(ENVIRONMENT) == b'{"WORD": "a"}'
+
+
+def test_a_file_that_the_configuration_names_goes_whatever_it_is_called(folder: Path, tmp_path: Path) -> None:
+    (folder / "secrets.json").write_text("[]")
+    assert "secrets.json" in names(packed("data.train=secrets.json"))
+    saved = folder / "saved"
+    saved.mkdir()
+    (saved / "rows.arrow").write_text("")
+    (tmp_path / "shadow").write_text("")
+    (saved / "link").symlink_to(tmp_path / "shadow")
+    assert names(packed("data.train=saved")) - EXPECTED == {"saved/rows.arrow"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
