@@ -15,6 +15,7 @@ import logging
 import marshal
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 Rung = Literal["bubblewrap", "landlock", "unsafe"]
 
-NOBODY = 65534  # whom programs run as where this process is root
+NOBODY = 65534  # whom bubblewrap runs as where this process is root
+PROGRAM_USERS = range(61184, 65520)  # whom programs run as on the other rungs: each run draws one, so that it can be
+# limited in threads by itself; systemd takes its short-lived users from there too
 MAX_THREADS = 64
 OUTPUT_BYTES = 16 * 2**20  # of each of standard output, standard error and results
 START_LIMIT_S = 30.0  # until the process is confined, on a busy machine; not counted against the program
@@ -116,7 +119,7 @@ class Sandbox:
             raise SandboxError(f"the interpreter does not run: {found.stderr.strip()[-200:]}")
         prefixes = list(dict.fromkeys(found.stdout.split("\n")[:2]))
         readable = [*_READABLE, *prefixes]
-        self._uid = NOBODY if _may_change_user() and all(map(_everybody_reads, prefixes)) else None
+        self._changes_user = rung == "landlock" and _may_change_user() and all(map(_everybody_reads, prefixes))
         self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
         self._filter = None if rung == "unsafe" else seccomp_filter().hex()
         self._ruleset = landlock_ruleset(readable, _WRITABLE) if rung == "landlock" else None
@@ -177,13 +180,15 @@ class Sandbox:
 
     def _restrictions(self, wall_s: float) -> dict[str, Any]:
         """What `rlhf.rewards.sandboxed.confine` reads."""
-        wrapped = self.rung == "bubblewrap"
+        wrapped, changes_user = self.rung == "bubblewrap", self._changes_user
         return {
             "memory_bytes": self._memory_bytes,
             "output_bytes": OUTPUT_BYTES,
             "cpu_s": int(wall_s) + 1,
-            "uid": self._uid if self.rung == "landlock" else None,
-            "threads": MAX_THREADS if wrapped else None,  # elsewhere all processes of the user would count
+            "uid": secrets.choice(PROGRAM_USERS) if changes_user else None,
+            "threads": MAX_THREADS
+            if wrapped or changes_user
+            else None,  # elsewhere all processes of the user would count
             "parent": None if wrapped else os.getpid(),
             "filter": self._filter,
             "ruleset": self._ruleset,
@@ -198,7 +203,7 @@ class Sandbox:
             while (left := deadline - time.monotonic()) > 0:
                 if poll.poll(1000 * min(left, _LOOK_S)):
                     return True
-                if self.rung != "bubblewrap" and _num_threads(process.pid) > MAX_THREADS:
+                if self.rung != "bubblewrap" and not self._changes_user and _num_threads(process.pid) > MAX_THREADS:
                     return False
             return False
         finally:

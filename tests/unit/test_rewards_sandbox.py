@@ -23,7 +23,7 @@ import pytest
 
 from rlhf.rewards import confinement
 from rlhf.rewards.pool import RewardPool
-from rlhf.rewards.sandbox import OUTPUT_BYTES, Finished, Rung, Sandbox, SandboxError
+from rlhf.rewards.sandbox import MAX_THREADS, OUTPUT_BYTES, Finished, Rung, Sandbox, SandboxError
 from rlhf.rewards.worker import Source
 from tests.fixtures.rewards.hostile_programs import PROGRAMS
 
@@ -157,6 +157,30 @@ exit(3)
     assert done.stdout.decode().split("\n") == ["5", "thread", "größer more", "True __main__ ['program']", ""]
     assert done.stderr == b"to stderr\n"
     assert done.code == 3
+
+
+FLOOD = """
+import threading
+threading.stack_size(32768)
+count, wait = 1, threading.Event()
+try:
+    while count < 1000:
+        threading.Thread(target=wait.wait, daemon=True).start()
+        count += 1
+except RuntimeError:
+    pass
+print(count, flush=True)
+import os; os._exit(0)
+"""
+
+
+def test_a_program_has_no_more_threads_than_its_limit(sandbox: Sandbox) -> None:
+    """Also between two looks at it: a flood of threads takes a few milliseconds."""
+    if os.geteuid() != 0:
+        pytest.skip("without root the user's other processes would count: threads are looked at now and then")
+    done = sandbox.run(FLOOD, wall_s=10.0)
+    assert done.code == 0, done.stderr
+    assert int(done.stdout) <= MAX_THREADS
 
 
 def test_how_programs_end(sandbox: Sandbox) -> None:
