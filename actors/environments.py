@@ -56,7 +56,7 @@ class LoadedEnvironment:
 
     def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
         """UserError if a conversation with this prompt cannot begin."""
-        if self.spec.chat or "messages" in prompt.columns:
+        if prompt.is_chat:
             ChatTurns(tokenizer, with_tools=bool(self.description.tools))
         try:
             observation = asyncio.run(_first_observation(self.spec, prompt))
@@ -88,13 +88,12 @@ def load_environment(
     beside: Path,
     tokenizer: str,
     trust_remote_code: bool,
-    chat: bool,
     key: str = KEY,
 ) -> LoadedEnvironment | None:
     """The environment of a section, loaded once in a process of its own. None: there is none.
 
-    beside: the folder where its file is looked for before the current one. chat: string prompts go through the chat
-    template. key: what messages call the section. UserError if it cannot be used.
+    beside: the folder where its file is looked for before the current one. key: what messages call
+    the section. UserError if it cannot be used.
     """
     if section is None:
         return None
@@ -106,7 +105,6 @@ def load_environment(
         memory_gib=section.memory_gib,
         processes=section.processes,
         tool_parser=section.tool_parser,
-        chat=chat,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         key=key,

@@ -122,7 +122,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         own = config.eval
         marks = marks.over(Marks(ks=own.k, pass_score=own.pass_score, answers=own.answer, by=own.by))
     played = None if rollouts is None else rollouts.environment
-    environment = _environment(played, loaded, chat=data.apply_chat_template)
+    environment = _environment(played, loaded)
     candidates = []
     first = ("policy.model", config.policy.model) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
@@ -188,7 +188,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
     rewards = load_rewards(
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
     )
-    environment = _environment(config.environment, loaded, chat=config.apply_chat_template, key="evaluate.environment")
+    environment = _environment(config.environment, loaded, key="evaluate.environment")
     candidates = []
     for name in ("model", "against"):
         wanted = getattr(config, name)
@@ -223,10 +223,10 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
 
 
 def _environment(
-    section: EnvironmentConfig | None, loaded: LoadedConfig, *, chat: bool, key: str = ENVIRONMENT_KEY
+    section: EnvironmentConfig | None, loaded: LoadedConfig, *, key: str = ENVIRONMENT_KEY
 ) -> EnvironmentFor:
     """The environment of a section as each model plays it."""
-    load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, chat=chat, key=key)
+    load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
     return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code)
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long, serving
 from rlhf.config.cluster import ClusterConfig
-from rlhf.data.chat import Message, encode, render, with_system_prompt
+from rlhf.data.chat import Message, render, turn_end, with_system_prompt
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, read_rows
+from rlhf.data.tokenization import encode
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.loading import load_tokenizer
@@ -70,6 +71,7 @@ def chat(
     _refuse_without_template(tokenizer, name)
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
     messages: list[Message] = with_system_prompt([], decoding.system_prompt)
+    end = turn_end(tokenizer)
     with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=room) as served:
         for turn, line in enumerate(lines):
             messages.append({"role": "user", "content": line})
@@ -80,7 +82,9 @@ def chat(
                     f"turn {turn + 1}: the conversation has {len(token_ids)} tokens, with {decoding.max_new_tokens} "
                     f"new ones that is more than {room}. Begin a new one, or lower --max-new-tokens."
                 )
-            prompt = Prompt(prompt_id=turn, token_ids=tuple(token_ids), text=text, columns={})
+            prompt = Prompt(
+                prompt_id=turn, token_ids=tuple(token_ids), text=text, columns={}, is_chat=True, turn_end=end
+            )
             (answer,) = served.answer([prompt], decoding)
             messages.append({"role": "assistant", "content": answer.response})
             reply(answer.response)

@@ -186,7 +186,6 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         beside=beside,
         tokenizer=config.policy.model,
         trust_remote_code=config.policy.trust_remote_code,
-        chat=data.apply_chat_template,
     )
     prompts: tuple[Prompt, ...] = ()
     shares = []

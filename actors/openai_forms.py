@@ -247,12 +247,6 @@ def _short(value: object) -> str:
     return f"{json.dumps(value):.80}"
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first string that stops it."""
-    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
-    return text[: min(ends)] if ends else text
-
-
 def chat_body(request: ChatRequest, answered: Answered, *, name: str, created: int) -> dict[str, Any]:
     """The answer to a conversation."""
     return {

@@ -211,13 +211,13 @@ class RolloutWorker:
         return playing.result()
 
     async def _draw(
-        self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, stop_token: int | None
+        self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, turn_end: int | None
     ) -> Sampled:
         """One turn of a conversation."""
         submission = Submission(
             request_id=self._next_id(_prefix(group_id)),
             prompt_token_ids=token_ids,
-            params=sampling_params(sampling, seed, stop_token=stop_token),
+            params=sampling_params(sampling, seed, turn_end=turn_end),
             lora=self._lora,
         )
         (future,) = self.loop.submit([submission])
@@ -401,7 +401,7 @@ class RolloutWorker:
             Submission(
                 request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(request.drawn_by(sampling), seed),
+                params=sampling_params(request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end),
                 lora=self._lora,
             )
             for seed in request.seeds

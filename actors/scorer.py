@@ -22,7 +22,7 @@ from rlhf.config.load import LoadedConfig
 from rlhf.config.model import RewardModelConfig, StepScores
 from rlhf.config.rewards import RewardConfig, RewardPolicy
 from rlhf.config.root import Config
-from rlhf.data.chat import encode
+from rlhf.data.tokenization import Continuation, encode
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer, refuse_without_head
 from rlhf.rewards.pool import Outcome
@@ -188,11 +188,12 @@ class Scorer:
     ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
         """Prompt and responses as the reward model reads them; with steps, where these end."""
         (prompt_ids,) = encode([prompt], self.tokenizer)
+        encoded = Continuation(self.tokenizer).encode([(prompt, response) for response in responses])
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         sequences = [
             [*prompt_ids, *response_ids, *([] if cut else end)]
-            for response_ids, cut in zip(encode(responses, self.tokenizer), truncated, strict=True)
+            for response_ids, cut in zip(encoded, truncated, strict=True)
         ]
         flat = torch.tensor([token for sequence in sequences for token in sequence])
         lengths = torch.tensor([len(sequence) for sequence in sequences])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from aiohttp import web
@@ -34,21 +34,21 @@ from actors.openai_forms import (
     Refused,
     TextRequest,
     chat_body,
-    cut,
     error_body,
     read,
     text_body,
 )
 from actors.serving import found_model, serving
 from rlhf.config.cluster import ClusterConfig
-from rlhf.data.chat import encode, raw_prefix, raw_prompt, render
+from rlhf.data.chat import raw_prompt, render, turn_end
 from rlhf.data.prompts import rollout_seed
 from rlhf.data.sources import refuse_half_characters
+from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import refuse_unservable
 from rlhf.rollouts.spans import Sampled
-from rlhf.rollouts.texts import token_texts
+from rlhf.rollouts.texts import text_before_stop, token_texts, without_turn_end
 from rlhf.serving import (
     END_WITHIN_S,
     gives_token,
@@ -103,7 +103,8 @@ class ModelServer:
         self.limits: set[asyncio.Timeout] = set()  # of the requests that are not answered yet
         self.is_ending = False
         self.created = int(time.time())
-        self.prefix = raw_prefix(tokenizer)
+        self.beginning = raw_beginning(tokenizer)
+        self.turn_end = turn_end(tokenizer)
         self.texts = ThreadPoolExecutor(1)  # tokenizes and decodes, so that the event loop never waits for it
         self.long_texts = ThreadPoolExecutor(1)  # tokenizes long prompts with a tokenizer of its own
         self.long_tokenizer = copy.deepcopy(tokenizer)
@@ -222,18 +223,18 @@ class ModelServer:
             )
         seeds = [rollout_seed(seed, 0, prompt.prompt_id, sample) for sample in range(asked.n)]
         drawn = await self.engines.answer(prompt, seeds, asked.sampling(limit or whole - given))
-        answers = await self._off_the_loop(lambda: [self._told(one, asked.stop, wants_tokens) for one in drawn])
+        answers = await self._off_the_loop(lambda: [self._told(one, prompt, asked.stop, wants_tokens) for one in drawn])
         return Answered(num_prompt_tokens=given, answers=tuple(answers))
 
-    def _told(self, response: Sampled, stop: Sequence[str], wants_tokens: bool) -> Answer:
-        """A response as text, without the special tokens that end it and without what stopped it."""
+    def _told(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
+        """Return a response as text, without the special tokens that end it and without what stopped it."""
         ids = list(response.token_ids)
-        text = cut(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+        text = text_before_stop(without_turn_end(ids, prompt.turn_end), stop, self.tokenizer)
         tokens: list[tuple[str, float]] = []
         if wants_tokens:
             special, length = set(self.tokenizer.all_special_ids), 0
             for token, told, logprob in zip(ids, token_texts(ids, self.tokenizer), response.logprobs, strict=True):
-                if token in special or length >= len(text):
+                if token in special or token == prompt.turn_end or length >= len(text):
                     continue
                 tokens.append((told, max(logprob, LEAST_LOGPROB)))
                 length += len(told)
@@ -248,20 +249,19 @@ class ModelServer:
             refuse_half_characters(message.content, f"`messages[{place}].content`")
         messages = [{"role": message.role, "content": message.content} for message in asked.messages]
         text = render(messages, tokenizer, add_generation_prompt=True, place="`messages`")
-        return self._prompts([text], tokenizer)[0]
+        (prompt,) = self._prompts([text], encode([text], tokenizer))
+        return replace(prompt, is_chat=True, turn_end=self.turn_end)
 
     def _of_texts(self, asked: TextRequest, tokenizer: Any) -> list[Prompt]:
         for place, text in enumerate(asked.prompt):
             refuse_half_characters(text, f"`prompt[{place}]`")
-        return self._prompts(
-            [raw_prompt(text, place="`prompt`", system_prompt=None, prefix=self.prefix) for text in asked.prompt],
-            tokenizer,
-        )
+        options: dict[str, Any] = {"place": "`prompt`", "system_prompt": None, "beginning": self.beginning}
+        texts = [raw_prompt(text, **options) for text in asked.prompt]
+        return self._prompts(texts, encode_raw(texts, tokenizer))
 
-    def _prompts(self, texts: Sequence[str], tokenizer: Any) -> list[Prompt]:
-        encoded = encode(texts, tokenizer)
+    def _prompts(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[Prompt]:
         if not all(encoded):
-            raise Refused(f"the prompt {texts[encoded.index([])]!r:.40} has no tokens", param="prompt")
+            raise Refused(f"the prompt {texts[list(encoded).index([])]!r:.40} has no tokens", param="prompt")
         return [
             Prompt(prompt_id=place, token_ids=tuple(token_ids), text=text, columns={})
             for place, (text, token_ids) in enumerate(zip(texts, encoded, strict=True))

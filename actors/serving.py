@@ -64,7 +64,7 @@ class Served:
         rollouts: Rollouts = await wait_one(
             ref, role="rollout", rank=0, stage="generate", deadline_s=self.engines.deadline_s
         )
-        texts = response_texts(rollouts, self.tokenizer)
+        texts = response_texts(rollouts, self.tokenizer, turn_end=group.request.prompt.turn_end)
         return [
             Generation(
                 prompt_id=group.request.prompt.prompt_id,

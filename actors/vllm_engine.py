@@ -112,8 +112,8 @@ def build_engine(spec: RolloutSpec) -> Any:
     )
 
 
-def sampling_params(sampling: Sampling, seed: int, *, stop_token: int | None = None) -> Any:
-    """vLLM's parameters for one sample. stop_token: one that ends it besides the model's own."""
+def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None) -> Any:
+    """Return vLLM's parameters for one sample. turn_end: a token that ends it besides the model's own."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -121,11 +121,15 @@ def sampling_params(sampling: Sampling, seed: int, *, stop_token: int | None = N
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0 if sampling.top_k is None else sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_new_tokens,
         seed=seed,
         stop=list(sampling.stop),
-        stop_token_ids=None if stop_token is None else [stop_token],
+        stop_token_ids=[*sampling.stop_token_ids, *(() if turn_end is None else (turn_end,))],
         include_stop_str_in_output=True,
+        skip_special_tokens=False,  # stop strings may hold special tokens
+        spaces_between_special_tokens=False,
         structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         detokenize=bool(sampling.stop),  # text is only looked at for stop strings
         logprobs=0,  # the sampled token's

@@ -184,7 +184,10 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None  # None: all tokens
+    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's; 0: all tokens
+    repetition_penalty: float = 1.0  # above 1: tokens that the prompt or the response has are less likely
     stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end a response; they stay in it
     choices: tuple[str, ...] = ()  # not empty: a response is one of these, as far as its tokens reach
 
 
@@ -197,6 +200,8 @@ class Prompt:
     text: str  # as the tokenizer was given it
     columns: Mapping[str, Any]
     temperature: float | None = None  # at which it is answered in training; None: as the others
+    is_chat: bool = False  # the chat template wrote it
+    turn_end: int | None = None  # token with which the template ends the response; None: the model's own tokens do
 
     @property
     def beside_tokens(self) -> bytes:

@@ -1,7 +1,7 @@
-"""Text as the model is given it: chat templates and the one tokenisation.
+"""Conversations as text: messages are read and checked here, and the chat template writes them.
 
-Used by prompts and examples. A rendered template already holds every special token it wants, so nothing is added when
-it is tokenised; a raw text gets the tokenizer's beginning-of-sequence token if it uses one, and never two.
+Prompts, examples and environments all render through this module. A rendered text holds every special token that it
+wants. `rlhf.data.tokenization` makes token ids of it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from rlhf.data.sources import Row, refuse_half_characters
+from rlhf.data.tokenization import special_tokens
 from rlhf.data.usable import NotUsable
 from rlhf.errors import UserError
 
 Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
+_USER, _SENTINEL = {"role": "user", "content": "Hello."}, "qzsentinelzq"
 
 
 def read_messages(
@@ -180,24 +182,33 @@ def render(
     return str(text)
 
 
-def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text as it stands, in one call; no special token is added."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids  # type: ignore[no-any-return]
-
-
-def raw_prefix(tokenizer: Any) -> str:
-    """What the tokenizer puts before a raw text: its beginning-of-sequence token, or nothing."""
-    bos = tokenizer.bos_token_id
-    return tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[0] == bos else ""
-
-
-def raw_prompt(text: str, *, place: str, system_prompt: str | None, prefix: str) -> str:
-    """A text as it goes to the model without a template. UserError if a system prompt would be lost."""
+def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: str) -> str:
+    """Return a text as it goes to the model without a template, behind `beginning`. UserError if a system prompt would
+    be lost."""
     if system_prompt is not None:
         raise UserError(
             f"{place}: data.system_prompt has no effect on a string that no chat template is applied to. Remove it, "
             "or write it into the data."
         )
-    return text if text.startswith(prefix) else prefix + text
+    return text if text.startswith(beginning) else beginning + text
+
+
+def behind_turn(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str) -> str | None:
+    """Return what the template writes behind an assistant's turn that `messages` follow. None: it does not write the
+    turn once, as it stands. UserError if it refuses the conversation."""
+    conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
+    text = render(conversation, tokenizer, add_generation_prompt=add_generation_prompt, place=place)
+    _, sentinel, behind = text.partition(_SENTINEL)
+    return behind if sentinel and _SENTINEL not in behind else None
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special token with which the chat template ends an assistant's turn. None: it ends it with none."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        behind = behind_turn([], tokenizer, add_generation_prompt=False, place="") or ""
+    except UserError:  # the template wants more than a question and its answer
+        return None
+    end = special_tokens(tokenizer).match(behind.lstrip())
+    return None if end is None else int(tokenizer.convert_tokens_to_ids(end.group()))

@@ -6,17 +6,16 @@ A boundary between two stretches is a boundary between two tokens, as it is when
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rlhf.data.chat import (
     ASSISTANT,
     Message,
-    encode,
     names,
-    raw_prefix,
     raw_prompt,
     read_messages,
     read_tools,
@@ -26,16 +25,18 @@ from rlhf.data.chat import (
     with_system_prompt,
 )
 from rlhf.data.sources import Row
+from rlhf.data.tokenization import Continuation, encode, encode_raw, raw_beginning, special_tokens
 from rlhf.data.usable import NotUsable
 from rlhf.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text that is tokenised on its own."""
+    """A stretch of text that is tokenised as the continuation of the stretches before it."""
 
     text: str
     learn: bool
+    is_raw: bool = False  # no template wrote it; only the first of a sequence says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,8 @@ class Writer:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.apply_chat_template = apply_chat_template
-        self._prefix = raw_prefix(tokenizer)
-        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-        self._special = re.compile("|".join(re.escape(name) for name in sorted(special, key=len, reverse=True)))
+        self._beginning = raw_beginning(tokenizer)
+        self._special = special_tokens(tokenizer)
 
     def answer(self, row: Row, column: str) -> list[Piece]:
         """Column `prompt` and its answer in `column`: two strings, or two lists of messages.
@@ -91,13 +91,13 @@ class Writer:
             turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
             messages = with_system_prompt(turns, self.system_prompt)
             return self.conversation(row, messages, first=len(messages) - 1)
-        prompt = raw_prompt(prompt, place=row.place, system_prompt=self.system_prompt, prefix=self._prefix)
-        return [Piece(prompt, False), Piece(self._ended(answer), True)]
+        prompt = raw_prompt(prompt, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
+        return [Piece(prompt, False, is_raw=True), Piece(self._ended(answer), True)]
 
     def text(self, row: Row, text: str) -> list[Piece]:
         """A text to be learnt as it stands, and its end."""
-        text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, prefix=self._prefix)
-        return [Piece(self._ended(text), True)]
+        text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
+        return [Piece(self._ended(text), True, is_raw=True)]
 
     def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Piece]:
         """A conversation up to its last learnt turn: the assistant's from message `first` on, but for `train: false`.
@@ -203,16 +203,20 @@ def _lost(message: Message, turn: str) -> str:
 
 
 def encode_pieces(sequences: Sequence[Sequence[Piece]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
-    """Token ids of every piece of every sequence, each as a continuation of the piece before it, in one call.
+    """Return the token ids of every piece of every sequence, each as the continuation of the pieces before it.
 
-    Some tokenizers mark the beginning of a text (SentencePiece's leading space). To them a later piece is shown behind
-    an end-of-sequence token, which is taken off again.
+    UserError if the tokenizer cannot continue a text.
     """
-    alone, behind = encode(["a", tokenizer.eos_token + "a"], tokenizer)
-    anchor = "" if [tokenizer.eos_token_id, *alone] == behind else tokenizer.eos_token
-    texts = [(anchor if i else "") + piece.text for pieces in sequences for i, piece in enumerate(pieces)]
-    encoded = iter(encode(texts, tokenizer))
+    first = [pieces[0] for pieces in sequences]
+    raw = iter(encode_raw([piece.text for piece in first if piece.is_raw], tokenizer))
+    rendered = iter(encode([piece.text for piece in first if not piece.is_raw], tokenizer))
+    pairs = []
     for pieces in sequences:
-        yield tuple(
-            Tokens(tuple(next(encoded)[1 if anchor and i else 0 :]), piece.learn) for i, piece in enumerate(pieces)
-        )
+        before = ""
+        for piece, following in pairwise(pieces):
+            before += piece.text
+            pairs.append((before, following.text))
+    later = iter(Continuation(tokenizer).encode(pairs))
+    for pieces in sequences:
+        ids = [next(raw if pieces[0].is_raw else rendered), *itertools.islice(later, len(pieces) - 1)]
+        yield tuple(Tokens(tuple(own), piece.learn) for own, piece in zip(ids, pieces, strict=True))

@@ -7,27 +7,29 @@ rewards untouched.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from rlhf.data.chat import (
     Message,
-    encode,
-    raw_prefix,
     raw_prompt,
     read_messages,
     read_tools,
     refuse_untold_tools,
     render,
     require_template,
+    turn_end,
     with_system_prompt,
 )
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
+from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import Prompt
 
+logger = logging.getLogger(__name__)
 PromptSource: TypeAlias = Stream[Prompt]
 
 _GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # names that a reward call fills itself
@@ -49,21 +51,29 @@ def load_prompts(
     `tools` or, where a row has none, with `tools`; either ends where the assistant's turn begins. All columns but
     `prompt` go on to the rewards, `temperature` too, which is the prompt's own. UserError names the row that is wrong.
     """
-    prefix = raw_prefix(tokenizer)
     texts = [
         _prompt_text(
             row,
             tokenizer,
             system_prompt=system_prompt,
             apply_chat_template=apply_chat_template,
-            prefix=prefix,
             tools=read_tools(row) or tools,
         )
         for row in rows
     ]
+    chat = [_is_chat(row, apply_chat_template) for row in rows]
+    rendered = iter(encode([text for text, is_chat in zip(texts, chat, strict=True) if is_chat], tokenizer))
+    raw = iter(encode_raw([text for text, is_chat in zip(texts, chat, strict=True) if not is_chat], tokenizer))
+    end = turn_end(tokenizer) if any(chat) else None
+    if any(chat) and end is None:
+        logger.warning(
+            "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
+            "end-of-sequence token alone",
+            tokenizer.name_or_path,
+        )
     prompts = []
-    encoded = zip(rows, texts, encode(texts, tokenizer), strict=True)
-    for prompt_id, (row, text, token_ids) in enumerate(encoded, start=first_id):
+    for prompt_id, (row, text, is_chat) in enumerate(zip(rows, texts, chat, strict=True), start=first_id):
+        token_ids = next(rendered if is_chat else raw)
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {text!r:.40} has no tokens.")
         if len(token_ids) > max_prompt_tokens:
@@ -79,9 +89,16 @@ def load_prompts(
                 text=text,
                 columns=columns,
                 temperature=_temperature(row),
+                is_chat=is_chat,
+                turn_end=end if is_chat else None,
             )
         )
     return tuple(prompts)
+
+
+def _is_chat(row: Row, apply_chat_template: bool) -> bool:
+    """Return whether the chat template writes the row's prompt."""
+    return apply_chat_template or "messages" in row.columns
 
 
 def _temperature(row: Row) -> float | None:
@@ -108,7 +125,6 @@ def _prompt_text(
     *,
     system_prompt: str | None,
     apply_chat_template: bool,
-    prefix: str,
     tools: Sequence[Message] | None,
 ) -> str:
     for name in _GIVEN_TO_REWARDS:
@@ -124,13 +140,16 @@ def _prompt_text(
             )
         messages = read_messages(row, system_prompt=system_prompt)
         if messages[-1]["role"] == "assistant":
-            raise UserError(f"{row.place}: the conversation ends with the assistant's turn, which is to be sampled.")
+            raise UserError(
+                f"{row.place}: the conversation ends with the assistant's turn, which is to be sampled. Remove that "
+                "last message. A reward reads the answer from a column of its own, such as `answer`."
+            )
     elif apply_chat_template:
         user = {"role": "user", "content": row.text("prompt", alternative="messages")}
         messages = with_system_prompt([user], system_prompt)
     else:
         text = row.text("prompt", alternative="messages")
-        return raw_prompt(text, place=row.place, system_prompt=system_prompt, prefix=prefix)
+        return raw_prompt(text, place=row.place, system_prompt=system_prompt, beginning=raw_beginning(tokenizer))
     require_template(tokenizer, row.place)
     text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
     refuse_untold_tools(tools, text, tokenizer, row.place)

@@ -56,7 +56,6 @@ class EnvironmentSpec:
     memory_gib: float
     processes: int  # conversations open at once
     tool_parser: str
-    chat: bool  # string prompts go through the chat template
     tokenizer: str
     trust_remote_code: bool
     key: str = "rollouts.environment"  # of its section, for messages
@@ -64,7 +63,7 @@ class EnvironmentSpec:
     def fingerprint(self) -> str:
         """Of all that a conversation's tokens depend on beside the request, as far as one file of code says it."""
         digest = hashlib.blake2b(digest_size=16)
-        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.chat)
+        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser)
         digest.update(repr(known).encode())
         if self.source.path is not None:
             digest.update(Path(self.source.path).read_bytes())
@@ -218,9 +217,8 @@ class Conversations:
         return await conversation.step(response, calls)
 
     def _writer(self, prompt: Prompt) -> TurnWriter:
-        chat = self.spec.chat or "messages" in prompt.columns
+        chat, tools = prompt.is_chat, bool(self.description.tools)
         if chat not in self._writers:
-            tools = bool(self.description.tools)
             self._writers[chat] = ChatTurns(self.tokenizer, with_tools=tools) if chat else RawTurns(self.tokenizer)
         return self._writers[chat]
 

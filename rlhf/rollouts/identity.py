@@ -15,6 +15,7 @@ def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str
     return {
         "sampling": json.dumps(asdict(request.drawn_by(sampling))),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
+        "turn_end": json.dumps(request.prompt.turn_end),
         "seeds": json.dumps(request.seeds),
         "first_sequence_id": json.dumps(request.first_sequence_id),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,16 +30,34 @@ class Transcript:
     tokens: SampleTokens
 
 
-def response_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
-    """Each response as text, without the special tokens that end it; of a conversation the policy's turns, a line break
-    between two."""
-    spans = [[ids for sampled, ids in sequence if sampled] for sequence in pieces(rollouts)]
+def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
+    """Return each response as text, without the tokens that end its turns. The turns of a conversation's policy are
+    joined by line breaks."""
+    spans = [[without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in pieces(rollouts)]
     decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
     texts = iter(decoded)
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
 
 
-def character_ends(rollouts: Rollouts, tokenizer: Any) -> list[tuple[int, ...]]:
+def without_turn_end(ids: list[int], turn_end: int | None) -> list[int]:
+    """Return a turn's tokens without the one with which the chat template ends it, which need not be special."""
+    return ids[:-1] if turn_end is not None and ids[-1:] == [turn_end] else ids
+
+
+def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
+    """Return a response's text before the first string that stops it, without special tokens, which `stop` may name."""
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    ends = [end for end in (whole.find(text) for text in stop) if end >= 0]
+    if not ends:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+    shown = token_texts(ids, tokenizer)
+    plain = token_texts(ids, tokenizer, skip_special_tokens=True)
+    starts = itertools.accumulate((len(text) for text in shown), initial=0)
+    return "".join(text[: max(0, min(ends) - start)] for start, text in zip(starts, plain, strict=False))
+
+
+def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[tuple[int, ...]]:
     """Of each response, as `response_texts` has it, for n from 0 to its length the place in its sequence of the token
     that ends its first n characters. All of it ends with the last sampled token, also if that has no text."""
     found = []
@@ -48,7 +67,8 @@ def character_ends(rollouts: Rollouts, tokenizer: Any) -> list[tuple[int, ...]]:
         for sampled, ids in sequence:
             if sampled:
                 ends += [] if last is None else [last]  # the line break between two turns
-                for offset, text in enumerate(token_texts(ids, tokenizer, skip_special_tokens=True)):
+                turn = without_turn_end(ids, turn_end)
+                for offset, text in enumerate(token_texts(turn, tokenizer, skip_special_tokens=True)):
                     ends += [place + offset] * len(text)
                 last = place + len(ids) - 1
             place += len(ids)
@@ -58,11 +78,16 @@ def character_ends(rollouts: Rollouts, tokenizer: Any) -> list[tuple[int, ...]]:
 
 
 def transcripts(
-    rollouts: Rollouts, places: Sequence[int], tokenizer: Any, *, signals: Sequence[TokenSignals] = ()
+    rollouts: Rollouts,
+    places: Sequence[int],
+    tokenizer: Any,
+    *,
+    turn_end: int | None,
+    signals: Sequence[TokenSignals] = (),
 ) -> list[Transcript]:
     """What the samples files show of the sequences at these places, with what training made of those of which there are
     signals."""
-    texts, turns = response_texts(rollouts, tokenizer), turns_of(rollouts, tokenizer)
+    texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
     tokens = tokens_of(rollouts, places, signals, tokenizer)
     return [
         Transcript(response=texts[place], turns=turns[place], tokens=row)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rlhf.data.chat import ASSISTANT, Message, encode, render, require_template
+from rlhf.data.chat import ASSISTANT, Message, behind_turn, render, require_template, turn_end
+from rlhf.data.tokenization import Continuation, encode, encode_raw
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
 PLACEHOLDER = "{observation}"  # in a prompt: where the first observation stands
-_SENTINEL, _OTHER = "qzsentinelzq", "qzobservationzq"
-_USER = {"role": "user", "content": "Hello."}
+_OBSERVATION = "qzobservationzq"
 _KEY = "rollouts.environment"
 
 
@@ -31,28 +31,32 @@ class TurnWriter(Protocol):
 
 
 def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
-    """The prompt with the first observation in its place. ValueError if one of the two is missing."""
+    """Return the prompt with the first observation in its place. ValueError if one of the two is missing."""
     if PLACEHOLDER not in prompt.text:
         if observation:
             raise ValueError(f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to put it at")
         return prompt.token_ids
     if not observation:
         raise ValueError(f"reset returned no observation, but the prompt has {PLACEHOLDER}")
-    (token_ids,) = encode([prompt.text.replace(PLACEHOLDER, observation)], tokenizer)
+    tokenise = encode if prompt.is_chat else encode_raw
+    (token_ids,) = tokenise([prompt.text.replace(PLACEHOLDER, observation)], tokenizer)
     return tuple(token_ids)
 
 
 class RawTurns:
-    """For prompts without a chat template: the observation's tokens as they are, right behind what was sampled."""
+    """For prompts without a chat template: the observation's tokens follow right behind what was sampled."""
 
     stop_token: int | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._continuation = Continuation(tokenizer)
 
     def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
         text = observation if isinstance(observation, str) else "\n".join(observation)
-        return tuple(encode([text], self.tokenizer)[0])
+        before = self.tokenizer.decode(list(sampled[-1:]), skip_special_tokens=False)
+        (token_ids,) = self._continuation.encode([(before, text)])
+        return tuple(token_ids)
 
 
 class ChatTurns:
@@ -63,17 +67,17 @@ class ChatTurns:
     def __init__(self, tokenizer: Any, *, with_tools: bool) -> None:
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
+        self._continuation = Continuation(tokenizer)
         tail = self._behind_turn([], add_generation_prompt=False)
-        ids = encode([tail], tokenizer)[0]
-        self.stop_token = ids[0] if ids else None
-        if self.stop_token not in tokenizer.added_tokens_decoder:
+        self.stop_token = turn_end(tokenizer)
+        if self.stop_token is None:
             raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not with a special token")
-        self._end = str(tokenizer.added_tokens_decoder[self.stop_token].content)
+        self._end = str(tokenizer.convert_ids_to_tokens(self.stop_token))
         if not tail.startswith(self._end):
             raise self._refusal(f"an assistant's turn ends with {tail!r:.40}, not right with the token {self._end}")
-        self._check([{"role": "user", "content": _OTHER}])
+        self._check([{"role": "user", "content": _OBSERVATION}])
         if with_tools:
-            self._check([{"role": "tool", "content": _OTHER}])
+            self._check([{"role": "tool", "content": _OBSERVATION}])
 
     def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
         if isinstance(observation, str):
@@ -89,15 +93,14 @@ class ChatTurns:
         return self.stop_token
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """What the template writes from behind the end of a turn up to the beginning of the next."""
+        """Return what the template writes from behind the end of a turn up to the beginning of the next."""
         text = self._behind_turn(messages, add_generation_prompt=True).removeprefix(self._end)
-        return tuple(encode([text], self.tokenizer)[0])
+        (token_ids,) = self._continuation.encode([(self._end, text)])
+        return tuple(token_ids)
 
     def _behind_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
-        text = render(conversation, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
-        _, found, behind = text.partition(_SENTINEL)
-        if not found or _SENTINEL in behind:
+        behind = behind_turn(messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=_KEY)
+        if behind is None:
             raise self._refusal("it does not write an assistant's turn once, as it is")
         return behind
 
@@ -105,9 +108,9 @@ class ChatTurns:
         """The words must be in what is written, and its tokens must be those that it has within a conversation."""
         role = messages[0]["role"]
         behind = self._behind_turn(messages, add_generation_prompt=True)
-        if behind.count(_OTHER) != 1 or not behind.startswith(self._end):
+        if behind.count(_OBSERVATION) != 1 or not behind.startswith(self._end):
             raise self._refusal(f"a turn of role {role} behind an assistant's is written as {behind!r:.60}")
-        conversation = [_USER, {"role": ASSISTANT, "content": "Fine."}, *messages]
+        conversation = [{"role": "user", "content": "Hello."}, {"role": ASSISTANT, "content": "Fine."}, *messages]
         whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
         apart = (self._stop, *self._tokens(messages))
         if tuple(encode([whole], self.tokenizer)[0][-len(apart) :]) != apart:

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf.config.model import RewardModelConfig
+from rlhf.data.chat import turn_end
 from rlhf.engine.memory import peak_memory
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
@@ -60,6 +61,7 @@ class RewardWorker:
         """Start the reward processes and load the model, if any."""
         settings = self.settings
         self.tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+        self.turn_end = turn_end(self.tokenizer)
         self.rewards = RewardSet(
             settings.specs,
             timeout_s=settings.timeout_s,
@@ -106,7 +108,9 @@ class RewardWorker:
             model_scores=scores,
             asked=asked,
             model_steps=steps,
-            places=character_ends(rollouts, self.tokenizer) if any(spec.by_step for spec in specs) else None,
+            places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end)
+            if any(spec.by_step for spec in specs)
+            else None,
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
@@ -131,11 +135,11 @@ class RewardWorker:
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Each response as text, without the special tokens that end it."""
-        return response_texts(rollouts, self.tokenizer)
+        return response_texts(rollouts, self.tokenizer, turn_end=self.turn_end)
 
     def transcripts(self, rollouts: Rollouts) -> list[Transcript]:
         """Each response turn by turn and token by token."""
-        return transcripts(rollouts, range(len(rollouts.lengths)), self.tokenizer)
+        return transcripts(rollouts, range(len(rollouts.lengths)), self.tokenizer, turn_end=self.turn_end)
 
     def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
         """What each response answers, by which responses vote; None: nothing."""
@@ -150,7 +154,7 @@ class RewardWorker:
         signals = [part for part in parts if isinstance(part, TokenSignals)]
         for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
             places = [record.sample for record in group]
-            found = transcripts(columns, places, self.tokenizer, signals=signals)
+            found = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
             for record, said in zip(group, found, strict=True):
                 record = replace(_with_token_means(record, said.tokens), response=said.response, tokens=said.tokens)
                 if record.turns is not None:

@@ -43,7 +43,6 @@ def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any
         memory_gib=4.0,
         processes=6,
         tool_parser="hermes",
-        chat=True,
         tokenizer=str(tiny_model),
         trust_remote_code=False,
     )
@@ -58,7 +57,7 @@ def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any
 def game(group_id: int, *, samples: int = 4, **columns: Any) -> GroupRequest:
     asked = request(group_id, samples=samples)
     ids = tuple(byte_tokenizer()(CHAT, add_special_tokens=False).input_ids)
-    return replace(asked, prompt=Prompt(prompt_id=group_id, token_ids=ids, text=CHAT, columns=columns))
+    return replace(asked, prompt=Prompt(prompt_id=group_id, token_ids=ids, text=CHAT, columns=columns, is_chat=True))
 
 
 def test_sampled_tokens_are_trained_and_the_environments_are_not(played: Any) -> None:

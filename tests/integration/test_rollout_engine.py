@@ -157,6 +157,53 @@ def test_stop_strings_end_the_response_and_stay_in_it(synced: Any, tiny_model: P
     assert stopped > 0
 
 
+def test_a_stop_string_may_hold_special_tokens(synced: Any, tiny_model: Path) -> None:
+    """The untrained model samples reserved tokens at random: `stop` names one of them, alone and behind a letter."""
+    reserved = list(range(261, 320))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sampling = Sampling(max_new_tokens=200, stop=tuple(tokenizer.convert_ids_to_tokens(reserved)))
+    assert _ends_at(synced, request(50, samples=8), sampling, reserved) > 0
+
+
+def test_a_token_by_its_id_ends_a_response_and_so_does_the_templates_end(synced: Any) -> None:
+    by_id = Sampling(max_new_tokens=200, stop_token_ids=(101, 102, 103))
+    assert _ends_at(synced, request(51, samples=8), by_id, [101, 102, 103]) > 0
+    asked = request(52, samples=8)
+    chat = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, is_chat=True, turn_end=104))
+    assert _ends_at(synced, chat, Sampling(max_new_tokens=200), [104]) > 0
+
+
+def _ends_at(handle: Any, asked: GroupRequest, sampling: Sampling, ends: list[int]) -> int:
+    """Responses that one of these tokens ends; none has one of them before its last token."""
+    rollouts, infos = call(handle.generate.remote(asked, sampling))
+    stopped = 0
+    for sequence, info in zip(sequences(rollouts), infos, strict=True):
+        ids = sequence["token_ids"][sequence["response_mask"]].tolist()
+        assert not set(ids[:-1]) & set(ends)
+        stopped += ids[-1] in ends and info.finish_reason == "stop"
+    return stopped
+
+
+@pytest.mark.parametrize("changes", [{"min_p": 0.5}, {"repetition_penalty": 1.5}])
+def test_logprobs_are_of_the_truncated_or_penalised_distribution(
+    synced: Any, model: Any, changes: dict[str, Any]
+) -> None:
+    rollouts, _ = call(synced.generate.remote(request(53), dataclasses.replace(SAMPLING, **changes)))
+    for sequence in sequences(rollouts):
+        ids, mask = sequence["token_ids"], sequence["response_mask"]
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1].float()
+        if "min_p" in changes:
+            likeliest = logits.softmax(-1).max(-1, keepdim=True).values
+            logits = logits.masked_fill(logits.softmax(-1) < 0.5 * likeliest, -torch.inf)
+        for place in range(len(logits) if "repetition_penalty" in changes else 0):
+            seen = ids[: place + 1].unique()
+            at = logits[place, seen]
+            logits[place, seen] = torch.where(at > 0, at / 1.5, at * 1.5)
+        expected = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(sequence["rollout_logprobs"][1:][mask[1:]], expected[mask[1:]], atol=1e-4, rtol=0)
+
+
 def test_finished_groups_are_spooled_and_speak_for_their_request_alone(synced: Any, spool: Path) -> None:
     asked = request(20)
     rollouts, infos = call(synced.generate.remote(asked, SAMPLING))

@@ -20,10 +20,11 @@ import torch
 from aiohttp import ClientError
 from aiohttp.test_utils import TestClient, TestServer
 from ray.exceptions import ActorDiedError, RayError
+from tokenizers import AddedToken
 
 import rlhf
 from actors.answering import Answering, NoEngine
-from actors.openai_forms import MOST_SAMPLES, ChatRequest, cut, read
+from actors.openai_forms import MOST_SAMPLES, ChatRequest, read
 from actors.rollout import EngineHealth
 from actors.serve import MAX_BODY_BYTES, ModelServer, ServerSpec
 from rlhf.cli import main
@@ -39,8 +40,8 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tiny", "prompt": "ab"}
 
 
-def sampled(text: str, reason: Literal["stop", "length"] = "stop") -> Sampled:
-    ids = [*TOKENIZER(text).input_ids, *([EOS] if reason == "stop" else [])]
+def sampled(text: str, reason: Literal["stop", "length"] = "stop", *, end: int = EOS) -> Sampled:
+    ids = [*TOKENIZER(text).input_ids, *([end] if reason == "stop" else [])]
     return Sampled(
         token_ids=tuple(ids),
         logprobs=tuple(-0.5 - place for place in range(len(ids))),
@@ -57,6 +58,7 @@ class StandIn:
     reason: Literal["stop", "length"] = "stop"
     failure: RunError | None = None
     dead: str | None = None
+    end: int = EOS  # the token that it stops with
     hold: asyncio.Event | None = None  # until which nothing is answered
     asked: list[tuple[Prompt, tuple[int, ...], Sampling]] = field(default_factory=list)
     dropped: int = 0
@@ -71,7 +73,7 @@ class StandIn:
         except asyncio.CancelledError:
             self.dropped += 1
             raise
-        return [sampled(self.text, self.reason) for _ in seeds]
+        return [sampled(self.text, self.reason, end=self.end) for _ in seeds]
 
     async def trouble(self) -> str | None:
         return self.dead
@@ -176,9 +178,26 @@ async def test_prompts_as_they_stand() -> None:
     assert engines.asked[0][2].max_new_tokens == 16  # OpenAI's
 
 
-def test_what_stops_first_is_where_the_text_ends() -> None:
-    assert cut("one two", ["w", "e"]) == "on"
-    assert cut("one two", ["x"]) == "one two"
+async def test_a_chat_ends_where_its_template_ends_a_turn_and_a_raw_prompt_does_not() -> None:
+    chatml = byte_tokenizer()
+    chatml.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])  # no special token, as some have it
+    chatml.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}assistant:"
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    engines = StandIn("yes", end=end)
+    async with serving(engines, tokenizer=chatml, max_length=100) as client:
+        _, chat = await ask(client, "chat/completions", CHAT | {"logprobs": True})
+        await ask(client, "completions", TEXT)
+    assert [prompt.turn_end for prompt, _, _ in engines.asked] == [end, None]
+    (choice,) = chat["choices"]
+    assert choice["message"]["content"] == "yes"
+    assert [token["token"] for token in choice["logprobs"]["content"]] == ["y", "e", "s"]
+    assert chat["usage"]["completion_tokens"] == 4
+
+
+async def test_what_stops_a_response_may_hold_special_tokens() -> None:
+    async with serving(StandIn("one<|user|>two")) as client:
+        _, told = await ask(client, "chat/completions", CHAT | {"stop": ["<|user|>t"]})
+    assert told["choices"][0]["message"]["content"] == "one"
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_conversations_are_written_turn_by_turn_and_token_by_token() -> None:
         rollout_logprobs=torch.tensor([0.0] * 4 + [-0.5] + [0.0] * 4 + [-0.25]),
         versions=torch.tensor([0 if sampled else -1 for sampled in mask]),
     )
-    (conversation,) = transcripts(rollouts, [0], tokenizer)
+    (conversation,) = transcripts(rollouts, [0], tokenizer, turn_end=None)
     assert conversation.response == "4\n6"
     (row,) = prompt_rows("m", "s", [replace(result(0, ("4\n6",), (1.0,)), transcripts=(conversation,))], MARKING)
     assert [(turn["role"], turn["text"], turn["sampled"]) for turn in row["turns"]] == [

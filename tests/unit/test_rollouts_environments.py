@@ -39,7 +39,6 @@ def spec(**changes: Any) -> EnvironmentSpec:
         "memory_gib": 2.0,
         "processes": 8,
         "tool_parser": "hermes",
-        "chat": False,
         "tokenizer": "",
         "trust_remote_code": False,
     }
@@ -52,7 +51,7 @@ def moody(**args: Any) -> Source:
 
 def request(samples: int = 1, text: str = "?", **columns: Any) -> GroupRequest:
     ids = tuple(byte_tokenizer()(text, add_special_tokens=False).input_ids)
-    prompt = Prompt(prompt_id=3, token_ids=ids, text=text, columns=columns)
+    prompt = Prompt(prompt_id=3, token_ids=ids, text=text, columns=columns, is_chat=text.startswith("<|user|>"))
     return request_for(prompt, group_id=0, first_sequence_id=0, samples=samples, run_seed=0)
 
 
@@ -123,9 +122,7 @@ def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
 
 
 def test_a_cut_turn_goes_on_in_a_chat_behind_an_end_that_was_not_sampled() -> None:
-    (played,) = play(
-        request(text="<|user|>go<|eos|><|assistant|>", secret=7), Script("111111111", "7"), spec(chat=True)
-    )
+    (played,) = play(request(text="<|user|>go<|eos|><|assistant|>", secret=7), Script("111111111", "7"))
     assert said(played) == ["11111111", "<|eos|><|user|>a number from 1 to 9<|eos|><|assistant|>", "7<|eos|>"]
     assert isinstance(played.spans[1], Told)
     assert played.finish_reason == "stop"

@@ -75,7 +75,7 @@ def test_spans_are_found_again_in_the_columns() -> None:
 def test_rewards_read_the_policys_words_and_samples_show_all() -> None:
     rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
     tokenizer = byte_tokenizer()
-    assert response_texts(rollouts, tokenizer) == ["A\nB", "C"]
+    assert response_texts(rollouts, tokenizer, turn_end=None) == ["A\nB", "C"]
     shown = [(turn.role, turn.text, turn.tokens, turn.sampled) for turn in turns_of(rollouts, tokenizer)[0]]
     assert shown == [
         ("prompt", "??", 2, False),

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.texts import character_ends, response_texts, step_ends, token_texts
+from rlhf.rollouts.texts import character_ends, response_texts, step_ends, text_before_stop, token_texts
 from rlhf.types import Rollouts
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
@@ -84,8 +85,34 @@ def test_characters_end_with_their_tokens(tokenizer: Any) -> None:
         [(False, [63]), (True, [257])],
         [(False, [63]), (True, list(b"cut"))],
     )
-    assert response_texts(rollouts, tokenizer) == ["aü\nb", "", "cut"]
-    assert character_ends(rollouts, tokenizer) == [(2, 2, 4, 5, 10), (1,), (1, 1, 2, 3)]
+    assert response_texts(rollouts, tokenizer, turn_end=None) == ["aü\nb", "", "cut"]
+    assert character_ends(rollouts, tokenizer, turn_end=None) == [(2, 2, 4, 5, 10), (1,), (1, 1, 2, 3)]
+
+
+def test_a_turns_end_that_is_no_special_token_is_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rollouts = conversations([(False, [63]), (True, [*b"a", end]), (False, [1]), (True, [*b"b", end])])
+    assert tokenizer.decode([end], skip_special_tokens=True) == "<|im_end|>"
+    assert response_texts(rollouts, tokenizer, turn_end=end) == ["a\nb"]
+    assert character_ends(rollouts, tokenizer, turn_end=end) == [(1, 1, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("w", "e"), "on"),
+        (("x",), "one two"),
+        (("<|user|>",), "one "),
+        (("<|user|>two",), "one "),
+        ((" two",), "one two"),  # a special token stands between the space and the word
+        (("tw",), "one "),
+    ],
+)
+def test_a_text_ends_before_what_stops_it_first(tokenizer: Any, stop: tuple[str, ...], text: str) -> None:
+    ids = tokenizer("one <|user|>two<|eos|>").input_ids
+    assert text_before_stop(ids, stop, tokenizer) == text
 
 
 def test_every_character_of_any_response_has_an_end(tokenizer: Any) -> None:
@@ -93,7 +120,7 @@ def test_every_character_of_any_response_has_an_end(tokenizer: Any) -> None:
     for _ in range(50):
         spans = [(index % 2 == 1, [draw.randrange(320) for _ in range(draw.randrange(1, 60))]) for index in range(4)]
         rollouts = conversations(spans)
-        (text,), (ends,) = response_texts(rollouts, tokenizer), character_ends(rollouts, tokenizer)
+        (text,), (ends,) = (made(rollouts, tokenizer, turn_end=65) for made in (response_texts, character_ends))
         assert len(ends) == len(text) + 1
         assert list(ends) == sorted(ends)
         assert bool(rollouts.response_mask[list(ends)].all())

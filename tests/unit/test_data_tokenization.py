@@ -1,0 +1,137 @@
+"""Every path from text to ids gives the ids of the whole text, also where a tokenizer writes spaces before words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.data.chat import render, turn_end
+from rlhf.data.examples import Reading, load_examples
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row
+from rlhf.data.tokenization import Continuation, encode, encode_raw
+from rlhf.errors import UserError
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.rollouts.turns import ChatTurns, RawTurns, first_prompt
+from tests.sentencepiece_tokenizers import TOKENIZERS, ZEPHYR
+
+ALL = {**TOKENIZERS, "bytes": byte_tokenizer}
+READING = Reading(system_prompt=None, apply_chat_template=False, max_tokens=4096)
+
+
+@pytest.fixture(params=ALL)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return ALL[request.param]()
+
+
+def row(**columns: Any) -> Row:
+    return Row(file="rows.jsonl", line=1, columns=columns)
+
+
+@pytest.mark.parametrize("text", ["hi question", " hi", "\nhi", "é more", "hi</s>yes"])
+def test_a_raw_prompt_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any, text: str) -> None:
+    options: dict[str, Any] = {"system_prompt": None, "apply_chat_template": False, "max_prompt_tokens": 100}
+    (prompt,) = load_prompts([row(prompt=text)], tokenizer, **options)
+    assert list(prompt.token_ids) == tokenizer(text).input_ids
+    (again,) = load_prompts([row(prompt=prompt.text)], tokenizer, **options)
+    assert again.token_ids == prompt.token_ids  # a beginning that is written out is not a second one
+    (example,) = load_examples([row(prompt=text, completion=" yes")], tokenizer, READING).items
+    assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
+
+
+def test_a_raw_completion_has_the_ids_that_it_has_within_the_whole(tokenizer: Any) -> None:
+    (example,) = load_examples([row(prompt="the question:", completion=" answer no")], tokenizer, READING).items
+    end = tokenizer.eos_token
+    assert list(example.token_ids) == tokenizer("the question: answer no" + end).input_ids
+
+
+def test_a_raw_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any) -> None:
+    (example,) = load_examples([row(text="hi question")], tokenizer, READING).items
+    assert list(example.token_ids) == [*tokenizer("hi question").input_ids, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("template", ["own", "zephyr"])
+def test_a_conversation_has_the_ids_of_the_whole_conversation(tokenizer: Any, template: str) -> None:
+    if template == "zephyr":
+        tokenizer.chat_template = ZEPHYR
+    messages = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "answer"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "yes no"},
+    ]
+    (example,) = load_examples([row(messages=messages)], tokenizer, READING).items
+    text = render(messages, tokenizer, add_generation_prompt=False, place="")
+    (whole,) = encode([text], tokenizer)
+    assert list(example.token_ids) == whole[: len(example.token_ids)]
+    assert tokenizer.decode(whole[len(example.token_ids) :], skip_special_tokens=True).strip() == ""
+    learnt = [i for i, mask in zip(example.token_ids, example.loss_mask, strict=True) if mask]
+    said = tokenizer.decode(learnt, skip_special_tokens=True).split()
+    assert "".join(said) == "answeryesno"
+
+
+def test_what_follows_a_raw_turn_has_the_ids_that_it_has_within_the_whole(tokenizer: Any) -> None:
+    writer = RawTurns(tokenizer)
+    before = encode_raw(["the question"], tokenizer)[0]
+    for text in (" yes", "yes", "\nyes", "[INST]more"):
+        whole = encode_raw(["the question" + text], tokenizer)[0]
+        told = writer.after(before, text)
+        assert tokenizer.decode([*before, *told]) == tokenizer.decode(whole)
+        if whole[: len(before)] == before:  # else the whole text has a token that spans the two
+            assert list(told) == whole[len(before) :]
+    ended = [*before, tokenizer.eos_token_id]
+    whole = encode_raw(["the question" + tokenizer.eos_token + "yes"], tokenizer)[0]
+    assert [*ended, *writer.after(ended, "yes")] == whole
+
+
+def test_a_word_behind_a_raw_turn_gets_no_space() -> None:
+    first = ALL["first"]()
+    (yes,) = RawTurns(first).after(encode(["hi"], first)[0], "yes")
+    assert first.convert_ids_to_tokens(yes) == "yes"
+
+
+@pytest.mark.parametrize("kind", ["legacy", "prepend", "swallowing", "unigram"])
+def test_what_follows_a_chat_turn_has_the_ids_that_it_has_within_the_whole(kind: str) -> None:
+    made = ALL[kind]()
+    if kind == "legacy":
+        made.chat_template = ZEPHYR
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    more = [*conversation, {"role": "user", "content": "more"}]
+    (prompt,), (whole,) = (
+        encode([render(messages, made, add_generation_prompt=True, place="")], made)
+        for messages in (conversation[:1], more)
+    )
+    (turn,) = Continuation(made).encode([(render(conversation[:1], made, add_generation_prompt=True, place=""), "yes")])
+    end = turn_end(made)
+    assert end is not None
+    told = ChatTurns(made, with_tools=False).after([*turn, end], "more")
+    assert [*prompt, *turn, end, *told] == whole
+
+
+def test_a_first_observation_leaves_the_beginning_of_a_raw_prompt(tokenizer: Any) -> None:
+    (prompt,) = load_prompts(
+        [row(prompt="hi {observation}")],
+        tokenizer,
+        system_prompt=None,
+        apply_chat_template=False,
+        max_prompt_tokens=100,
+    )
+    assert list(first_prompt(prompt, "question", tokenizer)) == tokenizer("hi question").input_ids
+
+
+def test_a_tokenizer_that_joins_every_text_is_refused() -> None:
+    class Joins:
+        def __init__(self) -> None:
+            self.name_or_path = "joins"
+            self.all_special_tokens: list[str] = []
+            self.added_tokens_decoder: dict[int, Any] = {}
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {}
+
+        def __call__(self, texts: list[str], **_: Any) -> Any:
+            return type("Encoded", (), {"input_ids": [[hash(text)] for text in texts]})
+
+    with pytest.raises(UserError, match=r"tokenizer of joins has no tokens for 'yes' .* Use another model"):
+        Continuation(Joins()).encode([("hi", "yes")])
