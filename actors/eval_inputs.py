@@ -14,7 +14,7 @@ from actors.environments import LoadedEnvironment, load_environment
 from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.prompts import read_prompts
-from actors.reading import REWARD_KEY, load_rewards, local_model, named, reading_of, source_of
+from actors.reading import REWARD_KEY, in_options, load_rewards, local_model, named, reading_of, source_of
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
@@ -271,7 +271,10 @@ def inputs_of_model(
 ) -> EvalInputs:
     """A model on data that the user names: with rewards, prompts whose responses they score; without, examples."""
     if not data:
-        raise UserError("--data is missing: name a file, a dataset or a task to evaluate the model on")
+        raise UserError(
+            "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
+            "are evaluated by its configuration: rlhf eval RUN/config.resolved.yaml --model RUN"
+        )
     sets: dict[str, Source] = {}
     for text in data:
         name, source = _source(text)
@@ -299,8 +302,9 @@ def inputs_of_model(
         if wanted is not None:
             with named(key):
                 found = found_model(wanted, trust_remote_code=trust_remote_code)
-            how: dict[str, Any] = {"columns": {}, "reading": reading, "by": marks.by, "by_key": "--by"}
-            candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
+            how: dict[str, Any] = {"columns": decoding.columns, "reading": reading, "by": marks.by, "by_key": "--by"}
+            with in_options():
+                candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
     return _inputs(
         candidates,
         decoding,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.reading import in_options
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long, serving
 from rlhf.config.cluster import ClusterConfig
-from rlhf.data.chat import Message, render, turn_end, with_system_prompt
+from rlhf.data.chat import Message, render, require_template, turn_end, with_system_prompt
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.tokenization import encode
@@ -36,17 +37,16 @@ def generate(
     UserError before anything starts if the model, the data or their lengths are wrong.
     """
     logs.configure("WARNING")
-    rows = _rows(source)
-    model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
-    if decoding.apply_chat_template or any("messages" in row.columns for row in rows):
-        _refuse_without_template(tokenizer, name)
-    prompts = load_prompts(
-        rows,
-        tokenizer,
-        system_prompt=decoding.system_prompt,
-        apply_chat_template=decoding.apply_chat_template,
-        max_prompt_tokens=ANY_LENGTH,
-    )
+    with in_options():
+        rows = _rows(source, decoding.columns)
+        model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
+        prompts = load_prompts(
+            rows,
+            tokenizer,
+            system_prompt=decoding.system_prompt,
+            apply_chat_template=decoding.apply_chat_template,
+            max_prompt_tokens=ANY_LENGTH,
+        )
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
     with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest) as served:
@@ -68,7 +68,7 @@ def chat(
     """
     logs.configure("WARNING")
     model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
-    _refuse_without_template(tokenizer, name)
+    require_template(tokenizer, name)
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
     messages: list[Message] = with_system_prompt([], decoding.system_prompt)
     end = turn_end(tokenizer)
@@ -90,10 +90,10 @@ def chat(
             reply(answer.response)
 
 
-def _rows(source: Sequence[str] | Path) -> list[Row]:
+def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
     """Rows without columns that only rewards would read, whatever their names."""
     if isinstance(source, Path):
-        rows = read_rows(str(source))
+        rows = read_rows(str(source), columns=columns)
         return [
             Row(
                 file=row.file,
@@ -113,11 +113,3 @@ def _loaded(name: str, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
     model = found_model(name, trust_remote_code=trust_remote_code)
     refuse_unservable(model)
     return model, load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
-
-
-def _refuse_without_template(tokenizer: Any, name: str) -> None:
-    """UserError in the words of the command, where rlhf.data speaks of a configuration."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{name}: its tokenizer has no chat template. Use a chat model, or string prompts with --no-chat-template."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,27 @@ def named(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+_OPTIONS = (
+    (re.compile(r"data\.columns: \{(\w+): (\w+)\}"), r"--column \1=\2"),
+    (re.compile(r"data\.columns\.(\w+) names"), r"--column \1 names"),
+    (re.compile(r"data\.columns"), "--column"),
+    (re.compile(r"data\.system_prompt"), "--system-prompt"),
+    (re.compile(r"data\.apply_chat_template: false"), "--no-chat-template"),
+)
+
+
+@contextmanager
+def in_options() -> Iterator[None]:
+    """Say the keys of a configuration, which messages about data name, as the options of a command."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, option in _OPTIONS:
+            text = key.sub(option, text)
+        raise UserError(text) from error
 
 
 def local_model(name: str, folder: Path, *, seed: int) -> str:

@@ -27,6 +27,7 @@ from actors.tool_calls import VllmToolCalls
 from actors.vllm_engine import (
     RolloutSpec,
     adapter_request,
+    added_tokens,
     build_engine,
     engine_environment,
     kv_cache_tokens,
@@ -85,6 +86,7 @@ class RolloutWorker:
         self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name)
         self.version: int | None = None
         self._lora: Any = None
+        self._added: dict[str, int] = {}  # special and added tokens by their text
         self._serial = 0
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
         self._refused: RunError | None = None  # why a group that came since `hold` cannot be started
@@ -97,6 +99,7 @@ class RolloutWorker:
         began = time.monotonic()
         await self._wait(self.loop.start(), "its start", self.spec.start_timeout_s)
         tokens = await self._call(kv_cache_tokens, "its size", 10.0)
+        self._added = await self._call(added_tokens, "its tokenizer", self.spec.start_timeout_s)
         if self.spec.is_frozen:
             self._lora = await self._call(
                 lambda engine: serve_own_weights(engine, self.spec), "its adapter", self.spec.start_timeout_s
@@ -217,7 +220,7 @@ class RolloutWorker:
         submission = Submission(
             request_id=self._next_id(_prefix(group_id)),
             prompt_token_ids=token_ids,
-            params=sampling_params(sampling, seed, turn_end=turn_end),
+            params=sampling_params(sampling, seed, turn_end=turn_end, added=self._added),
             lora=self._lora,
         )
         (future,) = self.loop.submit([submission])
@@ -401,7 +404,9 @@ class RolloutWorker:
             Submission(
                 request_id=self._next_id(_prefix(request.group_id)),
                 prompt_token_ids=request.prompt.token_ids,
-                params=sampling_params(request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end),
+                params=sampling_params(
+                    request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end, added=self._added
+                ),
                 lora=self._lora,
             )
             for seed in request.seeds

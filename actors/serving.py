@@ -114,7 +114,10 @@ def sampling_of(decoding: Decoding) -> Sampling:
         temperature=decoding.temperature,
         top_p=decoding.top_p,
         top_k=decoding.top_k,
+        min_p=decoding.min_p,
+        repetition_penalty=decoding.repetition_penalty,
         stop=decoding.stop,
+        stop_token_ids=decoding.stop_token_ids,
     )
 
 

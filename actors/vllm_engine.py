@@ -6,7 +6,7 @@ specification can be made, and its environment set, before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,11 +112,24 @@ def build_engine(spec: RolloutSpec) -> Any:
     )
 
 
-def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None) -> Any:
-    """Return vLLM's parameters for one sample. turn_end: a token that ends it besides the model's own."""
+def added_tokens(engine: Any) -> dict[str, int]:
+    """Return the ids of the tokenizer's special and added tokens by their text."""
+    return dict(engine.get_tokenizer().get_added_vocab())
+
+
+def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
+    """Return vLLM's parameters for one sample.
+
+    turn_end: a token that ends it besides the model's own. added: what `added_tokens` returned. A stop string that is
+    such a token ends the sample by its id. Only where one stands within a longer string are they part of the text in
+    which vLLM looks for strings.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    ends = {*sampling.stop_token_ids, *(added[text] for text in sampling.stop if text in added)}
+    if turn_end is not None:
+        ends.add(turn_end)
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -126,9 +139,9 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None) -> A
         max_tokens=sampling.max_new_tokens,
         seed=seed,
         stop=list(sampling.stop),
-        stop_token_ids=[*sampling.stop_token_ids, *(() if turn_end is None else (turn_end,))],
+        stop_token_ids=list(ends),
         include_stop_str_in_output=True,
-        skip_special_tokens=False,  # stop strings may hold special tokens
+        skip_special_tokens=not any(name in text for text in sampling.stop if text not in added for name in added),
         spaces_between_special_tokens=False,
         structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
         detokenize=bool(sampling.stop),  # text is only looked at for stop strings

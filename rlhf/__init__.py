@@ -202,14 +202,14 @@ def generate(
     device: Literal["cpu", "cuda"] = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Generation]:
-    """Responses to prompts, or to those of a file or dataset (a Path), in order. decoding None: one at temperature 1.
+    """Return responses to prompts, or to those of a file or dataset (a Path), in order.
 
-    model: a hub name, a model folder, a LoRA adapter's folder, or a run's folder.
+    model: a hub name, a model folder, a LoRA adapter's folder, or a run's folder. decoding None: one greedy response,
+    with the system prompt, chat template, columns and stops of the run whose result the model is.
     """
     from rlhf.commands.generate import generate as run
-    from rlhf.evaluation.decoding import Decoding
 
-    return run(str(model), prompts, decoding or Decoding(), device=device, trust_remote_code=trust_remote_code)
+    return run(str(model), prompts, decoding, device=device, trust_remote_code=trust_remote_code)
 
 
 def serve(
@@ -271,7 +271,7 @@ def evaluate(
     """Measure a model on held-out data; eval.json and samples.jsonl go to `out`, or to evals/NAME.
 
     target: a configuration (or its YAML), whose data.eval and rewards measure its policy.model or `model`; or a model,
-    measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: one greedy response.
+    measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: as in `generate`.
     """
     from rlhf.commands.evaluate import evaluate as run
     from rlhf.evaluation.results import Marks

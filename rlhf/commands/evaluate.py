@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.commands.shared import add_decoding, add_overrides, configuration_or_name, said_of_decoding, say
+from rlhf.commands.asking import add_decoding, decoding_of, options_given, refuse_options
+from rlhf.commands.shared import add_overrides, configuration_or_name, say
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,15 +51,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print the table."""
     import json
 
-    from rlhf.evaluation.decoding import Decoding
     from rlhf.evaluation.results import Marks
 
-    said = said_of_decoding(args)
-    if said and args.target.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"--{next(iter(said)).replace('_', '-')} has no effect: {args.target} says how it is sampled; set "
-            "eval.temperature, eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value"
-        )
+    given = options_given(args)
+    if args.target.endswith((".yaml", ".yml")):
+        refuse_options(given, args.target)
     target = configuration_or_name(args.target, args.overrides)
     found, folder = evaluate(
         target,
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         rewards=args.reward,
         reward_model=args.reward_model,
-        decoding=Decoding(**({"temperature": 0.0} | said)) if said else None,
+        decoding=decoding_of(target, given) if isinstance(target, str) else None,
         marks=Marks(ks=args.k, pass_score=args.pass_score, answers=args.answer, by=args.by),
         device=args.device,
         trust_remote_code=args.trust_remote_code,
@@ -99,8 +96,6 @@ def evaluate(
     out: Path | None,
 ) -> tuple[Evaluation, Path]:
     """Evaluate a run's configuration or a model; what was found, and the folder with eval.json and samples.jsonl."""
-    from rlhf.evaluation.decoding import Decoding
-
     if isinstance(target, str):
         if model is not None:
             raise UserError(f"--model has no effect: {target} is a model already")
@@ -131,7 +126,7 @@ def evaluate(
             rewards=rewards,
             reward_model=reward_model,
             against=against,
-            decoding=decoding or Decoding(temperature=0.0),
+            decoding=decoding or decoding_of(target, {}),
             marks=marks,
             device=device or "cpu",
             trust_remote_code=trust_remote_code,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.commands.shared import add_decoding, said_of_decoding, say
+from rlhf.commands.asking import add_decoding, decoding_of, options_given
+from rlhf.commands.shared import say
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer, or converse."""
-    from rlhf.evaluation.decoding import Decoding
-
-    decoding = Decoding(**said_of_decoding(args))
+    given = options_given(args)
+    if args.chat:
+        if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
+            raise UserError("--out, --samples, --column and --no-chat-template have no effect with --chat; remove them")
+        given["apply_chat_template"] = True
+    decoding = decoding_of(args.model, given)
     settings: dict[str, Any] = {"device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
     if args.chat:
-        if args.out is not None or decoding.samples > 1 or not decoding.apply_chat_template:
-            raise UserError("--out, --samples and --no-chat-template have no effect with --chat; remove them")
         from actors.generate import chat
 
         chat(args.model, _turns(), lambda text: say(f"{text}\n"), decoding, **settings)
@@ -63,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def generate(
-    model: str, source: Sequence[str] | Path, decoding: Decoding, *, device: Device, trust_remote_code: bool
+    model: str, source: Sequence[str] | Path, decoding: Decoding | None, *, device: Device, trust_remote_code: bool
 ) -> list[Generation]:
-    """Responses to prompts, or to those of a file or dataset."""
+    """Return responses to prompts, or to those of a file or dataset. decoding None: as the model's run asked it."""
     from actors.generate import generate as answer
 
+    decoding = decoding or decoding_of(model, {})
     return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
 
 

@@ -140,8 +140,9 @@ def refuse_untold_tools(tools: Sequence[Message] | None, text: str, tokenizer: A
     missing = [name for name in names(tools or ()) if name not in text]
     if missing:
         raise UserError(
-            f"{place}: the chat template of {tokenizer.name_or_path} does not tell the model of tool `{missing[0]}` of "
-            "column `tools`."
+            f"{place}: the chat template of {tokenizer.name_or_path} does not tell the model of tool `{missing[0]}`. "
+            "Describe the tool, by its name, in the prompt or in data.system_prompt, or use a model whose template "
+            "writes tools."
         )
 
 

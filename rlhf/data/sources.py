@@ -128,7 +128,9 @@ def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) ->
     if len(moved) < len(columns):
         ours, theirs = next((o, t) for o, t in columns.items() if t not in row.columns)
         found = ", ".join(f"`{name}`" for name in row.columns) or "nothing"
-        raise UserError(f"{row.place}: data.columns.{ours} names `{theirs}`, which is missing; found {found}.")
+        raise UserError(
+            f"{row.place}: data.columns.{ours} names `{theirs}`, which is missing; found {found}. Name one of these."
+        )
     gone = {*columns.values(), *columns}
     kept = {name: value for name, value in row.columns.items() if name not in gone}
     return Row(file=row.file, line=row.line, columns=kept | moved, renamed=renamed)

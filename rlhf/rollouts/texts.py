@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from rlhf.data.tokenization import special_tokens
 from rlhf.rollouts.spans import pieces
 from rlhf.tracking.samples import SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
@@ -45,16 +46,23 @@ def without_turn_end(ids: list[int], turn_end: int | None) -> list[int]:
 
 
 def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
-    """Return a response's text before the first string that stops it, without special tokens, which `stop` may name."""
-    whole = tokenizer.decode(ids, skip_special_tokens=False)
-    ends = [end for end in (whole.find(text) for text in stop) if end >= 0]
-    if not ends:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-    shown = token_texts(ids, tokenizer)
-    plain = token_texts(ids, tokenizer, skip_special_tokens=True)
-    starts = itertools.accumulate((len(text) for text in shown), initial=0)
-    return "".join(text[: max(0, min(ends) - start)] for start, text in zip(starts, plain, strict=False))
+    """Return a response's text before the first string that stops it, without special tokens.
+
+    A string in which a special token stands is looked for among the special tokens, any other in the text without them.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    special = special_tokens(tokenizer)
+    named = [one for one in stop if special.search(one)]
+    ends = [end for end in (text.find(one) for one in stop if one not in named) if end >= 0]
+    if named:
+        shown = token_texts(ids, tokenizer)
+        plain = token_texts(ids, tokenizer, skip_special_tokens=True)
+        whole = "".join(shown)
+        for end in (end for end in (whole.find(one) for one in named) if end >= 0):
+            starts = itertools.accumulate((len(one) for one in shown), initial=0)
+            before = [one[: max(0, end - start)] for start, one in zip(starts, plain, strict=False)]
+            ends.append(sum(map(len, before)))
+    return text[: min(ends)] if ends else text
 
 
 def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[tuple[int, ...]]:

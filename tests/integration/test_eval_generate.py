@@ -154,6 +154,21 @@ def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_p
             )
 
 
+def test_a_runs_model_answers_as_its_run_asked_it(
+    says_7: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind `=` the model says 7, behind the chat template's last token `hi`."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").symlink_to(says_7)
+    (tmp_path / "run" / "config.resolved.yaml").write_text("data: {apply_chat_template: false}\n")
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "3+4="]) == 0
+    out, err = capsys.readouterr()
+    assert out == "7\n"
+    assert "apply_chat_template false" in err
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "3+4=", "--chat-template"]) == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
 @pytest.mark.slow
 def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
     """Each line a turn, blank ones none; the responses alone on stdout; the end of input ends it."""

@@ -158,11 +158,15 @@ def test_stop_strings_end_the_response_and_stay_in_it(synced: Any, tiny_model: P
 
 
 def test_a_stop_string_may_hold_special_tokens(synced: Any, tiny_model: Path) -> None:
-    """The untrained model samples reserved tokens at random: `stop` names one of them, alone and behind a letter."""
+    """The untrained model samples reserved tokens at random. `stop` names them alone, then behind another one."""
     reserved = list(range(261, 320))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sampling = Sampling(max_new_tokens=200, stop=tuple(tokenizer.convert_ids_to_tokens(reserved)))
-    assert _ends_at(synced, request(50, samples=8), sampling, reserved) > 0
+    names = tokenizer.convert_ids_to_tokens(reserved)
+    assert _ends_at(synced, request(50, samples=8), Sampling(max_new_tokens=200, stop=tuple(names)), reserved) > 0
+    pairs = Sampling(max_new_tokens=200, stop=tuple(a + b for a in names for b in names))
+    rollouts, _ = call(synced.generate.remote(request(50, samples=8), pairs))
+    last = [sequence["token_ids"][-2:].tolist() for sequence in sequences(rollouts)]
+    assert any(set(two) <= set(reserved) for two in last)
 
 
 def test_a_token_by_its_id_ends_a_response_and_so_does_the_templates_end(synced: Any) -> None:

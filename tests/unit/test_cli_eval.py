@@ -16,6 +16,7 @@ from actors.eval_inputs import inputs_of_model, inputs_of_run
 from actors.inputs import load_inputs
 from actors.rollout import RolloutSpec, RolloutWorker
 from rlhf.cli import main
+from rlhf.commands.asking import decoding_of
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.load import load
 from rlhf.config.seating import seats_of
@@ -314,3 +315,63 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
     path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
     with pytest.raises(rlhf.UserError, match=r"evaluate\.k: has no effect here: evaluate\.rewards is empty"):
         load(path)
+
+
+RESOLVED = """\
+run: {name: demo}
+data: {train: x, system_prompt: Be brief., columns: {prompt: question}, apply_chat_template: true}
+rollouts: {stop: ["<|user|>"], stop_token_ids: [7], max_new_tokens: 13}
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, tiny_model: Path) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path / "demo"
+    shutil.copytree(tiny_model, folder / "final")
+    (folder / "config.resolved.yaml").write_text(RESOLVED)
+    return folder
+
+
+def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Decoding(system_prompt="Be brief.", columns={"prompt": "question"}, stop=("<|user|>",), stop_token_ids=(7,))
+    assert asked.temperature == 0.0
+    for model in (run_folder, run_folder / "final"):
+        assert decoding_of(str(model), {}) == asked
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert (
+            f'{model} is asked as its run asked it ({run_folder / "config.resolved.yaml"}): system_prompt "Be' in said
+        )
+    assert decoding_of(str(run_folder / "final" / "config.json"), {}) == Decoding()  # not of that run's making
+    assert capsys.readouterr().err == ""
+
+
+def test_options_win_over_the_settings_of_the_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"system_prompt": "", "stop": ("x",), "columns": {"answer": "reply"}, "temperature": 0.5}
+    assert decoding_of(str(run_folder), given) == Decoding(
+        columns={"prompt": "question", "answer": "reply"}, stop=("x",), stop_token_ids=(7,), temperature=0.5
+    )
+    raw = decoding_of(str(run_folder), {"apply_chat_template": False})
+    assert (raw.system_prompt, raw.apply_chat_template) == (None, False)
+
+
+def test_another_column_is_named_by_an_option(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "1+1=", "answer": "2"}\n')
+    words = ["--reward", "last_number", "--out", str(tmp_path / "out")]
+    for command in (
+        ["eval", str(tiny_model), "--data", str(data), *words],
+        ["generate", str(tiny_model), "--file", str(data)],
+    ):
+        assert main(command) == 2
+        assert "`prompt` (or `messages`) is missing" in (said := capsys.readouterr().err)
+        assert said.endswith("set --column prompt=ITS_NAME.\n")
+        assert main([*command, "--column", "prompt=q"]) == 2
+        assert "--column prompt names `q`, which is missing; found `question`" in capsys.readouterr().err
+        assert main([*command, "--column", "prompt"]) == 2
+        assert "expected OURS=THEIRS, such as prompt=question" in capsys.readouterr().err
+        assert main([*command, "--column", "prompt=question", "--max-new-tokens", "9000"]) == 2
+        assert "questions.jsonl:1: the prompt has" in capsys.readouterr().err  # it was read

@@ -106,7 +106,8 @@ def test_a_turns_end_that_is_no_special_token_is_left_out() -> None:
         (("x",), "one two"),
         (("<|user|>",), "one "),
         (("<|user|>two",), "one "),
-        ((" two",), "one two"),  # a special token stands between the space and the word
+        (("user",), "one two"),  # the name of a special token is no text
+        ((" two",), "one"),
         (("tw",), "one "),
     ],
 )

@@ -1,0 +1,116 @@
+"""How `rlhf generate` and `rlhf eval` ask a model: by options, else by the settings of the run that trained it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.evaluation.decoding import Decoding
+
+RESOLVED = "config.resolved.yaml"
+_OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollouts": ("stop", "stop_token_ids")}
+_OPTIONS = {"columns": "--column", "stop_token_ids": "--stop-token-id", "apply_chat_template": "--chat-template"}
+
+
+def add_decoding(command: argparse.ArgumentParser) -> None:
+    """Add the options of a Decoding. None has a default here: an option that is not given says nothing."""
+    add = command.add_argument
+    add("--samples", type=int, metavar="N", help="responses to each prompt; 1")
+    add("--temperature", type=float, help="0 is greedy; 0")
+    add("--top-p", type=float, help="nucleus sampling; 1 keeps all tokens")
+    add("--top-k", type=int, help="sample among the k likeliest tokens")
+    add("--min-p", type=float, help="sample tokens at least so likely as this share of the likeliest; 0 keeps all")
+    add("--repetition-penalty", type=float, help="above 1: tokens that have occurred are less likely; 1")
+    add("--max-new-tokens", type=int, metavar="N", help="tokens of a response, at most; 256")
+    add("--stop", action="append", metavar="TEXT", help="ends a response; may be repeated")
+    add("--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID", help="the same, by its id")
+    add("--seed", type=int, help="of sampling and intervals; 0")
+    add("--system-prompt", metavar="TEXT", help="put before every prompt by the chat template; empty: none")
+    add(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        dest="apply_chat_template",
+        help="with --no-chat-template string prompts go to the model as they are",
+    )
+    add("--column", action="append", type=_column, dest="columns", metavar="OURS=THEIRS", help="rename a column")
+    add("--device", choices=("cpu", "cuda"), help="cpu if not given")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected OURS=THEIRS, such as prompt=question")
+    return ours, theirs
+
+
+def options_given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a Decoding that the options set."""
+    from rlhf.evaluation.decoding import Decoding
+
+    values = {field.name: getattr(args, field.name) for field in fields(Decoding)}
+    given = {name: value for name, value in values.items() if value is not None}
+    if "columns" in given:
+        given["columns"] = dict(given["columns"])
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
+    """UserError for the first option of a Decoding, which has no effect on a configuration."""
+    for name in given:
+        option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+        raise UserError(
+            f"{option} has no effect: {configuration} says how it is sampled. Set eval.temperature, "
+            "eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."
+        )
+
+
+def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
+    """Return how a model is asked. What the options do not say, the run says whose result the model is.
+
+    The settings that are taken from a run are named in a line on stderr.
+    """
+    from rlhf.evaluation.decoding import Decoding
+
+    said = dict(given)
+    if said.get("system_prompt") == "":
+        said["system_prompt"] = None
+    file = _resolved(model)
+    own = {} if file is None else _settings(file)
+    if said.get("apply_chat_template") is False:
+        own["system_prompt"] = None
+    columns = {**own.get("columns", {}), **said.get("columns", {})}
+    usual = Decoding()
+    taken = {name: value for name, value in own.items() if name not in said and value != getattr(usual, name)}
+    if taken:
+        shown = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in taken.items())
+        sys.stderr.write(f"{model} is asked as its run asked it ({file}): {shown}. Options win over these.\n")
+    return Decoding(**{**own, **said, "columns": columns})
+
+
+def _resolved(model: str) -> Path | None:
+    """Return the configuration of the run whose folder, or whose final/, a model is."""
+    folder = Path(model).expanduser()
+    folders = (folder, folder.parent) if folder.name == "final" else (folder,)
+    return next((folder / RESOLVED for folder in folders if (folder / RESOLVED).is_file()), None)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return the fields of a Decoding that a run's configuration sets."""
+    from rlhf.config.yaml_tree import read_tree
+
+    tree = read_tree(file).values
+    found: dict[str, Any] = {}
+    for section, names in _OF_RUN.items():
+        values = tree.get(section)
+        if isinstance(values, dict):
+            found |= {name: values[name] for name in names if name in values}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
