@@ -14,7 +14,16 @@ from actors.environments import LoadedEnvironment, load_environment
 from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.prompts import read_prompts
-from actors.reading import REWARD_KEY, in_options, load_rewards, local_model, named, reading_of, source_of
+from actors.reading import (
+    REWARD_KEY,
+    in_options,
+    load_rewards,
+    local_model,
+    named,
+    reading_of,
+    refuse_absent_tokens,
+    source_of,
+)
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
@@ -110,6 +119,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         temperature=config.eval.temperature,
         max_new_tokens=1 if rollouts is None else rollouts.max_new_tokens,
         stop=() if rollouts is None else rollouts.stop,
+        stop_token_ids=() if rollouts is None else rollouts.stop_token_ids,
         seed=config.run.seed,
         system_prompt=data.system_prompt,
         apply_chat_template=data.apply_chat_template,
@@ -175,6 +185,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens if config.rewards else 1,
         stop=config.stop,
+        stop_token_ids=config.stop_token_ids,
         seed=stage.run.seed,
         system_prompt=config.system_prompt,
         apply_chat_template=config.apply_chat_template,
@@ -336,6 +347,7 @@ def _candidate(
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}
+    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="stop_token_ids")
     if rewards:
         refuse_unservable(model)
     played = environment(model) if rewards else None
@@ -347,18 +359,17 @@ def _candidate(
             with named(f"{key} (without rewards its completions are measured)"):
                 examples[name] = _examples(rows, tokenizer, reading, model, key=key)
             continue
-        prompts[name], rows = read_prompts(
+        loaded, rows = read_prompts(
             source,
             key,
             tokenizer,
+            replace(reading, max_tokens=ANY_LENGTH) if reading.too_long == "error" else reading,
             columns=columns,
             rewards=rewards,
             reward_key=reward_key,
             environment=played,
-            system_prompt=decoding.system_prompt,
-            apply_chat_template=decoding.apply_chat_template,
-            max_prompt_tokens=ANY_LENGTH,
         )
+        prompts[name] = loaded.items
         with named(key):
             if played is None:
                 refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)

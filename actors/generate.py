@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.reading import in_options
+from actors.reading import in_options, refuse_absent_tokens
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long, serving
 from rlhf.config.cluster import ClusterConfig
 from rlhf.data.chat import Message, render, require_template, turn_end, with_system_prompt
+from rlhf.data.examples import Reading
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.tokenization import encode
@@ -40,13 +41,16 @@ def generate(
     with in_options():
         rows = _rows(source, decoding.columns)
         model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
+        refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
         prompts = load_prompts(
             rows,
             tokenizer,
-            system_prompt=decoding.system_prompt,
-            apply_chat_template=decoding.apply_chat_template,
-            max_prompt_tokens=ANY_LENGTH,
-        )
+            Reading(
+                system_prompt=decoding.system_prompt,
+                apply_chat_template=decoding.apply_chat_template,
+                max_tokens=ANY_LENGTH,
+            ),
+        ).items
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
     with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest) as served:
@@ -69,6 +73,7 @@ def chat(
     logs.configure("WARNING")
     model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
     require_template(tokenizer, name)
+    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
     messages: list[Message] = with_system_prompt([], decoding.system_prompt)
     end = turn_end(tokenizer)

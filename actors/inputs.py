@@ -17,7 +17,14 @@ from actors.made import Made
 from actors.merge import foresee, with_local_models
 from actors.models import check_models, refuse_other_results, with_adapters, with_tiny
 from actors.prompts import read_prompts
-from actors.reading import load_rewards, named, reading_of, refuse_unused_rewards, source_of
+from actors.reading import (
+    load_rewards,
+    named,
+    reading_of,
+    refuse_absent_tokens,
+    refuse_unused_rewards,
+    source_of,
+)
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
@@ -83,6 +90,7 @@ class OnlineInputs:
     """What an online run reads."""
 
     prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
+    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
     shares: tuple[Share, ...]
     eval_sets: Mapping[str, EvalSet]
     marking: Marking  # how held-out responses are marked
@@ -163,21 +171,23 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     with named("policy.model"):
         tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
+    refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
+
+    unusable: list[Unusable] = []
 
     def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
-        prompts, _ = read_prompts(
+        loaded, _ = read_prompts(
             source_of(source),
             name,
             tokenizer,
+            reading_of(config),
             columns=data.columns,
             rewards=specs,
             environment=environment,
-            system_prompt=data.system_prompt,
-            apply_chat_template=data.apply_chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
             first_id=first_id,
         )
-        return prompts
+        unusable.extend(loaded.unusable)
+        return loaded.items
 
     beside = Path(loaded.source).resolve().parent
     specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
@@ -225,6 +235,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(
         prompts=prompts,
+        unusable=tuple(unusable),
         shares=tuple(shares),
         eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
         marking=marking_of(marks, specs, samples=settings.samples_per_prompt),

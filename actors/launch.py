@@ -144,6 +144,10 @@ async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: M
     show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
+        for row in stage.inputs.unusable if step is None else ():
+            record.tracker.log_error(
+                ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
+            )
         if isinstance(stage.inputs, OnlineInputs):
             await _run_online(stage, stage.inputs, record, step, told, until=until)
         else:
@@ -160,11 +164,6 @@ async def _run_offline(
     until: int | None,
 ) -> None:
     config = stage.config
-    if step is None:
-        for row in inputs.unusable:
-            record.tracker.log_error(
-                ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
-            )
     placement = await reserve(config)
     steps = config.train.steps
     rank = OFFLINE_RANKS[offline_kind(config)]

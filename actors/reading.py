@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import DataSource
-from rlhf.config.derive import max_sequence_tokens
+from rlhf.config.derive import is_online, max_sequence_tokens
 from rlhf.config.rewards import RewardConfig
 from rlhf.config.root import Config
 from rlhf.data.examples import Reading
@@ -67,6 +67,17 @@ def local_model(name: str, folder: Path, *, seed: int) -> str:
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
 
 
+def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:
+    """UserError if a token id is none of the tokenizer's."""
+    known = tokenizer.get_vocab().values() if token_ids else ()
+    for token in token_ids:
+        if token not in known:
+            raise UserError(
+                f"{key}: {token} is no token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
+                f"{max(known)}. Name one of these."
+            )
+
+
 def source_of(source: DataSource) -> Source:
     """What the readers of data take."""
     if isinstance(source, str):
@@ -75,12 +86,12 @@ def source_of(source: DataSource) -> Source:
 
 
 def reading_of(config: Config) -> Reading:
-    """How a run reads its examples."""
+    """Return how a run reads its prompts or examples."""
     data = config.data
     return Reading(
         system_prompt=data.system_prompt,
         apply_chat_template=data.apply_chat_template,
-        max_tokens=max_sequence_tokens(config),
+        max_tokens=data.max_prompt_tokens if is_online(config) else max_sequence_tokens(config),
         too_long=data.too_long,
         max_unusable_fraction=data.max_unusable_fraction,
     )

@@ -44,6 +44,9 @@ def problems(config: Config) -> tuple[Problem, ...]:
     elif config.rollouts is not None:
         found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
         found += loss_problems(config, config.rollouts)
+    if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
+        text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
+        found.append(_problem("data.too_long", text))
     found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
     return tuple(found)
 
@@ -216,9 +219,6 @@ def _offline(config: Config) -> Iterator[Problem]:
             "raise that"
         )
         yield _problem("data.max_sequence_tokens", text)
-    if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
-        text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
-        yield _problem("data.too_long", text)
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

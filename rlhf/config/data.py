@@ -102,13 +102,15 @@ class DataConfig(Section):
     apply_chat_template: bool = True
     """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error at load time. Offline sequences are bound by max_sequence_tokens."""
+    """Tokens of the longest prompt of rollouts; `too_long` says what becomes of a longer one. Offline sequences are
+    bound by max_sequence_tokens."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Offline: tokens of the longest sequence, prompt and completion. null: train.max_tokens_per_microbatch, of
     pairs half of it, of triples a third."""
     too_long: Literal["error", "skip", "cut"] = "error"
-    """Offline, a longer sequence: stops the run, is left out, or loses the end of its completion (never of its
-    prompt)."""
+    """A prompt or an offline sequence that is longer stops the run before it starts, is left out, or is cut. A raw
+    prompt loses its beginning, a conversation its oldest turns (not the system prompt), an offline sequence the end of
+    its completion."""
     max_unusable_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Offline: share of a set's rows that may be left out because they are well formed but cannot be used (an empty
-    completion, chosen equal to rejected, no assistant turn, too long). More of them stop the run."""
+    """Share of a set's rows that may be left out because they are well formed but cannot be used: prompts that are too
+    long; offline also an empty completion, chosen equal to rejected, no assistant turn. More of them stop the run."""

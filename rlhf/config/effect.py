@@ -92,10 +92,13 @@ def _of_method(config: Config) -> Iterator[Inert]:
             yield from _all("reference", f"algorithm {name} has no reference", "use dpo")
     else:
         yield from _all(
-            "data.max_sequence_tokens data.too_long data.max_unusable_fraction",
+            "data.max_sequence_tokens",
             f"algorithm {name} samples what it trains on",
             "choose an algorithm that learns from given answers",
         )
+        if config.data.too_long == "error":
+            why = f"algorithm {name} leaves out no rows but prompts that are too long, and data.too_long is error"
+            yield from _all("data.max_unusable_fraction", why, "set data.too_long to skip or cut")
         if not derive.has_critic(config):
             yield from _all("critic", f"algorithm {name} has no critic", "use ppo")
     if not derive.has_teacher(config):

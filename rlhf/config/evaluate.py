@@ -60,7 +60,9 @@ class EvaluateConfig(Section):
     environment: EnvironmentConfig | None = None
     """null: one turn answers a prompt. With one, evaluate.max_new_tokens is of each turn."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response; they stay in it."""
+    """Strings that end a response; they stay in it, and may hold special tokens."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids that end a response, besides the model's own and the chat template's; they stay in it."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: float | None = None
@@ -135,7 +137,7 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens environment stop"
-        yield from _all(f"{keys} k pass_score answer by", why, "name a reward")
+        yield from _all(f"{keys} stop_token_ids k pass_score answer by", why, "name a reward")
     else:
         if not stage.uses_reward_model:
             fix = "add a reward with `role: reward` to evaluate.rewards"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf.algorithms.dapo import DAPOConfig
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
+from rlhf.algorithms.raft import RAFTConfig
 from rlhf.algorithms.shared import OnlineConfig
 from rlhf.config.explain import Problem
 from rlhf.config.rollouts import RolloutsConfig
@@ -16,6 +18,7 @@ STRAIGHT_THROUGH = "_straight_through"
 def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Of an algorithm on rollouts that weighs tokens by advantages."""
     algorithm = config.algorithm
+    yield from _penalty(config, rollouts)
     if not isinstance(algorithm, OnlineConfig):
         return
     kl, entropy = algorithm.kl, algorithm.entropy
@@ -35,3 +38,23 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
             whose = "rollouts.max_new_tokens" if rollouts.environment is None else "what a conversation samples"
             text = f"is {buffer} and must be at most {whose} = {most}, which it ends at; lower it"
             yield Problem(key=("algorithm", "overlong", "buffer"), text=text)
+
+
+def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """A repetition penalty makes the sampler another policy, which a gradient by advantages has to correct for."""
+    algorithm, penalty = config.algorithm, rollouts.repetition_penalty
+    if penalty == 1.0 or isinstance(algorithm, RAFTConfig):
+        return
+    key = ("rollouts", "repetition_penalty")
+    trained = "is trained by log-probabilities without a penalty, as if they were the sampler's"
+    if isinstance(algorithm, OnPolicyDistillationConfig) and algorithm.is_sampled:
+        text = f"is {penalty:g}, but algorithm {algorithm.name} {trained}; set 1, or another algorithm.divergence"
+        yield Problem(key=key, text=text)
+    if isinstance(algorithm, OnlineConfig):
+        correction = algorithm.correction
+        if correction is None or (correction.weights is None and correction.mode != "bypass"):
+            text = (
+                f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}; set algorithm.correction.preset to "
+                "token_tis, which weighs tokens by the ratio of the two, or set 1"
+            )
+            yield Problem(key=key, text=text)

@@ -76,8 +76,15 @@ class RolloutsConfig(Section):
     """Nucleus sampling; 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
     """Sample among the k likeliest tokens; null keeps all."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among the tokens whose probability is at least this share of the likeliest token's; 0 keeps all."""
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Above 1, tokens that the prompt or the response has are less likely; 1 changes nothing. The policy is trained
+    without it, so another value needs importance weights towards the sampler (algorithm.correction)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response; they stay in it."""
+    """Strings that end a response; they stay in it, and may hold special tokens."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids that end a response, besides the model's own and the chat template's; they stay in it."""
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups that teach nothing; null: all groups are trained on."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)

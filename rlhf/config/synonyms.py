@@ -126,6 +126,9 @@ SYNONYMS = (
     S("rollouts.temperature", "temperature", "rollout.temperature", "rollout.temperature temperature"),
     S("rollouts.top_p", "top_p", "rollout.top_p", "rollout.top_p top_p"),
     S("rollouts.top_k", "top_k", "rollout.top_k"),
+    S("rollouts.min_p", "min_p", "rollout.min_p"),
+    S("rollouts.repetition_penalty", "repetition_penalty", "rollout.repetition_penalty"),
+    S("rollouts.stop_token_ids", "stop_token_id", "rollout.stop_token_ids"),
     S("rollouts.stop", "stop_token", other="stop_sequences stop_strings"),
     S(
         "rollouts.dynamic_sampling",

@@ -191,7 +191,7 @@ class Answers:
         beside = [
             replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
         ]
-        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None)
+        likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
         answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
         greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
         return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]

@@ -52,7 +52,10 @@ async def evaluate(
     assert config.rollouts is not None
     settings = config.eval
     sampling = Sampling(
-        max_new_tokens=config.rollouts.max_new_tokens, temperature=settings.temperature, stop=config.rollouts.stop
+        max_new_tokens=config.rollouts.max_new_tokens,
+        temperature=settings.temperature,
+        stop=config.rollouts.stop,
+        stop_token_ids=config.rollouts.stop_token_ids,
     )
     selections: list[SampleSelection] = []
     reports: list[SetReport] = []

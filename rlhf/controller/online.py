@@ -83,7 +83,10 @@ class OnlineController:
             temperature=self.rollouts.temperature,
             top_p=self.rollouts.top_p,
             top_k=self.rollouts.top_k,
+            min_p=self.rollouts.min_p,
+            repetition_penalty=self.rollouts.repetition_penalty,
             stop=self.rollouts.stop,
+            stop_token_ids=self.rollouts.stop_token_ids,
         )
         self.notice = Notice()
         self.step = 0

@@ -28,12 +28,12 @@ TooLong = Literal["error", "skip", "cut"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How a run reads its offline data."""
+    """How a run reads its data."""
 
     system_prompt: str | None
     apply_chat_template: bool
-    max_tokens: int  # of one sequence: data.max_sequence_tokens, or train.max_tokens_per_microbatch where that is null
-    too_long: TooLong = "error"  # cut: the completion loses its end; a prompt is never cut
+    max_tokens: int  # of a prompt: data.max_prompt_tokens. Of an offline sequence: data.max_sequence_tokens
+    too_long: TooLong = "error"  # cut: a prompt for rollouts loses its beginning, an offline completion its end
     max_unusable_fraction: float = 0.0  # share of the rows of one data set that may be left out
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rlhf.data.chat import (
+    ASSISTANT,
     Message,
     raw_prompt,
     read_messages,
@@ -22,9 +24,11 @@ from rlhf.data.chat import (
     turn_end,
     with_system_prompt,
 )
+from rlhf.data.examples import Reading
 from rlhf.data.sources import Row
 from rlhf.data.stream import Stream
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
+from rlhf.data.usable import Loaded, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import Prompt
@@ -38,67 +42,113 @@ _GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # names that a reward 
 def load_prompts(
     rows: Sequence[Row],
     tokenizer: Any,
+    reading: Reading,
     *,
-    system_prompt: str | None,
-    apply_chat_template: bool,
-    max_prompt_tokens: int,
     first_id: int = 0,
     tools: Sequence[Message] | None = None,
-) -> tuple[Prompt, ...]:
-    """One prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id`.
+) -> Loaded[Prompt]:
+    """Return one prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id` through them.
 
-    Conversations always go through the chat template, string prompts if `apply_chat_template`, with the tools of column
+    Conversations always go through the chat template, string prompts if the reading says so, with the tools of column
     `tools` or, where a row has none, with `tools`; either ends where the assistant's turn begins. All columns but
-    `prompt` go on to the rewards, `temperature` too, which is the prompt's own. UserError names the row that is wrong.
+    `prompt` go on to the rewards, `temperature` too, which is the prompt's own. A prompt that is too long is an error,
+    is left out, or is cut at its beginning, as the reading says. UserError names the row that is wrong.
     """
-    texts = [
-        _prompt_text(
-            row,
-            tokenizer,
-            system_prompt=system_prompt,
-            apply_chat_template=apply_chat_template,
-            tools=read_tools(row) or tools,
-        )
-        for row in rows
-    ]
-    chat = [_is_chat(row, apply_chat_template) for row in rows]
-    rendered = iter(encode([text for text, is_chat in zip(texts, chat, strict=True) if is_chat], tokenizer))
-    raw = iter(encode_raw([text for text, is_chat in zip(texts, chat, strict=True) if not is_chat], tokenizer))
-    end = turn_end(tokenizer) if any(chat) else None
-    if any(chat) and end is None:
-        logger.warning(
-            "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
-            "end-of-sequence token alone",
-            tokenizer.name_or_path,
-        )
-    prompts = []
-    for prompt_id, (row, text, is_chat) in enumerate(zip(rows, texts, chat, strict=True), start=first_id):
-        token_ids = next(rendered if is_chat else raw)
+    drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
+    chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
+    raw = iter(encode_raw([draft.text for draft in drafts if draft.messages is None], tokenizer))
+    end = _turn_end(tokenizer) if any(draft.messages is not None for draft in drafts) else None
+    prompts: list[Prompt] = []
+    unusable: list[Unusable] = []
+    for draft in drafts:
+        row, is_chat = draft.row, draft.messages is not None
+        token_ids = next(chat if is_chat else raw)
         if not token_ids:
-            raise UserError(f"{row.place}: the prompt {text!r:.40} has no tokens.")
-        if len(token_ids) > max_prompt_tokens:
-            raise UserError(
-                f"{row.place}: the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens: "
-                f"{max_prompt_tokens}. Raise it, or shorten the prompt."
-            )
-        columns = {name: value for name, value in row.columns.items() if name != "prompt"}
+            raise UserError(f"{row.place}: the prompt {draft.text!r:.40} has no tokens.")
+        try:
+            text, token_ids = _fit(draft, token_ids, tokenizer, reading)
+        except NotUsable as fault:
+            unusable.append(fault.unusable)
+            continue
         prompts.append(
             Prompt(
-                prompt_id=prompt_id,
+                prompt_id=first_id + len(prompts),
                 token_ids=tuple(token_ids),
                 text=text,
-                columns=columns,
+                columns={name: value for name, value in row.columns.items() if name != "prompt"},
                 temperature=_temperature(row),
                 is_chat=is_chat,
                 turn_end=end if is_chat else None,
             )
         )
-    return tuple(prompts)
+    refuse_too_many(unusable, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
+    return Loaded(items=tuple(prompts), unusable=tuple(unusable))
 
 
-def _is_chat(row: Row, apply_chat_template: bool) -> bool:
-    """Return whether the chat template writes the row's prompt."""
-    return apply_chat_template or "messages" in row.columns
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A row's prompt as text."""
+
+    row: Row
+    text: str
+    messages: Sequence[Message] | None  # None: no template wrote it
+    tools: Sequence[Message] | None
+
+
+def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Message] | None) -> _Draft:
+    messages = _messages(row, reading)
+    if messages is None:
+        text = row.text("prompt", alternative="messages")
+        beginning = raw_beginning(tokenizer)
+        text = raw_prompt(text, place=row.place, system_prompt=reading.system_prompt, beginning=beginning)
+    else:
+        require_template(tokenizer, row.place)
+        text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
+        refuse_untold_tools(tools, text, tokenizer, row.place)
+    return _Draft(row=row, text=text, messages=messages, tools=tools)
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    end = turn_end(tokenizer)
+    if end is None:
+        logger.warning(
+            "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
+            "end-of-sequence token alone",
+            tokenizer.name_or_path,
+        )
+    return end
+
+
+def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[str, list[int]]:
+    """Return the text and its tokens within the limit. NotUsable if they cannot be cut, or are not to be."""
+    place, limit = draft.row.place, reading.max_tokens
+    if len(token_ids) <= limit:
+        return draft.text, token_ids
+    problem = f"the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens: {limit}"
+    if reading.too_long == "error":
+        raise UserError(f"{place}: {problem}. Raise it, shorten the prompt, or set data.too_long to cut or skip.")
+    if reading.too_long == "skip":
+        raise NotUsable(place, problem)
+    if draft.messages is None:
+        beginning = raw_beginning(tokenizer)
+        first = token_ids[:1] if beginning else []
+        kept = token_ids[len(token_ids) - limit + len(first) :]
+        return beginning + str(tokenizer.decode(kept, skip_special_tokens=False)), [*first, *kept]
+    messages = draft.messages
+    while messages := _without_oldest(messages):
+        text = render(messages, tokenizer, add_generation_prompt=True, place=place, tools=draft.tools)
+        (token_ids,) = encode([text], tokenizer)
+        if len(token_ids) <= limit:
+            return text, token_ids
+    raise NotUsable(place, f"{problem}, and its last user's turn with the system prompt has {len(token_ids)}")
+
+
+def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return a conversation without its oldest user's turn and the answers to it. Empty: there is no later one."""
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if len(users) < 2:
+        return []
+    return [*(message for message in messages[: users[0]] if message["role"] == "system"), *messages[users[1] :]]
 
 
 def _temperature(row: Row) -> float | None:
@@ -119,41 +169,28 @@ def _is_sampled_at(temperature: float) -> bool:
     return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
 
 
-def _prompt_text(
-    row: Row,
-    tokenizer: Any,
-    *,
-    system_prompt: str | None,
-    apply_chat_template: bool,
-    tools: Sequence[Message] | None,
-) -> str:
+def _messages(row: Row, reading: Reading) -> list[Message] | None:
+    """Return the conversation of a row's prompt. None: a string that goes to the model as it is."""
     for name in _GIVEN_TO_REWARDS:
         if name in row.columns:
             raise UserError(
                 f"{row.place}: column `{name}` has the name of an argument that rewards receive from the run. "
                 f"Rename it: data.columns: {{reference: {name}}}."
             )
-    if "messages" in row.columns:
-        if "prompt" in row.columns:
-            raise UserError(
-                f"{row.place}: has both `prompt` and `messages`; one of them is the prompt, remove the other."
-            )
-        messages = read_messages(row, system_prompt=system_prompt)
-        if messages[-1]["role"] == "assistant":
-            raise UserError(
-                f"{row.place}: the conversation ends with the assistant's turn, which is to be sampled. Remove that "
-                "last message. A reward reads the answer from a column of its own, such as `answer`."
-            )
-    elif apply_chat_template:
+    if "messages" not in row.columns:
+        if not reading.apply_chat_template:
+            return None
         user = {"role": "user", "content": row.text("prompt", alternative="messages")}
-        messages = with_system_prompt([user], system_prompt)
-    else:
-        text = row.text("prompt", alternative="messages")
-        return raw_prompt(text, place=row.place, system_prompt=system_prompt, beginning=raw_beginning(tokenizer))
-    require_template(tokenizer, row.place)
-    text = render(messages, tokenizer, add_generation_prompt=True, place=row.place, tools=tools)
-    refuse_untold_tools(tools, text, tokenizer, row.place)
-    return text
+        return with_system_prompt([user], reading.system_prompt)
+    if "prompt" in row.columns:
+        raise UserError(f"{row.place}: has both `prompt` and `messages`; one of them is the prompt, remove the other.")
+    messages = read_messages(row, system_prompt=reading.system_prompt)
+    if messages[-1]["role"] == ASSISTANT:
+        raise UserError(
+            f"{row.place}: the conversation ends with the assistant's turn, which is to be sampled. Remove that "
+            "last message. A reward reads the answer from a column of its own, such as `answer`."
+        )
+    return messages
 
 
 def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:

@@ -28,7 +28,7 @@ from actors.openai_forms import MOST_SAMPLES, ChatRequest, read
 from actors.rollout import EngineHealth
 from actors.serve import MAX_BODY_BYTES, ModelServer, ServerSpec
 from rlhf.cli import main
-from rlhf.data.chat import encode
+from rlhf.data.tokenization import encode
 from rlhf.errors import RunError
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.spans import Sampled

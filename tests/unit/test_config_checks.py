@@ -52,7 +52,29 @@ def test_the_unchanged_configs_pass(tmp_path: Path, text: str, override: str) ->
     assert main(["plan", str(path), override]) == 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [GRPO, "algorithm.correction.preset=token_tis"],
+        [GRPO, "algorithm.correction.preset=bypass_clip"],
+        ["algorithm={name: raft}", "train.sequences_per_update=8"],
+        PAIRS,
+    ],
+)
+def test_a_repetition_penalty_is_allowed_where_the_sampler_may_be_another_policy(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), *overrides, "rollouts.repetition_penalty=1.2", "rollouts.min_p=0.1"]) == 0
+
+
 RELATIONS = {
+    "a penalty needs importance weights": (
+        [GRPO, "rollouts.repetition_penalty=1.2"],
+        "rollouts.repetition_penalty: is 1.2, but algorithm grpo is trained by log-probabilities without a penalty, as "
+        "if they were the sampler's; set algorithm.correction.preset to token_tis",
+    ),
     # 8 * 4 = 32 responses; 32 is no multiple of 12, and the largest divisor of 32 below 12 is 8
     "minibatches divide the batch": (
         ["train.sequences_per_update=12"],

@@ -132,7 +132,7 @@ def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) ->
 @pytest.mark.parametrize(("before", "asks"), [(1, True), (0, False)])
 def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path, before: int, asks: bool) -> None:
     config: Any = SimpleNamespace(
-        rollouts=SimpleNamespace(max_new_tokens=4, stop=()),
+        rollouts=SimpleNamespace(max_new_tokens=4, stop=(), stop_token_ids=()),
         eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1, greedy=False),
         run=SimpleNamespace(name="r", seed=0),
         rewards={},

@@ -74,9 +74,8 @@ def test_what_comes_after_the_last_answer_is_left_out(tokenizer: Any) -> None:
 def test_the_prompt_is_tokenised_as_for_a_rollout(tokenizer: Any, apply_chat_template: bool) -> None:
     row = {"prompt": "hi\n", "completion": "\nyes"}
     (example,) = load(tokenizer, row, apply_chat_template=apply_chat_template)
-    (prompt,) = load_prompts(
-        as_rows(row), tokenizer, system_prompt=None, apply_chat_template=apply_chat_template, max_prompt_tokens=99
-    )
+    reading = Reading(system_prompt=None, apply_chat_template=apply_chat_template, max_tokens=99)
+    (prompt,) = load_prompts(as_rows(row), tokenizer, reading).items
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert example.loss_mask == tuple(i >= len(prompt.token_ids) for i in range(len(example.token_ids)))
 

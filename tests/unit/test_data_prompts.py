@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from rlhf.data.examples import Reading, load_examples
 from rlhf.data.prompts import load_prompts, rollout_seed
 from rlhf.data.sources import Row
+from rlhf.data.usable import Loaded
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
@@ -38,10 +39,15 @@ def bos_tokenizer(tiny_model: Path) -> Any:
 
 
 def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Prompt, ...]:
-    settings = {"system_prompt": None, "apply_chat_template": True, "max_prompt_tokens": 64} | more
-    return load_prompts(
-        [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)], tokenizer, **settings
-    )
+    return load_all(tokenizer, *rows, **more).items
+
+
+def load_all(
+    tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, tools: Any = None, **more: Any
+) -> Loaded[Prompt]:
+    reading = Reading(**({"system_prompt": None, "apply_chat_template": True, "max_tokens": 64} | more))
+    found = [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
+    return load_prompts(found, tokenizer, reading, first_id=first_id, tools=tools)
 
 
 def test_a_string_prompt_becomes_a_users_turn(tokenizer: Any) -> None:
@@ -77,7 +83,7 @@ def test_tools_are_told_as_in_the_prompt_of_an_example(tokenizer: Any) -> None:
         "{%- for tool in tools or [] -%}<|system|>{{ tool | tojson }}<|eos|>{%- endfor -%}" + tokenizer.chat_template
     )
     row: dict[str, Any] = {"messages": [USER], "tools": [TOOL]}
-    prompts = load(tokenizer, row, {"prompt": "hi", "tools": json.dumps([TOOL])}, max_prompt_tokens=200)
+    prompts = load(tokenizer, row, {"prompt": "hi", "tools": json.dumps([TOOL])}, max_tokens=200)
     example_row = Row(file="c.jsonl", line=1, columns=row | {"messages": [USER, ASSISTANT]})
     reading = Reading(system_prompt=None, apply_chat_template=True, max_tokens=200)
     (example,) = load_examples([example_row], tokenizer, reading).items
@@ -98,9 +104,9 @@ def test_the_first_token_is_never_doubled_and_no_last_one_is_added(bos_tokenizer
 
 
 def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> None:
-    load(tokenizer, {"prompt": "abcd"}, apply_chat_template=False, max_prompt_tokens=4)
+    load(tokenizer, {"prompt": "abcd"}, apply_chat_template=False, max_tokens=4)
     with pytest.raises(UserError, match=r"p.jsonl:2: the prompt has 5 tokens, more than data.max_prompt_tokens: 4"):
-        load(tokenizer, {"prompt": "abcd"}, {"prompt": "abcde"}, apply_chat_template=False, max_prompt_tokens=4)
+        load(tokenizer, {"prompt": "abcd"}, {"prompt": "abcde"}, apply_chat_template=False, max_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +125,16 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
             {},
             r"message 1 of column `messages` holds `\\udfff` at character",
         ),
-        ({"messages": [USER], "tools": [TOOL]}, {}, "does not tell the model of tool `weather` of column `tools`"),
-        ({"prompt": "a", "tools": [TOOL]}, {}, "does not tell the model of tool `weather` of column `tools`"),
+        (
+            {"messages": [USER], "tools": [TOOL]},
+            {},
+            "does not tell the model of tool `weather`. Describe the tool, by its name, in the",
+        ),
+        (
+            {"prompt": "a", "tools": [TOOL]},
+            {},
+            "does not tell the model of tool `weather`. Describe the tool, by its name, in the",
+        ),
         ({"prompt": "a", "tools": "x"}, {}, "column `tools` is 'x', expected a list of objects"),
         ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
@@ -147,3 +161,49 @@ def test_rollout_seeds_are_pinned_positive_and_their_own() -> None:
     seeds = {rollout_seed(r, e, p, s) for r in range(2) for e in range(3) for p in range(40) for s in range(8)}
     assert len(seeds) == 2 * 3 * 40 * 8
     assert all(0 < seed < 2**31 for seed in seeds)
+
+
+def test_prompts_that_are_too_long_are_left_out(tokenizer: Any) -> None:
+    rows = [{"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab"}]
+    options = {"apply_chat_template": False, "max_tokens": 3, "too_long": "skip"}
+    loaded = load_all(tokenizer, *rows, **options, max_unusable_fraction=0.4, first_id=5)
+    assert [(prompt.prompt_id, prompt.text) for prompt in loaded.items] == [(5, "abc"), (6, "ab")]
+    (left_out,) = loaded.unusable
+    assert left_out.place == "p.jsonl:2"
+    assert left_out.reason == "the prompt has 4 tokens, more than data.max_prompt_tokens: 3"
+    with pytest.raises(UserError, match=r"1 of 3 rows cannot be used, and data.max_unusable_fraction: 0.3 lets 0 be"):
+        load_all(tokenizer, *rows, **options, max_unusable_fraction=0.3)
+
+
+def test_a_raw_prompt_is_cut_at_its_beginning(bos_tokenizer: Any) -> None:
+    (prompt,) = load(bos_tokenizer, {"prompt": "abcdef"}, apply_chat_template=False, max_tokens=4, too_long="cut")
+    assert prompt.token_ids == (261, *b"def")
+    assert prompt.text == "<|reserved_0|>def"
+    (whole,) = load(bos_tokenizer, {"prompt": "abc"}, apply_chat_template=False, max_tokens=4, too_long="cut")
+    assert whole.token_ids == (261, *b"abc")
+
+
+def test_a_conversation_loses_its_oldest_turns(tokenizer: Any) -> None:
+    """Its last turn with the system prompt has 9 tokens: <|system|>s<|eos|> <|user|>hi<|eos|> <|assistant|> and s."""
+    old = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "yes"}]
+    row = {"messages": [*old, *old, USER]}
+    last = "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>"
+    whole = last.replace("<|user|>", 2 * "<|user|>old<|eos|><|assistant|>yes<|eos|>" + "<|user|>")
+    middle = last.replace("<|user|>", "<|user|>old<|eos|><|assistant|>yes<|eos|><|user|>")
+    for limit, text in ((28, whole), (27, middle), (18, middle), (17, last), (8, last)):
+        (prompt,) = load(tokenizer, row, system_prompt="s", max_tokens=limit, too_long="cut")
+        assert prompt.text == text, limit
+        assert prompt.token_ids == tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    with pytest.raises(UserError, match="and its last user's turn with the system prompt has 8"):
+        load(tokenizer, row, system_prompt="s", max_tokens=7, too_long="cut")
+    loaded = load_all(tokenizer, row, {"prompt": "a"}, max_tokens=4, too_long="cut", max_unusable_fraction=0.5)
+    assert [prompt.text for prompt in loaded.items] == ["<|user|>a<|eos|><|assistant|>"]
+
+
+def test_a_chat_prompt_knows_the_token_that_ends_its_response(tokenizer: Any) -> None:
+    chat, raw = (
+        load(tokenizer, {"messages": [USER]})[0],
+        load(tokenizer, {"prompt": "hi"}, apply_chat_template=False)[0],
+    )
+    assert (chat.is_chat, chat.turn_end) == (True, 257)
+    assert (raw.is_chat, raw.turn_end) == (False, None)

@@ -31,10 +31,9 @@ def row(**columns: Any) -> Row:
 
 @pytest.mark.parametrize("text", ["hi question", " hi", "\nhi", "é more", "hi</s>yes"])
 def test_a_raw_prompt_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any, text: str) -> None:
-    options: dict[str, Any] = {"system_prompt": None, "apply_chat_template": False, "max_prompt_tokens": 100}
-    (prompt,) = load_prompts([row(prompt=text)], tokenizer, **options)
+    (prompt,) = load_prompts([row(prompt=text)], tokenizer, READING).items
     assert list(prompt.token_ids) == tokenizer(text).input_ids
-    (again,) = load_prompts([row(prompt=prompt.text)], tokenizer, **options)
+    (again,) = load_prompts([row(prompt=prompt.text)], tokenizer, READING).items
     assert again.token_ids == prompt.token_ids  # a beginning that is written out is not a second one
     (example,) = load_examples([row(prompt=text, completion=" yes")], tokenizer, READING).items
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
@@ -110,13 +109,7 @@ def test_what_follows_a_chat_turn_has_the_ids_that_it_has_within_the_whole(kind:
 
 
 def test_a_first_observation_leaves_the_beginning_of_a_raw_prompt(tokenizer: Any) -> None:
-    (prompt,) = load_prompts(
-        [row(prompt="hi {observation}")],
-        tokenizer,
-        system_prompt=None,
-        apply_chat_template=False,
-        max_prompt_tokens=100,
-    )
+    (prompt,) = load_prompts([row(prompt="hi {observation}")], tokenizer, READING).items
     assert list(first_prompt(prompt, "question", tokenizer)) == tokenizer("hi question").input_ids
 
 
