@@ -97,10 +97,12 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
 def _read(config: str | Path, overrides: Sequence[str]) -> LoadedConfig | Sweep:
     from rlhf.config.load import load
+    from rlhf.config.recipes import config_file
     from rlhf.config.yaml_tree import read_tree
 
-    if "sweep" in read_tree(Path(config)).values:
+    file = config_file(config)
+    if "sweep" in read_tree(file).values:
         from rlhf.config.sweep import load_sweep
 
-        return load_sweep(config, overrides)
-    return load(config, overrides)
+        return load_sweep(file, overrides)
+    return load(file, overrides)

@@ -13,13 +13,13 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
 
-RECIPES = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+RECIPE_OF = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 
 
 def add(commands: Subparsers) -> None:
     """Its arguments."""
     command = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
-    command.add_argument("--algorithm", choices=tuple(RECIPES), default="ppo", help="which recipe")
+    command.add_argument("--algorithm", choices=tuple(RECIPE_OF), default="ppo", help="which recipe")
     add_quiet(command)
     add_overrides(command)
 
@@ -34,21 +34,13 @@ def quickstart(algorithm: str, overrides: Sequence[str], *, quiet: bool) -> Path
     """Train, show before and after; the folder. A quickstart that was cut off goes on."""
     from rlhf.commands.train import launch
     from rlhf.config.load import load
+    from rlhf.config.recipes import RECIPES
     from rlhf.config.stages import run_folder
     from rlhf.quickstart_results import show
 
-    if algorithm not in RECIPES:
-        raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPES)}")
-    loaded = load(recipe(RECIPES[algorithm]), overrides)
+    if algorithm not in RECIPE_OF:
+        raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPE_OF)}")
+    loaded = load(RECIPES / RECIPE_OF[algorithm], overrides)
     launch(loaded, resume=True, quiet=quiet)
     show(run_folder(list(loaded.stages.values())[-1]))
     return loaded.folder
-
-
-def recipe(name: str) -> Path:
-    """A file of configs/: of the repository that this package is installed from, or else of the current folder."""
-    folders = (Path(__file__).resolve().parents[2] / "configs", Path("configs"))
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{name}: not found in {' or '.join(map(str, folders))}; run this from the repository's folder")

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.config.checks import problems
 from rlhf.config.explain import parse, refuse
 from rlhf.config.pipeline import resolve_stages
+from rlhf.config.recipes import config_file
 from rlhf.config.root import Config
 from rlhf.config.stages import Stage, run_folder
 from rlhf.config.suggestions import nearest
@@ -37,7 +38,8 @@ class LoadedConfig:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """The checked configuration. UserError has a line for each mistake, with file and line or argument, key, value,
     rule and fix."""
-    return resolve(read_tree(Path(path)), overrides, Path(path).resolve().parent)
+    file = config_file(path)
+    return resolve(read_tree(file), overrides, file.resolve().parent)
 
 
 def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:

@@ -17,6 +17,7 @@ from pydantic import Field
 from rlhf.algorithms.section import Section
 from rlhf.config.explain import Problem, parse_as, refuse
 from rlhf.config.model import Dtype
+from rlhf.config.recipes import config_file
 from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Key, apply_overrides, kind, read_tree
 from rlhf.errors import UserError
@@ -158,7 +159,7 @@ METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     """The checked merge of a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
-    tree = read_tree(Path(path), needs="a merge needs the section merge, with method, models and out")
+    tree = read_tree(config_file(path), needs="a merge needs the section merge, with method, models and out")
     if "merge" not in tree.values and not tree.values.keys().isdisjoint(OF_A_RUN):
         raise UserError(f"{tree.source}: is the configuration of a run, not of a merge; use `rlhf train {tree.source}`")
     tree = apply_overrides(tree, overrides)

@@ -19,6 +19,7 @@ from rlhf.algorithms.section import Section
 from rlhf.config import derive
 from rlhf.config.explain import Problem, parse_as, refuse
 from rlhf.config.load import LoadedConfig, resolve
+from rlhf.config.recipes import config_file
 from rlhf.config.root import Config
 from rlhf.config.suggestions import nearest
 from rlhf.config.yaml_tree import Key, Tree, apply_overrides, kind, read_tree
@@ -206,7 +207,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """The checked sweep of a YAML file. `sweep.key=value` changes the sweep, any other key its run."""
-    path = Path(path)
+    path = config_file(path)
     tree = read_tree(path, needs="a sweep needs the section sweep, with name, config, parameters, method and metric")
     if "sweep" not in tree.values and "algorithm" in tree.values:
         raise UserError(f"{tree.source}: is the configuration of a run, not of a sweep; use `rlhf train {tree.source}`")

@@ -14,8 +14,11 @@ import pytest
 import rlhf
 from rlhf.cli import main
 from rlhf.commands import COMMANDS
-from rlhf.commands.quickstart import RECIPES, recipe
-from rlhf.config.load import LoadedConfig
+from rlhf.commands.quickstart import RECIPE_OF
+from rlhf.config.load import LoadedConfig, load
+from rlhf.config.recipes import RECIPES
+from rlhf.config.sweep import load_sweep
+from rlhf.errors import UserError
 
 BASE = """\
 run: {name: demo}
@@ -196,12 +199,21 @@ def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [(Path("runs/a"), 20, Path("out")), (Path("runs/a"), None, Path("out"))]
 
 
-@pytest.mark.parametrize("algorithm", RECIPES)
-def test_the_quickstart_recipes_are_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+def test_recipes_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert all((RECIPES / name).is_file() for name in RECIPE_OF.values())
     monkeypatch.chdir(tmp_path)
-    assert recipe(RECIPES[algorithm]).is_file()
+    assert load_sweep("sweep_tiny.yaml").config.name == "tiny"
+    assert load("quickstart_grpo.yaml").source == str(RECIPES / "quickstart_grpo.yaml")
+    assert "there is no quickstart_grpo.yaml in this folder: the recipe " in caplog.text
+    with pytest.raises(
+        UserError, match=r"^quickstart_gpro\.yaml: no such config file, .*did you mean the recipe quick"
+    ):
+        load("quickstart_gpro.yaml")
+    (tmp_path / "quickstart_grpo.yaml").write_text("run: {name: other}")
+    with pytest.raises(UserError, match="policy: is missing"):
+        load("quickstart_grpo.yaml")
 
 
 def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
