@@ -16,6 +16,7 @@ from rlhf.algorithms import AlgorithmConfig
 from rlhf.arguments import parse
 from rlhf.config.evaluate import EvaluationStage
 from rlhf.config.merge import MergeFile
+from rlhf.config.recipes import RECIPES
 from rlhf.config.root import Config
 from rlhf.config.sweep import SweepFile, load_sweep
 from rlhf.config.synonyms import table
@@ -101,9 +102,10 @@ def test_commands_parse(page: Path) -> None:
         if config is not None and config != "CONFIG":
             if config in written_by(page):
                 continue
+            file = ROOT / config if "/" in config else RECIPES / config
             loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
-            of_sweep = args.command == "plan" and "sweep" in read_tree(ROOT / config).values
-            loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(ROOT / config, args.overrides)
+            of_sweep = args.command == "plan" and "sweep" in read_tree(file).values
+            loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(file, args.overrides)
 
 
 def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
