@@ -3,7 +3,6 @@ the model can play."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environment_process import Description
 from rlhf.rollouts.environments import EnvironmentSpec, resolve
 from rlhf.rollouts.turns import ChatTurns, first_prompt
+from rlhf.stopping import run_async
 from rlhf.types import Prompt
 
 KEY = "rollouts.environment"
@@ -59,7 +59,7 @@ class LoadedEnvironment:
         if prompt.is_chat:
             ChatTurns(tokenizer, with_tools=bool(self.description.tools))
         try:
-            observation = asyncio.run(_first_observation(self.spec, prompt))
+            observation = run_async(_first_observation(self.spec, prompt))
             first_prompt(prompt, observation, tokenizer)
         except (EnvironmentFailure, ValueError) as error:
             raise UserError(f"{self.spec.key}: with the first row of {data}, {error}.") from error
@@ -110,7 +110,7 @@ def load_environment(
         key=key,
     )
     with named(f"{key}.name"):
-        description = asyncio.run(_describe(spec))
+        description = run_async(_describe(spec))
     if "tool_parser" in section.model_fields_set and not description.tools:
         raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
     return LoadedEnvironment(spec=spec, description=description)

@@ -19,7 +19,6 @@ from actors.cluster import connected
 from actors.engines import serve_engines
 from actors.eval_inputs import Candidate, EvalInputs, inputs_of_stage
 from actors.gang import Stoppable, ending, spawn
-from actors.interrupts import sigterm_interrupts
 from actors.placement import reserve_seats
 from actors.reading import named
 from actors.recording import recording
@@ -46,6 +45,7 @@ from rlhf.rewards.rules import ends_run
 from rlhf.rewards.scoring import describe, error_rules
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.texts import Transcript
+from rlhf.stopping import run_async
 from rlhf.tracking.atomic import write_atomic, write_lines
 from rlhf.tracking.errors import write_error
 from rlhf.tracking.samples import samples_path
@@ -94,8 +94,8 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
         for error in (*scored.scores.errors, *scored.scores.scored_errors):
             write_error(folder, error_record(error, step=0))
 
-    with connected(inputs.cluster), sigterm_interrupts():
-        found = asyncio.run(_find(inputs, note))
+    with connected(inputs.cluster):
+        found = run_async(_find(inputs, note))
     write_lines(folder / SAMPLES, found.rows)
     write_atomic(folder / REPORT, found.report)
     return found.evaluation
@@ -106,9 +106,9 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
     with recording(stage, resume=resume) as (record, _):
         with named(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
-        record.begin_step()
+        record.begin_step(0)
         with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
-            found = asyncio.run(_find(inputs, partial(note_errors, record=record, step=0)))
+            found = run_async(_find(inputs, partial(note_errors, record=record, step=0)))
         write_lines(samples_path(record.folder.path, 0), found.rows)
         metrics = found.evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})

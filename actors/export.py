@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlhf.config.derive import has_scalar_head, offline_kind
 from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
+from rlhf.stopping import run_async
 from rlhf.tracking import logs
 from rlhf.tracking.manifest import find_damage
 
@@ -60,7 +60,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
         }
     )
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        asyncio.run(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder))
+        run_async(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder))
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
 
 

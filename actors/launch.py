@@ -19,7 +19,7 @@ from actors.cluster import connected
 from actors.evaluate import run_evaluation
 from actors.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
 from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
-from actors.interrupts import Sigterm, heeding, sigterm_preempts
+from actors.interrupts import run_loop
 from actors.kept_engines import KEEPER
 from actors.merge import run_merge
 from actors.nodes import Nodes
@@ -27,7 +27,7 @@ from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
-from actors.standing import leaving
+from actors.standing import going_node
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
     critic_model,
@@ -44,7 +44,7 @@ from rlhf.config.derive import (
     ships_adapter,
     uses_reward_model,
 )
-from rlhf.config.dump import dump_yaml
+from rlhf.config.dump import dump_masked_yaml
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, result_of
@@ -54,6 +54,7 @@ from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError, UserError
 from rlhf.rewards.scoring import fingerprint
+from rlhf.stopping import StopRequest, current_request, run_async
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
@@ -87,22 +88,24 @@ def launch(
     json_lines: bool = False,
     until: int | None = None,
 ) -> None:
-    """Do all stages, or with `resume` what is left of them. Returns when the result of the last one is written.
+    """Run all stages, or with `resume` those that are left. Returns when the result of the last one is written.
 
-    from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
-    until: stop after this step, with a checkpoint from which `resume` goes on; of a single run. Preempted: SIGTERM came
-    before the end.
+    Args:
+        from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
+        until: stop a single run after this step, with a checkpoint from which `resume` continues.
+
+    Raises:
+        Preempted: a signal came before the end (see rlhf.stopping), and what is done is kept.
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
     if until is not None:
         _refuse_other_end(loaded, until)
-    with sigterm_preempts() as told:
-        check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
-        _run_stages(loaded, told, resume=resume, mode=mode, until=until)
+    check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
+    _run_stages(loaded, current_request() or StopRequest(), resume=resume, mode=mode, until=until)
 
 
-def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
+def _run_stages(loaded: LoadedConfig, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
         logger.info("%s is finished: nothing is left to do", loaded.name)
@@ -113,21 +116,20 @@ def _run_stages(loaded: LoadedConfig, told: Sigterm, *, resume: bool, mode: Mode
             refuse_other_checkpoint(stage)
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
-        told.listen()
         for stage in stages:
             written = stage.written if isinstance(stage, StageInputs) else stage
             if written not in left:
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
                 continue
-            told.refuse_more()
+            request.raise_if_stopped()
             if isinstance(stage, StageInputs):
-                asyncio.run(_run_stage(stage, told, resume=resume, mode=mode, until=until))
+                run_async(_run_stage(stage, request, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):
                 run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
             else:
                 run_evaluation(stage, loaded, resume=resume)
     if loaded.is_pipeline:
-        write_atomic(loaded.folder / "config.resolved.yaml", logs.redact(dump_yaml(loaded)))
+        write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
 
 
 def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
@@ -139,9 +141,12 @@ def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
         raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
 
 
-async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: Mode, until: int | None) -> None:
+async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
-    show = SHOWN_ONLINE if isinstance(stage.inputs, OnlineInputs) else SHOWN_OFFLINE
+    is_online = isinstance(stage.inputs, OnlineInputs)
+    show = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
+    if stage.inputs.eval_sets:
+        show += (f"eval/{next(iter(stage.inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
     steps = stage.config.train.steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         for row in stage.inputs.unusable if step is None else ():
@@ -149,9 +154,9 @@ async def _run_stage(stage: StageInputs, told: Sigterm, *, resume: bool, mode: M
                 ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             )
         if isinstance(stage.inputs, OnlineInputs):
-            await _run_online(stage, stage.inputs, record, step, told, until=until)
+            await _run_online(stage, stage.inputs, record, step, request, until=until)
         else:
-            await _run_offline(stage, stage.inputs, record, step, told, until=until)
+            await _run_offline(stage, stage.inputs, record, step, request, until=until)
 
 
 async def _run_offline(
@@ -159,7 +164,7 @@ async def _run_offline(
     inputs: OfflineInputs,
     record: RunRecord,
     step: int | None,
-    told: Sigterm,
+    request: StopRequest,
     *,
     until: int | None,
 ) -> None:
@@ -199,7 +204,7 @@ async def _run_offline(
         )
         if needs_reference_logprobs(config):
             await controller.provide_reference()
-        await _carry_out(controller, gang, told, step=step, until=until, nodes=placement.nodes())
+        await _carry_out(controller, gang, request, step=step, until=until, nodes=placement.nodes())
 
 
 async def _run_online(
@@ -207,7 +212,7 @@ async def _run_online(
     inputs: OnlineInputs,
     record: RunRecord,
     step: int | None,
-    told: Sigterm,
+    request: StopRequest,
     *,
     until: int | None,
 ) -> None:
@@ -335,7 +340,7 @@ async def _run_online(
             policy_fingerprint=policy.fingerprint,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
         )
-        await _carry_out(controller, policy, told, step=step, until=until, nodes=placement.nodes())
+        await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
@@ -348,7 +353,7 @@ def _policy_rank(config: Config) -> type[Publishes]:
 async def _carry_out(
     controller: OnlineController | OfflineController,
     gang: PolicyGang | OfflineGang,
-    told: Sigterm,
+    request: StopRequest,
     *,
     step: int | None,
     until: int | None,
@@ -357,12 +362,12 @@ async def _carry_out(
     """The loop, from the checkpoint of `step` if there is one; final/ at its end, not at `until`."""
     if step is not None:
         await controller.restore(step)
-    is_done = await heeding(
+    is_done = await run_loop(
         controller.run(until=until),
         controller.notice,
-        told,
+        request,
         grace_s=controller.config.train.preemption_grace_s,
-        leaving=partial(leaving, nodes),
+        going_node=partial(going_node, nodes),
     )
     if not is_done:
         return

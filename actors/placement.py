@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,10 +18,12 @@ from actors.cluster import OWN_RAY
 from rlhf.config.root import Config
 from rlhf.config.seating import Seating, fit, seat
 from rlhf.errors import RunError, UserError
+from rlhf.stopping import finishes_within
 from rlhf.types import Role
 
 logger = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
+RELEASED_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 placement_group=self.group, placement_group_bundle_index=place.bundle
             ),
-            "runtime_env": {"env_vars": dict(env)},
+            "runtime_env": {"env_vars": {"PYTHONUTF8": "1", **env}},  # whatever the driver's locale
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": concurrency,
@@ -70,10 +73,10 @@ class Placement:
 
     def release(self) -> None:
         """Give the resources back; to a Ray of our own that is killed, nothing."""
-        if OWN_RAY.killed:
-            ray.shutdown()  # at once: a driver that outlives its Ray by a minute is aborted
-        else:
-            remove_placement_group(self.group)
+        if OWN_RAY.killed:  # at once: a driver that outlives its Ray by a minute is aborted
+            finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
+        elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
+            logger.warning("Ray did not take the run's resources back within %.0f s", RELEASED_WITHIN_S)
 
 
 async def reserve(config: Config) -> Placement:

@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 
 from actors.calls import wait_all
 from actors.standing import forget, own_standing, remember
+from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
 ASKED_S = 1.0  # for an end that Ray takes for an orderly one
@@ -50,14 +51,18 @@ class Processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     self.here.append(psutil.Process(pid))
 
+    def _kill(self) -> None:
+        for handle in self.handles:
+            ray.kill(handle)
+
     def end(self) -> None:
         """End all at once. When this returns those of this host are gone, or GONE_WITHIN_S have passed."""
         if self.ended:
             return
         self.ended = True
         forget(self.actors)
-        for handle in self.handles:
-            ray.kill(handle)
+        if not finishes_within(GONE_WITHIN_S, self._kill, "ray.kill"):
+            logger.warning("%s: Ray did not end the actors within %.0f s", self.role, GONE_WITHIN_S)
         _, alive = psutil.wait_procs(self.here, timeout=ASKED_S)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):

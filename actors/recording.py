@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from actors.prometheus import PrometheusBackend
-from rlhf.config.dump import dump_yaml
+from rlhf.config.dump import dump_masked_yaml, dump_yaml
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage
 from rlhf.config.yaml_tree import from_yaml
@@ -38,7 +38,7 @@ def recording(
     steps, show, mode: of the progress display.
     """
     with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
-        folder.write_config(dump_yaml(stage))
+        folder.write_config(dump_masked_yaml(stage))
         folder.write_environment(seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
         keep, mirror = kept_checkpoints(stage), open_mirror(stage, folder)

@@ -16,7 +16,6 @@ from actors.cluster import connected
 from actors.engines import RolloutEngines, serve_engines
 from actors.gang import ending
 from actors.hub import use_cache_if_silent
-from actors.interrupts import sigterm_interrupts
 from actors.placement import reserve_seats
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.seating import seats_of
@@ -27,6 +26,7 @@ from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.texts import response_texts
+from rlhf.stopping import run_async
 from rlhf.types import Prompt, Rollouts, Sampling
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Served:
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """All responses to each prompt, in order."""
-        return self.runner.run(self._answer(prompts, decoding))
+        return run_async(self._answer(prompts, decoding), self.runner)
 
     async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         requests = [
@@ -82,12 +82,12 @@ class Served:
 @contextmanager
 def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
     """Engines with the model, for the length of the block."""
-    with connected(cluster), sigterm_interrupts(), asyncio.Runner() as runner:
+    with connected(cluster), asyncio.Runner() as runner:
         seating = seats_of({"rollout"}, cluster, with_reward_model=False)
-        placement = runner.run(reserve_seats(seating, limit_s=cluster.start_timeout_s))
+        placement = run_async(reserve_seats(seating, limit_s=cluster.start_timeout_s), runner)
         engines = serve_engines(model, cluster, placement, max_model_len=max_model_len)
         with _entered(ending([engines], placement), runner):
-            runner.run(engines.start(deadline_s=cluster.start_timeout_s))
+            run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
             yield Served(engines, tokenizer, runner)
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import RayError
 
+from rlhf.stopping import start_thread
+
 ANSWERS_WITHIN_S = 2.0
-DRAINING_KNOWN_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +88,20 @@ def losses() -> str:
     return f" Lost with its node: {'; '.join(said)}." if said else ""
 
 
-async def leaving(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """One of these nodes that is soon to go, as an autoscaler or `ray drain-node` has told Ray: its address, and the
-    time when it goes, if that is known."""
+async def going_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
+    """Return the address of one of these nodes that is about to go, and the time when it goes if that is known.
+
+    An autoscaler or `ray drain-node` has told Ray so. Does not return while the head does not answer; the thread that
+    waits keeps no event loop and no process alive.
+    """
     from ray._private.state import state  # where Ray's own trainer looks
 
+    future, _ = start_thread(state.get_draining_nodes, "draining nodes")
     try:
-        told = await asyncio.wait_for(asyncio.to_thread(state.get_draining_nodes), DRAINING_KNOWN_WITHIN_S)
-    except (TimeoutError, RayError):  # whatever keeps the head from answering will show itself in the run's own calls
+        draining = await asyncio.wrap_future(future)
+    except RayError:  # whatever keeps the head from answering will show itself in the run's own calls
         return None
-    for node, deadline_ms in told.items():
+    for node, deadline_ms in draining.items():
         if node in nodes:
             address = next((place.address for place in _STANDING.values() if place.node == node), node)
             return address, deadline_ms / 1000 if deadline_ms else None

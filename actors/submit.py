@@ -28,6 +28,7 @@ from actors.job import SETUP_HOOK
 from actors.project import project_of
 from rlhf.config.load import LoadedConfig, load
 from rlhf.errors import RunError, UserError
+from rlhf.stopping import run_async, run_stoppable
 from rlhf.tracking.logs import MASK, redact
 
 ANSWER_WITHIN_S = 30.0  # one request
@@ -146,7 +147,7 @@ class Jobs:
 
         A run has deadlines of its own on whatever it does, so none is set here on how long it may take.
         """
-        return asyncio.run(self._follow(job, write))
+        return run_stoppable(lambda _: run_async(self._follow(job, write)))
 
     def stop(self, job: str) -> JobEnd:
         """SIGTERM, so that the run writes a checkpoint, and wait until it is over; RunError if it does not end."""

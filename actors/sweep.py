@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.address import cluster_to_join
-from actors.interrupts import sigterm_preempts
 from actors.search import require_optuna, strategy_of
 from actors.trials import END_WITHIN_S, Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
 from rlhf.config.cluster import ClusterConfig
@@ -27,6 +26,7 @@ from rlhf.config.seating import copies
 from rlhf.config.sweep import GridMethod, Sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.planning.trials import bundles_of
+from rlhf.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
@@ -65,13 +65,17 @@ class _Loop:
     strategy: Strategy
     shares: Sequence[Share]
     failures: int  # also those of before a kill
+    request: StopRequest
     running: list[_Running] = field(default_factory=list)
     warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
 
     def run(self) -> None:
-        """Until no trial runs and none is to come."""
+        """Run trials until none is left. Preempted if the request came: all trials have ended then."""
+        self.request.ends_by_itself = True
         try:
             while True:
+                if self.request.came is not None:
+                    raise Preempted("the trials in progress were ended, with checkpoints of their last steps")
                 self._fill()
                 if not self.running:
                     return
@@ -86,8 +90,9 @@ class _Loop:
             for process in self.warm.values():
                 if process.is_idle and all(one.process is not process for one in self.running):
                     process.dismiss()
-            end_all([one.process for one in self.running])
-            wait_for_all(list(self.warm.values()))
+            end_all([one.process for one in self.running], self.request)
+            wait_for_all(list(self.warm.values()), self.request)
+            self.request.ends_by_itself = False
 
     def _fill(self) -> None:
         most = self.sweep.config.max_failures
@@ -171,22 +176,22 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     """All trials, or with `resume` what is left of them; what came of them.
 
     UserError, before anything starts: a trial that is no run, a folder in use. RunError: no trial has ended well, or
-    more have failed than sweep.max_failures allows. Preempted: SIGTERM came, to the sweep or to a trial.
+    more have failed than sweep.max_failures allows. Preempted: a signal came, to the sweep or to a trial.
     """
     logs.configure("WARNING" if quiet else "INFO")
     if sweep.config.method.name == "bayesian":
         require_optuna()
     known = known_trials(sweep)
-    with Journal.open(sweep, resume=resume) as journal, sigterm_preempts() as told:
+    with Journal.open(sweep, resume=resume) as journal:
         if retry_failed:
             for trial in journal.trials.values():
                 if trial.state == "failed":
                     journal.end(trial.number, "open")
         _wait_for_leftovers(journal, within_s=_grace_s(sweep) + END_WITHIN_S)
         shares = _shares(sweep, known)
-        told.listen()
         failures = sum(trial.state == "failed" for trial in journal.trials.values())
-        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures)
+        request = current_request() or StopRequest()
+        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures, request)
         try:
             loop.run()
         finally:

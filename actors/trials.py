@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from rlhf.stopping import StopRequest
+
 END_WITHIN_S = 60.0  # beyond what a run that is told to end has for its step and checkpoint
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -155,19 +157,17 @@ def train_words(config: Path, until: int | None) -> list[str]:
     return [*words, "--until", str(until)] if until is not None else words
 
 
-def end_all(processes: Sequence[Process]) -> None:
-    """Tell all to end, and wait until they have: none is left. A second Ctrl-C kills them."""
+def end_all(processes: Sequence[Process], request: StopRequest) -> None:
+    """Tell all to end, and wait until they have: none is left. A second signal kills them."""
     for process in processes:
         process.interrupt()
-    wait_for_all(processes)
+    wait_for_all(processes, request)
 
 
-def wait_for_all(processes: Sequence[Process]) -> None:
-    """Until all have ended, each in its time. Ctrl-C kills them."""
-    try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
-        raise
+def wait_for_all(processes: Sequence[Process], request: StopRequest) -> None:
+    """Wait until all have ended, each in its time. An interrupt kills them."""
+    while any(process.poll() is None for process in processes):
+        if request.interrupted.is_set():
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.errors import Preempted, RunError, UserError
+from rlhf.tracking.logs import hush_imports
+
+hush_imports()
 
 if TYPE_CHECKING:
     from actors.cluster_doctor import OfNode

@@ -1,12 +1,14 @@
 """The command line: finds the command, and says what went wrong.
 
-Exit codes: 0 done, 2 the user's input, 1 anything that fails at run time, 75 preempted: told by SIGTERM to end, run it
-again with --resume auto, 130 interrupted. An error is one short paragraph on stderr; a traceback only with --debug.
+Exit codes: 0 done, 2 the user's input is wrong, 1 anything that fails at run time, 75 a signal other than Ctrl-C ended
+the run, which continues with --resume auto, 130 Ctrl-C ended it. An error is one short paragraph on stderr; a traceback
+only with --debug.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import select
 import shlex
 import sys
@@ -15,23 +17,31 @@ from collections.abc import Sequence
 from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.tracking.logs import hush_imports, redact
+from rlhf.stopping import has_stuck_threads
+from rlhf.tracking.logs import printable, redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    hush_imports()
+    """Do what the arguments say, and return the exit code. Without `argv` this is the whole process."""
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and has_stuck_threads():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # Python would wait for calls that may never return
+    return code
+
+
+def _main(given: list[str]) -> int:
     try:
         args = parse(given)
     except UserError as error:
         return _report(error, 2)
     try:
         return COMMANDS[args.command].run(args)
-    except KeyboardInterrupt:
-        return _say(f"interrupted{_how_to_go_on(given, args)}", 130)
-    except Preempted as kept:
-        return _say(f"preempted: {kept}{_how_to_go_on(given, args)}", 75)
+    except KeyboardInterrupt as end:
+        return _say(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(given, args)}", 130)
+    except Preempted as end:
+        return _say(f"preempted: {end}{_how_to_continue(given, args)}", 75)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.stderr.close()  # there is no one to tell
@@ -44,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(known, 2 if isinstance(known, UserError) else 1)
 
 
-def _how_to_go_on(given: Sequence[str], args: argparse.Namespace) -> str:
-    """With what a run that was cut off is continued."""
+def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
+    """Name the command that continues what was ended."""
     of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
     if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
     resume = "" if args.command == "quickstart" or args.resume == "auto" else " --resume auto"
-    return f"; continue with: rlhf {shlex.join(given)}{resume}"
+    return f". Continue with: rlhf {shlex.join(given)}{resume}"
 
 
 def _known(error: BaseException) -> UserError | RunError | None:
@@ -74,7 +84,7 @@ def _report(error: object, code: int) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    sys.stderr.write(redact(f"rlhf: {text}\n"))
+    sys.stderr.write(printable(redact(f"rlhf: {text}\n")))
     return code
 
 

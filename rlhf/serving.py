@@ -19,11 +19,13 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from rlhf.errors import UserError
+from rlhf.stopping import StopRequest, run_async, run_stoppable
 
 END_WITHIN_S = 5.0
 IDLE_CONNECTION_S = 20.0  # a connection without a complete request head is closed after this time
 BODY_S = 60.0  # from the head of a request to the end of its body
 SWEEP_EVERY_S = 0.5
+LOOK_EVERY_S = 0.1  # for a signal
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -115,29 +117,25 @@ def serve_until_interrupted(
     ready: Callable[[str], None],
     drops_abandoned: bool = False,
 ) -> signal.Signals:
-    """Serve until the first SIGINT or SIGTERM, and say which it was. `ready` is told the address, without a path.
+    """Serve until the first signal, and return it. `ready` is called with the address, without a path.
 
-    drops_abandoned: a request whose caller has gone is cancelled. Who heard the signals before hears them again after.
+    drops_abandoned: a request whose caller has gone is cancelled.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return asyncio.run(_serve(application, host, port, ready, drops_abandoned))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    def work(request: StopRequest) -> signal.Signals:
+        return run_async(_serve(application, host, port, ready, drops_abandoned, request))
+
+    return run_stoppable(work)
 
 
 async def _serve(
-    application: web.Application, host: str, port: int, ready: Callable[[str], None], drops_abandoned: bool
+    application: web.Application,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    drops_abandoned: bool,
+    request: StopRequest,
 ) -> signal.Signals:
-    ended: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
-
-    def end(number: signal.Signals) -> None:
-        if not ended.done():
-            ended.set_result(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end, number)
     connections = Connections()
     application.middlewares.insert(0, connections.middleware)
     runner = web.AppRunner(
@@ -145,15 +143,19 @@ async def _serve(
     )
     await runner.setup()
     sweeping = asyncio.create_task(connections.close_idle(runner))
+    request.ends_by_itself = True
     try:
         try:
             await web.TCPSite(runner, host, port).start()
         except (OSError, OverflowError) as error:
             raise _unheard(host, port, error) from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
-        return await ended
+        while request.signal is None:
+            await asyncio.sleep(LOOK_EVERY_S)
+        return request.signal
     finally:
         sweeping.cancel()
+        request.ends_by_itself = False
         await runner.cleanup()
 
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from rlhf.commands.asking import add_decoding, decoding_of, options_given, refuse_options
 from rlhf.commands.shared import add_overrides, configuration_or_name, say
 from rlhf.errors import UserError
+from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.load import LoadedConfig
     from rlhf.evaluation.decoding import Decoding
     from rlhf.evaluation.results import Evaluation, Marks
+    from rlhf.stopping import StopRequest
 
 Device = Literal["cpu", "cuda"]
 
@@ -113,28 +115,32 @@ def evaluate(
             if value:
                 raise UserError(f"{what} has no effect: {target.source} says it; set {keys} instead, as key=value")
         folder = out or Path("evals", target.name)
-    from actors.eval_inputs import inputs_of_model, inputs_of_run
-    from actors.evaluate import evaluate as measure
-    from actors.evaluate import refuse_unusable_folder
-    from rlhf.tracking import logs
 
-    logs.configure()
-    if isinstance(target, str):
-        inputs = inputs_of_model(
-            target,
-            data=data,
-            rewards=rewards,
-            reward_model=reward_model,
-            against=against,
-            decoding=decoding or decoding_of(target, {}),
-            marks=marks,
-            device=device or "cpu",
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        inputs = inputs_of_run(target, model=model, against=against, marks=marks)
-    refuse_unusable_folder(folder)
-    return measure(inputs, folder), folder
+    def work(_: StopRequest) -> Evaluation:
+        from actors.eval_inputs import inputs_of_model, inputs_of_run
+        from actors.evaluate import evaluate as measure
+        from actors.evaluate import refuse_unusable_folder
+        from rlhf.tracking import logs
+
+        logs.configure()
+        if isinstance(target, str):
+            inputs = inputs_of_model(
+                target,
+                data=data,
+                rewards=rewards,
+                reward_model=reward_model,
+                against=against,
+                decoding=decoding or decoding_of(target, {}),
+                marks=marks,
+                device=device or "cpu",
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            inputs = inputs_of_run(target, model=model, against=against, marks=marks)
+        refuse_unusable_folder(folder)
+        return measure(inputs, folder)
+
+    return run_stoppable(work), folder
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.stopping import run_stoppable
+
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
+    from rlhf.stopping import StopRequest
 
 
 def add(commands: Subparsers) -> None:
@@ -26,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
 
 def export(run: Path, folder: Path, *, step: int | None) -> None:
     """Write a checkpoint of a run as a Hugging Face folder."""
-    from actors.export import export_checkpoint
 
-    export_checkpoint(run, step=step, folder=folder)
+    def work(_: StopRequest) -> None:
+        from actors.export import export_checkpoint
+
+        export_checkpoint(run, step=step, folder=folder)
+
+    run_stoppable(work)

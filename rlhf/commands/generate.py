@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.commands.asking import add_decoding, decoding_of, options_given
 from rlhf.commands.shared import say
 from rlhf.errors import UserError
+from rlhf.stopping import run_stoppable, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rlhf.commands.shared import Subparsers
     from rlhf.evaluation.decoding import Decoding, Generation
+    from rlhf.stopping import StopRequest
 
 Device = Literal["cpu", "cuda"]
 
@@ -43,9 +46,13 @@ def run(args: argparse.Namespace) -> int:
     decoding = decoding_of(args.model, given)
     settings: dict[str, Any] = {"device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
     if args.chat:
-        from actors.generate import chat
 
-        chat(args.model, _turns(), lambda text: say(f"{text}\n"), decoding, **settings)
+        def work(_: StopRequest) -> None:
+            from actors.generate import chat
+
+            chat(args.model, _turns(), lambda text: say(f"{text}\n"), decoding, **settings)
+
+        run_stoppable(work)
         return 0
     if args.out is not None and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} exists already, or its folder does not; name a new file")
@@ -68,10 +75,14 @@ def generate(
     model: str, source: Sequence[str] | Path, decoding: Decoding | None, *, device: Device, trust_remote_code: bool
 ) -> list[Generation]:
     """Return responses to prompts, or to those of a file or dataset. decoding None: as the model's run asked it."""
-    from actors.generate import generate as answer
-
     decoding = decoding or decoding_of(model, {})
-    return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
+
+    def work(_: StopRequest) -> list[Generation]:
+        from actors.generate import generate as answer
+
+        return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
+
+    return run_stoppable(work)
 
 
 def _turns() -> Iterator[str]:
@@ -80,8 +91,17 @@ def _turns() -> Iterator[str]:
     while True:
         if asks:
             say("> ")
-        line = sys.stdin.readline()
+        line = _next_line()
         if not line:
             return
         if line.strip():
             yield line.rstrip("\n")
+
+
+def _next_line() -> str:
+    """Read a line from stdin so that an interrupt ends the wait."""
+    line, _ = start_thread(sys.stdin.readline, "stdin")
+    while not line.done():
+        wait([line], timeout=0.1)
+    text: str = line.result()
+    return text

@@ -6,9 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rlhf.commands.shared import say
+from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
+    from rlhf.stopping import StopRequest
 
 SERVE_PORT = 8702
 SERVE_DEADLINE_S = 600.0
@@ -60,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 def serve(model: str, **options: Any) -> None:
     """Serve a model until it is interrupted. The options are those of `actors.serve.serve`, which has no defaults."""
-    from actors.serve import serve as serve_model
 
-    serve_model(model, **options)
+    def work(_: StopRequest) -> None:
+        from actors.serve import serve as serve_model
+
+        serve_model(model, **options)
+
+    run_stoppable(work)

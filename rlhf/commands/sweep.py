@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import add_overrides, add_quiet, say
 from rlhf.errors import UserError
+from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.sweep import Sweep
+    from rlhf.stopping import StopRequest
     from rlhf.sweeps.results import SweepResult
 
 
@@ -70,10 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) -> SweepResult:
-    """All trials, or what is left of them."""
-    from actors.sweep import run_sweep as start
+    """Run all trials, or those that are left. A signal ends them as `run_stoppable` says."""
 
-    return start(sweep, resume=resume, retry_failed=retry_failed, quiet=quiet)
+    def work(_: StopRequest) -> SweepResult:
+        from actors.sweep import run_sweep as start
+
+        return start(sweep, resume=resume, retry_failed=retry_failed, quiet=quiet)
+
+    return run_stoppable(work)
 
 
 def _run_trial(args: argparse.Namespace) -> int:

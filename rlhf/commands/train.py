@@ -7,10 +7,13 @@ import re
 from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import add_overrides, add_progress, say
+from rlhf.errors import Preempted
+from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.load import LoadedConfig
+    from rlhf.stopping import StopRequest
 
 
 def add(commands: Subparsers) -> None:
@@ -71,10 +74,33 @@ def launch(
     json_lines: bool = False,
     until: int | None = None,
 ) -> None:
-    """Run all stages in turn."""
-    from actors.launch import launch as start
+    """Run all stages in turn. A signal ends them as `run_stoppable` says."""
 
-    start(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
+    def work(_: StopRequest) -> None:
+        from actors.launch import launch as start
+
+        start(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
+
+    try:
+        run_stoppable(work)
+    except (KeyboardInterrupt, Preempted) as end:
+        raise type(end)(f"{end}{_continues(loaded)}") from end
+
+
+def _continues(loaded: LoadedConfig) -> str:
+    """Say from where the run, or the first unfinished stage of a pipeline, continues."""
+    from rlhf.config.stages import result_of, run_folder
+
+    for stage in loaded.stages.values():
+        if result_of(stage).exists():
+            continue
+        what = f"stage {stage.run.name}" if loaded.is_pipeline else "the run"
+        latest = run_folder(stage) / "checkpoints/latest"
+        if not latest.exists():
+            return f"; there is no checkpoint, so {what} starts from the beginning"
+        step = int(latest.readlink().name.removeprefix("step_"))
+        return f"; {what} continues after step {step}"
+    return ""
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:

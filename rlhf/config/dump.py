@@ -14,7 +14,13 @@ from rlhf.config.merge import in_effect
 from rlhf.config.pipeline import model_places
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, Stage, final_folder
-from rlhf.config.yaml_tree import to_yaml
+from rlhf.config.yaml_tree import from_yaml, to_yaml
+from rlhf.tracking.logs import redact_config
+
+
+def dump_masked_yaml(config: Stage | LoadedConfig) -> str:
+    """`dump_yaml` with secrets masked value by value, so that the file stays valid YAML."""
+    return to_yaml(redact_config(from_yaml(dump_yaml(config))))
 
 
 def dump_yaml(config: Stage | LoadedConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig
 from rlhf.algorithms.shared import OnlineConfig
@@ -10,10 +11,11 @@ from rlhf.config import derive
 from rlhf.config.environment_checks import source_problems
 from rlhf.config.explain import Problem
 from rlhf.config.model import RewardModelConfig
-from rlhf.config.rewards import SECRET, RewardConfig
+from rlhf.config.rewards import RewardConfig
 from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.config.root import Config
 from rlhf.config.yaml_tree import Key
+from rlhf.tracking.logs import is_secret_name, redact
 
 
 def normalization_problems(config: Config) -> Iterator[Problem]:
@@ -74,12 +76,21 @@ def reward_problems(
             others = ", ".join(other for other in rewards if other != name) or "none"
             text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
             yield Problem(key=(*at, "rewards", name, "gate"), text=text)
-        for argument in (*reward.args, *(reward.judge.request if reward.judge is not None else ())):
-            if SECRET.search(argument):  # the configuration is written to the run folder and to W&B
-                text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-                where = ("args", argument) if argument in reward.args else ("judge", "request", argument)
-                yield Problem(key=(*at, "rewards", name, *where), text=text)
-    for argument in environment.args if environment is not None else ():
-        if SECRET.search(argument):
-            text = "looks like a secret, and the config is written to the run folder: read it from the environment"
-            yield Problem(key=(*(at or ("rollouts",)), "environment", "args", argument), text=text)
+        judge = {} if reward.judge is None else dict(reward.judge.request)
+        yield from _secrets(reward.args, (*at, "rewards", name, "args"))
+        yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
+    if environment is not None:
+        yield from _secrets(environment.args, (*(at or ("rollouts",)), "environment", "args"))
+
+
+def _secrets(value: Any, key: Key) -> Iterator[Problem]:
+    """Find what looks like a secret by its name or its form, however deep: the file and W&B show the configuration."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _secrets(inner, (*key, str(name)))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(inner, key)
+    elif not isinstance(value, bool) and value and (is_secret_name(key[-1]) or redact(str(value)) != str(value)):
+        text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+        yield Problem(key=key, text=text)

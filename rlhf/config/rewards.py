@@ -12,8 +12,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rlhf.algorithms.section import Section
 from rlhf.rewards.rules import ErrorRule
-
-SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|auth_token|access_token|hf_token)$|^token$", re.IGNORECASE)
+from rlhf.tracking.logs import is_secret_name
 
 _JUDGE_PROMPT = """\
 Rate how well the response answers the prompt, from 1 (useless) to 10 (excellent).
@@ -139,7 +138,7 @@ class RewardConfig(Section):
         if (
             parts.username
             or parts.password
-            or any(name == "key" or SECRET.search(name) for name, _ in parse_qsl(parts.query))
+            or any(name == "key" or is_secret_name(name) for name, _ in parse_qsl(parts.query))
         ):
             raise ValueError("`url` holds a secret, and the config is written to the run folder: use `token_env`")
         return url

@@ -99,12 +99,12 @@ class OfflineController:
         end = train.steps if until is None else until
         arithmetic = await self.role.arithmetic()
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
-            record.begin_step()
+            record.begin_step(0)
             await self._evaluate()
             record.write_row(0, record.row())
         while self.step < end and not self.best.is_over:
             step = self.step + 1
-            record.begin_step()
+            record.begin_step(step)
             last = step == train.steps
             with record.stage("step"):
                 await self._update(last=last)

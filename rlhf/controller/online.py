@@ -105,7 +105,7 @@ class OnlineController:
         Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
         end = train.steps if until is None else until
-        record.begin_step()
+        record.begin_step(self.step)
         self.arithmetic = await self.roles.policy.arithmetic()
         await self._sync(self.step)
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
@@ -114,7 +114,7 @@ class OnlineController:
         while self.step < end and not self.best.is_over:
             step = self.step + 1
             self.state_before = self._state()
-            record.begin_step()
+            record.begin_step(step)
             with record.stage("step"):
                 await self._train_step(step)
             last = step == train.steps

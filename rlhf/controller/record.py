@@ -19,7 +19,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.roles import MemoryReport, Metrics, NodesRole
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.logs import redact
+from rlhf.tracking.logs import redact, set_step
 from rlhf.tracking.metrics import histograms, merge, results
 from rlhf.tracking.mirror import Mirror
 from rlhf.tracking.progress import Progress
@@ -46,8 +46,10 @@ class RunRecord:
     parts: list[Metrics] = field(default_factory=list)
     began: float = 0.0
 
-    def begin_step(self) -> None:
-        """Forget the last step's metrics and start its clock."""
+    def begin_step(self, step: int) -> None:
+        """Forget the last step's metrics and start the clock of this one. Step 0 is the evaluation before training."""
+        set_step(step)
+        self.progress.begin(step)
         self.parts = []
         self.began = time.perf_counter()
 

@@ -15,37 +15,46 @@ from typing import Any, TextIO
 
 MASK = "***"
 _SECRET_NAME = re.compile(
-    r"(?i)(^|.*[_.-])(api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|password|passwd|credentials"
-    r"|authorization|(auth|access|api|hf|hub|ray|bearer|refresh|session|id)[_-]?token)$|^token$"
+    r"(?i)(^|.*[_.-])(api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|password|passwd|passphrase|pwd"
+    r"|credentials?|auth|authorization|cookie|(auth|access|api|hf|hub|ray|bearer|refresh|session|id)[_-]?token)$|^token$"
 )
-_SECRET_ENV = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+_SECRET_ENV = re.compile(r"(?i)(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|PAT)$")
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v\d_[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
     r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?i:(?<=bearer )[A-Za-z0-9._~+/=-]{8,})"
 )
+_SECRET_QUERY = re.compile(
+    r"(?i)([?&][\w.-]*(?:token|key|secret|passw(?:or)?d|passphrase|auth|sig(?:nature)?)=)[^\s&#\"']+"
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether what has this name is a secret, such as `api_key` or `X-Auth-Token`."""
+    return _SECRET_NAME.match(name) is not None
 
 
 def redact(text: str) -> str:
-    """The text with every secret masked: values of secret environment variables, and what has the form of a token."""
+    """Return the text with secrets masked: values of secret environment variables, tokens, passwords in URLs."""
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_ENV.search(name):
             text = text.replace(value, MASK)
-    return _SECRET_TEXT.sub(MASK, text)
+    return _SECRET_QUERY.sub(rf"\1{MASK}", _SECRET_TEXT.sub(MASK, text))
 
 
 def redact_config(value: Any, key: str = "") -> Any:
-    """A copy of a config tree (mappings, lists, scalars) with secret values masked, for dumps and W&B."""
+    """Return a copy of a config tree (mappings, lists, scalars) with secret values masked, for files and W&B."""
     if isinstance(value, Mapping):
         return {name: redact_config(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_config(item, key) for item in value]
     if isinstance(value, str):
-        return MASK if value and _SECRET_NAME.match(key) else redact(value)
+        return MASK if value and is_secret_name(key) else redact(value)
     return value
 
 
 class _Formatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.policy: message`, always on one line."""
+    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.policy: message`, always on one line. Without a step
+    outside of steps."""
 
     def __init__(self, role: str, rank: int | None) -> None:
         super().__init__()
@@ -57,9 +66,9 @@ class _Formatter(logging.Formatter):
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
-        step = "-" if self.step is None else self.step
-        line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {self.who} step={step} {record.name}: {message}"
-        return redact(line).replace("\n", "\\n")
+        who = self.who if self.step is None else f"{self.who} step={self.step}"
+        line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {who} {record.name}: {message}"
+        return printable(redact(line).replace("\n", "\\n"))
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -87,7 +96,7 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
 
 
 def hush_imports() -> None:
-    """What libraries say when they are imported, and no user can do anything about. To be called before."""
+    """Silence what libraries log when they are imported and no user can change. Called before they are."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
     logging.getLogger("DeepSpeed").addFilter(_is_of_use)
 
@@ -96,8 +105,13 @@ def _is_of_use(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()  # said by a driver, which has no need of one
 
 
-def set_step(step: int) -> None:
-    """The step that later records of this process belong to."""
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: other control characters than line ends are escaped."""
+    return "".join(mark if mark.isprintable() or mark in "\n\t" else ascii(mark)[1:-1] for mark in text)
+
+
+def set_step(step: int | None) -> None:
+    """Set the step that later records of this process belong to. None: to no step."""
     for handler in logging.getLogger("rlhf").handlers:
         if isinstance(handler.formatter, _Formatter):
             handler.formatter.step = step

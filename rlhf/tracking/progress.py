@@ -53,7 +53,7 @@ def open_progress(
         from rlhf.tracking.progress_live import LiveProgress
 
         return LiveProgress(total_steps, done_steps, show, run, folder, stream)
-    return LineProgress(total_steps, done_steps, show, out)
+    return LineProgress(total_steps, done_steps, show, run, out)
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class Progress:
     ) -> None:
         self._total = total_steps
         self._done = done_steps
+        self._current: int | None = None  # the step in progress; 0: the evaluation before training
         self._show = tuple(show)
         self._run = run
         self._folder = folder
@@ -82,8 +83,12 @@ class Progress:
         self._stages: dict[str, StageTime] = {}
         self._numbers: dict[str, float] = {}
 
+    def begin(self, step: int) -> None:
+        """Begin a step. Step 0 is the evaluation before training."""
+        self._current = step
+
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
-        """What goes on now, and how far it is (`rollouts 37/64`); total 0: not counted."""
+        """Show what goes on now, and how far it is (`rollouts 37/64`); total 0: not counted."""
         now, entered = time.monotonic(), name != self._stage
         if entered:
             self._leave(now)
@@ -142,8 +147,15 @@ class Progress:
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._total - self._done)
 
     def _left(self) -> str:
+        """Return `  left 3 min 20 s`, or nothing while the pace is not known."""
         seconds = self._left_s()
-        return "?" if seconds is None else duration(seconds)
+        return "" if seconds is None else f"  left {duration(seconds)}"
+
+    def _where(self) -> str:
+        """Name the step in progress."""
+        if self._current is None:
+            return self._run
+        return f"step {self._current}/{self._total}" if self._current > 0 else "before training"
 
     def _doing(self) -> str:
         stage = self._stages.get(self._stage, StageTime())
@@ -155,23 +167,24 @@ class Progress:
 
 
 class LineProgress(Progress):
-    """One line a step, and within a long step one a minute."""
+    """A heading, one line a step, and within a long step one a minute."""
 
-    def __init__(self, total_steps: int, done_steps: int, show: Sequence[str], stream: TextIO) -> None:
-        super().__init__(total_steps, done_steps, show)
+    def __init__(self, total_steps: int, done_steps: int, show: Sequence[str], run: str, stream: TextIO) -> None:
+        super().__init__(total_steps, done_steps, show, run)
         self._stream = stream
-        self._said = time.monotonic()
+        self._say(f"{run}: {total_steps} steps" + (f", of which {done_steps} are done" if done_steps else ""))
 
     def note(self, text: str) -> None:
         self._say(text)
 
     def _shown(self, *, entered: bool) -> None:
         if time.monotonic() - self._said >= _HEARTBEAT_S:
-            self._say(f"step {self._done + 1}/{self._total}: {self._doing()}")
+            self._say(f"{self._where()}: {self._doing()}")
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = "".join(f"  {key} {number(value)}" for key, value in self._numbers.items())
-        self._say(f"step {step}/{self._total}{numbers}  left {self._left()}")
+        where = f"step {step}/{self._total}" if step > 0 else "before training"
+        self._say(f"{where}{numbers}{self._left()}")
 
     def _say(self, line: str) -> None:
         self._stream.write(line + "\n")

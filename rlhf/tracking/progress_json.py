@@ -1,6 +1,7 @@
 """A run's progress for programs: one JSON object a line, as a stage begins, a step ends, or something looks wrong.
 
-Every object has `event` and `run`. Metrics that are not finite are null, as in metrics.jsonl.
+Every object has `event` and `run`. The step of a stage is null while the run starts. Metrics that are not finite are
+null, as in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class JsonProgress(Progress):
 
     def _shown(self, *, entered: bool) -> None:
         if entered:
-            self._write("stage", step=self._done + 1, stage=self._stage)
+            self._write("stage", step=self._current, stage=self._stage)
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
         left = self._left_s()

@@ -38,6 +38,7 @@ class LiveProgress(Progress):
     ) -> None:
         super().__init__(total_steps, done_steps, show, run, folder)
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_TABLE_STEPS)
+        self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last row with an evaluation
         self._last: Mapping[str, Any] | None = None
         self._console = Console(file=stream, stderr=stream is None)
         # Redrawn by its own thread at 4 Hz from what `get_renderable` gives: calls never wait for the terminal.
@@ -51,7 +52,11 @@ class LiveProgress(Progress):
         self._live.stop()
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._rows.append((step, {key: metrics[key] for key in self._show if key in metrics}))
+        row = (step, {key: metrics[key] for key in self._show if key in metrics})
+        if row[1]:
+            self._rows.append(row)
+        if any(key.startswith("eval/") for key in row[1]):
+            self._evaluated = row
         self._last = self._sample(step) or self._last
 
     def _render(self) -> Group:
@@ -65,7 +70,7 @@ class LiveProgress(Progress):
     def _bars(self) -> Table:
         bars = Table.grid(padding=(0, 1))
         bars.add_column(min_width=12)  # so that nothing shifts as the stages change
-        told = f"{self._done}/{self._total}  left {self._left()}  {self._run}"
+        told = f"{self._done}/{self._total}{self._left()}  {self._run}"
         bars.add_row(Text("steps"), _bar(self._done, self._total), Text(told))
         for name, stage in list(self._stages.items()):
             bars.add_row(Text(name), _stage_bar(stage), Text(_stage_words(stage)))
@@ -73,6 +78,8 @@ class LiveProgress(Progress):
 
     def _table(self) -> Table:
         rows = list(self._rows)
+        if self._evaluated is not None and self._evaluated not in rows:
+            rows.insert(0, self._evaluated)
         keys = [key for key in self._show if any(key in numbers for _, numbers in rows)]
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("step", justify="right")

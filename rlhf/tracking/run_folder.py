@@ -25,7 +25,6 @@ from rlhf.errors import RunError, UserError
 from rlhf.tracking.atomic import read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
 from rlhf.tracking.histograms import FILE as HISTOGRAMS
-from rlhf.tracking.logs import redact
 from rlhf.tracking.manifest import Manifest, find_damage, is_complete
 from rlhf.tracking.tracker import read_metrics
 
@@ -125,8 +124,8 @@ class RunFolder:
         self.close()
 
     def write_config(self, text: str) -> None:
-        """config.resolved.yaml, secrets masked."""
-        write_atomic(self.config, redact(text))
+        """Write config.resolved.yaml. Secrets must be masked in the text."""
+        write_atomic(self.config, text)
 
     def write_environment(self, *, seed: int) -> None:
         """Write environment.json of this start. Warn of what has changed since the last start."""

@@ -118,9 +118,10 @@ class Tracker:
         errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
         files = remove_files_after(self._folder, step)
         if rows or errors or files:
+            start = "the run starts from the beginning" if step < 0 else f"the run continues after step {step}"
             logger.info(
-                "resume at step %d: removed later metrics of %d steps, samples and evaluations of %d, and %d errors",
-                step,
+                "%s: removed the metrics of %d steps, %d files of samples and evaluations, and %d errors",
+                start,
                 rows,
                 len(files),
                 errors,

@@ -318,7 +318,8 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
         with RunFolder.open(tmp_path, run.name, resume=True) as folder:  # its lock is free, and it can go on
             assert folder.latest_checkpoint() is not None
     log = asked.with_suffix(".log").read_text(encoding="utf-8")
-    assert re.search(r"rlhf: preempted: a checkpoint of step \d+ is written; continue with: rlhf train .*--resume", log)
+    kept = r"rlhf: preempted: a checkpoint of step \d+ is written; the run continues after step \d+\. "
+    assert re.search(kept + r"Continue with: rlhf train .*--resume", log)
     assert "Traceback" not in log
     assert "authentication" not in log
 
@@ -334,7 +335,7 @@ def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
     await_steps({run: process}, {run: 3})
     end(process, signal.SIGTERM, 75, send=os.killpg)  # its own Ray's daemons are of its group
     log = run.with_suffix(".log").read_text(encoding="utf-8")
-    assert re.search(r"rlhf: preempted: .*; continue with: rlhf train", log)
+    assert re.search(r"rlhf: preempted: .*\. Continue with: rlhf train", log)
     assert "Traceback" not in log
     assert "GCS" not in log
 

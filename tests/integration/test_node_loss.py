@@ -104,7 +104,7 @@ DRAIN = """
 import asyncio, subprocess, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from actors.standing import leaving, own_standing, remember
+from actors.standing import going_node, own_standing, remember
 
 class Worker:
     def where(self):
@@ -116,11 +116,11 @@ ray.init(address=head)
 there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
 remember("policy", [ray.get(worker.where.remote(), timeout=60)])
-assert asyncio.run(leaving({node})) is None
+assert asyncio.run(going_node({node})) is None
 reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
 subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)
-assert asyncio.run(leaving({"another"})) is None
-print("leaving", *asyncio.run(leaving({node})))
+assert asyncio.run(going_node({"another"})) is None
+print("leaving", *asyncio.run(going_node({node})))
 """
 
 

@@ -11,7 +11,7 @@ from ray._private.state import GlobalState
 from ray.exceptions import RayError
 
 from actors import standing
-from actors.standing import Standing, forget, leaving, losses
+from actors.standing import Standing, forget, going_node, losses
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ray._private.state.state", not_joined)
     with pytest.raises(RayError):
         not_joined.get_draining_nodes()
-    assert asyncio.run(leaving({"n1"})) is None
+    assert asyncio.run(going_node({"n1"})) is None
 
 
 def free_port() -> int:

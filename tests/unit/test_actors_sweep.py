@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import actors.sweep
 from actors.sweep import _wait_for_leftovers, run_sweep
 from actors.trials import Share
+from rlhf.commands.sweep import run_sweep as start
 from rlhf.config.sweep import load_sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
@@ -57,15 +57,29 @@ def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pyt
         run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
 
 
-def test_sigterm_is_heard_though_ray_was_asked_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shares(*_: object) -> list[Share]:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
-        return [Share()]
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_a_sweep_and_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ended: type[BaseException]
+) -> None:
+    interrupted: list[object] = []
 
-    def told(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    class Trial:
+        def __init__(self, *_: object, **__: object) -> None:
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(actors.sweep, "_shares", shares)
-    monkeypatch.setattr(actors.sweep, "strategy_of", told)
-    with pytest.raises(Preempted):
-        run_sweep(load_sweep(write_sweep(tmp_path)), resume=False, quiet=True)
+        def poll(self) -> int | None:
+            return 75 if interrupted else None
+
+        def interrupt(self) -> None:
+            interrupted.append(self)
+
+    monkeypatch.setattr(actors.sweep, "_shares", lambda *_: [Share()])
+    monkeypatch.setattr(actors.sweep, "_may_keep_engines", lambda _: False)
+    monkeypatch.setattr(actors.sweep, "TrialProcess", Trial)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    try:
+        with pytest.raises(ended, match="the trials in progress were ended"):
+            start(load_sweep(write_sweep(tmp_path)), resume=False, retry_failed=False, quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(interrupted) == 1

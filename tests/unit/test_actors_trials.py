@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from actors.trials import Share, TrialProcess, WarmProcess, end_all, wait_for_all
+from rlhf.stopping import StopRequest
 
 DEADLINE_S = 60.0
 SWEEP = """
@@ -54,10 +55,10 @@ def test_a_process_has_its_share_and_ends_when_it_is_told(tmp_path: Path) -> Non
     started = psutil.Process(kept.process.pid)
     assert started.cpu_affinity() == [core]
     assert started.environ()["CUDA_VISIBLE_DEVICES"] == "1,3"
-    end_all([told])
+    end_all([told], StopRequest())
     assert told.process.returncode == -signal.SIGTERM
     kept.dismiss()
-    wait_for_all([kept])
+    wait_for_all([kept], StopRequest())
     assert kept.process.returncode == 0
 
 
@@ -69,3 +70,11 @@ def test_a_process_ends_with_the_sweep_however_that_ends() -> None:
     sweep.wait(timeout=DEADLINE_S)
     _, alive = psutil.wait_procs([trial], timeout=DEADLINE_S)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupt_kills_what_does_not_end() -> None:
+    request, stuck = StopRequest(), WarmProcess(Share(), grace_s=600.0)
+    psutil.Process(stuck.process.pid).suspend()
+    request.interrupted.set()
+    end_all([stuck], request)
+    assert stuck.process.poll() is not None

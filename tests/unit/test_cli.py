@@ -126,6 +126,7 @@ def test_train_passes_what_it_was_given(
             "rlhf: error: deep\n",
         ),
         (rlhf.RunError("https://me:secret@host is gone"), 1, "rlhf: error: https://***@host is gone\n"),
+        (rlhf.RunError("a service said \x1b]0;x\x07é"), 1, "rlhf: error: a service said \\x1b]0;x\\x07é\n"),
         (
             BrokenPipeError(32, "Broken pipe"),  # of another than our reader
             1,
@@ -160,7 +161,7 @@ def test_failures(
 )
 @pytest.mark.parametrize(
     ("ended", "code", "said"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (rlhf.Preempted("step 3 is kept"), 75, "preempted: step 3 is kept")],
+    [(KeyboardInterrupt("given up"), 130, "interrupted: given up"), (rlhf.Preempted("told"), 75, "preempted: told")],
 )
 def test_a_run_that_is_cut_off_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
@@ -174,7 +175,8 @@ def test_a_run_that_is_cut_off_says_how_to_go_on(
 ) -> None:
     launch_with(raising(ended))
     assert main(["train", file, "run.seed=5", *more]) == code
-    expected = f"rlhf: {said}; continue with: rlhf train {file} run.seed=5{hint}\n"
+    kept = "; there is no checkpoint, so the run starts from the beginning. Continue with"
+    expected = f"rlhf: {said}{kept}: rlhf train {file} run.seed=5{hint}\n"
     assert capsys.readouterr().err == expected
 
 

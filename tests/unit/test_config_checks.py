@@ -341,6 +341,14 @@ RELATIONS = {
         "rewards.taste.judge.prompt: `prompt` must hold {response}",
     ),
     "secrets stay out": (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
+    "secrets stay out of nested arguments": (
+        ["rewards.correct.args={ask: [{headers: {X-Api-Key: x}}]}"],
+        "rewards.correct.args.ask.headers.X-Api-Key: looks like a secret",
+    ),
+    "secrets stay out of an argument's url": (
+        ["rewards.correct.args={where: 'https://host/a?token=x'}"],
+        "rewards.correct.args.where: looks like a secret",
+    ),
     "a reward's own limit is below the pool's": (
         ["rewards.correct.function=code_tests", "reward_policy.timeout_s=8"],
         "reward_policy.timeout_s: is 8, but `code_tests` may take 8 s (rewards.correct.args.limit_s)",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config.dump import dump_yaml
+from rlhf.config.dump import dump_masked_yaml, dump_yaml
 from rlhf.config.load import LoadedConfig, load
 from rlhf.config.yaml_tree import read_tree
 
@@ -119,3 +119,16 @@ def test_a_single_run_dumps_alike_however_it_is_held(tmp_path: Path) -> None:
     path.write_text(BASE)
     loaded = load(path)
     assert dump_yaml(loaded) == dump_yaml(loaded.stages["demo"])
+
+
+def test_a_masked_file_is_valid_yaml_where_a_secret_is_a_whole_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_TOKEN", "a-long-secret")
+    (tmp_path / "run.yaml").write_text(BASE)
+    words = ["data.system_prompt=a-long-secret", "tracking={wandb: offline, wandb_project: of a-long-secret}"]
+    loaded = load(tmp_path / "run.yaml", words)
+    (tmp_path / "masked.yaml").write_text(dump_masked_yaml(loaded))
+    (run,) = load(tmp_path / "masked.yaml").runs.values()
+    assert run.data.system_prompt == "***"
+    assert run.tracking.wandb_project == "of ***"

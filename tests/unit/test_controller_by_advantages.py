@@ -127,7 +127,7 @@ class Run:
         self.learning = AdvantageLearning(config, OnlineRoles(**roles, rollout=unused, reward=unused), self.record)
 
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
-        self.record.begin_step()
+        self.record.begin_step(1)
         return asyncio.run(self.learning.learn(found, step))
 
     @property

@@ -112,7 +112,7 @@ class Run:
         self.record = RunRecord(
             folder=folder, tracker=unused, timeline=Timeline(folder.timeline), progress=open_progress(10, mode="quiet")
         )
-        self.record.begin_step()
+        self.record.begin_step(1)
         self.learning = DistillationLearning(
             self.config, OnlineRoles(**roles, rollout=unused, reward=unused, reference=None, critic=None), self.record
         )

@@ -112,7 +112,7 @@ class Run:
         )
 
     def learn(self, *scores: Sequence[float], step: int = 1) -> Signals:
-        self.record.begin_step()
+        self.record.begin_step(1)
         return asyncio.run(self.learning.learn(groups(*scores), step))
 
     def checkpoint(self, step: int) -> None:

@@ -43,6 +43,9 @@ def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
         ("redis://:pass@host/0 http://me:pw@host", "redis://***@host/0 http://***@host"),
         ("sk-abcdefghijklmnop1234", "***"),
+        ("GET https://host/a?token=abc&n=1#top", "GET https://host/a?token=***&n=1#top"),
+        ("'https://host/?n=1&X-Api-Key=abc'", "'https://host/?n=1&X-Api-Key=***'"),
+        ("is monkey=1 a keyboard? tokens=3", "is monkey=1 a keyboard? tokens=3"),
         ("nothing here: max_tokens 12, http://host:80/a@b", "nothing here: max_tokens 12, http://host:80/a@b"),
     ],
 )
@@ -63,13 +66,23 @@ def test_secrets_of_the_environment_are_masked_everywhere(
 
 def test_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-long-secret")
+    monkeypatch.setenv("github_pat", "another-secret")
     config = {
+        "request": {"headers": [{"X-Api-Key": "x"}], "passphrase": "x", "auth": "x", "author": "x another-secret"},
         "judge": {"api_key": "short", "auth_token": "x", "token_env": "JUDGE", "headers": ["a-long-secret", 1]},
         "policy": {"eos_token": "</s>", "max_new_tokens": 8},
         "password": "",
     }
     assert logs.redact_config(config) == {
+        "request": {"headers": [{"X-Api-Key": "***"}], "passphrase": "***", "auth": "***", "author": "x ***"},
         "judge": {"api_key": "***", "auth_token": "***", "token_env": "JUDGE", "headers": ["***", 1]},
         "policy": {"eos_token": "</s>", "max_new_tokens": 8},
         "password": "",
     }
+
+
+def test_a_line_outside_of_a_step_names_none_and_no_terminal_obeys_it(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure()
+    logging.getLogger("rlhf.x").info("said \x1b[2J and \x07")
+    line = capsys.readouterr().err
+    assert "Z INFO controller rlhf.x: said \\x1b[2J and \\x07\n" in line

@@ -31,7 +31,7 @@ class Clock:
 
 def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, out = Clock(monkeypatch), io.StringIO()
-    with open_progress(10, show=["rewards/score/mean", "eval/held/score"], stream=out) as display:
+    with open_progress(10, show=["rewards/score/mean", "eval/held/score"], run="demo", stream=out) as display:
         assert type(display) is LineProgress
         display.step(0, {"eval/held/score": 0.25, "update/lr": 1.0})
         for step in (1, 2):
@@ -39,7 +39,8 @@ def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPa
             display.stage("rollouts", 3, 64)
             display.step(step, {"rewards/score/mean": step / 3})
     assert out.getvalue().splitlines() == [
-        "step 0/10  eval/held/score 0.25  left ?",
+        "demo: 10 steps",
+        "before training  eval/held/score 0.25",
         "step 1/10  eval/held/score 0.25  rewards/score/mean 0.333  left 45 s",  # 9 steps of 5 s
         "step 2/10  eval/held/score 0.25  rewards/score/mean 0.667  left 40 s",
     ]
@@ -47,11 +48,20 @@ def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPa
 
 def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, out = Clock(monkeypatch), io.StringIO()
-    display = open_progress(10, done_steps=4, stream=out)
-    for done in range(13):
-        display.stage("rollouts", done, 64)
-        clock.now += 10.0
-    assert out.getvalue().splitlines() == ["step 5/10: rollouts 6/64", "step 5/10: rollouts 12/64"]
+    display = open_progress(10, done_steps=4, run="soup/ppo", stream=out)
+    for name, steps in (("starting", (None,)), ("rollouts", (0, 5))):
+        for step in steps:
+            if step is not None:
+                display.begin(step)
+            for done in range(8):
+                display.stage(name, done, 64)
+                clock.now += 10.0
+    assert out.getvalue().splitlines() == [
+        "soup/ppo: 10 steps, of which 4 are done",
+        "soup/ppo: starting 6/64",
+        "before training: rollouts 4/64",
+        "step 5/10: rollouts 2/64",
+    ]
 
 
 def written_sample(folder: Path, step: int, response: str) -> None:
@@ -100,6 +110,20 @@ def test_live_display_shows_stages_a_step_table_and_the_last_sample(
     assert display._stages == {}
 
 
+def test_the_live_table_keeps_the_last_evaluation_and_has_no_empty_row() -> None:
+    display = open_progress(20, show=["rewards/score/mean", "eval/held/score"], run="demo", stream=Terminal())
+    assert type(display) is LiveProgress
+    display.step(0, {"time/sync_s": 1.0})
+    display.step(1, {"rewards/score/mean": 0.5, "eval/held/score": 0.25})
+    for step in range(2, 10):
+        display.step(step, {"rewards/score/mean": 0.5})
+    display.close()
+    shown = io.StringIO()
+    Console(file=shown, width=90).print(display._table())
+    lines = [line.split() for line in shown.getvalue().splitlines()[2:]]
+    assert lines == [["1", "0.5", "0.25"], *([str(step), "0.5"] for step in range(4, 10))]
+
+
 def test_json_lines_are_one_object_a_stage_step_and_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +133,7 @@ def test_json_lines_are_one_object_a_stage_step_and_finding(
         kind="slower", severity="notice", first_step=1, last_step=1, metrics=(), what="w", why="y", advice="a"
     )
     with open_progress(2, mode="json", run="demo", folder=tmp_path) as display:
+        display.begin(1)
         for done in range(3):
             display.stage("rollouts", done, 3)
         clock.now += 5.0
@@ -156,7 +181,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         display.step(1, {})
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("step 1/2")
+    assert captured.err.splitlines()[1].startswith("step 1/2")
 
 
 @pytest.mark.parametrize(

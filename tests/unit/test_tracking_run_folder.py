@@ -273,14 +273,9 @@ def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:
         assert list(folder.begin_checkpoint(2).iterdir()) == []
 
 
-def test_environment_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
-    monkeypatch.setenv("HF_TOKEN", "not-to-be-seen")
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        folder.write_config("url: https://x/?t=not-to-be-seen\n")
-        assert folder.config.read_text() == "url: https://x/?t=***\n"
         folder.write_environment(seed=5)
         found = json.loads(folder.environment.read_text())
         assert found["seed"] == 5

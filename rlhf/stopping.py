@@ -1,0 +1,218 @@
+"""Signals that ask the work of this process to end, and the thread in which that work runs.
+
+The main thread only waits for signals, so a C call that never returns cannot keep a signal from being heard, and the
+work can start event loops although its caller runs one, as a notebook does. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are
+heard, unless they are ignored, as `nohup` ignores SIGHUP. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from rlhf.errors import Preempted, UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+REPEATED_WITHIN_S = 2.0  # `timeout` sends its signal twice, to the process and to its group
+PRESSED_AGAIN_AFTER_S = 0.1  # two Ctrl-C that are further apart than this are two
+END_WITHIN_S = 15.0  # for interrupted work to end in order
+_PREFIX = "rlhf: "  # of the names of this module's threads
+
+
+class StopRequest:
+    """The request that the work of `run_stoppable` ends. The first signal is kept; later ones only make it urgent.
+
+    A training loop and a server set `ends_by_itself` while they run: they look at `came`, finish what is in progress
+    and end. The second signal interrupts them. All other work is interrupted by the first one.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.came: float | None = None  # on the monotonic clock; also set for a node that is about to go
+        self.ends_by_itself = False
+        self.interrupted = threading.Event()
+        self.given_up = threading.Event()  # the caller no longer waits for the work
+        self.on_interrupt: Callable[[], object] = lambda: None  # ends what would hold up interrupted work
+        self._cancel: Callable[[], object] | None = None  # cancels the event loop's main task
+        self._last = -REPEATED_WITHIN_S
+
+    def raise_if_stopped(self) -> None:
+        """Raise Preempted if the request came, so that nothing new is begun."""
+        if self.came is not None:
+            raise Preempted("nothing was in progress")
+
+    def run(self, work: Coroutine[Any, Any, T], runner: asyncio.Runner) -> T:
+        """Run a coroutine that an interrupt cancels."""
+        loop = runner.get_loop()
+
+        async def cancellable() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self.interrupted.is_set():
+                task.cancel()
+            return await work
+
+        try:
+            return runner.run(cancellable())
+        except asyncio.CancelledError:
+            if not self.interrupted.is_set():
+                raise
+            raise KeyboardInterrupt from None
+        finally:
+            self._cancel = None
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        """Handle a signal, in the main thread."""
+        now = time.monotonic()
+        again_after_s = PRESSED_AGAIN_AFTER_S if number == signal.SIGINT else REPEATED_WITHIN_S
+        if self.signal is not None and now - self._last < again_after_s:
+            return
+        self._last = now
+        if self.signal is None:
+            self.signal, self.came = signal.Signals(number), self.came or now
+            if self.ends_by_itself:
+                return
+        elif self.interrupted.is_set():
+            self.given_up.set()
+        self.interrupted.set()
+
+
+_LOCAL = threading.local()
+
+
+def current_request() -> StopRequest | None:
+    """Return the request of the work that this thread does; None outside of `run_stoppable`."""
+    request: StopRequest | None = getattr(_LOCAL, "request", None)
+    return request
+
+
+def run_stoppable(work: Callable[[StopRequest], T]) -> T:
+    """Run work in a thread until it is done or a signal ends it. Work inside of other such work is a part of it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it. The text says what is kept.
+        Preempted: another signal ended it. The text says what is kept.
+    """
+    outer = current_request()
+    if outer is not None:
+        return work(outer)
+    request = StopRequest()
+
+    def begin() -> T:
+        _LOCAL.request = request
+        return work(request)
+
+    with _listening(request):
+        outcome, thread = start_thread(begin, "work")
+        deadline: float | None = None
+        while thread.is_alive() and not request.given_up.is_set():
+            thread.join(0.1)
+            if request.interrupted.is_set() and deadline is None:
+                deadline = time.monotonic() + END_WITHIN_S
+                _interrupt(thread, request)
+            elif deadline is not None and time.monotonic() > deadline:
+                request.given_up.set()
+    return _result(outcome, request)
+
+
+def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:
+    """Run a coroutine as `asyncio.run` does, and cancel it where `run_stoppable` is interrupted."""
+    request = current_request()
+    with contextlib.ExitStack() as stack:
+        used = runner or stack.enter_context(asyncio.Runner())
+        return used.run(work) if request is None else request.run(work, used)
+
+
+def start_thread(call: Callable[[], T], name: str) -> tuple[Future[T], threading.Thread]:
+    """Start a call that may never return, in a thread that keeps no process alive. See `has_stuck_threads`."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001  whoever waits for the result raises it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    thread = threading.Thread(target=run, name=f"{_PREFIX}{name}", daemon=True)
+    thread.start()
+    return future, thread
+
+
+def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bool:
+    """Make a call that may never return, and wait for it. False: it has not returned within the limit."""
+    future, thread = start_thread(call, name)
+    thread.join(limit_s)
+    if thread.is_alive():
+        return False
+    future.result()
+    return True
+
+
+def has_stuck_threads() -> bool:
+    """Whether a call of this module has not returned. A process that ends must not wait for it."""
+    return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())
+
+
+@contextmanager
+def _listening(request: StopRequest) -> Iterator[None]:
+    """Handle the signals in the block. Only the main thread can."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, request._receive) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
+
+
+def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
+    """Cancel the thread's event loop, or raise KeyboardInterrupt in its Python code."""
+    cancel = request._cancel
+    try:
+        if cancel is None:
+            assert thread.ident is not None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
+            )
+        else:
+            cancel()
+    except RuntimeError:  # the loop has just been closed: what comes next is interrupted as it begins
+        logger.debug("the event loop ended before it was cancelled")
+    start_thread(request.on_interrupt, "on interrupt")
+
+
+def _result(outcome: Future[T], request: StopRequest) -> T:
+    """Return the work's result, or raise what its end means after the signal that came."""
+    error: BaseException | None = KeyboardInterrupt() if not outcome.done() else outcome.exception()
+    if error is None:
+        return outcome.result()
+    if request.signal is None or isinstance(error, UserError):
+        raise error
+    if isinstance(error, Preempted):
+        text = str(error)
+    elif isinstance(error, Exception):
+        text = f"the work in progress failed meanwhile: {error}"
+    else:
+        text = str(error) or "the work in progress was given up"
+    if request.signal is signal.SIGINT:
+        raise KeyboardInterrupt(text) from error
+    raise Preempted(text) from error
