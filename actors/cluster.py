@@ -77,6 +77,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     ends with the block and that no one else can join.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that our thread handles no signals
     if ray.is_initialized():
         yield
         return
@@ -110,6 +111,7 @@ def _start_local(config: ClusterConfig) -> None:
     # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
     temp = _private_temp()
+    logger.info("starting Ray on this machine")
     before = psutil.Process().children()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_RAY)  # the daemons inherit this thread's mask
     try:

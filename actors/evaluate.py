@@ -57,10 +57,12 @@ REPORT, SAMPLES = "eval.json", "samples.jsonl"
 Said = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
 
 
-def refuse_unusable_folder(folder: Path) -> None:
-    """UserError if results cannot be written there, or are there already."""
-    if (folder / REPORT).exists():
-        raise UserError(f"{folder} holds an evaluation already; name another folder with --out, or remove it")
+def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError if results cannot be written there, or are there already and are not to be overwritten."""
+    if (folder / REPORT).exists() and not overwrite:
+        raise UserError(
+            f"{folder} holds an evaluation already. Name another folder with --out, or replace it with --overwrite."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -23,7 +23,7 @@ from actors.interrupts import run_loop
 from actors.kept_engines import KEEPER
 from actors.merge import run_merge
 from actors.nodes import Nodes
-from actors.placement import reserve
+from actors.placement import Placement, reserve
 from actors.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.recording import recording
 from actors.services import ReferenceWorkers, RewardWorkers
@@ -47,7 +47,7 @@ from rlhf.config.derive import (
 from rlhf.config.dump import dump_masked_yaml
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
-from rlhf.config.stages import MergeStage, result_of
+from rlhf.config.stages import MergeStage, result_of, run_folder
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
@@ -59,6 +59,7 @@ from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.errors import ErrorRecord
 from rlhf.tracking.progress import Mode
+from rlhf.tracking.run_folder import refuse_to_overwrite, remove_run
 from rlhf.workers.reference import ReferenceWorker
 from rlhf.workers.reward import RewardSettings, RewardWorker
 
@@ -84,6 +85,7 @@ def launch(
     *,
     resume: bool,
     from_step: int | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
     json_lines: bool = False,
     until: int | None = None,
@@ -92,6 +94,7 @@ def launch(
 
     Args:
         from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
+        overwrite: replace what the run's folder holds, once the inputs have been checked.
         until: stop a single run after this step, with a checkpoint from which `resume` continues.
 
     Raises:
@@ -101,19 +104,36 @@ def launch(
     logs.configure()
     if until is not None:
         _refuse_other_end(loaded, until)
-    check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
-    _run_stages(loaded, current_request() or StopRequest(), resume=resume, mode=mode, until=until)
+    if overwrite:
+        _refuse_to_overwrite(loaded)
+    else:
+        check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
+    request = current_request() or StopRequest()
+    _run_stages(loaded, request, resume=resume, overwrite=overwrite, mode=mode, until=until)
 
 
-def _run_stages(loaded: LoadedConfig, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
+def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
+    """Raise UserError unless every stage's folder is free, or holds a run that can be removed."""
+    for stage in loaded.stages.values():
+        if stage.run.mirror is not None:
+            raise UserError(f"--overwrite: {stage.run.name} has a copy in run.mirror. Choose another run.name.")
+        refuse_to_overwrite(run_folder(stage))
+
+
+def _run_stages(
+    loaded: LoadedConfig, request: StopRequest, *, resume: bool, overwrite: bool, mode: Mode, until: int | None
+) -> None:
     left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
     if not left:
         logger.info("%s is finished: nothing is left to do", loaded.name)
         return
+    logger.info("%s: checking models, data and rewards", loaded.name)
     stages = load_inputs(loaded)
     for stage in stages if resume else ():
         if isinstance(stage, StageInputs):
             refuse_other_checkpoint(stage)
+    for written in left if overwrite else ():
+        remove_run(run_folder(written))
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
         for stage in stages:
@@ -144,7 +164,7 @@ def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
     """One run in its folder, from its last checkpoint if there is one."""
     is_online = isinstance(stage.inputs, OnlineInputs)
-    show = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
+    show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
     if stage.inputs.eval_sets:
         show += (f"eval/{next(iter(stage.inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
     steps = stage.config.train.steps
@@ -182,6 +202,7 @@ async def _run_offline(
     nodes = record.nodes = Nodes(placement)
     async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
         limit_s = config.cluster.start_timeout_s
+        record.progress.stage(f"starting {_names(placement)}")
         await asyncio.gather(
             gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
             *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
@@ -304,6 +325,7 @@ async def _run_online(
         )
         groups += [reward, lent]
         limit_s = cluster.start_timeout_s
+        record.progress.stage(f"starting {_names(placement)}")
         one_host = placement.on_one_host()
         engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
         if engines_first:  # an engine measures what its GPU has free, while nothing else may come or go
@@ -341,6 +363,11 @@ async def _run_online(
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
         )
         await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
+
+
+def _names(placement: Placement) -> str:
+    """Name the roles whose processes start, with how many there are."""
+    return ", ".join(f"{len(seats)} {role}" for role, seats in placement.seating.seats.items())
 
 
 def _policy_rank(config: Config) -> type[Publishes]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.tracking.logs import hush_imports
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rlhf.evaluation.scored import ScoredFile
     from rlhf.reporting.report import Report
     from rlhf.sweeps.results import SweepResult
+
+    AnyConfig = str | Path | Mapping[str, Any] | Config | LoadedConfig
 
 __all__ = [
     "Preempted",
@@ -73,7 +75,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def plan(
-    config: str | Path | Config | LoadedConfig,
+    config: AnyConfig,
     overrides: Sequence[str] = (),
     *,
     cluster: str | None = None,
@@ -95,27 +97,46 @@ def plan(
 
 
 def train(
-    config: str | Path | Config | LoadedConfig,
+    config: AnyConfig,
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
     from_step: int | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
     json_lines: bool = False,
     until: int | None = None,
 ) -> Path:
-    """Run it, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
+    """Run a configuration, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
-    from_step: resume from the checkpoint of this step, not the newest. quiet: no progress. json_lines: progress as JSON
-    lines on stdout. until: stop after this step, with a checkpoint from which `resume` goes on.
+    Args:
+        config: a YAML file, a mapping with the same keys, or a configuration that was loaded or built before. In a
+            mapping, a reward's `function` may be a function of a Python file.
+        from_step: resume from the checkpoint of this step, not the newest.
+        overwrite: replace the run that the folder holds.
+        quiet: show no progress.
+        json_lines: write progress to stdout as JSON lines.
+        until: stop after this step, with a checkpoint from which `resume` continues.
 
-    UserError: the input is wrong. RunError: something failed at run time. Preempted: SIGTERM came; `resume` goes on.
+    Raises:
+        UserError: the input is wrong.
+        RunError: something failed at run time.
+        Preempted: a signal ended the run, and `resume` continues it.
+        KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
     """
     from rlhf.commands.train import launch
 
     loaded = _loaded(config, overrides)
     resume = resume or from_step is not None
-    launch(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
+    launch(
+        loaded,
+        resume=resume,
+        from_step=from_step,
+        overwrite=overwrite,
+        quiet=quiet,
+        json_lines=json_lines,
+        until=until,
+    )
     return loaded.folder
 
 
@@ -257,7 +278,7 @@ def serve(
 
 
 def evaluate(
-    target: str | Path | Config | LoadedConfig,
+    target: AnyConfig,
     overrides: Sequence[str] = (),
     *,
     model: str | None = None,
@@ -270,8 +291,11 @@ def evaluate(
     device: Literal["cpu", "cuda"] | None = None,
     trust_remote_code: bool = False,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Measure a model on held-out data; eval.json and samples.jsonl go to `out`, or to evals/NAME.
+
+    overwrite: replace the results that the folder holds.
 
     target: a configuration (or its YAML), whose data.eval and rewards measure its policy.model or `model`; or a model,
     measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: as in `generate`.
@@ -294,6 +318,7 @@ def evaluate(
         device=device,
         trust_remote_code=trust_remote_code,
         out=out,
+        overwrite=overwrite,
     )
     return found
 
@@ -318,7 +343,7 @@ def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Pa
     return publish(project=project, entity=entity, out=None if out is None else Path(out))
 
 
-def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
+def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
     """What a configuration's rewards say of the responses in a file; a reward that fails is part of the result.
 
     file: rows with `prompt`, `response` and the columns that the rewards read, or samples that a run has written.
@@ -330,7 +355,7 @@ def reward(config: str | Path | Config | LoadedConfig, file: str | Path, overrid
 
 
 def serve_reward(
-    target: str | Path | Config | LoadedConfig,
+    target: AnyConfig,
     overrides: Sequence[str] = (),
     *,
     host: str = "127.0.0.1",
@@ -358,9 +383,7 @@ def doctor() -> tuple[Finding, ...]:
     return look()
 
 
-def cluster_doctor(
-    config: str | Path | Config | LoadedConfig | None = None, *, address: str | None = None
-) -> tuple[OfNode, ...]:
+def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = None) -> tuple[OfNode, ...]:
     """How the nodes of a Ray cluster fit together, printed and returned; with a configuration its paths and room too.
 
     address: HOST:PORT of the cluster, else cluster.address, or RAY_ADDRESS.
@@ -431,12 +454,19 @@ def view(
     serve(folders, host=host, port=port, token_env=token_env, ready=ready)
 
 
-def _loaded(config: str | Path | Config | LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:
-    from rlhf.config.load import checked
+def _loaded(config: AnyConfig, overrides: Sequence[str]) -> LoadedConfig:
+    from rlhf.config.load import LoadedConfig, checked, from_mapping
     from rlhf.config.root import Config
 
     if isinstance(config, str | Path):
         return load_config(config, overrides)
+    if isinstance(config, Mapping):
+        return from_mapping(config, overrides)
+    if not isinstance(config, Config | LoadedConfig):
+        raise TypeError(
+            f"the configuration is of type {type(config).__name__}; give the path of a YAML file, a mapping with the "
+            "same keys, or what rlhf.load_config returned"
+        )
     if overrides:
-        raise UserError("overrides change a file; build the Config with the values you want instead")
+        raise UserError("overrides change a file or a mapping; build the Config with the values you want instead")
     return checked(config) if isinstance(config, Config) else config

@@ -44,6 +44,7 @@ def add(commands: Subparsers) -> None:
     )
     command.add_argument("--by", metavar="COLUMN", help="report each value of a column beside the whole set")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results; evals/NAME if not given")
+    command.add_argument("--overwrite", action="store_true", help="replace the results that the folder holds")
     command.add_argument("--json", action="store_true", help="print eval.json, not a table")
     add_decoding(command)
     add_overrides(command)
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         out=args.out,
+        overwrite=args.overwrite,
     )
     if args.json:
         say(json.dumps(found.to_json(), indent=2) + "\n")
@@ -96,6 +98,7 @@ def evaluate(
     device: Device | None,
     trust_remote_code: bool,
     out: Path | None,
+    overwrite: bool,
 ) -> tuple[Evaluation, Path]:
     """Evaluate a run's configuration or a model; what was found, and the folder with eval.json and samples.jsonl."""
     if isinstance(target, str):
@@ -137,7 +140,7 @@ def evaluate(
             )
         else:
             inputs = inputs_of_run(target, model=model, against=against, marks=marks)
-        refuse_unusable_folder(folder)
+        refuse_unusable_folder(folder, overwrite=overwrite)
         return measure(inputs, folder)
 
     return run_stoppable(work), folder

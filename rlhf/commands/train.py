@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from rlhf.commands.shared import add_overrides, add_progress, say
-from rlhf.errors import Preempted
+from rlhf.errors import Preempted, UserError
 from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
     from rlhf.config.load import LoadedConfig
     from rlhf.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 def add(commands: Subparsers) -> None:
@@ -30,6 +35,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--until", type=int, metavar="STEP", help="stop after this step, with a checkpoint to --resume from"
     )
+    command.add_argument("--overwrite", action="store_true", help="replace the run that the folder of run.name holds")
     add_progress(command)
     add_overrides(command)
 
@@ -39,11 +45,14 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.config.load import load
     from rlhf.tracking.atomic import json_line
 
+    if args.overwrite and args.resume != "never":
+        raise UserError("--overwrite has no effect with --resume; remove one of them")
     loaded = load(args.config, args.overrides)
     launch(
         loaded,
         resume=args.resume != "never",
         from_step=args.resume if isinstance(args.resume, int) else None,
+        overwrite=args.overwrite,
         quiet=args.quiet,
         json_lines=args.json,
         until=args.until,
@@ -54,7 +63,21 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         _show_evaluations(loaded)
     say(f"done: {loaded.folder}\n")
+    if not args.quiet:
+        sys.stderr.write(_next_steps(loaded))
     return 0
+
+
+def _next_steps(loaded: LoadedConfig) -> str:
+    """Return the commands that show or use what was trained."""
+    from rlhf.config.stages import result_of, run_folder
+
+    last = list(loaded.stages.values())[-1]
+    folder = shlex.quote(str(run_folder(last)))
+    text = f"  rlhf view {folder}      shows it in a browser\n  rlhf report {folder}    writes it as one page\n"
+    if (result_of(last) / "config.json").exists():
+        text += f"  rlhf generate {folder} --prompt TEXT\n"
+    return text
 
 
 def _resume(text: str) -> str | int:
@@ -71,15 +94,34 @@ def launch(
     resume: bool,
     quiet: bool,
     from_step: int | None = None,
+    overwrite: bool = False,
     json_lines: bool = False,
     until: int | None = None,
 ) -> None:
     """Run all stages in turn. A signal ends them as `run_stoppable` says."""
 
+    from rlhf.config.stages import run_folder
+    from rlhf.tracking import logs
+    from rlhf.tracking.run_folder import refuse_other_run
+
+    logs.configure()
+    if not resume and not overwrite:
+        for stage in loaded.stages.values():
+            refuse_other_run(run_folder(stage))
+    logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
+
     def work(_: StopRequest) -> None:
         from actors.launch import launch as start
 
-        start(loaded, resume=resume, from_step=from_step, quiet=quiet, json_lines=json_lines, until=until)
+        start(
+            loaded,
+            resume=resume,
+            from_step=from_step,
+            overwrite=overwrite,
+            quiet=quiet,
+            json_lines=json_lines,
+            until=until,
+        )
 
     try:
         run_stoppable(work)

@@ -3,9 +3,11 @@ the files of rewards stand beside it."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from rlhf.config.checks import problems
@@ -77,6 +79,43 @@ def _locate_rewards(section: Any, folder: Path) -> None:
                 reward["function"] = f"{folder / file}{function[len(file) :]}"
     for below in (section.get("evaluate"), *(stages.values() if isinstance(stages, dict) else ())):
         _locate_rewards(below, folder)
+
+
+def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Return the checked configuration of a mapping with the keys of a file. Its paths start at the current folder."""
+    plain = _plain(values, "config")
+    assert isinstance(plain, dict)
+    return resolve(Tree(source="config", values=plain, places={}), overrides, Path.cwd())
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Return a copy with the values that a file can hold. UserError names the first other value."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{place}: the key {key!r} is no string")
+        return {key: _plain(inner, f"{place}.{key}" if place != "config" else key) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{place}[{index}]") for index, inner in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if inspect.isfunction(value):
+        return _function_of_a_file(value, place)
+    raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold")
+
+
+def _function_of_a_file(function: FunctionType, place: str) -> str:
+    """Name a function as FILE.py:NAME. UserError where other processes cannot load it by that name."""
+    file, name = Path(inspect.getfile(function)), function.__qualname__
+    if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
+        raise UserError(
+            f"{place}: {name} is a function that other processes cannot load: it must stand at the top level of a .py "
+            "file. In a notebook, write the cell to a file with `%%writefile rewards.py` and name it "
+            '"rewards.py:NAME".'
+        )
+    return f"{file}:{name}"
 
 
 def checked(config: Config) -> LoadedConfig:

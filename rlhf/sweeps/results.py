@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,23 +63,24 @@ class SweepResult:
     best: TrialResult | None  # None: no trial has a value
 
     def to_table(self) -> Table:
-        """For the terminal, the best one marked."""
+        """Return the trials for a terminal of 80 columns or more. The best one is marked in front of its name."""
         keys = list(self.rows[0].parameters) if self.rows else []
         title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
-        table = Table(title=title, title_justify="left", caption="* best", caption_justify="left")
-        table.add_column("trial")
-        for heading in keys:
-            table.add_column(heading, justify="right", overflow="fold")
-        for heading in (self.metric.removeprefix("-"), "step", "time"):
-            table.add_column(heading, justify="right", overflow="fold")
-        table.add_column("outcome", overflow="fold")
+        table = Table(title=title, title_justify="left", caption="* best", caption_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("  trial", no_wrap=True)
+        for heading in (*keys, self.metric.removeprefix("-"), "step", "time"):
+            table.add_column(
+                Text(re.sub(r"([./])", r"\1\n", heading)), justify="right", no_wrap=True, vertical="bottom"
+            )
+        table.add_column("outcome", overflow="fold", min_width=8)
         for row in self.rows:
-            mark = "*" if row == self.best else ""
+            is_best = row == self.best
             outcome = row.state if row.error is None else f"{row.state}: {row.error}"
             outcome += "".join(f", from {origin}" for origin in row.origin[-1:])
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
-            cells = [f"{row.trial}{mark}", *(shown(row.parameters[key]) for key in keys), *numbers, outcome]
-            table.add_row(*map(Text, cells), style="bold" if mark else None)
+            values = [number(value) if isinstance(value, float) else shown(value) for value in row.parameters.values()]
+            cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, outcome]
+            table.add_row(*map(Text, cells), style="bold" if is_best else None)
         return table
 
 

@@ -38,6 +38,12 @@ def evaluation_path(folder: Path, step: int) -> Path:
 
 _STEP = re.compile(r"step_(\d{6,})")
 _OWN = ".own-"
+_PARTS = (  # of a run folder; the first one tells that it is one, and is removed last
+    "config.resolved.yaml",
+    *("environment.json", "metrics.jsonl", HISTOGRAMS, "errors.jsonl", "timeline.json", "traceback.txt"),
+    *("wandb_run_id", "report.html", "eval.json"),
+    *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
+)
 
 
 class RunFolder:
@@ -79,11 +85,10 @@ class RunFolder:
             ) from error
         with ExitStack() as after_failure:
             after_failure.callback(os.close, lock)
-            state = _state(path)
-            if state is not None and not resume:
-                raise UserError(
-                    f"run.name: {path} already holds {state} choose another run.name, or remove the folder."
-                )
+            if resume:
+                _state(path)
+            else:
+                refuse_other_run(path)
             after_failure.pop_all()
         folder = cls(path, lock)
         try:
@@ -350,6 +355,36 @@ def lock_folder(path: Path, *, key: str) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def refuse_other_run(path: Path) -> None:
+    """Raise UserError if a folder holds a run already."""
+    state = _state(path)
+    if state is not None:
+        raise UserError(
+            f"run.name: {path} already holds {state} choose another run.name, or replace the run with --overwrite."
+        )
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError if a folder is in use, or holds something but no run."""
+    if not path.exists():
+        return
+    os.close(lock_folder(path, key="run.name"))
+    if not (path / _PARTS[0]).is_file() and any(child.name != ".lock" for child in path.iterdir()):
+        raise UserError(
+            f"--overwrite: {path} is no run folder, since it has no {_PARTS[0]}. Choose another run.name, or remove it."
+        )
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run, and nothing else that its folder holds. UserError as in `refuse_to_overwrite`."""
+    refuse_to_overwrite(path)
+    for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_OWN}*")):
+        if part.is_dir() and not part.is_symlink():
+            _remove(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _state(path: Path) -> str | None:

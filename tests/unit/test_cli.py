@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pkgutil
 import sys
@@ -15,9 +16,10 @@ import rlhf
 from rlhf.cli import main
 from rlhf.commands import COMMANDS
 from rlhf.commands.quickstart import RECIPE_OF
-from rlhf.config.load import LoadedConfig, load
+from rlhf.config.load import LoadedConfig, from_mapping, load
 from rlhf.config.recipes import RECIPES
 from rlhf.config.sweep import load_sweep
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.errors import UserError
 
 BASE = """\
@@ -27,6 +29,12 @@ algorithm: {name: sft}
 data: {train: examples.jsonl}
 train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
 """
+ONLINE = {
+    **from_yaml(BASE),
+    "algorithm": {"name": "grpo"},
+    "data": {"train": "prompts.jsonl"},
+    "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4},
+}
 Launch = Callable[..., None]
 
 
@@ -44,6 +52,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
     def put(launch: Launch) -> None:
         module = ModuleType("actors.launch")
         module.__dict__["launch"] = launch
+        monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)
         monkeypatch.setitem(sys.modules, "actors.launch", module)
 
     return put
@@ -233,6 +242,69 @@ def test_python_calls(file: str, launch_with: Callable[[Launch], None]) -> None:
     assert "3 steps" in rlhf.plan(loaded)
     with pytest.raises(rlhf.UserError, match="overrides change a file"):
         rlhf.plan(loaded, ["train.steps=4"])
+
+
+def test_a_configuration_can_be_a_mapping(launch_with: Callable[[Launch], None]) -> None:
+    calls = []
+
+    def launch(loaded: LoadedConfig, **_: object) -> None:
+        calls.append(loaded.stages["demo"])
+
+    launch_with(launch)
+    values = from_yaml(BASE)
+    rlhf.train(values, ["train.steps=7"])
+    rlhf.train({**values, "data": {"train": Path("examples.jsonl")}})
+    assert [stage.train.steps for stage in calls] == [7, 10]
+    with pytest.raises(rlhf.UserError, match=r"^config: train.stepps: unknown key; did you mean train.steps"):
+        rlhf.train({**values, "train": {**values["train"], "stepps": 3}})
+    with pytest.raises(rlhf.UserError, match=r"train.lr: is of type object, expected a value that a"):
+        rlhf.plan({**values, "train": {**values["train"], "lr": object()}})
+    with pytest.raises(TypeError, match="the configuration is of type int; give the path of a YAML file, a mapping"):
+        rlhf.train(3)  # type: ignore[arg-type]
+
+
+def reward(prompt: str, response: str) -> float:
+    return 1.0
+
+
+def test_a_reward_of_a_mapping_can_be_a_function_of_a_file() -> None:
+    loaded = from_mapping({**ONLINE, "rewards": {"mine": {"function": reward}}})
+    assert loaded.runs["demo"].rewards["mine"].function == f"{__file__}:reward"
+    with pytest.raises(rlhf.UserError, match=r"rewards.mine.function: .*<lambda> is a function that other processes"):
+        from_mapping({**ONLINE, "rewards": {"mine": {"function": lambda prompt, response: 1.0}}})
+
+
+def test_a_call_works_inside_of_a_running_event_loop(file: str, launch_with: Callable[[Launch], None]) -> None:
+    async def step() -> str:
+        return "trained"
+
+    results = []
+    launch_with(lambda loaded, **_: results.append(asyncio.run(step())))
+
+    async def cell_of_a_notebook() -> None:
+        rlhf.train(file)
+
+    asyncio.run(cell_of_a_notebook())
+    assert results == ["trained"]
+
+
+@pytest.mark.parametrize("held", ["final", "checkpoints/step_000004"])
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded_or_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None], held: str
+) -> None:
+    calls = []
+    launch_with(lambda loaded, *, overwrite, **_: calls.append(overwrite))
+    (tmp_path / "demo" / held).mkdir(parents=True)
+    words = ["train", file, f"run.dir={tmp_path}"]
+    assert main(words) == 2
+    assert "replace the run with --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite", "--resume", "auto"]) == 2
+    assert calls == []
+    assert main([*words, "--overwrite"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"done: {tmp_path}/demo\n"
+    assert f"rlhf view {tmp_path}/demo " in err
+    assert calls == [True]
 
 
 def test_every_command_is_a_call_too() -> None:

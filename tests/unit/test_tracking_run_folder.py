@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.run_folder import RunFolder, remove_run
 from rlhf.tracking.samples import samples_path
 from rlhf.tracking.tracker import Tracker
 
@@ -296,3 +296,26 @@ def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
         folder.begin_reference(8)
     with RunFolder.open(tmp_path, "run", resume=True) as folder:  # killed before it was whole
         assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
+
+
+def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        folder.write_config("run: {name: run}\n")
+        folder.begin_checkpoint(1)
+        folder.commit_checkpoint(1)
+        (folder.path / "notes.txt").write_text("mine")
+        (folder.path / "stage" / "final").mkdir(parents=True)  # of a pipeline of the same name
+        with pytest.raises(UserError, match="is in use by process"):
+            remove_run(folder.path)
+        assert folder.checkpoint_steps() == [1]
+    remove_run(folder.path)
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "notes.txt", "stage"]
+    RunFolder.open(tmp_path, "run", resume=False).close()
+
+
+def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
+    remove_run(tmp_path / "none")
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match=r"--overwrite: .* is no run folder, since it has no config.resolved.yaml"):
+        remove_run(tmp_path)
+    assert (tmp_path / "final").is_dir()
