@@ -23,8 +23,12 @@ from rlhf.tracking.manifest import find_damage
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
-    """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder."""
+def export_checkpoint(run: Path, *, step: int | None, folder: Path, trust_remote_code: bool) -> None:
+    """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder.
+
+    trust_remote_code: run code that comes with the run's model. The run may be somebody else's, so its configuration
+    alone does not allow that.
+    """
     logs.configure()
     resolved = run / "config.resolved.yaml"
     if not (run / "checkpoints").is_dir() or not resolved.exists():
@@ -45,6 +49,11 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
     config = next(iter(load(resolved).runs.values()))
+    if config.policy.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
+            f"{config.policy.model}. Repeat it with --trust-remote-code if you trust that model."
+        )
     damage = find_damage(checkpoint.resolve(), step=int(checkpoint.resolve().name.removeprefix("step_")))
     if damage is not None:
         raise UserError(f"{damage} Bring the file back from a copy, or name another step with --step.")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf.rollouts.identity import request_identity
+from rlhf.tracking.atomic import explains_full
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ def write_group(
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
     told = json.dumps([asdict(info) for info in infos])
-    save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": told})
-    aside.replace(path)
+    with explains_full(path):
+        save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": told})
+        aside.replace(path)
 
 
 def read_group(

@@ -114,7 +114,11 @@ class RunRecord:
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
     def failed(self, error: Exception) -> None:
-        """Write down what ends the run: in errors.jsonl, and where it came from in traceback.txt."""
+        """Write the error that ends the run to errors.jsonl, and its traceback to traceback.txt.
+
+        What is half written goes first: it may fill the disk.
+        """
+        self.folder.discard_begun()
         self.tracker.log_error(
             ErrorRecord(step=self.step + 1, stage="run", kind=type(error).__name__, message=str(error))
         )

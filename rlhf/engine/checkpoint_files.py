@@ -22,7 +22,25 @@ _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """Write checkpoint files as DeepSpeed does, and refuse to run code when they are read."""
+    """Write checkpoint files as DeepSpeed does, without frozen weights, and refuse to run code when they are read."""
+
+    def __init__(self, config: Any, *, frozen: frozenset[str]) -> None:
+        """frozen: names of the weights that stay as the model's folder has them, and so are not written."""
+        super().__init__(config)
+        self._frozen = frozen
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write a file. Frozen weights are left out, with the scales and other extras of weights in 4 bits."""
+        if "module" in state_dict:
+            weights = state_dict["module"]
+            kept = {name: weight for name, weight in weights.items() if not self.is_frozen(name)}
+            state_dict = {**state_dict, "module": kept}
+        super().save(state_dict, path)
+
+    def is_frozen(self, name: str) -> bool:
+        """Return whether an entry of the model's state belongs to a frozen weight."""
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in self._frozen for end in range(len(parts), 0, -1))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Return the content of a file. UserError if it asks for anything but data."""

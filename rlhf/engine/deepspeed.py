@@ -17,6 +17,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
@@ -25,10 +28,16 @@ from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import architecture_fingerprint
-from rlhf.models.quantized import is_quantized
+from rlhf.models.loading import architecture_fingerprint, whole
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
-from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
+from rlhf.models.weights import (
+    WeightSource,
+    adapter_sources,
+    initial_copies,
+    is_initial_copy,
+    weight_sources,
+)
+from rlhf.tracking.atomic import explains_full
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +46,7 @@ Offload = frozenset[Literal["optimizer", "parameters"]]
 BUCKET_ELEMENTS = 5 * 10**7  # of gradients reduced at once, in copies, up to three of them
 _GATHER_BYTES = 256 * 2**20  # of ZeRO-3 parameters made whole at once
 _TAG = "deepspeed"  # folder of DeepSpeed's own files in a snapshot
+_INITIAL = "initial.safetensors"  # frozen copies of what an adapter began as
 
 
 class DeepSpeedEngine:
@@ -97,7 +107,11 @@ class DeepSpeedEngine:
         )
         from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
 
-        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config)
+        self._frozen = frozenset(
+            name for name, p in self._engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad
+        )
+        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=self._frozen)
+        self._frozen_digest: str | None = None
         set_deadline(deadline_s)
 
     def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:
@@ -224,35 +238,93 @@ class DeepSpeedEngine:
                     yield source.name, source.make().to(dtype)
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer, step and every random state: DeepSpeed's files, one more a rank, and a json."""
+        """Write the trained weights, the optimizer, the step and every random state. Collective.
+
+        Frozen weights are not written, since the model's folder has them; their digest is. Frozen copies of what an
+        adapter began as are written, since no other place has them.
+        """
+        with explains_full(folder):
+            self._save(folder)
+
+    def _save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)  # in one that is there, or is no longer this run's
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
+        state = {**self._layout(), "frozen_weights": self._digest_frozen(), "steps": self._steps}
+        copies = initial_copies(self.module)
+        with whole(list(copies.values())):
+            if copies and dist.get_rank() == 0:
+                save_file({name: p.detach().cpu().contiguous() for name, p in copies.items()}, folder / _INITIAL)
         if dist.get_rank() == 0:
-            (folder / "engine.json").write_text(json.dumps({**self._layout(), "steps": self._steps}, indent=1))
+            (folder / "engine.json").write_text(json.dumps(state, indent=1))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called."""
         try:
             saved = json.loads((folder / "engine.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{folder} is not a whole snapshot of a training engine: {error}") from error
+        if not isinstance(saved, dict) or not isinstance(saved.get("steps"), int):
+            raise UserError(f"{folder / 'engine.json'} does not hold the state of a training engine.")
         layout = self._layout()
         differing = [
             f"{key} {saved.get(key)} there, {layout[key]} here" for key in layout if saved.get(key) != layout[key]
         ]
         if differing:
             raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
+        if saved.get("frozen_weights") != self._digest_frozen():
+            raise UserError(
+                f"{folder} was trained on other frozen weights: their checksum was {saved.get('frozen_weights')}, and "
+                f"is {self._digest_frozen()} now. Bring the model's folder back as it was when the run began."
+            )
         self._engine.load_checkpoint(
             str(folder),
             tag=_TAG,
             load_lr_scheduler_states=False,
-            load_module_strict=not is_quantized(self.module),  # bitsandbytes saves scales that it has no place for
+            custom_load_fn=self._load_trained,
         )
+        self._load_initial_copies(folder / _INITIAL)
         self._steps = saved["steps"]
         load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
+
+    def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
+        """Load the weights of a checkpoint into the model, which has the frozen ones already."""
+        found = dst.load_state_dict(src, strict=False)
+        unknown = sorted(found.unexpected_keys)
+        lacking = sorted(name for name in found.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
+        if unknown or lacking:
+            raise UserError(
+                f"The checkpoint is of another model: it has {len(unknown)} weights that this one lacks "
+                f"({', '.join(unknown[:3])}), and lacks {len(lacking)} of its weights ({', '.join(lacking[:3])})."
+            )
+
+    def _load_initial_copies(self, path: Path) -> None:
+        copies = initial_copies(self.module)
+        if not copies:
+            return
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}. It holds what the adapter began as.") from error
+        if saved.keys() != copies.keys():
+            raise UserError(f"{path} holds the beginning of another adapter than the run's.")
+        with whole(list(copies.values())), torch.no_grad():
+            for name, parameter in copies.items():
+                parameter.copy_(saved[name])
+
+    def _digest_frozen(self) -> str:
+        """Return a checksum of the frozen weights that no checkpoint holds, over all ranks. Collective when new."""
+        if self._frozen_digest is None:
+            digest = xxhash.xxh3_64()
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad and not is_initial_copy(name):
+                    share = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's part of it
+                    digest.update(share.reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+            total = self.all_reduce_sum(torch.tensor(digest.intdigest() >> 16))  # so that the sum does not overflow
+            self._frozen_digest = f"{int(total):016x}"
+        return self._frozen_digest
 
     def _layout(self) -> dict[str, int | str]:
         return {

@@ -91,13 +91,23 @@ def _update(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     return (lora_b @ lora_a) * scaling
 
 
+def is_initial_copy(name: str) -> bool:
+    """Return whether a parameter of that name is a frozen copy of what an adapter began as."""
+    return f".{INITIAL}." in name
+
+
+def initial_copies(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the frozen copies of what the model's adapter began as, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_initial_copy(name)}
+
+
 def weight_sources(model: nn.Module) -> list[WeightSource]:
     """All weights of the model, adapters merged. A tied weight comes once, under the name of the embedding."""
     layers = dict(_lora_layers(model))
     replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
     sources = []
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or f".{INITIAL}." in name or name.startswith(replaced):
+        if ".lora_" in name or is_initial_copy(name) or name.startswith(replaced):
             continue
         owner, _, part = name.partition(".base_layer.")
         if part == "weight":

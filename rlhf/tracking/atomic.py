@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +18,63 @@ from typing import Any
 
 from rlhf.errors import RunError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITER_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")  # where torch.save fails to write
+_TEST_BYTES = 2**20
 _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
 
 
 @contextmanager
 def explains_full(path: Path) -> Iterator[None]:
-    """A full disk, or a used-up quota, as a RunError that names the file."""
+    """Turn the failure of a full disk, or of a used-up quota, into a RunError that names the file or folder.
+
+    PyTorch and safetensors report it with errors of their own. Where their words do not name the cause, the folder is
+    tested.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except RunError:
+        raise
+    except Exception as error:
+        reason = _why_full(error, path)
+        if reason is None:
             raise
         raise RunError(
-            f"{path} could not be written: {error.strerror}. Make room, and go on with --resume auto."
+            f"{path} could not be written: {reason}. {_free(path)}Make room, and continue with --resume auto."
         ) from error
+
+
+def _why_full(error: Exception, path: Path) -> str | None:
+    """Return the reason if an error comes from a full disk or a used-up quota. None: it does not."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _FULL else None
+    text = str(error)
+    for code in _FULL:
+        if os.strerror(code) in text or f"os error {code})" in text or f"code: {code}," in text:
+            return os.strerror(code)
+    if any(mark in text for mark in _WRITER_OF_TORCH):
+        try:
+            with tempfile.TemporaryFile(dir=_existing(path)) as file:
+                file.write(bytes(_TEST_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as failure:
+            return failure.strerror if failure.errno in _FULL else None
+    return None
+
+
+def _free(path: Path) -> str:
+    """Return a sentence on the free space around a path. Empty: it is not known."""
+    try:
+        usage = shutil.disk_usage(_existing(path))
+    except OSError:
+        return ""
+    return f"The disk has {usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free. "
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above a path that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.errors import RunError, UserError
-from rlhf.tracking.atomic import read_lines, sync_folder, sync_tree, write_atomic
+from rlhf.tracking.atomic import explains_full, read_lines, sync_folder, sync_tree, write_atomic
 from rlhf.tracking.environment import describe
 from rlhf.tracking.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.manifest import Manifest, find_damage, is_complete
@@ -291,11 +291,19 @@ class RunFolder:
         aside = self._aside(target)
         if aside.exists():
             shutil.rmtree(aside)
-        aside.mkdir()
+        with explains_full(target):
+            aside.mkdir()
         return aside
 
+    def discard_begun(self) -> None:
+        """Remove what was begun and will not be committed, so that its space is free again."""
+        for path in self.own.iterdir():
+            if path.is_dir() and not path.is_symlink() and path != self.spool:
+                shutil.rmtree(path)
+
     def _commit(self, target: Path) -> None:
-        sync_tree(self._aside(target))
+        with explains_full(target):
+            sync_tree(self._aside(target))
         if target.exists():
             old = target.with_name(f".{target.name}.removed")
             target.rename(old)

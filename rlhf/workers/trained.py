@@ -24,6 +24,7 @@ from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, MemoryReport
+from rlhf.tracking.atomic import explains_full
 from rlhf.types import Role
 from rlhf.workers.place import RankPlace, torch_dtype
 
@@ -162,6 +163,10 @@ class TrainedWorker(ABC):
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA); rank 0 writes, all ranks gather. Collective."""
+        with explains_full(folder):
+            self._export(folder)
+
+    def _export(self, folder: Path) -> None:
         dtype = torch_dtype(self.model_config.dtype)
         weights = self.weights(dtype)
         if self.place.rank != 0:

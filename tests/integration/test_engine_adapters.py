@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
-from rlhf.engine.deepspeed import DeepSpeedEngine
+from rlhf.engine.deepspeed import DeepSpeedEngine, _Caller
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.sharded_loading import shards_as_it_loads
-from rlhf.models.loading import load_causal_lm
+from rlhf.errors import UserError
+from rlhf.models.loading import load_causal_lm, whole
 from rlhf.models.lora import adapter_disabled, add_lora
 from rlhf.models.packed import policy_logprobs, policy_logprobs_only
-from rlhf.models.weights import adapter_sources, weight_sources
+from rlhf.models.weights import adapter_sources, initial_copies, weight_sources
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -86,6 +87,23 @@ def plain_training(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str
     )
 
 
+def resume_on_another_base(rank: int, world_size: int, *, folder: Path, stage: int, checkpoint: Path) -> str:
+    engine = started(folder, "lora", stage)
+    engine.save(checkpoint)
+    engine.close()
+    engine = started(folder, "lora", stage)
+    base = engine.module.model.layers[1].mlp.up_proj.base_layer.weight
+    with whole([base]), torch.no_grad():
+        base[0, 0] += 1e-3
+    try:
+        engine.load(checkpoint)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "loaded"
+
+
 def started(folder: Path, kind: str, stage: int) -> DeepSpeedEngine:
     with shards_as_it_loads(zero_stage=stage, dtype=torch.float32):
         module = loaded(folder, kind)
@@ -117,6 +135,10 @@ def train(rank: int, world_size: int, *, folder: Path, kind: str, stage: int, ch
         off = engine.forward(column)
     engine.close()
     engine = started(folder, kind, stage)
+    copies = list(initial_copies(engine.module).values())
+    with whole(copies), torch.no_grad():
+        for copy in copies:  # as the SVD of another machine differs
+            copy.add_(0.01)
     engine.load(checkpoint)
     updated(engine, rank, 2)
     again = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
@@ -139,3 +161,19 @@ def test_trains_as_plain_adamw_and_resumes_exactly(
         torch.testing.assert_close(found["merged"], merged, rtol=1e-4, atol=3e-6)
         assert all(torch.equal(found["again"][name], found["merged"][name]) for name in merged)
         torch.testing.assert_close(found["off"], found["before"], rtol=0, atol=2e-6 if kind == "pissa" else 0.0)
+    weights = [torch.load(path, weights_only=True) for path in tmp_path.glob("deepspeed/*model_states.pt")]
+    names = [name for states in weights for name in states["module"]]
+    assert names
+    assert all(states["frozen_param_fragments"] is None for states in weights)
+    frozen = {name for name, p in _Caller(loaded(folder, kind)).named_parameters() if not p.requires_grad}
+    assert not [name for name in names if name in frozen or ".base_layer." in name]
+    # the adapter, its two moments and master weights, which ranks share; the base alone has 340 kB
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    trained = sum(weight.numel() for weight in adapter.values()) * 4
+    assert size < 6 * trained + 120_000
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_another_base_is_refused(gang: Gang, folder: Path, stage: int, tmp_path: Path) -> None:
+    for message in gang.run(resume_on_another_base, folder=folder, stage=stage, checkpoint=tmp_path):
+        assert "was trained on other frozen weights" in message

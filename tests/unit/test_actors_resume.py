@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.beginning import check_folders
+from actors.export import export_checkpoint
 from actors.launch import launch
 from actors.models import refuse_other_model, with_tiny
 from rlhf.config.dump import dump_yaml
@@ -121,6 +122,18 @@ def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
     check_folders(run.stages.values(), resume=True, from_step=1)
     with RunFolder.open(tmp_path, "demo", resume=True) as folder:
         assert folder.latest_checkpoint() == 1
+
+
+def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) -> None:
+    run, resolved = with_checkpoints(tmp_path, 1), tmp_path / "demo" / "config.resolved.yaml"
+    resolved.write_text(dump_yaml(run).replace("trust_remote_code: false", "trust_remote_code: true"))
+    with pytest.raises(UserError, match=r"policy\.trust_remote_code is true.*Repeat it with --trust-remote-code"):
+        export_checkpoint(tmp_path / "demo", step=None, folder=tmp_path / "out", trust_remote_code=False)
+    resolved.write_text(dump_yaml(run))
+    path = tmp_path / "demo" / "checkpoints" / "step_000001" / "controller.json"
+    path.write_text(path.read_text().replace("ppo", "ppp"))
+    with pytest.raises(UserError, match=rf"{path} is damaged.*name another step with --step"):
+        export_checkpoint(tmp_path / "demo", step=None, folder=tmp_path / "out", trust_remote_code=False)
 
 
 def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("actors.export")
-    module.__dict__["export_checkpoint"] = lambda run, *, step, folder: calls.append((run, step, folder))
+    module.__dict__["export_checkpoint"] = lambda run, *, step, folder, **_: calls.append((run, step, folder))
     monkeypatch.setitem(sys.modules, "actors.export", module)
     assert main(["export", "runs/a", "out", "--step", "20"]) == 0
     rlhf.export("runs/a", "out")

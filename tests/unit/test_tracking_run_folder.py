@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
+from rlhf.tracking.atomic import explains_full
 from rlhf.tracking.run_folder import RunFolder, remove_run
 from rlhf.tracking.samples import samples_path
 from rlhf.tracking.tracker import Tracker
@@ -190,6 +195,64 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> 
     for _ in range(2):  # the refusal lets go of the lock
         with pytest.raises(UserError, match=rf"run.name: {tmp_path}/run/{name} is a file, and a run needs a folder"):
             RunFolder.open(tmp_path, "run", resume=True)
+
+
+def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
+    """What a write ends with. The error itself is let go of: PyTorch's keeps the file open."""
+    try:
+        with explains_full(folder):
+            write(folder)
+    except (RuntimeError, OSError, RunError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "written"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save({"a": torch.zeros(2**20)}, path / "a.pt"),
+        lambda path: save_file({"a": torch.zeros(2**20)}, path / "a.safetensors"),
+        lambda path: (path / "a.json").write_bytes(bytes(2**21)),
+    ],
+    ids=["torch", "safetensors", "text"],
+)
+def test_a_full_disk_is_named_and_what_is_half_written_goes(small_disk: Path, write: Callable[[Path], object]) -> None:
+    with RunFolder.open(small_disk, "run", resume=False) as folder:
+        commit(folder, 1)
+        aside = folder.begin_checkpoint(2)
+        message = failure_of(aside, write)
+        reason = "could not be written: No space left on device. The disk has 0.00 of 0.00 GiB free."
+        assert message == f"RunError: {aside} {reason} Make room, and continue with --resume auto."
+        folder.discard_begun()
+        (folder.path / "traceback.txt").write_bytes(bytes(2**19))  # there is room again
+        assert folder.latest_checkpoint() == 1
+        assert folder.spool.is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4608 vs 4500"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(errno.EACCES, "Permission denied"),
+    ],
+)
+def test_other_failures_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    def write(folder: Path) -> None:
+        raise error
+
+    assert failure_of(tmp_path / "not" / "there", write) == f"{type(error).__name__}: {error}"
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
