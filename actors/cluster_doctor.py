@@ -144,7 +144,7 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
         what="/dev/shm",
         state="ok" if room else "note",
         found=f"{facts.shm_gib:.1f} GiB" + ("" if room else f", {facts.shm_free_gib:.1f} GiB free"),
-        advice="" if room else "objects and weights lie here: docker --shm-size, or an emptyDir with medium Memory",
+        advice="" if room else "Ray's objects lie here: docker --shm-size, or an emptyDir with medium Memory",
     )
     many = f"; also up: {', '.join(facts.others)}" if facts.others else ""
     yield Finding(

@@ -214,7 +214,7 @@ def _memory() -> Iterator[Finding]:
         what="/dev/shm",
         state="ok" if room else "note",
         found=f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} GiB free",
-        advice="" if room else "Ray's objects and weight sync lie here: start the container with --shm-size=4g or more",
+        advice="" if room else "Ray's objects lie here: start the container with --shm-size=4g or more",
     )
 
 

@@ -135,17 +135,15 @@ class RolloutEngines:
     async def connect(
         self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path
     ) -> None:
-        """Open the way of the weights at both ends.
+        """Open both ends of the weight transport.
 
-        An adapter alone travels as a folder: in shared memory, or in `shared`, which policy and engines on several
-        hosts must see.
+        An adapter alone travels as the folder `shared`, which policy and engines on all hosts must see.
         """
         assert self.way is not None, "frozen engines are not connected to a policy"
-        folder = Path("/dev/shm") if one_host else shared
         engines = len(self.handles)
         if adapter:
-            logger.info("the adapter goes through %s", folder)
-            await policy.open_weights(self.way.method, None, folder, num_engines=engines)
+            logger.info("the adapter goes through %s", shared)
+            await policy.open_weights(self.way.method, None, shared, num_engines=engines)
             return
         logger.info("weights go by %s: %s", self.way.method, self.way.why)
         meeting = None
@@ -157,7 +155,7 @@ class RolloutEngines:
             for engine, handle in enumerate(self.handles)
         ]
         await asyncio.gather(
-            policy.open_weights(self.way.method, meeting, folder, num_engines=engines), self._all(ours, "weight sync")
+            policy.open_weights(self.way.method, meeting, shared, num_engines=engines), self._all(ours, "weight sync")
         )
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:

@@ -347,7 +347,7 @@ async def _run_online(
             one_host=one_host,
             tensor_parallel=cluster.roles.rollout.tensor_parallel,
             adapter=ships_adapter(config),
-            shared=record.folder.own,
+            shared=record.folder.own / "adapter",
         )
         controller = OnlineController(
             config,

@@ -98,7 +98,7 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Any]
                 parameter.normal_(std=1e-3)
     merged = ShmSender(rank=0, dtype=dtype)
     config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
-    adapter = AdapterSender(folder, config, rank=0, dtype=dtype)
+    adapter = AdapterSender(folder / "adapter", config, rank=0, dtype=dtype)
     for name, sender, sources in (
         ("merged", merged, weight_sources(policy)),
         ("adapter", adapter, adapter_sources(policy)),

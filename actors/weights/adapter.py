@@ -1,14 +1,12 @@
 """A LoRA adapter to the engines: a small adapter folder, written by the policy and loaded over the one before.
 
-The folder is in shared memory for engines on the policy's host, else on a file system that all hosts share. The base
-model's weights never travel: engines and policy load the same folder at the start.
+The folder lies in the run folder, which all hosts see. The base model's weights never travel: engines and policy load
+the same folder at the start.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,26 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
-from actors.weights.owned import ADAPTER, HELD, hold, sweep
 from rlhf.errors import RunError
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", HELD  # peft's file names
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 
 
 class AdapterSender:
-    """The policy's end. `config` is peft's, as in adapter_config.json."""
+    """The policy's end, which makes the folder. `config` is peft's, as in adapter_config.json."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
-        self.folder: Path | None = None
+        self.folder = folder if rank == 0 else None
         self.dtype = dtype
         if rank == 0:
-            sweep(folder)
-            token = secrets.token_hex(8)
-            aside = folder / f".{ADAPTER}{token}"
-            aside.mkdir()
-            self.descriptor = hold(aside / CONFIG)
-            (aside / CONFIG).write_text(json.dumps(dict(config)))
-            self.folder = aside.rename(folder / f"{ADAPTER}{token}")  # locked before a sweep can see it
+            folder.mkdir()
+            (folder / CONFIG).write_text(json.dumps(dict(config)))
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. None on ranks other than 0."""
@@ -77,7 +69,6 @@ class AdapterSender:
         """Remove the folder; safe to call twice."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self.descriptor)
             self.folder = None
 
 

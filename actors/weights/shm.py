@@ -1,13 +1,13 @@
-"""Weights over one file in /dev/shm: trainer and engines on one host, no copy in between.
+"""Weights in shared memory without a name: trainer and engines on one host, no copy in between.
 
-The file is written in place at every sync, so both sides keep their mapping and its pages.
+The trainer's first rank makes a memfd, which the engines open through that process's entry in /proc. Nothing appears
+in /dev/shm, other users cannot open the memory, and the kernel frees it when the processes end, whatever ends them. It
+is written in place at every sync, so both sides keep their mapping and its pages.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,87 +16,72 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from actors.weights.manifest import WeightManifest
-from actors.weights.owned import WEIGHTS, hold, sweep
 from actors.weights.staging import stage
 from rlhf.errors import RunError
 
-SHM = Path("/dev/shm")
-GROW_BY = 64 << 20  # bytes; only the first publication grows the file
+GROW_BY = 64 << 20  # bytes; only the first publication grows the memory
 
 
 class ShmSender:
-    """The policy's end. Rank 0 owns the file; the other ranks only take part in the gathering of weights."""
+    """The policy's end. Rank 0 owns the memory; the other ranks only take part in the gathering of weights."""
 
-    def __init__(self, *, rank: int, dtype: torch.dtype, folder: Path = SHM) -> None:
+    def __init__(self, *, rank: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.file = ShmFile(folder) if rank == 0 else None
+        self.memory = SharedMemory() if rank == 0 else None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the weights. None on ranks other than 0."""
-        if self.file is None:
+        if self.memory is None:
             for _ in named_weights:
                 pass
             return None
         return stage(
             named_weights,
-            self.file,
+            self.memory,
             version=version,
             dtype=self.dtype,
             transport="shm",
-            fields={"path": str(self.file.path)},
+            fields={"path": str(self.memory.path)},
         )
 
     def send(self, manifest: WeightManifest) -> None:
-        """Nothing: the engines read the file."""
+        """Nothing: the engines read the memory."""
 
     def settle(self) -> None:
-        """Nothing: the file is written again at the next sync."""
+        """Nothing: the memory is written again at the next sync."""
 
     def close(self) -> None:
-        """Remove the file. Engines that have it mapped keep their pages."""
-        if self.file is not None:
-            self.file.close()
+        """Give the memory back. Engines that have it mapped keep their pages."""
+        if self.memory is not None:
+            self.memory.close()
 
 
-class ShmFile:
-    """A locked file in shared memory that grows with what is written to it."""
+class SharedMemory:
+    """Shared memory that grows with what is written to it. Processes of the same user and host open it by its path."""
 
-    def __init__(self, folder: Path) -> None:
-        sweep(folder)
-        token = secrets.token_hex(8)
-        aside = folder / f".{WEIGHTS}{token}"
-        self.descriptor = hold(aside)
-        self.path = aside.rename(folder / f"{WEIGHTS}{token}")  # locked before a sweep can see it
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("rlhf-weights")
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self.descriptor}")
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, nbytes: int) -> UInt8[Tensor, " bytes"]:
-        """At least nbytes of the file, mapped. RunError if shared memory is full."""
-        have = self.flat.numel()
-        if nbytes > have:
-            wanted = max(nbytes, have + GROW_BY)
+        """Map at least nbytes. RunError if the host has not that much memory."""
+        size = self.flat.numel()
+        if nbytes > size:
+            wanted = max(nbytes, size + GROW_BY)
             try:
-                os.posix_fallocate(self.descriptor, have, wanted - have)
+                os.posix_fallocate(self.descriptor, size, wanted - size)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise RunError(_full(self.path.parent, wanted, have)) from error
+                raise RunError(
+                    f"weight sync: the host has no {wanted / 2**30:.2f} GiB of memory for the policy's weights, of "
+                    f"which {size / 2**30:.2f} GiB are written: {error}. `rlhf plan` shows what a host must hold."
+                ) from error
             self.flat = torch.from_file(str(self.path), shared=True, size=wanted, dtype=torch.uint8)
         return self.flat
 
     def close(self) -> None:
-        """Unlink and unlock; safe to call twice."""
+        """Unmap and close; safe to call twice."""
         if self.descriptor >= 0:
-            self.path.unlink(missing_ok=True)
             os.close(self.descriptor)
             self.descriptor = -1
             self.flat = torch.empty(0, dtype=torch.uint8)
-
-
-def _full(folder: Path, wanted: int, have: int) -> str:
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    return (
-        f"weight sync: {folder} is full. The policy's weights want {wanted / 2**30:.2f} GiB or more, the file has "
-        f"{have / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free. Enlarge it (mount -o remount,size=..., or "
-        "--shm-size of the container), or use the gloo or nccl transport."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,25 +35,26 @@ class ShmUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
-    """Reads the file in place. It stays mapped from one sync to the next."""
+    """Reads the memory in place. It stays mapped from one sync to the next."""
 
     init_info_cls = ShmInit
     update_info_cls = ShmUpdate
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.path = ""
+        self.mapped = ("", 0, 0)  # path, inode and size of the memory that `flat` maps
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def init_transfer_engine(self, init_info: ShmInit) -> None:
         """Nothing."""
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
-        """Load every tensor out of the mapped file, and beside it take the checksum of its bytes."""
+        """Load every tensor out of the mapped memory, and at the same time take the checksum of its bytes."""
         u = update_info
-        if (u.path, u.nbytes) != (self.path, self.flat.numel()):
+        published = (u.path, os.stat(u.path).st_ino, u.nbytes)  # another process may come to have the same path
+        if published != self.mapped:
             self.flat = torch.from_file(u.path, shared=True, size=u.nbytes, dtype=torch.uint8)
-            self.path = u.path
+            self.mapped = published
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as beside:
             checksum = beside.submit(lambda: xxhash.xxh3_64(self.flat.numpy().data).hexdigest())
             self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
@@ -60,4 +62,4 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
 
     def shutdown(self) -> None:
         """Let the mapping go."""
-        self.path, self.flat = "", torch.empty(0, dtype=torch.uint8)
+        self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)

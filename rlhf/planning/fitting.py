@@ -92,7 +92,7 @@ def _hosts(
         if not parts:
             continue
         if shared:
-            parts["/dev/shm"] = shared
+            parts["shared memory"] = shared
         local = config.cluster.address is None
         parts["Ray"] = RAY_BYTES + (DRIVER_BYTES + config.cluster.object_store_gib * GIB if local else 0.0)
         wanted = sum(parts.values())

@@ -148,10 +148,11 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
     """What the first rank holds of the weights on their way to the engines."""
     if ships_adapter(config):
         size = how.trained * how.itemsize
-        return [Term(name="weight sync", nbytes=size, how="the adapter, as a file in shared memory", place="shared")]
+        how_sent = "the adapter, copied to be written to the run folder"
+        return [Term(name="weight sync", nbytes=size, how=how_sent, place="host", first_only=True)]
     size, method = shape.parameters * how.itemsize, weight_sync(config.cluster, one_host=not config.cluster.address)
     if method.method == "shm":
-        return [Term(name="weight sync", nbytes=size, how="all weights in one file in /dev/shm", place="shared")]
+        return [Term(name="weight sync", nbytes=size, how="all weights in shared memory", place="shared")]
     if method.method == "ipc":
         return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU")]
     doubling = f"all weights staged in host memory for {method.method}, which grows by doubling: up to twice as much"
