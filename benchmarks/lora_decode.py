@@ -1,9 +1,10 @@
 """Decode speed of an engine that serves a LoRA adapter against one that serves the merged weights, in one run.
 
-    python benchmarks/lora_decode.py [--sequences 64] [--tokens 128] [--rounds 5] [--threads 2]
+    python benchmarks/lora_decode.py [--sequences 64] [--tokens 128] [--rounds 5] [--threads 1]
 
 Two engines, each in its own process, hold the same policy: one as base weights and an adapter, the other merged. They
-answer the same requests in turn, so load on the machine slows both. The ratio is the median over the rounds.
+answer the same requests in turn. The ratio is of processor seconds a token, the median over the rounds: unlike wall
+time it hardly depends on what else the machine does. With more than one thread it counts waiting threads too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,6 +37,23 @@ SAMPLES = 8  # responses to a prompt
 PROMPT_TOKENS = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A started engine."""
+
+    handle: Any
+    process: psutil.Process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What an engine sampled in one batch, and how long it took."""
+
+    tokens: int
+    seconds: float
+    processor_s: float
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +63,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64], help="decoded at once")
     parser.add_argument("--tokens", type=int, default=128, help="most new tokens of a response")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of each engine; only one works at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each engine; only one works at a time")
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,24 +71,32 @@ def main() -> None:
             name: start(arguments, lora_rank=rank) for name, rank in (("merged", None), ("adapter", arguments.rank))
         }
         senders = publish(arguments, Path(folder), engines)
-        sys.stdout.write("| sequences | merged tok/s | adapter tok/s | merged / adapter |\n|---|---|---|---|\n")
+        sys.stdout.write("| sequences | merged tok/s | adapter tok/s | adapter / merged |\n|---|---|---|---|\n")
         for sequences in arguments.sequences:
-            speeds: dict[str, list[float]] = {name: [] for name in engines}
-            for number in range(arguments.rounds + 1):  # the first warms up
-                for name, engine in engines.items():
-                    speed = decode(engine, number, sequences=sequences, tokens=arguments.tokens)
-                    speeds[name] += [speed] if number else []
-            ratio = statistics.median(m / a for m, a in zip(speeds["merged"], speeds["adapter"], strict=True))
-            merged, adapter = (statistics.median(speeds[name]) for name in ("merged", "adapter"))
-            sys.stdout.write(f"| {sequences} | {merged:.0f} | {adapter:.0f} | {ratio:.2f} |\n")
-            sys.stdout.flush()
+            decode_rounds(arguments, engines, sequences)
         for sender in senders:
             sender.close()
     ray.shutdown()
 
 
-def start(arguments: argparse.Namespace, *, lora_rank: int | None) -> Any:
-    """Return the handle of a started engine."""
+def decode_rounds(arguments: argparse.Namespace, engines: dict[str, Engine], sequences: int) -> None:
+    """Print one row of the table."""
+    rounds: dict[str, list[Round]] = {name: [] for name in engines}
+    for number in range(arguments.rounds + 1):  # the first warms up
+        for name, engine in engines.items():
+            done = decode(engine, number, sequences=sequences, tokens=arguments.tokens)
+            rounds[name] += [done] if number else []
+    merged, adapter = (statistics.median(r.tokens / r.seconds for r in rounds[name]) for name in ("merged", "adapter"))
+    ratio = statistics.median(
+        (a.processor_s / a.tokens) / (m.processor_s / m.tokens)
+        for m, a in zip(rounds["merged"], rounds["adapter"], strict=True)
+    )
+    sys.stdout.write(f"| {sequences} | {merged:.0f} | {adapter:.0f} | {ratio:.2f} |\n")
+    sys.stdout.flush()
+
+
+def start(arguments: argparse.Namespace, *, lora_rank: int | None) -> Engine:
+    """Start an engine in its own process."""
     spec = RolloutSpec(
         name="engine",
         model=str(arguments.model),
@@ -81,12 +109,11 @@ def start(arguments: argparse.Namespace, *, lora_rank: int | None) -> Any:
         lora_rank=lora_rank,
     )
     options = {"num_cpus": 1, "max_concurrency": 100, "runtime_env": {"env_vars": engine_environment(spec)}}
-    engine = ray.remote(RolloutWorker).options(**options).remote(spec)
-    call(engine.start.remote())
-    return engine
+    handle = ray.remote(RolloutWorker).options(**options).remote(spec)
+    return Engine(handle=handle, process=psutil.Process(call(handle.start.remote()).pid))
 
 
-def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Any]) -> tuple[ShmSender, AdapterSender]:
+def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engine]) -> tuple[ShmSender, AdapterSender]:
     """Give both engines the same policy, a random adapter on the model."""
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
@@ -104,22 +131,29 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Any]
         ("adapter", adapter, adapter_sources(policy)),
     ):
         manifest = sender.publish(((source.name, source.make()) for source in sources), 1)
-        call(engines[name].update_weights.remote(manifest, 1))
+        call(engines[name].handle.update_weights.remote(manifest, 1))
     return merged, adapter
 
 
-def decode(engine: Any, number: int, *, sequences: int, tokens: int) -> float:
-    """Sampled tokens per second of a round, the short prefill included."""
+def decode(engine: Engine, number: int, *, sequences: int, tokens: int) -> Round:
+    """Answer a batch, the short prefill included."""
     requests = [request(number, group) for group in range(sequences // SAMPLES)]
-    sampling = Sampling(max_new_tokens=tokens)
-    call(engine.hold.remote())
-    groups = [engine.generate.remote(r, sampling) for r in requests]
-    began = time.perf_counter()
-    call(engine.release.remote(len(requests)))
+    call(engine.handle.hold.remote())
+    groups = [engine.handle.generate.remote(r, Sampling(max_new_tokens=tokens)) for r in requests]
+    began, used = time.perf_counter(), processor_seconds(engine.process)
+    call(engine.handle.release.remote(len(requests)))
     answers = ray.get(groups, timeout=DEADLINE_S)
-    seconds = time.perf_counter() - began
-    sampled: int = sum(info.num_response_tokens for _, infos in answers for info in infos)
-    return sampled / seconds
+    return Round(
+        tokens=sum(info.num_response_tokens for _, infos in answers for info in infos),
+        seconds=time.perf_counter() - began,
+        processor_s=processor_seconds(engine.process) - used,
+    )
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """Return what all threads of a process have used so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def request(number: int, group: int) -> GroupRequest:

@@ -41,6 +41,20 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         for lora_a, lora_b, output in zip(lora_a_stacked, lora_b_stacked, columns, strict=True):
             output.addmm_(x @ lora_a[0, 0].T, lora_b[0, 0].T, alpha=scale)
 
+    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **options: Any) -> None:
+        """Add the adapter's output to the embeddings `y`; `x` holds the tokens' rows of its first matrix."""
+        if self.is_applied:
+            y.addmm_(x, lora_b_stacked[0, 0].T)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **options: Any
+    ) -> None:
+        """Add the adapter's output to the logits `y`. vLLM also asks for it where the adapter leaves the head alone."""
+        lora_a, lora_b = lora_a_stacked[0, 0], lora_b_stacked[0, 0]
+        if self.is_applied and lora_a.any():
+            shared = min(y.shape[-1], len(lora_b))  # either may be padded
+            y[:, :shared].addmm_(x @ lora_a.T, lora_b[:shared].T, alpha=scale)
+
 
 def share_adapter_on_cpu() -> None:
     """Have vLLM make this wrapper for a model that it loads on a CPU. GPUs have kernels without the copies."""
