@@ -61,6 +61,7 @@ def start_engines(
         max_model_len=max_model_len,
         max_num_seqs=role.max_num_seqs,
         transport=way.method,
+        sender_address=None if placement.on_one_host() else placement.addresses_of("policy")[0],
         lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
         trust_remote_code=policy.trust_remote_code,

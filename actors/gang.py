@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ray.actor import ActorHandle
 
 from actors.calls import wait_all
 from actors.placement import Placement
-from actors.processes import KEEPS_MEMORY, Processes
+from actors.processes import KEEPS_MEMORY, Processes, hub_environment
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.config.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError
@@ -313,14 +312,13 @@ def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[Ra
 
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
-    """Environment of a worker that computes with torch, set before it imports it. No secrets: every node logs it."""
-    kept = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME") if key in os.environ}
+    """Return the environment of a worker that computes with torch, which must be set before it imports torch."""
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
         "TOKENIZERS_PARALLELISM": "false",
         **(KEEPS_MEMORY if place.device == "cpu" else {}),
-        **kept,
+        **hub_environment(),
     }
 
 

@@ -53,11 +53,14 @@ class Placement:
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return [nodes[place.bundle] for place in self.seating.seats[role]]
 
+    def addresses_of(self, role: Role) -> list[str]:
+        """The address of the node of each of a role's workers."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [addresses[node] for node in self.nodes_of(role)]
+
     def describe(self) -> str:
         """The node addresses of each role's workers, in rank order."""
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        found = ((role, [addresses[node] for node in self.nodes_of(role)]) for role in self.seating.seats)
-        return "; ".join(f"{role} on {', '.join(at)}" for role, at in found)
+        return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.seating.seats)
 
     def nodes(self) -> set[str]:
         """All nodes of the run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,16 @@ GONE_WITHIN_S = 10.0
 # instead of given back to the kernel and faulted in again page by page, which took a fifth of an update's time. Read by
 # glibc when a process starts; other C libraries ignore it.
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
+
+HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+
+
+def hub_environment() -> dict[str, str]:
+    """Return the driver's settings of the model hub, which all workers need to find the same models.
+
+    A token is not among them: every node logs the environment of its workers.
+    """
+    return {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ}
 
 
 class Processes:

@@ -38,6 +38,7 @@ from actors.vllm_engine import (
     serve_own_weights,
 )
 from actors.weights import Meeting, WeightManifest
+from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.roles import EnginePart
@@ -97,6 +98,8 @@ class RolloutWorker:
     async def start(self) -> EngineInfo:
         """Load the model. RunError if that fails or takes longer than start_timeout_s."""
         began = time.monotonic()
+        if self.spec.sender_address is not None:
+            meet_through(self.spec.sender_address)  # before vLLM starts NCCL, which chooses an interface once
         await self._wait(self.loop.start(), "its start", self.spec.start_timeout_s)
         tokens = await self._call(kv_cache_tokens, "its size", 10.0)
         self._added = await self._call(added_tokens, "its tokenizer", self.spec.start_timeout_s)

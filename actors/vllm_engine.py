@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.processes import KEEPS_MEMORY
+from actors.processes import KEEPS_MEMORY, hub_environment
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.errors import RunError
@@ -42,6 +42,7 @@ class RolloutSpec:
     lora_rank: int | None = None  # then an adapter is synced, not the weights
     colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
     trust_remote_code: bool = False
+    sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     spool: Path | None = None  # finished groups are kept here
     environment: EnvironmentSpec | None = None  # what the policy converses with; None: one turn answers a prompt
     start_timeout_s: float = 600.0
@@ -58,12 +59,13 @@ class RolloutSpec:
 
 
 def engine_environment(spec: RolloutSpec) -> dict[str, str]:
-    """Variables that must be set before vLLM is imported."""
+    """Return the variables that must be set before vLLM is imported."""
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
+        **hub_environment(),
     }
     if Path(spec.model).exists():
         env["HF_HUB_OFFLINE"] = "1"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,11 +15,15 @@ import pytest
 from actors.engine_loop import EngineLoop, Submission
 from actors.engines import RolloutEngines
 from actors.rollout import RolloutSpec, RolloutWorker
+from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
 from rlhf.types import GroupRequest, Prompt, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
 DEADLINE_S = 5.0
+SPEC = RolloutSpec(
+    name="rollout engine 0", model="none", dtype="float32", max_model_len=8, max_num_seqs=4, transport="shm"
+)
 
 
 def request(group_id: int) -> GroupRequest:
@@ -31,6 +37,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.running: dict[str, int] = {}
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=1, block_size=16))
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
         if "bad" in request_id:
@@ -86,10 +93,7 @@ async def test_a_refused_group_ends_the_release(monkeypatch: pytest.MonkeyPatch)
         raise ValueError("temperature must be in [0, 2], got 3.0.")
 
     monkeypatch.setattr("actors.rollout.build_engine", lambda spec: FakeEngine())
-    spec = RolloutSpec(
-        name="rollout engine 0", model="none", dtype="float32", max_model_len=8, max_num_seqs=4, transport="shm"
-    )
-    worker = RolloutWorker(spec)
+    worker = RolloutWorker(SPEC)
     worker.loop.start().result(DEADLINE_S)
     worker.version = 1
     monkeypatch.setattr("actors.rollout.sampling_params", lambda sampling, seed: None)
@@ -103,6 +107,24 @@ async def test_a_refused_group_ends_the_release(monkeypatch: pytest.MonkeyPatch)
         await asyncio.wait_for(worker.release(2), DEADLINE_S)
     with pytest.raises(RunError, match="group 1: temperature"):
         await asyncio.wait_for(good, DEADLINE_S)
+    await worker.shutdown()
+
+
+async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL chooses its interface once, and vLLM starts NCCL while it builds an engine of several GPUs."""
+    seen: list[Any] = []
+
+    def build(spec: RolloutSpec) -> FakeEngine:
+        seen.append({name: os.environ.get(name) for name in INTERFACE_VARIABLES})
+        return FakeEngine()
+
+    monkeypatch.setattr("os.environ", {k: v for k, v in os.environ.items() if k not in INTERFACE_VARIABLES})
+    monkeypatch.setattr("actors.rollout.build_engine", build)
+    worker = RolloutWorker(replace(SPEC, sender_address="127.0.0.1"))
+    await worker.start()
+    assert seen == [dict.fromkeys(INTERFACE_VARIABLES, "lo")]
     await worker.shutdown()
 
 
