@@ -1,4 +1,4 @@
-"""The trained workers as Ray actors: an address to meet at and, for the policy, the way of its weights to the engines.
+"""The trained workers as Ray actors: an address to meet at and, for the policy, the sender of its weights.
 
 Everything else of a rank is in rlhf.workers; here is only what needs the cluster.
 """
@@ -6,10 +6,11 @@ Everything else of a rank is in rlhf.workers; here is only what needs the cluste
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray.util
+from torch import Tensor
 
 from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
 from actors.weights.adapter import AdapterSender
@@ -45,14 +46,14 @@ class Meets:
 
 
 class Publishes(Meets, TrainedWorker):
-    """What every rank of a policy that answers prompts has: the way of its weights to the engines."""
+    """Sends the weights of a policy that answers prompts to its engines."""
 
     sender: WeightSender
 
     def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
-        """Open this rank's end of the way to the engines. Where vLLM takes the adapter alone, it goes by `adapters`.
+        """Open this rank's end of the weight transport. Where vLLM takes the adapter alone, it goes by `adapters`.
 
-        Engines that are colocated stand beside the first ranks, one each.
+        Engines that are colocated share the GPUs of the first ranks, one each.
         """
         dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
         if not ships_adapter(self.config):
@@ -63,19 +64,23 @@ class Publishes(Meets, TrainedWorker):
         self.sender = AdapterSender(adapters, config, rank=rank, dtype=dtype)
 
     def publish(self, version: int) -> WeightManifest | None:
-        """Stage the weights of a version; None on ranks other than 0. Collective."""
-        dtype = torch_dtype(self.model_config.dtype)
-        alone = ships_adapter(self.config)
-        weights = self.engine.named_adapter_weights(dtype) if alone else self.engine.named_weights(dtype)
-        return self.sender.publish(weights, version)
+        """Describe the weights of a version to the engines; None on ranks other than 0. Collective."""
+        return self.sender.publish(self._published(), version)
 
     def send(self, manifest: WeightManifest) -> None:
         """Send them, where the transport needs it. Collective."""
-        self.sender.send(manifest)
+        self.sender.send(manifest, self._published())
 
     def settle(self) -> None:
         """The engines have loaded what was published. Collective."""
         self.sender.settle()
+
+    def _published(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that the engines do not have from the start. Iterating is collective."""
+        dtype = torch_dtype(self.model_config.dtype)
+        if ships_adapter(self.config):
+            return self.engine.named_adapter_weights(dtype)
+        return self.engine.named_weights(dtype)
 
     def stop(self) -> None:
         """Remove what was published and leave the gang."""

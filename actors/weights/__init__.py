@@ -25,14 +25,17 @@ Transport = Literal["shm", "gloo", "nccl", "ipc"]
 
 
 class WeightSender(Protocol):
-    """The policy's end of a transport, one on every rank. In a sync: publish, send, settle."""
+    """The policy's end of a transport, one on every rank. In a sync: publish, send, settle.
+
+    Iterating the weights may be a collective: in `publish` all ranks do, in `send` all or none, as the transport needs.
+    """
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Stage the weights. Iterating may be a collective: all ranks call it. None on ranks other than 0."""
+        """Describe the weights, and stage them if the engines read them by themselves. None on ranks other than 0."""
         ...
 
-    def send(self, manifest: WeightManifest) -> None:
-        """Move the staged bytes, while the engines receive. Nothing where they read them by themselves."""
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Send the same weights while the engines receive. Nothing where the engines read them by themselves."""
         ...
 
     def settle(self) -> None:

@@ -59,7 +59,7 @@ class AdapterSender:
             fields={"folder": str(self.folder)},
         )
 
-    def send(self, manifest: WeightManifest) -> None:
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
         """Nothing: the engines read the folder."""
 
     def settle(self) -> None:

@@ -1,8 +1,8 @@
 """Weights by broadcast: from the policy's first rank to every worker of every engine, in buckets.
 
 gloo between CPU hosts, nccl between GPUs; the same code but for the group and the device. The group is apart from the
-trainer's and from vLLM's own, and every operation on it has a deadline. The staged copy stays in host memory, so a send
-never meets an optimizer step.
+trainer's and from vLLM's own, and every operation on it has a deadline. The weights are gathered twice, for the
+checksum and to be sent, so neither end holds more of them than a bucket or the largest weight.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
-from actors.weights.manifest import WeightManifest, buckets
-from actors.weights.staging import stage
+from actors.weights.manifest import WeightManifest
+from actors.weights.staging import Scratch, stage, staged_buckets
 from rlhf.engine.distributed import meet_through
 from rlhf.errors import RunError
 
@@ -70,33 +69,18 @@ def broadcast(group: Any, tensor: Tensor) -> None:
         raise RunError(f"weight sync: a broadcast of {tensor.numel()} bytes failed: {error}") from error
 
 
-class HostMemory:
-    """Pageable or pinned memory of this process that grows with what is written to it."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self.pinned = pinned
-        self.flat = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, nbytes: int) -> UInt8[Tensor, " bytes"]:
-        """At least nbytes, doubling, with the old content."""
-        if nbytes > self.flat.numel():
-            grown = torch.empty(max(nbytes, 2 * self.flat.numel()), dtype=torch.uint8, pin_memory=self.pinned)
-            grown[: self.flat.numel()] = self.flat
-            self.flat = grown
-        return self.flat
-
-
 class BroadcastSender:
     """The policy's end. Only rank 0 is in the group."""
 
     def __init__(self, method: Method, meeting: Meeting, *, rank: int, dtype: torch.dtype) -> None:
         self.method = method
         self.dtype = dtype
-        self.memory = HostMemory(pinned=method == "nccl") if rank == 0 else None
+        device = torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
+        self.memory = Scratch(device) if rank == 0 else None
         self.group = open_group(method, meeting, 0) if rank == 0 else None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Stage the weights in host memory. None on ranks other than 0."""
+        """Describe the weights. None on ranks other than 0."""
         if self.memory is None:
             for _ in named_weights:
                 pass
@@ -110,16 +94,19 @@ class BroadcastSender:
             fields={"bucket_bytes": BUCKET_BYTES},
         )
 
-    def send(self, manifest: WeightManifest) -> None:
-        """Broadcast what was staged, while every receiver is in its update."""
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Broadcast the weights, while every receiver is in its update."""
         if self.memory is None:
+            for _ in named_weights:
+                pass
             return
-        for _, _, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=BUCKET_BYTES):
-            bucket = self.memory.flat[begin:end]
-            broadcast(self.group, bucket if self.method == "gloo" else bucket.cuda(non_blocking=True))
+        for bucket in staged_buckets(named_weights, self.memory, manifest, limit=BUCKET_BYTES):
+            broadcast(self.group, bucket)
 
     def settle(self) -> None:
-        """Nothing: the staged copy is host memory, written again at the next sync."""
+        """Give the bucket's memory back: on a GPU training wants it."""
+        if self.memory is not None:
+            self.memory = Scratch(self.memory.flat.device)
 
     def close(self) -> None:
         """Leave the group."""

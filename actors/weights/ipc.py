@@ -7,17 +7,18 @@ go, so a rank without an engine must not offer any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-import xxhash
 from jaxtyping import UInt8
 from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
 
-from actors.weights.manifest import WeightManifest, aligned, tensor_view
+from actors.weights.manifest import WeightManifest
+from actors.weights.staging import stage
 
 
 class IpcSender:
@@ -27,7 +28,7 @@ class IpcSender:
         self.rank = rank
         self.dtype = dtype
         self.beside_engine = beside_engine
-        self.parts: list[UInt8[Tensor, " bytes"]] = []
+        self.memory: DeviceParts | None = None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Lay the weights out on this rank's GPU and exchange handles. None on ranks other than 0."""
@@ -37,42 +38,20 @@ class IpcSender:
                 pass
             dist.all_gather_object(handles, None)
             return None
-        device = torch.device("cuda", torch.cuda.current_device())
-        names: list[str] = []
-        shapes: list[tuple[int, ...]] = []
-        offsets: list[int] = []
-        end = 0
-        self.parts = []
-        for name, weight in named_weights:  # a gathered weight lives only until the next one, so it is copied
-            part = torch.zeros(aligned(weight.numel() * self.dtype.itemsize), dtype=torch.uint8, device=device)
-            tensor_view(part, 0, self.dtype, weight.shape).copy_(weight.detach())
-            self.parts.append(part)
-            names.append(name)
-            shapes.append(tuple(weight.shape))
-            offsets.append(end)
-            end += part.numel()
+        self.memory = DeviceParts(torch.device("cuda", torch.cuda.current_device()))
+        manifest = stage(named_weights, self.memory, version=version, dtype=self.dtype, transport="ipc", fields={})
         torch.cuda.synchronize()
-        dist.all_gather_object(handles, (gpu_uuid(device), [reduce_tensor(part)[1] for part in self.parts]))
+        dist.all_gather_object(handles, self.memory.handles())
         if self.rank != 0:
             return None
-        return WeightManifest(
-            version=version,
-            checksum=device_checksum(self.parts),
-            names=tuple(names),
-            dtypes=(str(self.dtype).removeprefix("torch."),) * len(names),
-            shapes=tuple(shapes),
-            offsets=tuple(offsets),
-            nbytes=end,
-            transport="ipc",
-            fields={"handles": dict(handle for handle in handles if handle is not None)},
-        )
+        return replace(manifest, fields={"handles": dict(handle for handle in handles if handle is not None)})
 
-    def send(self, manifest: WeightManifest) -> None:
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
         """Nothing: the engines read the memory."""
 
     def settle(self) -> None:
         """Give the memory back."""
-        self.parts = []
+        self.memory = None
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
@@ -80,12 +59,21 @@ class IpcSender:
         self.settle()
 
 
-def device_checksum(parts: Iterable[UInt8[Tensor, " bytes"]]) -> str:
-    """xxh3-64 of memory on a GPU, by way of the host."""
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(part.cpu().numpy().data)
-    return digest.hexdigest()
+class DeviceParts:
+    """A flat run on a GPU in parts of one weight each, since a gathered weight lives only until the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: list[UInt8[Tensor, " bytes"]] = []
+
+    def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
+        """Return new memory for these bytes."""
+        self.parts.append(torch.empty(end - begin, dtype=torch.uint8, device=self.device))
+        return self.parts[-1]
+
+    def handles(self) -> tuple[str, list[Any]]:
+        """Return the GPU and, of each part, what another process opens it by."""
+        return gpu_uuid(self.device), [reduce_tensor(part)[1] for part in self.parts]
 
 
 def gpu_uuid(device: torch.device) -> str:

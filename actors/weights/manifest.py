@@ -23,7 +23,7 @@ class WeightManifest:
     """One published set of weights. Picklable, a few kilobytes, holds no tensor."""
 
     version: int
-    checksum: str  # xxh3-64 of the nbytes of the flat run, in hexadecimal
+    checksum: str  # of the nbytes of the flat run: see Checksum
     names: tuple[str, ...]  # Hugging Face names
     dtypes: tuple[str, ...]  # torch's names, e.g. "bfloat16"
     shapes: tuple[tuple[int, ...], ...]

@@ -44,7 +44,7 @@ class ShmSender:
             fields={"path": str(self.memory.path)},
         )
 
-    def send(self, manifest: WeightManifest) -> None:
+    def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
         """Nothing: the engines read the memory."""
 
     def settle(self) -> None:
@@ -64,11 +64,11 @@ class SharedMemory:
         self.path = Path(f"/proc/{os.getpid()}/fd/{self.descriptor}")
         self.flat = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, nbytes: int) -> UInt8[Tensor, " bytes"]:
-        """Map at least nbytes. RunError if the host has not that much memory."""
+    def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
+        """Map at least `end` bytes and return these. RunError if the host has not that much memory."""
         size = self.flat.numel()
-        if nbytes > size:
-            wanted = max(nbytes, size + GROW_BY)
+        if end > size:
+            wanted = max(end, size + GROW_BY)
             try:
                 os.posix_fallocate(self.descriptor, size, wanted - size)
             except OSError as error:
@@ -77,7 +77,7 @@ class SharedMemory:
                     f"which {size / 2**30:.2f} GiB are written: {error}. `rlhf plan` shows what a host must hold."
                 ) from error
             self.flat = torch.from_file(str(self.path), shared=True, size=wanted, dtype=torch.uint8)
-        return self.flat
+        return self.flat[begin:end]
 
     def close(self) -> None:
         """Unmap and close; safe to call twice."""

@@ -1,7 +1,7 @@
-"""The trainer's half of every transport: all weights into one flat run of host memory, hashed as they are copied.
+"""The trainer's half of every transport: weights as one flat run of bytes, with the checksum of that run.
 
-Runs in the policy's process. Iterating the weights may be a collective, so every rank calls `stage`; only rank 0 keeps
-what it is given. It must never be called while an engine still reads the previous version.
+Runs in the policy's process. Iterating the weights may be a collective, so every rank does it; only rank 0 keeps what
+it is given. It must never write to memory that an engine still reads.
 """
 
 from __future__ import annotations
@@ -10,19 +10,33 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from jaxtyping import UInt8
 from torch import Tensor
 
-from actors.weights.manifest import WeightManifest, aligned, tensor_view
+from actors.weights.checksum import Checksum
+from actors.weights.manifest import WeightManifest, aligned, buckets, tensor_view
 
 
 class FlatMemory(Protocol):
-    """Host memory that may grow and keeps its content when it does."""
+    """Memory for a flat run of bytes, which need not hold all of them at once."""
 
-    def reserve(self, nbytes: int) -> UInt8[Tensor, " bytes"]:
-        """The memory, at least that large. Growing it ends the life of earlier views."""
+    def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
+        """Return the memory for these bytes of the run."""
         ...
+
+
+class Scratch:
+    """Memory that holds one region at a time: the next overwrites it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flat = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
+        """Return the same memory for every region, as much as the largest has needed."""
+        if end - begin > self.flat.numel():
+            self.flat = torch.empty(0, dtype=torch.uint8, device=self.flat.device)  # free it before the larger one
+            self.flat = torch.empty(end - begin, dtype=torch.uint8, device=self.flat.device)
+        return self.flat[: end - begin]
 
 
 def stage(
@@ -41,21 +55,19 @@ def stage(
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     offsets: list[int] = []
-    digest = xxhash.xxh3_64()
+    checksum = Checksum()
     end = 0
     for name, weight in named_weights:
-        nbytes = weight.numel() * dtype.itemsize
-        begin, end = end, end + aligned(nbytes)
-        flat = memory.reserve(end)
-        tensor_view(flat, begin, dtype, weight.shape).copy_(weight.detach())
-        flat[begin + nbytes : end].zero_()
-        digest.update(flat[begin:end].numpy().data)
+        begin, end = end, end + aligned(weight.numel() * dtype.itemsize)
+        region = memory.region(begin, end)
+        _write(region, weight, dtype)
+        checksum.add(region)
         names.append(name)
         shapes.append(tuple(weight.shape))
         offsets.append(begin)
     return WeightManifest(
         version=version,
-        checksum=digest.hexdigest(),
+        checksum=checksum.hexdigest(),
         names=tuple(names),
         dtypes=(str(dtype).removeprefix("torch."),) * len(names),
         shapes=tuple(shapes),
@@ -64,3 +76,25 @@ def stage(
         transport=transport,
         fields=fields,
     )
+
+
+def staged_buckets(
+    named_weights: Iterator[tuple[str, Tensor]], memory: Scratch, manifest: WeightManifest, *, limit: int
+) -> Iterator[UInt8[Tensor, " bytes"]]:
+    """Yield the run that a manifest describes in buckets of at most `limit` bytes, each valid until the next."""
+    for first, last, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=limit):
+        bucket = memory.region(begin, end)
+        for at in range(first, last):
+            name, weight = next(named_weights)
+            assert (name, tuple(weight.shape)) == (manifest.names[at], manifest.shapes[at])
+            until = end if at + 1 == last else manifest.offsets[at + 1]
+            _write(bucket[manifest.offsets[at] - begin : until - begin], weight, getattr(torch, manifest.dtypes[at]))
+        yield bucket
+    for _ in named_weights:  # nothing is left, but a generator ends what it holds only when it is asked again
+        pass
+
+
+def _write(region: UInt8[Tensor, " bytes"], weight: Tensor, dtype: torch.dtype) -> None:
+    """Fill a region with a weight and, up to the next boundary, with zeros."""
+    tensor_view(region, 0, dtype, weight.shape).copy_(weight.detach())
+    region[weight.numel() * dtype.itemsize :].zero_()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import xxhash
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from actors.weights.broadcast import Meeting, Method, broadcast, open_group
+from actors.weights.checksum import Checksum
 from actors.weights.manifest import buckets, named_views
 from actors.weights.vllm_reload import ReloadEngine
 
@@ -64,19 +64,19 @@ class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
 
     def receive_weights(self, update_info: BroadcastUpdate) -> None:
         """Load what comes, in order, and take its checksum."""
-        digest = xxhash.xxh3_64()
-        self.load(self._received(update_info, digest))
-        self.checksum = digest.hexdigest()
+        checksum = Checksum()
+        self.load(self._received(update_info, checksum))
+        self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
         """Leave the group."""
         self.group = None
 
-    def _received(self, u: BroadcastUpdate, digest: Any) -> Iterator[tuple[str, Tensor]]:
+    def _received(self, u: BroadcastUpdate, checksum: Checksum) -> Iterator[tuple[str, Tensor]]:
         for first, last, begin, end in buckets(u.offsets, u.nbytes, limit=u.bucket_bytes):
             bucket = torch.empty(end - begin, dtype=torch.uint8, device=self.device)
             broadcast(self.group, bucket)
-            digest.update(bucket.cpu().numpy().data)
+            checksum.add(bucket)
             within = [offset - begin for offset in u.offsets[first:last]]
             yield from named_views(bucket, u.names[first:last], u.dtypes[first:last], u.shapes[first:last], within)
 

@@ -9,7 +9,8 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from actors.weights.ipc import device_checksum, gpu_uuid
+from actors.weights.checksum import Checksum
+from actors.weights.ipc import gpu_uuid
 from actors.weights.manifest import tensor_view
 from actors.weights.vllm_reload import ReloadEngine
 from rlhf.errors import RunError
@@ -62,7 +63,10 @@ class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
             (name, tensor_view(part, 0, getattr(torch, dtype), shape))
             for name, dtype, shape, part in zip(u.names, u.dtypes, u.shapes, parts, strict=True)
         )
-        self.checksum = device_checksum(parts)
+        checksum = Checksum()
+        for part in parts:
+            checksum.add(part)
+        self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
         """Nothing."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from actors.weights.checksum import Checksum
 from actors.weights.manifest import named_views
 from actors.weights.vllm_reload import ReloadEngine
 
@@ -56,9 +56,11 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
             self.flat = torch.from_file(u.path, shared=True, size=u.nbytes, dtype=torch.uint8)
             self.mapped = published
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-hash") as beside:
-            checksum = beside.submit(lambda: xxhash.xxh3_64(self.flat.numpy().data).hexdigest())
+            checksum = Checksum()
+            added = beside.submit(checksum.add, self.flat)
             self.load(named_views(self.flat, u.names, u.dtypes, u.shapes, u.offsets))
-        self.checksum = checksum.result()
+        added.result()
+        self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
         """Let the mapping go."""

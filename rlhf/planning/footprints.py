@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rlhf.types import Role
 
 CPUINFO = Path("/proc/cpuinfo")
+BUCKET_BYTES = 64 << 20  # of a broadcast of weights: actors.weights.broadcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,8 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
         return [Term(name="weight sync", nbytes=size, how="all weights in shared memory", place="shared")]
     if method.method == "ipc":
         return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU")]
-    doubling = f"all weights staged in host memory for {method.method}, which grows by doubling: up to twice as much"
-    return [Term(name="weight sync", nbytes=1.5 * size, how=doubling, place="host", first_only=True)]
+    bucket = max(BUCKET_BYTES, shape.embedding * how.itemsize)
+    return [Term(name="weight sync", nbytes=bucket, how="the largest weight, or a bucket of 64 MiB", first_only=True)]
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:

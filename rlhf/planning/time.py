@@ -182,7 +182,7 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
     return Stage(
         name="weight sync",
         seconds=seconds,
-        how=f"2 * {nbytes / 2**30:,.3g} GiB ({way}, staged and sent) / {one.link / 1e9:g} GB/s + 0.2 s",
+        how=f"2 * {nbytes / 2**30:,.3g} GiB ({way}, published and sent) / {one.link / 1e9:g} GB/s + 0.2 s",
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.rollout import RolloutSpec
@@ -71,11 +72,13 @@ class Trainer:
 
     def publish(self, version: int) -> WeightManifest | None:
         self.model = model_like(self.folder, seed=version)
-        weights = {name: weight.to(GPU) for name, weight in self.model.named_parameters()}
-        return self.sender.publish(iter(weights.items()), version)
+        return self.sender.publish(self._weights(), version)
 
     def send(self, manifest: WeightManifest) -> None:
-        self.sender.send(manifest)
+        self.sender.send(manifest, self._weights())
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, weight.to(GPU)) for name, weight in self.model.named_parameters())
 
     def settle(self) -> int:
         """Bytes that are still allocated on the GPU when all is over."""

@@ -174,7 +174,7 @@ def test_gloo_syncs_an_untied_engine(tiny_model: Path, ray_local: None) -> None:
             manifest = sender.publish(model.named_parameters(), version)
             assert manifest is not None
             updated = handle.update_weights.remote(manifest, version)
-            sender.send(manifest)
+            sender.send(manifest, model.named_parameters())
             assert call(updated).checksum == manifest.checksum
             assert probe_difference(handle, model, version=version) < 1e-4
         sender.close()

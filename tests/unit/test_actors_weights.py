@@ -16,11 +16,15 @@ from torch import Tensor
 
 from actors.weights import Meeting, open_sender
 from actors.weights.adapter import AdapterSender
-from actors.weights.broadcast import BroadcastSender, HostMemory, broadcast, open_group
+from actors.weights.broadcast import BUCKET_BYTES, BroadcastSender, broadcast, open_group
+from actors.weights.checksum import WEIGHT_STEP, weighted_sum
 from actors.weights.manifest import buckets, named_views
-from actors.weights.shm import ShmSender
-from actors.weights.staging import stage
+from actors.weights.shm import SharedMemory, ShmSender
+from actors.weights.staging import Scratch, stage, staged_buckets
 from rlhf.errors import RunError
+from rlhf.planning import footprints
+
+CPU = torch.device("cpu")
 
 
 def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
@@ -31,30 +35,57 @@ def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
 
 
 def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run() -> None:
-    memory = HostMemory(pinned=False)
+    memory = SharedMemory()
     manifest = stage(weights(), memory, version=4, dtype=torch.bfloat16, transport="x", fields={})
     # bfloat16: 14, 24 and 2 bytes, each filled up to 64
     assert manifest.offsets == (0, 64, 128)
     assert manifest.nbytes == 192
     assert manifest.shapes == ((7,), (4, 3), ())
-    flat = memory.flat[: manifest.nbytes]
+    flat = memory.region(0, manifest.nbytes)
     assert manifest.checksum == xxhash.xxh3_64(flat.numpy().tobytes()).hexdigest()
     for (name, seen), (expected_name, expected) in zip(
         named_views(flat, manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets), weights(), strict=True
     ):
         assert name == expected_name
         assert torch.equal(seen, expected.bfloat16())
+    memory.close()
 
 
 def test_checksum_depends_on_the_weights_alone_not_on_what_the_memory_held() -> None:
-    fresh, used = HostMemory(pinned=False), HostMemory(pinned=False)
-    used.reserve(4096).fill_(255)
+    fresh, used = Scratch(CPU), Scratch(CPU)
+    used.region(0, 4096).fill_(255)
     first, second = (
         stage(weights(), memory, version=0, dtype=torch.float32, transport="x", fields={}).checksum
         for memory in (fresh, used)
     )
     assert first == second
     assert stage(weights(1.0), fresh, version=1, dtype=torch.float32, transport="x", fields={}).checksum != first
+
+
+@pytest.mark.parametrize("limit", [64, 128, 1000])
+def test_staged_buckets_are_the_run_and_take_the_memory_of_the_largest(limit: int) -> None:
+    memory = Scratch(CPU)
+    manifest = stage(weights(), memory, version=0, dtype=torch.float32, transport="x", fields={})
+    assert memory.flat.numel() == 64  # of the largest weight; all are 192
+    assert BUCKET_BYTES == footprints.BUCKET_BYTES  # so the plan counts the same
+    run = [bucket.clone() for bucket in staged_buckets(weights(), memory, manifest, limit=limit)]
+    assert xxhash.xxh3_64(torch.cat(run).numpy().tobytes()).hexdigest() == manifest.checksum
+    assert memory.flat.numel() == min(limit, 192)
+
+
+def test_the_sum_of_a_gpu_shows_every_changed_moved_or_missing_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.weights.checksum.CHUNK_WORDS", 5)
+    words = torch.randint(-(2**63), 2**63 - 1, (13,), generator=torch.Generator().manual_seed(0))
+    expected = sum(int(word) * ((i * WEIGHT_STEP % 2**64) | 1) for i, word in enumerate(words)) % 2**64
+    whole = weighted_sum(words, first=0)
+    assert int(whole) % 2**64 == expected
+    assert torch.equal(weighted_sum(words[:7], first=0) + weighted_sum(words[7:], first=7), whole)
+    for at in range(13):
+        changed, moved = words.clone(), words.clone()
+        changed[at] ^= 1 << (5 * at)
+        moved[[at, (at + 1) % 13]] = words[[(at + 1) % 13, at]]
+        assert not torch.equal(weighted_sum(changed, first=0), whole)
+        assert not torch.equal(weighted_sum(moved, first=0), whole)
 
 
 def test_buckets_hold_whole_tensors_and_make_up_the_run() -> None:
@@ -121,7 +152,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
         assert isinstance(sender, BroadcastSender)
         manifest = sender.publish(weights(), 1)
         assert manifest is not None
-        sending = threads.submit(sender.send, manifest)
+        sending = threads.submit(sender.send, manifest, weights())
         received = []
         for _, _, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=64):
             received.append(torch.empty(end - begin, dtype=torch.uint8))
