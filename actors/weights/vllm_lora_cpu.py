@@ -1,7 +1,7 @@
 """LoRA matrix products of a CPU engine in which all requests of a step carry the same adapter.
 
-vLLM's CPU code gathers a copy of the adapter's matrices for every token before it multiplies them. With one adapter
-the tokens of a step share its two matrices, so a layer needs two plain products and no copy.
+vLLM's CPU code gathers a copy of the adapter's matrices for every token before it multiplies them, once for each weight
+that a layer fuses. With one adapter all tokens share its matrices, so a layer needs two plain products and no copy.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
@@ -17,7 +18,10 @@ from vllm.platforms import current_platform
 class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     """Applies the adapter in slot 0 to all tokens of a step or to none: an engine has one slot (max_loras)."""
 
-    is_applied = False
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_applied = False
+        self._fused: dict[int, tuple[int, Tensor, Tensor]] = {}  # by layer: version of its matrices, and the two
 
     def update_metadata(self, mapping: Any, *args: Any, **options: Any) -> None:
         """Note whether the requests of the next step carry the adapter."""
@@ -34,12 +38,25 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         output_slices: Sequence[int],
         **options: Any,
     ) -> None:
-        """Add the adapter's output to the layer's output `y`, for each of the weights that the layer fuses."""
-        if not self.is_applied:
-            return
-        columns = y.view(-1, y.shape[-1]).split(list(output_slices), dim=1)
-        for lora_a, lora_b, output in zip(lora_a_stacked, lora_b_stacked, columns, strict=True):
-            output.addmm_(x @ lora_a[0, 0].T, lora_b[0, 0].T, alpha=scale)
+        """Add the adapter's output to the layer's output `y`."""
+        if self.is_applied:
+            lora_a, lora_b = self._matrices(lora_a_stacked, lora_b_stacked, output_slices)
+            y.view(-1, y.shape[-1]).addmm_(x @ lora_a, lora_b, alpha=scale)
+
+    def _matrices(
+        self, lora_a_stacked: Sequence[Tensor], lora_b_stacked: Sequence[Tensor], output_slices: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return a layer's matrices, transposed: for fused weights side by side, and as the blocks of a diagonal.
+
+        They are made again when vLLM has written to its own, as it does when it loads an adapter.
+        """
+        version = sum(matrix._version for matrix in (*lora_a_stacked, *lora_b_stacked))
+        key = lora_a_stacked[0].data_ptr()
+        if key not in self._fused or self._fused[key][0] != version:
+            lora_a = torch.cat([matrix[0, 0] for matrix in lora_a_stacked])
+            lora_b = torch.block_diag(*[m[0, 0, :size] for m, size in zip(lora_b_stacked, output_slices, strict=True)])
+            self._fused[key] = (version, lora_a.T.contiguous(), lora_b.T.contiguous())
+        return self._fused[key][1:]
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **options: Any) -> None:
         """Add the adapter's output to the embeddings `y`; `x` holds the tokens' rows of its first matrix."""
