@@ -86,6 +86,7 @@ class RolloutWorker:
         self.spec = spec
         self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name)
         self.version: int | None = None
+        self._asleep: set[EnginePart] = set()  # whose GPU memory a trainer has now
         self._lora: Any = None
         self._added: dict[str, int] = {}  # special and added tokens by their text
         self._serial = 0
@@ -288,6 +289,7 @@ class RolloutWorker:
         RunError if the weights that arrived are not the published ones, or the engine is frozen.
         """
         self._refuse_frozen()
+        self._refuse_asleep("weights")
         if manifest.version != version:
             raise RunError(f"{self.spec.name}: asked for version {version}, the manifest holds {manifest.version}")
         self.version = None  # whatever happens: no sample by half-loaded weights
@@ -314,6 +316,7 @@ class RolloutWorker:
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:], by the forward pass that rollouts go through, not out of a cache."""
+        self._refuse_asleep("weights", "cache")
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -337,6 +340,7 @@ class RolloutWorker:
         keeps = keep_weights or self.spec.lora_rank is not None
         if not keeps:
             self.version = None
+        self._asleep = {"weights", "cache"}
         await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep", self.spec.call_timeout_s)
 
     async def wake(self, part: EnginePart) -> None:
@@ -344,6 +348,7 @@ class RolloutWorker:
         if self.spec.device == "cuda":
             tag = {"weights": "weights", "cache": "kv_cache"}[part]
             await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake", self.spec.call_timeout_s)
+            self._asleep.discard(part)
 
     async def gpu_peak_gib(self) -> float | None:
         """The most GPU memory that the allocator of one of the engine's workers has held. None on a CPU."""
@@ -384,12 +389,18 @@ class RolloutWorker:
                 f"{self.spec.name} is frozen: it answers with the weights of {self.spec.model} and no others."
             )
 
+    def _refuse_asleep(self, *parts: EnginePart) -> None:
+        asleep = [part for part in parts if part in self._asleep]
+        if asleep:
+            raise RunError(f"{self.spec.name} is asleep: its {asleep[0]} must be woken first.")
+
     def _synced_version(self) -> int:
         if self.version is None:
             raise RunError(
                 f"{self.spec.name} has not been given the policy's weights, so it does not generate. "
                 "It must be synced first."
             )
+        self._refuse_asleep("weights", "cache")
         return self.version
 
     def _next_id(self, kind: str) -> str:

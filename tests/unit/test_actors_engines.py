@@ -15,6 +15,7 @@ import pytest
 from actors.engine_loop import EngineLoop, Submission
 from actors.engines import RolloutEngines
 from actors.rollout import RolloutSpec, RolloutWorker
+from actors.weights import WeightManifest
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
 from rlhf.types import GroupRequest, Prompt, Sampling
@@ -126,6 +127,90 @@ async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
     await worker.start()
     assert seen == [dict.fromkeys(INTERFACE_VARIABLES, "lo")]
     await worker.shutdown()
+
+
+class SleepingEngine(FakeEngine):
+    """vLLM's engine with the states of its executor: what a GPU would do to memory that was given away is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeping: set[str] = set()
+        self.version = ""
+        pool = SimpleNamespace(cached_block_hash_to_block={})
+        scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
+        self.engine_core.engine_core = SimpleNamespace(scheduler=scheduler)
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
+        assert not self.sleeping, "requests wait for ever while a part sleeps"
+        super().add_request(request_id, prompt, params, lora_request=lora_request)
+
+    def sleep(self, *, level: int) -> None:
+        assert level in (1, 2)
+        self.sleeping = {"weights", "kv_cache"}
+
+    def wake_up(self, *, tags: list[str]) -> None:
+        assert self.sleeping.issuperset(tags), f"{tags} are awake"
+        self.sleeping.difference_update(tags)
+
+    def collective_rpc(self, method: str, kwargs: Any = None) -> list[Any]:
+        assert "weights" not in self.sleeping, "illegal memory access"
+        return ["checksum"] if method == "received_checksum" else [None]
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+    def get_weight_version(self) -> str:
+        return self.version
+
+
+def manifest(version: int) -> WeightManifest:
+    return WeightManifest(
+        version=version,
+        checksum="checksum",
+        names=(),
+        dtypes=(),
+        shapes=(),
+        offsets=(),
+        nbytes=0,
+        transport="ipc",
+        fields={},
+    )
+
+
+@pytest.fixture
+async def colocated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker that shares its GPU, after the sync of version 1."""
+    monkeypatch.setattr("actors.rollout.build_engine", lambda spec: SleepingEngine())
+    monkeypatch.setattr("actors.rollout.sampling_params", lambda sampling, seed: None)
+    worker = RolloutWorker(replace(SPEC, device="cuda", colocated=True, transport="ipc"))
+    await worker.start()
+    await worker.update_weights(manifest(1), 1)
+    yield worker
+    await worker.shutdown()
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+async def test_an_engine_takes_turns_with_a_trainer(colocated: RolloutWorker, keep_weights: bool) -> None:
+    await colocated.sleep(keep_weights=keep_weights)
+    await colocated.wake("weights")
+    if not keep_weights:
+        await colocated.update_weights(manifest(2), 2)
+    await colocated.wake("cache")
+    (future,) = await colocated._admit(request(0), [submission("good-1")])
+    assert future.result(DEADLINE_S).request_id == "good-1"
+
+
+async def test_an_engine_that_sleeps_refuses_what_needs_the_memory(colocated: RolloutWorker) -> None:
+    await colocated.sleep(keep_weights=True)
+    with pytest.raises(RunError, match="rollout engine 0 is asleep: its weights must be woken first"):
+        await colocated.update_weights(manifest(2), 2)
+    for part in ("weights", "cache"):
+        with pytest.raises(RunError, match=f"is asleep: its {part} must be woken"):
+            await colocated.generate(request(0), SAMPLING)
+        with pytest.raises(RunError, match=f"is asleep: its {part} must be woken"):
+            await colocated.probe((1, 2))
+        await colocated.wake(part)
+    assert colocated.version == 1
 
 
 class FakeMethod:
