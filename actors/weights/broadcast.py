@@ -38,7 +38,18 @@ class Meeting:
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
-    """A process group of its own. Blocks until all have come, at most timeout_s. RunError if they have not."""
+    """Connect a process group for the weights. Blocks until all have come, RunError if that takes over timeout_s."""
+    group = _new_group(method, meeting, rank)
+    broadcast(group, torch.zeros(1, dtype=torch.uint8, device=group_device(method)))  # NCCL connects at its first use
+    return group
+
+
+def group_device(method: Method) -> torch.device:
+    """Return where a process's tensors must be for a group."""
+    return torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
+
+
+def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
     limit = timedelta(seconds=meeting.timeout_s)
     size = meeting.num_receivers + 1
     meet_through(meeting.address)
@@ -75,8 +86,7 @@ class BroadcastSender:
     def __init__(self, method: Method, meeting: Meeting, *, rank: int, dtype: torch.dtype) -> None:
         self.method = method
         self.dtype = dtype
-        device = torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
-        self.memory = Scratch(device) if rank == 0 else None
+        self.memory = Scratch(group_device(method)) if rank == 0 else None
         self.group = open_group(method, meeting, 0) if rank == 0 else None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:

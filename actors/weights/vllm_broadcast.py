@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.utils.nccl import unpinned_nccl_env
 
 from actors.weights.broadcast import Meeting, Method, broadcast, open_group
 from actors.weights.checksum import Checksum
@@ -85,3 +86,8 @@ class NcclEngine(GlooEngine):
     """The same between GPUs."""
 
     method: ClassVar[Method] = "nccl"
+
+    def init_transfer_engine(self, init_info: BroadcastInit) -> None:
+        """Meet the sender without the NCCL settings that VLLM_BATCH_INVARIANT pins, which the sender does not have."""
+        with unpinned_nccl_env():
+            super().init_transfer_engine(init_info)

@@ -81,8 +81,10 @@ def init_distributed(
         ) from error
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
-    # Its own all-reduce for ranks of one CPU host: compiled at this moment, and waiting without a deadline.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # DeepSpeed's all-reduce for ranks of one CPU host is compiled at this moment and waits without a deadline. On a
+        # GPU even the look at this table would probe compilers for every kernel that DeepSpeed has.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=deadline_s))
 
 
