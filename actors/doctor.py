@@ -75,6 +75,7 @@ def examine() -> Iterator[Finding]:
         yield from _cpu()
         yield _gpu(gpus)
         yield _torch(gpus)
+        yield from _allocator(gpus)
         yield from _broken_extensions()
         yield _engine(gpus)
         for name in ("ray", "deepspeed", "transformers", "peft", "datasets"):
@@ -158,6 +159,17 @@ def _torch_cuda() -> str | None:
     folder = _package_folder("torch")
     match = re.search(r"^cuda\b.*=\s*'([^']+)'", _read(folder / "version.py") if folder else "", re.MULTILINE)
     return match.group(1) if match else None
+
+
+def _allocator(gpus: list[str]) -> Iterator[Finding]:
+    """A setting of torch's GPU memory under which engines may not read the weights of a policy on the same GPU."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if gpus else ():
+        if re.search(r"expandable_segments\s*:\s*true", os.environ.get(name, ""), re.IGNORECASE):
+            advice = (
+                "many containers refuse the handles by which such memory is shared: unset it where engines are "
+                "colocated with the policy (cluster.weight_sync ipc)"
+            )
+            yield Finding(what=name, state="note", found="expandable_segments:True", advice=advice)
 
 
 def _broken_extensions() -> Iterator[Finding]:

@@ -110,7 +110,8 @@ class RolloutRole(Section):
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, lt=1.0)
     """Share of a GPU's memory that an engine may use."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Sequences decoded at once by one engine."""
+    """Sequences decoded at once by one engine. vLLM's own default depends on the GPU (1024 on an H100), and with it the
+    rounding of log-probabilities would. Raise it where an engine gets more responses at once than this."""
     enforce_eager: bool = False
     """GPU: no CUDA graphs. On a CPU engines are always eager."""
 

@@ -338,6 +338,7 @@ class DeepSpeedEngine:
         """Move all states to host memory, so that another process can use the GPU."""
         if self.device.type == "cuda":
             self.put_aside()
+            torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream, which empty_cache would leave
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:

@@ -41,6 +41,16 @@ def test_the_engine_fits_the_machine(
     assert advice in finding.advice
 
 
+def test_gpu_memory_that_colocated_engines_may_not_read_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    (finding,) = doctor._allocator(["H100"])
+    assert (finding.what, finding.state) == ("PYTORCH_CUDA_ALLOC_CONF", "note")
+    assert "cluster.weight_sync ipc" in finding.advice
+    assert list(doctor._allocator([])) == []
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    assert list(doctor._allocator(["H100"])) == []
+
+
 @pytest.mark.parametrize(
     ("torch_cuda", "library", "found"),
     [
