@@ -39,6 +39,7 @@ class FakeEngine:
         self.running: dict[str, int] = {}
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=1, block_size=16))
+        self.get_tokenizer = lambda: SimpleNamespace(get_added_vocab=dict)
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
         if "bad" in request_id:
@@ -90,14 +91,14 @@ def test_the_engine_goes_on_after_a_waiter_has_given_up(loop: EngineLoop) -> Non
 
 
 async def test_a_refused_group_ends_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(sampling: Sampling, seed: int) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
         raise ValueError("temperature must be in [0, 2], got 3.0.")
 
     monkeypatch.setattr("actors.rollout.build_engine", lambda spec: FakeEngine())
     worker = RolloutWorker(SPEC)
     worker.loop.start().result(DEADLINE_S)
     worker.version = 1
-    monkeypatch.setattr("actors.rollout.sampling_params", lambda sampling, seed: None)
+    monkeypatch.setattr("actors.rollout.sampling_params", lambda *arguments, **options: None)
     await worker.hold()
     good = asyncio.ensure_future(worker.generate(request(0), SAMPLING))
     await asyncio.sleep(0)
@@ -181,7 +182,7 @@ def manifest(version: int) -> WeightManifest:
 async def colocated(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker that shares its GPU, after the sync of version 1."""
     monkeypatch.setattr("actors.rollout.build_engine", lambda spec: SleepingEngine())
-    monkeypatch.setattr("actors.rollout.sampling_params", lambda sampling, seed: None)
+    monkeypatch.setattr("actors.rollout.sampling_params", lambda *arguments, **options: None)
     worker = RolloutWorker(replace(SPEC, device="cuda", colocated=True, transport="ipc"))
     await worker.start()
     await worker.update_weights(manifest(1), 1)
