@@ -58,7 +58,7 @@ class EngineLoop:
 
     @property
     def failure(self) -> RunError | None:
-        """What every call raises since the engine failed; None: it runs."""
+        """The error that every call raises since the engine failed; None: it runs."""
         return self._failure
 
     def start(self) -> Future[None]:
@@ -135,7 +135,7 @@ class EngineLoop:
         try:
             self._engine = self._build()
         except BaseException as error:
-            self._failure = RunError(f"{self.name} did not start: {_told(error)}")
+            self._failure = RunError(f"{self.name} did not start: {_message(error)}")
             self._failure.__cause__ = error
             self._started.set_exception(self._failure)
             if not isinstance(error, Exception):
@@ -163,7 +163,7 @@ class EngineLoop:
             outputs = self._engine.step()
         except BaseException as error:
             self._failure = RunError(
-                f"{self.name} died with {len(self._waiting)} requests in flight: {_told(error)}. "
+                f"{self.name} died with {len(self._waiting)} requests in flight: {_message(error)}. "
                 "The run can be resumed with --resume auto."
             )
             self._failure.__cause__ = error
@@ -180,8 +180,8 @@ class EngineLoop:
                     future.set_result(output)
 
 
-def _told(error: BaseException) -> str:
-    """What vLLM says and, where memory was the matter, the keys of ours that change it."""
+def _message(error: BaseException) -> str:
+    """Return what vLLM says and, if memory was short, the settings that change it."""
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return f"{text} {what_shrinks('rollout')}"

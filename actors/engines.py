@@ -53,14 +53,14 @@ def start_engines(
 ) -> RolloutEngines:
     """The engines' actors, their models not yet loaded. They wait for the policy's weights."""
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
-    way = weight_sync(config.cluster, one_host=placement.on_one_host())
+    sync = weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = RolloutSpec(
         name="rollout engine",
         model=policy.model,
         dtype=policy.dtype,
         max_model_len=max_model_len,
         max_num_seqs=role.max_num_seqs,
-        transport=way.method,
+        transport=sync.method,
         sender_address=None if placement.on_one_host() else placement.addresses_of("policy")[0],
         lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
         colocated=role.colocate_with is not None,
@@ -68,7 +68,7 @@ def start_engines(
         spool=spool,
         environment=environment,
     )
-    return RolloutEngines(_spawn(spec, config.cluster, placement), way, deadline_s=config.cluster.call_timeout_s)
+    return RolloutEngines(_spawn(spec, config.cluster, placement), sync, deadline_s=config.cluster.call_timeout_s)
 
 
 def serve_engines(
@@ -120,15 +120,15 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
 
 
 class RolloutEngines:
-    """All engines of a run. `way`: of the policy's weights to them; None: they are frozen.
+    """All engines of a run. `sync`: how the policy's weights reach them; None: they are frozen.
 
     Requests are dealt out by their place in the list and admitted to an engine together, in order: so a batch of the
     same requests under the same weights is scheduled, and rounded, alike whenever it is made.
     """
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], way: WeightSync | None, *, deadline_s: float) -> None:
+    def __init__(self, handles: Sequence[ActorHandle[Any]], sync: WeightSync | None, *, deadline_s: float) -> None:
         self.handles = handles
-        self.way = way
+        self.sync = sync
         self.deadline_s = deadline_s
         self.processes = Processes("rollout", handles)
         self._cancelled: set[int] = set()  # groups that a `generate` at work is not to yield
@@ -140,15 +140,15 @@ class RolloutEngines:
 
         An adapter alone travels as the folder `shared`, which policy and engines on all hosts must see.
         """
-        assert self.way is not None, "frozen engines are not connected to a policy"
+        assert self.sync is not None, "frozen engines are not connected to a policy"
         engines = len(self.handles)
         if adapter:
             logger.info("the adapter goes through %s", shared)
-            await policy.open_weights(self.way.method, None, shared, num_engines=engines)
+            await policy.open_weights(self.sync.method, None, shared, num_engines=engines)
             return
-        logger.info("weights go by %s: %s", self.way.method, self.way.why)
+        logger.info("weights go by %s: %s", self.sync.method, self.sync.why)
         meeting = None
-        if self.way.method in ("gloo", "nccl"):
+        if self.sync.method in ("gloo", "nccl"):
             receivers = engines * tensor_parallel
             meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
         ours = [
@@ -156,7 +156,7 @@ class RolloutEngines:
             for engine, handle in enumerate(self.handles)
         ]
         await asyncio.gather(
-            policy.open_weights(self.way.method, meeting, shared, num_engines=engines), self._all(ours, "weight sync")
+            policy.open_weights(self.sync.method, meeting, shared, num_engines=engines), self._all(ours, "weight sync")
         )
 
     async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:

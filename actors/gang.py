@@ -166,7 +166,7 @@ class PolicyGang(Gang):
     async def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapters: Path, *, num_engines: int
     ) -> None:
-        """Open the ranks' ends of the way to the engines; a broadcast blocks here until all receivers have come."""
+        """Open the ranks' ends of the weight transport. A broadcast blocks here until all receivers have come."""
         refs = [h.open_weights.remote(transport, meeting, adapters, num_engines) for h in self.handles]
         await self.all(refs, "weight sync")
 

@@ -41,7 +41,7 @@ class Keeper:
         placement = await reserve(config)
         engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
-        may_stay = self.keeps and whole and engines.way is not None and engines.way.method == "shm"
+        may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
         return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:

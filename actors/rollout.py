@@ -123,7 +123,10 @@ class RolloutWorker:
         return True
 
     async def open_weights(self, meeting: Meeting | None, first_rank: int) -> None:
-        """Open the way of the weights. Broadcast transports meet here: first_rank is the rank of the first worker."""
+        """Open the engine's end of the weight transport.
+
+        A broadcast meets its sender here; first_rank is the rank of the engine's first worker there.
+        """
         self._refuse_frozen()
         settings = {} if meeting is None else {**asdict(meeting), "first_rank": first_rank}
         await self._call(
@@ -303,7 +306,7 @@ class RolloutWorker:
             raise RunError(
                 f"{self.spec.name}: weight sync to version {version}: worker {wrong[0][0]} read bytes with checksum "
                 f"{wrong[0][1]}, the policy wrote {manifest.checksum} for version {manifest.version}. The weights "
-                "were damaged on the way."
+                "were damaged in transit."
             )
         if loaded.cached_blocks:
             raise RunError(
