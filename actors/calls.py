@@ -48,13 +48,15 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
             future.cancel()
 
 
-async def wait_one(ref: ObjectRef[Any], *, role: str, rank: int, stage: str, deadline_s: float) -> Any:
-    """One worker's result."""
+async def wait_one(
+    ref: ObjectRef[Any], *, role: str, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
+) -> Any:
+    """Return one worker's result. `limit` names the keys that the deadline follows from."""
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
         raise RunError(
-            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s (cluster.call_timeout_s)."
+            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s ({limit})."
             f"{losses() or IT_HANGS} {RESUMES}"
         ) from error
     except RayError as error:

@@ -24,6 +24,8 @@ from rlhf.rollouts.texts import Transcript
 from rlhf.types import GroupScores, Role, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.reward import RewardSettings
 
+PING_EVERY_S = 10.0  # of a worker that has not answered yet
+
 
 class RewardWorkers:
     """The reward role."""
@@ -34,6 +36,7 @@ class RewardWorkers:
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.deadline_s = deadline_s
+        self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
         self.processes = Processes("reward", handles)
 
     async def start(self, *, deadline_s: float) -> None:
@@ -50,12 +53,12 @@ class RewardWorkers:
             return GroupScores(scores=(), by_name={}, errors=errors)
         truncated = tuple(info.finish_reason == "length" for info in group.infos)
         environment = tuple(info.environment_rewards for info in group.infos)
-        limit_s = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s) + self.deadline_s
+        longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
         prompt = group.request.prompt
         asked = await self._ask(worker, group, truncated)
         async with self.free[worker]:
             ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked, environment)
-            scores: GroupScores = await wait_one(ref, role="reward", rank=worker, stage="rewards", deadline_s=limit_s)
+            scores: GroupScores = await self._answer(worker, ref, stage="rewards", longest=longest)
         return scores
 
     async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, Outcome]:
@@ -63,13 +66,43 @@ class RewardWorkers:
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
             return {}
-        limit_s = ask_deadline_s(self.settings.specs, len(truncated)) + self.deadline_s
+        longest = ask_deadline_s(self.settings.specs, len(truncated))
         async with self.free_to_ask[worker]:
             ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
-            asked: dict[str, Outcome] = await wait_one(
-                ref, role="reward", rank=worker, stage="services", deadline_s=limit_s
-            )
+            asked: dict[str, Outcome] = await self._answer(worker, ref, stage="services", longest=longest)
         return asked
+
+    async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
+        """Wait for an answer that may take `longest` seconds, and ping the worker meanwhile.
+
+        A worker that stands still is noticed within cluster.call_timeout_s, however long its rewards may take.
+        """
+        limit = "the limits of the rewards and cluster.call_timeout_s"
+        limit_s = longest + self.deadline_s
+        answer = asyncio.ensure_future(
+            wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
+        )
+        try:
+            while not (await asyncio.wait({answer}, timeout=PING_EVERY_S))[0]:
+                ping = self._ping(worker, stage)
+                await asyncio.wait({answer, ping}, return_when=asyncio.FIRST_COMPLETED)
+                if ping.done():
+                    ping.result()
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _ping(self, worker: int, stage: str) -> asyncio.Task[Any]:
+        """Return the ping of a worker that is under way, or a new one."""
+        ping = self.pings.get(worker)
+        if ping is None or ping.done():
+            ref = self.handles[worker].ping.remote()
+            ping = asyncio.ensure_future(
+                wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=self.deadline_s)
+            )
+            ping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+            self.pings[worker] = ping
+        return ping
 
     async def texts(self, group: CompletedGroup) -> list[str]:
         """The responses as text."""

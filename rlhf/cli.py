@@ -8,11 +8,13 @@ only with --debug.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import select
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
@@ -23,12 +25,23 @@ from rlhf.tracking.logs import printable, redact
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the arguments say, and return the exit code. Without `argv` this is the whole process."""
+    if argv is None:
+        _repair_streams()
     code = _main(list(sys.argv[1:] if argv is None else argv))
     if argv is None and has_stuck_threads():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # Python would wait for calls that may never return
     return code
+
+
+def _repair_streams() -> None:
+    """Let writing never fail: a closed stream becomes /dev/null, and what a locale cannot show is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # Python's value for a stream that was closed when it started
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  for the whole process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _main(given: list[str]) -> int:

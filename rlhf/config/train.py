@@ -64,8 +64,8 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept; the best one is kept beside them."""
     preemption_grace_s: float = Field(default=25.0, gt=0.0, le=86_400)
-    """After SIGTERM: for the step at work to be done and its checkpoint written, before the run ends with exit code
-    75. Kubernetes gives 30 s unless told otherwise, a spot machine 30 to 120 s."""
+    """Seconds after SIGTERM, SIGHUP or SIGUSR1 for the step in progress and its checkpoint, before the run ends with
+    exit code 75. Kubernetes gives 30 s unless told otherwise, a spot machine 30 to 120 s."""
     best_metric: str | None = None
     """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
     first evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""

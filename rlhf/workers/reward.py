@@ -45,7 +45,7 @@ class RewardSettings:
 
     @property
     def concurrency(self) -> int:
-        """Calls that one worker takes at once: groups to score, groups to ask services about, and one to look at it."""
+        """Calls that one worker takes at once: groups to score, groups to ask services about, and one for a ping."""
         return self.processes + asks_in_flight(self.specs) + 1
 
 
@@ -56,6 +56,9 @@ class RewardWorker:
         self.settings = settings
         self.place = place
         torch.set_num_threads(place.threads)
+
+    def ping(self) -> None:
+        """Show that the process answers."""
 
     def start(self) -> None:
         """Start the reward processes and load the model, if any."""

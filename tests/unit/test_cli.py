@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +94,20 @@ def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str], argv: l
     assert err.startswith("rlhf: error: ")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("shell", "env"),
+    [
+        ("exec {} plan {} >&- 2>&-", {}),
+        ("exec {} plan {}", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    ],
+)
+def test_closed_streams_and_an_ascii_locale_fail_nothing(file: str, shell: str, env: dict[str, str]) -> None:
+    Path(file).write_text(BASE.replace("some/model", "modèle"), encoding="utf-8")
+    command = shell.format(f"{sys.executable} -m rlhf.cli", file)
+    done = subprocess.run(["sh", "-c", command], env={**os.environ, **env}, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_plan_prints_and_exits_with_0(capsys: pytest.CaptureFixture[str], file: str) -> None:

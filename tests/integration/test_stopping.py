@@ -1,0 +1,85 @@
+"""Signals and daemons of Ray that stand still, against `rlhf train` with a Ray of its own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
+
+from tests.integration.recipes import start
+from tests.integration.test_failures import SFT, await_steps, checkpoints, end, steps_done, write_run
+
+ONE_RANK = {"cluster": {"roles": None, "call_timeout_s": 20.0}}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """A shell ignores SIGINT for commands in the background, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def running(folder: Path, name: str, *arguments: str, steps: int = 3) -> tuple[Path, Popen[str]]:
+    """A run that has done some steps."""
+    run = folder / name
+    process = start(write_run(folder, name, SFT, ONE_RANK), *arguments, without=["RAY_AUTH_MODE"])
+    await_steps({run: process}, {run: steps})
+    return run, process
+
+
+def said(run: Path) -> str:
+    return run.with_suffix(".log").read_text(encoding="utf-8")
+
+
+def daemon(process: Popen[str], name: str) -> psutil.Process:
+    (found,) = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == name]
+    return found
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_daemon_that_stands_still_does_not_hold_a_driver_that_is_done(tmp_path: Path, name: str) -> None:
+    run, process = running(tmp_path, "done", "train.steps=60", "--quiet")
+    stopped = daemon(process, name)
+    stopped.suspend()
+    assert process.wait(timeout=120) == 0, said(run)
+    assert (run / "final").exists()
+    assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_signal_ends_a_run_whose_ray_stands_still(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    run, process = running(tmp_path, "held", "train.checkpoint_every=2", "--quiet", steps=5)
+    request.addfinalizer(process.kill)
+    for name in ("raylet", "gcs_server"):
+        daemon(process, name).suspend()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    end(process, signal.SIGINT, 130)
+    assert "continues after step" in said(run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 75), (signal.SIGINT, 130)])
+def test_a_signal_keeps_what_is_done(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run, process = running(tmp_path, "kept", "train.checkpoint_every=100000", "--quiet")
+    end(process, number, code)
+    step = steps_done(run)
+    assert checkpoints(run) == [f"step_{step:06d}"]
+    assert f"a checkpoint of step {step} is written; the run continues after step {step}. Continue with" in said(run)
+
+
+def test_sigterm_while_ray_starts_is_preempted(tmp_path: Path) -> None:
+    run = tmp_path / "starts"
+    process = start(write_run(tmp_path, run.name, SFT, ONE_RANK), "--quiet", without=["RAY_AUTH_MODE"])
+    give_up = time.monotonic() + 120.0
+    while "starting Ray on this machine" not in said(run):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    time.sleep(1.5)
+    end(process, signal.SIGTERM, 75)
+    assert "rlhf: preempted: the work in progress was given up; there is no checkpoint, so the run starts" in said(run)
