@@ -47,8 +47,9 @@ from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
-from rlhf.models.loading import load_tokenizer, refuse_without_head
-from rlhf.models.on_disk import ModelOnDisk, refuse_broken_weights, refuse_unservable
+from rlhf.models.folder_check import refuse_broken_weights
+from rlhf.models.loading import load_tokenizer, refuse_missing_weights, refuse_without_head
+from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Prompt
@@ -419,6 +420,7 @@ def _inputs(
         with named(key):
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
+            refuse_missing_weights(reward_model.model, scalar=True, trust_remote_code=reward_model.trust_remote_code)
     longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
     try:
         marking = marking_of(marks, rewards, samples=decoding.samples)

@@ -20,14 +20,16 @@ from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfi
 from rlhf.config.root import Config
 from rlhf.controller.trained import trained_models
 from rlhf.errors import UserError
+from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
     architecture_fingerprint,
     load_config,
     load_tokenizer,
+    refuse_missing_weights,
     refuse_no_language_model,
     refuse_without_head,
 )
-from rlhf.models.on_disk import refuse_broken_weights, tokenizer_of
+from rlhf.models.on_disk import tokenizer_of
 from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.row_layout import refuse_unpackable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
@@ -58,6 +60,7 @@ def _refuse_unusable_model(
         if section == "reward":
             refuse_without_head(model.model, trust_remote_code=remote)
             refuse_broken_weights(Path(model.model))
+            refuse_missing_weights(model.model, scalar=True, trust_remote_code=remote)
             _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
             return
         shape = load_config(model.model, trust_remote_code=remote)
@@ -66,6 +69,7 @@ def _refuse_unusable_model(
             _refuse_other_head(model.model, shape)
         else:
             refuse_no_language_model(model.model, trust_remote_code=remote)
+        refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
         _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
     _refuse_misfit(section, model, finals, scalar=is_scalar)
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)

@@ -14,12 +14,13 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from rlhf.errors import UserError
+from rlhf.models.adapter_config import CONFIG, WEIGHTS, load_adapter_config, read_adapter_shapes
 from rlhf.models.export import export_model
+from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
     architecture_fingerprint,
     has_scalar_head,
@@ -29,12 +30,12 @@ from rlhf.models.loading import (
     load_scalar_model,
     load_tokenizer,
     no_reward_head,
+    refuse_missing_weights,
 )
 from rlhf.models.lora import folded, inject, keep_initial
-from rlhf.models.on_disk import base_of, read_adapter_settings, refuse_broken_weights
+from rlhf.models.on_disk import base_of
 from rlhf.models.weights import saved_name, weight_sources
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 HEADS = ("score", "classifier")  # of scalar models, which peft adds to modules_to_save
 
 # What may differ from peft's defaults. Anything else changes what the adapter computes in a way that is not known here.
@@ -67,11 +68,7 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
-    read_adapter_settings(folder)
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+    config = load_adapter_config(folder)
     if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its kin are supported.")
     init = config.init_lora_weights
@@ -134,7 +131,24 @@ def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote
     with torch.device("meta"):
         model = kind.from_config(architecture, trust_remote_code=trust_remote_code)
         model = _injected(model, folder, config)
-    _refuse_other_shapes(folder, base, _read_shapes(folder), _places(model), scalar=scalar)
+    _refuse_other_shapes(folder, base, read_adapter_shapes(folder), _places(model), scalar=scalar)
+
+
+def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
+    """UserError if an adapter of a language model lacks weights of modules that it adapts. Reads headers alone."""
+    config = load_adapter_config(folder)
+    config.inference_mode = False  # under which peft freezes what `_places` looks for
+    shapes = read_adapter_shapes(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            load_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+        )
+        model = _injected(model, folder, config)
+    if missing := sorted(set(_places(model)) - set(shapes)):
+        raise UserError(
+            f"The adapter {folder} lacks {len(missing)} of its weights, which would be random: {missing[0]} and so on. "
+            "Get it again, or name the model that it was trained on."
+        )
 
 
 def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -143,13 +157,14 @@ def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -
     if config.task_type != peft.TaskType.SEQ_CLS:
         raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")
     base, _ = base_of(folder)
-    head = _read_shapes(folder).get(saved_name("score.weight"))
+    head = read_adapter_shapes(folder).get(saved_name("score.weight"))
     if head is None and not has_scalar_head(load_config(base, trust_remote_code=trust_remote_code)):
         raise no_reward_head(str(folder), f"LoRA adapter without a head, as is its base {base}")
     if head is not None and head[0] != 1:
         raise no_reward_head(str(folder), f"LoRA adapter with {head[0]} labels")
     refuse_broken_weights(Path(base))
     refuse_misfit(folder, base, scalar=True, trust_remote_code=trust_remote_code)
+    refuse_missing_weights(base, scalar=True, trust_remote_code=trust_remote_code)
 
 
 def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
@@ -180,6 +195,9 @@ def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
     is_scalar = hasattr(model, "score")
     model = _injected(model, folder, config)
     tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"The adapter {folder} holds NaN or infinite values in {name}. Get it again.")
     places = _places(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
@@ -213,14 +231,6 @@ def merge_adapter(
             dtype=dtype,
             generation_config=getattr(model, "generation_config", None),
         )
-
-
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): it is damaged or cut. Get it again.") from error
 
 
 def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from rlhf.errors import UserError
+from rlhf.models.folder_check import refuse_strange_folder
 from rlhf.models.linear import widen_linear_layers
 from rlhf.models.quantized import Quantize, is_quantized, quantization_options
 
@@ -54,8 +56,27 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config alone: no weights are read."""
-    return _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    """The transformers config alone: no weights are read. An attention function that it names is not used."""
+    config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config._attn_implementation = None  # it may name a kernel that is downloaded and run
+    return config
+
+
+def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+    """UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
+
+    scalar: the model gets a head of one value, which is new if the folder has none.
+    """
+    if not Path(path).is_dir() or is_adapter(Path(path)):
+        return
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its weights are stored under other names; loading them compares
+    try:
+        with _quiet():
+            _with_all_weights(path, scalar=scalar, trust_remote_code=trust_remote_code, device_map="meta")
+    except RuntimeError as error:  # of a size that cannot be, or experts of which some are missing
+        raise UserError(_damaged(path, error)) from error
 
 
 def load_causal_lm(
@@ -71,14 +92,8 @@ def load_causal_lm(
 
     quantize: the linear layers but the head are frozen in 4 bits, on the device; without it nothing is on one.
     """
-    model = _load(
-        path,
-        transformers.AutoModelForCausalLM.from_pretrained,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        use_safetensors=True,
-        **quantization_options(quantize, dtype=dtype, device=device),
-    )
+    options = quantization_options(quantize, dtype=dtype, device=device)
+    model = _with_all_weights(path, scalar=False, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return _prepared(model, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -175,18 +190,58 @@ def architecture_fingerprint(config: Any) -> str:
 
 def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> Any:
     """A model with one linear head of one value, as it comes: in evaluation mode, the head random if it has none."""
-    model = _load(
-        path,
-        transformers.AutoModelForSequenceClassification.from_pretrained,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        use_safetensors=True,
-        num_labels=1,
-        **options,
-    )
+    model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not isinstance(model.score, nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
     return model
+
+
+def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **options: Any) -> Any:
+    """A model as transformers loads it. UserError if a weight but a new scalar head is missing or of another shape."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    made_new = {"score.weight"} if scalar and not has_scalar_head(config) else set()
+    if scalar:
+        config.num_labels = 1
+    model, report = _load(
+        path,
+        auto.from_pretrained,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(set(report["missing_keys"]) - made_new):
+        raise UserError(
+            f"The model {path} lacks {len(missing)} of its weights, which would be random: {_some(missing)}. Its files "
+            "do not belong together, or some are missing. Get it again."
+        )
+    if other := sorted(report["mismatched_keys"]):
+        shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
+        raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers neither reports what it loads nor shows progress."""
+    verbosity = transformers.logging.get_verbosity()
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if shows_progress:
+            transformers.logging.enable_progress_bar()
 
 
 def has_scalar_head(config: Any) -> bool:
@@ -247,6 +302,8 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
     """Call a from_pretrained and say what to do about each way in which it fails."""
     if _is_folder_name(path) and not Path(path).is_dir():
         raise UserError(f"The model folder {path} does not exist. Name a folder with config.json, or a hub model.")
+    if Path(path).is_dir():
+        refuse_strange_folder(Path(path))
     try:
         return load(path, **options)
     except OSError as error:
@@ -260,7 +317,19 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(_no_model(path) or f"The model {path} cannot be loaded: {reason}") from error
-    except (KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The model {path} needs a package that is not here: {reason}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RecursionError,
+        StrictDataclassError,
+        TypeError,
+    ) as error:
         raise UserError(_damaged(path, error)) from error
     except Exception as error:
         if type(error) is not Exception:  # that very class is what tokenizers raises

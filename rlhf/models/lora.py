@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -23,6 +24,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.models.adapter_config import load_adapter_config
 from rlhf.models.loading import whole
 from rlhf.models.weights import ADAPTER, INITIAL, is_pissa
 
@@ -205,7 +207,7 @@ def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
 
 def _adapted(model: Any, folder: str) -> Any:
     try:
-        return peft.PeftModel.from_pretrained(model, folder)
+        return peft.PeftModel.from_pretrained(model, folder, config=load_adapter_config(Path(folder)))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"

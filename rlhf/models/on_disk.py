@@ -5,16 +5,20 @@ Reads small JSON files and headers of weights; loads no weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from rlhf.errors import UserError
-from rlhf.models.loading import ADAPTER_CONFIG, is_adapter, load_config, refuse_no_language_model
+from rlhf.models.folder_check import read_json_object, refuse_broken_weights
+from rlhf.models.loading import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    load_config,
+    refuse_missing_weights,
+    refuse_no_language_model,
+)
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -47,6 +51,11 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
     config = load_config(base, trust_remote_code=trust_remote_code)
     refuse_no_language_model(base, trust_remote_code=trust_remote_code)
     refuse_broken_weights(Path(base))
+    refuse_missing_weights(base, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        from rlhf.models.adapter_folder import refuse_incomplete  # with peft, which takes seconds
+
+        refuse_incomplete(Path(adapter), base, trust_remote_code=trust_remote_code)
     own = str(config.dtype).removeprefix("torch.")
     return ModelOnDisk(
         name=name,
@@ -101,37 +110,14 @@ def refuse_unservable(model: ModelOnDisk) -> None:
 def read_adapter_settings(folder: Path) -> dict[str, Any]:
     """What an adapter folder's adapter_config.json says. UserError if it is damaged, or a LoRA without whole ranks."""
     path = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Get it again.") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+    settings = read_json_object(path)
+    if not isinstance(settings.get("peft_type"), str):
         raise UserError(f"{path} is no adapter's configuration: it names no peft_type. Get it again.")
     if settings["peft_type"] == "LORA":
         for key, rank in _ranks(settings).items():
             if type(rank) is not int or rank < 1:
                 raise UserError(f"{path}: the rank {key} is {rank!r}, expected an integer >= 1. Get the file again.")
     return settings
-
-
-def refuse_broken_weights(folder: Path) -> None:
-    """UserError if a local model lacks weights, or a file of them is damaged. Reads headers alone."""
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        for file in files:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
-        ) from error
-    if not files:
-        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
 
 
 def _of_run(path: Path) -> Path | None:

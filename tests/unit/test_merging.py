@@ -232,9 +232,9 @@ def test_a_folder_below_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("adapter_config.json", "[]", "adapter_config.json is no adapter's configuration"),
+        ("adapter_config.json", "[]", "adapter_config.json holds a JSON list"),
         ("adapter_config.json", '{"peft_type": "LORA", "r": "x"}', "the rank r is 'x', expected an integer >= 1"),
-        ("config.json", "{", "cannot be loaded: "),
+        ("config.json", "{", "cannot be read as JSON"),
         ("tokenizer.json", "{}", "a file of it is damaged"),
     ],
 )

@@ -14,10 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import UserError
-from rlhf.models.adapter_folder import load_adapter, merge_adapter, read_adapter_shape, refuse_misfit
+from rlhf.models.adapter_folder import (
+    load_adapter,
+    merge_adapter,
+    read_adapter_config,
+    read_adapter_shape,
+    refuse_misfit,
+)
 from rlhf.models.export import export_adapter
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
-from rlhf.models.lora import adapter_disabled, add_lora
+from rlhf.models.lora import adapter_disabled, add_lora, with_adapter
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.models.weights import adapter_sources
 
@@ -148,6 +154,9 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_pat
         ({"peft_type": "NONE_SUCH"}, "adapter_config.json cannot be read"),
         ({"peft_type": 5}, "is no adapter's configuration: it names no peft_type"),
         ({"r": "x"}, "the rank r is 'x', expected an integer >= 1"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a number > 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number > 0"),
+        ({"layers_pattern": "((a|.)+)+$"}, "layers_pattern has .*, expected names of modules"),
         ({"target_modules": ["q_proj", "lm_head"]}, "the head is not adapted"),
     ],
 )
@@ -161,10 +170,34 @@ def test_what_cannot_be_trained_on_is_refused(
         refuse_misfit(folder, str(tiny_model))
 
 
+@pytest.mark.timeout(60)
+def test_a_regular_expression_of_a_folder_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    """peft would match it against the name of every module: here for hours."""
+    _, folder = made(tiny_model, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    named = read_adapter_config(folder).target_modules
+    path.write_text(json.dumps(settings | {"target_modules": r".*model.*((((a|.)+)+)+)+$Z"}))
+    refuse_misfit(folder, str(tiny_model))
+    found = read_adapter_config(folder).target_modules
+    assert {name.rpartition(".")[2] for name in found} == set(named)
+    assert all(name.startswith("model.layers.") for name in found)
+    with_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), str(folder))
+
+
+def test_weights_of_an_adapter_that_are_not_finite_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    _, folder = made(tiny_model, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds NaN or infinite values in base_model"):
+        load_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
+
+
 def test_an_adapter_config_that_is_no_mapping(tiny_model: Path, tmp_path: Path) -> None:
     _, folder = made(tiny_model, tmp_path / "adapter")
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match="is no adapter's configuration"):
+    with pytest.raises(UserError, match="holds a JSON list, expected an object"):
         read_adapter_shape(folder)
 
 

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import BloomConfig
+from safetensors.torch import load_file, save_file
 
 from actors.serving import refuse_too_long
 from rlhf.errors import UserError
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
+from tests.merging_models import make_adapter
+from tests.tiny_architectures import tiny_model as model_of
 
 
 def find(path: Path) -> ModelOnDisk:
@@ -67,15 +69,24 @@ def test_a_pipeline_names_its_runs(tmp_path: Path) -> None:
 
 
 def test_an_adapter_names_its_base(tiny_model: Path, tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "a", base_model_name_or_path=str(tiny_model), rank_pattern={"q_proj": 8})
-    with pytest.raises(UserError, match="has no weights"):
-        find(folder)
-    shutil.copy(tiny_model / "model.safetensors", folder / "adapter_model.safetensors")
+    folder = make_adapter(tmp_path / "a", tiny_model, seed=0, rank_pattern={"q_proj": 8})
     found = find(folder)
     assert (found.base, found.adapter, found.lora_rank) == (str(tiny_model), str(folder), 8)
-    assert found.tokenizer == str(tiny_model)
-    shutil.copy(tiny_model / "tokenizer_config.json", folder)
-    assert find(folder).tokenizer == str(folder)
+    assert found.tokenizer == str(folder)
+    (folder / "tokenizer_config.json").unlink()
+    assert find(folder).tokenizer == str(tiny_model)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        find(folder)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny_model, seed=0)
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1" not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 4 of its weights, .*layers\.1\.mlp\.down_proj\.lora_A\.weight"):
+        find(folder)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_a_wrong_adapter_says_why(tmp_path: Path, config: dict[str, object], mes
         find(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[]", "names no peft_type"), ("{", "cannot be read: ")])
+@pytest.mark.parametrize(("text", "message"), [("[]", "holds a JSON list"), ("{", "cannot be read as JSON")])
 def test_a_damaged_adapter_config_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     for look in (find, lambda path: may_ask_the_hub(str(path))):
@@ -107,10 +118,9 @@ def test_a_damaged_adapter_config_is_one_error(tmp_path: Path, text: str, messag
             look(tmp_path)
 
 
-def test_a_model_may_have_no_limit(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_model_may_have_no_limit(tmp_path: Path) -> None:
     """BLOOM's positions are no table: its config has no max_position_embeddings."""
-    BloomConfig(hidden_size=8, n_layer=1, n_head=2, architectures=["BloomForCausalLM"]).save_pretrained(tmp_path)
-    shutil.copy(tiny_model / "model.safetensors", tmp_path)
+    model_of("bloom").save_pretrained(tmp_path)
     found = find(tmp_path)
     assert found.max_length is None
     refuse_too_long([], [], found, max_new_tokens=10**9)
@@ -118,10 +128,8 @@ def test_a_model_may_have_no_limit(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_adapters_that_engines_cannot_serve(tiny_model: Path, tmp_path: Path) -> None:
     refuse_unservable(find(tiny_model))
-    wrong = {"use_dora": True, "modules_to_save": ["lm_head"]}
-    for name, more in (("plain", {"use_dora": False, "modules_to_save": None}), ("wrong", wrong)):
-        folder = adapter(tmp_path / name, base_model_name_or_path=str(tiny_model), **more)
-        shutil.copy(tiny_model / "model.safetensors", folder / "adapter_model.safetensors")
+    make_adapter(tmp_path / "plain", tiny_model, seed=0)
+    make_adapter(tmp_path / "wrong", tiny_model, seed=0, use_dora=True, modules_to_save=["lm_head"])
     refuse_unservable(find(tmp_path / "plain"))
     with pytest.raises(UserError, match="has use_dora, modules_to_save, which engines cannot serve"):
         refuse_unservable(find(tmp_path / "wrong"))

@@ -1,0 +1,92 @@
+"""Checks of a model folder that hold before transformers reads it: kinds of files, sizes in config.json, headers.
+
+A folder may come from anywhere. Nothing here loads weights or builds a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.errors import UserError
+
+# Largest sizes that any model has, with room. A config.json beyond them would take hours or all memory to build.
+_MOST = {
+    "hidden_size": 10**6,
+    "num_attention_heads": 10**4,
+    "num_experts": 10**4,
+    "num_hidden_layers": 10**3,
+    "num_key_value_heads": 10**4,
+    "num_local_experts": 10**4,
+    "n_routed_experts": 10**4,
+    "vocab_size": 10**7,
+}
+_MAY_BE_ZERO = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+_SMALL_FILES = {"config.json": 2**22, "chat_template.jinja": 2**20, "tokenizer_config.json": 2**26}  # most bytes
+
+
+def refuse_strange_folder(folder: Path) -> None:
+    """UserError if a model folder holds anything but files and folders, or its config.json names impossible sizes."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is neither a file nor a folder, so it cannot be part of a model. Remove it.")
+        most = _SMALL_FILES.get(path.name)
+        if most is not None and path.is_file() and path.stat().st_size > most:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, expected at most {most:,}. Get it again.")
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    for where, values in _sections(read_json_object(path)):
+        for key, most in _MOST.items():
+            value, least = values.get(key), 0 if key in _MAY_BE_ZERO else 1
+            if isinstance(value, int | float) and not least <= value <= most:
+                raise UserError(
+                    f"{path}: {where}{key} is {value}, expected an integer from {least} to {most:,}. Get it again."
+                )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the values of a JSON file of a model. UserError if it is no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({type(error).__name__}: {error}). Get it again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected an object. Get it again.")
+    return values
+
+
+def refuse_broken_weights(folder: Path) -> None:
+    """UserError if a local model has no weights, or a file of them is damaged. Reads headers alone."""
+    if not folder.is_dir():
+        return
+    refuse_strange_folder(folder)
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        places = read_json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index}: weight_map must map names of weights to names of files. Get it again.")
+        files = [folder / name for name in sorted(set(places.values()))]
+    try:
+        for file in files:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
+        ) from error
+    if not files:
+        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config, and the parts of it that describe a model of their own."""
+    yield "", config
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            yield f"{key}.", value
