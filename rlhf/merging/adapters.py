@@ -28,6 +28,7 @@ def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_byte
     """W + the adapter's update, in float32, for every layer that it adapts; saved as whole weights in dtype."""
     assert source.adapter is not None
     model = folded(_load_base(source), str(source.adapter.folder))
+    model.config.architectures = [type(model).__name__]
     name_padding(model.config, source.tokenizer())
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes)
 

@@ -180,7 +180,10 @@ def _check_complete(donor: Path, folder: Path, config: Any) -> None:
 
 def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path) -> None:
     donor = _donor(config, sources)
-    donor.tokenizer().save_pretrained(folder)
+    tokenizer = donor.tokenizer()
+    if config.output == "model":
+        name_padding(load_config(str(folder)), tokenizer)
+    tokenizer.save_pretrained(folder)
     file = donor.folder / "generation_config.json"
     if config.output == "model" and file.is_file():
         shutil.copyfile(file, folder / file.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.models.loading import has_scalar_head
 from rlhf.models.weights import ADAPTER
+
+_log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 
@@ -72,10 +76,35 @@ def adapter_config(model: Any) -> dict[str, Any]:
 
 
 def name_padding(config: Any, tokenizer: Any) -> None:
-    """Give a model's config the tokenizer's padding if it names none, without which a scalar head scores no batch."""
+    """Give a model with a scalar head, and its tokenizer, a padding token that ends no sequence.
+
+    transformers scores a sequence at its last token that is not padding. With the end of sequence as padding, as usual
+    where a tokenizer has no padding token, that would be the token before the one that is trained. Without any token
+    to choose the config names none: transformers then scores single sequences, and refuses batches.
+    """
+    if not has_scalar_head(config):
+        return
     text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:  # some kinds lack it
-        text.pad_token_id = tokenizer.pad_token_id
+    ends = {tokenizer.eos_token_id, *_as_list(text.eos_token_id)}
+    special = tokenizer.convert_tokens_to_ids(sorted(t for t in tokenizer.all_special_tokens if "pad" in t.lower()))
+    added = [i for i, t in sorted(tokenizer.added_tokens_decoder.items()) if "pad" in t.content.lower()]
+    named = [getattr(text, "pad_token_id", None), tokenizer.pad_token_id, *special, *added]
+    for token_id in (*named, tokenizer.bos_token_id, tokenizer.unk_token_id):
+        token = tokenizer.convert_ids_to_tokens(token_id) if _is_token(token_id, text.vocab_size) else None
+        if token is not None and token_id not in ends and token not in str(tokenizer.chat_template or ""):
+            text.pad_token_id = token_id
+            tokenizer.pad_token = token
+            return
+    text.pad_token_id = None
+    _log.warning("the tokenizer has no token to pad with: transformers scores one sequence at a time")
+
+
+def _as_list(ids: int | list[int] | None) -> list[int | None]:
+    return [*ids] if isinstance(ids, list) else [ids]
+
+
+def _is_token(token_id: int | None, vocab_size: int) -> bool:
+    return token_id is not None and 0 <= token_id < vocab_size
 
 
 @contextmanager

@@ -130,6 +130,7 @@ def test_a_reward_models_adapter_gives_a_model_that_scores_a_batch(tmp_path: Pat
     model = AutoModelForSequenceClassification.from_pretrained(out)
     torch.testing.assert_close(model.score.weight, sum(heads) / len(heads))
     assert model(torch.arange(10).view(2, 5)).logits.shape == (2, 1)
+    assert AutoTokenizer.from_pretrained(out).pad_token_id == model.config.pad_token_id
 
 
 def test_a_reward_models_adapter_is_a_reward_model(

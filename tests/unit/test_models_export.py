@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.models.export import export_model
+from rlhf.models.export import export_model, name_padding
+from rlhf.models.heads import sequence_scores
 from rlhf.models.loading import load_causal_lm, load_critic, load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.models.weights import weight_sources
@@ -76,3 +78,59 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_
         export_model(tmp_path / "final", broken(), model.config, tokenizer, dtype=torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "padding"),
+    [
+        ({}, "<|pad|>"),
+        ({"pad_token": None}, "<|pad|>"),  # as in Llama 3, another token of the vocabulary serves
+        ({"pad_token": "<|eos|>"}, "<|pad|>"),
+        ({"pad_token": "<|assistant|>"}, "<|pad|>"),  # of the chat template
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_scores_a_padded_batch_as_it_was_trained(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, str | None], padding: str, side: str
+) -> None:
+    """Sequences of unequal lengths that end in the end of sequence, whose score is the head at that token."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    for file, values in (
+        ("tokenizer_config.json", changes),
+        ("config.json", {"pad_token_id": None} if changes else {}),
+    ):
+        path = tmp_path / "base" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (tmp_path / "base" / "special_tokens_map.json").unlink(missing_ok=True)
+    model = load_critic(str(tmp_path / "base"), dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    texts = ["1+2=3<|eos|>", "12+34+56=102<|eos|>", "7<|eos|>"]
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    ids = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+    with torch.no_grad():
+        trained = sequence_scores(model, torch.cat(ids), torch.tensor([len(one) for one in ids]))
+    export_model(tmp_path / "final", streamed(model), model.config, tokenizer, dtype=torch.float32)
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    reader = AutoTokenizer.from_pretrained(tmp_path / "final", padding_side=side)
+    assert reader.pad_token == padding
+    assert loaded.config.pad_token_id == reader.pad_token_id != reader.eos_token_id
+    with torch.no_grad():
+        scores = loaded(**reader(texts, padding=True, return_tensors="pt")).logits[:, 0]
+    torch.testing.assert_close(scores, trained, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_token_to_pad_with_transformers_refuses_a_batch(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_critic(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
+    model.config.pad_token_id = None
+    model.config.vocab_size = 256  # leaves the special tokens out
+    name_padding(model.config, tokenizer)
+    assert model.config.pad_token_id is None
+
+
+def test_a_language_model_keeps_its_padding(tiny_model: Path) -> None:
+    model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
+    model.config.pad_token_id = None
+    name_padding(model.config, tokenizer)
+    assert model.config.pad_token_id is None
