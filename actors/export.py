@@ -23,9 +23,10 @@ from rlhf.tracking.manifest import find_damage
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(run: Path, *, step: int | None, folder: Path, trust_remote_code: bool) -> None:
+def export_checkpoint(run: Path, *, step: int | None, folder: Path, merged: bool, trust_remote_code: bool) -> None:
     """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder.
 
+    merged: as a whole model, the adapter added to the weights. UserError if the run trained no adapter.
     trust_remote_code: run code that comes with the run's model. The run may be somebody else's, so its configuration
     alone does not allow that.
     """
@@ -49,6 +50,8 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path, trust_remote
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
     config = next(iter(load(resolved).runs.values()))
+    if merged and config.policy.lora is None:
+        raise UserError(f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave it out.")
     if config.policy.trust_remote_code and not trust_remote_code:
         raise UserError(
             f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
@@ -69,11 +72,11 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path, trust_remote
         }
     )
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        run_async(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder))
+        run_async(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
 
 
-async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
+async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
     placement = await reserve(config)
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
@@ -84,4 +87,4 @@ async def _export(config: Config, checkpoint: Path, folder: Path) -> None:
     async with ending([gang], placement):
         await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
         await gang.load(checkpoint / "policy")
-        await gang.export(folder.resolve())
+        await gang.export(folder.resolve(), merged=merged)

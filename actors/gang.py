@@ -127,9 +127,9 @@ class Gang:
         """Continue from a checkpoint."""
         await self.all([h.load.remote(folder) for h in self.handles], "resume")
 
-    async def export(self, folder: Path) -> None:
-        """A Hugging Face folder, or an adapter folder."""
-        await self.all([h.export.remote(folder) for h in self.handles], "export")
+    async def export(self, folder: Path, *, merged: bool = False) -> None:
+        """A Hugging Face folder, or an adapter folder. merged: with the adapter in the weights."""
+        await self.all([h.export.remote(folder, merged) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
         """The ranks' peaks together, measured at once since they may share a machine."""

@@ -189,14 +189,22 @@ def quickstart(
     return run(algorithm, overrides, quiet=quiet)
 
 
-def export(run: str | Path, folder: str | Path, *, step: int | None = None, trust_remote_code: bool = False) -> None:
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    merged: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Write the checkpoint of a step (the latest if None) of the run in folder `run` as a Hugging Face folder.
 
+    merged: of a run with LoRA, a whole model with the adapter in its weights instead of an adapter folder.
     trust_remote_code: run code that comes with the run's model, if the run did.
     """
     from rlhf.commands.export import export as write
 
-    write(Path(run), Path(folder), step=step, trust_remote_code=trust_remote_code)
+    write(Path(run), Path(folder), step=step, merged=merged, trust_remote_code=trust_remote_code)
 
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:

@@ -14,28 +14,29 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
+    """Add the command and its arguments."""
     command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
     command.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
+    command.add_argument("--merged", action="store_true", help="of a LoRA run: a whole model with the adapter in it")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the run's model"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export it."""
-    export(args.run, args.folder, step=args.step, trust_remote_code=args.trust_remote_code)
+    """Export the checkpoint."""
+    export(args.run, args.folder, step=args.step, merged=args.merged, trust_remote_code=args.trust_remote_code)
     return 0
 
 
-def export(run: Path, folder: Path, *, step: int | None, trust_remote_code: bool) -> None:
+def export(run: Path, folder: Path, *, step: int | None, merged: bool, trust_remote_code: bool) -> None:
     """Write a checkpoint of a run as a Hugging Face folder."""
 
     def work(_: StopRequest) -> None:
         from actors.export import export_checkpoint
 
-        export_checkpoint(run, step=step, folder=folder, trust_remote_code=trust_remote_code)
+        export_checkpoint(run, step=step, folder=folder, merged=merged, trust_remote_code=trust_remote_code)
 
     run_stoppable(work)

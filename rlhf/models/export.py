@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -109,19 +110,34 @@ def _is_token(token_id: int | None, vocab_size: int) -> bool:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one, renamed to it at the end, removed if anything fails."""
+    """A folder beside the final one, renamed to it at the end, removed if anything fails.
+
+    Files get the mode of any file of this process: safetensors and temporary files are for their owner alone.
+    """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        _share(partial)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give all files below the mode that the process' umask leaves."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> None:

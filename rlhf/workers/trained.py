@@ -161,18 +161,21 @@ class TrainedWorker(ABC):
         """Continue from a checkpoint. Collective."""
         self.engine.load(folder)
 
-    def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder (an adapter folder for LoRA); rank 0 writes, all ranks gather. Collective."""
-        with explains_full(folder):
-            self._export(folder)
+    def export(self, folder: Path, merged: bool = False) -> None:
+        """Write a Hugging Face folder (an adapter folder for LoRA); rank 0 writes, all ranks gather. Collective.
 
-    def _export(self, folder: Path) -> None:
+        merged: with LoRA the whole model with the adapter in its weights, as engines get it that take no adapter.
+        """
+        with explains_full(folder):
+            self._export(folder, merged=merged)
+
+    def _export(self, folder: Path, *, merged: bool) -> None:
         dtype = torch_dtype(self.model_config.dtype)
-        weights = self.weights(dtype)
+        weights = self.engine.named_weights(dtype) if merged else self.weights(dtype)
         if self.place.rank != 0:
             for _ in weights:
                 pass
-        elif self.model_config.lora is not None:
+        elif self.model_config.lora is not None and not merged:
             export_adapter(folder, weights, self.engine.module, self.tokenizer)
         else:
             module = self.engine.module

@@ -271,6 +271,9 @@ def test_what_cannot_be_exported(
     assert "r has no checkpoint step_000007. There are: step_000001, step_000002" in said_of("out", "--step", "7")
     assert "step_000002 is damaged: files are missing or cut. Name another step." in said_of("out")
     assert "r exists already" in said_of("r", "--step", "1")
+    assert "--merged: the run r has no policy.lora, so its model is whole already" in said_of(
+        "out", "--step", "1", "--merged"
+    )
     assert "/proc/nowhere/out cannot be made: No such file or directory" in said_of("/proc/nowhere/out", "--step", "1")
 
 

@@ -219,11 +219,13 @@ def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("actors.export")
-    module.__dict__["export_checkpoint"] = lambda run, *, step, folder, **_: calls.append((run, step, folder))
+    module.__dict__["export_checkpoint"] = lambda run, **options: calls.append(
+        (run, options["step"], options["merged"])
+    )
     monkeypatch.setitem(sys.modules, "actors.export", module)
-    assert main(["export", "runs/a", "out", "--step", "20"]) == 0
+    assert main(["export", "runs/a", "out", "--step", "20", "--merged"]) == 0
     rlhf.export("runs/a", "out")
-    assert calls == [(Path("runs/a"), 20, Path("out")), (Path("runs/a"), None, Path("out"))]
+    assert calls == [(Path("runs/a"), 20, True), (Path("runs/a"), None, False)]
 
 
 def test_recipes_are_found_from_anywhere(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_a_critic_comes_back_with_its_head(tiny_model: Path, tmp_path: Path) -> 
     tokenizer = load_tokenizer(str(tiny_model))
     export_model(tmp_path / "critic", streamed(critic), critic.config, tokenizer, dtype=torch.float32)
     assert same_weights(critic, load_critic(str(tmp_path / "critic"), dtype=torch.float32))
+
+
+def test_files_have_the_mode_of_the_process(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
+    before = os.umask(0o027)
+    try:
+        export_model(tmp_path / "final", streamed(model), model.config, tokenizer, dtype=torch.float32)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "final").iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+    assert ".mode" not in modes
 
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
