@@ -6,6 +6,7 @@ The words are the docstrings of the sections and their fields; nothing about a k
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,13 @@ HEAD = """\
 Generated from the schema by `python -m rlhf.config.docs > docs/configuration.md`; edit the docstrings in `rlhf/config/`
 and `rlhf/algorithms/`.
 
-One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names its nearest
-relative, and so is a key that would have no effect in the run (a critic with GRPO, `rollouts` with supervised
-fine-tuning, the clip range where one optimizer step is made of each batch). `rlhf plan FILE` checks a file and shows
-what follows from it: batch arithmetic, optimizer steps, placement, the way of the weights. The run folder gets
+One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names the key that
+was probably meant. A key that would have no effect is an error too: a critic with GRPO, `rollouts` with supervised
+fine-tuning, the clip range where one optimizer step is made of each batch. `rlhf plan CONFIG` checks a file and shows
+what follows from it: batch arithmetic, optimizer steps, placement, the transport of the weights. The run folder gets
 `config.resolved.yaml`, with every value that is in effect; `rlhf train` on that file repeats the run.
 
+{contents}
 ## On the command line
 
 `rlhf train FILE section.key=value ...` sets any key of the file, also one that it does not have:
@@ -113,47 +115,89 @@ A file for `rlhf sweep` has this one section. [sweeps](sweeps.md) says what each
 
 
 def render() -> str:
-    """The whole page."""
-    shown: dict[type[Section], str] = {}
-    text = HEAD + _keys(Config, shown) + MERGE + _keys(MergeFile, shown)
-    text += EVALUATION + _key("evaluate", EvaluationStage.model_fields["evaluate"], shown)
-    return text + SWEEP + _keys(SweepFile, shown)
+    """Return the whole page."""
+    page = _Page()
+    parts = [HEAD, page.sections(Config), MERGE, page.sections(MergeFile), EVALUATION]
+    parts += [page.keys("evaluate", EvaluationStage.model_fields["evaluate"]), SWEEP, page.sections(SweepFile)]
+    return "".join(parts).replace("{contents}", _contents("".join(parts)))
 
 
-def _keys(root: type[Section], shown: dict[type[Section], str]) -> str:
-    return "".join(_key(name, field, shown) for name, field in root.model_fields.items())
+class _Page:
+    """The sections of the schema as text. A class is described once, and everything else links to that place."""
 
+    def __init__(self) -> None:
+        self.titles: dict[type[Section], str] = {}  # of the classes that are described, or will be further down
 
-def _key(path: str, field: FieldInfo, shown: dict[type[Section], str]) -> str:
-    """The sections that may stand at a key, each followed by the sections inside it. A section is described once."""
-    text = ""
-    for section in _sections(field):
-        tag = (
-            f" with `name: {get_args(section.model_fields['name'].annotation)[0]}`"
-            if path in ("algorithm", "sweep.method")
-            else ""
-        )
-        text += f"\n### `{path}`{tag}\n\n{_line(section.__doc__ or '')}"
+    def sections(self, root: type[Section]) -> str:
+        """Return every section of a file."""
+        return "".join(self.keys(name, field) for name, field in root.model_fields.items())
+
+    def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
+        """Return the classes that may stand at a key and are not described yet, each with the classes below it.
+
+        owner: the algorithm or method whose section the key belongs to.
+        """
+        new = [(at, section) for at, section in _sections(path, field) if section not in self.titles]
+        self.titles |= {section: _title(at, section, owner) for at, section in new}
+        return "".join(self._section(at, section, field, _name(section, at) or owner) for at, section in new)
+
+    def _section(self, path: str, section: type[Section], field: FieldInfo, owner: str) -> str:
+        text = f"\n### {self.titles[section]}\n\n{_line(section.__doc__ or '')}"
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
-        if section in shown:
-            text += f"Keys as in `{shown[section]}`.\n"
-            continue
-        shown[section] = path
         text += "| key | values | default | meaning |\n|---|---|---|---|\n"
-        inner = ""
+        below = ""
         for name, member in sorted(section.model_fields.items(), key=lambda item: item[0] != "name"):
-            cells = (f"`{name}`", _cell(expected(member)), _default(member), _cell(member.description or ""))
+            below += self.keys(f"{path}.{name}", member, owner)
+            cells = (f"`{name}`", _cell(expected(member)), _default(member), self._meaning(member))
             text += f"| {' | '.join(cells)} |\n"
-            inner += _key(f"{path}.{name}", member, shown)
-        text += inner
-    return text
+        return text + below
+
+    def _meaning(self, field: FieldInfo) -> str:
+        links = [f"[{self.titles[section]}](#{slug(self.titles[section])})" for _, section in _sections("", field)]
+        return _cell(field.description or "") + (f" Keys: {', '.join(links)}." if links else "")
 
 
-def _sections(field: FieldInfo) -> Iterator[type[Section]]:
+def slug(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+
+
+def _name(section: type[Section], path: str) -> str:
+    """Return the `name` that selects a section among the forms of its key; empty where the key has one form."""
+    if path not in ("algorithm", "sweep.method"):
+        return ""
+    return str(get_args(section.model_fields["name"].annotation)[0])
+
+
+def _title(path: str, section: type[Section], owner: str) -> str:
+    if name := _name(section, path):
+        return f"`{path}` with `name: {name}`"
+    return f"`{path}` of `{owner}`" if owner else f"`{path}`"
+
+
+def _contents(text: str) -> str:
+    """Return links to the headings: a line for each section of a file, with its algorithms or methods."""
+    lines: list[str] = []
+    for level, title in re.findall(r"^(##+) (.+)$", text, re.MULTILINE):
+        path, _, name = title.partition(" with ")
+        if level == "##":
+            lines.append(f"- [{title}](#{slug(title)})")
+        elif name:
+            link = f"[{name.removeprefix('`name: ').rstrip('`')}](#{slug(title)})"
+            start = f"  - {path}: "
+            lines[-1:] = [f"{lines[-1]}, {link}"] if lines[-1].startswith(start) else [lines[-1], f"{start}{link}"]
+        elif "." not in path.removesuffix(".NAME`"):
+            lines.append(f"  - [{title}](#{slug(title)})")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(path: str, field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
+    """Yield the classes that may stand at a key, each with its path; `NAME` stands for a name of the user's."""
     for member in members(field.annotation):
-        for inner in members(get_args(member)[1]) if get_origin(member) is dict else [member]:
+        named = get_origin(member) is dict
+        for inner in members(get_args(member)[1]) if named else [member]:
             if is_section(inner):
-                yield inner
+                yield f"{path}.NAME" if named else path, inner
                 break
 
 
@@ -163,7 +207,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, Section):
         changed = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
-        return _cell(f"`{json.dumps(changed)}`") if changed else "see below"
+        return _cell(f"`{json.dumps(changed)}`") if changed else "its defaults"
     plain = isinstance(value, Path) or (isinstance(value, str) and value.isprintable())
     return f"`{value}`" if plain else f"`{json.dumps(value)}`"
 

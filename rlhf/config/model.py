@@ -56,8 +56,9 @@ class PolicyConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model to go on from, as peft saves it, or `stage:NAME`. Its rank, alpha,
-    layers and kind are the folder's. The reference is the model with this adapter."""
+    """Folder of a trained LoRA adapter of this model that training continues, as peft saves it, or `stage:NAME`. It
+    needs `lora: {}` in the same section. Rank, alpha, layers and kind are the folder's, and the reference is the model
+    with this adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -68,7 +69,8 @@ class CriticConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train a low-rank adapter and the value head instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model to go on from, or `stage:NAME`."""
+    """Folder of a trained LoRA adapter of this model that training continues, or `stage:NAME`. It needs `lora: {}` in
+    the same section."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
