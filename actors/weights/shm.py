@@ -7,6 +7,7 @@ is written in place at every sync, so both sides keep their mapping and its page
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ class SharedMemory:
     """Shared memory that grows with what is written to it. Processes of the same user and host open it by its path."""
 
     def __init__(self) -> None:
-        self.descriptor = os.memfd_create("rlhf-weights")
+        self.descriptor = memfd("rlhf-weights")
         self.path = Path(f"/proc/{os.getpid()}/fd/{self.descriptor}")
         self.flat = torch.empty(0, dtype=torch.uint8)
 
@@ -85,3 +86,12 @@ class SharedMemory:
             os.close(self.descriptor)
             self.descriptor = -1
             self.flat = torch.empty(0, dtype=torch.uint8)
+
+
+def memfd(name: str) -> int:
+    """Call the memfd_create of the C library: os has none in a Python that was built for an older one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor: int = libc.memfd_create(name.encode(), 1)  # 1: not inherited by other programs
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), f"memfd_create: {os.strerror(ctypes.get_errno())}")
+    return descriptor
