@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
 from rlhf.algorithms.dpo import DPO, LogRatioConfig
+from rlhf.algorithms.shared import FollowedReferenceConfig
 
 
-class OnlineDPOConfig(LogRatioConfig):
+class OnlineDPOConfig(LogRatioConfig, FollowedReferenceConfig):
     """DPO on the best and the worst of each prompt's responses."""
 
     name: Literal["online_dpo"]
     """The algorithm."""
-    reference_every: int | None = Field(default=None, ge=1)
-    """Steps after which the reference becomes the policy as it is then; null: it stays the policy before training."""
 
 
 class OnlineDPO(DPO):

@@ -93,7 +93,15 @@ class EntropyConfig(Section):
     """null: the coefficient is fixed."""
 
 
-class OnlineConfig(Section):
+class FollowedReferenceConfig(Section):
+    """The key of every online algorithm that may have a reference."""
+
+    reference_every: int | None = Field(default=None, ge=1)
+    """Steps after which the reference becomes the policy as it is then, again and again (arXiv:2404.09656). null: it
+    stays the policy before training. Not with policy.lora."""
+
+
+class OnlineConfig(FollowedReferenceConfig):
     """What every algorithm on rollouts has."""
 
     felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1

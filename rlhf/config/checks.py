@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
-from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.section import Section
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig, TrainedRole
 from rlhf.config.effect import Inert, inert_keys, is_written
@@ -180,10 +179,10 @@ def _algorithm(config: Config) -> Iterator[Problem]:
             "trained"
         )
         yield _problem("algorithm.critic_warmup_steps", text)
-    if isinstance(algorithm, OnlineDPOConfig) and algorithm.reference_every and config.policy.lora is not None:
+    if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
         text = (
-            f"is {algorithm.reference_every}, but the reference does not become a policy with policy.lora; set it to "
-            "null, or train all weights"
+            f"is {algorithm.reference_every}, but a policy with policy.lora is exported as its adapter alone, which no "
+            "reference can become; set it to null, or train all weights"
         )
         yield _problem("algorithm.reference_every", text)
 

@@ -15,10 +15,9 @@ from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.dpo import SMOOTHED, LogRatioConfig
 from rlhf.algorithms.gdpo import GDPOConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
-from rlhf.algorithms.online_dpo import OnlineDPOConfig
 from rlhf.algorithms.raft import RAFTConfig
 from rlhf.algorithms.section import Section
-from rlhf.algorithms.shared import OnlineConfig
+from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import TaskConfig
@@ -61,6 +60,8 @@ def inert_keys(config: Config) -> Iterator[Inert]:
     yield from _of_models(config)
     if isinstance(config.algorithm, OnlineConfig):
         yield from _of_algorithm(config, config.algorithm)
+    if isinstance(config.algorithm, FollowedReferenceConfig) and derive.uses_reference(config):
+        yield from _of_reference(config, config.algorithm)
     if derive.is_online(config):
         yield from _of_rewards(config)
         yield from _of_kept(config)
@@ -142,9 +143,15 @@ def _of_models(config: Config) -> Iterator[Inert]:
         yield from _all("reference", why, "name another reference.model if you want one")
 
 
+def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterator[Inert]:
+    if (algorithm.reference_every or 0) >= config.train.steps:
+        why = f"the run ends after train.steps {config.train.steps}, before a new reference is read"
+        yield from _all("algorithm.reference_every", why, "lower it")
+
+
 def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
     if algorithm.kl.coef == 0.0:
-        keys = "algorithm.kl.estimator algorithm.kl.place"
+        keys = "algorithm.kl.estimator algorithm.kl.place algorithm.reference_every"
         yield from _all(keys, "algorithm.kl.coef is 0", "set algorithm.kl.coef above 0")
     if isinstance(algorithm, RAFTConfig):
         why = f"algorithm {algorithm.name} imitates what it keeps, without advantages"
@@ -253,9 +260,6 @@ def _of_preferences(config: Config) -> Iterator[Inert]:
         if not SMOOTHED & set(algorithm.losses):
             why = f"algorithm.loss {', '.join(algorithm.losses)} does not read it"
             yield from _all("algorithm.label_smoothing", why, f"use one of {', '.join(sorted(SMOOTHED))}")
-    if isinstance(algorithm, OnlineDPOConfig) and (algorithm.reference_every or 0) >= config.train.steps:
-        why = f"the run ends after train.steps {config.train.steps}, before a new reference is read"
-        yield from _all("algorithm.reference_every", why, "lower it")
     if isinstance(algorithm, CPOConfig) and algorithm.loss != "sigmoid":
         why = f"algorithm.loss {algorithm.loss} does not read it"
         yield from _all("algorithm.label_smoothing", why, "use sigmoid")

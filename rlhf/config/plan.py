@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf.algorithms.online_dpo import OnlineDPOConfig
+from rlhf.algorithms.shared import FollowedReferenceConfig
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource, TaskConfig
 from rlhf.config.derive import (
@@ -236,7 +236,7 @@ def _teacher(config: Config) -> list[str]:
 
 
 def _renewed(config: Config) -> str:
-    every = config.algorithm.reference_every if isinstance(config.algorithm, OnlineDPOConfig) else None
+    every = config.algorithm.reference_every if isinstance(config.algorithm, FollowedReferenceConfig) else None
     return "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
 
 

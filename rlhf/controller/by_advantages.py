@@ -23,6 +23,7 @@ from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, up
 from rlhf.config.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
 from rlhf.controller.entropy_bonus import EntropyBonus
+from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
@@ -50,6 +51,7 @@ class AdvantageLearning:
         self.algorithm: OnlineAlgorithm = ONLINE_ALGORITHMS[config.algorithm.name](config.algorithm)
         self.kl_coef = self.algorithm.config.kl.coef
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
+        self.following = FollowingReference(self.algorithm.config.reference_every, roles, record)
         self.group_size = trained_per_prompt(config, self.rollouts)
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.steps: Mapping[int, tuple[StepReward, ...]] = {}
@@ -76,6 +78,7 @@ class AdvantageLearning:
             )
             for minibatch in order:
                 await self._update(minibatch, step)
+        await self.following.renew(step)
         if self.idle.watches:
             self.idle.see(record.row())
         self._adapt_entropy()
@@ -87,13 +90,14 @@ class AdvantageLearning:
         )
 
     def state(self) -> Mapping[str, Any]:
-        """The coefficients."""
-        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state()}
+        """Return the coefficients in force, and which reference it is."""
+        return {"kl_coef": self.kl_coef, "entropy": self.entropy.state(), **self.following.state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Take the coefficients up."""
+        """Restore the coefficients and the reference."""
         self.kl_coef = state["kl_coef"]
         self.entropy.restore(state["entropy"])
+        await self.following.restore(state, step)
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """The groups with the responses that are trained on; without the groups that have none."""

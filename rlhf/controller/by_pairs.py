@@ -15,9 +15,9 @@ from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
 from rlhf.algorithms.pairs import OnlinePairAlgorithm
 from rlhf.config.root import Config
 from rlhf.controller.batches import plan_pairs, temperatures, visits
+from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.errors import UserError
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.reductions import Mean, Sum
 from rlhf.types import RolloutInfo
@@ -35,7 +35,7 @@ class PairLearning:
         self.roles = roles
         self.record = record
         self.algorithm: OnlinePairAlgorithm = ONLINE_PAIR_ALGORITHMS[config.algorithm.name](config.algorithm)
-        self.reference_step = 0  # after which the reference was the policy
+        self.following = FollowingReference(self.algorithm.reference_every, roles, record)
         self.num_minibatches = config.rollouts.prompts_per_step // config.train.sequences_per_update
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
@@ -56,38 +56,17 @@ class PairLearning:
             for minibatch in visits(minibatches, epochs=config.train.epochs_per_batch, seed=config.run.seed, step=step):
                 record.add(await self.roles.policy.update(minibatch))
         pairs = [pair for _, pair in found]
-        await self._renew_reference(step)
+        await self.following.renew(step)
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
 
     def state(self) -> Mapping[str, Any]:
         """Which reference it is."""
-        return {"reference_step": self.reference_step}
+        return self.following.state()
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Give the reference back what it was."""
-        self.reference_step = state["reference_step"]
-        if self.reference_step:
-            folder = self.record.folder.reference(self.reference_step)
-            if not folder.exists():
-                raise UserError(
-                    f"{folder} is missing: it is the reference of the checkpoint of step {step}. Bring it back from a "
-                    "copy, or start again under another run.name."
-                )
-            assert self.roles.reference is not None
-            await self.roles.reference.become(folder)
-
-    async def _renew_reference(self, step: int) -> None:
-        """Where it is time, the reference becomes the policy; by a folder, which a resumed run finds."""
-        every, folder = self.algorithm.reference_every, self.record.folder
-        if every is None or step % every:
-            return
-        assert self.roles.reference is not None
-        with self.record.stage("reference", role="reference"):
-            await self.roles.policy.export(folder.begin_reference(step))
-            needed = {self.record.read_state(other)["reference_step"] for other in folder.checkpoint_steps()}
-            await self.roles.reference.become(folder.commit_reference(step, keep=needed))
-        self.reference_step = step
+        await self.following.restore(state, step)
 
     async def _prepare(self, found: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
         """Give the policy the pairs with what the reference says of them. Returns the number of minibatches."""

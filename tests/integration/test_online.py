@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -273,3 +274,27 @@ def test_a_dora_policy_goes_on_from_an_adapter_and_ships_merged_weights(tmp_path
     weights = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("first", "second")]
     assert weights[0].keys() == weights[1].keys()
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_reference_that_follows_the_policy_is_that_of_the_checkpoint_after_a_resume(tmp_path: Path) -> None:
+    values = {
+        "algorithm": {"name": "grpo", "kl": {"coef": 0.05, "place": "reward"}, "reference_every": 2},
+        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
+        "train": {"steps": 5, "checkpoint_every": 3},
+        "data": {"eval": None},
+        "eval": None,
+    }
+    for name in ("unbroken", "resumed"):
+        path = write_config(tmp_path / f"{name}.yaml", {**values, "run": {"name": name, "dir": str(tmp_path)}})
+        if name == "unbroken":
+            train(path)
+        else:
+            train(path, "--until", "4")  # renews the reference after the checkpoint of step 3
+            shutil.rmtree(tmp_path / name / "checkpoints" / "step_000004")
+            train(path, "--resume", "step_000003")
+    unbroken, resumed = (without_clocks(rows(tmp_path / name)) for name in ("unbroken", "resumed"))
+    assert unbroken == resumed
+    kls = [row["experience/kl_ref/mean"] for row in unbroken]
+    assert [kl < 1e-9 for kl in kls] == [True, False, True, False, True]  # measured before the updates of a step

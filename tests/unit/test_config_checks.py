@@ -194,7 +194,11 @@ RELATIONS = {
     ),
     "a reference does not become a policy with an adapter": (
         [*PAIRS, "algorithm.reference_every=2", LORA],
-        "algorithm.reference_every: is 2, but the reference does not become a policy with policy.lora",
+        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as its adapter alone",
+    ),
+    "nor does that of an algorithm with advantages": (
+        ["algorithm={name: grpo, kl: {coef: 0.1}, reference_every: 2}", LORA],
+        "algorithm.reference_every: is 2, but a policy with policy.lora is exported as its adapter alone",
     ),
     "a straight-through estimator has a gradient": (
         ["algorithm.kl.estimator=k3_straight_through"],

@@ -25,6 +25,8 @@ INERT = {
     "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
     "reward.model=a/b": ([], "no reward uses it"),
     "algorithm.reference_every=10": (PAIRS, "before a new reference is read"),
+    "algorithm.reference_every=11": ([], "before a new reference is read"),
+    "algorithm.reference_every=2": ([GRPO], "algorithm.kl.coef is 0"),
     "algorithm.label_smoothing=0.1": (
         ["algorithm={name: online_dpo, loss: ipo}", "train.sequences_per_update=8"],
         "algorithm.loss ipo does not read it",

@@ -17,6 +17,7 @@ from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import rollout_metrics
 from rlhf.controller.training_scores import is_flat
+from rlhf.errors import UserError
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
 from rlhf.tracking.metrics import merge, results
 from rlhf.tracking.progress import open_progress
@@ -52,6 +53,9 @@ class Policy:
         self.advantages = by_sequence
         return AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
 
+    async def export(self, folder: Path) -> None:
+        (folder / "weights").write_text(str(len(self.updates)))
+
     async def update(self, minibatch: int) -> dict[str, Any]:
         self.updates.append(minibatch)
         return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
@@ -60,6 +64,10 @@ class Policy:
 class Reference:
     def __init__(self) -> None:
         self.only: frozenset[int] | None = None
+        self.weights = "initial"
+
+    async def become(self, folder: Path) -> None:
+        self.weights = (folder / "weights").read_text()
 
     async def logprobs(
         self, rollouts: Sequence[Any], *, only: frozenset[int] | None = None, temperatures: Mapping[int, float]
@@ -200,6 +208,30 @@ def test_without_a_good_response_the_policy_stays(folder: RunFolder, caplog: pyt
     row = run.record.row()
     assert row["advantages/kept/fraction"] == 0.0
     assert row["time/update_s"] > 0.0  # by which the throughput is divided
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_reference_follows_the_policy_and_a_resumed_run_has_that_of_its_checkpoint(
+    folder: RunFolder, name: str
+) -> None:
+    algorithm = {"name": name, "kl": {"coef": 0.1}, "reference_every": 2}
+    run = Run(folder, algorithm, per_update=12)
+    seen = []
+    for step in range(1, 6):
+        run.learn(groups(FIRST, SECOND, FLAT), step)  # one minibatch, two epochs
+        seen.append(run.reference.weights)
+        if step == 3:
+            run.record.write_state(folder.begin_checkpoint(step), {"step": step, **run.learning.state()})
+            folder.commit_checkpoint(step)
+    assert seen == ["initial", "4", "4", "8", "8"]
+    assert sorted(path.name for path in folder.references.iterdir()) == ["step_000002", "step_000004"]
+    again = Run(folder, algorithm, per_update=12)
+    asyncio.run(again.learning.restore(again.record.read_state(3), 3))
+    assert again.reference.weights == "4"
+    path = folder.reference(2) / "weights"
+    path.write_text("5")
+    with pytest.raises(UserError, match=rf"the checkpoint of step 3 needs its reference .* {path} is damaged"):
+        asyncio.run(again.learning.restore(again.record.read_state(3), 3))
 
 
 def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder) -> None:
