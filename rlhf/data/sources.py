@@ -7,20 +7,23 @@ or through `Row`, with its place. Nothing here knows a tokenizer.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.memory import within_memory
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.errors import UserError
 
 Source = str | TaskSource
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_PARQUET_BATCH, _DATASET_BATCH = 4096, 10_000  # rows that are decoded at once
 _LARGEST = 3.4e38  # that float32 holds, rounded down
 
 
@@ -97,17 +100,20 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
     A string that ends in .jsonl, .json, .csv or .parquet is a file, an existing folder is a saved dataset, anything
     else a Hugging Face dataset; the last two take `:SPLIT` behind the name. CSV values stay text.
-    UserError for whatever cannot be read, a renamed column that is not there, and a dataset without rows.
+    UserError for whatever cannot be read, a renamed column that is not there, a dataset without rows, and one that this
+    machine's memory does not hold.
     """
+    name = source.name if isinstance(source, TaskSource) else source
+    found: Iterable[Row]
     if isinstance(source, TaskSource):
-        name = source.name
-        rows = [Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1)]
+        found = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
     elif source.endswith(FILE_SUFFIXES):
-        rows = list(_read_file(Path(source)))
+        found = _read_file(Path(source))
     else:
-        rows = _read_dataset(source)
+        found = _read_dataset(source)
+    rows = list(within_memory(found, name))
     if not rows:
-        raise UserError(f"{source if isinstance(source, str) else source.name} has no rows.")
+        raise UserError(f"{name} has no rows.")
     if not columns:
         return rows
     renamed = {theirs: ours for ours, theirs in columns.items()}
@@ -205,7 +211,7 @@ def _behind_space(text: str, at: int) -> int:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these keys and values. _KeyTwice if two keys are equal."""
-    found = dict(pairs)
+    found = {sys.intern(key): value for key, value in pairs}  # the rows of a file share their keys
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
@@ -274,12 +280,14 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         names = pyarrow.parquet.read_schema(path).names
         if len(set(names)) < len(names):
             raise UserError(f"{path}: two columns have the same name in {_one_line(', '.join(names))}.")
-        table = pyarrow.parquet.read_table(path)
+        numbers = itertools.count(1)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                columns = {name: _parquet_column(path, name, batch.column(name)) for name in names}
+                for values in zip(*columns.values(), strict=True):
+                    yield Row(file=str(path), line=next(numbers), columns=dict(zip(columns, values, strict=True)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {_one_line(error)}.") from error
-    columns = {name: _parquet_column(path, name, table.column(name)) for name in table.column_names}
-    for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
-        yield Row(file=str(path), line=number, columns=dict(zip(columns, values, strict=True)))
 
 
 def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
@@ -291,7 +299,7 @@ def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
         raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {said}.") from error
 
 
-def _read_dataset(source: str) -> list[Row]:
+def _read_dataset(source: str) -> Iterator[Row]:
     import datasets  # seconds to import, and most runs read a file
 
     name, colon, split = source.partition(":")
@@ -309,21 +317,23 @@ def _read_dataset(source: str) -> list[Row]:
         else:
             loaded = datasets.load_dataset(name, download_config=datasets.DownloadConfig(max_retries=1))
         rows = _one_split(name, split, loaded)
+        for start in range(0, len(rows), _DATASET_BATCH):
+            part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
+            yield from (Row(file=source, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
     except (OSError, ValueError, KeyError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"Dataset {name} cannot be loaded ({type(error).__name__}: {_one_line(error)}).") from error
-    return [Row(file=source, line=i, columns=columns) for i, columns in enumerate(rows, start=1)]
 
 
-def _one_split(name: str, split: str, loaded: Any) -> Sequence[Mapping[str, Any]]:
+def _one_split(name: str, split: str, loaded: Any) -> Any:
     """The rows of the wanted split. Without a wish: of the only one, or of `train`."""
     if not isinstance(loaded, dict):  # saved without splits
         if split:
             raise UserError(f"Dataset {name} has no splits; leave out `:{split}`.")
-        return loaded.to_list()  # type: ignore[no-any-return]
+        return loaded
     wanted = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
     if wanted not in loaded:
         raise UserError(f"Dataset {name} has no split `{wanted}`; it has {', '.join(loaded)}. Write {name}:SPLIT.")
-    return loaded[wanted].to_list()  # type: ignore[no-any-return]
+    return loaded[wanted]
 
 
 def shown(value: object) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -262,3 +263,21 @@ def test_an_empty_or_non_string_value_is_an_error(value: object, message: str) -
     with pytest.raises(UserError, match=f"f.jsonl:3: column .*{message}"):
         row(prompt=value).text("prompt")
     assert row(prompt="ok").text("prompt") == "ok"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_small_file_of_very_many_rows_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("rlhf.data.memory.free_bytes", lambda: 64 * 2**20)
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 400_000, pyarrow.int32()), ["x" * 1000])
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": text}), path)
+        assert path.stat().st_size < 2**20  # of 400 MB
+    else:
+        path.write_text((json.dumps({"prompt": "x" * 1000}) + "\n") * 100_000)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(UserError, match=rf"{path} is too large for this machine: its first [0-9,]+ rows take 0\.0 GiB"):
+        read_rows(str(path))
+    assert psutil.Process().memory_info().rss - before < 150 * 2**20

@@ -1,0 +1,44 @@
+"""A bound on the memory that the rows of one data set may take: a small file can hold very many.
+
+A run keeps all rows in memory, with what it makes of them. Reading stops with an error before the machine runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from rlhf.errors import UserError
+
+T = TypeVar("T")
+SHARE = 0.5  # of the free memory; the rest is for tokens and for the other processes of a run
+_CHECK_EVERY = 1024  # rows
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
+    """Yield the rows of a source. UserError once this process has grown by more than a share of the free memory."""
+    process = psutil.Process()
+    limit = int(free_bytes() * SHARE)
+    before = process.memory_info().rss
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % _CHECK_EVERY == 0 and (grown := process.memory_info().rss - before) > limit:
+            raise UserError(
+                f"{source} is too large for this machine: its first {number:,} rows take {grown / 2**30:.1f} GiB, and "
+                f"may take {limit / 2**30:.1f} GiB, half of the memory that was free. Use fewer rows, or a machine "
+                "with more memory."
+            )
+
+
+def free_bytes() -> int:
+    """Return the memory that is free here, or what the container's limit leaves, if that is less."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
