@@ -128,3 +128,16 @@ def test_a_tokenizer_that_joins_every_text_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"tokenizer of joins has no tokens for 'yes' .* Use another model"):
         Continuation(Joins()).encode([("hi", "yes")])
+
+
+def test_many_texts_go_to_the_tokenizer_in_parts() -> None:
+    sizes, tokenizer = [], byte_tokenizer()
+
+    def counting(texts: list[str], **options: Any) -> Any:
+        sizes.append(len(texts))
+        return tokenizer(texts, **options)
+
+    texts = [str(i) for i in range(2500)]
+    assert encode(texts, counting) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert max(sizes) <= 1000
+    assert encode([], counting) == []
