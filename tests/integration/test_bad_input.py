@@ -217,7 +217,8 @@ def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureF
     assert "already holds an unfinished run" in said
     assert "--resume auto" in said
     said = refused(capsys, run, "--resume", "auto")
-    assert f"no checkpoint in {tmp_path}/r/checkpoints is whole" in said
+    assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing, or is not the manifest" in said
+    assert "start again under another run.name, since there is no sound checkpoint before it" in said
 
 
 def test_a_finished_run_is_neither_begun_nor_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -269,7 +270,9 @@ def test_what_cannot_be_exported(
             folder.commit_checkpoint(step)
     (tmp_path / "r" / "checkpoints" / "step_000002" / "weights").write_text("some")
     assert "r has no checkpoint step_000007. There are: step_000001, step_000002" in said_of("out", "--step", "7")
-    assert "step_000002 is damaged: files are missing or cut. Name another step." in said_of("out")
+    said = said_of("out")
+    assert "step_000002/weights has 4 bytes, and manifest.json says 11." in said
+    assert "or name another step with --step" in said
     assert "r exists already" in said_of("r", "--step", "1")
     assert "--merged: the run r has no policy.lora, so its model is whole already" in said_of(
         "out", "--step", "1", "--merged"
