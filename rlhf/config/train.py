@@ -44,7 +44,8 @@ class TrainConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the rate rises linearly from 0."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last learning rate as a share of lr; a schedule that decays only."""
+    """Learning rate that the decay would reach one step after the last, as a share of lr. The last step itself still
+    has a rate above it."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0.0)

@@ -35,7 +35,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSettings:
-    """Learning rate over a run of total_steps: a linear rise over warmup_steps, then kind, down to min_ratio * lr."""
+    """Learning rate over a run of total_steps: a linear rise over warmup_steps, then kind, towards min_ratio * lr."""
 
     kind: Literal["constant", "linear", "cosine"]
     warmup_steps: int

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 
 from rlhf.engine.base import ScheduleSettings
 from rlhf.engine.schedule import lr_factor
@@ -18,14 +20,29 @@ def test_constant_after_the_rise() -> None:
 
 
 def test_linear() -> None:
-    # steps 3..6 have fallen by 1/4, 2/4, 3/4, 4/4 of 1 - 0.2
-    assert factors(kind="linear", min_ratio=0.2) == pytest.approx([0.5, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    # steps 3..6 have fallen by 0/4, 1/4, 2/4, 3/4 of 1 - 0.2
+    assert factors(kind="linear", min_ratio=0.2) == pytest.approx([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 def test_cosine() -> None:
-    # (1 + cos(pi k / 4)) / 2 at k = 1..4: 0.853553, 0.5, 0.146447, 0
-    assert factors(kind="cosine") == pytest.approx([0.5, 1, 0.853553, 0.5, 0.146447, 0, 0, 0], abs=1e-6)
+    # (1 + cos(pi k / 4)) / 2 at k = 0..3: 1, 0.853553, 0.5, 0.146447
+    assert factors(kind="cosine") == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6)
 
 
-def test_no_rise() -> None:
-    assert lr_factor(ScheduleSettings(kind="linear", warmup_steps=0, total_steps=4), 1) == 0.75
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_without_warmup_the_rates_are_those_of_transformers(kind: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=3)
+    theirs = []
+    for _ in range(3):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    schedule = ScheduleSettings(kind=kind, warmup_steps=0, total_steps=3)  # type: ignore[arg-type]
+    assert [lr_factor(schedule, step) for step in (1, 2, 3)] == pytest.approx(theirs)
+    assert theirs[-1] > 0.0
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_a_run_of_a_single_step_trains(kind: str) -> None:
+    assert lr_factor(ScheduleSettings(kind=kind, warmup_steps=0, total_steps=1), 1) == 1.0  # type: ignore[arg-type]
