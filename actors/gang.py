@@ -204,6 +204,10 @@ class PolicyGang(Gang):
         await self.all([size for _, size in refs], "samples")
         return [column for column, _ in self.distinct(refs)]
 
+    async def empty_cache(self) -> None:
+        """Return unused memory of torch's allocator to the GPUs."""
+        await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
+
     async def publish(self, version: int) -> WeightManifest:
         """Stage the weights; rank 0 knows where."""
         manifests = await self.all([h.publish.remote(version) for h in self.handles], "weight sync")

@@ -193,6 +193,16 @@ class ReferenceWorkers:
         await wait_all(waits, role=self.role, stage=self.role, deadline_s=self.deadline_s)
         return columns
 
+    async def offload(self) -> None:
+        """Give the GPU to the engines."""
+        refs = [h.offload.remote() for h in self.handles]
+        await wait_all(refs, role=self.role, stage="offload", deadline_s=self.deadline_s)
+
+    async def reload(self) -> None:
+        """Take the GPU back."""
+        refs = [h.reload.remote() for h in self.handles]
+        await wait_all(refs, role=self.role, stage="reload", deadline_s=self.deadline_s)
+
     async def memory(self) -> MemoryReport:
         """Peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]

@@ -176,7 +176,19 @@ class NodesRole(Protocol):
 StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns that hold its rows
 
 
-class ReferenceRole(Protocol):
+class GpuGuest(Protocol):
+    """A role that can leave the GPU which it shares with an engine. Nothing to do on a CPU."""
+
+    async def offload(self) -> None:
+        """Give the GPU to the engines."""
+        ...
+
+    async def reload(self) -> None:
+        """Take the GPU back."""
+        ...
+
+
+class ReferenceRole(GpuGuest, Protocol):
     """The frozen model."""
 
     async def become(self, folder: Path) -> None:
@@ -209,7 +221,7 @@ class TeacherRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
-class OnlineTeacherRole(Protocol):
+class OnlineTeacherRole(GpuGuest, Protocol):
     """The frozen model that a student learns from on its own responses."""
 
     async def logprobs(
@@ -231,7 +243,7 @@ class OnlineTeacherRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
-class TrainedRole(Protocol):
+class TrainedRole(GpuGuest, Protocol):
     """What the policy and the critic share."""
 
     @property
@@ -250,12 +262,6 @@ class TrainedRole(Protocol):
     async def arithmetic(self) -> Arithmetic:
         """Measured now: nothing else should run."""
         ...
-
-    async def offload(self) -> None:
-        """Give the GPU to the engines (nothing to do on a CPU)."""
-        ...
-
-    async def reload(self) -> None: ...
 
     async def memory(self) -> MemoryReport: ...
 
@@ -281,6 +287,10 @@ class PolicyRole(TrainedRole, Protocol):
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """What training made of the tokens of these sequences of the prepared batch, one column a rank."""
+        ...
+
+    async def empty_cache(self) -> None:
+        """Return memory that torch keeps but no tensor uses, so that a process on the same GPU can have it."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:

@@ -215,6 +215,18 @@ def needs(config: Config) -> frozenset[Role]:
     return frozenset(roles)
 
 
+def shares_engines_gpus(config: Config) -> frozenset[Role]:
+    """Roles that leave their GPUs while the engines on them are awake; empty: no engine takes turns with a trainer.
+
+    A reward model stays: it scores responses while the engines still answer.
+    """
+    roles, needed = config.cluster.roles, needs(config)
+    if config.cluster.device == "cpu" or "rollout" not in needed or roles.rollout.colocate_with is None:
+        return frozenset()
+    guests: tuple[Role, ...] = ("critic", "reference", "teacher")
+    return frozenset({"policy", *(r for r in guests if r in needed and getattr(roles, r).colocate_with is not None)})
+
+
 def reference_model(config: Config) -> ReferenceConfig:
     """The model that the policy is compared with."""
     return config.reference if config.reference is not None else _as_reference(config)

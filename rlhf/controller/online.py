@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from rlhf.config.derive import distils_rollouts, pairs_rollouts
+from rlhf.config.derive import distils_rollouts, pairs_rollouts, shares_engines_gpus
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
@@ -38,17 +39,17 @@ from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.roles import (
     CriticRole,
+    GpuGuest,
     OnlineTeacherRole,
     PolicyRole,
     ReferenceRole,
     RewardRole,
     RolloutRole,
     ScoredGroup,
-    TrainedRole,
 )
 from rlhf.tracking.reductions import Last, Max, Sum
 from rlhf.tracking.samples import samples_path
-from rlhf.types import Prompt, Sampling
+from rlhf.types import Prompt, Role, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class OnlineController:
         self.best = Best.of(config.train, metric, default_lower=not scored)
         self.answers = Answers(roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint)
         self.collector = Collector(config, prompts, self.answers, record, sampling)
-        self.takes_turns = config.cluster.device == "cuda" and config.cluster.roles.rollout.colocate_with is not None
+        self.sharing = shares_engines_gpus(config)
 
     async def run(self, *, until: int | None = None) -> bool:
         """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
@@ -134,7 +135,7 @@ class OnlineController:
                 raise Preempted(f"a checkpoint of step {step} is written")
         if self.step < train.steps and not self.best.is_over:
             return False
-        await self._to_trainers(keep_weights=False)  # for the export
+        await self._to_trainers("policy", "critic", keep_weights=False)  # for the export
         best = self.best.step
         if train.early_stopping is not None and best is not None and best != self.step:
             logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
@@ -149,7 +150,7 @@ class OnlineController:
         groups, seconds = batch.groups, record.row()["time/rollouts_s"]
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
-        await self._to_trainers(keep_weights=False)
+        await self._to_trainers("policy", "critic", "reference", "teacher", keep_weights=False)
         signals = await self.learning.learn(for_training(groups, self.config.rewards), step)
         await self._sync(step)
         kept = self.config.tracking.samples_per_step
@@ -161,7 +162,7 @@ class OnlineController:
 
     async def _collect(self, step: int) -> Collected:
         """The step's batch. Preempted, with the step before kept, if the run is to end."""
-        if self.takes_turns:  # the policy, on the engines' GPUs, could not be saved while they answer
+        if self.sharing:  # the policy, on the engines' GPUs, could not be saved while they answer
             return await self.collector.collect(step)
         batch = await self.notice.unless_given(self.collector.collect(step))
         if batch is not None:
@@ -174,7 +175,9 @@ class OnlineController:
     async def _sync(self, version: int) -> None:
         """Weights to the engines, proven; then the engines have the GPU."""
         roles, record = self.roles, self.record
-        if self.takes_turns:
+        if self.sharing:  # engines map memory that torch's allocator must not keep: all leave that are not needed
+            await self._offload("critic", "reference", "teacher")
+            await roles.policy.empty_cache()
             await roles.rollout.wake("weights")
         record.progress.stage("weight_sync")
         with record.timeline.span("weight_sync", "rollout"):
@@ -195,23 +198,36 @@ class OnlineController:
             }
         )
 
-    async def _to_trainers(self, *, keep_weights: bool) -> None:
-        """Where they share GPUs: the engines sleep, and the trained roles take their states back."""
-        if self.takes_turns:
+    async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
+        """Where they share GPUs: the engines sleep, and these roles take their states back."""
+        if self.sharing:
             await self.roles.rollout.sleep(keep_weights=keep_weights)
-            await asyncio.gather(*(role.reload() for role in self._beside_engines()))
+            await asyncio.gather(*(guest.reload() for guest in self._guests(names)))
 
     async def _to_engines(self) -> None:
-        """The other way, with the engines' weights there already: their caches come last, and take what is free."""
-        if self.takes_turns:
-            await asyncio.gather(*(role.offload() for role in self._beside_engines()))
+        """The policy leaves the GPUs that already hold the engines' new weights, whose caches take what is free."""
+        if self.sharing:
+            await self._offload("policy")
             await self.roles.rollout.wake("cache")
 
-    def _beside_engines(self) -> list[TrainedRole]:
-        """Trained roles on the engines' GPUs: the policy, and a critic that is colocated with it."""
-        critic = self.roles.critic
-        shares = critic is not None and self.config.cluster.roles.critic.colocate_with is not None
-        return [self.roles.policy, *([critic] if critic is not None and shares else [])]
+    @asynccontextmanager
+    async def _trainers_turn(self, *names: Role) -> AsyncIterator[None]:
+        """Have these roles on the GPUs that they share with engines, which sleep meanwhile and keep their weights."""
+        if not self.sharing.intersection(names):
+            yield
+            return
+        await self._to_trainers(*names, keep_weights=True)
+        yield
+        await self._offload(*names)
+        await self.roles.rollout.wake("weights")
+        await self.roles.rollout.wake("cache")
+
+    async def _offload(self, *names: Role) -> None:
+        await asyncio.gather(*(guest.offload() for guest in self._guests(names)))
+
+    def _guests(self, names: Sequence[Role]) -> list[GpuGuest]:
+        """Return those of the roles that share GPUs with the engines."""
+        return [getattr(self.roles, name) for name in names if name in self.sharing]
 
     async def _evaluate(self, step: int) -> None:
         roles = self.roles
@@ -222,14 +238,9 @@ class OnlineController:
             await self._compare(answered, roles.teacher)
 
     async def _compare(self, answered: Mapping[str, Sequence[ScoredGroup]], teacher: OnlineTeacherRole) -> None:
-        """What the teacher says of held-out responses. Where it shares the engines' GPUs they sleep meanwhile."""
-        turn = self.takes_turns and self.config.cluster.roles.teacher.colocate_with is not None
-        if turn:
-            await self.roles.rollout.sleep(keep_weights=True)
-        await compare_with_teacher(answered, self.config, teacher, self.record)
-        if turn:
-            await self.roles.rollout.wake("weights")
-            await self.roles.rollout.wake("cache")
+        """Compare with what the teacher says of held-out responses."""
+        async with self._trainers_turn("teacher"):
+            await compare_with_teacher(answered, self.config, teacher, self.record)
 
     async def _add_memory(self) -> None:
         roles = self.roles
@@ -266,11 +277,8 @@ class OnlineController:
     async def _checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, make the checkpoint valid."""
         with self.record.stage("checkpoint"):
-            await self._to_trainers(keep_weights=True)
-            await self._save_aside(self._state())
-            if self.takes_turns:
-                await self.roles.rollout.wake("weights")
-            await self._to_engines()
+            async with self._trainers_turn("policy", "critic"):
+                await self._save_aside(self._state())
         self.record.write_row(self.step, self.record.row())
         self._commit()
         if is_best:

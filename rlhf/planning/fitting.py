@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config.nodes import Node
 from rlhf.config.root import Config
@@ -54,25 +54,52 @@ def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: 
     return fits + _hosts(config, seating, by_role, nodes, at)
 
 
+Moment = Literal["generate", "train", "weight sync"]
+
+
+def held_on_gpu(one: Footprint, moment: Moment) -> float:
+    """Return the bytes that a process holds of a GPU on which an engine takes turns with the trained roles.
+
+    generate: the engine is awake and the reward model scores what it answers. train: the engine sleeps. weight sync:
+    the policy hands its weights to the engine, whose cache sleeps still. Whoever is not named has left the GPU.
+    """
+    if one.role == "reward":
+        return one.of("device")
+    if moment == "generate":
+        return one.of("device") if one.role == "rollout" else one.stays
+    if moment == "train":
+        return one.stays if one.role == "rollout" else one.held("always") + one.held("step")
+    if one.role == "policy":
+        return one.held("always") + one.held("sync")
+    return one.held("always") if one.role == "rollout" else one.stays
+
+
 def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
-    """One line for each set of roles that share a GPU."""
+    """Return one line for each set of roles that share a GPU, at the moment when they hold most of it."""
     fits: dict[tuple[str, ...], Fit] = {}
     for bundle in range(len(seating.bundles)):
         roles = [r for r, seats in seating.seats.items() if any(s.bundle == bundle and s.gpus > 0 for s in seats)]
         if not roles or not all(r in by_role for r in roles):
             continue
-        takes_turns = "rollout" in roles and "policy" in roles
-        sizes = {r: by_role[r].of("device") for r in roles}
-        wanted = max(sizes["rollout"], sum(sizes.values()) - sizes["rollout"]) if takes_turns else sum(sizes.values())
-        room = nodes[at[bundle]].gpu_memory_gib
-        parts = (" or " if takes_turns else " + ").join(f"{r} {size / GIB:,.1f}" for r, size in sizes.items())
-        one = Fit(
-            where=f"GPU of {', '.join(roles)}", wanted=wanted, room=None if room is None else room * GIB, parts=parts
-        )
+        if "rollout" in roles and "policy" in roles:
+            moments: tuple[Moment, ...] = ("generate", "train", "weight sync")
+            by_moment = {moment: {r: held_on_gpu(by_role[r], moment) for r in roles} for moment in moments}
+            wanted, fullest = max((sum(sizes.values()), moment) for moment, sizes in by_moment.items())
+            rest = ", ".join(f"{m} {sum(s.values()) / GIB:,.1f}" for m, s in by_moment.items() if m != fullest)
+            parts = f"{fullest}: {_sum(by_moment[fullest])} ({rest})"
+        else:
+            sizes = {r: by_role[r].of("device") for r in roles}
+            wanted, parts = sum(sizes.values()), _sum(sizes)
+        gib = nodes[at[bundle]].gpu_memory_gib
+        room = None if gib is None else gib * GIB
         key = tuple(roles)
-        if key not in fits or (one.room or 0.0) < (fits[key].room or 0.0):
-            fits[key] = one
+        if key not in fits or (room or 0.0) < (fits[key].room or 0.0):
+            fits[key] = Fit(where=f"GPU of {', '.join(roles)}", wanted=wanted, room=room, parts=parts)
     return list(fits.values())
+
+
+def _sum(sizes: Mapping[Role, float]) -> str:
+    return " + ".join(f"{role} {size / GIB:,.1f}" for role, size in sizes.items())
 
 
 def _hosts(

@@ -5,7 +5,7 @@ What fits, and what would make it fit, is in rlhf.planning.fitting. Starts nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from rlhf.config.derive import (
     needs,
     offline_kind,
     reference_model,
+    shares_engines_gpus,
     ships_adapter,
     uses_reward_model,
     weight_sync,
@@ -141,8 +142,17 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
     terms = training_terms(shape, how)
     if name == "policy" and is_online(config):
         terms += _published(config, shape, how)
-    process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu)
+    if name in shares_engines_gpus(config):
+        terms.append(_put_aside(terms))
+    process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
     return Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
+
+
+def _put_aside(terms: Sequence[Term]) -> Term:
+    """Return the host memory for what a role holds on a GPU that it leaves to an engine."""
+    nbytes = sum(term.nbytes for term in terms if term.place == "device" and term.phase == "always")
+    how = "what the GPU holds between steps, while an engine has the GPU"
+    return Term(name="put aside", nbytes=nbytes, how=how, place="host")
 
 
 def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
@@ -155,9 +165,9 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
     if method.method == "shm":
         return [Term(name="weight sync", nbytes=size, how="all weights in shared memory", place="shared")]
     if method.method == "ipc":
-        return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU")]
-    bucket = max(BUCKET_BYTES, shape.embedding * how.itemsize)
-    return [Term(name="weight sync", nbytes=bucket, how="the largest weight, or a bucket of 64 MiB", first_only=True)]
+        return [Term(name="weight sync", nbytes=size, how="all weights side by side on the GPU", phase="sync")]
+    bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
+    return [Term(name="weight sync", nbytes=bucket, how=how_sent, phase="sync", first_only=True)]
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
@@ -193,7 +203,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
         longest = derive(config).longest_sequence
         fits = max(cache, 0.0) / each
         how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
-        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how, in_heap=False))
+        terms.append(Term(name="KV cache", nbytes=max(cache, 0.0), how=how, phase="step", in_heap=False))
     if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
         whole = shape.parameters * size
         terms.append(Term(name="weight sync", nbytes=whole, how="the policy's file, mapped", place="shared"))
@@ -214,6 +224,8 @@ def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes
             scalar=name == "reward",
             widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
         )
+    if name in shares_engines_gpus(config):
+        terms.append(_put_aside(terms))
     if name == "reward":
         vocab, each = sizes.of(config.policy.model).vocab, Measured.TOKENIZER_BYTES
         how = f"measured: {vocab:,} * {each} bytes"

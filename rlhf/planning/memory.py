@@ -24,6 +24,7 @@ BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet let go, DeepSpeed's default
 
 Place = Literal["device", "host", "shared"]  # shared: in the process's resident set, once in its node's memory
+Phase = Literal["always", "step", "sync"]  # when a term is held: between the passes too, in them, in a weight transfer
 
 
 class Measured:
@@ -42,6 +43,17 @@ class Measured:
     HEAP = 1.26
 
 
+class Assumed:
+    """What a process takes of a GPU before its first tensor: customary sizes, which nobody measured here.
+
+    CUDA: the context, cuBLAS' workspace, kernels. NCCL: the buffers of a gang of several ranks. An engine's NCCL is in
+    its share of the GPU already.
+    """
+
+    CUDA_BYTES = int(0.75 * GIB)
+    NCCL_BYTES = int(1.0 * GIB)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
     """A part of a process's memory."""
@@ -50,6 +62,8 @@ class Term:
     nbytes: float
     how: str  # the arithmetic
     place: Place = "device"
+    phase: Phase = "always"
+    stays: bool = False  # on the device even while the role has left it to another
     first_only: bool = False  # of a gang, its first rank alone has it
     in_heap: bool = True  # False: one block, or pages of a file
 
@@ -64,8 +78,19 @@ class Footprint:
     on_gpu: bool
 
     def of(self, place: Place) -> float:
-        """Bytes of the terms at a place."""
+        """Return the bytes of the terms at a place. A device's passes and weight transfers follow each other."""
+        if place == "device":
+            return self.held("always") + max(self.held("step"), self.held("sync"))
         return sum(term.nbytes for term in self.terms if term.place == place)
+
+    def held(self, phase: Phase) -> float:
+        """Return the bytes of the device's terms of one phase."""
+        return sum(term.nbytes for term in self.terms if term.place == "device" and term.phase == phase)
+
+    @property
+    def stays(self) -> float:
+        """Bytes that remain on the device while the role is put aside."""
+        return sum(term.nbytes for term in self.terms if term.stays)
 
     def private(self, workers: int) -> float:
         """Host memory of so many of the role's processes, the first among them, without what is shared."""
@@ -148,9 +173,10 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
     last = [*bucket, *summed]
     if t.zero_stage in (1, 2):
         size = t.itemsize * min(t.trained, BUCKET_ELEMENTS)
-        last.append(Term(name="gradients in reduction", nbytes=size, how="as the bucket"))
+        last.append(Term(name="gradients in reduction", nbytes=size, how="as the bucket", phase="step"))
         if t.trained > shape.embedding:
-            last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how="vocabulary * hidden * 4 bytes"))
+            how = "vocabulary * hidden * 4 bytes"
+            last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how=how, phase="step"))
     step = [*bucket, *summed]
     if t.zero_stage == 3:
         block = _block(t)
@@ -188,35 +214,42 @@ def _states(t: Training) -> list[Term]:
 
 
 def _summed_gradients(t: Training) -> list[Term]:
-    """Of the micro-batches so far, between them."""
+    """Return the sums over the micro-batches so far. Stage 3 keeps the block that holds them."""
     if t.zero_stage == 0:
-        return [Term(name="gradients", nbytes=t.trained * t.itemsize, how=_product(t.trained, t.itemsize, 1))]
+        how = _product(t.trained, t.itemsize, 1)
+        return [Term(name="gradients", nbytes=t.trained * t.itemsize, how=how, phase="step")]
     by = t.ranks if t.zero_stage in (2, 3) else 1
     place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    return [Term(name="summed gradients", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=place)]
+    phase: Phase = "always" if t.zero_stage == 3 else "step"
+    how = _product(t.trained, 4, by)
+    return [Term(name="summed gradients", nbytes=t.trained * 4 / by, how=how, place=place, phase=phase)]
 
 
 def _block(t: Training) -> Term:
     """The gradients that stage 3's optimizer steps on."""
     place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
     how = _product(t.trained, 4, t.ranks)
-    return Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=how, place=place)
+    return Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=how, place=place, phase="step")
 
 
 def _bucket(t: Training) -> list[Term]:
-    """Where DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs. At stage 0 they are
-    added up where they are."""
+    """Return the buffer in which DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs.
+
+    At stage 0 they are added up where they are. Stage 3 keeps the buffer.
+    """
     size = min(t.trained, BUCKET_ELEMENTS)
     if t.zero_stage == 0:
         return []
     count = 2 if t.on_gpu and t.zero_stage < 3 else 1
-    return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=_product(size, t.itemsize * count, 1))]
+    how = _product(size, t.itemsize * count, 1)
+    phase: Phase = "always" if t.zero_stage == 3 else "step"
+    return [Term(name="gradient bucket", nbytes=size * t.itemsize * count, how=how, phase=phase)]
 
 
 def _activations(shape: Shape, t: Training) -> Term:
     each = activation_bytes(shape, itemsize=t.itemsize, checkpointing=t.checkpointing, lora_rank=t.lora_rank)
     how = f"{t.tokens:,} tokens * {each / 1024:,.0f} KiB" + (", checkpointed" if t.checkpointing else "")
-    return Term(name="activations", nbytes=t.tokens * each, how=how)
+    return Term(name="activations", nbytes=t.tokens * each, how=how, phase="step")
 
 
 def _head(shape: Shape, t: Training) -> Term:
@@ -224,9 +257,10 @@ def _head(shape: Shape, t: Training) -> Term:
     if t.keeps_head_gradient:  # by the time that the bucket is made the logits are gone
         elements = shape.embedding if trains else 0
         how = _product(elements, t.itemsize, 1)
-        return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how)
+        return Term(name="head's gradient", nbytes=elements * t.itemsize, how=how, phase="step")
     size = head_bytes(shape, rows=t.tokens, itemsize=t.itemsize, trains_head=trains, widens=t.widens)
-    return Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
+    how = f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
+    return Term(name="vocabulary head", nbytes=size, how=how, phase="step")
 
 
 def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
@@ -235,14 +269,13 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
     terms = [
         Term(name="weights", nbytes=count * itemsize, how=_product(count, itemsize, 1), in_heap=False),
-        Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer"),
+        Term(name="activations", nbytes=rows, how=f"{tokens:,} tokens of one layer", phase="step"),
     ]
     if not scalar:
         each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, what their sum is taken of
         size = min(tokens, CHUNK_ROWS) * shape.vocab * each + (shape.embedding * 4 if widens else 0)
-        terms.append(
-            Term(name="vocabulary head", nbytes=size, how=f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits")
-        )
+        how = f"chunks of {CHUNK_ROWS} rows of {shape.vocab:,} logits"
+        terms.append(Term(name="vocabulary head", nbytes=size, how=how, phase="step"))
     return terms
 
 
@@ -257,8 +290,8 @@ def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_s
             nbytes=count * itemsize / tensor_parallel,
             how=_product(count, itemsize, tensor_parallel),
         ),
-        Term(name="largest prefill", nbytes=rows, how=f"{PREFILL_TOKENS:,} tokens of one layer"),
-        Term(name="sampling", nbytes=logits, how=f"4 * {max_num_seqs} rows of {shape.vocab:,} logits"),
+        Term(name="largest prefill", nbytes=rows, how=f"{PREFILL_TOKENS:,} tokens of one layer", phase="step"),
+        Term(name="sampling", nbytes=logits, how=f"4 * {max_num_seqs} rows of {shape.vocab:,} logits", phase="step"),
     ]
     if not on_gpu:
         packed = shape.embedding * itemsize
@@ -271,10 +304,17 @@ def kv_bytes_per_token(shape: Shape, *, itemsize: int) -> int:
     return 2 * shape.layers * shape.key * itemsize
 
 
-def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool) -> tuple[Term, ...]:
-    """The terms with the process itself and, on a CPU, what its heap holds beyond them."""
+def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: int = 1) -> tuple[Term, ...]:
+    """Return the terms with the process itself and, on a CPU, what its heap holds beyond them.
+
+    ranks: of a gang that communicates by NCCL.
+    """
     found = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
-    if not on_gpu:
+    if on_gpu:
+        nbytes = Assumed.CUDA_BYTES + (Assumed.NCCL_BYTES if ranks > 1 else 0)
+        name = "CUDA and NCCL" if ranks > 1 else "CUDA"
+        found.append(Term(name=name, nbytes=nbytes, how="assumed: context, workspaces, buffers", stays=True))
+    else:
         heap = sum(term.nbytes for term in terms if term.place == "device" and term.in_heap)
         slack = (Measured.HEAP - 1.0) * heap
         found.append(Term(name="heap", nbytes=slack, how=f"measured: {Measured.HEAP - 1.0:.0%} of tensors"))

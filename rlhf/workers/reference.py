@@ -51,10 +51,33 @@ class ReferenceWorker:
         """Hold this model, whatever was held before."""
         config = self.model_config
         self.model: Any = None  # never two at once
+        self.host_weights: list[Tensor] = []
         with explains_out_of_memory(role=self.role, stage="start", rank=self.place.rank):
             loaded = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
             self.model = loaded.to(self.device).eval().requires_grad_(False)
             check_rows(self.model, self.device)
+
+    def offload(self) -> None:
+        """Leave the GPU to a colocated engine."""
+        if self.device.type == "cuda":
+            self.put_aside()
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the GPU back."""
+        for tensor in self._tensors():
+            tensor.data = tensor.data.to(self.device)
+
+    def put_aside(self) -> None:
+        """Hold the model in host memory. It never changes, so one copy there serves for the whole run."""
+        if not self.host_weights:
+            self.host_weights = [tensor.data.cpu() for tensor in self._tensors()]
+        for tensor, copy in zip(self._tensors(), self.host_weights, strict=True):
+            tensor.data = copy
+
+    def _tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers of the model, a shared one once."""
+        return [*self.model.parameters(), *self.model.buffers()]
 
     def logprobs(
         self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts

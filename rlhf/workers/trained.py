@@ -207,6 +207,11 @@ class TrainedWorker(ABC):
         """Take the GPU back."""
         self.engine.reload_to_device()
 
+    def empty_cache(self) -> None:
+        """Return unused memory of torch's allocator to the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def memory(self) -> MemoryReport:
         """Peaks of this process."""
         peak = peak_memory()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ class Policy(Trained):
     async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
         return [self.worker.token_signals(sequences)[0]]
 
+    async def empty_cache(self) -> None: ...
+
     async def publish(self, version: int) -> int:
         return version
 
@@ -181,6 +183,12 @@ class Reference:
     ) -> list[Any]:
         *columns, _ = self.worker.logprobs(only, temperatures, *rollouts)
         return columns
+
+    async def offload(self) -> None:
+        self.worker.put_aside()
+
+    async def reload(self) -> None:
+        self.worker.reload()
 
     async def memory(self) -> MemoryReport:
         return NOTHING
@@ -398,8 +406,8 @@ def _starts(requests: Sequence[GroupRequest]) -> list[int]:
     return [sum(counts[:index]) for index in range(len(counts))]
 
 
-async def run(loaded: LoadedConfig) -> Path:
-    """A run without Ray; returns its folder. Its process must have joined a gang of one."""
+async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles) -> Path:
+    """A run without Ray; returns its folder. Its process must have joined a gang of one. watch: wraps the roles."""
     (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs
@@ -408,7 +416,7 @@ async def run(loaded: LoadedConfig) -> Path:
         roles, settings = _roles(stage.config, inputs)
         controller = OnlineController(
             stage.config,
-            roles,
+            watch(roles),
             record,
             prompts=Stream(inputs.prompts, seed=stage.config.run.seed, shuffle=True, shares=inputs.shares),
             eval_sets=inputs.eval_sets,

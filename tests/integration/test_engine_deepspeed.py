@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings
-from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine
+from rlhf.engine.deepspeed import BUCKET_ELEMENTS, DeepSpeedEngine, Offload
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed import policy_logprobs
@@ -62,7 +62,9 @@ def plain_training() -> dict[str, Tensor]:
 # What a rank does. Each of these runs in the processes of a gang.
 
 
-def make_engine(stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSpeedEngine:
+def make_engine(
+    stage: int, dtype: torch.dtype = torch.float32, *, offload: Offload = frozenset(), **options: Any
+) -> DeepSpeedEngine:
     return DeepSpeedEngine(
         tiny_model(dtype, **options),
         optimizer=OPTIMIZER,
@@ -71,6 +73,7 @@ def make_engine(stage: int, dtype: torch.dtype = torch.float32, **options: Any) 
         dtype=dtype,
         device=CPU,
         deadline_s=DEADLINE_S,
+        offload=offload,
     )
 
 

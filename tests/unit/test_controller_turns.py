@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +10,8 @@ import pytest
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
 
-ASIDE = ["policy leaves", "critic leaves"]
-BACK = ["policy comes back", "critic comes back"]
 
-
-class Trained:
+class Guest:
     """Notes when it leaves the GPU and comes back."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
@@ -42,54 +37,64 @@ class Engines:
         self.calls.append(f"{part} wakes")
 
 
-def take_turns(*, shared: bool, critic_beside: bool) -> list[str]:
-    """What is called as the trained roles get the GPUs, keeping the engines' weights, and the engines get them back."""
-    calls: list[str] = []
-    roles: Any = {"policy": Trained("policy", calls), "critic": Trained("critic", calls), "rollout": Engines(calls)}
+def controller_of(calls: list[str], sharing: set[str]) -> OnlineController:
+    """A controller of which only the turns are called."""
+    names = ("policy", "critic", "reference", "teacher")
+    roles: Any = {name: Guest(name, calls) for name in names}
     controller = OnlineController.__new__(OnlineController)
-    controller.takes_turns = shared
-    controller.roles = OnlineRoles(**roles, reward=None, reference=None)
-    critic = SimpleNamespace(colocate_with="policy" if critic_beside else None)
-    controller.config = SimpleNamespace(cluster=SimpleNamespace(roles=SimpleNamespace(critic=critic)))  # type: ignore[assignment]
+    controller.roles = OnlineRoles(**roles, rollout=Engines(calls), reward=roles["policy"])
+    controller.sharing = frozenset(sharing)  # type: ignore[arg-type]
+    return controller
+
+
+def run_turns(sharing: set[str]) -> list[str]:
+    """The calls of a training turn that is followed by a weight transfer."""
+    calls: list[str] = []
+    controller = controller_of(calls, sharing)
 
     async def turns() -> None:
-        await controller._to_trainers(keep_weights=True)
+        await controller._to_trainers("policy", "critic", "reference", "teacher", keep_weights=False)
         await controller._to_engines()
 
     asyncio.run(turns())
     return calls
 
 
-def test_engines_sleep_before_states_come_back_and_their_cache_wakes_after_they_have_left() -> None:
-    found = take_turns(shared=True, critic_beside=True)
-    assert found == ["sleep with weights", *BACK, *ASIDE, "cache wakes"]
+def test_engines_sleep_before_states_come_back_and_their_cache_wakes_after_the_policy_has_left() -> None:
+    back = ["policy comes back", "critic comes back", "reference comes back", "teacher comes back"]
+    everyone = {"policy", "critic", "reference", "teacher"}
+    assert run_turns(everyone) == ["sleep", *back, "policy leaves", "cache wakes"]
 
 
-def test_a_critic_on_gpus_of_its_own_stays_there() -> None:
-    found = take_turns(shared=True, critic_beside=False)
-    assert found == ["sleep with weights", "policy comes back", "policy leaves", "cache wakes"]
+def test_roles_on_other_gpus_stay_there() -> None:
+    assert run_turns({"policy"}) == ["sleep", "policy comes back", "policy leaves", "cache wakes"]
 
 
-@pytest.mark.parametrize(
-    ("shared", "beside", "called"),
-    [(True, True, ["sleep with weights", "weights wakes", "cache wakes"]), (True, False, []), (False, True, [])],
-)
-def test_engines_sleep_while_a_teacher_on_their_gpus_computes(shared: bool, beside: bool, called: list[str]) -> None:
+def test_without_a_shared_gpu_nobody_moves() -> None:
+    assert run_turns(set()) == []
+
+
+@pytest.mark.parametrize("name", ["policy", "teacher"])
+def test_a_turn_of_trainers_wakes_the_engines_after_they_have_left(name: str) -> None:
     calls: list[str] = []
-    roles: Any = {"policy": None, "rollout": Engines(calls), "teacher": None}
-    controller = OnlineController.__new__(OnlineController)
-    controller.takes_turns = shared
-    controller.roles = OnlineRoles(**roles, reward=roles["policy"], reference=None, critic=None)
-    teacher = SimpleNamespace(colocate_with="policy" if beside else None)
-    sections: Any = SimpleNamespace(cluster=SimpleNamespace(roles=SimpleNamespace(teacher=teacher)), eval=None)
-    controller.config = sections
-    record: Any = SimpleNamespace(stage=lambda *_, **__: nullcontext())
-    controller.record = record
-    nobody: Any = None
-    asyncio.run(controller._compare({}, nobody))
-    assert calls == called
+    controller = controller_of(calls, {"policy", "teacher"})
+
+    async def turn() -> None:
+        async with controller._trainers_turn(name):  # type: ignore[arg-type]
+            calls.append("work")
+
+    asyncio.run(turn())
+    back, leaves = f"{name} comes back", f"{name} leaves"
+    assert calls == ["sleep with weights", back, "work", leaves, "weights wakes", "cache wakes"]
 
 
-@pytest.mark.parametrize("critic_beside", [True, False])
-def test_without_a_shared_gpu_nobody_moves(critic_beside: bool) -> None:
-    assert take_turns(shared=False, critic_beside=critic_beside) == []
+def test_engines_stay_awake_during_the_turn_of_a_teacher_on_other_gpus() -> None:
+    calls: list[str] = []
+    controller = controller_of(calls, {"policy"})
+
+    async def turn() -> None:
+        async with controller._trainers_turn("teacher"):
+            calls.append("work")
+
+    asyncio.run(turn())
+    assert calls == ["work"]

@@ -51,7 +51,7 @@ def test_the_large_recipe_term_by_term(large: str) -> None:
     # 70,553,706,496 parameters and 414,187,520 of the adapter, in bfloat16 over 16 ranks: 8.26 GiB.
     assert "weights             8.26          70.97B * 2 bytes / 16" in large
     assert "80 KiB a token" in large  # 320 KiB over four GPUs
-    assert cells(large, "GPU of policy, critic")[-7:] == ["80.00", "fits", "policy", "24.4", "+", "critic", "13.4"]
+    assert cells(large, "GPU of policy, critic")[-7:] == ["80.00", "fits", "policy", "26.1", "+", "critic", "15.2"]
     assert cells(large, "step  ")[2] == "100%"
     assert "synchronous (max_staleness 0)" in large
     assert "pipelined, 2 ahead" in large

@@ -1,0 +1,68 @@
+"""What fits onto a GPU that an engine shares with the policy, at each moment of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.config.explain import parse
+from rlhf.config.nodes import Node
+from rlhf.config.root import Config
+from rlhf.config.seating import seat
+from rlhf.planning.fitting import Fit, held_on_gpu, places
+from rlhf.planning.footprints import Sizes, footprints
+from rlhf.planning.memory import GIB, Assumed
+
+RUN: dict[str, Any] = {
+    "run": {"name": "shared"},
+    "policy": {"model": "Qwen/Qwen2.5-7B-Instruct", "gradient_checkpointing": True},
+    "algorithm": {"name": "grpo", "kl": {"coef": 0.01}},
+    "data": {"train": "x.jsonl"},
+    "rollouts": {"prompts_per_step": 64, "samples_per_prompt": 8, "max_new_tokens": 4096},
+    "train": {"steps": 10, "lr": 1e-6, "sequences_per_update": 128, "max_tokens_per_microbatch": 16384},
+}
+FUNCTION = {"rewards": {"exact": {"function": "exact_match"}}}
+MODEL = {"rewards": {"score": {"role": "reward"}}, "reward": {"model": "Qwen/Qwen2.5-7B-Instruct"}}
+
+
+def config_of(rewards: dict[str, Any], **rollout: Any) -> Config:
+    roles = {"policy": {"workers": 8, "zero_stage": 3}, "rollout": {"engines": 8, "colocate_with": "policy", **rollout}}
+    config = parse({**RUN, **rewards, "cluster": {"device": "cuda", "roles": roles}})
+    assert isinstance(config, Config), config
+    return config
+
+
+def fullest_gpu(config: Config) -> Fit:
+    nodes = [Node(cpus=96.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=80.0)]
+    found = footprints(config, Sizes(gpu_memory_gib=80.0))
+    gpus = [one for one in places(config, seat(config), found, nodes) if one.where.startswith("GPU")]
+    return max(gpus, key=lambda one: one.wanted)
+
+
+def test_a_reference_leaves_the_gpu_while_the_engine_generates() -> None:
+    fit = fullest_gpu(config_of(FUNCTION))
+    # The engine's 0.85 * 80 GiB, contexts of engine and reference, and context and NCCL of the policy's rank.
+    assert fit.wanted == pytest.approx(0.85 * 80 * GIB + 3 * Assumed.CUDA_BYTES + Assumed.NCCL_BYTES)
+    assert fit.parts.startswith("generate: ")
+    assert fit.fits
+
+
+def test_a_reward_model_stays_and_does_not_fit_with_the_default_utilization() -> None:
+    fit = fullest_gpu(config_of(MODEL))
+    assert fit.wanted > (0.85 * 80 + 14.2) * GIB  # 7.6 billion weights of 2 bytes
+    assert fit.fits is False
+    assert fullest_gpu(config_of(MODEL, gpu_memory_utilization=0.6)).fits
+
+
+def test_a_weight_transfer_holds_the_policy_its_copy_and_the_weights_of_the_engine() -> None:
+    config = config_of(FUNCTION)
+    by_role = {one.role: one for one in footprints(config, Sizes(gpu_memory_gib=80.0))}
+    weights = 7_615_616_512
+    # Of 8 ranks: bfloat16 weights, master weights, two moments and the block of gradients; a billion gathered weights
+    # and the bucket. The copy for the engine is whole.
+    states = weights * (2 + 4 + 8 + 4) / 8 + 2 * 10**9 + 2 * 5 * 10**7
+    policy = held_on_gpu(by_role["policy"], "weight sync")
+    assert policy == pytest.approx(states + 2 * weights + by_role["policy"].stays)
+    assert held_on_gpu(by_role["rollout"], "weight sync") == pytest.approx(2 * weights + Assumed.CUDA_BYTES)
+    assert held_on_gpu(by_role["reference"], "weight sync") == Assumed.CUDA_BYTES
