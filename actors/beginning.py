@@ -115,9 +115,9 @@ def refuse_other_checkpoint(stage: StageInputs) -> None:
         if step is None:
             return
         state = read_state(folder.checkpoint(step))
-        if step > config.train.steps:
+        if step > config.train.num_steps:
             raise UserError(
-                f"train.steps: is {config.train.steps}, but {folder.checkpoint(step)} has done {step} already. "
+                f"train.steps: is {config.train.num_steps}, but {folder.checkpoint(step)} has done {step} already. "
                 "Raise it, or write that checkpoint as a model with `rlhf export`."
             )
         try:

@@ -26,6 +26,7 @@ from actors.reading import (
     source_of,
 )
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
+from rlhf.config.checks import problems
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
@@ -39,8 +40,10 @@ from rlhf.config.derive import (
     offline_kind,
     prompts_asked,
     train_sets,
+    with_steps,
 )
 from rlhf.config.evaluate import EvaluationStage
+from rlhf.config.explain import refuse
 from rlhf.config.load import LoadedConfig
 from rlhf.config.root import Config
 from rlhf.config.stages import MergeStage, final_folder
@@ -143,6 +146,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             source = made.finals.get(local.policy.model, local.policy.model)
             check_models(local, made, vocabulary_of=source)
             inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
+            local = _with_steps(local, sum(share.size for share in inputs.shares))
         stages.append(StageInputs(config=local, written=config, inputs=inputs))
         final = str(final_folder(config))
         made.finals[final] = source
@@ -153,6 +157,17 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
         if has_scalar_head(config):
             made.scored[final] = config.algorithm.name
     return stages
+
+
+def _with_steps(config: Config, rows: int) -> Config:
+    """Return the configuration with steps in place of epochs. UserError if a check of steps then fails."""
+    if config.train.epochs is None:
+        return config
+    found = with_steps(config, rows)
+    steps = found.train.num_steps
+    logger.info("train.epochs %g of %d rows: %d steps", config.train.epochs, rows, steps)
+    refuse(problems(found), lambda key: f"train.epochs is {config.train.epochs:g}, which makes {steps} steps")
+    return found
 
 
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
@@ -204,11 +219,14 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
         prompts += more
         shares.append(Share(name=name, weight=one.weight, size=len(more)))
     refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
-    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, config.rollouts) <= len(prompts):
+    config = _with_steps(config, len(prompts))
+    rollouts = config.rollouts
+    assert rollouts is not None
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, rollouts) <= len(prompts):
         raise UserError(
             f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
-            f"{config.train.steps} steps ask {prompts_asked(config, config.rollouts)} at most, so none comes up twice; "
-            "remove it, or raise train.steps or rollouts.prompts_per_step."
+            f"{config.train.num_steps} steps ask {prompts_asked(config, rollouts)} at most, so none comes up "
+            "twice; remove it, or raise train.steps or rollouts.prompts_per_step."
         )
     if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
         raise UserError(
@@ -224,13 +242,13 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     }
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
     longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
-    max_model_len = config.rollouts.longest_sequence(longest)
+    max_model_len = rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
     if max_model_len > config.train.max_tokens_per_microbatch:
         raise UserError(
             f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} holds no sequence of "
             f"{max_model_len} tokens, and the longest prompt ({longest}) with rollouts.max_new_tokens "
-            f"({config.rollouts.max_new_tokens}) can become one."
+            f"({rollouts.max_new_tokens}) can become one."
         )
     probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
     return OnlineInputs(

@@ -31,13 +31,14 @@ from actors.standing import going_node
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
     critic_model,
-    derive,
+    critic_optimizer_steps,
     distils_rollouts,
     has_teacher,
     needs,
     needs_reference_logprobs,
     offline_kind,
     pairs_rollouts,
+    policy_optimizer_steps,
     reads_teacher_states,
     reference_is_adapter_off,
     reference_model,
@@ -102,8 +103,8 @@ def launch(
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
-    if until is not None:
-        _refuse_other_end(loaded, until)
+    if until is not None and (loaded.is_pipeline or not loaded.runs):
+        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
     if overwrite:
         _refuse_to_overwrite(loaded)
     else:
@@ -129,9 +130,12 @@ def _run_stages(
         return
     logger.info("%s: checking models, data and rewards", loaded.name)
     stages = load_inputs(loaded)
-    for stage in stages if resume else ():
+    for stage in stages:
         if isinstance(stage, StageInputs):
-            refuse_other_checkpoint(stage)
+            if until is not None:
+                _refuse_other_end(stage.config, until)
+            if resume:
+                refuse_other_checkpoint(stage)
     for written in left if overwrite else ():
         remove_run(run_folder(written))
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
@@ -152,13 +156,11 @@ def _run_stages(
         write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
 
 
-def _refuse_other_end(loaded: LoadedConfig, until: int) -> None:
-    """UserError unless it is a step of a single training run."""
-    steps = [config.train.steps for config in loaded.runs.values()]
-    if loaded.is_pipeline or not steps:
-        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
-    if not 1 <= until <= steps[0]:
-        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps[0]} (train.steps)")
+def _refuse_other_end(config: Config, until: int) -> None:
+    """UserError unless the run has the step at which it shall stop."""
+    steps = config.train.num_steps
+    if not 1 <= until <= steps:
+        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
 
 
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
@@ -167,7 +169,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, 
     show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
     if stage.inputs.eval_sets:
         show += (f"eval/{next(iter(stage.inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
-    steps = stage.config.train.steps
+    steps = stage.config.train.num_steps
     with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
         for row in stage.inputs.unusable if step is None else ():
             record.tracker.log_error(
@@ -190,7 +192,7 @@ async def _run_offline(
 ) -> None:
     config = stage.config
     placement = await reserve(config)
-    steps = config.train.steps
+    steps = config.train.num_steps
     rank = OFFLINE_RANKS[offline_kind(config)]
     gang = OfflineGang(
         "policy",
@@ -240,7 +242,7 @@ async def _run_online(
     config = stage.config
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
-    roles, derived = needs(config), derive(config)
+    roles = needs(config)
     lent = await KEEPER.provide(
         config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
     )
@@ -249,7 +251,7 @@ async def _run_online(
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
     async with ending(groups, lent):
-        policy_options: dict[str, Any] = {"optimizer_steps": derived.policy_optimizer_steps}
+        policy_options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
         if not distils_rollouts(config):
             policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
         policy = PolicyGang(
@@ -267,7 +269,7 @@ async def _run_online(
         groups.append(policy)
         critic: CriticGang | None = None
         if "critic" in roles:
-            critic_options = {"optimizer_steps": derived.critic_optimizer_steps}
+            critic_options = {"optimizer_steps": critic_optimizer_steps(config)}
             critic = CriticGang(
                 "critic",
                 spawn(

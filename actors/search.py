@@ -104,7 +104,7 @@ class Asha(Listed):
             time_attr="step",
             metric=METRIC,
             mode="min" if sweep.lower_is_better else "max",
-            max_t=sweep.base.runs[sweep.judged].train.steps,
+            max_t=sweep.base.runs[sweep.judged].train.num_steps,
             grace_period=method.grace_steps,
             reduction_factor=method.reduction_factor,
             stop_last_trials=False,

@@ -85,7 +85,13 @@ def _presence(config: Config) -> Iterator[Problem]:
         yield _problem("data.train", "is an empty mapping; name what is trained on")
     if config.data.eval == {}:
         yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
-    best = config.train.best_metric
+    train = config.train
+    if train.steps is None and train.epochs is None:
+        yield _problem("train.steps", "is missing; give the run's steps, or train.epochs for passes over the data")
+    elif train.steps is not None and train.epochs is not None:
+        text = f"is {train.epochs:g}, but train.steps is {train.steps}; give one of them, and set the other to null"
+        yield _problem("train.epochs", text)
+    best = train.best_metric
     sets = derive.eval_sets(config)
     known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
     of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
@@ -173,9 +179,10 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
         text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
         yield _problem("algorithm.kl.adaptive", text)
-    if isinstance(algorithm, PPOConfig) and algorithm.critic_warmup_steps >= train.steps:
+    steps = train.steps
+    if isinstance(algorithm, PPOConfig) and steps is not None and algorithm.critic_warmup_steps >= steps:
         text = (
-            f"is {algorithm.critic_warmup_steps} and must be below train.steps = {train.steps}, or the policy is never "
+            f"is {algorithm.critic_warmup_steps} and must be below train.steps = {steps}, or the policy is never "
             "trained"
         )
         yield _problem("algorithm.critic_warmup_steps", text)
@@ -250,8 +257,11 @@ def _updates(config: Config) -> Iterator[Problem]:
                 " least one sequence each in every optimizer step; raise it, or lower the workers"
             )
             yield _problem("train.sequences_per_update", text)
+    if train.warmup_steps and train.warmup_ratio:
+        text = f"is {train.warmup_ratio:g}, but train.warmup_steps is {train.warmup_steps}; give one of them"
+        yield _problem("train.warmup_ratio", text)
     rows = derive.rows_per_step(config, config.rollouts) if config.rollouts else train.sequences_per_update
-    if rows % train.sequences_per_update == 0:
+    if rows % train.sequences_per_update == 0 and train.steps is not None:
         total = derive.policy_optimizer_steps(config)
         if train.warmup_steps >= max(total, 1):
             text = (

@@ -22,6 +22,7 @@ from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, ReferenceCo
 from rlhf.config.rewards import drops
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
+from rlhf.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -332,7 +333,7 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
         left_out += rollouts.dynamic_sampling.max_filtered_fraction
     if drops(config.rewards, config.reward_policy):
         left_out += 1.0 / (1.0 - config.reward_policy.max_dropped_fraction) - 1.0
-    return config.train.steps * prompts_at_once(math.ceil(rollouts.prompts_per_step * (1.0 + left_out)), rollouts)
+    return config.train.num_steps * prompts_at_once(math.ceil(rollouts.prompts_per_step * (1.0 + left_out)), rollouts)
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
@@ -356,7 +357,27 @@ def updates_per_step(config: Config) -> int:
 def policy_optimizer_steps(config: Config) -> int:
     """Optimizer steps of the policy in the whole run; it rests while only the critic is trained."""
     warmup = config.algorithm.critic_warmup_steps if isinstance(config.algorithm, PPOConfig) else 0
-    return max(config.train.steps - warmup, 0) * updates_per_step(config)
+    return max(config.train.num_steps - warmup, 0) * updates_per_step(config)
+
+
+def critic_optimizer_steps(config: Config) -> int:
+    """Optimizer steps of the critic in the whole run."""
+    return config.train.num_steps * updates_per_step(config)
+
+
+def warmup_steps(train: TrainConfig, optimizer_steps: int) -> int:
+    """Optimizer steps, of so many in the run, over which the learning rate rises."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * optimizer_steps - 1e-9)
+
+
+def with_steps(config: Config, rows: int) -> Config:
+    """Return the configuration with train.steps in place of train.epochs, where data.train has so many rows."""
+    train = config.train
+    if train.epochs is None:
+        return config
+    rows_of_a_step = train.sequences_per_update if config.rollouts is None else config.rollouts.prompts_per_step
+    steps = max(1, math.ceil(train.epochs * rows / rows_of_a_step - 1e-9))
+    return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,8 +410,6 @@ class Derived:
     rows_per_step: int  # what updates are counted in: sequences, or pairs
     updates_per_batch: int  # minibatches of one pass over a step's batch
     updates_per_step: int
-    policy_optimizer_steps: int  # in the whole run; the critic's warm-up steps are not among them
-    critic_optimizer_steps: int | None
     data_parallel_ranks: int  # of the policy
     longest_sequence: int  # tokens
     tokens_per_step: int  # at most
@@ -410,8 +429,6 @@ def derive(config: Config) -> Derived:
         rows_per_step=rows,
         updates_per_batch=rows // train.sequences_per_update,
         updates_per_step=updates_per_step(config),
-        policy_optimizer_steps=policy_optimizer_steps(config),
-        critic_optimizer_steps=train.steps * updates_per_step(config) if has_critic(config) else None,
         data_parallel_ranks=policy.data_parallel_ranks,
         longest_sequence=longest,
         tokens_per_step=sequences * longest,

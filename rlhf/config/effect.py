@@ -144,8 +144,9 @@ def _of_models(config: Config) -> Iterator[Inert]:
 
 
 def _of_reference(config: Config, algorithm: FollowedReferenceConfig) -> Iterator[Inert]:
-    if (algorithm.reference_every or 0) >= config.train.steps:
-        why = f"the run ends after train.steps {config.train.steps}, before a new reference is read"
+    steps = config.train.steps
+    if steps is not None and (algorithm.reference_every or 0) >= steps:
+        why = f"the run ends after train.steps {steps}, before a new reference is read"
         yield from _all("algorithm.reference_every", why, "lower it")
 
 
@@ -266,9 +267,9 @@ def _of_preferences(config: Config) -> Iterator[Inert]:
 
 
 def _of_data_and_training(config: Config) -> Iterator[Inert]:
-    data, rollouts = config.data, config.rollouts
-    if data.curriculum is not None and rollouts is not None and isinstance(data.train, TaskConfig):
-        asked = config.train.steps * rollouts.prompts_per_step
+    data, rollouts, steps = config.data, config.rollouts, config.train.steps
+    if data.curriculum is not None and rollouts is not None and steps and isinstance(data.train, TaskConfig):
+        asked = steps * rollouts.prompts_per_step
         replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
         if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
             why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are asked, and data.train has as many"
@@ -276,8 +277,8 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.data.eval is None:
         keys = "eval train.best_metric train.early_stopping"
         yield from _all(keys, "there is no data.eval", "name a held-out set as data.eval")
-    elif config.train.early_stopping is not None:
-        evaluations = -(-config.train.steps // config.eval.every)
+    elif config.train.early_stopping is not None and steps is not None:
+        evaluations = -(-steps // config.eval.every)
         if config.train.early_stopping.patience >= evaluations:
             why = f"the run has {evaluations} evaluations, too few to wait for {config.train.early_stopping.patience}"
             yield from _all("train.early_stopping", why, "evaluate more often, or lower its patience")
@@ -297,6 +298,11 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.train.lr_schedule == "constant":
         why = "train.lr_schedule is constant"
         yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
+    why = f"train.lr_schedule is {config.train.lr_schedule}"
+    if config.train.lr_schedule != "cosine_with_restarts":
+        yield from _all("train.lr_cycles", why, "set train.lr_schedule to cosine_with_restarts")
+    if config.train.lr_schedule != "wsd":
+        yield from _all("train.lr_decay_ratio", why, "set train.lr_schedule to wsd")
     if config.tracking.wandb == "off":
         yield from _all(OF_WANDB, "tracking.wandb is off", "set tracking.wandb to offline or online")
 

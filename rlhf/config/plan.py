@@ -16,13 +16,16 @@ from rlhf.config.derive import (
     ROLE_ORDER,
     Derived,
     critic_model,
+    critic_optimizer_steps,
     derive,
     eval_sets,
+    has_critic,
     has_teacher,
     leaves_out,
     merged_because,
     needs_reference_logprobs,
     pairs_rollouts,
+    policy_optimizer_steps,
     prompts_at_once,
     reads_teacher_states,
     reference_model,
@@ -173,7 +176,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
     most = f"a step at most {derived.tokens_per_step:,}" if rollouts else longer
     facts += [
         ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"],
-        ["whole run", _whole_run(config, derived)],
+        ["whole run", _whole_run(config)],
         ["learning rate", _learning_rate(config)],
         ["training data", _mixture(config)],
     ]
@@ -205,18 +208,25 @@ def _replaced(rollouts: RolloutsConfig) -> str:
     return told
 
 
-def _whole_run(config: Config, derived: Derived) -> str:
-    text = f"{config.train.steps} steps: {derived.policy_optimizer_steps} optimizer steps of the policy"
-    if derived.critic_optimizer_steps is not None:
-        text += f", {derived.critic_optimizer_steps} of the critic"
-    return text
+def _whole_run(config: Config) -> str:
+    train = config.train
+    if train.steps is None:
+        return f"{train.epochs:g} epochs: how many steps that is follows from data.train, which is not here"
+    text = f"{train.steps} steps: {policy_optimizer_steps(config)} optimizer steps of the policy"
+    return f"{text}, {critic_optimizer_steps(config)} of the critic" if has_critic(config) else text
 
 
 def _learning_rate(config: Config) -> str:
     train = config.train
-    text = f"{train.lr:g}, {train.lr_schedule}"
+    shape = {
+        "cosine_with_restarts": f"cosine with restarts, {train.lr_cycles} times",
+        "wsd": f"constant, then linear in the last {train.lr_decay_ratio:.0%} of the optimizer steps",
+    }.get(train.lr_schedule, train.lr_schedule)
+    text = f"{train.lr:g}, {shape}"
     if train.lr_schedule != "constant":
         text += f" to {train.lr * train.min_lr_ratio:g}"
+    if train.warmup_ratio:
+        return f"{text} after a warm-up of {train.warmup_ratio:.0%} of the optimizer steps"
     return text + (f" after {train.warmup_steps} optimizer steps of warm-up" if train.warmup_steps else "")
 
 

@@ -331,7 +331,10 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
     if isinstance(method, AshaMethod | PbtMethod):
         name, first = ("every", method.every) if isinstance(method, PbtMethod) else ("grace_steps", method.grace_steps)
         at = (*AT, "method", name)
-        if first >= judged.train.steps:
+        if judged.train.steps is None:
+            text = f"is {method.name}, which counts steps, but the run has train.epochs; give it train.steps instead"
+            yield Problem(key=(*AT, "method"), text=text)
+        elif first >= judged.train.steps:
             text = f"is {first}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
             yield Problem(key=at, text=text)
         elif metric.startswith("eval/") and first % judged.eval.every:

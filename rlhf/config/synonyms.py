@@ -253,6 +253,7 @@ SYNONYMS = (
         "actor.optim.lr_scheduler_type actor.optim.warmup_style",
         "lr_scheduler",
     ),
+    S("train.warmup_ratio", "warmup_ratio", "actor.optim.lr_warmup_steps_ratio", "lr_warmup_ratio"),
     S("train.warmup_steps", "warmup_steps", "actor.optim.lr_warmup_steps", other="num_warmup_steps"),
     S("train.min_lr_ratio", "lr_scheduler_kwargs", "actor.optim.min_lr_ratio", "min_lr_ratio"),
     S("train.betas", "adam_beta1 adam_beta2", "actor.optim.betas", "adam.betas adam_betas"),
@@ -266,6 +267,7 @@ SYNONYMS = (
         other="gradient_clipping clip_grad_norm",
     ),
     S("train.steps", "max_steps", "trainer.total_training_steps", other="num_steps total_steps"),
+    S("train.epochs", "num_train_epochs", "trainer.total_epochs", "num_episodes", other="num_epochs"),
     S("train.epochs_per_batch", "num_iterations num_ppo_epochs", "actor.ppo_epochs", "train.max_epochs max_epochs"),
     S(
         "train.sequences_per_update",

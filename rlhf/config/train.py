@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from rlhf.algorithms.section import Section
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -35,14 +36,24 @@ class EarlyStopping(Section):
 class TrainConfig(Section):
     """The optimizer and the batch. `steps` counts controller steps: for RL a step is one batch of rollouts."""
 
-    steps: int = Field(ge=1)
-    """Steps of the whole run, resumed or not."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of the whole run, resumed or not. Give either this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0.0, le=1_000_000)
+    """Passes over data.train, in place of `steps`: as many steps as it takes to train on so many rows, for RL prompts.
+    Of several sets, a pass has as many rows as all sets together, whatever their weights."""
     lr: float = Field(gt=0.0)
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up, over all optimizer steps of the run."""
+    lr_schedule: Schedule = "constant"
+    """Shape after the warm-up, over all optimizer steps of the run. cosine_with_restarts falls `lr_cycles` times; wsd
+    (warmup-stable-decay) is constant, then falls linearly in the last `lr_decay_ratio` of the steps."""
+    lr_cycles: int = Field(default=2, ge=2)
+    """Times that cosine_with_restarts falls from the full rate."""
+    lr_decay_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Share of the run's optimizer steps in which wsd decays."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the rate rises linearly from 0."""
+    warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the run's optimizer steps over which the rate rises, in place of `warmup_steps`; rounded up."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate that the decay would reach one step after the last, as a share of lr. The last step itself still
     has a rate above it."""
@@ -72,6 +83,13 @@ class TrainConfig(Section):
     first evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
     early_stopping: EarlyStopping | None = None
     """null: the run does all its steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """Return the steps of the run, which follow from `epochs` once the data has been read."""
+        if self.steps is None:
+            raise ValueError("train.epochs has not been turned into steps: call rlhf.config.derive.with_steps first")
+        return self.steps
 
 
 class EvalConfig(Section):

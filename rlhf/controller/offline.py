@@ -96,7 +96,7 @@ class OfflineController:
         """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
         Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
-        end = train.steps if until is None else until
+        end = train.num_steps if until is None else until
         arithmetic = await self.role.arithmetic()
         if self.step == 0 and self.eval_sets and self.config.eval.at_start:
             record.begin_step(0)
@@ -105,7 +105,7 @@ class OfflineController:
         while self.step < end and not self.best.is_over:
             step = self.step + 1
             record.begin_step(step)
-            last = step == train.steps
+            last = step == train.num_steps
             with record.stage("step"):
                 await self._update(last=last)
             evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
@@ -134,7 +134,7 @@ class OfflineController:
                 record.write_row(step, record.row())
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
-        if self.step < train.steps and not self.best.is_over:
+        if self.step < train.num_steps and not self.best.is_over:
             return False
         await self._take_best()
         return True

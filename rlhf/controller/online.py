@@ -105,7 +105,7 @@ class OnlineController:
         """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
         Continues from `step` if a checkpoint has been restored."""
         train, record = self.config.train, self.record
-        end = train.steps if until is None else until
+        end = train.num_steps if until is None else until
         record.begin_step(self.step)
         self.arithmetic = await self.roles.policy.arithmetic()
         await self._sync(self.step)
@@ -118,7 +118,7 @@ class OnlineController:
             record.begin_step(step)
             with record.stage("step"):
                 await self._train_step(step)
-            last = step == train.steps
+            last = step == train.num_steps
             evaluates = bool(self.eval_sets) and (last or step % self.config.eval.every == 0)
             if evaluates:
                 await self._evaluate(step)
@@ -133,7 +133,7 @@ class OnlineController:
                 record.write_row(step, record.row())
             if is_told and not is_over:
                 raise Preempted(f"a checkpoint of step {step} is written")
-        if self.step < train.steps and not self.best.is_over:
+        if self.step < train.num_steps and not self.best.is_over:
             return False
         await self._to_trainers("policy", "critic", keep_weights=False)  # for the export
         best = self.best.step

@@ -35,12 +35,17 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSettings:
-    """Learning rate over a run of total_steps: a linear rise over warmup_steps, then kind, towards min_ratio * lr."""
+    """Learning rate over a run of total_steps: a linear rise over warmup_steps, then kind, towards min_ratio * lr.
 
-    kind: Literal["constant", "linear", "cosine"]
+    cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]
     warmup_steps: int
     total_steps: int
     min_ratio: float = 0.0
+    cycles: int = 1
+    decay_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,23 @@ def lr_factor(settings: ScheduleSettings, step: int) -> float:
     """
     if step <= settings.warmup_steps:
         return step / settings.warmup_steps
-    if settings.kind == "constant":
-        return 1.0
     length = max(1, settings.total_steps - settings.warmup_steps)
     progress = min(1.0, (step - settings.warmup_steps - 1) / length)
-    fall = 1.0 - progress if settings.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return settings.min_ratio + (1.0 - settings.min_ratio) * fall
+    return settings.min_ratio + (1.0 - settings.min_ratio) * _height(settings, progress, length)
+
+
+def _height(settings: ScheduleSettings, progress: float, length: int) -> float:
+    """Return the rate between its least (0) and its most (1) after that share of the `length` steps of the decay."""
+    match settings.kind:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "cosine_with_restarts":
+            within = (settings.cycles * progress) % 1.0 if progress < 1.0 else 1.0
+            return 0.5 * (1.0 + math.cos(math.pi * within))
+        case "wsd":
+            decay_steps = min(length, max(1, round(settings.decay_ratio * settings.total_steps)))
+            return min(1.0, (1.0 - progress) * length / decay_steps)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import ROLE_ORDER, is_online, models_of
+from rlhf.config.derive import ROLE_ORDER, is_online, models_of, with_steps
 from rlhf.config.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.plan import refuse_misfit, stage_text, table
 from rlhf.config.root import Config
 from rlhf.config.seating import seat
 from rlhf.config.stages import MergeStage, final_folder
+from rlhf.config.stages import Stage as RunStage
 from rlhf.errors import UserError
 from rlhf.models.row_layout import RowLayout, expected_layout
 from rlhf.planning.fitting import places, remedies, this_machine
@@ -33,12 +34,27 @@ def render(
     refuse_misfit(loaded, nodes, cluster)
     sizes = sizes_of(loaded, nodes, shapes)
     parts = []
-    for stage in loaded.stages.values():
-        text = stage_text(stage, None if nodes is None else [node.resources for node in nodes])
+    for written in loaded.stages.values():
+        stage, epochs = _with_counted_steps(written)
+        text = stage_text(stage, None if nodes is None else [node.resources for node in nodes]) + epochs
         if isinstance(stage, Config):
             text = "\n\n".join([text, *_estimates(stage, sizes, nodes, lengths)])
         parts.append(text)
     return "\n\n".join(parts) + "\n"
+
+
+def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
+    """Return the stage with steps in place of epochs, if its data is on this machine, and a sentence that says so."""
+    if not isinstance(stage, Config) or stage.train.epochs is None:
+        return stage, ""
+    from rlhf.planning.here import rows_here  # and the readers of data sets with it
+
+    rows = rows_here(stage)
+    if rows is None:
+        return stage, ""
+    found = with_steps(stage, rows)
+    text = f"train.epochs {stage.train.epochs:g} of {rows:,} rows: {found.train.steps:,} steps, if no row is left out"
+    return found, f"\n\n  {text}"
 
 
 def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | None) -> Sizes:
@@ -170,11 +186,9 @@ def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | Non
     if nodes is not None and all(node.price is not None for node in nodes):
         price = sum(node.price or 0.0 for node in nodes)
     rows = [["stage", "s", "share", f"{unit} hours", *(["price"] if price is not None else []), "how"]]
-    for stage in [
-        *stages,
-        Stage(name="step", seconds=total, how=f"* {config.train.steps:,} steps"),
-        _whole(config, total),
-    ]:
+    steps = config.train.steps
+    step = Stage(name="step", seconds=total, how="" if steps is None else f"* {steps:,} steps")
+    for stage in [*stages, step, *([] if steps is None else [_whole(total, steps)])]:
         row = [stage.name, f"{stage.seconds:,.4g}", f"{stage.seconds / total:.0%}" if stage.seconds <= total else ""]
         row.append(f"{stage.seconds * amount / 3600:,.4g}")
         if price is not None:
@@ -183,8 +197,8 @@ def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | Non
     return table(rows)
 
 
-def _whole(config: Config, step: float) -> Stage:
-    seconds = step * config.train.steps
+def _whole(step: float, steps: int) -> Stage:
+    seconds = step * steps
     return Stage(name="whole run", seconds=seconds, how=f"{seconds / 3600:,.3g} hours, without start and evaluations")
 
 

@@ -77,7 +77,7 @@ class Population:
         assert isinstance(sweep.config.method, PbtMethod)
         self.sweep = sweep
         self.method = sweep.config.method
-        self.steps = sweep.base.runs[sweep.judged].train.steps
+        self.steps = sweep.base.runs[sweep.judged].train.num_steps
         self.journal = journal
         for number, values in enumerate(known):
             if number not in journal.trials:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.cluster import TrainedRole
-from rlhf.config.derive import adapter_options
+from rlhf.config.derive import adapter_options, warmup_steps
 from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
@@ -101,9 +101,11 @@ class TrainedWorker(ABC):
                 ),
                 schedule=ScheduleSettings(
                     kind=train.lr_schedule,
-                    warmup_steps=train.warmup_steps,
+                    warmup_steps=warmup_steps(train, self.optimizer_steps),
                     total_steps=self.optimizer_steps,
                     min_ratio=train.min_lr_ratio,
+                    cycles=train.lr_cycles,
+                    decay_ratio=train.lr_decay_ratio,
                 ),
                 zero_stage=self.resources.zero_stage,
                 offload=offload,

@@ -21,10 +21,11 @@ from actors.ranks import free_address
 from actors.recording import recording
 from rlhf.config.derive import (
     critic_model,
-    derive,
+    critic_optimizer_steps,
     distils_rollouts,
     needs,
     pairs_rollouts,
+    policy_optimizer_steps,
     reference_is_adapter_off,
     reference_model,
 )
@@ -437,12 +438,12 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
 
 def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
-    wanted, derived = needs(config), derive(config)
+    wanted = needs(config)
     kind: Any = OnlinePreferenceWorker if pairs_rollouts(config) else PolicyWorker
     own: dict[str, Any] = {"reference_is_adapter_off": reference_is_adapter_off(config)}
     if distils_rollouts(config):
         kind, own = StudentWorker, {}
-    worker = kind(config, PLACE, optimizer_steps=derived.policy_optimizer_steps, **own)
+    worker = kind(config, PLACE, optimizer_steps=policy_optimizer_steps(config), **own)
     policy = Policy(worker)
     sequences: dict[str, Any] = {
         "temperature": config.rollouts.temperature,
@@ -452,7 +453,7 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
     critic = None
     if "critic" in wanted:
         critic = Critic(
-            CriticWorker(config, critic_model(config), PLACE, optimizer_steps=derived.critic_optimizer_steps)
+            CriticWorker(config, critic_model(config), PLACE, optimizer_steps=critic_optimizer_steps(config))
         )
     reference = None
     if "reference" in wanted:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.inputs import OfflineInputs, OnlineInputs, load_inputs
+from actors.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs
 from actors.reading import local_model
 from rlhf.config.load import load
 from rlhf.data.stream import Share
@@ -48,6 +48,28 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "a.jsonl", [row, row | {"completion": ""}, row | {"completion": "c"}])
     write(tmp_path / "b.jsonl", [row | {"completion": " "}, {"prompt": "x", "completion": "y", "answer": "y"}])
     return tmp_path
+
+
+def test_epochs_count_the_rows_that_are_kept(folder: Path) -> None:
+    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", "epochs: 3"))
+    (stage,) = load_inputs(load(folder / "run.yaml"))
+    assert isinstance(stage, StageInputs)
+    assert (stage.config.train.steps, stage.config.train.epochs) == (5, None)  # 3 * 3 rows, 2 in each step
+    assert (stage.written.train.steps, stage.written.train.epochs) == (None, 3.0)
+
+
+def test_epochs_of_prompts(folder: Path) -> None:
+    (folder / "run.yaml").write_text(GRPO.replace("DIR", str(folder)).replace("steps: 1", "epochs: 1"))
+    (stage,) = load_inputs(load(folder / "run.yaml"))
+    assert isinstance(stage, StageInputs)
+    assert stage.config.train.steps == 3  # 5 prompts, 2 in each step
+
+
+def test_what_epochs_make_of_the_run_is_checked(folder: Path) -> None:
+    changed = "epochs: 1, warmup_steps: 9"
+    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", changed))
+    with pytest.raises(UserError, match=r"train\.epochs is 1, which makes 2 steps: train\.warmup_steps: is 9"):
+        load_inputs(load(folder / "run.yaml"))
 
 
 def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(

@@ -118,6 +118,12 @@ RELATIONS = {
         ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],
         "rewards.greedy: is taken",
     ),
+    "steps or epochs": (["train.epochs=2"], "train.epochs: is 2, but train.steps is 10; give one of them"),
+    "no end of the run": (["train.steps=null"], "train.steps: is missing; give the run's steps, or train.epochs"),
+    "warm-up by steps or by a share": (
+        ["train.warmup_steps=2", "train.warmup_ratio=0.1"],
+        "train.warmup_ratio: is 0.1, but train.warmup_steps is 2; give one of them",
+    ),
     "a minibatch is no larger than the batch": (
         ["train.sequences_per_update=64"],
         "has only rollouts.prompts_per_step",

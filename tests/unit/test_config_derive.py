@@ -8,15 +8,19 @@ import pytest
 
 from rlhf.config.derive import (
     critic_model,
+    critic_optimizer_steps,
     derive,
     eval_sets,
     merged_because,
     needs,
+    policy_optimizer_steps,
     prompts_asked,
     prompts_at_once,
     saved_rank,
     ships_adapter,
+    warmup_steps,
     weight_sync,
+    with_steps,
 )
 from rlhf.config.root import Config
 from rlhf.config.seating import fit, seat
@@ -40,29 +44,57 @@ GRPO = {"name": "grpo"}
 
 
 def test_the_batch_of_an_online_run() -> None:
-    derived = derive(config({**PPO, "critic_warmup_steps": 3}))
+    run = config({**PPO, "critic_warmup_steps": 3})
+    derived = derive(run)
     assert derived.sequences_per_step == 24  # 6 * 4
     assert derived.updates_per_batch == 3  # 24 / 8
     assert derived.updates_per_step == 6  # 3 * 2 epochs
-    assert derived.policy_optimizer_steps == 42  # (10 - 3) * 6
-    assert derived.critic_optimizer_steps == 60  # 10 * 6
+    assert policy_optimizer_steps(run) == 42  # (10 - 3) * 6
+    assert critic_optimizer_steps(run) == 60  # 10 * 6
     assert derived.longest_sequence == 120  # 100 + 20
     assert derived.tokens_per_step == 2880  # 24 * 120
 
 
 def test_a_step_of_pairs_has_one_a_prompt() -> None:
     train = {"steps": 10, "lr": 1.0, "sequences_per_update": 3, "epochs_per_batch": 2}
-    derived = derive(config({"name": "online_dpo"}, train=train))
+    run = config({"name": "online_dpo"}, train=train)
+    derived = derive(run)
     assert (derived.sequences_per_step, derived.rows_per_step) == (24, 6)  # 6 * 4 responses, 6 prompts
-    assert (derived.updates_per_batch, derived.updates_per_step, derived.policy_optimizer_steps) == (2, 4, 40)
+    assert (derived.updates_per_batch, derived.updates_per_step, policy_optimizer_steps(run)) == (2, 4, 40)
 
 
 def test_a_supervised_step_is_an_optimizer_step() -> None:
     train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
-    derived = derive(config({"name": "sft"}, rollouts=None, rewards={}, train=train))
-    assert (derived.sequences_per_step, derived.updates_per_step, derived.policy_optimizer_steps) == (8, 1, 10)
-    assert derived.critic_optimizer_steps is None
+    run = config({"name": "sft"}, rollouts=None, rewards={}, train=train)
+    derived = derive(run)
+    assert (derived.sequences_per_step, derived.updates_per_step, policy_optimizer_steps(run)) == (8, 1, 10)
     assert derived.longest_sequence == 64
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(1.0, 16, 2), (1.0, 17, 3), (2.0, 17, 5), (0.5, 16, 1), (0.1, 3, 1), (3.0, 8, 3)],  # ceil(epochs * rows / 8)
+)
+def test_epochs_of_examples_are_steps(epochs: float, rows: int, steps: int) -> None:
+    train = {"epochs": epochs, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
+    run = with_steps(config({"name": "sft"}, rollouts=None, rewards={}, train=train), rows)
+    assert (run.train.steps, run.train.epochs) == (steps, None)
+
+
+def test_epochs_of_prompts_are_steps() -> None:
+    train = {"epochs": 2.0, "lr": 1.0, "sequences_per_update": 8}
+    assert with_steps(config(GRPO, train=train), 100).train.steps == 34  # 200 prompts, 6 a step
+
+
+def test_steps_stay_as_they_are() -> None:
+    assert with_steps(config(GRPO), 100).train.steps == 10
+
+
+def test_a_warm_up_by_steps_or_by_a_share() -> None:
+    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8}
+    assert warmup_steps(config(GRPO, train={**train, "warmup_steps": 3}).train, 40) == 3
+    share = config(GRPO, train={**train, "warmup_ratio": 0.1}).train
+    assert [warmup_steps(share, total) for total in (1, 10, 11, 40)] == [1, 1, 2, 4]  # as transformers rounds
 
 
 def test_ranks_that_share_micro_batches_count_as_one() -> None:

@@ -141,7 +141,7 @@ def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
         ("train.steps=3.5", "train.steps: got 3.5, expected an integer >= 1"),
         ("train.lr=.inf", "train.lr: got '.inf', expected a number > 0"),
         ("train.betas=[0.9]", "train.betas: got too few values, expected a list of 2 numbers >= 0 and < 1"),
-        ("train.lr_schedule=step", "train.lr_schedule: got 'step', expected `constant`, `linear` or `cosine`"),
+        ("train.lr_schedule=step", "train.lr_schedule: got 'step', expected `constant`, `linear`, `cosine`"),
         ("policy.model=3", "policy.model: got 3, expected a string"),
         ("policy=3", "policy: got 3, expected a mapping"),
         ("policy.trust_remote_code=yes", "policy.trust_remote_code: got 'yes', expected true or false"),

@@ -51,6 +51,29 @@ def test_the_facts(tmp_path: Path) -> None:
     assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
 
 
+def test_epochs_of_data_on_this_machine_are_steps(tmp_path: Path) -> None:
+    text = plan(tmp_path, "train.steps=null", "train.epochs=60")
+    assert "train.epochs 60 of 9 rows: 9 steps, if no row is left out" in text  # ceil(60 * 9 / 64)
+    assert fact(text, "whole run") == "9 steps: 28 optimizer steps of the policy, 36 of the critic"  # (9 - 2) * 4
+
+
+def test_epochs_of_data_elsewhere_have_no_known_number_of_steps(tmp_path: Path) -> None:
+    text = plan(tmp_path, "train.steps=null", "train.epochs=2", "data.train=absent.jsonl")
+    assert fact(text, "whole run").startswith("2 epochs: how many steps that is follows from data.train")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["train.lr_schedule=wsd"], "1e-06, constant, then linear in the last 10% of the optimizer steps to 1e-07"),
+        (["train.lr_schedule=cosine_with_restarts"], "1e-06, cosine with restarts, 2 times to 1e-07"),
+    ],
+)
+def test_schedules(tmp_path: Path, overrides: list[str], shown: str) -> None:
+    text = plan(tmp_path, *overrides, "train.warmup_steps=0", "train.warmup_ratio=0.1")
+    assert fact(text, "learning rate") == f"{shown} after a warm-up of 10% of the optimizer steps"
+
+
 def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
     text = plan(tmp_path, "rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2}")
     assert fact(text, "responses a step") == (

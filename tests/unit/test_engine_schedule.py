@@ -29,20 +29,41 @@ def test_cosine() -> None:
     assert factors(kind="cosine") == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_wsd_is_flat_and_then_falls() -> None:
+    # half of 6 steps: 4, 5 and 6 have fallen by 0/3, 1/3 and 2/3 of 1 - 0.25
+    assert factors(kind="wsd", decay_ratio=0.5, min_ratio=0.25) == pytest.approx([0.5, 1, 1, 1, 0.75, 0.5, 0.25, 0.25])
+
+
+def test_wsd_that_decays_from_the_start_is_linear() -> None:
+    assert factors(kind="wsd", decay_ratio=1.0) == pytest.approx(factors(kind="linear"))
+
+
+TRANSFORMERS: dict[str, tuple[str, dict[str, int]]] = {
+    "linear": ("linear", {}),
+    "cosine": ("cosine", {}),
+    "cosine_with_restarts": ("cosine_with_restarts", {"num_cycles": 3}),
+    "wsd": ("warmup_stable_decay", {"num_decay_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_without_warmup_the_rates_are_those_of_transformers(kind: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=3)
+    name, settings = TRANSFORMERS[kind]
+    settings = settings | ({"decay_type": "linear"} if kind == "wsd" else {})  # type: ignore[dict-item]
+    scheduler = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=0, num_training_steps=12, scheduler_specific_kwargs=settings
+    )
     theirs = []
-    for _ in range(3):
+    for _ in range(12):
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    schedule = ScheduleSettings(kind=kind, warmup_steps=0, total_steps=3)  # type: ignore[arg-type]
-    assert [lr_factor(schedule, step) for step in (1, 2, 3)] == pytest.approx(theirs)
+    schedule = ScheduleSettings(kind=kind, warmup_steps=0, total_steps=12, cycles=3, decay_ratio=0.25)  # type: ignore[arg-type]
+    assert [lr_factor(schedule, step) for step in range(1, 13)] == pytest.approx(theirs)
     assert theirs[-1] > 0.0
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("kind", ["constant", *TRANSFORMERS])
 def test_a_run_of_a_single_step_trains(kind: str) -> None:
     assert lr_factor(ScheduleSettings(kind=kind, warmup_steps=0, total_steps=1), 1) == 1.0  # type: ignore[arg-type]
