@@ -78,6 +78,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that our thread handles no signals
+    request = current_request()
+    if request is not None:
+        request.on_interrupt = OWN_RAY.kill
     if ray.is_initialized():
         yield
         return
@@ -110,7 +113,7 @@ def _start_local(config: ClusterConfig) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    temp = _private_temp()
+    temp, request = _private_temp(), current_request()
     logger.info("starting Ray on this machine")
     before = psutil.Process().children()
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_RAY)  # the daemons inherit this thread's mask
@@ -133,11 +136,8 @@ def _start_local(config: ClusterConfig) -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         OWN_RAY.daemons = [process for process in psutil.Process().children() if process not in before]
-        request = current_request()
-        if request is not None:
-            request.on_interrupt = OWN_RAY.kill
-            if request.interrupted.is_set():
-                OWN_RAY.kill()
+        if request is not None and request.interrupted.is_set():
+            OWN_RAY.kill()
 
 
 def _refuse_few_open_files() -> None:

@@ -146,6 +146,8 @@ def _run_stages(
                 logger.info("%s is finished: %s", written.run.name, result_of(written))
                 continue
             request.raise_if_stopped()
+            if loaded.is_pipeline:
+                logger.info("stage %s begins", written.run.name)
             if isinstance(stage, StageInputs):
                 run_async(_run_stage(stage, request, resume=resume, mode=mode, until=until))
             elif isinstance(stage, MergeStage):

@@ -19,7 +19,7 @@ from pathlib import Path
 from rlhf.arguments import parse
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, RunError, UserError
-from rlhf.stopping import has_stuck_threads
+from rlhf.stopping import leave_stuck_threads
 from rlhf.tracking.logs import printable, redact
 
 
@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _repair_streams()
     code = _main(list(sys.argv[1:] if argv is None else argv))
-    if argv is None and has_stuck_threads():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # Python would wait for calls that may never return
+    if argv is None:
+        leave_stuck_threads(code)
     return code
 
 

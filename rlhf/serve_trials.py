@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 
 from rlhf.cli import main
 from rlhf.errors import RunError, UserError
+from rlhf.stopping import leave_stuck_threads
 
 
 def serve() -> int:
@@ -52,4 +53,6 @@ def _keep(to_the_end: ExitStack, config: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    exit_code = serve()
+    leave_stuck_threads(exit_code)
+    sys.exit(exit_code)

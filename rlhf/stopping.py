@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -138,7 +140,7 @@ def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None
 
 
 def start_thread(call: Callable[[], T], name: str) -> tuple[Future[T], threading.Thread]:
-    """Start a call that may never return, in a thread that keeps no process alive. See `has_stuck_threads`."""
+    """Start a call that may never return, in a thread that keeps no process alive. See `leave_stuck_threads`."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -165,8 +167,16 @@ def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bo
     return True
 
 
+def leave_stuck_threads(code: int) -> None:
+    """Exit here and now if a call of this module has not returned: Python itself would wait for it."""
+    if has_stuck_threads():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def has_stuck_threads() -> bool:
-    """Whether a call of this module has not returned. A process that ends must not wait for it."""
+    """Return whether a call of this module has not returned."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())
 
 

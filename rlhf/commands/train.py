@@ -108,9 +108,9 @@ def launch(
     if not resume and not overwrite:
         for stage in loaded.stages.values():
             refuse_other_run(run_folder(stage))
-    logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
 
     def work(_: StopRequest) -> None:
+        logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
         from actors.launch import launch as start
 
         start(

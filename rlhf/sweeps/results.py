@@ -66,17 +66,25 @@ class SweepResult:
         """Return the trials for a terminal of 80 columns or more. The best one is marked in front of its name."""
         keys = list(self.rows[0].parameters) if self.rows else []
         title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
-        table = Table(title=title, title_justify="left", caption="* best", caption_justify="left", padding=(0, 1, 0, 0))
+        failures = [f"{row.trial} failed: {row.error}" for row in self.rows if row.error is not None]
+        caption = Text("\n".join(["* best", *failures]))
+        table = Table(
+            title=title,
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
+            box=None,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("  trial", no_wrap=True)
         for heading in (*keys, self.metric.removeprefix("-"), "step", "time"):
             table.add_column(
                 Text(re.sub(r"([./])", r"\1\n", heading)), justify="right", no_wrap=True, vertical="bottom"
             )
-        table.add_column("outcome", overflow="fold", min_width=8)
+        table.add_column("outcome", overflow="fold", vertical="bottom")
         for row in self.rows:
             is_best = row == self.best
-            outcome = row.state if row.error is None else f"{row.state}: {row.error}"
-            outcome += "".join(f", from {origin}" for origin in row.origin[-1:])
+            outcome = row.state + "".join(f", from {origin}" for origin in row.origin[-1:])
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
             values = [number(value) if isinstance(value, float) else shown(value) for value in row.parameters.values()]
             cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, outcome]

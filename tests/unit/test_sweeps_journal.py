@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rlhf.config.load import load
 from rlhf.config.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Copy, Journal
 from rlhf.sweeps.plots import plot
-from rlhf.sweeps.results import collect, explain_failure, write
+from rlhf.sweeps.results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed, Population
 from rlhf.tracking.atomic import write_lines
@@ -223,3 +225,31 @@ def test_a_member_that_failed_is_replaced(tmp_path: Path) -> None:
         assert journal.trials[0].state == "open"
         assert journal.trials[0].origin == ["trial-002@4"]
         assert not journal.trials[1].origin  # one of four is replaced, and that is the failed one
+
+
+def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    def row(number: int, error: str | None = None) -> TrialResult:
+        return TrialResult(
+            trial=f"trial-{number:03d}",
+            state="finished" if error is None else "failed",
+            parameters={"train.lr": 5.0294512e-05, "algorithm.kl.coef": 0.0125, "policy.lora.rank": 16},
+            value=0.512345,
+            best_value=0.6,
+            best_step=3,
+            step=400,
+            time_s=754.0,
+            error=error,
+            origin=(),
+        )
+
+    rows = (row(0), row(1), row(2, "exit 1: policy rank 0 died, of too little memory"))
+    shown = io.StringIO()
+    found = SweepResult(folder=tmp_path / "rates", metric="eval/heldout/score", rows=rows, best=rows[1])
+    Console(file=shown, width=80).print(found.to_table())
+    lines = shown.getvalue().splitlines()
+    cells = ["5.03e-05", "0.0125", "16", "0.512", "400", "12 min 34 s"]
+    (best,) = [line for line in lines if "trial-001" in line]
+    assert best.replace("│", " ").split() == ["*", "trial-001", *cells[:-1], "12", "min", "34", "s", "finished"]
+    assert [line.split()[-1] for line in lines[-5:-2]] == ["finished", "finished", "failed"]
+    assert lines[-1].rstrip() == "trial-002 failed: exit 1: policy rank 0 died, of too little memory"
+    assert "…" not in shown.getvalue()

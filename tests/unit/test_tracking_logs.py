@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -86,3 +88,9 @@ def test_a_line_outside_of_a_step_names_none_and_no_terminal_obeys_it(capsys: py
     logging.getLogger("rlhf.x").info("said \x1b[2J and \x07")
     line = capsys.readouterr().err
     assert "Z INFO controller rlhf.x: said \\x1b[2J and \\x07\n" in line
+
+
+def test_libraries_say_nothing_when_they_are_imported() -> None:
+    says = "import rlhf, logging; logging.getLogger('bitsandbytes').warning('pip install kernels')"
+    done = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
