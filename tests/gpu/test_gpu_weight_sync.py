@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.weights import Meeting
+from actors.weights.adapter import AdapterSender
+from actors.weights.checksum import weighted_sum
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
-from tests.gpu.gpu_helpers import TWO_GPUS, build_model, gpu_spec, sync, trainer
-from tests.integration.engine_helpers import SAMPLING, call, engine, request
+from rlhf.models.lora import add_lora
+from rlhf.models.weights import ADAPTER, adapter_sources
+from tests.gpu.gpu_helpers import GPU, TWO_GPUS, build_model, gpu_spec, sync, trainer
+from tests.integration.engine_helpers import SAMPLING, call, engine, request, worst_difference
 from tests.integration.rank_gang import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -85,6 +91,33 @@ def test_an_engine_that_keeps_its_weights_goes_on_with_them(neighbours: tuple[An
     prove(handle, policy, 1)
     assert call(handle.health.remote()).version == 1
     assert call(handle.gpu_peak_gib.remote()) > 0.0
+
+
+def test_the_checksum_of_a_gpu_is_a_plain_sum() -> None:
+    words = torch.randint(-(2**63), 2**63 - 1, (9_000_001,), generator=torch.Generator().manual_seed(0))  # three chunks
+    assert torch.equal(weighted_sum(words.to(GPU), first=5).cpu(), weighted_sum(words, first=5))
+
+
+def test_an_adapter_is_loaded_once_a_version(folder: Path, tmp_path: Path, ray_local: None) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = add_lora(base, rank=8, alpha=16.0, dropout=0.0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    config = json.loads(json.dumps(policy.peft_config[ADAPTER].to_dict(), default=sorted))
+    sender = AdapterSender(tmp_path / "adapter", config, rank=0, dtype=torch.float32)
+
+    def load_again(*arguments: Any) -> None:
+        raise ValueError("an engine step loaded the adapter again")
+
+    with engine(gpu_spec(folder, transport="ipc", lora_rank=8), num_gpus=SHARE) as handle:
+        manifest = sender.publish(((source.name, source.make()) for source in adapter_sources(policy)), 1)
+        assert manifest is not None
+        call(handle.update_weights.remote(manifest, 1))
+        call(handle.replace.remote("vllm.lora.worker_manager.WorkerLoRAManager", "_load_adapter", load_again))
+        rollouts, _ = call(handle.generate.remote(request(1), SAMPLING))
+        assert worst_difference(policy, rollouts) < 1e-2
+    sender.close()
 
 
 @TWO_GPUS
