@@ -68,7 +68,7 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
 
 
 def broadcast(group: Any, tensor: Tensor) -> None:
-    """From rank 0, finished on return. RunError at the group's deadline or if a peer is gone."""
+    """Send a tensor from rank 0 to all others and wait for it. RunError at the deadline or if a peer is gone."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
