@@ -1,8 +1,8 @@
-"""The thread that owns the vLLM engine: it steps it, and runs everything else on it between two steps.
+"""The thread that owns the vLLM engine: it runs the engine's steps, and everything else between two steps.
 
-vLLM's core runs in this process, not in one of its own: a weight update cannot meet a running step, a request that
-ends on a stop string leaves the batch before the next step (so a batch depends on nothing but its requests), and an
-engine starts in a third of the time. Nothing outside this thread may touch the engine.
+vLLM's core runs in this process, not in a separate one. A weight update therefore never meets a running step. A request
+that ends on a stop string leaves the batch before the next step, so a batch depends on its requests alone. And an
+engine starts in a third of the time. No other thread may touch the engine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Aborted(RunError):
 
 
 class EngineLoop:
-    """Runs until `stop`, or until the engine fails: then every waiting and every later call raises RunError."""
+    """Runs until `stop` or until the engine fails. Then every waiting and every later call raises RunError."""
 
     def __init__(self, build: Callable[[], Any], *, name: str) -> None:
         self.name = name
@@ -53,12 +53,12 @@ class EngineLoop:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the engine."""
+        """The number of requests in the engine."""
         return len(self._waiting)
 
     @property
     def failure(self) -> RunError | None:
-        """The error that every call raises since the engine failed; None: it runs."""
+        """The error that every call raises since the engine failed, or None."""
         return self._failure
 
     def start(self) -> Future[None]:
@@ -85,9 +85,9 @@ class EngineLoop:
         return future
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
-        """Start all of them in the same step, in this order, or none if the engine refuses one.
+        """Start all requests in the same step, in this order, or none if the engine refuses one.
 
-        Each future is vLLM's final RequestOutput.
+        Each future gives vLLM's final RequestOutput.
         """
         futures: list[Future[Any]] = [Future() for _ in submissions]
 
@@ -111,7 +111,7 @@ class EngineLoop:
         return futures
 
     def abort(self, prefixes: Sequence[str]) -> Future[int]:
-        """Drop the requests whose ids begin with one of these; how many there were. Who waits for them gets Aborted."""
+        """Drop the requests whose ids have one of these prefixes. Return their number; their futures raise Aborted."""
 
         def abort(engine: Any) -> int:
             dropped = [request_id for request_id in self._waiting if request_id.startswith(tuple(prefixes))]
@@ -122,7 +122,7 @@ class EngineLoop:
         return self.call(abort)
 
     def stop(self, *, timeout_s: float) -> bool:
-        """End the thread and the engine; whether it ended in time."""
+        """End the thread and the engine. Return whether they ended in time."""
 
         def shut_down() -> None:
             self._stopped = True
@@ -151,7 +151,7 @@ class EngineLoop:
             self._engine.engine_core.shutdown()
 
     def _take_commands(self) -> None:
-        """All that have come; waits for one if there is nothing to step."""
+        """Run all commands that have arrived. Wait for one if there is nothing to step."""
         if self._failure is not None or not self._engine.has_unfinished_requests():
             self._commands.get()()
         with contextlib.suppress(queue.Empty):
@@ -181,7 +181,7 @@ class EngineLoop:
 
 
 def _message(error: BaseException) -> str:
-    """Return what vLLM says and, if memory was short, the settings that change it."""
+    """Return vLLM's message and, if memory was short, the settings that change it."""
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return f"{text} {what_shrinks('rollout')}"

@@ -1,4 +1,4 @@
-"""The rollout role: vLLM engines among which prompts are dealt out."""
+"""The rollout role: distributes prompts among vLLM engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RolloutEngine(RolloutWorker):
     """One engine as a Ray actor."""
 
     async def memory(self) -> MemoryReport:
-        """Peaks of this process and, on GPUs, of the engine's workers, which are others with tensor parallelism."""
+        """Return the peaks of this process and, on GPUs, of the engine's workers, which may be other processes."""
         return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
 
 
@@ -51,7 +51,7 @@ def start_engines(
     spool: Path,
     environment: EnvironmentSpec | None,
 ) -> RolloutEngines:
-    """The engines' actors, their models not yet loaded. They wait for the policy's weights."""
+    """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
     policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
     sync = weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = RolloutSpec(
@@ -79,7 +79,7 @@ def serve_engines(
     max_model_len: int,
     environment: EnvironmentSpec | None = None,
 ) -> RolloutEngines:
-    """Engines that answer with a model as it lies on disk, not yet started. No weights can be synced into them."""
+    """Create engines that answer with a model as it lies on disk. They are not started and cannot be synced."""
     spec = RolloutSpec(
         name="rollout engine",
         model=model.base,
@@ -96,7 +96,7 @@ def serve_engines(
 
 
 def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) -> list[ActorHandle[Any]]:
-    """One actor for each seat, with what the cluster and the seat decide added to what the engines have in common."""
+    """Create one actor for each seat. The cluster and the seat add their settings to the common ones."""
     role, nodes = cluster.roles.rollout, placement.nodes_of("rollout")
     remote = ray.remote(RolloutEngine)
     handles = []
@@ -120,10 +120,10 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
 
 
 class RolloutEngines:
-    """All engines of a run. `sync`: how the policy's weights reach them; None: they are frozen.
+    """All engines of a run. `sync`: how the policy's weights reach them, None if they are frozen.
 
-    Requests are dealt out by their place in the list and admitted to an engine together, in order: so a batch of the
-    same requests under the same weights is scheduled, and rounded, alike whenever it is made.
+    Requests are distributed by their place in the list, and an engine starts its share in one step. A batch of the same
+    requests under the same weights is therefore always scheduled and rounded alike.
     """
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], sync: WeightSync | None, *, deadline_s: float) -> None:
@@ -168,13 +168,13 @@ class RolloutEngines:
         await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
 
     async def renew(self, spool: Path) -> bool:
-        """Make them those of another run; False if one of them has work of the last one left."""
+        """Prepare the engines for another run. Return False if one of them still works for the last run."""
         return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests but those that are cancelled meanwhile, and yield groups as they are completed.
+        """Answer all requests that are not cancelled meanwhile, and yield groups as they are completed.
 
-        The first failure ends the wait, also that of a request which its engine refuses before it starts the batch.
+        The first failure ends the wait. It may be a request that its engine refuses before it starts the batch.
         """
         shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
         await self._all([h.hold.remote() for h in self.handles], "rollouts")
@@ -215,13 +215,13 @@ class RolloutEngines:
             self._cancelled.difference_update(columns)
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Drop requests of the `generate` at work."""
+        """Drop requests of the running `generate`."""
         group_ids = [request.group_id for request in requests]
         self._cancelled.update(group_ids)
         await self._all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a published set; the engines must then have its version and its bytes."""
+        """Load a published set of weights. RunError unless the engines then have its version and its bytes."""
         receipts = await self._all(
             [h.update_weights.remote(manifest, manifest.version) for h in self.handles], "weight sync"
         )
@@ -234,7 +234,7 @@ class RolloutEngines:
                 )
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Each engine's log-probabilities of token_ids[1:]."""
+        """Return each engine's log-probabilities of token_ids[1:]."""
         return await self._all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
 
     async def sleep(self, *, keep_weights: bool) -> None:
@@ -242,11 +242,11 @@ class RolloutEngines:
         await self._all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
 
     async def wake(self, part: EnginePart) -> None:
-        """Take a part of the GPUs' memory back: the weights', then the cache's."""
+        """Take GPU memory back: the weights' part, then the cache's."""
         await self._all([h.wake.remote(part) for h in self.handles], "wake")
 
     async def memory(self) -> MemoryReport:
-        """Peaks over the engines."""
+        """Return the largest peaks of all engines."""
         return largest(await self._all([h.memory.remote() for h in self.handles], "memory"))
 
     async def stop(self) -> None:
@@ -260,7 +260,7 @@ class RolloutEngines:
 
 
 def _result(future: asyncio.Future[Any], engine: int) -> Any:
-    """Return what a call to an engine gave, or raise its failure in the words of the run."""
+    """Return the result of a call to an engine, or raise its failure in the words of the run."""
     if future.exception() is not None:
         raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
     return future.result()

@@ -1,8 +1,8 @@
-"""Rollout engines that outlive their run, for the next run of this process that needs the very same ones.
+"""Rollout engines that outlive their run, for the next run of this process if it needs the same engines.
 
-A process that runs several trials of a sweep keeps them (`KEEPER.keeps`); any other ends them with its run. Of the run
-before they know nothing: they refuse to generate before a sync, and every batch begins without cached prefixes. Only
-engines on one CPU host are kept, whose weights come through shared memory: other transports hold on to their sender.
+A process that runs several trials of a sweep keeps them (`KEEPER.keeps`); any other process ends them with its run.
+They know nothing of the previous run: they refuse to generate before a sync, and every batch begins without cached
+prefixes. Only engines on one CPU host are kept, because the other transports are connected to their sender.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Keeper:
-    """At most one set of engines, in the placement group that they sit in."""
+    """Holds at most one set of engines, in their placement group."""
 
     keeps: bool = False
     kept: LentEngines | None = None
@@ -31,7 +31,7 @@ class Keeper:
     async def provide(
         self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
     ) -> LentEngines:
-        """The run's place and its engines: those of the run before if they are the same, else new ones, not started."""
+        """Return the place and the engines of a run: the kept ones if they fit, else new ones that are not started."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
             self.kept, lent.is_kept, lent.is_started = None, False, True
@@ -45,7 +45,7 @@ class Keeper:
         return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:
-        """End what is kept."""
+        """End the engines that are kept."""
         if self.kept is not None:
             self.kept.is_kept = False
             self.kept.end()
@@ -55,7 +55,7 @@ class Keeper:
 
 @dataclass(slots=True, kw_only=True)
 class LentEngines:
-    """A run's engines and its placement group, which stay if the run ends in order."""
+    """The engines and the placement group of a run, which are kept if the run ends in order."""
 
     key: str  # of what they follow from
     placement: Placement
@@ -65,18 +65,18 @@ class LentEngines:
     is_kept: bool = False
 
     async def stop(self) -> None:
-        """The run has ended in order."""
+        """Keep the engines, or shut them down in order. Called when the run has ended in order."""
         self.is_kept = self.may_stay
         if not self.is_kept:
             await self.engines.stop()
 
     def end(self) -> None:
-        """End the engines at once, unless they stay."""
+        """End the engines at once unless they are kept."""
         if not self.is_kept:
             self.engines.end()
 
     def release(self) -> None:
-        """Give the place back, unless they stay in it."""
+        """Give the place back unless the engines are kept in it."""
         if self.is_kept:
             KEEPER.kept = self
         else:
@@ -84,7 +84,7 @@ class LentEngines:
 
 
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
-    """Runs with the same one need the same engines in the same place."""
+    """Return a key. Runs with equal keys need the same engines in the same place."""
     policy = config.policy
     model = policy.model, policy.dtype, policy.lora, policy.trust_remote_code
     return repr((model, max_model_len, environment, seat(config), config.cluster))

@@ -1,11 +1,11 @@
 """The rollout worker: one vLLM engine that answers groups of requests with the policy's weights.
 
-Token ids in, sampled token ids out with their log-probabilities and the version of the weights that sampled them. With
-an environment a response is a conversation, whose other turns alone are tokenised here. A plain async class: Ray wraps
-it elsewhere. It never generates before it has been synced.
+Prompts come in as token ids. Sampled token ids go out with their log-probabilities and the version of the weights that
+sampled them. With an environment a response is a conversation, and only the turns of the environment are tokenised
+here. It never generates before it has been synced.
 
-A frozen engine, which answers with the weights of its own folder, can never be synced: training, whose every rollout
-follows a sync, cannot use one.
+A frozen engine answers with the weights of its model folder and refuses every sync. Training cannot use one, since each
+of its rollouts follows a sync.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """A look from outside the engine's thread: it answers while a step hangs."""
+    """The state of an engine as seen from outside its thread, which also answers while a step hangs."""
 
     version: int | None  # None: not synced yet
     requests_in_flight: int
@@ -73,14 +73,14 @@ class EngineHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReceipt:
-    """What an engine has after a sync, by its own account."""
+    """The version and the checksum that an engine reports after a sync."""
 
     version: int
     checksum: str
 
 
 class RolloutWorker:
-    """Started, then synced (unless it is frozen), then asked. Methods may be called while others are waited for."""
+    """Starts an engine, syncs it unless it is frozen, and generates. Its methods may be called concurrently."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
@@ -114,8 +114,10 @@ class RolloutWorker:
         return EngineInfo(pid=os.getpid(), kv_cache_tokens=tokens, start_s=time.monotonic() - began)
 
     async def renew(self, spool: Path) -> bool:
-        """Forget the run before: as after `start`, for one whose groups go to `spool`. False, and nothing done, if
-        requests of it are in flight: they would be written down as the new run's."""
+        """Prepare for another run, whose groups go to `spool`.
+
+        Return False and do nothing if requests are in flight: they would be recorded as responses of the new run.
+        """
         if (await self.health()).requests_in_flight:
             return False
         self.spec = replace(self.spec, spool=spool)
@@ -138,12 +140,12 @@ class RolloutWorker:
     async def generate(
         self, request: GroupRequest, sampling: Sampling
     ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | tuple[None, None]:
-        """Draw one response a seed; nothing of a group that is cancelled. With a spool the group is on disk before this
-        returns.
+        """Draw one response for each seed, or return nothing if the group is cancelled.
 
-        A group that was spooled before the run was cut off is what a resumed run gets. It is drawn all the same: the
-        others of its batch are then scheduled, and rounded, as they were. Not so a conversation: its turns are
-        batched as they come in any case, and an environment may have its price.
+        With a spool the group is on disk before this returns, and a resumed run gets the spooled group. The engine
+        draws it all the same, because the other groups of the batch are then scheduled and rounded as before. A
+        conversation is not drawn again: its turns are batched as they arrive in any case, and its environment may cost
+        money.
         """
         try:
             version = self._synced_version()
@@ -188,7 +190,7 @@ class RolloutWorker:
         return await self._within(started, f"the release of group {request.group_id}")
 
     async def _stop_release(self, request: GroupRequest, error: Exception) -> None:
-        """End the wait of `release`, if requests are held: a group that failed would never come."""
+        """End the wait of `release` if requests are held, because a refused group never arrives."""
         if self._held is None:
             return
         async with self._arrived:
@@ -196,7 +198,7 @@ class RolloutWorker:
             self._arrived.notify_all()
 
     async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
-        """Load the environment beside the engine."""
+        """Load the environment into this process."""
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code)
         conversations = Conversations(spec, tokenizer, self._draw)
         try:
@@ -208,7 +210,7 @@ class RolloutWorker:
         return conversations
 
     async def _play(self, conversations: Conversations, request: GroupRequest, sampling: Sampling) -> list[Played]:
-        """A group's conversations. Aborted if it is cancelled, in whose turn it may be."""
+        """Play the conversations of a group. Aborted if the group is cancelled, at any turn."""
         playing = asyncio.ensure_future(conversations.play(request, request.drawn_by(sampling)))
         self._playing[request.group_id] = playing
         try:
@@ -223,7 +225,7 @@ class RolloutWorker:
     async def _draw(
         self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, turn_end: int | None
     ) -> Sampled:
-        """One turn of a conversation."""
+        """Sample one turn of a conversation."""
         submission = Submission(
             request_id=self._next_id(_prefix(group_id)),
             prompt_token_ids=token_ids,
@@ -235,13 +237,13 @@ class RolloutWorker:
 
     @property
     def _played_in(self) -> str:
-        """What a spooled group must have been played in to be this run's."""
+        """The fingerprint of the environment: a spooled group of another environment is not used."""
         return "" if self.spec.environment is None else self.spec.environment.fingerprint()
 
     async def read_spooled(
         self, request: GroupRequest, sampling: Sampling, version: int
     ) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
-        """The group as these weights answered it before, if it was finished. None: it was not."""
+        """Return the group as the same weights answered it before, or None if it was not finished."""
         if self.spec.spool is None:
             return None
         return await asyncio.to_thread(
@@ -249,16 +251,16 @@ class RolloutWorker:
         )
 
     async def hold(self) -> None:
-        """Let the requests that come from now on wait, and forget cached prefixes.
+        """Hold back the requests that arrive from now on, and forget cached prefixes.
 
-        With `release` this makes the composition of every engine step, hence every bit of every log-probability, a
-        function of the requests and the weights alone.
+        With `release` this makes the composition of every engine step a function of the requests and the weights alone,
+        and so every bit of every log-probability.
         """
         await self._call(reset_caches, "the reset of its caches", self.spec.call_timeout_s)
         self._held, self._refused = [], None
 
     async def release(self, num_groups: int) -> None:
-        """Wait until that many groups have come since `hold`, then start them in one step, by group id and sample.
+        """Wait until that many groups have arrived since `hold`, then start them in one step, by group id and sample.
 
         RunError as soon as one of the groups is refused.
         """
@@ -287,7 +289,7 @@ class RolloutWorker:
             started.set_result([next(futures) for _ in samples])
 
     async def update_weights(self, manifest: WeightManifest, version: int) -> SyncReceipt:
-        """Load a published set of weights between two steps. Samples in flight go on with the new ones.
+        """Load a published set of weights between two steps. Samples in flight continue with the new weights.
 
         RunError if the weights that arrived are not the published ones, or the engine is frozen.
         """
@@ -318,7 +320,7 @@ class RolloutWorker:
         return SyncReceipt(version=loaded.version, checksum=loaded.checksums[0])
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of token_ids[1:], by the forward pass that rollouts go through, not out of a cache."""
+        """Return the log-probabilities of token_ids[1:] by the forward pass of rollouts, without the cache."""
         self._refuse_asleep("weights", "cache")
         from vllm import SamplingParams
 
@@ -333,10 +335,10 @@ class RolloutWorker:
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPU to the trainer: the cache goes, and the weights, unless they are to be kept in host memory.
+        """Give the GPU to the trainer: free the cache, and the weights unless keep_weights moves them to host memory.
 
-        Weights that go are brought again by the next sync. With LoRA the base weights are kept always, since no sync
-        brings them. On a CPU nothing happens.
+        The next sync brings freed weights again. With LoRA the base weights are always kept, since no sync brings them.
+        On a CPU this does nothing.
         """
         if self.spec.device == "cpu":
             return
@@ -347,14 +349,14 @@ class RolloutWorker:
         await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep", self.spec.call_timeout_s)
 
     async def wake(self, part: EnginePart) -> None:
-        """Take a part of the GPU's memory back: first that of the weights, which a sync may fill, then the cache's."""
+        """Take GPU memory back: first the weights' part, which a sync may fill, then the cache's."""
         if self.spec.device == "cuda":
             tag = {"weights": "weights", "cache": "kv_cache"}[part]
             await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake", self.spec.call_timeout_s)
             self._asleep.discard(part)
 
     async def gpu_peak_gib(self) -> float | None:
-        """The most GPU memory that the allocator of one of the engine's workers has held. None on a CPU."""
+        """Return the peak GPU memory of the engine's largest worker, or None on a CPU."""
         if self.spec.device == "cpu":
             return None
         peaks: list[float] = await self._call(
@@ -363,14 +365,14 @@ class RolloutWorker:
         return max(peaks)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
-        """Drop what is left of these groups; how many samples. Other groups go on."""
+        """Drop the samples of these groups that are not finished, and return how many there were."""
         for playing in [self._playing[group_id] for group_id in group_ids if group_id in self._playing]:
             playing.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]
         return await self._wait(self.loop.abort(prefixes), "an abort", self.spec.call_timeout_s)
 
     async def health(self) -> EngineHealth:
-        """Never waits for the engine."""
+        """Return the engine's state without waiting for it."""
         return EngineHealth(
             version=self.version,
             requests_in_flight=self.loop.num_waiting,
@@ -436,7 +438,7 @@ class RolloutWorker:
         return await self._within(asyncio.wrap_future(future), what, deadline_s)
 
     async def _within(self, awaitable: Awaitable[T], what: str, deadline_s: float | None = None) -> T:
-        """The result, or RunError saying what was waited for."""
+        """Return the result. RunError after the deadline, with what was awaited."""
         limit = self.spec.call_timeout_s if deadline_s is None else deadline_s
         try:
             return await asyncio.wait_for(awaitable, limit)
@@ -448,7 +450,7 @@ class RolloutWorker:
 
 
 def _prefix(group_id: int) -> str:
-    """What the ids of a group's requests begin with, and no other group's."""
+    """Return the prefix of the request ids of a group. No other group has the same."""
     return f"group{group_id}-"
 
 
@@ -457,7 +459,7 @@ def _answer(request: GroupRequest, sampled: Sampled) -> Played:
 
 
 def sampled_of(output: Any) -> Sampled:
-    """vLLM's final output of one request."""
+    """Convert vLLM's final output of one request."""
     (sample,) = output.outputs
     return Sampled(
         token_ids=tuple(sample.token_ids),

@@ -1,7 +1,7 @@
-"""Everything that is said to vLLM: one engine's specification, its environment, its arguments, and what is done to it.
+"""The interface to vLLM: the specification of an engine, its environment and arguments, and operations on it.
 
-Functions that take an engine are called by the engine loop, between two steps. vLLM is imported inside them, so that a
-specification can be made, and its environment set, before.
+The engine loop calls the functions that take an engine, between two steps. They import vLLM inside, so that a
+specification can be made and its environment set before vLLM is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec:
-    """One engine."""
+    """The settings of one engine."""
 
     name: str  # in messages, e.g. "rollout engine 0"
     model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
@@ -54,7 +54,7 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether it answers with the weights of its own folder, as version 0, and refuses all others."""
+        """Whether the engine answers with the weights of its model folder, as version 0, and refuses all others."""
         return self.transport is None
 
 
@@ -79,7 +79,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
 
 
 def build_engine(spec: RolloutSpec) -> Any:
-    """vLLM's engine, with its core in the calling thread."""
+    """Build vLLM's engine with its core in the calling thread."""
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -155,7 +155,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What the engine has after an update, by its own account, before the next step."""
+    """The state that the engine reports after an update, before the next step."""
 
     checksums: tuple[str, ...]  # of the bytes that each worker read
     version: int
@@ -163,7 +163,7 @@ class Loaded:
 
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
-    """Stamp a frozen engine's weights as version 0 and put its adapter on; vLLM's name for it, None without one."""
+    """Mark a frozen engine's weights as version 0 and load its adapter. Return vLLM's name for it, or None."""
     from vllm.lora.request import LoRARequest
 
     engine.set_weight_version("0")
@@ -184,7 +184,7 @@ def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
 
 
 def load_adapter(engine: Any, manifest: WeightManifest) -> Loaded:
-    """Load a published LoRA adapter out of its folder, over the one before."""
+    """Load a published LoRA adapter from its folder, over the previous one."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
     if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
         raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
@@ -203,13 +203,13 @@ def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> 
 
 
 def reset_caches(engine: Any) -> None:
-    """Forget every cached prefix. Samples in flight compute theirs again, by the weights of then."""
+    """Forget every cached prefix. Samples in flight compute theirs again with the weights of that moment."""
     if not engine.reset_prefix_cache(reset_running_requests=True):
         raise RunError("the engine did not reset its prefix cache")
 
 
 def kv_cache_tokens(engine: Any) -> int:
-    """Tokens that fit into the cache."""
+    """Return the number of tokens that fit into the cache."""
     cache = engine.vllm_config.cache_config
     return int(cache.num_gpu_blocks * cache.block_size)
 
