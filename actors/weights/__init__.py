@@ -1,9 +1,9 @@
-"""Weight transports: how a published set of weights reaches the rollout engines.
+"""Weight transports: how published weights reach the rollout engines.
 
-The policy's end is a WeightSender; the engines' end is a vLLM weight-transfer backend of the same name, registered by
-`actors.weights.vllm_extension` in every vLLM worker. Importing this package imports neither vLLM nor Ray.
+The policy's end is a WeightSender. The engines' end is a vLLM weight-transfer backend of the same name, which
+`actors.weights.vllm_extension` registers in every vLLM worker. Importing this package imports neither vLLM nor Ray.
 
-A new transport is a sender here, a ReloadEngine beside it, and a line in each of the two tables.
+A new transport needs a sender, a ReloadEngine, and a line in each of the two tables.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class WeightSender(Protocol):
         ...
 
     def settle(self) -> None:
-        """The engines have loaded: memory that only served the transfer may go."""
+        """Free memory that only served the transfer. Called when the engines have loaded."""
         ...
 
     def close(self) -> None:
-        """Give back what the transport holds."""
+        """Free everything that the transport holds."""
         ...
 
 
 def open_sender(
     transport: Transport, *, rank: int, dtype: torch.dtype, meeting: Meeting | None, beside_engine: bool = True
 ) -> WeightSender:
-    """A policy rank's sender. The broadcast transports meet their receivers here, and block until all have come.
+    """Open a policy rank's sender. The broadcast transports meet their receivers here, and block until all have come.
 
-    beside_engine: an engine shares this rank's GPU, as one always does rank 0's (ipc only).
+    beside_engine: an engine shares this rank's GPU (ipc only). Rank 0 always has one.
     """
     if transport == "shm":
         return ShmSender(rank=rank, dtype=dtype)

@@ -1,7 +1,7 @@
-"""A LoRA adapter to the engines: a small adapter folder, written by the policy and loaded over the one before.
+"""The transport of a LoRA adapter: a small folder that the policy writes and the engines load over the previous one.
 
-The folder lies in the run folder, which all hosts see. The base model's weights never travel: engines and policy load
-the same folder at the start.
+The folder is in the run folder, which all hosts see. The base model's weights never travel, because engines and policy
+load the same model folder at the start.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ class AdapterSender:
         )
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing: the engines read the folder."""
+        """Do nothing: the engines read the folder."""
 
     def settle(self) -> None:
-        """Nothing: it is written again at the next sync."""
+        """Do nothing: the folder is written again at the next sync."""
 
     def close(self) -> None:
-        """Remove the folder; safe to call twice."""
+        """Remove the folder. Safe to call twice."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
 
 def file_checksum(path: Path) -> str:
-    """xxh3-64 of a file."""
+    """Return the xxh3-64 checksum of a file."""
     return xxhash.xxh3_64(path.read_bytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""Weights by broadcast: from the policy's first rank to every worker of every engine, in buckets.
+"""Weights by broadcast, from the policy's first rank to every worker of every engine, in buckets.
 
-gloo between CPU hosts, nccl between GPUs; the same code but for the group and the device. The group is apart from the
-trainer's and from vLLM's own, and every operation on it has a deadline. The weights are gathered twice, for the
-checksum and to be sent, so neither end holds more of them than a bucket or the largest weight.
+The transports gloo (between CPU hosts) and nccl (between GPUs) differ in the process group and the device alone. The
+group is separate from the trainer's and from vLLM's own, and every operation on it has a deadline. The weights are
+gathered twice, for the checksum and for the broadcast, so that no copy of all of them is kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
 
 
 def group_device(method: Method) -> torch.device:
-    """Return where a process's tensors must be for a group."""
+    """Return the device of the tensors that a group of this process sends."""
     return torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
 
 

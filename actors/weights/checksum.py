@@ -33,17 +33,17 @@ class Checksum:
         self._words += part.numel() // 8
 
     def hexdigest(self) -> str:
-        """Return the checksum of all that was added, 16 hexadecimal digits."""
+        """Return the checksum of all bytes so far, 16 hexadecimal digits."""
         if self._sum is None:
             return self._xxh3.hexdigest()
         return f"{int(self._sum.item()) & (2**64 - 1):016x}"
 
 
 def weighted_sum(words: Int64[Tensor, " words"], *, first: int) -> Int64[Tensor, ""]:
-    """Return the sum of word * weight modulo 2^64, where word i of the whole run has the i-th of a row of odd weights.
+    """Return the sum of word * weight modulo 2^64. Each place in the whole run has its own odd weight.
 
-    Odd weights have inverses, so a change of one word always changes the sum; that the weights differ shows words which
-    changed places.
+    An odd weight has an inverse, so a change of one word always changes the sum. The weights differ, so words that
+    changed places are noticed too.
     """
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for begin in range(0, len(words), CHUNK_WORDS):

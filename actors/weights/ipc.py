@@ -1,8 +1,8 @@
-"""Weights between processes that share GPUs: the engine's worker opens the trainer rank's memory by its CUDA handles.
+"""Weights between processes that share GPUs: an engine's worker opens the trainer's memory by its CUDA handles.
 
-Every rank beside an engine lays all weights out on its own GPU, so the engine's worker finds them there. That memory is
-given back once the engines have loaded: training wants it. CUDA gives back only what its receiver has opened and let
-go, so a rank without an engine must not offer any.
+Every rank that shares a GPU with an engine copies all weights to that GPU. The memory is freed once the engines have
+loaded, because training needs it. CUDA frees it only after its receiver has opened and closed it, so a rank without an
+engine must not offer any.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class IpcSender:
         self.memory: DeviceParts | None = None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Lay the weights out on this rank's GPU and exchange handles. None on ranks other than 0."""
+        """Copy the weights to this rank's GPU and exchange handles. None on ranks other than 0."""
         handles: list[Any] = [None] * dist.get_world_size()
         if not self.beside_engine:
             for _ in named_weights:
@@ -47,20 +47,20 @@ class IpcSender:
         return replace(manifest, fields={"handles": dict(handle for handle in handles if handle is not None)})
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing: the engines read the memory."""
+        """Do nothing: the engines read the memory."""
 
     def settle(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.memory = None
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """The same."""
+        """Free the memory."""
         self.settle()
 
 
 class DeviceParts:
-    """A flat run on a GPU in parts of one weight each, since a gathered weight lives only until the next one."""
+    """Memory on a GPU, in one part for each weight, since a gathered weight is valid only until the next one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -72,10 +72,10 @@ class DeviceParts:
         return self.parts[-1]
 
     def handles(self) -> tuple[str, list[Any]]:
-        """Return the GPU and, of each part, what another process opens it by."""
+        """Return the GPU, and for each part the handle by which another process opens it."""
         return gpu_uuid(self.device), [reduce_tensor(part)[1] for part in self.parts]
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The physical GPU, by which processes with different CUDA_VISIBLE_DEVICES find each other."""
+    """Return the id of the physical GPU, which does not depend on a process's CUDA_VISIBLE_DEVICES."""
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,7 +1,7 @@
-"""What a published set of weights is: names, layout, version and checksum. Made by the trainer, read by the engines.
+"""The description of published weights: names, layout, version and checksum. The trainer makes it, engines read it.
 
-All transports lay the weights out alike: one flat run of bytes, each tensor at a 64-byte boundary, in the order in
-which the trainer named them. The checksum is over that run. This module moves no bytes.
+All transports use the same layout: one flat run of bytes in the order of the trainer's names, each tensor at a 64-byte
+boundary. The checksum is of that run. This module moves no bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WeightManifest:
     fields: Mapping[str, Any]  # what this transport's receiver needs besides
 
     def update_info(self) -> dict[str, Any]:
-        """The same as plain values, as vLLM hands it to its workers."""
+        """Return the same as plain values, as vLLM passes it to its workers."""
         return {
             "version": self.version,
             "checksum": self.checksum,
@@ -47,12 +47,12 @@ class WeightManifest:
 
 
 def aligned(nbytes: int) -> int:
-    """The next 64-byte boundary."""
+    """Return the next 64-byte boundary."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def tensor_view(flat: UInt8[Tensor, " bytes"], offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A tensor that shares the flat memory."""
+    """Return a tensor that shares the flat memory."""
     nbytes = math.prod(shape) * dtype.itemsize
     return flat[offset : offset + nbytes].view(dtype).view(tuple(shape))
 
@@ -64,15 +64,15 @@ def named_views(
     shapes: Sequence[Sequence[int]],
     offsets: Sequence[int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a flat run, without a copy."""
+    """Yield the tensors of a flat run without copying them."""
     for name, dtype, shape, offset in zip(names, dtypes, shapes, offsets, strict=True):
         yield name, tensor_view(flat, offset, getattr(torch, dtype), shape)
 
 
 def buckets(offsets: Sequence[int], nbytes: int, *, limit: int) -> list[tuple[int, int, int, int]]:
-    """Runs of whole tensors, at most `limit` bytes each unless one tensor is larger.
+    """Split the run into buckets of whole tensors, at most `limit` bytes each unless one tensor is larger.
 
-    Each is (first tensor, one past the last, first byte, one past the last), and together they are the flat run.
+    A bucket is (first tensor, one past the last, first byte, one past the last).
     """
     ends = [*offsets[1:], nbytes]
     runs: list[tuple[int, int, int, int]] = []

@@ -46,13 +46,13 @@ class ShmSender:
         )
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing: the engines read the memory."""
+        """Do nothing: the engines read the memory."""
 
     def settle(self) -> None:
-        """Nothing: the memory is written again at the next sync."""
+        """Do nothing: the memory is written again at the next sync."""
 
     def close(self) -> None:
-        """Give the memory back. Engines that have it mapped keep their pages."""
+        """Free the memory. Engines that have it mapped keep their pages."""
         if self.memory is not None:
             self.memory.close()
 
@@ -66,7 +66,7 @@ class SharedMemory:
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
-        """Map at least `end` bytes and return these. RunError if the host has not that much memory."""
+        """Map at least `end` bytes and return this part. RunError if the host has too little memory."""
         size = self.flat.numel()
         if end > size:
             wanted = max(end, size + GROW_BY)
@@ -81,7 +81,7 @@ class SharedMemory:
         return self.flat[begin:end]
 
     def close(self) -> None:
-        """Unmap and close; safe to call twice."""
+        """Unmap and close. Safe to call twice."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -1,7 +1,7 @@
-"""The trainer's half of every transport: weights as one flat run of bytes, with the checksum of that run.
+"""The trainer's part of every transport: weights as one flat run of bytes, with the checksum of that run.
 
-Runs in the policy's process. Iterating the weights may be a collective, so every rank does it; only rank 0 keeps what
-it is given. It must never write to memory that an engine still reads.
+Runs in the policy's process. Iterating the weights may be a collective, so every rank does it, and only rank 0 keeps
+the weights. It must never write to memory that an engine still reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actors.weights.manifest import WeightManifest, aligned, buckets, tensor_vie
 
 
 class FlatMemory(Protocol):
-    """Memory for a flat run of bytes, which need not hold all of them at once."""
+    """Memory for a flat run of bytes. It need not hold the whole run at once."""
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
         """Return the memory for these bytes of the run."""

@@ -19,7 +19,7 @@ from actors.weights.vllm_reload import ReloadEngine
 
 @dataclass
 class BroadcastInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where to meet, and the rank of this engine's first worker there."""
+    """The place to meet, and the rank there of this engine's first worker."""
 
     address: str
     port: int
@@ -43,7 +43,7 @@ class BroadcastUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
-    """Receives bucket after bucket; a bucket's memory goes when the layers in it are loaded."""
+    """Receives bucket after bucket. A bucket is freed when its layers are loaded."""
 
     init_info_cls = BroadcastInit
     update_info_cls = BroadcastUpdate
@@ -64,7 +64,7 @@ class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
         self.group = open_group(self.method, meeting, init_info.first_rank + self.parallel_config.rank)
 
     def receive_weights(self, update_info: BroadcastUpdate) -> None:
-        """Load what comes, in order, and take its checksum."""
+        """Load the weights in the order of arrival and take their checksum."""
         checksum = Checksum()
         self.load(self._received(update_info, checksum))
         self.checksum = checksum.hexdigest()

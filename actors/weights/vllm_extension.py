@@ -26,15 +26,15 @@ share_adapter_on_cpu()
 
 
 class WorkerExtension:
-    """Methods called through vLLM's collective_rpc."""
+    """Methods that are called through vLLM's collective_rpc."""
 
     weight_transfer_engine: Any
 
     def received_checksum(self) -> str:
-        """Of the bytes that this worker read in its last weight update."""
+        """Return the checksum of the bytes that this worker read in its last weight update."""
         checksum: str = self.weight_transfer_engine.checksum
         return checksum
 
     def gpu_peak_gib(self) -> float | None:
-        """The most GPU memory that this worker's allocator has held."""
+        """Return the most GPU memory that this worker's allocator has held."""
         return peak_memory().gpu_gib

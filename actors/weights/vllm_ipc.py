@@ -20,7 +20,7 @@ _DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the sender's device index, which
 
 @dataclass
 class IpcInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to agree on beforehand."""
+    """Empty: sender and receiver agree on nothing beforehand."""
 
 
 @dataclass
@@ -38,16 +38,16 @@ class IpcUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
-    """Opens the memory of the trainer rank on its own GPU, for the time of one update."""
+    """Opens the memory of the trainer rank on its own GPU for the time of one update."""
 
     init_info_cls = IpcInit
     update_info_cls = IpcUpdate
 
     def init_transfer_engine(self, init_info: IpcInit) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def receive_weights(self, update_info: IpcUpdate) -> None:
-        """Load out of the trainer's memory and take the checksum of what was read."""
+        """Load from the trainer's memory and take the checksum of these bytes."""
         u, gpu = update_info, gpu_uuid(self.device)
         if gpu not in u.handles:
             raise RunError(
@@ -69,4 +69,4 @@ class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,8 +1,8 @@
-"""Loading weights into a CPU engine in one pass: each matrix is packed straight out of the memory that it came in.
+"""Loads weights into a CPU engine in one pass: each matrix is packed directly from the memory that it arrived in.
 
-vLLM's general way allocates every layer anew, copies the weights in, packs them, and copies again. Here q, k, v lie
-side by side in the flat run, as do gate and up, so the fused matrix is a view of it. Only plain decoders on one CPU
-worker go this way; it must never guess at a model whose loading does more than rename and fuse.
+vLLM's general reload allocates every layer again, copies the weights in, packs them, and copies them once more. Here q,
+k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of it. Only plain decoders on one
+CPU worker are loaded so. It must never guess at a model whose loading does more than rename and fuse.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts on top of each other: a view if that is how they lie in memory."""
+    """Return the parts stacked: a view if they are adjacent in memory, else a copy."""
     first = parts[0]
     end = first.data_ptr()
     for part in parts:

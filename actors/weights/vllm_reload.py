@@ -1,8 +1,8 @@
-"""Loading published weights into a running vLLM model: what all receiving ends share.
+"""Loads published weights into a running vLLM model: the common part of all receiving ends.
 
-vLLM packs weights for its kernels after loading, so they cannot just be copied into the parameters. Plain decoders on a
-CPU are packed anew in one pass. All others go vLLM's way: `initialize_layerwise_reload` puts each layer back into its
-loadable form, and it is packed again once its weights have come.
+vLLM packs weights for its kernels after loading, so they cannot be copied into the parameters. Plain decoders on a CPU
+are packed again in one pass. For all others vLLM's `initialize_layerwise_reload` puts each layer back into its loadable
+form, and the layer is packed again once its weights have arrived.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
 
 
 class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo, UpdateInfo]):  # type: ignore[misc]
-    """A receiving end that loads whole, named weights. Its worker stands still between start and finish."""
+    """A receiving end that loads whole, named weights. Its worker runs no step between start and finish."""
 
     checksum = ""  # of the bytes last received
 
@@ -44,13 +44,13 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
             initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load. The base class waits for an accelerator, which a CPU has not."""
+        """Receive and load. The base class waits for an accelerator, which a CPU does not have."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def load(self, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Give all weights to the model, which fuses q, k, v and gate, up."""
+        """Give all weights to the model, which fuses q, k, v and gate, up. RunError if some are missing."""
         if self.packs:
             load_packed(self.model, dict(named_weights))
             return
@@ -82,7 +82,7 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def repack_heads(model: torch.nn.Module) -> None:
-    """On a CPU the head has packed weights of its own. Nothing is loaded into a tied one, so it would stay the old."""
+    """Pack the heads of a CPU again. Nothing is loaded into a tied head, so its packed copy would stay the old."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)

@@ -17,7 +17,7 @@ from actors.weights.vllm_reload import ReloadEngine
 
 @dataclass
 class ShmInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to agree on beforehand."""
+    """Empty: sender and receiver agree on nothing beforehand."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def init_transfer_engine(self, init_info: ShmInit) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
         """Load every tensor out of the mapped memory, and at the same time take the checksum of its bytes."""
@@ -63,5 +63,5 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Let the mapping go."""
+        """Unmap the memory."""
         self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)
