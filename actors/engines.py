@@ -57,6 +57,7 @@ def start_engines(
     spec = RolloutSpec(
         name="rollout engine",
         model=policy.model,
+        tokenizer=policy.tokenizer,
         dtype=policy.dtype,
         max_model_len=max_model_len,
         max_num_seqs=role.max_num_seqs,
@@ -83,6 +84,7 @@ def serve_engines(
     spec = RolloutSpec(
         name="rollout engine",
         model=model.base,
+        tokenizer=model.tokenizer,
         dtype=model.dtype,
         max_model_len=max_model_len,
         max_num_seqs=cluster.roles.rollout.max_num_seqs,

@@ -135,13 +135,15 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     played = None if rollouts is None else rollouts.environment
     environment = _environment(played, loaded)
     candidates = []
-    first = ("policy.model", config.policy.model) if model is None else ("--model", model)
+    first = ("policy.model", config.policy.source) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
         if wanted is not None:
             with named(key):
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
                 found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
+            if config.policy.tokenizer is not None:
+                found = replace(found, tokenizer=config.policy.tokenizer)
             how: dict[str, Any] = {"columns": data.columns, "reading": reading_of(config), "by": marks.by}
             how |= {"environment": environment}
             candidates.append(_candidate(found, sets, decoding, rewards, set_key="data.eval.{}", **how))
@@ -150,7 +152,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         decoding,
         marks,
         rewards,
-        reward_model=config.reward if uses_reward_model(config) else None,
+        reward_model=config.reward.as_loaded() if config.reward is not None and uses_reward_model(config) else None,
         reward_policy=config.reward_policy,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         cluster=config.cluster,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actors.cluster import connected
 from actors.gang import OfflineGang, ending, spawn
-from actors.models import with_adapters, with_tiny
+from actors.models import with_adapters, with_sources
 from actors.placement import reserve
 from actors.ranks import OFFLINE_RANKS
 from rlhf.algorithms.sft import SFTConfig
@@ -72,7 +72,7 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path, merged: bool
         }
     )
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
-        run_async(_export(with_adapters(with_tiny(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
+        run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
 
 

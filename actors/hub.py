@@ -47,8 +47,11 @@ def why_silent() -> str:
 
 def is_cached(model: str) -> bool:
     """Whether a model of the hub, or an adapter, lies in this machine's cache with its weights."""
+    from rlhf.models.loading import split_revision  # with transformers, which takes seconds
+
+    repository, revision = split_revision(model)
     for name in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(model, name)
+        found = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(found, str) and any(Path(found).parent.glob("*.safetensors")):
             return True
     return False

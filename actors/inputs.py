@@ -15,7 +15,7 @@ from actors.eval_inputs import inputs_of_stage
 from actors.hub import use_cache_if_silent
 from actors.made import Made
 from actors.merge import foresee, with_local_models
-from actors.models import check_models, refuse_other_results, with_adapters, with_tiny
+from actors.models import check_models, refuse_other_results, with_adapters, with_sources
 from actors.prompts import read_prompts
 from actors.reading import (
     load_rewards,
@@ -138,18 +138,23 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
                     inputs_of_stage(config, loaded, made=made)
                 stages.append(config)
                 continue
-            local = with_tiny(config, loaded.folder)
+            local = with_sources(config, loaded.folder)
             refuse_other_results(local, made)
             local = with_adapters(local, made.adapters)
             if _asks_the_hub(local, made.finals):
                 use_cache_if_silent()
             source = made.finals.get(local.policy.model, local.policy.model)
-            check_models(local, made, vocabulary_of=source)
-            inputs = _online(local, source, loaded) if is_online(local) else _offline(local, source)
+            tokenizer = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
+            check_models(local, made, vocabulary_of=tokenizer)
+            if is_online(local):
+                inputs: OnlineInputs | OfflineInputs = _online(local, source, loaded, tokenizer_source=tokenizer)
+            else:
+                inputs = _offline(local, source, tokenizer_source=tokenizer)
             local = _with_steps(local, sum(share.size for share in inputs.shares))
         stages.append(StageInputs(config=local, written=config, inputs=inputs))
         final = str(final_folder(config))
         made.finals[final] = source
+        made.tokenizers[final] = tokenizer
         if local.policy.lora is not None:
             made.adapters[final] = local.policy.lora
         if local.policy.model in made.restacked:
@@ -181,10 +186,10 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     return bool(bases) or any(not name.startswith(("/", ".", "~")) for name in absent)
 
 
-def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
+def _online(config: Config, source: str, loaded: LoadedConfig, *, tokenizer_source: str) -> OnlineInputs:
     assert config.rollouts is not None
     with named("policy.model"):
-        tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
     refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
 
@@ -209,7 +214,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig) -> OnlineInputs:
     environment = load_environment(
         config.rollouts.environment,
         beside=beside,
-        tokenizer=config.policy.model,
+        tokenizer=config.policy.tokenizer_source,
         trust_remote_code=config.policy.trust_remote_code,
     )
     prompts: tuple[Prompt, ...] = ()
@@ -277,9 +282,9 @@ def _refuse_absent_metric(
                 raise UserError(f"train.best_metric: {text}")
 
 
-def _offline(config: Config, source: str) -> OfflineInputs:
+def _offline(config: Config, source: str, *, tokenizer_source: str) -> OfflineInputs:
     with named("policy.model"):
-        tokenizer = load_tokenizer(source, trust_remote_code=config.policy.trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
     reading = reading_of(config)
     unusable: list[Unusable] = []

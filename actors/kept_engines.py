@@ -86,7 +86,7 @@ class LentEngines:
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
     """Return a key. Runs with equal keys need the same engines in the same place."""
     policy = config.policy
-    model = policy.model, policy.dtype, policy.lora, policy.trust_remote_code
+    model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
     return repr((model, max_model_len, environment, seat(config), config.cluster))
 
 

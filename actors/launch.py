@@ -307,7 +307,7 @@ async def _run_online(
         groups += [teacher] if teacher is not None else []
         settings = RewardSettings(
             specs=inputs.rewards,
-            tokenizer=config.policy.model,
+            tokenizer=config.policy.tokenizer_source,
             trust_remote_code=config.policy.trust_remote_code,
             model=config.reward if uses_reward_model(config) else None,
             timeout_s=config.reward_policy.timeout_s,

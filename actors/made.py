@@ -12,6 +12,7 @@ class Made:
     """Results of earlier stages by their folder, which need not be there yet."""
 
     finals: dict[str, str] = field(default_factory=dict)  # the model whose tokenizer and shape each will have
+    tokenizers: dict[str, str] = field(default_factory=dict)  # where each one's tokenizer comes from, if not from there
     scored: dict[str, str] = field(default_factory=dict)  # of those with a scalar head, the algorithm that trains it
     adapters: dict[str, LoraConfig] = field(default_factory=dict)  # of those that will be an adapter, its shape
     restacked: set[str] = field(default_factory=set)  # those with another number of layers than that model

@@ -40,12 +40,15 @@ def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
 
     made: what earlier stages will have made, which is checked by its configuration.
     """
+    if config.policy.tokenizer is not None and config.policy.model not in made.finals:
+        _refuse_larger_vocabulary(config.policy)
     for section, model in models_of(config).items():
         if model.model in made.finals:
             _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))
             with named(f"{section}.model"):
-                source = made.finals[model.model]
-                _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
+                if not _reads_as_policy(model, config):
+                    source = made.tokenizers.get(model.model, made.finals[model.model])
+                    _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
         else:
             _refuse_unusable_model(section, model, config, made.finals, vocabulary_of=vocabulary_of)
 
@@ -70,7 +73,8 @@ def _refuse_unusable_model(
         else:
             refuse_no_language_model(model.model, trust_remote_code=remote)
         refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
-        _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
+        if not _reads_as_policy(model, config):
+            _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
     _refuse_misfit(section, model, finals, scalar=is_scalar)
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
@@ -85,6 +89,24 @@ def _refuse_unusable_model(
                 refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
             except UserError as error:
                 raise UserError(f"{section}.{error}") from error
+
+
+def _reads_as_policy(model: ModelConfig, config: Config) -> bool:
+    """Whether a model is the policy's, and reads the tokens of the tokenizer that replaces its own."""
+    return config.policy.tokenizer is not None and model.model == config.policy.model
+
+
+def _refuse_larger_vocabulary(policy: PolicyConfig) -> None:
+    """UserError if the tokenizer that replaces a policy's own has tokens for which the model has no row."""
+    remote = policy.trust_remote_code
+    with named("policy.tokenizer"):
+        most = max(load_tokenizer(policy.tokenizer_source, trust_remote_code=remote).get_vocab().values())
+    rows = load_config(policy.model, trust_remote_code=remote).get_text_config().vocab_size
+    if most >= rows:
+        raise UserError(
+            f"policy.tokenizer: {policy.tokenizer} has token ids up to {most}, but the embedding of {policy.model} has "
+            f"{rows} rows. Name a tokenizer of this model."
+        )
 
 
 def _refuse_other_head(path: str, shape: Any) -> None:
@@ -161,14 +183,18 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         )
 
 
-def with_tiny(config: Config, folder: Path) -> Config:
-    """The same run with tiny:llama as a folder, made now if it is not there."""
+def with_sources(config: Config, folder: Path) -> Config:
+    """The same run, each model by the name under which it is loaded.
+
+    tiny:llama is a folder, made now if it is not there; a model of the hub has its revision in its name.
+    """
     changed: dict[str, Any] = {}
-    for name in ("policy", "reference", "teacher", "critic"):
+    for name in ("policy", "reference", "teacher", "critic", "reward"):
         section: ModelConfig | None = getattr(config, name)
         if section is not None:
-            path = local_model(section.model, folder, seed=config.run.seed)
-            changed[name] = section.model_copy(update={"model": path})
+            loaded = section.as_loaded()
+            path = local_model(loaded.model, folder, seed=config.run.seed)
+            changed[name] = loaded.model_copy(update={"model": path})
     return config.model_copy(update=changed)
 
 

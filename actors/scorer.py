@@ -82,8 +82,8 @@ def _of_run(config: Config, loaded: LoadedConfig) -> Scoring:
     if uses_reward_model(config):
         assert config.reward is not None
         model = HeldModel(
-            config=config.reward,
-            tokenizer=local_model(config.policy.model, loaded.folder, seed=config.run.seed),
+            config=config.reward.as_loaded(),
+            tokenizer=local_model(config.policy.tokenizer_source, loaded.folder, seed=config.run.seed),
             trust_remote_code=config.policy.trust_remote_code,
             device=config.cluster.device,
             max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,

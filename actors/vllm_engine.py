@@ -32,6 +32,7 @@ class RolloutSpec:
     max_model_len: int  # prompt and response, tokens
     max_num_seqs: int  # samples in one step of the engine
     transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
+    tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own
     adapter: str | None = None  # a LoRA folder that a frozen engine puts on its model
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1  # CPU only
@@ -84,10 +85,17 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from rlhf.models.loading import split_revision  # with transformers, which the driver need not wait for
+
     cpu = spec.device == "cpu"
+    model, revision = split_revision(spec.model)
+    tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
     return LLMEngine.from_engine_args(
         EngineArgs(
-            model=spec.model,
+            model=model,
+            revision=revision,
+            tokenizer=tokenizer,
+            tokenizer_revision=tokenizer_revision,
             dtype=spec.dtype,
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_num_seqs,

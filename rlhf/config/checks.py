@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.algorithms.correction import CorrectionConfig
@@ -21,7 +22,7 @@ from rlhf.config.environment_checks import length_problems
 from rlhf.config.explain import Problem
 from rlhf.config.group_checks import group_problems
 from rlhf.config.loss_checks import loss_problems
-from rlhf.config.model import CriticConfig, PolicyConfig
+from rlhf.config.model import CriticConfig, ModelConfig, PolicyConfig
 from rlhf.config.reward_checks import credit_problems, normalization_problems, reward_problems
 from rlhf.config.reward_limits import limit_problems
 from rlhf.config.rollouts import RolloutsConfig
@@ -31,13 +32,21 @@ from rlhf.config.yaml_tree import Key
 if TYPE_CHECKING:
     from rlhf.types import Role
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 
 def problems(config: Config) -> tuple[Problem, ...]:
     """Everything that is wrong with one run's configuration. Empty: it can start."""
     environment = config.rollouts.environment if config.rollouts is not None else None
     found = [*unused(config), *_presence(config)]
     found += reward_problems(config.rewards, config.reward, environment=environment)
-    found += [*_adapters(config), *_cluster(config), *normalization_problems(config), *credit_problems(config)]
+    found += [
+        *_revisions(config),
+        *_adapters(config),
+        *_cluster(config),
+        *normalization_problems(config),
+        *credit_problems(config),
+    ]
     if not derive.is_online(config):
         found += _offline(config)
     elif config.rollouts is not None:
@@ -110,6 +119,19 @@ def _presence(config: Config) -> Iterator[Problem]:
             yield _problem(
                 f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder"
             )
+
+
+def _revisions(config: Config) -> Iterator[Problem]:
+    """Only a model of the hub has revisions."""
+    for role in ("policy", "critic", "reference", "teacher", "reward"):
+        section: ModelConfig | None = getattr(config, role)
+        if section is None or section.revision is None:
+            continue
+        if not _HUB_NAME.fullmatch(section.model) or Path(section.model).exists():
+            text = (
+                f"is {section.revision}, but {role}.model is {section.model}, which is no model of the hub; remove it"
+            )
+            yield _problem(f"{role}.revision", text)
 
 
 def _adapters(config: Config) -> Iterator[Problem]:

@@ -343,7 +343,12 @@ def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
 
 def _as_reference(config: Config) -> ReferenceConfig:
     policy = config.policy
-    return ReferenceConfig(model=policy.model, dtype=policy.dtype, trust_remote_code=policy.trust_remote_code)
+    return ReferenceConfig(
+        model=policy.model,
+        revision=policy.revision,
+        dtype=policy.dtype,
+        trust_remote_code=policy.trust_remote_code,
+    )
 
 
 def updates_per_step(config: Config) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 
@@ -44,15 +44,29 @@ class ModelConfig(Section):
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder, `stage:NAME` (the result of an earlier stage), or `tiny:llama`
     (the quickstart's model, made on the spot from run.seed)."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a model on the hub. null: its main branch."""
     dtype: Dtype = "bfloat16"
     """Compute type. Trained roles keep float32 master weights either way."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
 
+    @property
+    def source(self) -> str:
+        """The model as it is loaded: a hub name with a revision is NAME@REVISION."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
+    def as_loaded(self) -> Self:
+        """The section with `source` as its model, as workers take it."""
+        return self.model_copy(update={"model": self.source, "revision": None})
+
 
 class PolicyConfig(ModelConfig):
     """The trained language model."""
 
+    tokenizer: str | None = Field(default=None, min_length=1)
+    """Name or folder of a tokenizer to use instead of the model's own, such as one with another chat template. Engines
+    and rewards use it too, and final/ holds it. null: the model's own."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
@@ -61,6 +75,11 @@ class PolicyConfig(ModelConfig):
     with this adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer of the whole run is loaded from."""
+        return self.source if self.tokenizer is None else self.tokenizer
 
 
 class CriticConfig(ModelConfig):

@@ -39,6 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MODELS: tuple[Key, ...] = (
     ("policy", "model"),
     ("policy", "adapter"),
+    ("policy", "tokenizer"),
     ("reference", "model"),
     ("teacher", "model"),
     ("critic", "model"),

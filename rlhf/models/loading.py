@@ -62,6 +62,14 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """The name and the revision of a model on the hub, which is NAME or NAME@REVISION; a folder has no revision."""
+    name, at, revision = source.partition("@")
+    if not at or _is_folder_name(name) or Path(source).exists():
+        return source, None
+    return name, revision
+
+
 def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
     """UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
 
@@ -300,12 +308,15 @@ def _enable_checkpointing(model: Any) -> None:
 
 def _load(path: str, load: Callable[..., T], **options: Any) -> T:
     """Call a from_pretrained and say what to do about each way in which it fails."""
+    name, revision = split_revision(path)
+    if revision is not None:
+        options["revision"] = revision
     if _is_folder_name(path) and not Path(path).is_dir():
         raise UserError(f"The model folder {path} does not exist. Name a folder with config.json, or a hub model.")
     if Path(path).is_dir():
         refuse_strange_folder(Path(path))
     try:
-        return load(path, **options)
+        return load(name, **options)
     except OSError as error:
         reason = " ".join(str(error).split())
         if Path(path).is_dir():

@@ -118,7 +118,7 @@ class TrainedWorker(ABC):
                 self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
             self.layout = row_layout(module)
         self.tokenizer: Any = load_tokenizer(
-            self.model_config.model, trust_remote_code=self.model_config.trust_remote_code
+            self.config.policy.tokenizer_source, trust_remote_code=self.config.policy.trust_remote_code
         )
         return self.fingerprint
 

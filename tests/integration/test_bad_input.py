@@ -26,7 +26,7 @@ import ray
 import actors.cluster
 import actors.export
 import actors.launch
-from actors.models import with_tiny
+from actors.models import with_sources
 from rlhf.cli import main
 from rlhf.config.load import load
 from rlhf.controller.trained import trained_models
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
     run = str(config(tmp_path, with_data(ROW)))
 
     def resumed_from(*overrides: str, **changes: Any) -> str:
-        local = with_tiny(load(run).runs["r"], tmp_path / "r")
+        local = with_sources(load(run).runs["r"], tmp_path / "r")
         model = architecture_fingerprint(load_config(local.policy.model))
         trained = trained_models(local)
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}

@@ -12,7 +12,7 @@ import pytest
 from actors.beginning import check_folders
 from actors.export import export_checkpoint
 from actors.launch import launch
-from actors.models import refuse_other_model, with_tiny
+from actors.models import refuse_other_model, with_sources
 from rlhf.config.dump import dump_yaml
 from rlhf.config.load import LoadedConfig, load
 from rlhf.config.root import Config
@@ -43,7 +43,7 @@ def loaded(folder: Path, *overrides: str) -> LoadedConfig:
 def local(folder: Path, *overrides: str) -> Config:
     """With models that can be loaded, as the controller gets it."""
     run = loaded(folder, *overrides)
-    return with_tiny(run.runs["demo"], run.folder)
+    return with_sources(run.runs["demo"], run.folder)
 
 
 def state_of(config: Config) -> Any:

@@ -1,0 +1,133 @@
+"""Revisions of models of the hub, and a tokenizer in the place of the policy's own: in every role that reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+
+import actors.engines
+from actors.engines import start_engines
+from actors.inputs import StageInputs, load_inputs
+from actors.models import with_sources
+from rlhf.config.derive import critic_model, reference_model
+from rlhf.errors import UserError
+from rlhf.models.loading import split_revision
+from tests.unit.test_actors_inputs_models import loaded, ppo, refusal
+
+TEMPLATE = "{% for m in messages %}<|user|>#{{ m.content }}<|eos|>{% endfor %}<|assistant|>"
+
+
+def local(run: Any, folder: Path) -> Any:
+    (config,) = run.runs.values()
+    return with_sources(config, folder)
+
+
+@pytest.fixture(scope="module")
+def other_template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of a tokenizer alone."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_name_may_have_a_revision_and_a_folder_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name@x").mkdir()
+    assert split_revision("owner/other@v2") == ("owner/other", "v2")
+    assert split_revision("owner/other@refs/pr/1") == ("owner/other", "refs/pr/1")
+    assert split_revision("owner/other") == ("owner/other", None)
+    assert split_revision("owner/name@x") == ("owner/name@x", None)
+    assert split_revision(f"{tmp_path}/a@b") == (f"{tmp_path}/a@b", None)
+
+
+def test_every_model_is_loaded_at_its_revision(tmp_path: Path) -> None:
+    sections = {
+        "policy": {"model": "org/policy", "revision": "v1"},
+        "critic": {"model": "org/critic", "revision": "v2"},
+        "reward": {"model": "org/reward", "revision": "v3"},
+        "rewards": {"taste": {"role": "reward"}},
+    }
+    config = local(ppo(tmp_path, tmp_path, **sections), tmp_path)
+    assert (config.policy.model, config.critic.model, config.reward.model) == (
+        "org/policy@v1",
+        "org/critic@v2",
+        "org/reward@v3",
+    )
+    assert config.policy.tokenizer_source == "org/policy@v1"
+
+
+def test_a_reference_and_a_critic_begin_at_the_policys_revision(tmp_path: Path) -> None:
+    run = ppo(tmp_path, tmp_path, policy={"model": "org/policy", "revision": "v1"})
+    for config in (*run.runs.values(), local(run, tmp_path)):
+        assert reference_model(config).source == critic_model(config).source == "org/policy@v1"
+
+
+@pytest.mark.parametrize("model", ["./folder", "/folder", "tiny:llama"])
+def test_a_folder_has_no_revision(tmp_path: Path, model: str) -> None:
+    with pytest.raises(UserError, match=r"policy\.revision: is v1, but policy\.model is .* no model of the hub"):
+        loaded(tmp_path, policy={"model": model, "revision": "v1"})
+
+
+def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Offline, from a cache with two revisions, in a process that has this cache from its start."""
+    repository = tmp_path / "models--org--name"
+    for sha, name, length in (("a" * 40, "main", 64), ("b" * 40, "v2", 128)):
+        folder = repository / "snapshots" / sha
+        shutil.copytree(tiny_model, folder)
+        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": length}
+        (folder / "config.json").write_text(json.dumps(config))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(sha)
+    code = (
+        "import torch; from rlhf.models.loading import load_causal_lm, load_tokenizer\n"
+        "for name in ('org/name', 'org/name@v2'):\n"
+        "    load_tokenizer(name)\n"
+        "    print(load_causal_lm(name, dtype=torch.float32).config.max_position_embeddings)\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["64", "128"], done.stderr
+
+
+def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(
+    tiny_model: Path, tmp_path: Path, other_template: str
+) -> None:
+    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": other_template}
+    data = {"train": {"task": "running_totals", "size": 8}, "max_prompt_tokens": 64, "apply_chat_template": True}
+    (stage,) = load_inputs(ppo(tmp_path, tiny_model, policy=policy, data=data))
+    assert isinstance(stage, StageInputs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(other_template)
+    prompt = stage.inputs.prompts[0]  # type: ignore[union-attr]
+    assert tokenizer.decode(prompt.token_ids).startswith("<|user|>#")
+
+
+def test_engines_get_the_tokenizer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = []
+    monkeypatch.setattr(actors.engines, "_spawn", lambda spec, *_: specs.append(spec) or [])
+    policy = {"model": "org/name", "revision": "v2", "tokenizer": "org/words@v3"}
+    config = local(ppo(tmp_path, tiny_model, policy=policy), tmp_path)
+    place: Any = SimpleNamespace(on_one_host=lambda: True)
+    start_engines(config, place, max_model_len=8, spool=tmp_path, environment=None)
+    assert (specs[0].model, specs[0].tokenizer) == ("org/name@v2", "org/words@v3")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": str(tmp_path / "tokenizer")}
+    message = refusal(ppo(tmp_path, tiny_model, policy=policy))
+    assert "policy.tokenizer: " in message
+    assert "has token ids up to 327, but the embedding of" in message
