@@ -127,9 +127,12 @@ SYNONYMS = (
     S("rollouts.top_p", "top_p", "rollout.top_p", "rollout.top_p top_p"),
     S("rollouts.top_k", "top_k", "rollout.top_k"),
     S("rollouts.min_p", "min_p", "rollout.min_p"),
-    S("rollouts.repetition_penalty", "repetition_penalty", "rollout.repetition_penalty"),
+    S("rollouts.repetition_penalty", "repetition_penalty"),
     S("rollouts.stop_token_ids", "stop_token_id", "rollout.stop_token_ids"),
+    S("rollouts.min_p", "min_p"),
+    S("rollouts.repetition_penalty", "repetition_penalty"),
     S("rollouts.stop", "stop_token", other="stop_sequences stop_strings"),
+    S("rollouts.stop_token_ids", "stop_token_id"),
     S(
         "rollouts.dynamic_sampling",
         "",

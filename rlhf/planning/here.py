@@ -69,7 +69,7 @@ def _resources(stage: Stage) -> Iterator[str]:
 def _models(stage: Stage, made: set[str]) -> Iterator[str]:
     for key, section in model_places(stage.model_dump(mode="json")):
         name = section[key[-1]]
-        if name in made or name.startswith("tiny:") or Path(name).exists():
+        if name in made or name.startswith("tiny:") or os.path.exists(name):
             continue
         if name.startswith(("/", ".", "~")):
             yield f"{'.'.join(key)}: there is no folder {name}"
@@ -92,11 +92,11 @@ def _absent(sources: Mapping[str, DataSource]) -> Iterator[str]:
     """A sentence for each data set that is not on this machine."""
     for key, source in sources.items():
         name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
-        if not isinstance(source, str) or Path(source).exists():
+        if not isinstance(source, str) or os.path.exists(source):
             continue
         if source.endswith(FILE_SUFFIXES):
             yield f"{key}: there is no file {source}"
-        elif not Path(name).exists() and (name.startswith(("/", ".", "~")) or not _is_cached("datasets", name)):
+        elif not os.path.exists(name) and (name.startswith(("/", ".", "~")) or not _is_cached("datasets", name)):
             yield f"{key}: there is no folder {name}, and the cache of the model hub does not hold it"
 
 
@@ -114,7 +114,7 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
         named[f"{prefix or 'rollouts.'}environment.name"] = environment.name
     for key, name in named.items():
         file, colon, _ = (name or "").rpartition(":")
-        if colon and not any((base / Path(file).expanduser()).is_file() for base in (folder, Path.cwd())):
+        if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):
             yield f"{key}: there is no file {file}"
         elif name and not colon and key.endswith(".function"):
             resolve(name, args={}, folders=(), key=key)
@@ -123,4 +123,4 @@ def _code(stage: Stage, folder: Path) -> Iterator[str]:
 def _is_cached(kind: str, name: str) -> bool:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    return (cache / f"{kind}--{name.replace('/', '--')}").exists()
+    return os.path.exists(cache / f"{kind}--{name.replace('/', '--')}")

@@ -64,6 +64,16 @@ def test_what_is_missing_has_a_sentence_each(folder: Path) -> None:
     ]
 
 
+def test_names_that_no_path_can_have(folder: Path) -> None:
+    long = "a" * 5000
+    names = [f"policy.model={long}", f"data.train={long}.jsonl", "rewards.mine.function='~nobody/x.py:f'"]
+    assert [sentence.partition(":")[0] for sentence in missing(*names)] == [
+        "policy.model",
+        "data.train",
+        "rewards.mine.function",
+    ]
+
+
 def test_a_machine_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = len(os.sched_getaffinity(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
