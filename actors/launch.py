@@ -129,7 +129,8 @@ def _run_stages(
         logger.info("%s is finished: nothing is left to do", loaded.name)
         return
     logger.info("%s: checking models, data and rewards", loaded.name)
-    stages = load_inputs(loaded)
+    with loaded.located():
+        stages = load_inputs(loaded)
     for stage in stages:
         if isinstance(stage, StageInputs):
             if until is not None:

@@ -90,7 +90,7 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
     from actors.inputs import load_inputs
 
-    with tempfile.TemporaryDirectory() as folder:  # the tiny model is written there, and not into the run's folder
+    with tempfile.TemporaryDirectory() as folder, loaded.located():  # the tiny model is written to that folder
         load_inputs(replace(loaded, folder=Path(folder)))
     return "  checked: `rlhf train` takes them\n"
 

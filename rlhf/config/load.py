@@ -4,8 +4,9 @@ the files of rewards stand beside it."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf.config.recipes import config_file
 from rlhf.config.root import Config
 from rlhf.config.stages import Stage, run_folder
 from rlhf.config.suggestions import nearest
-from rlhf.config.yaml_tree import Tree, apply_overrides, read_tree
+from rlhf.config.yaml_tree import Key, Tree, apply_overrides, read_tree
 from rlhf.errors import UserError
 
 
@@ -30,6 +31,32 @@ class LoadedConfig:
     folder: Path  # of the run, or the one that holds the folders of the stages
     stages: Mapping[str, Stage]  # by stage name; a single run is one stage of the run's name
     is_pipeline: bool
+    places: Mapping[Key, str] = field(default_factory=dict)  # where each key was written
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Put the place of a key before the message of a UserError that begins with the key."""
+        try:
+            yield
+        except UserError as error:
+            place = self._place(str(error))
+            if place is None:
+                raise
+            raise UserError(f"{place}: {error}") from error
+
+    def _place(self, message: str) -> str | None:
+        """Return where the key was written that a message begins with, such as `stages.NAME: KEY: ...`."""
+        first, second = (*message.split(" ", 2), "")[:2]
+        key, below = (tuple(word.rstrip(":").split(".")) for word in (first, second))
+        written = self._written(key)
+        if self.is_pipeline and key[0] == "stages" and len(key) == 2:
+            in_stage, shared = self._written((*key, *below)), self._written(below)
+            written = in_stage if len(in_stage) - 2 >= max(len(shared), 1) else shared or written
+        return self.places.get(written)
+
+    def _written(self, key: Key) -> Key:
+        """Return the key, or the nearest section above it, that was written; () for none."""
+        return next((key[:length] for length in range(len(key), 0, -1) if key[:length] in self.places), ())
 
     @property
     def runs(self) -> Mapping[str, Config]:
@@ -60,11 +87,18 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
         stages = resolve_stages(tree)
         run = next(iter(stages.values())).run
         name = run.name.partition("/")[0]
-        return LoadedConfig(source=tree.source, name=name, folder=run.dir / name, stages=stages, is_pipeline=True)
+        return LoadedConfig(
+            source=tree.source,
+            name=name,
+            folder=run.dir / name,
+            stages=stages,
+            is_pipeline=True,
+            places=tree.places,
+        )
     config = parse(tree.values)
     refuse(config if isinstance(config, tuple) else problems(config), tree.place)
     assert isinstance(config, Config)
-    return _single(config, tree.source)
+    return replace(_single(config, tree.source), places=tree.places)
 
 
 def _locate_rewards(section: Any, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from rlhf.algorithms import AlgorithmConfig
-from rlhf.config.load import checked, load, run_folder
+from rlhf.config.load import LoadedConfig, checked, load, run_folder
 from rlhf.config.root import Config
 from rlhf.errors import UserError
 
@@ -281,6 +281,36 @@ def test_a_stage_s_section_makes_no_run(tmp_path: Path) -> None:
             load(path)
         assert str(caught.value).startswith(f"{path}:2: {section.partition(':')[0]}: ")
         assert fix in str(caught.value)
+
+
+def test_a_later_error_gets_the_place_of_its_key(file: Path, tmp_path: Path) -> None:
+    def located(loaded: LoadedConfig, message: str) -> str:
+        with pytest.raises(UserError) as caught, loaded.located():
+            raise UserError(message)
+        return str(caught.value)
+
+    single = load(file, ["data.eval=held.jsonl"])
+    assert located(single, "rewards.correct.function: broken") == f"{file}:7: rewards.correct.function: broken"
+    assert located(single, "data.eval.heldout: empty") == "argument 'data.eval=held.jsonl': data.eval.heldout: empty"
+    assert located(single, "policy.model some/model is short") == f"{file}:3: policy.model some/model is short"
+    assert located(single, "prompts.jsonl:3: empty") == "prompts.jsonl:3: empty"
+    assert located(checked(config(file)), "policy.model: none") == "policy.model: none"
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(
+        "run: {name: demo}\n"
+        "policy: {model: some/model}\n"
+        "train: {steps: 1, lr: 1.0, sequences_per_update: 1}\n"
+        "stages:\n"
+        "  a:\n"
+        "    algorithm: {name: sft}\n"
+        "    data: {train: a.jsonl}\n"
+        "  b: {algorithm: {name: sft}, data: {train: b.jsonl}, policy: {model: stage:a}}\n"
+    )
+    loaded = load(pipeline)
+    assert located(loaded, "stages.a: data.train: empty").startswith(f"{pipeline}:7: stages.a: data.train")
+    assert located(loaded, "stages.a: policy.model: none").startswith(f"{pipeline}:2: stages.a: policy")
+    assert located(loaded, "stages.b: policy.model: none").startswith(f"{pipeline}:8: stages.b: policy")
+    assert located(loaded, "stages.a: too small").startswith(f"{pipeline}:5: stages.a: too small")
 
 
 def test_a_reward_beside_the_file_keeps_its_place(file: Path) -> None:

@@ -124,7 +124,7 @@ def test_plan_refuses_what_train_would(folder: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", "run.yaml"]) == 2
     out, error = capsys.readouterr()
     assert "1 step" in out
-    assert error.startswith("rlhf: error: rewards.mine.function: ")
+    assert error.startswith("rlhf: error: run.yaml:6: rewards.mine.function: ")
     assert "rewards.py:right` needs the column `answer`, and data.train has reply." in error
 
 
