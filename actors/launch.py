@@ -167,7 +167,7 @@ def _refuse_other_end(config: Config, until: int) -> None:
 
 
 async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
-    """One run in its folder, from its last checkpoint if there is one."""
+    """Run one stage in its folder, from its last checkpoint if there is one."""
     is_online = isinstance(stage.inputs, OnlineInputs)
     show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
     if stage.inputs.eval_sets:
@@ -376,7 +376,7 @@ def _names(placement: Placement) -> str:
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
-    """What a policy's ranks are, which follows from what it learns from."""
+    """Return the class of the policy's ranks: it depends on what the policy learns from."""
     if distils_rollouts(config):
         return StudentRank
     return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
@@ -391,7 +391,7 @@ async def _carry_out(
     until: int | None,
     nodes: Collection[str],
 ) -> None:
-    """The loop, from the checkpoint of `step` if there is one; final/ at its end, not at `until`."""
+    """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
     if step is not None:
         await controller.restore(step)
     is_done = await run_loop(

@@ -1,7 +1,7 @@
-"""The processes behind a group's actors: known while they live, and gone when they have been ended.
+"""The processes of a group's actors, which are gone when the group has been ended.
 
-ray.kill asks; a process that is stopped stays for seconds, with its memory and its ports, or for ever if Ray itself
-ends meanwhile. On the driver's own host those are killed outright.
+ray.kill only asks. A stopped process keeps its memory and ports for seconds, or for ever if Ray ends meanwhile, so
+processes on the driver's host are killed directly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actors.standing import forget, own_standing, remember
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
-ASKED_S = 1.0  # for an end that Ray takes for an orderly one
+ASKED_S = 1.0  # for an orderly end by Ray
 GONE_WITHIN_S = 10.0
 
 # Environment of processes that compute on a CPU. Memory that a micro-batch or a sync frees is kept for the next one,
@@ -41,7 +41,7 @@ def hub_environment() -> dict[str, str]:
 
 
 class Processes:
-    """Those of one group."""
+    """The processes of one group of actors."""
 
     def __init__(self, role: str, handles: Sequence[ActorHandle[Any]]) -> None:
         self.role = role
@@ -67,7 +67,7 @@ class Processes:
             ray.kill(handle)
 
     def end(self) -> None:
-        """End all at once. When this returns those of this host are gone, or GONE_WITHIN_S have passed."""
+        """End all processes at once, and wait up to GONE_WITHIN_S until those of this host are gone."""
         if self.ended:
             return
         self.ended = True

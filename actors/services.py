@@ -45,8 +45,10 @@ class RewardWorkers:
         await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
-        """Groups go to the workers in turn, to each as many at once as it has processes: the limit is for one group's
-        own work, not for its wait. Services are asked first, about more groups at once."""
+        """Score a group. Groups go to the workers in turn, to each as many at once as it has processes.
+
+        The limit counts from the start of the work on a group. Services are asked first, about more groups at once.
+        """
         worker = group.request.group_id % len(self.handles)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
         if errors:
@@ -62,7 +64,7 @@ class RewardWorkers:
         return scores
 
     async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, Outcome]:
-        """What the services say that score the group's row."""
+        """Return the answers of the services that score this row."""
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
             return {}
@@ -105,14 +107,14 @@ class RewardWorkers:
         return ping
 
     async def texts(self, group: CompletedGroup) -> list[str]:
-        """The responses as text."""
+        """Return the responses as text."""
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].texts.remote(group.rollouts)
         texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
         return texts
 
     async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
-        """The responses turn by turn and token by token."""
+        """Return the responses turn by turn and token by token."""
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].transcripts.remote(group.rollouts)
         limit_s = self.deadline_s
@@ -120,7 +122,7 @@ class RewardWorkers:
         return said
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        """What each response answers, by which responses vote; None: nothing."""
+        """Return the answer of each response, by which responses vote; None: it has none."""
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].answers.remote(group.rollouts, form)
         limit_s = self.deadline_s

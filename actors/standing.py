@@ -1,7 +1,7 @@
-"""The nodes that a run's actors stand on: remembered while all is well, so that a failure can name them.
+"""Remembers the nodes of a run's actors, so that a failure can name them.
 
-Asks a node itself whether it is still there; Ray finds out about a lost link only after its health checks. It must not
-ask the head, which may be what is lost.
+A node is asked directly whether it is still there: Ray notices a lost link only after its health checks, and the head
+may be lost itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWERS_WITHIN_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where an actor's process is."""
+    """The place of an actor's process."""
 
     who: str  # such as `policy rank 1`
     node: str  # Ray's id
@@ -32,7 +32,7 @@ class Standing:
     pid: int
 
     def loss(self) -> str | None:
-        """What has become of its node; None: it answers."""
+        """Return what has happened to the node; None: it answers."""
         try:
             socket.create_connection((self.address, self.port), timeout=ANSWERS_WITHIN_S).close()
         except ConnectionRefusedError:
@@ -46,13 +46,13 @@ _STANDING: dict[str, Standing] = {}  # by actor id, which is never used twice
 
 
 def own_standing(actor: object) -> tuple[str, str, int]:
-    """Of the actor in which this is called: its id, its node, its process."""
+    """Return id, node and process of the actor in which this is called."""
     context = ray.get_runtime_context()
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
 
 
 def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
-    """What a role's workers have said of themselves, in rank order."""
+    """Remember the places of a role's workers, in rank order."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
     for rank, (actor, node, pid) in enumerate(found):
         if node in nodes:
@@ -61,20 +61,20 @@ def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
 
 
 def forget(actors: Iterable[str]) -> None:
-    """These have been ended."""
+    """Forget actors that have been ended."""
     for actor in actors:
         _STANDING.pop(actor, None)
 
 
 def standing(actor: str | None) -> Standing | None:
-    """Where an actor is, or was; None: it was never found, or has been ended."""
+    """Return the place of an actor; None: it is not known, or the actor has been ended."""
     return _STANDING.get(actor or "")
 
 
 def losses() -> str:
-    """A sentence on the nodes that the run has lost, whatever failed because of it; empty if all of them answer.
+    """Return a sentence on the nodes that the run has lost; empty if all of them answer.
 
-    A rank fails too whose peer is gone, or whose arguments lay there.
+    Ranks on other nodes fail too when a peer or their arguments are gone.
     """
     places = {place.node: place for place in _STANDING.values()}
     if not places:

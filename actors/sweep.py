@@ -45,7 +45,7 @@ PREEMPTED = 75  # exit code of a run that others have told to end
 
 @dataclass(slots=True)
 class _Running:
-    """A trial at work."""
+    """A running trial."""
 
     assignment: Assignment
     process: Process
@@ -58,7 +58,7 @@ class _Running:
 
 @dataclass(slots=True)
 class _Loop:
-    """The sweep at work."""
+    """The loop of a sweep."""
 
     sweep: Sweep
     journal: Journal
@@ -213,7 +213,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
 
 
 def _grace_s(sweep: Sweep) -> float:
-    """What a trial that is told to end may take for the step at work."""
+    """Return the seconds that a trial has for its step once it is asked to end."""
     return max(run.train.preemption_grace_s for run in sweep.base.runs.values())
 
 
@@ -242,7 +242,7 @@ def _failures(result: SweepResult) -> str:
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
-    """The place of each trial that runs at once, and what it may use there."""
+    """Return the share of the machine of each trial that runs at once."""
     config = sweep.config
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
     wanted = [bundles_of(trial) for trial in trials]

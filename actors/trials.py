@@ -30,20 +30,20 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """Of this machine. Empty: all of it, as other trials have too."""
+    """A part of this machine. Empty: all of it, shared with other trials."""
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
 
 
 class Process(Protocol):
-    """A trial at work."""
+    """The process of a trial."""
 
     def poll(self) -> int | None:
         """Its exit code; None: it goes on."""
 
     def interrupt(self) -> None:
-        """Tell it to end in order, once."""
+        """Ask it to end in order, once."""
 
     def kill(self) -> None:
         """End it and all that it has started, now."""
@@ -81,7 +81,7 @@ class _Started:
         return code
 
     def interrupt(self) -> None:
-        """Tell it to end in order, once."""
+        """Ask it to end in order, once."""
         if self.deadline is None and self.process.poll() is None:
             self.deadline = time.monotonic() + self.end_within_s
             self.process.send_signal(signal.SIGTERM)
@@ -152,13 +152,13 @@ class WarmProcess(_Started):
 
 
 def train_words(config: Path, until: int | None) -> list[str]:
-    """What `rlhf` is told."""
+    """Return the arguments of `rlhf`."""
     words = ["train", str(config), "--resume", "auto", "--quiet"]
     return [*words, "--until", str(until)] if until is not None else words
 
 
 def end_all(processes: Sequence[Process], request: StopRequest) -> None:
-    """Tell all to end, and wait until they have: none is left. A second signal kills them."""
+    """Ask all processes to end, and wait until none is left. A second signal kills them."""
     for process in processes:
         process.interrupt()
     wait_for_all(processes, request)

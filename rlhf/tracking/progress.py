@@ -100,7 +100,7 @@ class Progress:
         self._shown(entered=entered)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done. Step 0, the evaluation before training, does not count as one."""
+        """Record that a step is done. Step 0, the evaluation before training, does not count as one."""
         self._leave(time.monotonic())
         self._numbers |= {key: metrics[key] for key in self._show if key in metrics}
         if step > 0:
@@ -112,10 +112,10 @@ class Progress:
         self._stage, self._stages = "", {}
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
 
     def finding(self, finding: Finding) -> None:
-        """Something that looks wrong, once. The log has it too, which is what people see."""
+        """Show something that looks wrong, once. The log has it too."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""

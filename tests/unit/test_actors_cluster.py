@@ -6,10 +6,13 @@ import os
 import resource
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from actors.cluster import _private_temp, _refuse_few_open_files
+from actors.placement import Placement
 from rlhf.errors import UserError
 
 
@@ -47,3 +50,10 @@ def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("a" * 100)))
     with pytest.raises(UserError, match=r"longer than 107 characters. Set RAY_TMPDIR to a folder with a short path"):
         _private_temp()
+
+
+def test_workers_read_and_write_utf_8_whatever_the_locale() -> None:
+    seating = SimpleNamespace(seats={"policy": [SimpleNamespace(cpus=1.0, gpus=0.0, bundle=0)]})
+    placement = Placement(group=cast("Any", None), seating=cast("Any", seating))
+    options = placement.options("policy", 0, {"OMP_NUM_THREADS": "1"})
+    assert options["runtime_env"] == {"env_vars": {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}}
