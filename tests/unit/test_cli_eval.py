@@ -13,6 +13,7 @@ import pytest
 
 import rlhf
 from actors.eval_inputs import inputs_of_model, inputs_of_run
+from actors.evaluate import refuse_unusable_folder
 from actors.inputs import load_inputs
 from actors.rollout import RolloutSpec, RolloutWorker
 from rlhf.cli import main
@@ -20,6 +21,7 @@ from rlhf.commands.asking import decoding_of
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.load import load
 from rlhf.config.seating import seats_of
+from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.rewards.scoring import RewardSpec
@@ -375,3 +377,10 @@ def test_another_column_is_named_by_an_option(
         assert "expected OURS=THEIRS, such as prompt=question" in capsys.readouterr().err
         assert main([*command, "--column", "prompt=question", "--max-new-tokens", "9000"]) == 2
         assert "questions.jsonl:1: the prompt has" in capsys.readouterr().err  # it was read
+
+
+def test_results_are_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text("{}")
+    with pytest.raises(UserError, match="replace it with --overwrite"):
+        refuse_unusable_folder(tmp_path, overwrite=False)
+    refuse_unusable_folder(tmp_path, overwrite=True)
