@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.algorithms.grpo import GROUP_STD_EPS, GroupRelative
+from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.shared import ClippedConfig, LossKLConfig, SequenceOutcomes
 
 if TYPE_CHECKING:
@@ -42,6 +42,19 @@ class GDPO(GroupRelative):
             eps=GROUP_STD_EPS,
             counted=outcomes.has_opinion,
         )
+
+    def is_flat(self, outcomes: SequenceOutcomes) -> bool:
+        """Whether the normalised rewards of every response add up to 0, whatever the sums of the plain ones are."""
+        from rlhf.objectives.advantages import group_normalized_sum
+
+        sums = group_normalized_sum(
+            outcomes.by_reward,
+            outcomes.weights,
+            group_size=outcomes.group_size,
+            eps=GROUP_STD_EPS,
+            counted=outcomes.has_opinion,
+        )
+        return bool((sums.abs() < FLAT_BELOW).all())
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.grpo import GROUP_STD_EPS, GroupRelative
+from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.shared import ClippedConfig, SequenceOutcomes
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class PassAtK(GroupRelative):
         if self.config.baseline == "leave_one_out":
             return group_best_margin(scores, group_size=size, k=k)
         return group_best_normalized(scores, group_size=size, k=k, eps=GROUP_STD_EPS)
+
+    def is_flat(self, outcomes: SequenceOutcomes) -> bool:
+        """Whether all sets of k are equally good, as they are also where most responses have the best score."""
+        return bool((self.sequence_advantages(outcomes).abs() < FLAT_BELOW).all())
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""

@@ -120,6 +120,10 @@ class OnlineConfig(FollowedReferenceConfig):
     """Advantages are held in [-advantage_clip, advantage_clip], after whitening; null: not held."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
+    mask_truncated: bool = False
+    """Leave responses that were cut at rollouts.max_new_tokens (a conversation: that met a limit of its environment)
+    out of all losses and of what these are divided by (overlong filtering, arXiv:2503.14476, section 3.4). Their scores
+    still count in the baseline of their group."""
     correction: CorrectionConfig | None = None
     """What is done about the mismatch of rollout engine and trainer; null: nothing."""
 
@@ -218,6 +222,10 @@ class OnlineAlgorithm(Protocol):
         """Places of those of a prompt's responses that are trained on, ascending; there may be none."""
         ...
 
+    def is_flat(self, outcomes: SequenceOutcomes) -> bool:
+        """Whether it gives all responses of one group an advantage of 0. Asked where it compares responses."""
+        ...
+
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
         """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
         ...
@@ -257,6 +265,10 @@ class OnlineDefaults:
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
         """All of them."""
         return range(len(scores))
+
+    def is_flat(self, outcomes: SequenceOutcomes) -> bool:
+        """Whether all scores are equal."""
+        return len(set(outcomes.scores.tolist())) == 1
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """TypeError: there are none."""

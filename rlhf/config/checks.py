@@ -186,11 +186,6 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
         text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
         yield _problem("rollouts.samples_per_prompt", text)
-    elif rollouts.dynamic_sampling is not None and samples < 2:
-        text = (
-            f"is {samples}, but rollouts.dynamic_sampling looks for prompts whose responses differ in score: 2 or more"
-        )
-        yield _problem("rollouts.samples_per_prompt", text)
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:

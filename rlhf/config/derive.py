@@ -140,7 +140,8 @@ def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
 def leaves_out(config: Config) -> bool:
     """Whether some of the responses to be weighed by advantages are not trained on."""
     keeps = config.rollouts is not None and config.rollouts.keep_per_prompt is not None
-    return keeps or most_kept(config) is not None
+    masks = isinstance(config.algorithm, OnlineConfig) and config.algorithm.mask_truncated
+    return keeps or masks or most_kept(config) is not None
 
 
 def has_critic(config: Config) -> bool:

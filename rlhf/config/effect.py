@@ -219,6 +219,11 @@ def _of_rewards(config: Config) -> Iterator[Inert]:
         keys = "reward_policy rollouts.dynamic_sampling data.curriculum"
         yield from _all(keys, "there are no rewards", "name one in rewards")
         return
+    rule = None if config.rollouts is None else config.rollouts.dynamic_sampling
+    bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
+    if not derive.compares_responses(config) and not bounded:
+        why = f"{config.algorithm.name} learns from responses of equal scores too, and no bound of the mean is set"
+        yield from _all("rollouts.dynamic_sampling", why, "set its min_mean or max_mean")
     if not drops(config.rewards, config.reward_policy):
         why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
         yield from _all("reward_policy.max_dropped_fraction", why, "set reward_policy.on_error to drop")

@@ -8,6 +8,7 @@ from rlhf.algorithms.dapo import DAPOConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.raft import RAFTConfig
 from rlhf.algorithms.shared import OnlineConfig
+from rlhf.config import derive
 from rlhf.config.explain import Problem
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
@@ -29,6 +30,12 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
     if kl.coef > 0.0 and kl.place == "loss" and kl.estimator == "k1":
         text = "is k1, but algorithm.kl.place is loss, where its mean gradient is 0; set k1_straight_through or k2"
         yield Problem(key=("algorithm", "kl", "estimator"), text=text)
+    if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and derive.compares_responses(config):
+        text = (
+            f"is true, but algorithm.kl.place is reward and {algorithm.name} compares responses with each other, those "
+            "that are masked too, whose KL is not computed; set algorithm.kl.place to loss"
+        )
+        yield Problem(key=("algorithm", "mask_truncated"), text=text)
     if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
         text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
         yield Problem(key=("algorithm", "entropy", "coef"), text=text)

@@ -230,6 +230,7 @@ SYNONYMS = (
         "reward_model.overlong_buffer.penalty_factor",
         "reward.overlong_penalty_factor overlong_penalty_factor",
     ),
+    S("algorithm.mask_truncated", "mask_truncated_completions"),
     S("algorithm.critic_lr", "", "critic.optim.lr", "critic_learning_rate"),
     S("algorithm.critic_warmup_steps", "", "trainer.critic_warmup", "critic.freezing_steps freezing_actor_steps"),
     S("algorithm.sft_coef", "", "", "model.nll_loss_coef nll_loss_coef", other="rpo_alpha"),

@@ -2,7 +2,8 @@
 
 kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
 
-A response that is not kept (rollouts.keep_per_prompt, raft) is not computed on.
+A response that is not kept (rollouts.keep_per_prompt, raft) is not computed on. One that is masked
+(algorithm.mask_truncated) is not computed on either, and its score still counts in the baseline of its group.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
-from rlhf.config.derive import leaves_out, rows_per_step, trained_per_prompt, updates_per_step
+from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
 from rlhf.config.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
 from rlhf.controller.entropy_bonus import EntropyBonus
@@ -27,7 +27,7 @@ from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.idle_correction import IdleCorrection
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.controller.training_scores import by_reward, by_step, is_flat
+from rlhf.controller.training_scores import by_step, for_training, is_flat, outcomes_of
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
@@ -52,7 +52,6 @@ class AdvantageLearning:
         self.kl_coef = self.algorithm.config.kl.coef
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.following = FollowingReference(self.algorithm.config.reference_every, roles, record)
-        self.group_size = trained_per_prompt(config, self.rollouts)
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.steps: Mapping[int, tuple[StepReward, ...]] = {}
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
@@ -61,12 +60,18 @@ class AdvantageLearning:
         """The arrows of the module's docstring. Where nothing is kept there is no optimizer step: the weights stay."""
         record, roles = self.record, self.roles
         kept, self.steps = by_step(self._kept(groups), self.config.rewards, self.algorithm.step_terms)
-        plan = self._plan(kept, step, roles.policy)
+        trained = self._not_masked(kept)
+        if leaves_out(self.config):
+            total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
+            record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
+        plan = self._plan(trained, step, roles.policy)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
         with record.stage("experience", role="policy"):
-            if kept:
-                report, advantages = await self._experience(plan, kept)
+            if trained:
+                report, advantages = await self._experience(plan, kept, trained)
+            elif kept:
+                logger.warning("step %d: every response was cut (algorithm.mask_truncated): nothing is updated", step)
             else:
                 logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         with record.stage("update", role="policy"):
@@ -84,7 +89,7 @@ class AdvantageLearning:
         self._adapt_entropy()
         self._adapt_kl(report, num_sequences=sum(m.num_sequences for m in plan.minibatches))
         return Signals(
-            trained=frozenset(plan.scores) if kept else frozenset(),
+            trained=frozenset(plan.scores) if trained else frozenset(),
             reports={one.sequence_id: one for one in report.sequences},
             advantages=advantages,
         )
@@ -100,22 +105,32 @@ class AdvantageLearning:
         await self.following.restore(state, step)
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """The groups with the responses that are trained on; without the groups that have none."""
+        """Return the groups with the responses that are kept, and with the scores that are trained on.
+
+        Responses are chosen by the scores that are reported. Groups of which none is kept are left out.
+        """
         keep = self.rollouts.keep_per_prompt
         kept = []
-        for scored in groups:
+        for scored, trained in zip(groups, for_training(groups, self.config.rewards), strict=True):
             scores = scored.scores.scores
             places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
             if places:
-                kept.append(only(scored, places))
+                kept.append(only(trained, places))
         if self.algorithm.compares_responses:
-            flat = sum(is_flat(scored.scores, self.config.rewards) for scored in groups)
+            flat = sum(is_flat(scored, self.config, self.algorithm) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})
-        if leaves_out(self.config):
-            total = sum(len(scored.group.infos) for scored in kept)
-            count = sum(len(scored.group.infos) for scored in groups)
-            self.record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
         return kept
+
+    def _not_masked(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """Return the groups with the responses that are trained on, without the groups that have none."""
+        if not self.algorithm.config.mask_truncated:
+            return list(groups)
+        trained = []
+        for scored in groups:
+            places = [place for place, info in enumerate(scored.group.infos) if info.finish_reason != "length"]
+            if places:
+                trained.append(only(scored, places))
+        return trained
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
         """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
@@ -131,11 +146,14 @@ class AdvantageLearning:
         return replace(plan, steps=self.steps)
 
     async def _experience(
-        self, plan: BatchPlan, groups: Sequence[ScoredGroup]
+        self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
     ) -> tuple[PrepareReport, Mapping[int, float]]:
-        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts."""
+        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts.
+
+        kept: whose scores are compared. trained: the same without the responses that are masked.
+        """
         roles, config = self.roles, self.algorithm.config
-        rollouts = [scored.group.rollouts for scored in groups]
+        rollouts = [scored.group.rollouts for scored in trained]
         reference, critic = roles.reference, roles.critic
         wanted = frozenset(plan.scores) if leaves_out(self.config) else None
         in_turn = asyncio.Semaphore(1 if self._share_bundles() else 2)
@@ -148,16 +166,20 @@ class AdvantageLearning:
 
         async def old_values() -> Sequence[Ref[TokenValues]]:
             async with in_turn:
-                return [] if critic is None else await critic.values(self._plan(groups, plan.step, critic), rollouts)
+                return [] if critic is None else await critic.values(self._plan(trained, plan.step, critic), rollouts)
 
         references, values = await asyncio.gather(logprobs(), old_values())
         report = await roles.policy.prepare(plan, rollouts, references)
-        scores = dict(plan.scores)
+        scores = {
+            info.sequence_id: score
+            for scored in kept
+            for info, score in zip(scored.group.infos, scored.scores.scores, strict=True)
+        }
         if config.kl.place == "reward" and critic is None:
             for sequence in report.sequences:
                 if sequence.kl_ref is not None:
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
-        by_sequence = self.algorithm.sequence_advantages(self._outcomes(groups, scores))
+        by_sequence = self.algorithm.sequence_advantages(self._outcomes(kept, scores))
         advantages = await roles.policy.set_advantages(
             None if by_sequence is None else dict(zip(scores, by_sequence.tolist(), strict=True)), values
         )
@@ -168,24 +190,9 @@ class AdvantageLearning:
         return report, advantages.mean_advantages
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
-        """What the groups say without their tokens; `scores`: by sequence id, in the groups' order."""
-        greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
-        infos = [info for scored in groups for info in scored.group.infos]
-        num_tokens = torch.tensor([info.num_response_tokens for info in infos])
-        columns = by_reward(groups, self.config.rewards)
-        return SequenceOutcomes(
-            scores=self._shaped(_column([scores[info.sequence_id] for info in infos]), num_tokens),
-            by_reward={name: _column([v or 0.0 for v in values]) for name, values in columns.items()},
-            has_opinion={
-                name: torch.tensor([value is not None for value in values])
-                for name, values in columns.items()
-                if None in values
-            },
-            weights={name: reward.weight for name, reward in self.config.rewards.items()},
-            num_tokens=num_tokens,
-            group_size=self.group_size,
-            greedy_scores=_column(greedy) if greedy else None,
-        )
+        """Return what the algorithm compares of the groups; `scores`: by sequence id, in the groups' order."""
+        outcomes = outcomes_of(groups, list(scores.values()), self.config.rewards)
+        return replace(outcomes, scores=self._shaped(outcomes.scores, outcomes.num_tokens))
 
     def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """The scores as the algorithm compares them, and how much it has taken off."""
@@ -236,7 +243,3 @@ class AdvantageLearning:
 
     def _has_reference(self) -> bool:
         return self.algorithm.config.kl.coef > 0.0
-
-
-def _column(values: Sequence[float]) -> Float[Tensor, " B"]:
-    return torch.tensor(values, dtype=torch.float64)

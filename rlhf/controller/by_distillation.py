@@ -19,6 +19,7 @@ from rlhf.config.root import Config
 from rlhf.controller.batches import plan_batch, visits
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
+from rlhf.controller.training_scores import for_training
 from rlhf.roles import ScoredGroup, StatesByRank
 from rlhf.types import BatchPlan
 
@@ -41,6 +42,7 @@ class DistillationLearning:
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring."""
         config, record, policy = self.config, self.record, self.roles.policy
+        groups = for_training(groups, config.rewards)
         rollouts = [scored.group.rollouts for scored in groups]
         plan = self._plan(groups, step)
         with record.stage("teacher", role="teacher"):

@@ -18,6 +18,7 @@ from rlhf.controller.batches import plan_pairs, temperatures, visits
 from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
+from rlhf.controller.training_scores import for_training
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.reductions import Mean, Sum
 from rlhf.types import RolloutInfo
@@ -41,6 +42,7 @@ class PairLearning:
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """The arrows of the module's docstring. Without a pair there is no optimizer step: the weights stay."""
         record, config = self.record, self.config
+        groups = for_training(groups, config.rewards)
         found = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
         record.add(
             {

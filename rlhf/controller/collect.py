@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.config.derive import prompts_at_once, wants_greedy
 from rlhf.config.rewards import error_rules
 from rlhf.config.rollouts import DynamicSampling
@@ -35,15 +36,11 @@ RECENT_GROUPS = 32  # groups asked last, among which the dropped ones are counte
 Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
 
 
-def teaches(scores: Sequence[float], rule: DynamicSampling | None, *, differs: bool = False) -> bool:
-    """Whether a group is trained on: its responses differ in score (or in what `differs` speaks of), and their mean is
-    within the rule's bounds."""
-    if rule is None:
-        return True
-    mean = sum(scores) / len(scores)
+def is_within(mean: float, rule: DynamicSampling) -> bool:
+    """Whether a group's mean score is within the rule's bounds."""
     above = rule.min_mean is None or mean >= rule.min_mean
     below = rule.max_mean is None or mean <= rule.max_mean
-    return (differs or min(scores) < max(scores)) and above and below
+    return above and below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +83,8 @@ class Collector:
         self.answers = answers
         self.record = record
         self.sampling = sampling
+        name = config.algorithm.name
+        self.algorithm = ONLINE_ALGORITHMS[name](config.algorithm) if name in ONLINE_ALGORITHMS else None
         self.next_group = 0
         self.waiting: list[Turn] = []  # they were asked and not answered; they come first
         settings = config.data.curriculum
@@ -152,9 +151,14 @@ class Collector:
         return found
 
     def _teaches(self, scored: ScoredGroup) -> bool:
-        """Whether it is trained on. Responses of one score may differ in their steps."""
-        differs = not is_flat(scored.scores, self.config.rewards)
-        return teaches(scored.scores.scores, self.rollouts.dynamic_sampling, differs=differs)
+        """Whether the group is trained on: the algorithm learns from it, and its mean score is within the bounds."""
+        rule = self.rollouts.dynamic_sampling
+        if rule is None:
+            return True
+        masks = self.algorithm is not None and self.algorithm.config.mask_truncated
+        if masks and all(info.finish_reason == "length" for info in scored.group.infos):
+            return False
+        return not is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
     def _next(self, count: int) -> list[Turn]:
         """The next prompts: those that wait, then the stream's, less what the curriculum passes over."""

@@ -50,7 +50,7 @@ class Learning(Protocol):
     """One way. Its metrics go to the run's record."""
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """All optimizer steps of a step."""
+        """Make all optimizer steps of a step. The groups have the scores that are reported."""
         ...
 
     def state(self) -> Mapping[str, Any]:

@@ -32,7 +32,6 @@ from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.controller.trained import trained_models
-from rlhf.controller.training_scores import for_training
 from rlhf.controller.weight_sync import sync_weights
 from rlhf.data.stream import Stream
 from rlhf.errors import Preempted
@@ -151,7 +150,7 @@ class OnlineController:
         record.add(rollout_metrics(groups, version=step - 1))
         record.add({"throughput/rollout_tokens_per_s": Last(value=batch.sampled_tokens / seconds)})
         await self._to_trainers("policy", "critic", "reference", "teacher", keep_weights=False)
-        signals = await self.learning.learn(for_training(groups, self.config.rewards), step)
+        signals = await self.learning.learn(groups, step)
         await self._sync(step)
         kept = self.config.tracking.samples_per_step
         if kept:

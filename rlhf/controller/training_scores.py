@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
+from rlhf.config.derive import compares_responses
 from rlhf.config.rewards import RewardConfig
+from rlhf.config.root import Config
 from rlhf.rewards.combining import Share, gated, gated_steps, training_sum
 from rlhf.roles import ScoredGroup
-from rlhf.types import GroupScores, StepReward
+from rlhf.types import StepReward
 
 
 def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> list[ScoredGroup]:
@@ -71,11 +75,53 @@ def by_step(
     return left, found
 
 
-def is_flat(scores: GroupScores, rewards: Mapping[str, RewardConfig]) -> bool:
-    """Whether nothing tells a group's responses apart, nor their steps."""
-    steps = gated_steps(scores.steps, scores.by_name, _shares(rewards))
-    counting = [values for name, values in steps.items() if rewards[name].weight != 0.0]
-    return len(set(scores.scores)) == 1 and all(len({v for own in values for v in own}) < 2 for values in counting)
+def outcomes_of(
+    groups: Sequence[ScoredGroup], scores: Sequence[float], rewards: Mapping[str, RewardConfig]
+) -> SequenceOutcomes:
+    """Return what an algorithm compares of groups of one size. scores: of all responses, in the groups' order."""
+    greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
+    infos = [info for scored in groups for info in scored.group.infos]
+    columns = by_reward(groups, rewards)
+    return SequenceOutcomes(
+        scores=_column(scores),
+        by_reward={name: _column([value or 0.0 for value in values]) for name, values in columns.items()},
+        has_opinion={
+            name: torch.tensor([value is not None for value in values])
+            for name, values in columns.items()
+            if None in values
+        },
+        weights={name: reward.weight for name, reward in rewards.items()},
+        num_tokens=torch.tensor([info.num_response_tokens for info in infos]),
+        group_size=len(groups[0].group.infos),
+        greedy_scores=_column(greedy) if greedy else None,
+    )
+
+
+def is_flat(scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
+    """Whether training learns nothing from a group: neither its steps nor what the algorithm compares tell its
+    responses apart.
+
+    A run that compares no responses learns from any group. algorithm: None where none weighs responses by advantages.
+    """
+    assert config.rollouts is not None
+    if not compares_responses(config):
+        return False
+    shares = _shares(config.rewards)
+    steps = gated_steps(scored.scores.steps, scored.scores.by_name, shares)
+    counting = [values for name, values in steps.items() if shares[name].weight != 0.0]
+    if any(len({value for own in values for value in own}) > 1 for values in counting):
+        return False
+    (scored,) = for_training([scored], config.rewards)
+    if algorithm is None:
+        return len(set(scored.scores.scores)) == 1
+    outcomes = outcomes_of([scored], scored.scores.scores, config.rewards)
+    most = config.rollouts.max_response_tokens
+    shaped = algorithm.shaped(outcomes.scores, outcomes.num_tokens, max_new_tokens=most)
+    return algorithm.is_flat(replace(outcomes, scores=shaped))
+
+
+def _column(values: Sequence[float]) -> Float[Tensor, " B"]:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _shares(rewards: Mapping[str, RewardConfig]) -> dict[str, Share]:

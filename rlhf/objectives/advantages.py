@@ -225,12 +225,24 @@ def group_decoupled(
     Both deviations are the unbiased ones, with eps added. Rewards are prompt-major; ValueError as in group_centered.
     counted: where a reward has a value for a response, by reward; of one that is not named there, everywhere.
     """
+    total = group_normalized_sum(by_reward, weights, group_size=group_size, eps=eps, counted=counted)
+    return (total - total.mean()) / (total.std() + eps)
+
+
+def group_normalized_sum(
+    by_reward: Mapping[str, Float[Tensor, " B"]],
+    weights: Mapping[str, float],
+    *,
+    group_size: int,
+    eps: float,
+    counted: Mapping[str, Bool[Tensor, " B"]],
+) -> Float[Tensor, " B"]:
+    """Return the weighted sum of the rewards, each normalised within its group: the first half of group_decoupled."""
     normalized = [
         weights[name] * group_normalized(scores, group_size=group_size, eps=eps, counted=counted.get(name))
         for name, scores in by_reward.items()
     ]
-    total = torch.stack(normalized).sum(dim=0)
-    return (total - total.mean()) / (total.std() + eps)
+    return torch.stack(normalized).sum(dim=0)
 
 
 def greedy_centered(

@@ -384,7 +384,7 @@ _DECLARATIONS = (
         "1",
         Mean,
         "online groups",
-        "Prompts whose responses all scored the same: they teach nothing",
+        "Prompts whose responses all have an advantage of 0, as a rule since they scored the same: they teach nothing",
     ),
     _metric(
         "advantages/overlong_penalty/mean",
@@ -407,7 +407,7 @@ _DECLARATIONS = (
         "1",
         Mean,
         "online advantages",
-        "Responses that are trained on, where some are left out (`rollouts.keep_per_prompt`, raft)",
+        "Responses that are trained on, where some are left out (`rollouts.keep_per_prompt`, raft, `mask_truncated`)",
         always=False,
     ),
     # update

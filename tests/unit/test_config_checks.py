@@ -133,8 +133,8 @@ RELATIONS = {
         "is 149 and must hold the longest sequence: data.max_prompt_tokens + rollouts.max_new_tokens = 100 + 50 = 150",
     ),
     "groups to choose from have two responses": (
-        ["rollouts.dynamic_sampling={}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
-        "rollouts.samples_per_prompt: is 1, but rollouts.dynamic_sampling looks for prompts whose responses differ",
+        ["algorithm={name: grpo}", "rollouts.samples_per_prompt=1", "train.sequences_per_update=8"],
+        "rollouts.samples_per_prompt: is 1, but grpo compares a prompt's responses with each other",
     ),
     "a band of means has something in it": (
         ["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"],
@@ -300,6 +300,10 @@ RELATIONS = {
     "an environment that failed has no score": (
         ["rewards.won={environment: true, on_error: 0.0}"],
         "rewards.won: `on_error` may be `fail` or `drop` where an environment gives the reward",
+    ),
+    "masked responses have no penalty in the reward": (
+        ["algorithm={name: rloo, mask_truncated: true}"],
+        "algorithm.mask_truncated: is true, but algorithm.kl.place is reward and rloo compares responses",
     ),
     "a score on errors is a number": (
         ["rewards.correct.on_error=true"],

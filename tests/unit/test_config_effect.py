@@ -83,6 +83,8 @@ INERT = {
     "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "has no importance ratio of its own"),
     "algorithm.correction.max_ratio=3": (["algorithm.correction={preset: geo_rs}"], "correction.weights is null"),
     "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
+    "rollouts.dynamic_sampling={}": ([], "ppo learns from responses of equal scores too, and no bound of the mean is"),
+    "rollouts.dynamic_sampling.max_filtered_fraction=2": (["algorithm={name: remax}"], "remax learns from responses"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward.steps.combine=mean": (

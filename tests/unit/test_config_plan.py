@@ -75,7 +75,9 @@ def test_schedules(tmp_path: Path, overrides: list[str], shown: str) -> None:
 
 
 def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
-    text = plan(tmp_path, "rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2}")
+    text = plan(
+        tmp_path, "rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2, max_mean: 1}"
+    )
     assert fact(text, "responses a step") == (
         "64 prompts * 4 samples = 256, the first of 81 prompts to be answered, "
         "in place of at most 128 prompts that are filtered"

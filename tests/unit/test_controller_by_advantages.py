@@ -365,7 +365,75 @@ def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
     told = ((1.0, 0.0), (0.5, 0.5))
     found = [in_steps(one, *told, parses=(1.0, 1.0)), in_steps(one, *told, parses=(0.0, 0.0))]
     assert found[0].scores.scores == (0.5, 0.5)
-    rewards = run.learning.config.rewards
-    assert [is_flat(scored.scores, rewards) for scored in found] == [False, True]
-    silent = {**rewards, "sound": rewards["sound"].model_copy(update={"weight": 0.0})}
-    assert is_flat(found[0].scores, silent)
+    config, algorithm = run.learning.config, run.learning.algorithm
+    assert [is_flat(scored, config, algorithm) for scored in found] == [False, True]
+    silent = {**config.rewards, "sound": config.rewards["sound"].model_copy(update={"weight": 0.0})}
+    assert is_flat(found[0], config.model_copy(update={"rewards": silent}), algorithm)
+
+
+def cut(scored: ScoredGroup, *places: int) -> ScoredGroup:
+    """The group with these responses cut at their limit of tokens."""
+    infos = scored.group.infos
+    ends = [replace(info, finish_reason="length") if i in places else info for i, info in enumerate(infos)]
+    return replace(scored, group=replace(scored.group, infos=tuple(ends)))
+
+
+def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "dr_grpo", "mask_truncated": True, "kl": {"coef": 0.1}}, per_update=6)
+    first, second, third = groups(FIRST, SECOND, FIRST)
+    signals = run.learn([cut(first, 1), second, cut(third, 0, 1, 2, 3)])
+    assert sorted(i for one in run.trained for i in one) == [0, 2, 3, 4, 5, 6, 7]
+    assert run.policy.plan is not None
+    # what the losses are divided by: 3 tokens of each trained response
+    assert sum(one.num_sequences for one in run.policy.plan.minibatches) == 7
+    assert sum(one.num_tokens for one in run.policy.plan.minibatches) == 7 * 3
+    assert run.reference.only == {0, 2, 3, 4, 5, 6, 7}
+    assert run.policy.rollouts == ["group 0", "group 1"]
+    # the masked score of 3 is in the mean of 1.5
+    assert [signals.advantages[i] for i in (0, 2, 3)] == [-1.5, -0.5, 0.5]
+    assert signals.trained == {0, 2, 3, 4, 5, 6, 7}
+    assert run.record.row()["advantages/kept/fraction"] == pytest.approx(7 / 12)
+
+
+def test_without_masking_cut_responses_are_trained_on(folder: RunFolder) -> None:
+    run = Run(folder, {"name": "dr_grpo"}, per_update=12)
+    run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)])
+    assert run.trained == [list(range(12))]
+
+
+def test_where_all_responses_are_masked_the_policy_stays(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(folder, {"name": "dr_grpo", "mask_truncated": True}, per_update=6)
+    with caplog.at_level(logging.WARNING):
+        signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in groups(FIRST, SECOND, FLAT)], step=3)
+    assert "step 3: every response was cut (algorithm.mask_truncated): nothing is updated" in caplog.text
+    assert (run.policy.updates, signals.trained, signals.advantages) == ([], frozenset(), {})
+
+
+NORMALIZED = {"right": {"function": "f", "normalize": "group"}}
+
+
+@pytest.mark.parametrize("solved", [3, 4])
+def test_responses_are_chosen_by_the_scores_that_are_reported(folder: RunFolder, solved: int) -> None:
+    """Normalised within its group, a right answer among right answers is worth 0, or 0.4999."""
+    (scored,) = groups([1.0] * solved + [0.0] * (4 - solved))
+    scored = replace(scored, scores=replace(scored.scores, by_name={"right": scored.scores.scores}))
+    raft = {"name": "raft", "keep": 2, "min_score": 0.5}
+    run = Run(folder, raft, per_update=2, rewards=NORMALIZED)
+    run.learn([scored])
+    assert sorted(i for one in run.trained for i in one) == [0, 1]
+
+
+def test_the_best_are_the_best_before_normalisation(folder: RunFolder) -> None:
+    """Normalised, the first response scores 1.5 + 0.87 and the last 1.5 - 0.87; as reported 100 and 300."""
+    (scored,) = groups((101.5, 200.0, 200.0, 300.0))
+    by_name = {"big": (100.0, 200.0, 200.0, 300.0), "small": (1.5, 0.0, 0.0, 0.0)}
+    rewards = {
+        "big": {"function": "f", "weight": 0.01, "normalize": "group"},
+        "small": {"function": "f"},
+    }
+    scored = replace(scored, scores=GroupScores(scores=scored.scores.scores, by_name=by_name, errors=()))
+    keep = {"count": 2, "by": "best"}
+    run = Run(folder, {"name": "dr_grpo"}, per_update=2, rewards=rewards, keep_per_prompt=keep)
+    signals = run.learn([scored])
+    assert sorted(i for one in run.trained for i in one) == [1, 3]
+    assert signals.advantages[3] == pytest.approx(0.01 * 1.2247 / 2, rel=1e-3)  # what is compared is normalised

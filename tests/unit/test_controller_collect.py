@@ -16,7 +16,7 @@ import pytest
 from rlhf.config.rollouts import DynamicSampling
 from rlhf.config.root import Config
 from rlhf.controller.answers import Answers
-from rlhf.controller.collect import Collected, Collector, teaches
+from rlhf.controller.collect import Collected, Collector, is_within
 from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
@@ -35,6 +35,8 @@ class Engines:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.asked: list[list[int]] = []  # prompt ids of each round
+        self.cut: frozenset[int] = frozenset()  # prompt ids whose responses are all cut
+        self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
         self.cancelled: set[int] = set()
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
@@ -48,8 +50,8 @@ class Engines:
                 RolloutInfo(
                     sequence_id=request.first_sequence_id + sample,
                     num_prompt_tokens=2,
-                    num_response_tokens=3,
-                    finish_reason="stop",
+                    num_response_tokens=self.lengths[sample] if self.lengths else 3,
+                    finish_reason="length" if request.prompt.prompt_id in self.cut else "stop",
                     min_version=0,
                     max_version=0,
                     mean_logprob=-1.0,
@@ -71,14 +73,15 @@ class Run:
         curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
         algorithm = keys.pop("algorithm", "grpo")
         reward, reward_policy = keys.pop("reward", {}), keys.pop("reward_policy", {})
+        rewards = keys.pop("rewards", {})
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
                 "policy": {"model": "m"},
-                "algorithm": {"name": algorithm},
+                "algorithm": {"name": algorithm} if isinstance(algorithm, str) else algorithm,
                 "data": {"train": "x.jsonl", "curriculum": curriculum},
                 "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2, **keys},
-                "rewards": {"r": {"function": "f", **reward}},
+                "rewards": rewards or {"r": {"function": "f", **reward}},
                 "reward_policy": reward_policy,
                 "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8},
             }
@@ -138,16 +141,76 @@ def by_prompt(**named: Sequence[int]) -> Scores:
     return lambda prompt: found.get(prompt, VARIED)
 
 
-def test_a_group_teaches_if_its_scores_differ_and_their_mean_is_within_the_bounds() -> None:
+def test_bounds_of_the_mean_score() -> None:
     bounded = DynamicSampling(min_mean=0.25, max_mean=0.5)
-    assert teaches((0.5, 0.5), None)
-    assert not teaches((0.5, 0.5), bounded)
-    assert [teaches(scores, bounded) for scores in ((0.0, 0.4), (0.0, 0.5), (0.0, 1.0), (0.1, 1.0))] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [is_within(mean, bounded) for mean in (0.2, 0.25, 0.5, 0.55)] == [False, True, True, False]
+
+
+def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> None:
+    """Give prompts of odd ids these scores; the others' responses differ."""
+
+    async def score(group: CompletedGroup) -> GroupScores:
+        if group.request.prompt.prompt_id % 2:
+            parts = {name: tuple(values) for name, values in by_name.items()}
+            return GroupScores(scores=tuple(scores), by_name=parts or {"r": tuple(scores)}, errors=())
+        varied = tuple(float(i % 2) for i in range(len(scores)))
+        return GroupScores(scores=varied, by_name=dict.fromkeys(by_name or ["r"], varied), errors=())
+
+    run.score = score  # type: ignore[method-assign]
+    run.answers.reward = run  # type: ignore[assignment]
+
+
+THREE_REWARDS = {name: {"function": "f"} for name in "abc"}
+
+
+@pytest.mark.parametrize(("algorithm", "trained"), [("gdpo", [0, 1, 2, 3]), ("grpo", [0, 2, 4, 6])])
+def test_gdpo_learns_from_rewards_that_differ_where_their_sums_do_not(
+    tmp_path: Path, algorithm: str, trained: list[int]
+) -> None:
+    """Each of three rewards is compared by itself: two have the deviation 1/2, the third sqrt(1/3)."""
+    run = Run(tmp_path, algorithm=algorithm, rewards=THREE_REWARDS, samples_per_prompt=4, dynamic_sampling={})
+    told(run, (1.0,) * 4, a=(1.0, 0.0, 0.0, 0.0), b=(0.0, 1.0, 0.0, 0.0), c=(0.0, 0.0, 1.0, 1.0))
+    assert run.trained() == trained
+
+
+def test_gdpo_learns_nothing_from_rewards_that_cancel_out_or_do_not_count(tmp_path: Path) -> None:
+    run = Run(tmp_path, algorithm="gdpo", rewards=THREE_REWARDS, samples_per_prompt=4, dynamic_sampling={})
+    told(run, (1.0,) * 4, a=(1.0, 0.0, 0.0, 1.0), b=(0.0, 1.0, 1.0, 0.0), c=(0.0,) * 4)
+    assert run.trained() == [0, 2, 4, 6]
+
+
+def test_pass_at_k_learns_nothing_where_each_set_of_k_has_a_best_response(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"samples_per_prompt": 4, "dynamic_sampling": {}}
+    run = Run(tmp_path / "k", algorithm={"name": "pass_at_k", "k": 2}, **keys)
+    told(run, (1.0, 1.0, 1.0, 0.0))
+    assert run.trained() == [0, 2, 4, 6]
+    run = Run(tmp_path / "grpo", algorithm="grpo", **keys)
+    told(run, (1.0, 1.0, 1.0, 0.0))
+    assert run.trained() == [0, 1, 2, 3]
+
+
+def test_what_compares_no_responses_is_filtered_by_the_mean_alone(tmp_path: Path) -> None:
+    """A solved group has a gradient where a critic, or the whole batch, is the baseline."""
+    for name in ("ppo", "reinforce", "remax"):
+        run = Run(tmp_path / name, algorithm=name, dynamic_sampling={"max_mean": 0.9})
+        told(run, (0.5, 0.5))
+        assert run.trained() == [0, 1, 2, 3]
+        told(run, (1.0, 1.0))
+        assert run.trained(2) == [4, 6, 8, 10]
+
+
+def test_overlong_penalties_tell_responses_of_one_score_apart(tmp_path: Path) -> None:
+    dapo = {"name": "dapo", "overlong": {"buffer": 2}}
+    run = Run(tmp_path, lambda _: SOLVED, algorithm=dapo, dynamic_sampling={}, max_new_tokens=4)
+    run.engines.lengths = (2, 4)
+    assert run.trained() == [0, 1, 2, 3]
+
+
+def test_a_group_of_masked_responses_teaches_nothing(tmp_path: Path) -> None:
+    masks = {"name": "grpo", "mask_truncated": True}
+    run = Run(tmp_path, algorithm=masks, dynamic_sampling={})
+    run.engines.cut = frozenset({1, 2})
+    assert run.trained() == [0, 3, 4, 5]
 
 
 def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_path: Path) -> None:
