@@ -35,8 +35,8 @@ from rlhf.sweeps.strategy import Assignment, Strategy
 from rlhf.tracking import logs
 from rlhf.tracking.atomic import write_atomic
 from rlhf.tracking.environment import visible_gpus
+from rlhf.tracking.lock import lock_folder
 from rlhf.tracking.progress import number
-from rlhf.tracking.run_folder import lock_folder
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3

@@ -236,8 +236,6 @@ class OfflineController:
         self.cursor = Cursor(**state["cursor"])
         self.rows.restore(self.cursor)
         self.step = state["step"]
-        self.best.restore(state["best"])
-        if self.best.step == step:  # the run may have been killed before it was marked
-            self.record.folder.mark_best(step)
+        self.record.restore_best(self.best, state["best"])
         await self.role.load(self.record.folder.checkpoint(step) / "policy")
         logger.info("resumed from the checkpoint of step %d", step)

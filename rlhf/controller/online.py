@@ -314,9 +314,7 @@ class OnlineController:
         self.collector.restore(state)
         self.step = self.kept_step = state["step"]
         await self.learning.restore(state, step)
-        self.best.restore(state["best"])
-        if self.best.step == step:  # the run may have been killed before it was marked
-            self.record.folder.mark_best(step)
+        self.record.restore_best(self.best, state["best"])
         await self.roles.policy.load(folder / "policy")
         if self.roles.critic is not None:
             await self.roles.critic.load(folder / "critic")

@@ -129,6 +129,20 @@ class RunRecord:
         """The controller's own part of a checkpoint."""
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
+    def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
+        """Restore the best evaluation of a checkpoint, and let `best` point at the checkpoint that it names.
+
+        If that one is gone, which an earlier checkpoint resumed by name can find, there is no best one yet.
+        """
+        best.restore(state)
+        if best.step is None:
+            return
+        if best.step in self.folder.checkpoint_steps():
+            self.folder.mark_best(best.step)
+            return
+        logger.warning("the best checkpoint so far, of step %d, is gone: the next evaluation is the best", best.step)
+        best.value = best.step = None
+
     def read_state(self, step: int) -> dict[str, Any]:
         """The controller's part of the checkpoint of a step. UserError if it is not there."""
         return read_state(self.folder.checkpoint(step))

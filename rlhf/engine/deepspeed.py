@@ -17,26 +17,18 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
+from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
 from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.schedule import lr_factor
 from rlhf.errors import RunError, UserError
-from rlhf.models.loading import architecture_fingerprint, whole
+from rlhf.models.loading import architecture_fingerprint
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
-from rlhf.models.weights import (
-    WeightSource,
-    adapter_sources,
-    initial_copies,
-    is_initial_copy,
-    weight_sources,
-)
+from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
 from rlhf.tracking.atomic import explains_full
 
 P = ParamSpec("P")
@@ -251,10 +243,7 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         state = {**self._layout(), "frozen_weights": self._digest_frozen(), "steps": self._steps}
-        copies = initial_copies(self.module)
-        with whole(list(copies.values())):
-            if copies and dist.get_rank() == 0:
-                save_file({name: p.detach().cpu().contiguous() for name, p in copies.items()}, folder / _INITIAL)
+        save_initial_copies(self.module, folder / _INITIAL)
         if dist.get_rank() == 0:
             (folder / "engine.json").write_text(json.dumps(state, indent=1))
         dist.barrier()
@@ -284,7 +273,7 @@ class DeepSpeedEngine:
             load_lr_scheduler_states=False,
             custom_load_fn=self._load_trained,
         )
-        self._load_initial_copies(folder / _INITIAL)
+        load_initial_copies(self.module, folder / _INITIAL)
         self._steps = saved["steps"]
         load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
@@ -300,30 +289,10 @@ class DeepSpeedEngine:
                 f"({', '.join(unknown[:3])}), and lacks {len(lacking)} of its weights ({', '.join(lacking[:3])})."
             )
 
-    def _load_initial_copies(self, path: Path) -> None:
-        copies = initial_copies(self.module)
-        if not copies:
-            return
-        try:
-            saved = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}. It holds what the adapter began as.") from error
-        if saved.keys() != copies.keys():
-            raise UserError(f"{path} holds the beginning of another adapter than the run's.")
-        with whole(list(copies.values())), torch.no_grad():
-            for name, parameter in copies.items():
-                parameter.copy_(saved[name])
-
     def _digest_frozen(self) -> str:
         """Return a checksum of the frozen weights that no checkpoint holds, over all ranks. Collective when new."""
         if self._frozen_digest is None:
-            digest = xxhash.xxh3_64()
-            for name, parameter in self.module.named_parameters():
-                if not parameter.requires_grad and not is_initial_copy(name):
-                    share = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's part of it
-                    digest.update(share.reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
-            total = self.all_reduce_sum(torch.tensor(digest.intdigest() >> 16))  # so that the sum does not overflow
-            self._frozen_digest = f"{int(total):016x}"
+            self._frozen_digest = f"{int(self.all_reduce_sum(torch.tensor(digest_of_base(self.module)))):016x}"
         return self._frozen_digest
 
     def _layout(self) -> dict[str, int | str]:

@@ -19,8 +19,8 @@ from rlhf.config.yaml_tree import from_yaml, to_yaml
 from rlhf.errors import UserError
 from rlhf.sweeps.space import Values
 from rlhf.tracking.atomic import append_line, keep_lines, read_lines, write_atomic
+from rlhf.tracking.lock import lock_folder
 from rlhf.tracking.logs import redact
-from rlhf.tracking.run_folder import lock_folder
 
 State = Literal["open", "finished", "stopped", "failed"]
 MAY_CHANGE = ("concurrency", "max_failures")  # of a sweep that goes on

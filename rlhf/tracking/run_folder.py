@@ -7,9 +7,6 @@ earlier start cannot write into the folder. This module does not know what a che
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import logging
 import os
 import re
@@ -19,12 +16,13 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.atomic import explains_full, read_lines, sync_folder, sync_tree, write_atomic
-from rlhf.tracking.environment import describe
+from rlhf.tracking.environment import record_environment
 from rlhf.tracking.histograms import FILE as HISTOGRAMS
+from rlhf.tracking.lock import lock_folder
 from rlhf.tracking.manifest import Manifest, find_damage, is_complete
 from rlhf.tracking.tracker import read_metrics
 
@@ -81,7 +79,7 @@ class RunFolder:
             lock = lock_folder(path, key="run.name")
         except OSError as error:
             raise UserError(
-                f"run.dir: {shorten(path)} cannot be written: {error.strerror}. Choose a folder you can write."
+                f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
             ) from error
         with ExitStack() as after_failure:
             after_failure.callback(os.close, lock)
@@ -134,16 +132,7 @@ class RunFolder:
 
     def write_environment(self, *, seed: int) -> None:
         """Write environment.json of this start. Warn of what has changed since the last start."""
-        now = describe(seed=seed)
-        if self.environment.exists():
-            before = _read_object(self.environment)
-            if before is None:
-                logger.warning("%s is damaged, so changes of the environment are not known", self.environment)
-            elif changed := [key for key in now if before.get(key) != now[key]]:
-                logger.warning(
-                    "resumed in a changed environment: %s differ from %s", ", ".join(changed), self.environment
-                )
-        write_atomic(self.environment, json.dumps(now, indent=2) + "\n")
+        record_environment(self.environment, seed=seed)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -343,28 +332,6 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def lock_folder(path: Path, *, key: str) -> int:
-    """Return the held lock of a folder that `key` of the configuration names. The kernel releases a flock when the
-    process ends, kill -9 included. A symbolic link is not followed: its target would be emptied."""
-    try:
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f"{key}: {path / '.lock'} is a symbolic link, which is not followed. Remove it.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise UserError(
-            f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
-        ) from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
-
-
 def refuse_other_run(path: Path) -> None:
     """Raise UserError if a folder holds a run already."""
     state = _state(path)
@@ -425,18 +392,3 @@ def _remove(path: Path) -> None:
     aside = path.with_name(f".{path.name}.removed")
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def shorten(path: Path) -> str:
-    """Return a path as messages show it: a very long one is cut."""
-    text = str(path)
-    return text if len(text) <= 300 else f"{text[:300]}... ({len(text)} characters)"
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file. None: it holds no object that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -17,7 +17,7 @@ from rlhf.config.sweep import load_sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials
-from rlhf.tracking.run_folder import lock_folder
+from rlhf.tracking.lock import lock_folder
 from tests.unit.test_config_sweep import write_sweep
 
 

@@ -132,3 +132,9 @@ def test_a_masked_file_is_valid_yaml_where_a_secret_is_a_whole_value(
     (run,) = load(tmp_path / "masked.yaml").runs.values()
     assert run.data.system_prompt == "***"
     assert run.tracking.wandb_project == "of ***"
+
+
+def test_a_password_in_a_url_is_masked(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    loaded = load(tmp_path / "run.yaml", ["run.mirror=local://user:verysecret@/mirror"])
+    assert "mirror: local://***@/mirror" in dump_masked_yaml(loaded)

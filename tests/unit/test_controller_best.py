@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from rlhf.config.train import EarlyStopping, TrainConfig
-from rlhf.controller.record import Best
+from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import UserError
+from rlhf.tracking.run_folder import RunFolder
 
 
 def best_of(metric: str | None = None, stopping: EarlyStopping | None = None, *, lower: bool = False) -> Best:
@@ -66,3 +71,21 @@ def test_what_is_no_number_is_never_the_best() -> None:
     improved = [best.improves({"eval/heldout/loss": v}, step) for step, v in enumerate([float("nan"), 2.0, 3.0, 1.0])]
     assert improved == [False, True, False, True]
     assert best.step == 3
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        for step in (5, 10):
+            folder.begin_checkpoint(step)
+            folder.commit_checkpoint(step)
+        unused: Any = None
+        record = RunRecord(folder=folder, tracker=unused, timeline=unused, progress=unused)
+        best = best_of()
+        record.restore_best(best, {"value": 0.5, "step": 5, "stale": 1})
+        assert (best.value, best.step, best.stale, folder.best_checkpoint()) == (0.5, 5, 1, 5)
+        record.restore_best(best, {"value": 0.5, "step": 4, "stale": 1})
+        assert "the best checkpoint so far, of step 4, is gone" in caplog.text
+        assert best.improves({"eval/heldout/score": 0.1}, 11)

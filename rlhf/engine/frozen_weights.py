@@ -1,0 +1,57 @@
+"""Frozen weights of an adapted model in checkpoints: the base by its checksum, copies of the adapter's beginning whole.
+
+The base comes from the model's folder again, so a checkpoint need not hold it. No folder has the copies: on another
+machine the SVD that PiSSA begins with gives other bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf.errors import UserError
+from rlhf.models.loading import whole
+from rlhf.models.weights import initial_copies, is_initial_copy
+
+
+def digest_of_base(module: nn.Module) -> int:
+    """Return a checksum of 48 bits of this rank's frozen weights, or of its shares of them, without the copies."""
+    digest = xxhash.xxh3_64()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and not is_initial_copy(name):
+            share = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's share
+            content: Any = share.reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+            digest.update(content)
+    return digest.intdigest() >> 16  # so that a sum over ranks does not overflow
+
+
+def save_initial_copies(module: nn.Module, path: Path) -> None:
+    """Write the frozen copies of what the adapter began as; no file if there are none. Collective."""
+    copies = initial_copies(module)
+    with whole(list(copies.values())):
+        if copies and dist.get_rank() == 0:
+            save_file({name: p.detach().cpu().contiguous() for name, p in copies.items()}, path)
+
+
+def load_initial_copies(module: nn.Module, path: Path) -> None:
+    """Restore the copies. UserError if the file is damaged, or of another adapter. Collective."""
+    copies = initial_copies(module)
+    if not copies:
+        return
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}. It holds what the adapter began as.") from error
+    with whole(list(copies.values())), torch.no_grad():
+        shapes = {name: parameter.shape for name, parameter in copies.items()}
+        if {name: tensor.shape for name, tensor in saved.items()} != shapes:
+            raise UserError(f"{path} holds the beginning of another adapter than the run's.")
+        for name, parameter in copies.items():
+            parameter.copy_(saved[name])

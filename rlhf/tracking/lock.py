@@ -1,0 +1,32 @@
+"""The lock of a folder that one process at a time may write to: a run's, or a sweep's."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+
+def lock_folder(path: Path, *, key: str) -> int:
+    """Return the held lock of a folder that `key` of the configuration names. The kernel releases a flock when the
+    process ends, kill -9 included. A symbolic link is not followed: its target would be emptied."""
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{key}: {path / '.lock'} is a symbolic link, which is not followed. Remove it.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
