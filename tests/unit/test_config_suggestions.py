@@ -34,6 +34,8 @@ def error(folder: Path, *overrides: str, text: str = BASE) -> str:
 def test_every_synonym_names_keys_that_exist() -> None:
     keys = {".".join(key) for key in all_keys(Config)}
     assert {key for synonym in SYNONYMS for key in synonym.keys.split()} <= keys
+    named = [key for synonym in SYNONYMS for key in synonym.keys.split()]
+    assert len(set(named)) == len(named), "one row for each key"
     assert all(synonym.keys or synonym.note for synonym in SYNONYMS)
     assert all(any(f".{key}".endswith(f".{name}") for key in keys) for name in VALUES)
 
