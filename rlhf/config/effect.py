@@ -290,9 +290,9 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.data.eval is not None and derive.is_online(config) and config.eval.temperature == 0.0:
         why = "eval.temperature is 0: greedy responses to one prompt are all equal"
         yield from _all("eval.samples_per_prompt eval.greedy", why, "set eval.temperature above 0")
-    functions = [reward for reward in config.rewards.values() if reward.function is not None]
+    functions = [reward for reward in config.rewards.values() if reward.function is not None and reward.weight != 0.0]
     if config.data.eval is not None and derive.is_online(config) and not functions and config.eval.pass_score is None:
-        why = "no reward is a function and eval.pass_score is null, so no response passes"
+        why = "no reward with a weight is a function and eval.pass_score is null, so no response passes"
         yield from _all("eval.k eval.answer", why, "set eval.pass_score")
     if isinstance(config.data.train, dict) and len(config.data.train) == 1:
         key = ("data", "train", next(iter(config.data.train)), "weight")

@@ -66,7 +66,8 @@ class EvaluateConfig(Section):
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: float | None = None
-    """Score from which a response passes. null: 1 where a reward is a function; else there is no such mark."""
+    """Score from which a response passes. null: 1 where a reward with a weight is a function; else there is
+    no such mark."""
     answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
     """By what responses vote (maj@k). null: as the rewards compare them."""
     by: str | None = Field(default=None, min_length=1)
@@ -133,7 +134,7 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
 def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
     """Keys that have no effect in the stage, sections before single keys."""
     config = stage.evaluate
-    functions = [reward.function for reward in config.rewards.values() if reward.function is not None]
+    functions = [reward for reward in config.rewards.values() if reward.function is not None]
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         keys = "against reward reward_policy temperature samples_per_prompt max_new_tokens environment stop"
@@ -150,9 +151,9 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
         if not functions:
             keys = "reward_policy.timeout_s reward_policy.processes reward_policy.memory_gib"
             yield from _all(keys, "no reward is a function", "add a reward with `function`")
-            if config.pass_score is None:
-                why = "no reward is a function and evaluate.pass_score is null, so no response passes"
-                yield from _all("k answer", why, "set evaluate.pass_score")
+        if config.pass_score is None and not any(reward.weight != 0.0 for reward in functions):
+            why = "no reward with a weight is a function and evaluate.pass_score is null, so no response passes"
+            yield from _all("k answer", why, "set evaluate.pass_score")
     if not config.apply_chat_template:
         why = "evaluate.apply_chat_template is false: nothing puts it before the prompts"
         yield from _all("system_prompt", why, "apply the chat template, or write it into the prompts")

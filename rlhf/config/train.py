@@ -108,7 +108,8 @@ class EvalConfig(Section):
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: float | None = None
-    """Score from which a response passes. null: 1 where a reward is a function; else there is no such mark."""
+    """Score from which a response passes. null: 1 where a reward with a weight is a function; else there is
+    no such mark."""
     answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
     """By what responses vote (maj@k). null: as the rewards compare them."""
     by: str | None = Field(default=None, min_length=1)

@@ -183,6 +183,8 @@ def prompt_metrics(
             found[f"pass@{k}"] = over_prompts([pass_at_k(marks, k=k) for marks in passed])
         voting = [(one.answers, marks) for one, marks in zip(results, passed, strict=True) if one.answers is not None]
         for k in marking.ks if voting else ():
+            if k == 1:
+                continue  # the majority of one response is that response: pass@1
             found[f"maj@{k}"] = over_prompts([maj_at_k(said, marks, k=k) for said, marks in voting])
     theirs = {one.prompt_id: one.scores for one in against or ()}
     wins = [win_chance(one.scores, theirs[one.prompt_id]) for one in results if one.prompt_id in theirs]
@@ -194,15 +196,15 @@ def prompt_metrics(
 
 
 def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
-    """A response passes with a score of 1 where a function gives it; a reward model's scores have no such mark.
+    """Return how responses are marked. They pass with a score of 1 where a function with a weight is part of it.
 
-    ValueError for a k that is no number of samples.
+    The scores of reward models have no such mark. ValueError for a k that is no number of samples.
     """
     ks = powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
     for k in ks:
         if not 1 <= k <= samples:
             raise ValueError(f"is {k}, expected 1 to the number of samples, {samples}")
-    functions = [spec.function for spec in rewards if spec.function is not None]
+    functions = [spec.function for spec in rewards if spec.function is not None and spec.weight != 0.0]
     forms = [answer_form(function.function, function.source.args) for function in functions]
     return Marking(
         ks=ks,

@@ -89,7 +89,7 @@ def test_eval_of_a_run_finds_what_is_known(
     assert (told["model"], told["against"], told["samples"]) == (str(says_7), str(says_2), 2)
     found = told["sets"]["sums"]
     assert (found["num_rows"], found["num_failed"]) == (4, 0)
-    right = {"score", "rewards/correct", "pass@1", "pass@2", "maj@1", "maj@2", "win_rate"}
+    right = {"score", "rewards/correct", "pass@1", "pass@2", "maj@2", "win_rate"}
     assert {name: one["value"] for name, one in found["metrics"].items()} == {
         **dict.fromkeys(right, 0.75),
         "truncated": 0.0,

@@ -24,7 +24,9 @@ from rlhf.config.seating import seats_of
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.rewards.worker import Signature, Source
 
 CONFIG = """\
 run: {name: demo, seed: 7}
@@ -246,9 +248,19 @@ def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Pa
     assert len(candidate.examples["examples"]) == 1
 
 
-def test_only_functions_have_a_mark() -> None:
+def built_in(function: str) -> LoadedReward:
+    signature = Signature(batched=False, required=("answer",), optional=(), takes_all=False)
+    return LoadedReward(function=function, source=Source(path=None, name=function, args={}), signature=signature)
+
+
+def test_only_functions_with_a_weight_have_a_mark() -> None:
     model = RewardSpec(name="taste", weight=1.0, function=None)
     assert marking_of(Marks(), [model], samples=4) == Marking(ks=(1, 2, 4), pass_score=None, answers=None)
+    watched = RewardSpec(name="right", weight=0.0, function=built_in("last_number"))
+    assert marking_of(Marks(), [model, watched], samples=4).pass_score is None
+    counted = RewardSpec(name="right", weight=1.0, function=built_in("last_number"))
+    expected = Marking(ks=(1, 2, 4), pass_score=1.0, answers="last_number")
+    assert marking_of(Marks(), [model, counted], samples=4) == expected
     said = Marks(ks=(3, 1), pass_score=0.5, answers="whole")
     assert marking_of(said, [model], samples=4) == Marking(ks=(1, 3), pass_score=0.5, answers="whole")
 

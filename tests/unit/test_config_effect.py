@@ -86,6 +86,15 @@ INERT = {
     "rollouts.dynamic_sampling={}": ([], "ppo learns from responses of equal scores too, and no bound of the mean is"),
     "rollouts.dynamic_sampling.max_filtered_fraction=2": (["algorithm={name: remax}"], "remax learns from responses"),
     "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
+    "eval.k=[1, 2]": (
+        [
+            "rewards={taste: {role: reward}, watched: {function: length_penalty, weight: 0}}",
+            "reward.model=a/b",
+            "data.eval=x.jsonl",
+            "eval={temperature: 1, samples_per_prompt: 2}",
+        ],
+        "no reward with a weight is a function and eval.pass_score is null",
+    ),
     "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
     "reward.steps.combine=mean": (
         ["rewards={taste: {role: reward, credit: step}}", "reward={model: a/b, steps: {separator: ';'}}"],

@@ -59,7 +59,6 @@ def test_prompt_metrics_by_hand() -> None:
         "rewards/right": 0.25,
         "pass@1": 0.25,
         "pass@2": 5 / 12,
-        "maj@1": 0.25,
         "maj@2": 0.25,
         "truncated": 0.25,
         "response_tokens": 2.5,
