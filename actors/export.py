@@ -16,6 +16,8 @@ from rlhf.config.derive import has_scalar_head, offline_kind
 from rlhf.config.load import load
 from rlhf.config.root import Config
 from rlhf.errors import UserError
+from rlhf.models.publish import push_folder, refuse_unpublishable
+from rlhf.reporting.model_card import write_model_card
 from rlhf.stopping import run_async
 from rlhf.tracking import logs
 from rlhf.tracking.manifest import find_damage
@@ -23,14 +25,19 @@ from rlhf.tracking.manifest import find_damage
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(run: Path, *, step: int | None, folder: Path, merged: bool, trust_remote_code: bool) -> None:
+def export_checkpoint(
+    run: Path, *, step: int | None, folder: Path, merged: bool, push_to_hub: str | None, trust_remote_code: bool
+) -> None:
     """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder.
 
     merged: as a whole model, the adapter added to the weights. UserError if the run trained no adapter.
+    push_to_hub: the repository of the hub, OWNER/NAME, to which the folder is uploaded; None: it is not.
     trust_remote_code: run code that comes with the run's model. The run may be somebody else's, so its configuration
     alone does not allow that.
     """
     logs.configure()
+    if push_to_hub is not None:
+        refuse_unpublishable(push_to_hub, key="--push-to-hub")
     resolved = run / "config.resolved.yaml"
     if not (run / "checkpoints").is_dir() or not resolved.exists():
         raise UserError(
@@ -57,7 +64,8 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path, merged: bool
             f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
             f"{config.policy.model}. Repeat it with --trust-remote-code if you trust that model."
         )
-    damage = find_damage(checkpoint.resolve(), step=int(checkpoint.resolve().name.removeprefix("step_")))
+    saved_step = int(checkpoint.resolve().name.removeprefix("step_"))
+    damage = find_damage(checkpoint.resolve(), step=saved_step)
     if damage is not None:
         raise UserError(f"{damage} Bring the file back from a copy, or name another step with --step.")
     alone = Config.model_validate(
@@ -73,7 +81,10 @@ def export_checkpoint(run: Path, *, step: int | None, folder: Path, merged: bool
     )
     with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
         run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
+    write_model_card(folder, config, run=run, step=saved_step, merged=merged)
     logger.info("exported %s to %s", checkpoint.resolve().name, folder)
+    if push_to_hub is not None:
+        push_folder(folder, push_to_hub)
 
 
 async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:

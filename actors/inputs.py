@@ -63,6 +63,7 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.models.on_disk import may_ask_the_hub
+from rlhf.models.publish import refuse_unpublishable
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Examples, Pairs, Prompt
@@ -143,6 +144,8 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             local = with_adapters(local, made.adapters)
             if _asks_the_hub(local, made.finals):
                 use_cache_if_silent()
+            if config.run.repository is not None:
+                refuse_unpublishable(config.run.repository, key="run.push_to_hub")
             source = made.finals.get(local.policy.model, local.policy.model)
             tokenizer = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
             check_models(local, made, vocabulary_of=tokenizer)

@@ -54,6 +54,8 @@ from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError, UserError
+from rlhf.models.publish import push_folder
+from rlhf.reporting.model_card import write_model_card
 from rlhf.rewards.scoring import fingerprint
 from rlhf.stopping import StopRequest, current_request, run_async
 from rlhf.tracking import logs
@@ -408,4 +410,8 @@ async def _carry_out(
     await gang.export(aside)
     if not any(aside.iterdir()):
         raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
-    folder.commit_final()
+    run = controller.config.run
+    write_model_card(aside, controller.config, run=folder.path, step=None)
+    final = folder.commit_final()
+    if run.repository is not None:
+        push_folder(final, run.repository)

@@ -195,16 +195,25 @@ def export(
     *,
     step: int | None = None,
     merged: bool = False,
+    push_to_hub: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Write the checkpoint of a step (the latest if None) of the run in folder `run` as a Hugging Face folder.
 
     merged: of a run with LoRA, a whole model with the adapter in its weights instead of an adapter folder.
+    push_to_hub: the repository of the hub, OWNER/NAME, to which the folder is uploaded; None: it is not.
     trust_remote_code: run code that comes with the run's model, if the run did.
     """
     from rlhf.commands.export import export as write
 
-    write(Path(run), Path(folder), step=step, merged=merged, trust_remote_code=trust_remote_code)
+    write(
+        Path(run),
+        Path(folder),
+        step=step,
+        merged=merged,
+        push_to_hub=push_to_hub,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:

@@ -20,6 +20,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder to make")
     command.add_argument("--step", type=int, help="step of the checkpoint; the latest one if not given")
     command.add_argument("--merged", action="store_true", help="of a LoRA run: a whole model with the adapter in it")
+    command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the run's model"
     )
@@ -27,16 +28,32 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export the checkpoint."""
-    export(args.run, args.folder, step=args.step, merged=args.merged, trust_remote_code=args.trust_remote_code)
+    export(
+        args.run,
+        args.folder,
+        step=args.step,
+        merged=args.merged,
+        push_to_hub=args.push_to_hub,
+        trust_remote_code=args.trust_remote_code,
+    )
     return 0
 
 
-def export(run: Path, folder: Path, *, step: int | None, merged: bool, trust_remote_code: bool) -> None:
-    """Write a checkpoint of a run as a Hugging Face folder."""
+def export(
+    run: Path, folder: Path, *, step: int | None, merged: bool, push_to_hub: str | None, trust_remote_code: bool
+) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder, and upload it if a repository is named."""
 
     def work(_: StopRequest) -> None:
         from actors.export import export_checkpoint
 
-        export_checkpoint(run, step=step, folder=folder, merged=merged, trust_remote_code=trust_remote_code)
+        export_checkpoint(
+            run,
+            step=step,
+            folder=folder,
+            merged=merged,
+            push_to_hub=push_to_hub,
+            trust_remote_code=trust_remote_code,
+        )
 
     run_stoppable(work)

@@ -23,8 +23,17 @@ class RunConfig(Section):
     mirror: str | None = Field(default=None, min_length=1)
     """Folder of runs elsewhere, by a URL of fsspec such as `s3://bucket/runs`. The run's folder is copied there at each
     checkpoint and at the end, and `--resume auto` fetches it where the folder is missing or older. null: no copy."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)
+    """Repository of the Hugging Face hub, OWNER/NAME, to which final/ is uploaded at the end. A stage of a pipeline
+    goes to OWNER/NAME-STAGE. The repository is private if it is new. Needs HF_TOKEN or a login. null: no upload."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds data order, sampling, initialisation and dropout."""
+
+    @property
+    def repository(self) -> str | None:
+        """Where final/ is uploaded to."""
+        stage = self.name.partition("/")[2]
+        return f"{self.push_to_hub}-{stage}" if self.push_to_hub is not None and stage else self.push_to_hub
 
     @field_validator("dir")
     @classmethod

@@ -128,12 +128,26 @@ def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) ->
     run, resolved = with_checkpoints(tmp_path, 1), tmp_path / "demo" / "config.resolved.yaml"
     resolved.write_text(dump_yaml(run).replace("trust_remote_code: false", "trust_remote_code: true"))
     with pytest.raises(UserError, match=r"policy\.trust_remote_code is true.*Repeat it with --trust-remote-code"):
-        export_checkpoint(tmp_path / "demo", step=None, folder=tmp_path / "out", merged=False, trust_remote_code=False)
+        export_checkpoint(
+            tmp_path / "demo",
+            step=None,
+            folder=tmp_path / "out",
+            merged=False,
+            push_to_hub=None,
+            trust_remote_code=False,
+        )
     resolved.write_text(dump_yaml(run))
     path = tmp_path / "demo" / "checkpoints" / "step_000001" / "controller.json"
     path.write_text(path.read_text().replace("ppo", "ppp"))
     with pytest.raises(UserError, match=rf"{path} is damaged.*name another step with --step"):
-        export_checkpoint(tmp_path / "demo", step=None, folder=tmp_path / "out", merged=False, trust_remote_code=False)
+        export_checkpoint(
+            tmp_path / "demo",
+            step=None,
+            folder=tmp_path / "out",
+            merged=False,
+            push_to_hub=None,
+            trust_remote_code=False,
+        )
 
 
 def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:

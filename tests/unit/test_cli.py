@@ -220,12 +220,12 @@ def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> Non
     calls = []
     module = ModuleType("actors.export")
     module.__dict__["export_checkpoint"] = lambda run, **options: calls.append(
-        (run, options["step"], options["merged"])
+        (run, options["step"], options["merged"], options["push_to_hub"])
     )
     monkeypatch.setitem(sys.modules, "actors.export", module)
-    assert main(["export", "runs/a", "out", "--step", "20", "--merged"]) == 0
+    assert main(["export", "runs/a", "out", "--step", "20", "--merged", "--push-to-hub", "me/x"]) == 0
     rlhf.export("runs/a", "out")
-    assert calls == [(Path("runs/a"), 20, True), (Path("runs/a"), None, False)]
+    assert calls == [(Path("runs/a"), 20, True, "me/x"), (Path("runs/a"), None, False, None)]
 
 
 def test_recipes_are_found_from_anywhere(

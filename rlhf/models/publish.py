@@ -1,0 +1,40 @@
+"""Upload of a finished model folder to the Hugging Face hub. The repository is private unless it exists already."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from rlhf.errors import RunError, UserError
+
+_log = logging.getLogger(__name__)
+
+
+def refuse_unpublishable(name: str, *, key: str) -> None:
+    """UserError if nothing can be uploaded from here. Asks no hub. key: what messages call the setting."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{key}: is {name}, but HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it, or remove {key}."
+        )
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            f"{key}: is {name}, but there is no token of the hub here. Set HF_TOKEN, or log in with `hf auth login`."
+        )
+
+
+def push_folder(folder: Path, name: str) -> None:
+    """Upload a model folder to the repository NAME. RunError, which says how to repeat it, if the hub refuses it."""
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload the trained model")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(
+            f"push_to_hub: {folder} is whole, but it was not uploaded to {name} ({reason}). Repeat it with "
+            f"`hf upload {name} {folder}`."
+        ) from error
+    _log.info("uploaded %s to %s", folder, name)

@@ -1,0 +1,130 @@
+"""The README.md of a trained model: what it was made from, how, and what its run measured last.
+
+Written into final/ and into exported folders, in the form that the Hugging Face hub reads. It holds no paths of the
+machine and no arguments of rewards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config.data import DataSource
+from rlhf.config.derive import eval_sets, has_scalar_head, is_online, train_sets
+from rlhf.config.root import Config
+from rlhf.tracking.tracker import read_metrics
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_METRICS = (
+    "rewards/score/mean",
+    "experience/kl_ref/mean",
+    "update/entropy/mean",
+    "rollouts/response_tokens/mean",
+    "preference/accuracy/mean",
+    "preference/margin/mean",
+    "update/token_accuracy/mean",
+    "update/loss/mean",
+)
+
+
+def write_model_card(folder: Path, config: Config, *, run: Path, step: int | None, merged: bool = False) -> None:
+    """Write README.md into a model folder of the run in folder `run`.
+
+    Args:
+        step: of the checkpoint; None: the end of the run.
+        merged: whether an adapter was added to the weights.
+    """
+    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    rows = [row for row in rows if step is None or row["step"] <= step]
+    (folder / "README.md").write_text(model_card(config, rows, merged=merged), encoding="utf-8")
+
+
+def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = False) -> str:
+    """Return the text of the card. rows: of metrics.jsonl, up to the step of the model."""
+    name = config.run.name.rpartition("/")[2]
+    base = _shown(config.policy.source)
+    is_adapter = config.policy.lora is not None and not merged
+    what = "a reward model" if has_scalar_head(config) else "a language model"
+    lines = [
+        "---",
+        yaml.safe_dump(_front_matter(config, is_adapter=is_adapter), sort_keys=False).rstrip(),
+        "---",
+        f"# {name}",
+        "",
+        f"This is {what}, trained from `{base}` with `{config.algorithm.name}` by "
+        "[ray-rlhf](https://pypi.org/project/ray-rlhf/)."
+        + (" The folder holds a LoRA adapter, which needs its base model." if is_adapter else ""),
+        "",
+        "## Training",
+        "",
+        *_table(("setting", "value"), dict(_settings(config, rows))),
+    ]
+    if metrics := _last_values(rows):
+        lines += ["", "## Last metrics", "", *_table(("metric", "value"), metrics)]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
+    base = config.policy.source.partition("@")[0]
+    data = {name for name in map(_shown, _sources(config)) if _HUB_NAME.fullmatch(name)}
+    values: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
+    if _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        values["base_model"] = base
+    values["pipeline_tag"] = "text-classification" if has_scalar_head(config) else "text-generation"
+    values["tags"] = ["ray-rlhf", config.algorithm.name]
+    if data:
+        values["datasets"] = sorted(data)
+    return values
+
+
+def _sources(config: Config) -> Iterator[DataSource]:
+    yield from (one.source for one in train_sets(config).values())
+    yield from eval_sets(config).values()
+
+
+def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    train, lora = config.train, config.policy.lora
+    yield "base model", _shown(config.policy.source)
+    yield "method", config.algorithm.name
+    yield "training data", ", ".join(_shown(one.source) for one in train_sets(config).values())
+    if rows:
+        yield "steps", f"{rows[-1]['step']}"
+    yield "learning rate", f"{train.lr:g} ({train.lr_schedule}, {train.warmup_steps} steps of warm-up)"
+    yield "sequences per update", f"{train.sequences_per_update}"
+    if lora is not None:
+        yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}"
+    if is_online(config) and config.rollouts is not None:
+        rollouts = config.rollouts
+        yield "rollouts per step", f"{rollouts.prompts_per_step} prompts, {rollouts.samples_per_prompt} responses each"
+        yield "new tokens at most", f"{rollouts.max_new_tokens}"
+        yield "rewards", ", ".join(config.rewards)
+    yield "dtype", config.policy.dtype
+    yield "seed", f"{config.run.seed}"
+
+
+def _last_values(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The newest value of each main metric; evaluations are not in every row."""
+    newest: dict[str, Any] = {}
+    for row in rows:
+        newest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    evals = sorted(key for key in newest if key.startswith("eval/") and not key.endswith("_s"))
+    return {key: f"{newest[key]:.4g}" for key in (*evals, *_METRICS) if key in newest}
+
+
+def _shown(source: DataSource) -> str:
+    """A name of the hub or a task as it is; of a path its last part alone."""
+    if not isinstance(source, str):
+        return source.task
+    name = source.partition("@")[0]
+    return source if _HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
+def _table(head: tuple[str, str], values: Mapping[str, str]) -> Iterator[str]:
+    yield f"| {head[0]} | {head[1]} |"
+    yield "|---|---|"
+    for key, value in values.items():
+        yield f"| {key} | {value.replace('|', '&#124;')} |"
