@@ -375,7 +375,8 @@ def _state(path: Path) -> str | None:
         if rows and not isinstance(rows[-1].get("time_s"), int | float):
             raise ValueError(f"{path / 'metrics.jsonl'}: the last row has no `time_s`")
         for name in (HISTOGRAMS, "errors.jsonl"):
-            read_lines(path / name)
+            if any(type(row.get("step")) is not int for row in read_lines(path / name)):
+                raise ValueError(f"{path / name}: a row has no `step`")
     except (ValueError, OSError) as error:
         raise UserError(
             f"run.name: {error}. The run's metrics are damaged: bring the file back from a copy, remove it, or choose "

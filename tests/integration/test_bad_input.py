@@ -217,7 +217,7 @@ def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureF
     assert "already holds an unfinished run" in said
     assert "--resume auto" in said
     said = refused(capsys, run, "--resume", "auto")
-    assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing, or is not the manifest" in said
+    assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing, is damaged, or" in said
     assert "start again under another run.name, since there is no sound checkpoint before it" in said
 
 

@@ -186,6 +186,10 @@ def load_hostile(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, 
             if marker.exists():
                 messages.append(f"{path} ran")
         path.write_bytes(sound)
+    for text in ("", "[]", "null", "[" * 100_000, '{"steps": "1"}', "{}"):
+        (folder / "engine.json").write_text(text)
+        with pytest.raises(UserError, match=r"is not a whole snapshot|engine\.json does not hold the state"):
+            engine.load(folder)
     engine.close()
     return messages
 

@@ -34,6 +34,9 @@ train: {steps: 2, lr: 1.0e-3, sequences_per_update: 4, max_tokens_per_microbatch
 """
 
 
+DROPPED = "dropped"
+
+
 def loaded(folder: Path, *overrides: str) -> LoadedConfig:
     path = folder / "run.yaml"
     path.write_text(RUN % folder)
@@ -107,6 +110,18 @@ def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
             (opened.begin_checkpoint(step) / "controller.json").write_text(json.dumps(state))
             opened.commit_checkpoint(step)
     return run
+
+
+@pytest.mark.parametrize("changes", [{"cursor": {"x": 1}}, {"cursor": None}, {"policy": DROPPED}, {"trained": DROPPED}])
+def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run, config = with_checkpoints(tmp_path, 1), local(tmp_path)
+    state = state_of(config) | {"cursor": {"epoch": 0, "index": 0}} | changes
+    with RunFolder.open(tmp_path, "demo", resume=True) as folder:
+        kept = {key: value for key, value in state.items() if value != DROPPED}
+        (folder.begin_checkpoint(1) / "controller.json").write_text(json.dumps(kept))
+        folder.commit_checkpoint(1)
+    with pytest.raises(UserError, match=r"step_000001 was written by another version of this program"):
+        launch(run, resume=True)
 
 
 def test_a_damaged_checkpoint_is_not_passed_over(tmp_path: Path) -> None:

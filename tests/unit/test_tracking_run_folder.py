@@ -164,7 +164,7 @@ def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: str) -> None:
         commit(folder, 10)
         (folder.checkpoint(10) / "manifest.json").write_text(text)
         assert folder.checkpoint_steps() == []
-        with pytest.raises(UserError, match=r"manifest\.json is missing, or is not the manifest of a whole folder"):
+        with pytest.raises(UserError, match=r"manifest\.json is missing, is damaged, or was written by an older"):
             folder.refuse_damage(10)
 
 
@@ -185,6 +185,15 @@ def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> N
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(row + "\n")
     with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl.*are damaged: bring the file back"):
+        RunFolder.open(tmp_path, "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["errors.jsonl", "histograms.jsonl"])
+@pytest.mark.parametrize("row", ['{"kind": "x"}', "null", "[" * 100_000, '{"step": 1.5}'])
+def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str, row: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(row + "\n")
+    with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: bring the file back"):
         RunFolder.open(tmp_path, "run", resume=True)
 
 
