@@ -12,6 +12,7 @@ from actors.reading import named
 from rlhf.config.rollouts import EnvironmentConfig
 from rlhf.data.chat import names, read_tools
 from rlhf.data.sources import Row
+from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost
@@ -88,6 +89,7 @@ def load_environment(
     beside: Path,
     tokenizer: str,
     trust_remote_code: bool,
+    template: ChatTemplate,
     key: str = KEY,
 ) -> LoadedEnvironment | None:
     """The environment of a section, loaded once in a process of its own. None: there is none.
@@ -107,6 +109,7 @@ def load_environment(
         tool_parser=section.tool_parser,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
+        template=template,
         key=key,
     )
     with named(f"{key}.name"):

@@ -23,12 +23,14 @@ from actors.reading import (
     reading_of,
     refuse_absent_tokens,
     source_of,
+    with_template,
 )
 from actors.serving import ANY_LENGTH, found_model, refuse_too_long
 from rlhf.config.cluster import ClusterConfig
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
+    chat_template,
     eval_sets,
     offline_kind,
     uses_reward_model,
@@ -43,6 +45,7 @@ from rlhf.config.stages import MergeStage, final_folder
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS, TaskSource
+from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
@@ -109,7 +112,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         if not section.rewards:
             _refuse_without_rewards((), against, marks)
         return inputs_of_stage(stages[-1].model_copy(update={"evaluate": section}), loaded)
-    config = stages[-1]
+    config = with_template(stages[-1])
     _refuse_other_measures(config, model or str(final_folder(config)))
     sets = {name: source_of(source) for name, source in eval_sets(config).items()}
     if not sets:
@@ -124,6 +127,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         seed=config.run.seed,
         system_prompt=data.system_prompt,
         apply_chat_template=data.apply_chat_template,
+        template=chat_template(config),
     )
     rewards = load_rewards(
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib
@@ -133,7 +137,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         own = config.eval
         marks = marks.over(Marks(ks=own.k, pass_score=own.pass_score, answers=own.answer, by=own.by))
     played = None if rollouts is None else rollouts.environment
-    environment = _environment(played, loaded)
+    environment = _environment(played, loaded, decoding.template)
     candidates = []
     first = ("policy.model", config.policy.source) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
@@ -192,6 +196,10 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
         seed=stage.run.seed,
         system_prompt=config.system_prompt,
         apply_chat_template=config.apply_chat_template,
+        template=ChatTemplate(
+            text=config.chat_template and read_template(config.chat_template, key="evaluate.chat_template"),
+            kwargs=config.chat_template_kwargs,
+        ),
     )
     reading = Reading(
         system_prompt=config.system_prompt,
@@ -202,7 +210,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
     rewards = load_rewards(
         config.rewards, beside=Path(loaded.source).resolve().parent, memory_gib=config.reward_policy.memory_gib, key=key
     )
-    environment = _environment(config.environment, loaded, key="evaluate.environment")
+    environment = _environment(config.environment, loaded, decoding.template, key="evaluate.environment")
     candidates = []
     for name in ("model", "against"):
         wanted = getattr(config, name)
@@ -216,7 +224,9 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
                 "reading": reading,
                 "by": config.by,
                 "by_key": "evaluate.by",
+                "template_key": "evaluate",
                 "environment": environment,
+                "made": made.templates.get(wanted, UNCHANGED),
             }
             candidates.append(
                 _candidate(found, sets, decoding, rewards, set_key="evaluate.data.{}", reward_key=key, **how)
@@ -237,11 +247,11 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
 
 
 def _environment(
-    section: EnvironmentConfig | None, loaded: LoadedConfig, *, key: str = ENVIRONMENT_KEY
+    section: EnvironmentConfig | None, loaded: LoadedConfig, template: ChatTemplate, *, key: str = ENVIRONMENT_KEY
 ) -> EnvironmentFor:
     """The environment of a section as each model plays it."""
     load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
-    return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code)
+    return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code, template=template)
 
 
 def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
@@ -344,9 +354,15 @@ def _candidate(
     reward_key: str = REWARD_KEY,
     by_key: str = "eval.by",
     environment: EnvironmentFor = lambda _: None,
+    template_key: str = "data",
+    made: ChatTemplate = UNCHANGED,
 ) -> Candidate:
-    """The sets in a model's tokens. UserError names the set and the row that is wrong."""
-    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    """The sets in a model's tokens. UserError names the set and the row that is wrong.
+
+    made: changes to the chat template that an earlier stage, which has not run, will have made.
+    """
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code, template=made)
+    decoding.template.apply_checked(tokenizer, key=template_key)
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}

@@ -157,6 +157,7 @@ async def _answers(
             specs=inputs.rewards,
             tokenizer=candidate.model.tokenizer,
             trust_remote_code=candidate.model.trust_remote_code,
+            template=decoding.template,
             model=inputs.reward_model,
             timeout_s=policy.timeout_s,
             processes=policy.processes,

@@ -40,7 +40,7 @@ def generate(
     logs.configure("WARNING")
     with in_options():
         rows = _rows(source, decoding.columns)
-        model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
+        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
         refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
         prompts = load_prompts(
             rows,
@@ -71,8 +71,9 @@ def chat(
     UserError if the model has no template, or the conversation grows longer than the engine takes.
     """
     logs.configure("WARNING")
-    model, tokenizer = _loaded(name, trust_remote_code=trust_remote_code)
-    require_template(tokenizer, name)
+    with in_options():
+        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
+        require_template(tokenizer, name)
     refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
     messages: list[Message] = with_system_prompt([], decoding.system_prompt)
@@ -114,7 +115,9 @@ def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]
     return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]
 
 
-def _loaded(name: str, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
+def _loaded(name: str, decoding: Decoding, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
     model = found_model(name, trust_remote_code=trust_remote_code)
     refuse_unservable(model)
-    return model, load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    decoding.template.apply_checked(tokenizer, key="data")
+    return model, tokenizer

@@ -24,12 +24,14 @@ from actors.reading import (
     refuse_absent_tokens,
     refuse_unused_rewards,
     source_of,
+    with_template,
 )
 from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
 from rlhf.config.checks import problems
 from rlhf.config.data import DataSource
 from rlhf.config.derive import (
     OfflineKind,
+    chat_template,
     compares_with_divergence,
     distils_rollouts,
     eval_sets,
@@ -54,6 +56,7 @@ from rlhf.data.preferences import Pair, collate_pairs, load_pairs
 from rlhf.data.sources import FILE_SUFFIXES, read_rows
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import Share
+from rlhf.data.templates import UNCHANGED
 from rlhf.data.usable import Loaded, Unusable
 from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, marking_of
@@ -139,7 +142,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
                     inputs_of_stage(config, loaded, made=made)
                 stages.append(config)
                 continue
-            local = with_sources(config, loaded.folder)
+            local = with_template(with_sources(config, loaded.folder))
             refuse_other_results(local, made)
             local = with_adapters(local, made.adapters)
             if _asks_the_hub(local, made.finals):
@@ -147,17 +150,25 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             if config.run.repository is not None:
                 refuse_unpublishable(config.run.repository, key="run.push_to_hub")
             source = made.finals.get(local.policy.model, local.policy.model)
-            tokenizer = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
-            check_models(local, made, vocabulary_of=tokenizer)
+            tokenizer_source = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
+            check_models(local, made, vocabulary_of=tokenizer_source)
+            earlier = UNCHANGED if local.policy.tokenizer else made.templates.get(local.policy.model, UNCHANGED)
+            with named("policy.model"):
+                tokenizer = load_tokenizer(
+                    tokenizer_source, trust_remote_code=local.policy.trust_remote_code, template=earlier
+                )
+            template = chat_template(local)
+            template.apply_checked(tokenizer, key="data")
             if is_online(local):
-                inputs: OnlineInputs | OfflineInputs = _online(local, source, loaded, tokenizer_source=tokenizer)
+                inputs: OnlineInputs | OfflineInputs = _online(local, source, tokenizer, loaded)
             else:
-                inputs = _offline(local, source, tokenizer_source=tokenizer)
+                inputs = _offline(local, source, tokenizer)
             local = _with_steps(local, sum(share.size for share in inputs.shares))
         stages.append(StageInputs(config=local, written=config, inputs=inputs))
         final = str(final_folder(config))
         made.finals[final] = source
-        made.tokenizers[final] = tokenizer
+        made.tokenizers[final] = tokenizer_source
+        made.templates[final] = earlier.then(template)
         if local.policy.lora is not None:
             made.adapters[final] = local.policy.lora
         if local.policy.model in made.restacked:
@@ -189,10 +200,8 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     return bool(bases) or any(not name.startswith(("/", ".", "~")) for name in absent)
 
 
-def _online(config: Config, source: str, loaded: LoadedConfig, *, tokenizer_source: str) -> OnlineInputs:
+def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -> OnlineInputs:
     assert config.rollouts is not None
-    with named("policy.model"):
-        tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=config.policy.trust_remote_code)
     data = config.data
     refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
 
@@ -219,6 +228,7 @@ def _online(config: Config, source: str, loaded: LoadedConfig, *, tokenizer_sour
         beside=beside,
         tokenizer=config.policy.tokenizer_source,
         trust_remote_code=config.policy.trust_remote_code,
+        template=chat_template(config),
     )
     prompts: tuple[Prompt, ...] = ()
     shares = []
@@ -285,9 +295,7 @@ def _refuse_absent_metric(
                 raise UserError(f"train.best_metric: {text}")
 
 
-def _offline(config: Config, source: str, *, tokenizer_source: str) -> OfflineInputs:
-    with named("policy.model"):
-        tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=config.policy.trust_remote_code)
+def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
     data = config.data
     reading = reading_of(config)
     unusable: list[Unusable] = []

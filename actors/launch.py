@@ -30,6 +30,7 @@ from actors.services import ReferenceWorkers, RewardWorkers
 from actors.standing import going_node
 from actors.teacher import spawn_online_teacher, spawn_teacher
 from rlhf.config.derive import (
+    chat_template,
     critic_model,
     critic_optimizer_steps,
     distils_rollouts,
@@ -312,6 +313,7 @@ async def _run_online(
             specs=inputs.rewards,
             tokenizer=config.policy.tokenizer_source,
             trust_remote_code=config.policy.trust_remote_code,
+            template=chat_template(config),
             model=config.reward if uses_reward_model(config) else None,
             timeout_s=config.reward_policy.timeout_s,
             processes=config.reward_policy.processes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlhf.config.model import LoraConfig
+from rlhf.data.templates import ChatTemplate
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,4 +16,5 @@ class Made:
     tokenizers: dict[str, str] = field(default_factory=dict)  # where each one's tokenizer comes from, if not from there
     scored: dict[str, str] = field(default_factory=dict)  # of those with a scalar head, the algorithm that trains it
     adapters: dict[str, LoraConfig] = field(default_factory=dict)  # of those that will be an adapter, its shape
+    templates: dict[str, ChatTemplate] = field(default_factory=dict)  # what their tokenizers' templates will have
     restacked: set[str] = field(default_factory=set)  # those with another number of layers than that model

@@ -17,6 +17,7 @@ from rlhf.config.derive import saved_rank
 from rlhf.config.merge import MergeConfig
 from rlhf.config.model import LoraConfig
 from rlhf.config.stages import MergeStage
+from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
 from rlhf.merging.merge import check_fit, checked_sources, require_tools, write_merge
 from rlhf.merging.sources import Source, find_source
@@ -126,6 +127,7 @@ def _note(
     """What later stages may expect of the result."""
     donor = config.tokenizer or next(iter(config.models))
     made.finals[final] = str(sources[donor].folder)
+    made.templates[final] = made.templates.get(models[donor], UNCHANGED)
     if models[donor] in made.scored or _is_scored(sources[donor]):
         made.scored[final] = made.scored.get(models[donor], "reward_model")
     if config.method == "passthrough" or models[donor] in made.restacked:

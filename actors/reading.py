@@ -17,6 +17,7 @@ from rlhf.config.root import Config
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource
+from rlhf.data.templates import read_template
 from rlhf.errors import UserError
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.rewards.judge import JudgeSpec
@@ -43,6 +44,7 @@ _OPTIONS = (
     (re.compile(r"data\.columns: \{(\w+): (\w+)\}"), r"--column \1=\2"),
     (re.compile(r"data\.columns\.(\w+) names"), r"--column \1 names"),
     (re.compile(r"data\.columns"), "--column"),
+    (re.compile(r"data\.chat_template_kwargs"), "--chat-template-kwargs"),
     (re.compile(r"data\.system_prompt"), "--system-prompt"),
     (re.compile(r"data\.apply_chat_template: false"), "--no-chat-template"),
 )
@@ -65,6 +67,14 @@ def local_model(name: str, folder: Path, *, seed: int) -> str:
     if name != TINY:
         return name
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
+
+
+def with_template(config: Config) -> Config:
+    """Return the same run with its chat template's text in the place of the file's name."""
+    if config.data.chat_template is None:
+        return config
+    text = read_template(config.data.chat_template, key="data.chat_template")
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_template": text})})
 
 
 def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:

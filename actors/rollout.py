@@ -199,7 +199,7 @@ class RolloutWorker:
 
     async def _start_environment(self, spec: EnvironmentSpec) -> Conversations:
         """Load the environment into this process."""
-        tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code)
+        tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         conversations = Conversations(spec, tokenizer, self._draw)
         try:
             description = await conversations.start()

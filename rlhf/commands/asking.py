@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf.data.templates import ChatTemplate
     from rlhf.evaluation.decoding import Decoding
 
 RESOLVED = "config.resolved.yaml"
 _OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollouts": ("stop", "stop_token_ids")}
-_OPTIONS = {"columns": "--column", "stop_token_ids": "--stop-token-id", "apply_chat_template": "--chat-template"}
+_OPTIONS = {
+    "columns": "--column",
+    "stop_token_ids": "--stop-token-id",
+    "apply_chat_template": "--chat-template",
+    "template": "--chat-template-kwargs",
+}
 
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
@@ -40,9 +46,30 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
         dest="apply_chat_template",
         help="with --no-chat-template string prompts go to the model as they are",
     )
+    add(
+        "--chat-template-kwargs",
+        type=_template,
+        dest="template",
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     add("--column", action="append", type=_column, dest="columns", metavar="OURS=THEIRS", help="rename a column")
     add("--device", choices=("cpu", "cuda"), help="cpu if not given")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _template(text: str) -> ChatTemplate:
+    from rlhf.data.templates import ChatTemplate
+
+    try:
+        kwargs = json.loads(text)
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, expected a JSON object, such as '{{\"enable_thinking\": false}}'"
+        )
+    return ChatTemplate(kwargs=kwargs)
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -101,6 +101,11 @@ class DataConfig(Section):
     """Put before every prompt by the chat template."""
     apply_chat_template: bool = True
     """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A Jinja file that takes the place of the tokenizer's chat template, here and in `final/`."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`. They become the template's defaults, here and
+    in `final/`."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Tokens of the longest prompt of rollouts; `too_long` says what becomes of a longer one. Offline sequences are
     bound by max_sequence_tokens."""

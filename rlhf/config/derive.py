@@ -23,6 +23,7 @@ from rlhf.config.rewards import drops
 from rlhf.config.rollouts import RolloutsConfig
 from rlhf.config.root import Config
 from rlhf.config.train import TrainConfig
+from rlhf.data.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from rlhf.types import Role
@@ -266,6 +267,12 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
     if isinstance(train, dict):
         return {f"data.train.{name}.source": one for name, one in train.items()}
     return {"data.train": WeightedSource(source=train)}
+
+
+def chat_template(config: Config) -> ChatTemplate:
+    """Return what the run changes about its tokenizer's chat template. The driver has put the template's text in the
+    place of its file's name."""
+    return ChatTemplate(text=config.data.chat_template, kwargs=config.data.chat_template_kwargs)
 
 
 def max_sequence_tokens(config: Config) -> int:

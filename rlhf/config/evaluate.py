@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from rlhf.algorithms.section import Section
 from rlhf.config.checks import cluster_problems, written_inert
@@ -45,6 +45,10 @@ class EvaluateConfig(Section):
     """Put before every prompt by the chat template."""
     apply_chat_template: bool = True
     """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A Jinja file that takes the place of the models' chat templates."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
     """Rewards by name."""
     reward: RewardModelConfig | None = None

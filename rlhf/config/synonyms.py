@@ -99,6 +99,8 @@ SYNONYMS = (
         note="It maps a column name of ours to the name in the data.",
     ),
     S("data.apply_chat_template", "", "", "data.apply_chat_template apply_chat_template"),
+    S("data.chat_template", "chat_template_path", "model.custom_chat_template", "data.tokenizer_chat_template"),
+    S("data.chat_template_kwargs", "chat_template_kwargs", "data.apply_chat_template_kwargs"),
     S("data.max_prompt_tokens", "max_prompt_length", "data.max_prompt_length rollout.prompt_length", "prompt_max_len"),
     S("data.max_sequence_tokens", "max_length", "", "data.max_len max_len", other="max_seq_length"),
     S("data.too_long", "truncation_mode", "data.truncation data.filter_overlong_prompts"),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from rlhf.data.sources import Row, refuse_half_characters
 from rlhf.data.tokenization import special_tokens
@@ -175,6 +175,10 @@ def render(
         text = tokenizer.apply_chat_template(
             shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{place}: the chat template of {tokenizer.name_or_path} is no Jinja, line {error.lineno}: {error.message}."
+        ) from error
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(

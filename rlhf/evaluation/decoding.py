@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
@@ -26,6 +27,7 @@ class Decoding:
     seed: int = 0
     system_prompt: str | None = None
     apply_chat_template: bool = True  # False: string prompts go to the model as they are
+    template: ChatTemplate = UNCHANGED  # what is changed about the model's chat template
     columns: Mapping[str, str] = field(default_factory=dict)  # our column name: the data's name for it
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
+from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_strange_folder
 from rlhf.models.linear import widen_linear_layers
@@ -47,9 +48,12 @@ _NOT_ARCHITECTURE = frozenset(
 )
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a hub name or folder. Padding is the end of sequence where the tokenizer has no own token."""
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None) -> Any:
+    """Return the tokenizer of a hub name or folder, with the changes to its chat template. Padding is the end of
+    sequence where the tokenizer has no token of its own for it."""
     tokenizer = _load(path, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    if template is not None:
+        template.apply(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

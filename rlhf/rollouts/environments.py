@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.errors import UserError
 from rlhf.rewards.worker import Source
 from rlhf.rollouts.built_in import BUILT_INS
@@ -58,12 +59,13 @@ class EnvironmentSpec:
     tool_parser: str
     tokenizer: str
     trust_remote_code: bool
+    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
     key: str = "rollouts.environment"  # of its section, for messages
 
     def fingerprint(self) -> str:
         """Of all that a conversation's tokens depend on beside the request, as far as one file of code says it."""
         digest = hashlib.blake2b(digest_size=16)
-        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser)
+        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
         digest.update(repr(known).encode())
         if self.source.path is not None:
             digest.update(Path(self.source.path).read_bytes())

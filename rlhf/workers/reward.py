@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config.model import RewardModelConfig
 from rlhf.data.chat import turn_end
+from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.engine.memory import peak_memory
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.loading import load_tokenizer
@@ -42,6 +43,7 @@ class RewardSettings:
     processes: int
     memory_gib: float
     max_tokens_per_microbatch: int
+    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
 
     @property
     def concurrency(self) -> int:
@@ -63,7 +65,9 @@ class RewardWorker:
     def start(self) -> None:
         """Start the reward processes and load the model, if any."""
         settings = self.settings
-        self.tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer = load_tokenizer(
+            settings.tokenizer, trust_remote_code=settings.trust_remote_code, template=settings.template
+        )
         self.turn_end = turn_end(self.tokenizer)
         self.rewards = RewardSet(
             settings.specs,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.cluster import TrainedRole
-from rlhf.config.derive import adapter_options, warmup_steps
+from rlhf.config.derive import adapter_options, chat_template, warmup_steps
 from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
@@ -118,7 +118,9 @@ class TrainedWorker(ABC):
                 self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
             self.layout = row_layout(module)
         self.tokenizer: Any = load_tokenizer(
-            self.config.policy.tokenizer_source, trust_remote_code=self.config.policy.trust_remote_code
+            self.config.policy.tokenizer_source,
+            trust_remote_code=self.config.policy.trust_remote_code,
+            template=chat_template(self.config),
         )
         return self.fingerprint
 

@@ -1,0 +1,93 @@
+"""What a run changes about a tokenizer's chat template: another text, and values of the template's own variables.
+
+Both become part of the tokenizer, so that everything that renders with it agrees, and travel into `final/` with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+# What a renderer gives to every template.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """Changes to a chat template."""
+
+    text: str | None = None  # Jinja in place of the tokenizer's; None: the tokenizer's own
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables that a call may still set to something else
+
+    def apply(self, tokenizer: Any) -> None:
+        """Make the changes to a tokenizer, once: a second time changes nothing."""
+        if self.text is not None:
+            tokenizer.chat_template = self.text
+        template, defaults = tokenizer.chat_template, self._defaults()
+        if isinstance(template, Mapping):  # by name, one for conversations with tools among them
+            tokenizer.chat_template = {name: _behind(defaults, one) for name, one in template.items()}
+        elif template is not None:
+            tokenizer.chat_template = _behind(defaults, template)
+
+    def then(self, later: ChatTemplate) -> ChatTemplate:
+        """Return these changes followed by later ones, which win."""
+        return later if later.text is not None else replace(self, kwargs={**self.kwargs, **later.kwargs})
+
+    def apply_checked(self, tokenizer: Any, *, key: str) -> None:
+        """Make the changes to a tokenizer that has not seen them. UserError if they would have no effect.
+
+        key: of the section, in messages.
+        """
+        self._check(tokenizer, key=key)
+        self.apply(tokenizer)
+
+    def _check(self, tokenizer: Any, *, key: str) -> None:
+        template = tokenizer.chat_template if self.text is None else self.text
+        if self.kwargs and template is None:
+            raise UserError(
+                f"{key}.chat_template_kwargs: the tokenizer of {tokenizer.name_or_path} has no chat template that "
+                f"would read them. Remove them, or name a template as {key}.chat_template."
+            )
+        text = "".join(template.values()) if isinstance(template, Mapping) else template or ""
+        for name in self.kwargs:
+            if not name.isidentifier() or name in _GIVEN:
+                raise UserError(
+                    f"{key}.chat_template_kwargs: {name!r} is no variable that may be set; {', '.join(sorted(_GIVEN))} "
+                    "come from the data and the tokenizer. Remove it."
+                )
+            if not re.search(rf"\b{name}\b", text):
+                raise UserError(
+                    f"{key}.chat_template_kwargs.{name}: has no effect: the chat template of {tokenizer.name_or_path} "
+                    f"does not read {name}. Remove it, or correct its name."
+                )
+
+    def _defaults(self) -> str:
+        """Return the Jinja that sets the variables that are not given."""
+        lines = [
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+            for name, value in self.kwargs.items()
+        ]
+        return "".join(lines) + "{{ '' }}" if lines else ""  # behind a block a line end of the template would be lost
+
+
+UNCHANGED = ChatTemplate()
+
+
+def _behind(defaults: str, template: str) -> str:
+    return template if template.startswith(defaults) else defaults + template
+
+
+def read_template(path: str, *, key: str) -> str:
+    """Return the text of a template's file. UserError if it cannot be read, is empty, or is no Jinja."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}. Name a Jinja file.") from error
+    if not text.strip():
+        raise UserError(f"{key}: {path} is empty. Write the template into it.")
+    return text
