@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -18,6 +18,7 @@ from rlhf.types import FinishReason, Sampling
 
 MOST_SAMPLES = 128  # responses to one prompt
 MOST_PROMPTS = 128  # of one request for completions
+MOST_STOPS = 64  # strings, or tokens, that end a response
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _ASKS_NOTHING: Mapping[str, Any] = {
     "stream": False,
@@ -101,10 +102,14 @@ class _Request(_Form):
     n: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     temperature: float = 1.0
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=1)  # not OpenAI's; vLLM's server has it too
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: list[str] = []
-    structured_outputs: Structure | None = None  # not OpenAI's; vLLM's server has it too
+    stop: list[str] = Field(default=[], max_length=MOST_STOPS)
+    # Not OpenAI's; vLLM's server has them too:
+    top_k: int | None = Field(default=None, ge=1)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(default=[], max_length=MOST_STOPS)
+    structured_outputs: Structure | None = None
 
     @field_validator("temperature")
     @classmethod
@@ -134,6 +139,9 @@ class _Request(_Form):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop_token_ids=tuple(self.stop_token_ids),
             stop=tuple(self.stop),
             choices=() if self.structured_outputs is None else tuple(self.structured_outputs.choice),
         )

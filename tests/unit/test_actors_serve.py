@@ -106,6 +106,9 @@ async def test_a_conversation() -> None:
             "temperature": 0.5,
             "top_p": 0.9,
             "top_k": 7,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "stop_token_ids": [3, 4],
             "n": 2,
             "seed": 3,
             "stop": ["Q", "Z"],
@@ -134,7 +137,15 @@ async def test_a_conversation() -> None:
     assert told["usage"] == {"prompt_tokens": length, "completion_tokens": 8, "total_tokens": length + 8}
     assert len(set(seeds)) == 2
     assert sampling == Sampling(
-        max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=7, stop=("Q", "Z"), choices=("yes", "no")
+        max_new_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        stop=("Q", "Z"),
+        stop_token_ids=(3, 4),
+        choices=("yes", "no"),
     )
 
 
@@ -256,6 +267,9 @@ async def test_what_is_not_done_is_refused(change: dict[str, Any], param: str, w
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"stop": ["a"] * 65}, "`stop` is "),
+        ({"stop_token_ids": [-1]}, "`stop_token_ids[0]` is -1"),
+        ({"min_p": 2.0}, "`min_p` is 2.0"),
         ({"echo": True}, "`echo` is true, and can be false only here"),
         ({"best_of": 3}, "`best_of` is 3, and can be 1 only here"),
         ({"logprobs": 5}, "`logprobs` is 5"),
