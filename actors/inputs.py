@@ -124,6 +124,7 @@ class StageInputs:
     config: Config  # model names are those that can be loaded
     written: Config  # as the user has it: what goes into the run folder
     inputs: OnlineInputs | OfflineInputs
+    tokenizer: Any  # the policy's
 
 
 def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | EvaluationStage]:
@@ -164,7 +165,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             else:
                 inputs = _offline(local, source, tokenizer)
             local = _with_steps(local, sum(share.size for share in inputs.shares))
-        stages.append(StageInputs(config=local, written=config, inputs=inputs))
+        stages.append(StageInputs(config=local, written=config, inputs=inputs, tokenizer=tokenizer))
         final = str(final_folder(config))
         made.finals[final] = source
         made.tokenizers[final] = tokenizer_source

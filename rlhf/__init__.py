@@ -12,7 +12,7 @@ rlhf.follow_job(rlhf.submit("configs/ppo_smollm2.yaml", address="http://head:826
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.evaluation.scored import ScoredFile
     from rlhf.reporting.report import Report
+    from rlhf.rollouts.spans import Played
     from rlhf.sweeps.results import SweepResult
 
     AnyConfig = str | Path | Mapping[str, Any] | Config | LoadedConfig
@@ -53,6 +54,7 @@ __all__ = [
     "make_wandb_sweep",
     "merge",
     "plan",
+    "play",
     "quickstart",
     "report",
     "reward",
@@ -372,6 +374,16 @@ def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -
 
     found, _ = run(_loaded(config, overrides), Path(file))
     return found
+
+
+def play(
+    config: AnyConfig, turns: Iterable[str], show: Callable[[str], None], overrides: Sequence[str] = (), *, row: int = 1
+) -> Played:
+    """Play one conversation with the configuration's environment. Each of `turns` stands for a turn of the policy;
+    `show` gets what the policy would be given before it."""
+    from rlhf.commands.play import play as run
+
+    return run(_loaded(config, overrides), turns, show, row=row)
 
 
 def serve_reward(

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.commands.asking import add_decoding, decoding_of, options_given
-from rlhf.commands.shared import say
+from rlhf.commands.shared import say, typed_lines
 from rlhf.errors import UserError
-from rlhf.stopping import run_stoppable, start_thread
+from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rlhf.commands.shared import Subparsers
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.stopping import StopRequest
@@ -50,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         def work(_: StopRequest) -> None:
             from actors.generate import chat
 
-            chat(args.model, _turns(), lambda text: say(f"{text}\n"), decoding, **settings)
+            chat(args.model, typed_lines(), lambda text: say(f"{text}\n"), decoding, **settings)
 
         run_stoppable(work)
         return 0
@@ -83,25 +79,3 @@ def generate(
         return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
 
     return run_stoppable(work)
-
-
-def _turns() -> Iterator[str]:
-    """The user's lines, asked for where a person types them; blank ones are passed over."""
-    asks = sys.stdin.isatty()
-    while True:
-        if asks:
-            say("> ")
-        line = _next_line()
-        if not line:
-            return
-        if line.strip():
-            yield line.rstrip("\n")
-
-
-def _next_line() -> str:
-    """Read a line from stdin so that an interrupt ends the wait."""
-    line, _ = start_thread(sys.stdin.readline, "stdin")
-    while not line.done():
-        wait([line], timeout=0.1)
-    text: str = line.result()
-    return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf.errors import UserError
@@ -50,3 +50,16 @@ def say(text: str) -> None:
     """Write to stdout, now."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield the lines of stdin, asked for where a person types them. Blank lines are passed over."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            say("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
