@@ -70,8 +70,12 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
     of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
     if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
-    resume = "" if args.command == "quickstart" or args.resume == "auto" else " --resume auto"
-    return f". Continue with: rlhf {shlex.join(given)}{resume}"
+    if args.command == "quickstart" or args.resume == "auto":
+        return f". Continue with: rlhf {shlex.join(given)}"
+    words = list(given)
+    if "--resume" in words:  # with a checkpoint, which the run has left behind
+        del words[words.index("--resume") : words.index("--resume") + 2]
+    return f". Continue with: rlhf {shlex.join(words)} --resume auto"
 
 
 def _known(error: BaseException) -> UserError | RunError | None:

@@ -35,7 +35,7 @@ def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
 
 
 def free_bytes() -> int:
-    """Return the memory that is free here, or what the container's limit leaves, if that is less."""
+    """Return the free memory of this machine, or of its container if that has less."""
     free: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

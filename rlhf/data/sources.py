@@ -90,7 +90,7 @@ class Row:
         return self.columns[column]
 
     def renamed_away(self, *columns: str) -> str:
-        """The sentence that says which of these columns data.columns gave another name; empty: none of them."""
+        """Return a sentence on the column that data.columns has renamed. Empty: it renamed none of these columns."""
         names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
         return next((f"data.columns has renamed `{theirs}` to `{ours}`." for theirs, ours in names), "")
 

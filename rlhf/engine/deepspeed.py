@@ -316,7 +316,7 @@ class DeepSpeedEngine:
             self.take_back()
 
     def put_aside(self) -> None:
-        """`offload_to_host` whatever the device. Stages 2 and 3, and parameters that DeepSpeed has not offloaded."""
+        """Move all states to host memory, on any device. It needs stage 2 or 3, and no offloaded parameters."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         host = torch.device("cpu")
@@ -328,7 +328,7 @@ class DeepSpeedEngine:
             self._move_frozen(host)
 
     def take_back(self) -> None:
-        """What `put_aside` moved."""
+        """Move the states that `put_aside` moved back to the device."""
         self._engine.reload_states()
         if self._zero_stage == 3:
             self._move_adam(self.device)

@@ -85,7 +85,7 @@ class Mirror:
         self._thread.start()
 
     def settle(self, *, within_s: float = float("inf")) -> str | None:
-        """Wait for what was begun while it moves. What went wrong with it, told once; None: nothing."""
+        """Wait for the upload while it moves. Return why it failed, once. None: it did not."""
         if self._thread is None:
             return None
         ends = time.monotonic() + within_s
@@ -125,7 +125,7 @@ class Mirror:
             self._error = error
 
     def _upload(self, keep: int) -> None:
-        """What the next step needs is there before what says that it is."""
+        """Upload all that has changed. The file that marks a part as complete goes last."""
         for name in self._state():
             self._put_changed(name)
         whole = self._whole_steps(self._listing())
@@ -380,7 +380,7 @@ class Mirror:
 
 
 class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
-    """Notes that bytes move."""
+    """Record that an upload still moves bytes."""
 
     def __init__(self, mirror: Mirror) -> None:
         super().__init__()

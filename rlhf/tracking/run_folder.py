@@ -188,7 +188,7 @@ class RunFolder:
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Make the begun model durable and whole, then remove those of other steps than these and `keep`."""
+        """Make the begun reference durable and complete, then remove all others but those of the steps in `keep`."""
         aside = self._aside(self.reference(step))
         Manifest.of(aside, step=step).write(aside)
         self._commit(self.reference(step))
@@ -217,9 +217,9 @@ class RunFolder:
         return [step for step, path in self._step_folders() if is_complete(path, step)]
 
     def latest_checkpoint(self) -> int | None:
-        """Return the step that a resumed run continues from, whether that checkpoint is sound or not. None: none.
+        """Return the step of the checkpoint to resume from, sound or damaged. None: there is no checkpoint.
 
-        It is the one that `latest` points at; the newest if that one was removed.
+        `latest` points at that checkpoint. If it was removed, the newest one takes its place.
         """
         steps = [step for step, _ in self._step_folders()]
         latest = self._pointed("latest")
@@ -285,7 +285,7 @@ class RunFolder:
         return aside
 
     def discard_begun(self) -> None:
-        """Remove what was begun and will not be committed, so that its space is free again."""
+        """Remove begun checkpoints and models, which frees their space. Only for a run that ends."""
         for path in self.own.iterdir():
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 shutil.rmtree(path)
@@ -303,8 +303,8 @@ class RunFolder:
         sync_folder(target.parent)
 
     def _take_over(self) -> None:
-        """Rename `own` of the start before, which keeps the spool alone. One without a spool is what a process that had
-        come too late made anew."""
+        """Rename the `own` folder of the last start, and keep only its spool. An `own` folder without a spool was made
+        by an actor that outlived its run."""
         before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
             if index > 0:
@@ -317,7 +317,7 @@ class RunFolder:
         self.own.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        """Remove what a start that did not reach its first step left, so that this run is not taken for its sequel."""
+        """Remove the files of a start that ended before its first step. This run does not continue it."""
         for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
             path.unlink(missing_ok=True)
         for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):

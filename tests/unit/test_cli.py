@@ -181,7 +181,8 @@ def test_failures(
         ([], " --resume auto"),
         (["--resume", "auto"], " --resume auto"),
         (["--resume=auto"], " --resume=auto"),
-        (["--resume", "never"], " --resume never --resume auto"),
+        (["--resume", "never"], " --resume auto"),
+        (["--resume", "step_000002"], " --resume auto"),
     ],
 )
 @pytest.mark.parametrize(
