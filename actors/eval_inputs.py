@@ -53,6 +53,7 @@ from rlhf.evaluation.sources import source_names
 from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import load_tokenizer, refuse_missing_weights, refuse_without_head
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Prompt
@@ -363,6 +364,7 @@ def _candidate(
     """
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code, template=made)
     decoding.template.apply_checked(tokenizer, key=template_key)
+    refuse_runaway_template(tokenizer)
     prompts: dict[str, tuple[Prompt, ...]] = {}
     examples: dict[str, tuple[Example, ...]] = {}
     sources: dict[str, Mapping[int, str]] = {}

@@ -18,6 +18,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
 from rlhf.tracking import logs
 from rlhf.types import Prompt
 
@@ -120,4 +121,5 @@ def _loaded(name: str, decoding: Decoding, *, trust_remote_code: bool) -> tuple[
     refuse_unservable(model)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
     decoding.template.apply_checked(tokenizer, key="data")
+    refuse_runaway_template(tokenizer)
     return model, tokenizer

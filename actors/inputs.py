@@ -67,6 +67,7 @@ from rlhf.models.loading import (
 )
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.models.publish import refuse_unpublishable
+from rlhf.models.template_check import refuse_runaway_template
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments import EnvironmentSpec
 from rlhf.types import Examples, Pairs, Prompt
@@ -160,6 +161,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
                 )
             template = chat_template(local)
             template.apply_checked(tokenizer, key="data")
+            refuse_runaway_template(tokenizer)
             if is_online(local):
                 inputs: OnlineInputs | OfflineInputs = _online(local, source, tokenizer, loaded)
             else:

@@ -47,6 +47,7 @@ from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
 from rlhf.rollouts.spans import Sampled
 from rlhf.rollouts.texts import text_before_stop, token_texts, without_turn_end
 from rlhf.serving import (
@@ -341,6 +342,7 @@ def serve(
     length = max_length or min(model.max_length or USUAL_LENGTH, USUAL_LENGTH)
     spec = ServerSpec(name=name or model.name, max_length=length, deadline_s=deadline_s, token=token)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    refuse_runaway_template(tokenizer)
     rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
     if kv_cache_gib is not None:
         rollout["kv_cache_gib"] = kv_cache_gib

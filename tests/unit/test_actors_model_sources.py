@@ -131,3 +131,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tiny_mo
     message = refusal(ppo(tmp_path, tiny_model, policy=policy))
     assert "policy.tokenizer: " in message
     assert "has token ids up to 327, but the embedding of" in message
+
+
+def test_a_chat_template_that_uses_up_memory_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ 'a' * 10**11 }}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": str(tmp_path / "tokenizer")}
+    assert "does not render a message of a few words" in refusal(ppo(tmp_path, tiny_model, policy=policy))

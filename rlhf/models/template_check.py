@@ -1,0 +1,66 @@
+"""A trial of a tokenizer's chat template: it may come from anywhere, and is a program.
+
+transformers runs it in a sandbox that keeps it from files and Python, and not from using all time and memory.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+LIMIT_S = 10.0
+_MORE_BYTES = 2**30  # beyond what the process has
+_TRIAL = [{"role": "user", "content": "1 + 1 = ?"}]
+_OUT_OF_MEMORY = 3
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def refuse_runaway_template(tokenizer: Any, *, limit_s: float = LIMIT_S) -> None:
+    """UserError if the chat template does not render one short message within limits of time and memory.
+
+    A copy of this process renders it. What the template refuses is no error here: it is one where a row is rendered.
+    """
+    if tokenizer.chat_template is None:
+        return
+    child = os.fork()
+    if child == 0:
+        _render_and_exit(tokenizer, limit_s)
+    status = _wait(child, time.monotonic() + limit_s)
+    if status is None or os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == _OUT_OF_MEMORY:
+        raise UserError(
+            f"The chat template of {tokenizer.name_or_path} does not render a message of a few words within "
+            f"{limit_s:g} s and 1 GiB of memory. Use another tokenizer, or replace the template."
+        )
+
+
+def _render_and_exit(tokenizer: Any, limit_s: float) -> None:
+    code = 0
+    try:
+        seconds = int(limit_s) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * _PAGE_BYTES + _MORE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        tokenizer.apply_chat_template(_TRIAL, tokenize=False)
+    except MemoryError:
+        code = _OUT_OF_MEMORY
+    finally:
+        os._exit(code)  # whatever was raised: nothing of the parent may run here
+
+
+def _wait(child: int, deadline: float) -> int | None:
+    """Return the exit status of the child; None if it did not end in time and was killed."""
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
