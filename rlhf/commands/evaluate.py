@@ -139,7 +139,8 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             )
         else:
-            inputs = inputs_of_run(target, model=model, against=against, marks=marks)
+            with target.located():
+                inputs = inputs_of_run(target, model=model, against=against, marks=marks)
         refuse_unusable_folder(folder, overwrite=overwrite)
         return measure(inputs, folder)
 

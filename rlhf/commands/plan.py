@@ -84,7 +84,8 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
         )
     from rlhf.planning.here import missing_here
 
-    missing = missing_here(loaded)
+    with loaded.located():
+        missing = missing_here(loaded)
     if missing:
         lines = "".join(f"  {sentence}\n" for sentence in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"

@@ -61,6 +61,7 @@ def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
     from rlhf.rewards.rules import ends_run
     from rlhf.rewards.scoring import error_rules
 
-    scoring = scoring_of_config(loaded)
-    scored, rules = score_file(scoring, file), error_rules(scoring.specs)
+    with loaded.located():
+        scoring = scoring_of_config(loaded)
+        scored, rules = score_file(scoring, file), error_rules(scoring.specs)
     return scored, ends_run([error for _, error in scored.errors], rules, scoring.policy.on_error)

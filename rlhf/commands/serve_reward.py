@@ -46,5 +46,9 @@ def serve_reward(
     from actors.scorer import scoring_of_config, scoring_of_function
     from actors.serve_reward import serve
 
-    scoring = scoring_of_function(target) if isinstance(target, str) else scoring_of_config(target)
+    if isinstance(target, str):
+        scoring = scoring_of_function(target)
+    else:
+        with target.located():
+            scoring = scoring_of_config(target)
     serve(scoring, host=host, port=port, token_env=token_env, ready=ready)

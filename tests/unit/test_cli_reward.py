@@ -251,3 +251,26 @@ def test_it_serves_until_it_is_told_to_end() -> None:
 def test_bad_arguments(words: list[str], why: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config if word == "CONFIG" else word for word in words]) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reward CONFIG --file ROWS", "serve-reward CONFIG", "plan CONFIG", "eval CONFIG"])
+def test_a_reward_that_cannot_be_loaded_is_named_by_its_line(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = Path(config)
+    path.write_text(path.read_text().replace("mine.py:length", "mine.py:width"))
+    file = write(tmp_path / "r.jsonl", [row("a", "xx")])
+    words = [{"CONFIG": config, "ROWS": file}.get(word, word) for word in command.split()]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{config}:8: rewards.length.function: " in error
+    assert "defines no `width`" in error
+
+
+def test_a_column_that_a_reward_needs_is_named_with_the_line_of_the_reward(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+    assert main(["reward", config, "--file", str(file)]) == 2
+    assert f"{config}:" in capsys.readouterr().err.partition("rewards.correct.function: ")[0]
