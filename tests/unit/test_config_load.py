@@ -128,7 +128,10 @@ def test_an_unknown_key_of_the_file_names_its_line(file: Path) -> None:
 
 
 def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
-    assert error(file, "run.zzz=1") == "argument 'run.zzz=1': run.zzz: unknown key; run has dir, mirror, name, seed"
+    assert (
+        error(file, "run.zzz=1")
+        == "argument 'run.zzz=1': run.zzz: unknown key; run has dir, mirror, name, push_to_hub, seed"
+    )
 
 
 @pytest.mark.parametrize(

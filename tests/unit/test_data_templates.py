@@ -208,7 +208,7 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
             "refuses the roles user, assistant: one call",
         ),
         (CHATML, [USER, CALL | {"content": "ok"}], None, "leaves out the call of `weather` of message 2"),
-        (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather` of column `tools`"),
+        (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather`"),
         (
             R1.replace("opened", "''"),
             [USER, {"role": "assistant", "content": "<think>a</think>b"}],
