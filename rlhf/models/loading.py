@@ -24,7 +24,7 @@ from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_strange_folder
 from rlhf.models.linear import widen_linear_layers
-from rlhf.models.quantized import Quantize, is_quantized, quantization_options
+from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -282,6 +282,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
     widen_linear_layers(model)
     if is_quantized(model):
         del model.config.quantization_config  # of these weights here, not of the model that is exported
+        keep_storage(model)
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     if gradient_checkpointing:

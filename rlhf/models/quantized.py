@@ -65,6 +65,17 @@ def is_quantized(model: nn.Module) -> bool:
     return any(hasattr(parameter, "quant_state") for parameter in model.parameters())
 
 
+def keep_storage(model: nn.Module) -> None:
+    """Keep the layers of 4-bit weights in training mode, in which they draw no random numbers.
+
+    In evaluation mode on a CPU bitsandbytes stores the weights in another order at the first pass, after which
+    `dequantized` would read wrong values.
+    """
+    for module in model.modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.training = True
+
+
 def dequantized(parameter: nn.Parameter) -> Tensor:
     """The parameter, or what the model computes with if it is stored in 4 bits."""
     state = getattr(parameter, "quant_state", None)  # bitsandbytes' mark: no other parameter has it
