@@ -38,6 +38,7 @@ SYNONYMS = (
     S("run.name", "run_name", "trainer.experiment_name", "logger.wandb.run_name wandb_run_name"),
     S("run.dir", "output_dir", "trainer.default_local_dir", "ckpt.output_dir ckpt.path save_path ckpt_path"),
     S("run.mirror", verl="trainer.default_hdfs_dir"),
+    S("run.push_to_hub", "push_to_hub hub_model_id", note="It names the repository, OWNER/NAME."),
     S("run.seed", "data_seed", "data.seed", "train.seed"),
     S(
         "policy.model",
@@ -391,7 +392,6 @@ SYNONYMS = (
         note="`rlhf train CONFIG --resume auto` continues a run.",
     ),
     S("", "logging_steps", "", "logger.logging_steps logging_steps", note="Metrics are written at every step."),
-    S("", "push_to_hub hub_model_id", note="`final/` in the run folder is a Hugging Face model folder to upload."),
 )
 
 # Words that other frameworks take where a key here takes words too.

@@ -10,6 +10,8 @@ import pytest
 from rlhf.algorithms import AlgorithmConfig
 from rlhf.config.load import LoadedConfig, checked, load, run_folder
 from rlhf.config.root import Config
+from rlhf.config.run import RunConfig
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.errors import UserError
 
 BASE = """\
@@ -96,6 +98,13 @@ def test_broken_files_name_their_line(file: Path, text: str, message: str) -> No
     assert error(file).startswith(str(file))
 
 
+def test_the_configuration_of_a_received_run_is_bounded_too() -> None:
+    """`rlhf report` reads config.resolved.yaml of any folder by from_yaml."""
+    bomb = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(40))
+    with pytest.raises(UserError, match="the text stands for more than 100,000 values"):
+        from_yaml(bomb)
+
+
 def test_a_file_that_is_no_text(file: Path) -> None:
     file.write_bytes(b"run: {name: caf\xe9}\n")
     assert error(file) == f"{file}: is not UTF-8 text: invalid continuation byte at byte 15"
@@ -128,10 +137,8 @@ def test_an_unknown_key_of_the_file_names_its_line(file: Path) -> None:
 
 
 def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
-    assert (
-        error(file, "run.zzz=1")
-        == "argument 'run.zzz=1': run.zzz: unknown key; run has dir, mirror, name, push_to_hub, seed"
-    )
+    keys = ", ".join(sorted(RunConfig.model_fields))
+    assert error(file, "run.zzz=1") == f"argument 'run.zzz=1': run.zzz: unknown key; run has {keys}"
 
 
 @pytest.mark.parametrize(
