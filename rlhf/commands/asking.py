@@ -139,5 +139,5 @@ def _settings(file: Path) -> dict[str, Any]:
     for section, names in _OF_RUN.items():
         values = tree.get(section)
         if isinstance(values, dict):
-            found |= {name: values[name] for name in names if name in values}
+            found |= {name: values[name] for name in names if values.get(name) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

@@ -365,6 +365,12 @@ def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_settings_that_a_run_leaves_open_are_the_usual_ones(run_folder: Path) -> None:
+    for text in ("data: {columns: null, system_prompt: null}\nrollouts: null\n", "stages: {one: {}}\n"):
+        (run_folder / "config.resolved.yaml").write_text(text)
+        assert decoding_of(str(run_folder), {}) == Decoding()
+
+
 def test_options_win_over_the_settings_of_the_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"system_prompt": "", "stop": ("x",), "columns": {"answer": "reply"}, "temperature": 0.5}
     assert decoding_of(str(run_folder), given) == Decoding(
