@@ -37,7 +37,7 @@ SECRETS = re.compile(
     r"|(client_)?secrets?\.(json|ya?ml|toml|env)",
     re.IGNORECASE,
 )
-SECRET_FOLDERS = frozenset({".aws", ".azure", ".gnupg", ".kube", ".ssh"})
+SECRET_FOLDERS = frozenset({".aws", ".azure", ".git", ".gnupg", ".kube", ".ssh"})  # .git/config may hold a token
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
 
 Key = tuple[str, ...]

@@ -137,10 +137,16 @@ def test_links_out_of_the_project_and_secrets_stay(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     (folder / "innocent").symlink_to(folder / ".env")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("[remote]")
+    (folder / "remote").symlink_to(folder / ".git" / "config")
     project = packed()
     assert names(project) == EXPECTED | {"notes-link.md", ".env.example"}
     assert f"\n  shadow: a link to {tmp_path / 'shadow'}, outside of the project" in caplog.text
-    assert all(f"\n  {name}: it may hold secrets; `--env NAME` gives" in caplog.text for name in [*secrets, "innocent"])
+    assert all(
+        f"\n  {name}: it may hold secrets; `--env NAME` gives" in caplog.text
+        for name in [*secrets, "innocent", "remote"]
+    )
     project.pack(tmp_path / "a.zip", env={"WORD": "a"})
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.namelist().count(ENVIRONMENT) == 1
