@@ -149,7 +149,7 @@ def _below(path: Path, folder: Path, place: str) -> set[Path]:
 
 
 def _safe(names: set[Path], folder: Path) -> set[Path]:
-    """Return the files without those that must not leave this machine unasked, and warn of each that is left out."""
+    """Leave out secrets and links to files outside of the project, and warn of each."""
     reasons = {name: reason for name in names if (reason := _why_unsafe(name, folder)) is not None}
     if reasons:
         listed = "".join(f"\n  {name}: {reasons[name]}" for name in sorted(reasons))

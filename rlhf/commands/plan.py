@@ -77,7 +77,7 @@ def plan(
 
 
 def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
-    """Return which inputs were checked, or why they were not. UserError for what `rlhf train` would refuse."""
+    """Check the inputs as `rlhf train` does, with UserError for an invalid one. Return what was checked, or why not."""
     if cluster is not None:
         return (
             "  not checked, since --cluster describes other machines; without it, those of this machine are checked\n"

@@ -133,7 +133,7 @@ class _Page:
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 
     def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
-        """Return the classes that may stand at a key and are not described yet, each with the classes below it.
+        """Describe the classes of a key and below it, except for those described before.
 
         owner: the algorithm or method whose section the key belongs to.
         """

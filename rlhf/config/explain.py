@@ -44,20 +44,20 @@ _MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One mistake: the key to blame first, and values, rule and fix in words."""
+    """A mistake: its key, and the value, the rule and the fix in words."""
 
     key: Key
     text: str
 
 
 def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
-    """The tree as the configuration of a run, or everything that is wrong with it."""
+    """Parse the tree as the configuration of a run, or return all its problems."""
     return parse_as(Config, values)
 
 
 def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
-    """The tree as typed values, or everything that is wrong with its keys and types. Nothing is converted: a number in
-    quotes is a string."""
+    """Parse the tree as typed values, or return every problem of its keys and types. Nothing is converted: a number
+    in quotes stays a string."""
     try:
         return root.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -80,7 +80,7 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
 
 
 def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
-    """UserError with a line for each problem, if there is one."""
+    """Raise UserError with a line for each problem, if there is any."""
     if problems:
         raise UserError("\n".join(f"{place(p.key)}: {_shown(p.key)}: {p.text}" for p in problems))
 
@@ -92,7 +92,7 @@ def _shown(key: Key) -> str:
 
 
 def expected(field: FieldInfo) -> str:
-    """The values that a field takes: `a number > 0`, `` `off`, `offline` or `online` ``, `a list of strings`."""
+    """Describe the values of a field: `a number > 0`, `` `off`, `offline` or `online` ``, `a list of strings`."""
     return _describe(field.annotation, _bounds(field.metadata))
 
 
@@ -133,7 +133,7 @@ def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, Fi
 def _wrong_value(
     root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
 ) -> Problem:
-    """Return one of pydantic's errors about a value in our words."""
+    """Translate one of pydantic's errors about a value."""
     key, field, nodes = _follow(root, location)
     if error_type in ("union_tag_not_found", "union_tag_invalid"):
         expected_tags = choice([tag(node) or "" for node in nodes])

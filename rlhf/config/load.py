@@ -60,13 +60,12 @@ class LoadedConfig:
 
     @property
     def runs(self) -> Mapping[str, Config]:
-        """The stages that train."""
+        """Return the training stages by name."""
         return {name: stage for name, stage in self.stages.items() if isinstance(stage, Config)}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """The checked configuration. UserError has a line for each mistake, with file and line or argument, key, value,
-    rule and fix."""
+    """Load and check a configuration. UserError has a line for each mistake: place, key, value, rule, fix."""
     file = config_file(path)
     return resolve(read_tree(file), overrides, file.resolve().parent)
 
@@ -153,7 +152,7 @@ def _function_of_a_file(function: FunctionType, place: str) -> str:
 
 
 def checked(config: Config) -> LoadedConfig:
-    """A configuration made in Python, checked as a file is."""
+    """Check a configuration that was made in Python."""
     refuse(problems(config), lambda key: "config")
     return _single(config, "config")
 
@@ -164,7 +163,7 @@ def _single(config: Config, source: str) -> LoadedConfig:
 
 
 def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
-    """An argument changes a stage of the file; it makes none."""
+    """Raise UserError for an argument that names a stage the file lacks."""
     stages = tree.values.get("stages")
     names = list(stages) if isinstance(stages, dict) else []
     for text in overrides:

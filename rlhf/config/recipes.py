@@ -1,4 +1,4 @@
-"""The recipes that are installed with the library: the files of configs/, to which rlhf/recipes is a link."""
+"""Find the recipes of the installed library. In the repository, rlhf/recipes is a link to configs/."""
 
 from __future__ import annotations
 

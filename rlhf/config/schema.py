@@ -40,7 +40,7 @@ def tag(node: Any) -> str | None:
 
 
 def descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:
-    """Return the types that may stand at the key `part` of the nodes, and the field that declares them."""
+    """Return the types of the key `part` below the nodes, and the field that declares them."""
     below: list[Any] = []
     field: FieldInfo | None = None
     for node in nodes:

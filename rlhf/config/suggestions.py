@@ -1,4 +1,4 @@
-"""Suggest what was meant: the nearest key for an unknown one, and an example for a value that should be a mapping.
+"""Suggest the nearest key for an unknown one, and an example in place of a scalar where a section is expected.
 
 Reads the schema and the table of synonyms. rlhf.config.explain decides what is wrong.
 """
@@ -161,7 +161,7 @@ def _nearest_key(
 
 
 def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
-    """Return the setting that a key of another framework names, with those of our keys that are available."""
+    """Return the setting of another framework's key, with our available keys alone."""
     names = (".".join(path[start:]) for start in range(len(path)))  # the longest name first
     for synonym in next((_WORDS[name] for name in names if name in _WORDS), ()):
         keys = [key for key in synonym.keys.split() if key in available and key != ".".join(path)]

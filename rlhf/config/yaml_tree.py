@@ -56,14 +56,14 @@ class Tree:
     places: dict[Key, str]
 
     def place(self, key: Key) -> str:
-        """Where the key was written, or the nearest section above it that was."""
+        """Return where the key was written, or else the nearest section above it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, self.source)
 
 
 def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, algorithm, data and train") -> Tree:
-    """The file's tree. UserError names file and line of broken YAML, a key given twice or a key that is no string.
+    """Read a file. UserError names the line of broken YAML, of a repeated key, or of a key that is not a string.
 
     needs: what an empty file lacks, for its message.
     """
@@ -89,7 +89,7 @@ def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, 
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
-    """The tree with each `section.key=value` set; values are YAML. Sections that the file lacks are added."""
+    """Return the tree with each `section.key=value` set, and add missing sections. Values are YAML."""
     values, places = copy(tree.values), dict(tree.places)
     seen: set[Key] = set()
     for text in overrides:
@@ -121,17 +121,17 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Text that read_tree reads back to the same values."""
+    """Write values as text. `read_tree` and `from_yaml` read the same values back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def from_yaml(text: str) -> Any:
-    """Those values again."""
+    """Parse text of `to_yaml` back into its values."""
     return _parse(text, "the configuration", {}, ())
 
 
 def kind(value: object) -> str:
-    """The value as a message shows it."""
+    """Return the value as messages show it."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -215,5 +215,5 @@ class _Converter:
 
 
 def copy(value: Any) -> Any:
-    """The tree without shared sections, so that one copy can be edited."""
+    """Copy the nested dicts, so that the copy can be edited."""
     return {key: copy(child) for key, child in value.items()} if isinstance(value, dict) else value

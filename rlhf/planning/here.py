@@ -22,7 +22,7 @@ from rlhf.rewards.loading import resolve
 
 
 def missing_here(loaded: LoadedConfig) -> list[str]:
-    """Return what this machine lacks, a sentence each. Empty: everything that the stages read can be checked here.
+    """Return a sentence for each thing that this machine lacks. Without any, all inputs can be checked here.
 
     UserError for a built-in reward that exists nowhere.
     """
