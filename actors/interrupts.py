@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -28,21 +29,29 @@ CANCELLED_WITHIN_S = 5.0
 
 
 async def run_loop(
-    work: Coroutine[Any, Any, T], notice: Notice, request: StopRequest, *, grace_s: float, going_node: GoingNode
+    work: Coroutine[Any, Any, T],
+    notice: Notice,
+    request: StopRequest,
+    *,
+    grace_s: float,
+    call_timeout_s: float,
+    going_node: GoingNode,
 ) -> T:
     """Return the result of a loop that ends by itself once it has been given notice.
 
     Args:
         grace_s: how long after the request the loop may take. Ctrl-C has no limit, since a second one ends the loop.
+        call_timeout_s: how long a call may block the event loop, as calls of a Ray do that stands still.
         going_node: returns the address of a node of the run that is about to go, and the time when it goes if known.
     """
     task = asyncio.ensure_future(work)
     request.ends_by_itself = True
+    request.beats_within_s = call_timeout_s
     asked, asking = time.monotonic(), None
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
-            now = time.monotonic()
+            request.beats, now = request.beats + 1, time.monotonic()
             if asking is None and now - asked >= ASK_EVERY_S:
                 asked, asking = now, asyncio.ensure_future(going_node())
             if asking is not None and asking.done():
@@ -66,7 +75,7 @@ async def run_loop(
                 )
         return await task
     finally:
-        request.ends_by_itself = False
+        request.ends_by_itself, request.beats_within_s = False, math.inf
         left = [one for one in (task, asking) if one is not None]
         for one in left:
             one.cancel()

@@ -403,6 +403,7 @@ async def _carry_out(
         controller.notice,
         request,
         grace_s=controller.config.train.preemption_grace_s,
+        call_timeout_s=controller.config.cluster.call_timeout_s,
         going_node=partial(going_node, nodes),
     )
     if not is_done:

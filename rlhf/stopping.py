@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from rlhf.errors import Preempted, UserError
+from rlhf.errors import Preempted, RunError, UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,6 +31,7 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 REPEATED_WITHIN_S = 2.0  # `timeout` sends its signal twice, to the process and to its group
 PRESSED_AGAIN_AFTER_S = 0.1  # two Ctrl-C that are further apart than this are two
+LOOK_EVERY_S = 0.1
 END_WITHIN_S = 15.0  # for interrupted work to end in order
 _PREFIX = "rlhf: "  # of the names of this module's threads
 
@@ -47,6 +49,9 @@ class StopRequest:
         self.ends_by_itself = False
         self.interrupted = threading.Event()
         self.given_up = threading.Event()  # the caller no longer waits for the work
+        self.beats = 0  # a loop counts them up while it runs
+        self.beats_within_s = math.inf  # a loop that takes longer hangs in a call that never returns
+        self.hung_s: float | None = None  # how long it did
         self.on_interrupt: Callable[[], object] = lambda: None  # ends what would hold up interrupted work
         self._cancel: Callable[[], object] | None = None  # cancels the event loop's main task
         self._last = -REPEATED_WITHIN_S
@@ -108,6 +113,7 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
     Raises:
         KeyboardInterrupt: Ctrl-C ended it. The text says what is kept.
         Preempted: another signal ended it. The text says what is kept.
+        RunError: its event loop hangs.
     """
     outer = current_request()
     if outer is not None:
@@ -121,8 +127,14 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
     with _listening(request):
         outcome, thread = start_thread(begin, "work")
         deadline: float | None = None
+        beats, silent_s = request.beats, 0.0
         while thread.is_alive() and not request.given_up.is_set():
-            thread.join(0.1)
+            thread.join(LOOK_EVERY_S)
+            silent_s = 0.0 if request.beats != beats else silent_s + LOOK_EVERY_S  # a stopped process counts nothing
+            beats = request.beats
+            if silent_s > request.beats_within_s:
+                request.hung_s = silent_s
+                request.interrupted.set()
             if request.interrupted.is_set() and deadline is None:
                 deadline = time.monotonic() + END_WITHIN_S
                 _interrupt(thread, request)
@@ -215,6 +227,11 @@ def _result(outcome: Future[T], request: StopRequest) -> T:
     error: BaseException | None = KeyboardInterrupt() if not outcome.done() else outcome.exception()
     if error is None:
         return outcome.result()
+    if request.signal is None and request.hung_s is not None:
+        raise RunError(
+            f"the driver waited for {request.hung_s:.0f} s (cluster.call_timeout_s) in a call of Ray, whose daemons do "
+            "not answer. The run can be resumed with --resume auto."
+        ) from error
     if request.signal is None or isinstance(error, UserError):
         raise error
     if isinstance(error, Preempted):

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 from actors import interrupts
 from actors.cluster import OWN_RAY
 from actors.interrupts import run_loop
+from rlhf import stopping
 from rlhf.controller.notice import Notice
-from rlhf.errors import Preempted
-from rlhf.stopping import StopRequest
+from rlhf.errors import Preempted, RunError
+from rlhf.stopping import StopRequest, run_async, run_stoppable
 
 Work = Callable[[Notice, StopRequest], Coroutine[Any, Any, object]]
 
@@ -47,6 +49,25 @@ def test_where_ray_is_not_our_own_nothing_is_killed() -> None:
     assert not OWN_RAY.killed
 
 
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_call_that_blocks_the_event_loop_has_a_limit(monkeypatch: pytest.MonkeyPatch, returns: bool) -> None:
+    monkeypatch.setattr(stopping, "END_WITHIN_S", 5.0 if returns else 0.1)
+    gate = threading.Event()
+
+    async def hang() -> None:
+        gate.wait(30.0)  # as `ray.put` waits for a raylet that stands still
+
+    def work(request: StopRequest) -> None:
+        if returns:
+            request.on_interrupt = gate.set  # as the end of Ray's daemons may end the call
+        loop = run_loop(hang(), Notice(), request, grace_s=1.0, call_timeout_s=1.0, going_node=none_goes)
+        run_async(loop)
+
+    with pytest.raises(RunError, match=r"waited for \d s \(cluster.call_timeout_s\) in a call of Ray"):
+        run_stoppable(work)
+    gate.set()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.01)
@@ -67,7 +88,8 @@ def run(
 
     async def loop() -> None:
         notice = Notice()
-        await run_loop(work(notice, request), notice, request, grace_s=grace_s, going_node=going_node)
+        timeouts = {"grace_s": grace_s, "call_timeout_s": 60.0}
+        await run_loop(work(notice, request), notice, request, **timeouts, going_node=going_node)
 
     asyncio.run(loop())
     return request
