@@ -222,6 +222,22 @@ def test_a_disk_that_is_full_at_a_whole_file_names_that_file(tmp_path: Path, mon
         write_lines(tmp_path / "step_000001.jsonl", [{}])
 
 
+def test_a_resumed_run_says_where_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    tracker = Tracker(tmp_path)
+    for step in range(1, 6):
+        tracker.log(step, {"update/lr": 1.0})
+    with caplog.at_level("INFO", logger="rlhf"):
+        Tracker(tmp_path).truncate_after(3)
+        Tracker(tmp_path).truncate_after(-1)  # there is no checkpoint
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "the run continues after step 3: removed the metrics of 2 steps",
+        "the run starts from the beginning: removed the metrics of 3 steps",
+    ]
+
+
 def test_what_looks_wrong_is_told_once_and_not_again_after_a_resume(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
