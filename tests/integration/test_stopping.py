@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import psutil
 import pytest
 
 from tests.integration.recipes import start
-from tests.integration.test_failures import SFT, await_steps, checkpoints, end, steps_done, write_run
+from tests.integration.test_failures import GRPO, SFT, await_steps, checkpoints, end, steps_done, write_run
 
 ONE_RANK = {"cluster": {"roles": None, "call_timeout_s": 20.0}}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -83,3 +86,36 @@ def test_sigterm_while_ray_starts_is_preempted(tmp_path: Path) -> None:
     time.sleep(1.5)
     end(process, signal.SIGTERM, 75)
     assert "rlhf: preempted: the work in progress was given up; there is no checkpoint, so the run starts" in said(run)
+
+
+NOTEBOOK = """
+import asyncio, sys
+import yaml
+
+def length(prompt, response):
+    return float(len(response) % 3)
+
+async def cells():
+    import rlhf
+    values = yaml.safe_load(open(sys.argv[1]))
+    values["rewards"] = {"mine": {"function": length}}
+    for name in ("first", "second"):
+        values["run"]["name"] = name
+        print(rlhf.train(values, ["train.steps=1"]))
+
+if __name__ == "__main__":
+    asyncio.run(cells())
+"""
+
+
+def test_two_runs_in_cells_of_a_notebook_under_an_ascii_locale(tmp_path: Path) -> None:
+    """Each has a Ray of its own. A function of the notebook's file is the reward."""
+    config = write_run(tmp_path, "first", GRPO, {"cluster": {"call_timeout_s": 60.0}})
+    (tmp_path / "notebook.py").write_text(NOTEBOOK, encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | ascii_only
+    command = [sys.executable, str(tmp_path / "notebook.py"), str(config)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{tmp_path}/first\n{tmp_path}/second\n"
+    assert all((tmp_path / name / "final").exists() for name in ("first", "second"))
