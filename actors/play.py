@@ -16,6 +16,7 @@ from rlhf.data.tokenization import Continuation
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments import Conversations
 from rlhf.rollouts.spans import Played, Sampled
+from rlhf.stopping import run_async
 from rlhf.tracking import logs
 from rlhf.types import Sampling
 
@@ -39,7 +40,7 @@ def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None]
     stage, inputs = found
     if not 1 <= row <= len(inputs.prompts):
         raise UserError(f"--row: is {row}, and the training data has the rows 1 to {len(inputs.prompts)}")
-    return asyncio.run(_play(stage, inputs, iter(turns), show, row))
+    return run_async(_play(stage, inputs, iter(turns), show, row))
 
 
 async def _play(

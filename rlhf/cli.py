@@ -72,7 +72,7 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
         return ""
     if args.command == "quickstart" or args.resume == "auto":
         return f". Continue with: rlhf {shlex.join(given)}"
-    words = list(given)
+    words = [word for word in given if word != "--overwrite"]
     if "--resume" in words:  # with a checkpoint, which the run has left behind
         del words[words.index("--resume") : words.index("--resume") + 2]
     return f". Continue with: rlhf {shlex.join(words)} --resume auto"

@@ -144,8 +144,13 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
 
 
 def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:
-    """Run a coroutine as `asyncio.run` does, and cancel it where `run_stoppable` is interrupted."""
+    """Run a coroutine as `asyncio.run` does, and cancel it where `run_stoppable` is interrupted.
+
+    Where the caller runs an event loop already, the coroutine gets a thread of its own.
+    """
     request = current_request()
+    if request is None and asyncio._get_running_loop() is not None:
+        return run_stoppable(lambda _: run_async(work, runner))
     with contextlib.ExitStack() as stack:
         used = runner or stack.enter_context(asyncio.Runner())
         return used.run(work) if request is None else request.run(work, used)

@@ -183,6 +183,7 @@ def test_failures(
         (["--resume=auto"], " --resume=auto"),
         (["--resume", "never"], " --resume auto"),
         (["--resume", "step_000002"], " --resume auto"),
+        (["--overwrite"], " --resume auto"),
     ],
 )
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def test_work_with_an_event_loop_runs_inside_of_a_running_one() -> None:
     assert asyncio.run(cell_of_a_notebook()) == 3
 
 
+def test_a_coroutine_runs_inside_of_a_running_loop_without_more() -> None:
+    async def cell_of_a_notebook() -> int:
+        return run_async(asyncio.sleep(0.0, 3))
+
+    assert asyncio.run(cell_of_a_notebook()) == 3
+
+
 def test_ctrl_c_is_heard_inside_of_a_running_event_loop() -> None:
     async def cell_of_a_notebook() -> None:
         run_stoppable(loop_that_is_sent(signal.SIGINT, result=Preempted("a checkpoint of step 3 is written")))
