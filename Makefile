@@ -9,6 +9,7 @@ PYTHON ?=
 BIN := .venv/bin
 SMOLLM2 := models/SmolLM2-135M-Instruct
 NEED_GIB := 8
+NEED_GIB_NVIDIA := 20
 
 help:
 	@cat <<-'EOF'
@@ -40,8 +41,10 @@ setup: .venv/installed
 	    fi
 	  done
 	  [ -n "$$python" ] || fail "needs Python 3.11 or 3.12 with its venv module; found $(if $(PYTHON),$(PYTHON) = )$$($(or $(PYTHON),python3) --version 2>&1 || true). Install python3.11 and python3.11-venv, or name one: make setup PYTHON=/path/to/python3.11"
+	  need=$(NEED_GIB)
+	  if nvidia-smi --list-gpus >/dev/null 2>&1; then need=$(NEED_GIB_NVIDIA); fi
 	  free=$$(($$(df -Pk . | awk 'END { print $$4 }') / 1024 / 1024))
-	  [ "$$free" -ge $(NEED_GIB) ] || fail "needs $(NEED_GIB) GiB of free disk for the environment, this folder's disk has $$free GiB. Free some space, or clone elsewhere."
+	  [ "$$free" -ge "$$need" ] || fail "needs $$need GiB of free disk for the environment, this folder's disk has $$free GiB. Free some space, or clone elsewhere."
 	  "$$python" -m venv .venv
 	fi
 	$(BIN)/python -m pip install --quiet --upgrade uv

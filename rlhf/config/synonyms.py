@@ -414,7 +414,11 @@ VALUES = {
         "seq-mean-token-sum-norm": "token_sum_norm",
     },
     "estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
-    "lr_schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
+    "lr_schedule": {
+        "constant_with_warmup": "constant",
+        "cosine_with_min_lr": "cosine",
+        "warmup_stable_decay": "wsd",
+    },
     "dtype": {"bf16": "bfloat16", "fp32": "float32"},
     "device": {"gpu": "cuda"},
     "wandb": {"wandb": "online", "disabled": "off"},

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.config.checks import problems
 from rlhf.config.nodes import Node
 from rlhf.config.root import Config
-from rlhf.config.seating import Seating, fit
+from rlhf.config.seating import Seating, fit, seat
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint
 
@@ -131,23 +132,50 @@ def _hosts(
     return list(fits.values())
 
 
-def remedies(config: Config, sizes: Sizes, roles: Sequence[Role], *, on_host: bool) -> list[str]:
-    """Changes that make a process of these roles smaller, on its host or its device, mildest first, each with what it
-    would then take."""
+def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequence[Role]) -> list[str]:
+    """Return changes that shrink what does not fit, mildest first for each role, each with whether it is enough.
 
-    def taken(one: Footprint) -> float:
-        return one.of("device") if one.on_gpu and not on_host else one.rss
+    Left out is what the checks refuse, what the nodes cannot place, and what shrinks no place that is too full. Where
+    no single change is enough, the last line says whether all of them together are.
+    """
+    before = {place.where: place for place in _places_of(config, sizes, nodes)}
+    tight = {where for where, place in before.items() if place.fits is False}
+    changes = {text: change for role in roles for text, change in _changes(config, role)}
+    lines: list[str] = []
+    used: list[str] = []
+    together = config
+    for text, change in changes.items():
+        after = {place.where: place for place in _places_of(change(config), sizes, nodes)}
+        said = [_shrunk(before[w], after[w]) for w in tight & after.keys() if after[w].wanted < 0.98 * before[w].wanted]
+        if not said:
+            continue
+        spoilt = [where for where, place in after.items() if place.fits is False and where not in tight]
+        lines.append(
+            f"{text}: {', '.join(sorted(said))}" + (f"; but {', '.join(spoilt)} then does not" if spoilt else "")
+        )
+        if all(place.fits is not False for place in after.values()):
+            return lines
+        if _places_of(change(together), sizes, nodes):
+            together, used = change(together), [*used, text]
+    if not lines:
+        return ["no key that is known to do so; use larger nodes, more of them, or a smaller model"]
+    if len(used) < 2:
+        return lines
+    is_enough = all(place.fits is not False for place in _places_of(together, sizes, nodes))
+    verdict = (
+        "everything fits" if is_enough else "it still does not fit: use larger nodes, more of them, or a smaller model"
+    )
+    return [*lines, f"with {', '.join(used)} together {verdict}"]
 
-    now = {one.role: one for one in footprints(config, sizes)}
-    found: list[str] = []
-    for role in roles:
-        for text, change in _changes(config, role):
-            changed = change(config)
-            after = {one.role: one for one in footprints(changed, sizes)}[role]
-            before_bytes, after_bytes = taken(now[role]), taken(after)
-            if after_bytes < 0.98 * before_bytes:
-                found.append(f"{text}: {role} {after_bytes / GIB:,.1f} GiB in place of {before_bytes / GIB:,.1f}")
-    return found
+
+def _shrunk(old: Fit, new: Fit) -> str:
+    word = "fits" if new.fits else "still does not fit"
+    return f"{new.where} wants {new.wanted / GIB:,.1f} GiB in place of {old.wanted / GIB:,.1f} and {word}"
+
+
+def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> list[Fit]:
+    """Return the places of a changed configuration; none, if it is refused or cannot be placed on the nodes."""
+    return [] if problems(config) else places(config, seat(config), footprints(config, sizes), nodes)
 
 
 def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], Config]]]:
@@ -169,6 +197,9 @@ def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], C
             str(max(section.max_num_seqs // 4, 1)),
         )
         if config.cluster.device == "cuda":
+            for share in (0.7, 0.5):
+                if share < section.gpu_memory_utilization:
+                    add("cluster.roles.rollout.gpu_memory_utilization", share, str(share))
             add("cluster.roles.rollout.tensor_parallel", 2 * section.tensor_parallel, str(2 * section.tensor_parallel))
         return changes
     if half < budget:

@@ -33,6 +33,7 @@ from rlhf.planning.memory import (
     Measured,
     Term,
     Training,
+    checkpoint_bytes,
     engine_terms,
     forward_terms,
     kv_bytes_per_token,
@@ -126,6 +127,14 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         on_gpu=on_gpu,
         widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
     )
+
+
+def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
+    """Return the bytes of each trained role in one checkpoint."""
+    models: dict[Role, PolicyConfig | CriticConfig] = {"policy": config.policy}
+    if "critic" in needs(config):
+        models["critic"] = critic_model(config)
+    return {role: checkpoint_bytes(training(role, model, config, sizes)) for role, model in models.items()}
 
 
 def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:

@@ -17,7 +17,7 @@ from rlhf.config.pipeline import model_places
 from rlhf.config.root import Config
 from rlhf.config.seating import fit, seat
 from rlhf.config.stages import MergeStage, Stage, final_folder
-from rlhf.data.sources import FILE_SUFFIXES, read_rows
+from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.rewards.loading import resolve
 
 
@@ -36,14 +36,6 @@ def missing_here(loaded: LoadedConfig) -> list[str]:
         if not isinstance(stage, EvaluationStage):
             made.add(str(final_folder(stage)))
     return list(missing)
-
-
-def rows_here(config: Config) -> int | None:
-    """Return how many rows data.train has; None: a set of it is not on this machine. UserError for a broken file."""
-    sources = {key: one.source for key, one in train_sets(config).items()}
-    if list(_absent(sources)):
-        return None
-    return sum(len(read_rows(one)) if isinstance(one, str) else one.size for one in sources.values())
 
 
 def num_gpus() -> int:
@@ -85,10 +77,10 @@ def _data(stage: Stage) -> Iterator[str]:
     elif isinstance(stage, EvaluationStage):
         data = stage.evaluate.data
         sources = data if isinstance(data, dict) else {"evaluate.data": data}
-    yield from _absent(sources)
+    yield from absent_data(sources)
 
 
-def _absent(sources: Mapping[str, DataSource]) -> Iterator[str]:
+def absent_data(sources: Mapping[str, DataSource]) -> Iterator[str]:
     """A sentence for each data set that is not on this machine."""
     for key, source in sources.items():
         name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split

@@ -213,6 +213,12 @@ def _states(t: Training) -> list[Term]:
     return terms
 
 
+def checkpoint_bytes(t: Training) -> float:
+    """Return the size of a checkpoint of all ranks: trained weights, master weights and Adam's moments."""
+    masters = 4.0 * t.trained if t.zero_stage >= 1 or t.itemsize == 2 else 0.0
+    return t.trained * t.itemsize + masters + 8.0 * t.trained
+
+
 def _summed_gradients(t: Training) -> list[Term]:
     """Return the sums over the micro-batches so far. Stage 3 keeps the block that holds them."""
     if t.zero_stage == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import ROLE_ORDER, is_online, models_of, with_steps
+from rlhf.config.derive import ROLE_ORDER, eval_sets, is_online, max_sequence_tokens, models_of, with_steps
 from rlhf.config.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.plan import refuse_misfit, stage_text, table
@@ -16,7 +16,7 @@ from rlhf.config.stages import Stage as RunStage
 from rlhf.errors import UserError
 from rlhf.models.row_layout import RowLayout, expected_layout
 from rlhf.planning.fitting import places, remedies, this_machine
-from rlhf.planning.footprints import Sizes, footprints
+from rlhf.planning.footprints import Sizes, checkpoint_sizes, footprints
 from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
 from rlhf.planning.shapes import find_config
@@ -47,7 +47,7 @@ def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
     """Return the stage with steps in place of epochs, if its data is on this machine, and a sentence that says so."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""
-    from rlhf.planning.here import rows_here  # and the readers of data sets with it
+    from rlhf.planning.rows import rows_here  # and the readers of data sets with it
 
     rows = rows_here(stage)
     if rows is None:
@@ -77,6 +77,7 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
             *rows,
             "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(found),
             *_fits(config, sizes, found, nodes),
+            _disk(config, sizes),
             *_times(config, sizes, nodes, response_lengths(config, lengths)),
         ]
     except UserError as error:
@@ -116,26 +117,41 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
     if nodes is None:
         return ["what fits is shown with --cluster, such as '2*cpu=96,gpu=8,type=h100,mem=1000'"]
     rows = [["place", "wanted", "of", "", "what is there"]]
-    tight: list[bool] = []  # of what does not fit: whether it is a host
+    is_tight = False
     for one in places(config, seating, found, nodes):
         word = {True: "fits", False: "DOES NOT FIT", None: "memory not said"}[one.fits]
-        if one.fits is False:
-            tight.append(one.where.startswith("host"))
+        is_tight |= one.fits is False
         room = "-" if one.room is None else _gib(one.room)
         where = "this machine" if local else one.where
         rows.append([where, _gib(one.wanted), room, word, one.parts])
     text = ["memory by place, GiB\n" + table(rows)]
-    if tight:
-        trained = [one.role for one in found if one.role != "reward"]
-        said = [line for host in sorted(set(tight)) for line in remedies(config, sizes, trained, on_host=host)]
-        text.append("what makes it smaller, mildest first for each role\n" + "\n".join(f"  {line}" for line in said))
+    if is_tight:
+        roles = [one.role for one in found if one.role != "reward"]
+        lines = "\n".join(f"  {line}" for line in remedies(config, sizes, nodes, roles))
+        lines = lines.replace("host of node 0", "this machine") if local else lines
+        text.append("what makes it smaller, mildest first for each role\n" + lines)
     return text
 
 
+def _disk(config: Config, sizes: Sizes) -> str:
+    """Return what the checkpoints of the run folder take at most: the kept ones, and another while it is written."""
+    parts = checkpoint_sizes(config, sizes)
+    one, best = sum(parts.values()), bool(eval_sets(config))
+    count = config.train.keep_checkpoints + best + 1
+    kept = f"the newest {config.train.keep_checkpoints}{', the best' if best else ''} and one that is being written"
+    roles = " + ".join(f"{role} {_gib(size)}" for role, size in parts.items())
+    return f"disk of the run folder, GiB\n  checkpoints  {_gib(count * one)}  {count} * ({roles}): {kept}"
+
+
 def response_lengths(config: Config, said: str | None) -> Lengths:
-    """Of the run's responses: as said, or half of what is allowed on average."""
+    """Return the lengths of responses: as said, or half of what is allowed on average. Without rollouts, those of the
+    sequences of data.train: by the characters of rows on this machine, or half of what is allowed."""
     if config.rollouts is None:
-        return Lengths(most=1, mean=1.0)
+        longest = max_sequence_tokens(config)
+        from rlhf.planning.rows import mean_tokens_here  # and the readers of data sets with it
+
+        mean = mean_tokens_here(config)
+        return Lengths(most=longest, mean=longest / 2 if mean is None else min(mean, float(longest)))
     most = config.rollouts.max_response_tokens
     if said is not None:
         return parse_lengths(said, most=most)
@@ -174,7 +190,7 @@ def _assumed(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths
     one = rates(config, nodes, sizes, role="policy")
     said = any(node.kind for node in nodes or ())
     guess = "" if said or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
-    responses = f"; responses {lengths}" if is_online(config) else ""
+    responses = f"; responses {lengths}" if is_online(config) else f"; sequences of {lengths.mean:,.0f} tokens"
     return f"on {one.name}{guess}{responses}"
 
 

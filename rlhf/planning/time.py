@@ -19,6 +19,7 @@ from rlhf.config.derive import (
     is_online,
     needs_reference_logprobs,
     reference_model,
+    sequences_per_row,
     ships_adapter,
     uses_reference,
     uses_reward_model,
@@ -118,8 +119,8 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     """
     derived, online = derive(config), is_online(config)
     if config.rollouts is None:
-        mean = min(float(derived.longest_sequence), float(config.train.max_tokens_per_microbatch))
-        tokens = config.train.sequences_per_update * mean
+        mean = lengths.mean
+        tokens = config.train.sequences_per_update * sequences_per_row(config) * mean
     else:
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean

@@ -67,13 +67,24 @@ def test_cost_is_split_by_stage(large: str) -> None:
     assert float(step[4]) == pytest.approx(float(step[1]) / 3600 * 4 * 98, rel=0.01)
 
 
-def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+def test_what_does_not_fit_says_what_would_shrink_it(tmp_path: Path) -> None:
     text = rlhf.plan(LARGE, cluster="4*cpu=96,gpu=8,type=l40s,gpumem=24,mem=30")
     assert "DOES NOT FIT" in text
-    assert "train.max_tokens_per_microbatch=5120: policy" in text
+    gpu = "GPU of policy, critic wants 35.0 GiB in place of 41.3 and still does not fit"
+    assert text.count(f"train.max_tokens_per_microbatch=5120: {gpu}") == 1
     assert "cluster.roles.policy.offload=[optimizer]" not in text  # an adapter's optimizer is too small to matter
-    assert "cluster.roles.critic.offload=[optimizer]: critic" in text
-    assert "cluster.roles.rollout.tensor_parallel=8: rollout" in text
+    offload = next(line for line in text.splitlines() if "critic.offload=[optimizer]: " in line)
+    assert offload.endswith("; but host of node 2 then does not")
+    assert "together it still does not fit: use larger nodes" in text
+    assert "tensor_parallel=8" not in text  # would need 48 of the 32 GPUs
+    assert ".workers=32" not in text
+
+
+def test_a_change_that_is_enough_says_so() -> None:
+    text = rlhf.plan(LARGE, ["policy.lora=null", "algorithm.kl={coef: 0.0}"], cluster=NODES)
+    (line,) = [line for line in text.splitlines() if "cluster.roles.policy.offload=[optimizer]: " in line]
+    assert line.endswith(" and fits")
+    assert "still does not fit:" not in text
 
 
 def test_this_machine_is_held_against_a_run_on_cpus() -> None:
@@ -147,3 +158,43 @@ def test_simulations_that_cannot_be(tmp_path: Path) -> None:
         rlhf.plan(ROOT / "configs/grpo_smollm2.yaml", colocated, simulate="staleness=1", shapes=shapes(tmp_path))
     with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
         rlhf.plan(LARGE, shapes=Path("nowhere"))
+
+
+def test_the_disk_that_checkpoints_take() -> None:
+    text = rlhf.plan(ROOT / "configs/ppo_7b_8gpu.yaml", cluster="cpu=96,gpu=8,type=h100")
+    # 7,615,616,512 weights of the policy, and the critic's without the head: 2 + 4 + 8 bytes each, in GiB.
+    assert "policy 99.30 + critic 92.19" in text
+    (line,) = [
+        line for line in text.splitlines() if line.strip().startswith("checkpoints  ") and "being written" in line
+    ]
+    count = int(line.split()[2])
+    assert float(line.split()[1].replace(",", "")) == pytest.approx(count * (99.30 + 92.19), abs=0.1)
+
+
+def test_the_time_of_supervised_training_follows_from_the_rows(tmp_path: Path) -> None:
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        "run: {name: short}\npolicy: {model: Qwen/Qwen2.5-0.5B-Instruct}\nalgorithm: {name: sft}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl}}\n"
+        "train: {steps: 4, lr: 1e-6, sequences_per_update: 10, max_tokens_per_microbatch: 8192}\n"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p" * 300, "completion": "c" * 100}) + "\n")
+    text = rlhf.plan(config, cluster="cpu=2")
+    assert "sequences of 100 tokens" in text  # 400 characters, 4 a token
+    assert "1,000 tokens * " in text  # 10 sequences, and not 10 * 8,192 tokens
+    (tmp_path / "rows.jsonl").unlink()
+    assert "sequences of 4,096 tokens" in rlhf.plan(config, cluster="cpu=2")  # half of what is allowed
+
+
+def test_a_pair_is_two_sequences_with_one_prompt(tmp_path: Path) -> None:
+    config = tmp_path / "dpo.yaml"
+    config.write_text(
+        "run: {name: pairs}\npolicy: {model: Qwen/Qwen2.5-0.5B-Instruct}\nalgorithm: {name: dpo}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl}}\n"
+        "train: {steps: 4, lr: 1e-6, sequences_per_update: 10, max_tokens_per_microbatch: 8192}\n"
+    )
+    row = {"prompt": "p" * 400, "chosen": "c" * 100, "rejected": "r" * 300}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    text = rlhf.plan(config, cluster="cpu=2")
+    assert "sequences of 150 tokens" in text  # (2 * 400 + 100 + 300) / 2 characters
+    assert "3,000 tokens * " in text  # 10 pairs

@@ -1,0 +1,69 @@
+"""How many rows a run trains on, and how long they are, where its data is on this machine. Knows no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.data import DataSource
+from rlhf.config.derive import sequences_per_row, train_sets
+from rlhf.config.root import Config
+from rlhf.data.sources import FILE_SUFFIXES, Source, read_rows
+from rlhf.data.tasks import REASONING_GYM, TaskSource
+from rlhf.planning.here import absent_data
+
+ROWS_MEASURED = 200  # of each data set, for the length of its rows
+CHARACTERS_PER_TOKEN = 4  # customary for English text
+LARGEST_FILE_READ = 64 * 2**20
+
+
+def rows_here(config: Config) -> int | None:
+    """Return how many rows data.train has; None: a set of it is not on this machine. UserError for a broken file."""
+    sources = {key: one.source for key, one in train_sets(config).items()}
+    if list(absent_data(sources)):
+        return None
+    return sum(len(read_rows(one)) if isinstance(one, str) else one.size for one in sources.values())
+
+
+def mean_tokens_here(config: Config) -> float | None:
+    """Return the mean length of the sequences of data.train by the characters of its first rows.
+
+    None if a set would take long to read: a large file, one on the hub, a task of reasoning_gym, or one that is absent.
+    Each set counts by its weight. A row's text is all strings in it; a pair has its prompt in both sequences.
+    """
+    sets = train_sets(config).values()
+    if not all(_reads_quickly(one.source) for one in sets):
+        return None
+    per_token = 1 if config.policy.model.startswith("tiny:") else CHARACTERS_PER_TOKEN  # the tiny model reads bytes
+    total = sum(one.weight * _mean_characters(one.source, config) for one in sets)
+    return total / sum(one.weight for one in sets) / per_token
+
+
+def _reads_quickly(source: DataSource) -> bool:
+    if not isinstance(source, str):
+        return REASONING_GYM not in source.task
+    path = Path(source)
+    return source.endswith(FILE_SUFFIXES) and path.is_file() and path.stat().st_size <= LARGEST_FILE_READ
+
+
+def _mean_characters(source: DataSource, config: Config) -> float:
+    """Return the mean over the first rows, for one sequence of a row."""
+    if not isinstance(source, str):
+        size = min(source.size, ROWS_MEASURED)
+        given: Source = TaskSource(task=source.task, split=source.split, size=size, seed=source.seed, args=source.args)
+    else:
+        given = source
+    rows = read_rows(given, columns=config.data.columns)[:ROWS_MEASURED]
+    count = sequences_per_row(config)
+    texts = sum(_characters(dict(row.columns)) for row in rows)
+    repeated = sum(_characters(row.columns.get("prompt")) for row in rows) * (count - 1)
+    return (texts + repeated) / count / len(rows)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
