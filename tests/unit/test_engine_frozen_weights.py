@@ -1,0 +1,72 @@
+"""The frozen copies of what an adapter began as, and the checksum of the base, in one process. Sharded and with an
+engine: tests/integration/test_engine_adapters.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
+from rlhf.errors import UserError
+from rlhf.models.lora import add_lora
+from rlhf.models.weights import initial_copies
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def adapted(*, rank: int = 2, init: str = "pissa", seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return add_lora(LlamaForCausalLM(config), rank=rank, alpha=4.0, dropout=0.0, init=init)  # type: ignore[arg-type]
+
+
+def test_the_copies_come_back_bit_for_bit(tmp_path: Path) -> None:
+    path, model, other = tmp_path / "initial.safetensors", adapted(), adapted(seed=1)
+    save_initial_copies(model, path)
+    load_initial_copies(other, path)
+    assert initial_copies(model)
+    assert all(torch.equal(initial_copies(other)[name], copy) for name, copy in initial_copies(model).items())
+
+
+def test_an_adapter_that_began_as_the_identity_has_no_copies(tmp_path: Path) -> None:
+    path, model = tmp_path / "initial.safetensors", adapted(init="default")
+    save_initial_copies(model, path)
+    assert not path.exists()
+    load_initial_copies(model, path)
+
+
+def test_a_missing_file_and_one_of_another_adapter_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "initial.safetensors"
+    with pytest.raises(UserError, match=rf"{path} cannot be read"):
+        load_initial_copies(adapted(), path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=rf"{path} cannot be read"):
+        load_initial_copies(adapted(), path)
+    save_initial_copies(adapted(rank=4), path)
+    with pytest.raises(UserError, match="holds the beginning of another adapter"):
+        load_initial_copies(adapted(), path)
+
+
+def test_the_checksum_is_that_of_the_base_alone() -> None:
+    model = adapted()
+    before = digest_of_base(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # what is trained, and the copies
+                parameter.add_(1.0)
+        assert digest_of_base(model) == before
+        model.model.layers[0].mlp.up_proj.base_layer.weight[0, 0] += 1e-3
+    assert digest_of_base(model) != before
