@@ -19,6 +19,7 @@ from rlhf.config.differences import differences
 from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.root import Config
 from rlhf.controller.trained import trained_models
+from rlhf.engine.optimizers import refuse_absent_bitsandbytes
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
@@ -42,6 +43,8 @@ def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
     """
     if config.policy.tokenizer is not None and config.policy.model not in made.finals:
         _refuse_larger_vocabulary(config.policy)
+    if config.train.optimizer == "adamw_8bit":
+        refuse_absent_bitsandbytes()
     for section, model in models_of(config).items():
         if model.model in made.finals:
             _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))

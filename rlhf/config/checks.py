@@ -288,7 +288,7 @@ def _updates(config: Config) -> Iterator[Problem]:
 
 
 def _cluster(config: Config) -> Iterator[Problem]:
-    """Devices, colocation and the way of the weights."""
+    """Devices, colocation and the weight transport."""
     cluster, roles = config.cluster, config.cluster.roles
     needed = derive.needs(config)
     yield from cluster_problems(cluster, needed, with_reward_model=derive.uses_reward_model(config))
@@ -296,8 +296,19 @@ def _cluster(config: Config) -> Iterator[Problem]:
         if role not in needed:
             continue
         section: TrainedRole = getattr(roles, role)
+        if config.train.optimizer in ("adafactor", "muon") and section.zero_stage != 0:
+            text = (
+                f"is {section.zero_stage}, but train.optimizer {config.train.optimizer} needs whole matrices, which "
+                "DeepSpeed cuts up from stage 1 on; set 0, or use adamw or adamw_8bit"
+            )
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
         if cluster.device == "cpu" and section.offload:
             text = f"is {list(section.offload)}, but with cluster.device cpu all is in host memory already; remove it"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+        elif section.offload and section.zero_stage == 0:
+            text = (
+                f"is {list(section.offload)}, but DeepSpeed offloads nothing at stage 0; set zero_stage, or remove it"
+            )
             yield _problem(f"cluster.roles.{role}.offload", text)
         elif "parameters" in section.offload and section.zero_stage != 3:
             text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"

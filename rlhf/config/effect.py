@@ -303,6 +303,9 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
     if config.train.lr_schedule == "constant":
         why = "train.lr_schedule is constant"
         yield from _all("train.min_lr_ratio", why, "set train.lr_schedule to linear or cosine")
+    if config.train.optimizer == "adafactor":
+        why = "train.optimizer is adafactor, which has no moments"
+        yield from _all("train.betas train.eps", why, "set train.optimizer to adamw")
     why = f"train.lr_schedule is {config.train.lr_schedule}"
     if config.train.lr_schedule != "cosine_with_restarts":
         yield from _all("train.lr_cycles", why, "set train.lr_schedule to cosine_with_restarts")

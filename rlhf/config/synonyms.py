@@ -252,6 +252,7 @@ SYNONYMS = (
     S("rewards.*.truncated_score", "missing_eos_penalty", note="It is the score itself."),
     S("reward_policy.processes", "", "reward_model.num_workers"),
     # Optimisation
+    S("train.optimizer", "optim", "actor.optim.optimizer", "optim", note="`paged_adamw_8bit` is none of them."),
     S("train.lr", "learning_rate", "actor.optim.lr", "adam.lr actor_learning_rate"),
     S(
         "train.lr_schedule",

@@ -41,6 +41,10 @@ class TrainConfig(Section):
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000)
     """Passes over data.train, in place of `steps`: as many steps as it takes to train on so many rows, for RL prompts.
     Of several sets, a pass has as many rows as all sets together, whatever their weights."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
+    """adamw; adamw_8bit keeps its moments in 8 bits and needs bitsandbytes; adafactor keeps a row and a column of each
+    matrix in place of moments; muon orthogonalises the matrices of the transformer blocks and leaves all other weights
+    to adamw. The last two need zero_stage 0."""
     lr: float = Field(gt=0.0)
     """Peak learning rate."""
     lr_schedule: Schedule = "constant"
@@ -58,11 +62,11 @@ class TrainConfig(Section):
     """Learning rate that the decay would reach one step after the last, as a share of lr. The last step itself still
     has a rate above it."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay. It applies to matrices; norms and biases do not decay."""
     grad_clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of a step's gradient."""
     sequences_per_update: int = Field(ge=1, le=1_000_000)

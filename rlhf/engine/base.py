@@ -18,13 +18,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW (arXiv:1711.05101). grad_clip is the largest global gradient norm; None: no clipping.
+    """AdamW (arXiv:1711.05101) or another optimizer by its name. grad_clip is the largest global gradient norm; None:
+    no clipping. Norms and biases do not decay.
 
     lora_plus_ratio: rate of the B matrices of adapters, as a multiple of lr (LoRA+, arXiv:2402.12354).
     """
 
+    name: OptimizerName = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -3,7 +3,7 @@
 One instance a rank, after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are shares of a sum,
 so `backward` undoes it. Ranks that share micro-batches (sequence_parallel) evaluate the same loss, and each has the
 part of its gradient that goes through its own tokens. Nothing here knows an algorithm, and no op is compiled at run
-time: AdamW is PyTorch's own.
+time: the optimizers are not DeepSpeed's (rlhf.engine.optimizers).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.frozen_weights import digest_of_base, load_initial_copies, save_initial_copies
+from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.schedule import lr_factor
@@ -79,17 +80,15 @@ class DeepSpeedEngine:
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
-        groups = parameter_groups(module, lora_plus_ratio=optimizer.lora_plus_ratio)
+        groups = parameter_groups(
+            module,
+            lora_plus_ratio=optimizer.lora_plus_ratio,
+            weight_decay=optimizer.weight_decay,
+            splits_matrices=optimizer.name == "muon",
+        )
         parameters = [p for group in groups for p in group.parameters]
         self._lr_ratios = [group.lr_ratio for group in groups]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": group.parameters} for group in groups],
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(groups, optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=_Caller(module),
             optimizer=self._optimizer,
@@ -105,6 +104,12 @@ class DeepSpeedEngine:
         self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=self._frozen)
         self._frozen_digest: str | None = None
         set_deadline(deadline_s)
+
+    def _forget_first_step(self) -> None:
+        """Have the optimizer count from 0: DeepSpeed makes its states by a step without gradients, at a rate of 0."""
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
     def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
@@ -343,7 +348,7 @@ class DeepSpeedEngine:
             flat.data = flat.data.to(device)
         for state in self._optimizer.state.values():
             for key, value in state.items():
-                state[key] = value.to(device)
+                state[key] = value.to(device) if torch.is_tensor(value) else value
 
     def _move_frozen(self, device: torch.device) -> None:
         """Weights without a gradient (LoRA's base), which DeepSpeed leaves where they are."""

@@ -1,28 +1,51 @@
-"""Which parameters share a learning rate. Asked once, by the engine, before anything is sharded or flattened."""
+"""Which parameters share a learning rate, a decay and a rule. Asked once, by the engine, before anything is sharded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterGroup:
-    """Trainable parameters whose rate is the same multiple of the run's."""
+    """Trainable parameters that an optimizer treats alike."""
 
     parameters: list[nn.Parameter]
-    lr_ratio: float
+    lr_ratio: float  # their rate is this multiple of the run's
+    decays: bool  # whether weight decay applies
+    is_matrix: bool  # of a transformer block: what Muon orthogonalises
 
 
-def parameter_groups(module: nn.Module, *, lora_plus_ratio: float) -> list[ParameterGroup]:
-    """All trainable parameters in one group or, with a ratio other than 1, the adapters' B matrices in a second.
+def parameter_groups(
+    module: nn.Module, *, lora_plus_ratio: float, weight_decay: float, splits_matrices: bool
+) -> list[ParameterGroup]:
+    """Return all trainable parameters in as few groups as the settings need, each in the model's order.
 
-    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter.
+    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter. Norms and biases,
+    which have fewer than two dimensions, do not decay. splits_matrices: matrices of the blocks have their own groups;
+    embeddings and heads, whose names have no block's number, are none of them.
     """
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    fast = [p for name, p in trained.items() if ".lora_B." in name and lora_plus_ratio != 1.0]
-    if not fast:
-        return [ParameterGroup(list(trained.values()), 1.0)]
-    slow = [p for name, p in trained.items() if ".lora_B." not in name]
-    return [ParameterGroup(slow, 1.0), ParameterGroup(fast, lora_plus_ratio)]
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(_shape(parameter))
+        in_block = any(part.isdigit() for part in name.split("."))
+        key = (
+            lora_plus_ratio if ".lora_B." in name else 1.0,
+            weight_decay > 0.0 and dimensions >= 2,
+            splits_matrices and dimensions == 2 and in_block,
+        )
+        groups.setdefault(key, []).append(parameter)
+    return [
+        ParameterGroup(parameters=parameters, lr_ratio=ratio, decays=decays, is_matrix=is_matrix)
+        for (ratio, decays, is_matrix), parameters in groups.items()
+    ]
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of the whole parameter, also where this rank has a share of it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -123,6 +123,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         lora_rank=None if lora is None else lora.rank,
         scalar=scalar,
         keeps_head_gradient=not online and offline_kind(config) in ("supervised", "distillation"),
+        optimizer=config.train.optimizer,
         offload=role.offload,
         on_gpu=on_gpu,
         widens=not on_gpu and model.dtype == "bfloat16" and sizes.widens,
@@ -134,7 +135,10 @@ def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
     models: dict[Role, PolicyConfig | CriticConfig] = {"policy": config.policy}
     if "critic" in needs(config):
         models["critic"] = critic_model(config)
-    return {role: checkpoint_bytes(training(role, model, config, sizes)) for role, model in models.items()}
+    return {
+        role: checkpoint_bytes(sizes.of(model.model), training(role, model, config, sizes))
+        for role, model in models.items()
+    }
 
 
 def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:

@@ -119,6 +119,7 @@ class Training:
     lora_rank: int | None
     scalar: bool  # a head of one value, not of the vocabulary
     keeps_head_gradient: bool  # the head's gradient is made in the forward pass (supervised runs)
+    optimizer: str  # train.optimizer
     offload: tuple[str, ...]
     on_gpu: bool
     widens: bool  # products of bfloat16 are taken in float32 (rlhf.objectives.products)
@@ -165,7 +166,7 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
     for which the gradients become one block, which a host keeps that the optimizer is offloaded to; a heap has freed
     the activations by then, but no hole as large.
     """
-    states = _states(t)
+    states = _states(shape, t)
     bucket = _bucket(t)
     work = [_activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
     summed = _summed_gradients(t)
@@ -178,6 +179,9 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
             how = "vocabulary * hidden * 4 bytes"
             last.append(Term(name="largest gradient", nbytes=4 * shape.embedding, how=how, phase="step"))
     step = [*bucket, *summed]
+    if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies them all
+        how = _product(t.trained, 4, 1)
+        step.append(Term(name="gradients in float32", nbytes=t.trained * 4, how=how, phase="step"))
     if t.zero_stage == 3:
         block = _block(t)
         step.append(block)
@@ -187,12 +191,11 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
     return [*states, *peak]
 
 
-def _states(t: Training) -> list[Term]:
-    """Weights, their float32 copy and Adam's moments."""
+def _states(shape: Shape, t: Training) -> list[Term]:
+    """Return the weights, their float32 copy and the optimizer's states."""
     all_weights, b = t.trained + t.frozen, t.itemsize
     weights_by, quantized = t.ranks if t.zero_stage == 3 else 1, t.frozen_bytes < t.frozen * b
-    sharded = t.zero_stage >= 1 or b == 2  # DeepSpeed's bfloat16 optimizer shards even at stage 0
-    by = t.ranks if sharded else 1
+    by = t.ranks if t.zero_stage >= 1 else 1
     terms = [
         Term(
             name="weights",
@@ -202,21 +205,38 @@ def _states(t: Training) -> list[Term]:
         )
     ]
     optimizer: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
-    if sharded:
+    if t.zero_stage >= 1 or b == 2:
         terms.append(
             Term(name="master weights", nbytes=t.trained * 4 / by, how=_product(t.trained, 4, by), place=optimizer)
         )
-    terms.append(Term(name="Adam moments", nbytes=t.trained * 8 / by, how=_product(t.trained, 8, by), place=optimizer))
+    terms.append(_optimizer_states(shape, t, by=by, place=optimizer))
     if t.zero_stage == 3 and t.ranks > 1:
         live = min(t.trained + t.frozen, LIVE_PARAMETERS)
         terms.append(Term(name="weights gathered", nbytes=live * b, how=_product(live, b, 1)))
     return terms
 
 
-def checkpoint_bytes(t: Training) -> float:
-    """Return the size of a checkpoint of all ranks: trained weights, master weights and Adam's moments."""
+def checkpoint_bytes(shape: Shape, t: Training) -> float:
+    """Return the size of a checkpoint of all ranks: trained weights, master weights and the optimizer's states."""
     masters = 4.0 * t.trained if t.zero_stage >= 1 or t.itemsize == 2 else 0.0
-    return t.trained * t.itemsize + masters + 8.0 * t.trained
+    return t.trained * t.itemsize + masters + _optimizer_states(shape, t, by=1, place="host").nbytes
+
+
+def _optimizer_states(shape: Shape, t: Training, *, by: int, place: Place) -> Term:
+    """Return what the optimizer keeps of each weight."""
+    if t.optimizer == "adamw_8bit":
+        how = _product(t.trained, 2, by) + ", and two scales for each 256"
+        return Term(name="8-bit moments", nbytes=t.trained * (2 + 8 / 256) / by, how=how, place=place)
+    if t.optimizer == "muon":
+        matrices = t.trained if t.lora_rank is not None else shape.matrix_parameters
+        nbytes = 4.0 * matrices + 8 * (t.trained - matrices)
+        how = f"{_product(matrices, 4, 1)}, and 8 bytes of each other weight"
+        return Term(name="Muon momentum", nbytes=nbytes, how=how, place=place)
+    if t.optimizer == "adafactor":
+        count = shape.factored(lora_rank=t.lora_rank, scalar=t.scalar)
+        how = f"{_product(count, 4, 1)}: a row and a column of each matrix"
+        return Term(name="Adafactor states", nbytes=4.0 * count, how=how, place=place)
+    return Term(name="Adam moments", nbytes=t.trained * 8 / by, how=_product(t.trained, 8, by), place=place)
 
 
 def _summed_gradients(t: Training) -> list[Term]:

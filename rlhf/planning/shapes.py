@@ -66,10 +66,28 @@ class Shape:
         """Of the same body with one linear head of one value, as critics and reward models have."""
         return self.embedding + self.layers * self.layer_parameters + 2 * self.hidden
 
+    @property
+    def _linear_layers(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the linear layers of one block."""
+        h, q, k, f = self.hidden, self.query, self.key, self.ffn
+        return ((q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f))
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Of the linear layers of all blocks."""
+        return self.layers * sum(rows * columns for rows, columns in self._linear_layers)
+
+    def factored(self, *, lora_rank: int | None, scalar: bool) -> int:
+        """Return how many numbers Adafactor keeps: a row and a column of each trained matrix, and norms and biases."""
+        if lora_rank is not None:
+            return self.layers * sum(rows + columns + 2 * lora_rank for rows, columns in self._linear_layers)
+        tables = 1 if self.tied or scalar else 2
+        vectors = self.layers * self.layer_parameters - self.matrix_parameters + self.hidden
+        return self.layers * sum(map(sum, self._linear_layers)) + tables * (self.vocab + self.hidden) + vectors
+
     def lora_parameters(self, rank: int) -> int:
         """Of an adapter on all linear layers of all blocks: rank * (in + out) each."""
-        h, q, k, f = self.hidden, self.query, self.key, self.ffn
-        return self.layers * rank * ((h + q) + 2 * (h + k) + (q + h) + 3 * (h + f))
+        return self.layers * rank * sum(rows + columns for rows, columns in self._linear_layers)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:

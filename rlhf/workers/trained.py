@@ -92,6 +92,7 @@ class TrainedWorker(ABC):
             self.engine: TrainingEngine = DeepSpeedEngine(
                 module,
                 optimizer=OptimizerSettings(
+                    name=train.optimizer,
                     lr=self.lr,
                     betas=train.betas,
                     eps=train.eps,

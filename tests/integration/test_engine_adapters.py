@@ -72,11 +72,14 @@ def column(model: Any) -> Tensor:
 def plain_training(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model = loaded(folder, kind)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [[p for name, p in trained.items() if (".lora_B." in name) == fast] for fast in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], eps=1e-3, weight_decay=0.1)
+    groups = [
+        {"params": [p], "rate": 0.04 if ".lora_B." in name else 0.01, "weight_decay": 0.1 if p.dim() == 2 else 0.0}
+        for name, p in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-3)
     for step in (1, 2):
-        for group, rate in zip(optimizer.param_groups, (0.01, 0.04), strict=True):
-            group["lr"] = rate * lr_factor(SCHEDULE, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * lr_factor(SCHEDULE, step)
         optimizer.zero_grad()
         (loss_of(model, 0, step) + loss_of(model, 1, step)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)

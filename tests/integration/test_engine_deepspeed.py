@@ -49,9 +49,13 @@ def loss_of(model: Any, sequences: list[Tensor]) -> Tensor:
 
 def plain_training() -> dict[str, Tensor]:
     model = tiny_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    decaying = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decaying, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
     for step in range(1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = 0.01 * lr_factor(SCHEDULE, step)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * lr_factor(SCHEDULE, step)
         optimizer.zero_grad()
         loss_of(model, batch(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -63,11 +67,16 @@ def plain_training() -> dict[str, Tensor]:
 
 
 def make_engine(
-    stage: int, dtype: torch.dtype = torch.float32, *, offload: Offload = frozenset(), **options: Any
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    offload: Offload = frozenset(),
+    optimizer: OptimizerSettings = OPTIMIZER,
+    **options: Any,
 ) -> DeepSpeedEngine:
     return DeepSpeedEngine(
         tiny_model(dtype, **options),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         schedule=SCHEDULE,
         zero_stage=stage,  # type: ignore[arg-type]
         dtype=dtype,

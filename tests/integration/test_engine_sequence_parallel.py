@@ -78,7 +78,8 @@ Trained = tuple[list[list[Tensor]], list[Tensor], dict[str, Tensor], list[float]
 def plainly(kind: str) -> Trained:
     """(columns, losses, the last gradient, its norms, weights) of plain torch on whole rows."""
     model = model_of(kind, checkpointing=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)
+    groups = [{"params": [p], "weight_decay": 0.01 if p.dim() == 2 else 0.0} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
     columns, losses, norms = [], [], []
     for step in range(STEPS):
         optimizer.zero_grad()

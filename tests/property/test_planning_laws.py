@@ -50,6 +50,7 @@ def trainings(draw: st.DrawFn) -> tuple[Shape, Training]:
         lora_rank=lora,
         scalar=draw(st.booleans()),
         keeps_head_gradient=draw(st.booleans()),
+        optimizer="adamw",
         offload=(),
         on_gpu=draw(st.booleans()),
         widens=draw(st.booleans()),

@@ -118,6 +118,14 @@ RELATIONS = {
         ["algorithm={name: remax}", "rewards.greedy.function=exact_match"],
         "rewards.greedy: is taken",
     ),
+    "muon has whole matrices": (
+        ["train.optimizer=muon", GRPO],
+        "cluster.roles.policy.zero_stage: is 2, but train.optimizer muon needs whole matrices, which DeepSpeed cuts up",
+    ),
+    "nothing is offloaded at stage 0": (
+        [CUDA, "cluster.roles.policy={zero_stage: 0, offload: [optimizer]}"],
+        "cluster.roles.policy.offload: is ['optimizer'], but DeepSpeed offloads nothing at stage 0",
+    ),
     "steps or epochs": (["train.epochs=2"], "train.epochs: is 2, but train.steps is 10; give one of them"),
     "no end of the run": (["train.steps=null"], "train.steps: is missing; give the run's steps, or train.epochs"),
     "warm-up by steps or by a share": (

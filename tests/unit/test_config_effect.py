@@ -119,6 +119,10 @@ INERT = {
     "eval.samples_per_prompt=4": ([], "greedy responses to one prompt are all equal"),
     "data.system_prompt=hello": (["data.apply_chat_template=false"], "data.apply_chat_template is false"),
     "train.min_lr_ratio=0.1": ([], "train.lr_schedule is constant"),
+    "train.betas=[0.8, 0.9]": (
+        [GRPO, "train.optimizer=adafactor", "cluster.roles.policy.zero_stage=0"],
+        "train.optimizer is adafactor, which has no moments",
+    ),
     "train.lr_cycles=3": (["train.lr_schedule=cosine"], "train.lr_schedule is cosine"),
     "train.lr_decay_ratio=0.2": (["train.lr_schedule=linear"], "train.lr_schedule is linear"),
     "tracking.wandb_project=p": ([], "tracking.wandb is off"),

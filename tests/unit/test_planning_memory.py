@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,46 @@ def test_a_machine_widens_as_the_products_do() -> None:
     from rlhf.objectives.products import widens_products
 
     assert Sizes().widens == widens_products(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [("adamw", "Adam moments"), ("adafactor", "Adafactor states"), ("muon", "Muon momentum")],
+)
+def test_states_are_as_large_as_the_optimizer_makes_them(
+    tmp_path: Path, optimizer: Any, name: str, rank: int | None
+) -> None:
+    import torch
+
+    from rlhf.engine.base import OptimizerSettings
+    from rlhf.engine.optimizers import make_optimizer
+    from rlhf.engine.parameter_groups import parameter_groups
+    from rlhf.models.loading import load_causal_lm
+    from rlhf.models.lora import add_lora
+    from rlhf.models.tiny import build_tiny_llama
+
+    model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=torch.float32)
+    if rank is not None:
+        model = add_lora(model, rank=rank, alpha=8.0, dropout=0.0)
+    groups = parameter_groups(model, lora_plus_ratio=1.0, weight_decay=0.0, splits_matrices=optimizer == "muon")
+    made = make_optimizer(groups, OptimizerSettings(name=optimizer, lr=1e-3))
+    for parameter in (p for group in groups for p in group.parameters):
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    states = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
+    measured = sum(value.numel() * value.element_size() for value in states)
+    lora = "null" if rank is None else f"{{rank: {rank}}}"
+    overrides = ["policy.model=tiny:llama", "policy.dtype=float32", f"policy.lora={lora}"]
+    planned = policy(tmp_path, *overrides, f"train.optimizer={optimizer}", "cluster.roles.policy.zero_stage=0")
+    assert term(planned, name) == pytest.approx(measured, rel=0.02)  # norms and counts of steps are not counted
+
+
+def test_8_bit_states_by_hand(tmp_path: Path) -> None:
+    # Two bytes of each weight, and two float32 scales for each 256 weights, over 4 ranks.
+    count = 7_615_616_512
+    planned = policy(tmp_path, "train.optimizer=adamw_8bit", "cluster.roles.policy.workers=4")
+    assert term(planned, "8-bit moments") == count * (2 + 8 / 256) / 4
 
 
 def test_states_of_one_rank_by_hand(tmp_path: Path) -> None:

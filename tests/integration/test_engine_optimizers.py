@@ -1,0 +1,151 @@
+"""Every optimizer on real DeepSpeed, two ranks: against the plain one on the whole batch, and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from torch import Tensor
+from transformers.optimization import Adafactor
+
+from rlhf.engine.schedule import lr_factor
+from tests.integration.test_engine_deepspeed import (
+    OPTIMIZER,
+    SCHEDULE,
+    STEPS,
+    Gang,
+    batch,
+    loss_of,
+    make_engine,
+    tiny_model,
+    train,
+    weights_of,
+)
+
+LR, DECAY = OPTIMIZER.lr, OPTIMIZER.weight_decay
+ALLOWED = [("muon", 0), ("adafactor", 0), *(("adamw_8bit", stage) for stage in range(4))]
+
+
+def settings_of(name: str) -> Any:
+    return replace(OPTIMIZER, name=name)
+
+
+def plain_optimizers(name: str, model: Any) -> list[torch.optim.Optimizer]:
+    """The libraries' own optimizers, each on the weights that it should have."""
+    named = dict(model.named_parameters())
+    matrices = [p for p in named.values() if p.dim() == 2]
+    vectors = [p for p in named.values() if p.dim() < 2]
+    blocks = [p for key, p in named.items() if p.dim() == 2 and ".layers." in key]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    adam: dict[str, Any] = {"lr": LR, "betas": OPTIMIZER.betas}
+    if name == "adafactor":
+        return [Adafactor(groups, lr=LR, scale_parameter=False, relative_step=False)]
+    if name == "adamw_8bit":
+        return [AdamW8bit(groups, **adam)]
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, **adam)]
+    outside = [p for p in matrices if not any(p is block for block in blocks)]
+    others = [{"params": outside, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(blocks, lr=LR, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, **adam)]
+
+
+def plain_training(name: str) -> dict[str, Tensor]:
+    model = tiny_model()
+    optimizers = plain_optimizers(name, model)
+    for step in range(1, STEPS + 1):
+        model.zero_grad()
+        loss_of(model, batch(step)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = LR * lr_factor(SCHEDULE, step)
+            optimizer.step()
+    return {key: p.detach().clone() for key, p in model.named_parameters()}
+
+
+def trained_weights(rank: int, world_size: int, *, name: str, stage: int) -> tuple[dict[str, Tensor], set[torch.dtype]]:
+    engine: Any = make_engine(stage, optimizer=settings_of(name))
+    train(engine, rank, world_size, steps=range(1, STEPS + 1), num_microbatches=2)
+    states = [value for state in engine._optimizer.state.values() for value in state.values()]
+    dtypes = {value.dtype for value in states if torch.is_tensor(value)}
+    weights = weights_of(engine)
+    engine.close()
+    return weights, dtypes
+
+
+def interrupted(
+    rank: int, world_size: int, *, name: str, stage: int, dtype: torch.dtype, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of a run of three steps, and of one that was saved after the first and continued elsewhere."""
+    engine = make_engine(stage, dtype, optimizer=settings_of(name))
+    train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
+    engine.save(folder)
+    train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
+    unbroken = weights_of(engine)
+    engine.close()
+    engine = make_engine(stage, dtype, optimizer=settings_of(name))
+    engine.load(folder)
+    train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
+    resumed = weights_of(engine)
+    engine.close()
+    return unbroken, resumed
+
+
+def first_step(rank: int, world_size: int, *, stage: int) -> tuple[float, float]:
+    """How far the weights have moved in the first step of AdamW, on average, and the rate of that step."""
+    engine = make_engine(stage, torch.bfloat16, optimizer=replace(OPTIMIZER, weight_decay=0.0, eps=1e-12))
+    before = weights_of(engine)
+    loss = engine.forward(loss_of, batch(1)[rank::world_size])
+    engine.backward(loss, last=True)
+    rate = engine.step().lr
+    after = weights_of(engine)
+    moved = torch.cat([(after[key] - before[key]).flatten().abs() for key in before if "proj" in key])
+    engine.close()
+    return float(moved[moved > 0].median()), rate
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Gang]:
+    gang = Gang(2)
+    yield gang
+    gang.close()
+
+
+@pytest.mark.parametrize(("name", "stage"), [("muon", 0), ("adafactor", 0), ("adamw_8bit", 0)])
+def test_equals_the_plain_optimizer_on_the_whole_batch(gang: Gang, name: str, stage: int) -> None:
+    expected = plain_training(name)
+    for weights, _ in gang.run(trained_weights, name=name, stage=stage):
+        # Muon takes its products in bfloat16, in which the order of a sum shows.
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-4 if name == "muon" else 2e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_8_bit_states_train_as_whole_ones_nearly(gang: Gang, stage: int) -> None:
+    start = {key: p.detach() for key, p in tiny_model().named_parameters()}
+    expected = plain_training("adamw")
+    moved = torch.cat([(expected[key] - start[key]).flatten() for key in expected])
+    for weights, dtypes in gang.run(trained_weights, name="adamw_8bit", stage=stage):
+        assert torch.uint8 in dtypes
+        apart = torch.cat([(weights[key] - expected[key]).flatten() for key in expected])
+        assert float(apart.norm() / moved.norm()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "stage"), ALLOWED)
+def test_resume_is_exact(gang: Gang, name: str, stage: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    for unbroken, resumed in gang.run(interrupted, name=name, stage=stage, dtype=dtype, folder=tmp_path):
+        assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_first_step_of_adamw_is_counted_once(gang: Gang, stage: int) -> None:
+    # Adam's first update is the sign of the gradient, whatever its size: each weight moves by the rate. Counted as the
+    # second one, it would move by 0.1 / (1 - 0.9**2) / sqrt(0.01 / (1 - 0.99**2)) = 0.742 of it.
+    for moved, rate in gang.run(first_step, stage=stage):
+        assert moved == pytest.approx(rate, rel=0.05)
