@@ -252,7 +252,7 @@ SYNONYMS = (
     S("rewards.*.truncated_score", "missing_eos_penalty", note="It is the score itself."),
     S("reward_policy.processes", "", "reward_model.num_workers"),
     # Optimisation
-    S("train.optimizer", "optim", "actor.optim.optimizer", "optim", note="`paged_adamw_8bit` is none of them."),
+    S("train.optimizer", "", "actor.optim.optimizer", note="TRL's name is `optim`."),
     S("train.lr", "learning_rate", "actor.optim.lr", "adam.lr actor_learning_rate"),
     S(
         "train.lr_schedule",
@@ -420,6 +420,7 @@ VALUES = {
         "cosine_with_min_lr": "cosine",
         "warmup_stable_decay": "wsd",
     },
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"},
     "dtype": {"bf16": "bfloat16", "fp32": "float32"},
     "device": {"gpu": "cuda"},
     "wandb": {"wandb": "online", "disabled": "off"},

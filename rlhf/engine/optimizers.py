@@ -30,14 +30,15 @@ def make_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings
             return torch.optim.AdamW(given, fused=True, **adam)
         case "adamw_8bit":
             refuse_absent_bitsandbytes()
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim.adamw import AdamW8bit
 
             made: torch.optim.Optimizer = AdamW8bit(given, **adam)
             return made
         case "adafactor":
             from transformers.optimization import Adafactor
 
-            return Adafactor(given, lr=0.0, scale_parameter=False, relative_step=False)
+            factored: torch.optim.Optimizer = Adafactor(given, lr=0.0, scale_parameter=False, relative_step=False)
+            return factored
         case "muon":
             for values, group in zip(given, groups, strict=True):
                 values["is_matrix"] = group.is_matrix

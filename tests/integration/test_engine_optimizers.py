@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit
+from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor
 from transformers.optimization import Adafactor
 
