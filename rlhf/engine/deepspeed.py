@@ -96,6 +96,7 @@ class DeepSpeedEngine:
             config=self._deepspeed_config(offload, num_parameters=sum(map(_numel, parameters))),
             dist_init_required=False,
         )
+        self._forget_first_step()
         from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
 
         self._frozen = frozenset(
