@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer, unused_port
 
 import rlhf.serving as serving
 from rlhf.serving import Connections, read_text, stranger
+from rlhf.stopping import StopRequest
 
 
 @asynccontextmanager
@@ -116,7 +117,7 @@ async def test_a_server_answers_beside_connections_that_send_half_a_request(monk
         return web.Response(text="ok")
 
     app.router.add_get("/", health)
-    server = asyncio.create_task(serving._serve(app, "127.0.0.1", port, lambda address: None, False))
+    server = asyncio.create_task(serving._serve(app, "127.0.0.1", port, lambda address: None, False, StopRequest()))
     try:
         async with asyncio.timeout(20.0):
             while True:
