@@ -230,7 +230,8 @@ def test_held_out_sets_that_only_their_run_measures_are_refused(
     err = capsys.readouterr().err
     name = given[0].partition("=")[2]
     assert err.startswith(
-        f"rlhf: error: argument '{given[0]}': algorithm.name: is {name}, whose held-out sets only the run itself measures"
+        f"rlhf: error: argument '{given[0]}': algorithm.name: is {name}, whose held-out sets only the run "
+        "itself measures"
     )
     assert instead.replace("DIR", str(tmp_path)) in err
 
