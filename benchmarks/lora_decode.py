@@ -24,7 +24,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
 from rlhf.models.lora import add_lora

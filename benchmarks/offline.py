@@ -12,7 +12,7 @@ The float32 runs do ten steps, whose losses must be equal. In bfloat16 TRL's sid
 default, with float32 weights under autocast, and with weights and moments in bfloat16 alone, which leaves most weights
 as they are at this learning rate. Ours keeps float32 master weights. A step's rows come sorted by length, by which
 TRL's micro-batches have little padding. Both sides have the allocator settings of our workers
-(actors.processes.KEEPS_MEMORY), with which TRL is faster too.
+(actors.cluster.processes.KEEPS_MEMORY), with which TRL is faster too.
 
 The last column is the arithmetic that a side cannot do without, over its time, as a share of the rate of a large
 float32 matrix product that was measured in the same run: products of the body for every token (for ours a pair's prompt
@@ -138,15 +138,15 @@ def batches_of(rows: list[Row], size: int) -> tuple[tuple[Row, ...], ...]:
 
 def ours(job: Job) -> Measured:
     """Steps of the method's worker, a gang of one."""
-    from rlhf.config.load import checked
-    from rlhf.config.root import Config
+    from rlhf.config.files.load import checked
+    from rlhf.config.schema.root import Config
     from rlhf.data.examples import Example, collate
     from rlhf.data.preferences import Pair, collate_pairs
-    from rlhf.tracking.metrics import results
+    from rlhf.tracking.metrics.declarations import results
     from rlhf.types import MinibatchPlan
-    from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
-    from rlhf.workers.place import RankPlace
-    from rlhf.workers.supervised import SupervisedWorker
+    from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
+    from rlhf.workers.offline.supervised import SupervisedWorker
+    from rlhf.workers.rank_context import RankPlace
 
     def sequence(index: int, row: Row, side: int) -> Example:
         response = row.responses[side]

@@ -28,9 +28,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.processes import KEEPS_MEMORY
+from actors.cluster.processes import KEEPS_MEMORY
 from rlhf.config.derive import derive
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB
 
@@ -155,7 +155,7 @@ def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> 
     import torch
 
     from rlhf.config.derive import adapter_options
-    from rlhf.config.model import LoraConfig
+    from rlhf.config.schema.model import LoraConfig
     from rlhf.engine.base import OptimizerSettings, ScheduleSettings
     from rlhf.engine.distributed import init_distributed
     from rlhf.engine.sharded_loading import shards_as_it_loads

@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from rlhf.rewards.pool import RewardPool
-from rlhf.rewards.worker import Source
+from rlhf.rewards.processes.pool import RewardPool
+from rlhf.rewards.processes.program import Source
 
 GROUP = 8
 LIMIT_S = 1.0

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.rewards.sandbox import Finished, Rung, Sandbox, SandboxError
+from rlhf.rewards.sandbox.run import Finished, Rung, Sandbox, SandboxError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "rewards"))
 from hostile_programs import PROGRAMS  # type: ignore[import-not-found]

@@ -28,15 +28,15 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from actors.prometheus import PrometheusBackend
-from rlhf.tracking.backends import TrackerBackend
-from rlhf.tracking.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
-from rlhf.tracking.metrics import METRICS, PLACEHOLDERS
-from rlhf.tracking.reductions import Histogram
-from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
-from rlhf.tracking.tensorboard_backend import open_tensorboard
-from rlhf.tracking.tracker import Tracker
-from rlhf.tracking.wandb_backend import open_wandb
+from actors.cluster.prometheus import PrometheusBackend
+from rlhf.tracking.metrics.declarations import METRICS, PLACEHOLDERS
+from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
+from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.sinks.backends import TrackerBackend
+from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
+from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.wandb_backend import open_wandb
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, PACE_S = 40, 0.25

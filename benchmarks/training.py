@@ -7,7 +7,8 @@ optimizer step over all of them: forward, backward, AdamW. Each side and dtype r
 after the other, on all cores; the first step warms up and is not counted. Tokens are real tokens, padding apart. The
 last column is 6 x parameters x tokens / time, over the rate of a large matrix product measured in the same run.
 TRL's side holds its weights in the dtype itself, which is the fastest of its ways; ours keeps float32 master weights.
-Our process has the allocator settings of our workers (actors.processes.KEEPS_MEMORY), TRL's the C library's own.
+Our process has the allocator settings of our workers (actors.cluster.processes.KEEPS_MEMORY), TRL's the C library's
+own.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from actors.processes import KEEPS_MEMORY
+from actors.cluster.processes import KEEPS_MEMORY
 
 SEED, LR = 0, 1e-6
 SHORTEST, LONGEST = 16, 512

@@ -23,8 +23,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from rlhf.tracking.metrics import METRICS
-from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.metrics.declarations import METRICS
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
 
 GROUP = 10
 ASKED = 300  # of each kind of request

@@ -22,7 +22,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.shm import ShmSender
 
 ROOT = Path(__file__).resolve().parents[1]

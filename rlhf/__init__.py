@@ -22,17 +22,17 @@ from rlhf.tracking.logs import hush_imports
 hush_imports()
 
 if TYPE_CHECKING:
-    from actors.cluster_doctor import OfNode
-    from actors.doctor import Finding
-    from actors.submit import JobEnd
-    from rlhf.config.load import LoadedConfig
-    from rlhf.config.merge import MergeRun
-    from rlhf.config.root import Config
+    from actors.doctor.cluster import OfNode
+    from actors.doctor.machine import Finding
+    from actors.jobs.submit import JobEnd
+    from rlhf.config.files.load import LoadedConfig
+    from rlhf.config.schema.merge import MergeRun
+    from rlhf.config.schema.root import Config
     from rlhf.evaluation.decoding import Decoding, Generation
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.evaluation.scored import ScoredFile
     from rlhf.reporting.report import Report
-    from rlhf.rollouts.spans import Played
+    from rlhf.rollouts.records.spans import Played
     from rlhf.sweeps.results import SweepResult
 
     AnyConfig = str | Path | Mapping[str, Any] | Config | LoadedConfig
@@ -71,7 +71,7 @@ __all__ = [
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """The checked configuration of a YAML file with `section.key=value` overrides. UserError names every mistake."""
-    from rlhf.config.load import load
+    from rlhf.config.files.load import load
 
     return load(path, overrides)
 
@@ -156,7 +156,7 @@ def sweep(
     UserError: the input is wrong. RunError: no trial came to an end.
     """
     from rlhf.commands.sweep import run_sweep
-    from rlhf.config.sweep import load_sweep
+    from rlhf.config.schema.sweep import load_sweep
 
     return run_sweep(load_sweep(config, overrides), resume=resume, retry_failed=retry_failed, quiet=quiet)
 
@@ -166,7 +166,7 @@ def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
 
     UserError: the input is wrong, or there are no credentials. RunError: the server did not make it.
     """
-    from rlhf.config.sweep import load_sweep
+    from rlhf.config.schema.sweep import load_sweep
     from rlhf.sweeps.wandb_sweep import create
 
     return create(load_sweep(config, overrides), [str(config), *overrides])
@@ -220,7 +220,7 @@ def export(
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
     """The checked merge of a YAML file with `merge.key=value` overrides. UserError names every mistake."""
-    from rlhf.config.merge import load_merge as load
+    from rlhf.config.schema.merge import load_merge as load
 
     return load(path, overrides)
 
@@ -360,7 +360,7 @@ def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Pa
 
     UserError: no credentials, or wandb-workspaces is not installed. RunError: W&B did not take it.
     """
-    from rlhf.tracking.workspace import publish
+    from rlhf.tracking.sinks.wandb_workspace import publish
 
     return publish(project=project, entity=entity, out=None if out is None else Path(out))
 
@@ -487,8 +487,8 @@ def view(
 
 
 def _loaded(config: AnyConfig, overrides: Sequence[str]) -> LoadedConfig:
-    from rlhf.config.load import LoadedConfig, checked, from_mapping
-    from rlhf.config.root import Config
+    from rlhf.config.files.load import LoadedConfig, checked, from_mapping
+    from rlhf.config.schema.root import Config
 
     if isinstance(config, str | Path):
         return load_config(config, overrides)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import RunError
-from rlhf.tracking.atomic import read_lines
-from rlhf.tracking.plots import SamplePair, before_after_table, plot_curves
-from rlhf.tracking.samples import samples_path
-from rlhf.tracking.tracker import read_metrics
+from rlhf.tracking.display.plots import SamplePair, before_after_table, plot_curves
+from rlhf.tracking.run_folder.atomic import read_lines
+from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.tracking.sinks.tracker import read_metrics
 
 ACCURACY = "eval/heldout/score"
 BEFORE = (0.2, 0.7)  # the warm start has learnt something, and left something to learn

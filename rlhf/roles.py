@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf.evaluation.voting import AnswerForm
-from rlhf.tracking.reductions import Reduction
-from rlhf.tracking.samples import SampleRecord
+from rlhf.tracking.metrics.reductions import Reduction
+from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import (
     BatchPlan,
     Examples,

@@ -1,8 +1,8 @@
 """Trials of a sweep one after another in one process: the next one finds Ray, the imports and equal engines there.
 
-Started by actors.sweep, which writes a line of JSON a trial to stdin and reads one from stdout when the trial has ended
-well; all else that is said goes to the trial's log. It ends when stdin does, or with the exit code of the first trial
-that does not end well, since nobody knows what that one has left behind.
+Started by actors.sweeps.runner, which writes a line of JSON a trial to stdin and reads one from stdout when the trial
+has ended well; all else that is said goes to the trial's log. It ends when stdin does, or with the exit code of the
+first trial that does not end well, since nobody knows what that one has left behind.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def serve() -> int:
 
 def _keep(to_the_end: ExitStack, config: str) -> None:
     """Have Ray, and engines that are left, until the last trial is done."""
-    from rlhf.config.load import load
+    from rlhf.config.files.load import load
 
     (run,) = load(config).runs.values()
-    from actors.cluster import connected
-    from actors.kept_engines import KEEPER
+    from actors.cluster.connect import connected
+    from actors.run.engine_pool import KEEPER
 
     to_the_end.enter_context(connected(run.cluster))
     to_the_end.callback(KEEPER.close)

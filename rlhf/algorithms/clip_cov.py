@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
 
 
 class ClipCovConfig(ClippedConfig):

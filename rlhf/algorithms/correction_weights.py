@@ -8,31 +8,22 @@ denominator of what is at hand would depend on micro-batches and ranks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf.algorithms.correction import CorrectionConfig
+from rlhf.algorithms.microbatch import Correction
 from rlhf.objectives import corrections, policy_loss
 from rlhf.objectives.masking import to_tokens
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import PolicyMicrobatch, Surrogate
+    from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 
 _LEVELS: dict[str, corrections.Level] = {"geometric_mean": "sequence_mean", "sequence": "sequence_sum"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Correction:
-    """The factors, zero outside response_mask, and where they are not the ratio itself."""
-
-    weights: Float[Tensor, " N"]
-    truncated: Bool[Tensor, " N"]  # held at a bound
-    masked: Bool[Tensor, " N"]  # zero because the ratio is out of bounds
-    rejected: Bool[Tensor, " N"]
 
 
 def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surrogate) -> tuple[Surrogate, Correction]:

@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class DPPOConfig(OnlineConfig):
@@ -41,7 +41,8 @@ class DPPO(GroupRelative):
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """This micro-batch's share of the policy's loss."""
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.policy_loss import importance_ratio
         from rlhf.objectives.weighted_loss import cispo, trusted_by_kl, trusted_by_tv
 

@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.shared import OnlineConfig, StepUse
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class DROConfig(OnlineConfig):
@@ -37,7 +37,8 @@ class DRO(GroupRelative):
         """This micro-batch's share of the policy's loss."""
         import torch
 
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.policy_loss import importance_ratio
         from rlhf.objectives.weighted_loss import dro
 

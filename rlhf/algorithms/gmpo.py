@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.shared import Aggregation, OnlineConfig
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class GMPOConfig(OnlineConfig):
@@ -36,7 +36,8 @@ class GMPO(GroupRelative):
         """This micro-batch's share of the policy's loss."""
         import torch
 
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.sequence_ratios import geometric_mean_ratio
 
         config, mask, advantages = self.config, batch.response_mask, batch.advantages

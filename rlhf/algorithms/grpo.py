@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 FLAT_BELOW = 1e-9  # an advantage that is 0 but for rounding, in float64
 GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 and 1e-9: it matters only near std 0

@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.shared import Aggregation, ClippedConfig, StepUse
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class SequenceClipConfig(ClippedConfig):

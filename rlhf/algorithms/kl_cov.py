@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens
 
 
 class KLCovConfig(OnlineConfig):
@@ -53,7 +53,8 @@ class KLCov(GroupRelative):
         """This micro-batch's share of the policy's loss."""
         import torch
 
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.kl import kl_k1
         from rlhf.objectives.policy_loss import importance_ratio
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class OPOConfig(ClippedConfig):

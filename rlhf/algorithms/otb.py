@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rlhf.algorithms.shared import Aggregation, ClippedConfig, RewardsToGo, StepUse
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class OTBConfig(ClippedConfig):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, ValueLossTerms, ValueMicrobatch
 
 
 class PPOConfig(ClippedConfig):

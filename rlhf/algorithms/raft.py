@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class RAFTConfig(OnlineConfig):
@@ -65,7 +65,8 @@ class RAFT(WithoutCritic):
         """This micro-batch's share of the policy's loss."""
         import torch
 
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.policy_loss import importance_ratio
         from rlhf.objectives.supervised import negative_logprob
 

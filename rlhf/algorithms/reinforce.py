@@ -9,7 +9,7 @@ from pydantic import Field
 from rlhf.algorithms.shared import OnlineConfig, RewardKLConfig, RewardsToGo, StepUse
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class ReinforceConfig(OnlineConfig):

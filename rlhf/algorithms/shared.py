@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from rlhf.algorithms.losses import (
+    from rlhf.algorithms.microbatch import (
         LossTerms,
         PolicyMicrobatch,
         StepCounts,

@@ -10,7 +10,7 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.shared import OnlineConfig
 
 if TYPE_CHECKING:
-    from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
+    from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 
 
 class VESPOConfig(OnlineConfig):
@@ -46,7 +46,8 @@ class VESPO(GroupRelative):
         """This micro-batch's share of the policy's loss."""
         import torch
 
-        from rlhf.algorithms.losses import Surrogate, composed_loss
+        from rlhf.algorithms.losses import composed_loss
+        from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.masking import sequence_sums, to_tokens
         from rlhf.objectives.policy_loss import importance_ratio, reinforce
         from rlhf.objectives.weighted_loss import vespo_weights

@@ -132,7 +132,7 @@ def _resolved(model: str) -> Path | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     """Return the fields of a Decoding that a run's configuration sets."""
-    from rlhf.config.yaml_tree import read_tree
+    from rlhf.config.files.yaml_tree import read_tree
 
     tree = read_tree(file).values
     found: dict[str, Any] = {}

@@ -22,7 +22,7 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Save it, or write it down; say where."""
-    from rlhf.tracking.workspace import publish
+    from rlhf.tracking.sinks.wandb_workspace import publish
 
     say(f"{publish(project=args.project, entity=args.entity, out=args.out)}\n")
     return 0

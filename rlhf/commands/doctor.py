@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from actors.cluster_doctor import OfNode
-    from actors.doctor import Finding
+    from actors.doctor.cluster import OfNode
+    from actors.doctor.machine import Finding
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
 
 
 def add(commands: Subparsers) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--address has no effect without --cluster")
         findings = doctor()
     else:
-        from rlhf.config.load import load
+        from rlhf.config.files.load import load
 
         of_nodes = cluster_doctor(load(args.cluster) if args.cluster else None, args.address)
         findings = tuple(one.finding for one in of_nodes)
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
 
 def doctor() -> tuple[Finding, ...]:
     """Look at this machine."""
-    from actors.doctor import doctor as look
+    from actors.doctor.machine import doctor as look
 
     return look()
 
 
 def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
     """Look at the nodes of a cluster."""
-    from actors.cluster_doctor import cluster_doctor as look
+    from actors.doctor.cluster import cluster_doctor as look
 
     return look(loaded, address)

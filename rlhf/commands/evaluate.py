@@ -14,7 +14,7 @@ from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
     from rlhf.evaluation.decoding import Decoding
     from rlhf.evaluation.results import Evaluation, Marks
     from rlhf.stopping import StopRequest
@@ -120,9 +120,9 @@ def evaluate(
         folder = out or Path("evals", target.name)
 
     def work(_: StopRequest) -> Evaluation:
-        from actors.eval_inputs import inputs_of_model, inputs_of_run
-        from actors.evaluate import evaluate as measure
-        from actors.evaluate import refuse_unusable_folder
+        from actors.run.evaluate import evaluate as measure
+        from actors.run.evaluate import refuse_unusable_folder
+        from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
         from rlhf.tracking import logs
 
         logs.configure()

@@ -45,7 +45,7 @@ def export(
     """Write a checkpoint of a run as a Hugging Face folder, and upload it if a repository is named."""
 
     def work(_: StopRequest) -> None:
-        from actors.export import export_checkpoint
+        from actors.run.export import export_checkpoint
 
         export_checkpoint(
             run,

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chat:
 
         def work(_: StopRequest) -> None:
-            from actors.generate import chat
+            from actors.serving.generate import chat
 
             chat(args.model, typed_lines(), lambda text: say(f"{text}\n"), decoding, **settings)
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from dataclasses import asdict
 
-    from rlhf.tracking.atomic import json_line, write_lines
+    from rlhf.tracking.run_folder.atomic import json_line, write_lines
 
     if args.out is None:
         say("".join(json_line(asdict(one)) for one in found))
@@ -74,7 +74,7 @@ def generate(
     decoding = decoding or decoding_of(model, {})
 
     def work(_: StopRequest) -> list[Generation]:
-        from actors.generate import generate as answer
+        from actors.serving.generate import generate as answer
 
         return answer(model, source, decoding, device=device, trust_remote_code=trust_remote_code)
 

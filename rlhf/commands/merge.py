@@ -9,7 +9,7 @@ from rlhf.commands.shared import add_overrides, add_quiet, say
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.merge import MergeRun
+    from rlhf.config.schema.merge import MergeRun
 
 
 def add(commands: Subparsers) -> None:
@@ -22,7 +22,7 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge them."""
-    from rlhf.config.merge import load_merge
+    from rlhf.config.schema.merge import load_merge
 
     merging = load_merge(args.config, args.overrides)
     merge(merging, quiet=args.quiet)

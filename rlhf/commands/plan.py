@@ -14,8 +14,8 @@ from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
-    from rlhf.config.sweep import Sweep
+    from rlhf.config.files.load import LoadedConfig
+    from rlhf.config.schema.sweep import Sweep
 
 
 def add(commands: Subparsers) -> None:
@@ -37,7 +37,7 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, then check what the run reads, as far as it is on this machine."""
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
 
     target = _read(args.config, args.overrides)
     settings = {"cluster": args.cluster, "shapes": args.shapes, "lengths": args.lengths}
@@ -58,7 +58,7 @@ def plan(
     simulate: str | None,
 ) -> str:
     """Return the text, of a run or of a file for `rlhf sweep`."""
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
 
     target = _read(config, overrides) if isinstance(config, str | Path) else config
     if not isinstance(target, LoadedConfig):
@@ -89,7 +89,7 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     if missing:
         lines = "".join(f"  {sentence}\n" for sentence in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
-    from actors.inputs import load_inputs
+    from rlhf.preflight.inputs import load_inputs
 
     with tempfile.TemporaryDirectory() as folder, loaded.located():  # the tiny model is written to that folder
         load_inputs(replace(loaded, folder=Path(folder)))
@@ -97,13 +97,13 @@ def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
 
 
 def _read(config: str | Path, overrides: Sequence[str]) -> LoadedConfig | Sweep:
-    from rlhf.config.load import load
-    from rlhf.config.recipes import config_file
-    from rlhf.config.yaml_tree import read_tree
+    from rlhf.config.files.load import load
+    from rlhf.config.files.recipes import config_file
+    from rlhf.config.files.yaml_tree import read_tree
 
     file = config_file(config)
     if "sweep" in read_tree(file).values:
-        from rlhf.config.sweep import load_sweep
+        from rlhf.config.schema.sweep import load_sweep
 
         return load_sweep(file, overrides)
     return load(file, overrides)

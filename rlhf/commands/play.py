@@ -10,8 +10,8 @@ from rlhf.commands.shared import add_overrides, say, typed_lines
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
-    from rlhf.rollouts.spans import Played
+    from rlhf.config.files.load import LoadedConfig
+    from rlhf.rollouts.records.spans import Played
 
 
 def add(commands: Subparsers) -> None:
@@ -24,8 +24,8 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Play, and say how it ended."""
-    from actors.play import Left
-    from rlhf.config.load import load
+    from actors.rollout.play import Left
+    from rlhf.config.files.load import load
 
     try:
         played = play(load(args.config, args.overrides), typed_lines(), lambda text: say(f"{text}\n"), row=args.row)
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
 def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int = 1) -> Played:
     """Play one conversation; each of `turns` is a turn of the policy, `show` gets what it would be given before."""
-    from actors.play import play as converse
+    from actors.rollout.play import play as converse
 
     return converse(loaded, turns, show, row=row)

@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
 def quickstart(algorithm: str, overrides: Sequence[str], *, quiet: bool) -> Path:
     """Train, show before and after; the folder. A quickstart that was cut off goes on."""
     from rlhf.commands.train import launch
-    from rlhf.config.load import load
-    from rlhf.config.recipes import RECIPES
-    from rlhf.config.stages import run_folder
+    from rlhf.config.files.load import load
+    from rlhf.config.files.recipes import RECIPES
+    from rlhf.config.schema.stages import run_folder
     from rlhf.quickstart_results import show
 
     if algorithm not in RECIPE_OF:

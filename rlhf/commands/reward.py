@@ -12,7 +12,7 @@ from rlhf.errors import RunError
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
     from rlhf.evaluation.scored import ScoredFile
 
 MOST_TOLD = 10  # failures
@@ -35,8 +35,8 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The table or the lines; then the failures, which are an error where the policy says so."""
-    from rlhf.config.load import load
-    from rlhf.tracking.atomic import json_line
+    from rlhf.config.files.load import load
+    from rlhf.tracking.run_folder.atomic import json_line
 
     found, fails = reward(load(args.config, args.overrides), args.file)
     if args.json:
@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
 
 def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
     """Score the responses in a file; what the rewards say, and whether a failure among them would end a run."""
-    from actors.reward import score_file
-    from actors.scorer import scoring_of_config
-    from rlhf.rewards.rules import ends_run
+    from rlhf.rewards.failure_rule import ends_run
     from rlhf.rewards.scoring import error_rules
+    from rlhf.scoring.score_file import score_file
+    from rlhf.scoring.scorer import scoring_of_config
 
     with loaded.located():
         scoring = scoring_of_config(loaded)

@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(model: str, **options: Any) -> None:
-    """Serve a model until it is interrupted. The options are those of `actors.serve.serve`, which has no defaults."""
+    """Serve a model until it is interrupted. The options are those of `actors.serving.http.serve`, which has no
+    defaults."""
 
     def work(_: StopRequest) -> None:
-        from actors.serve import serve as serve_model
+        from actors.serving.http import serve as serve_model
 
         serve_model(model, **options)
 

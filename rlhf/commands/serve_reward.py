@@ -10,7 +10,7 @@ from rlhf.commands.shared import add_overrides, configuration_or_name, say
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
 
 REWARD_PORT = 8700
 
@@ -43,8 +43,8 @@ def serve_reward(
     target: LoadedConfig | str, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]
 ) -> None:
     """Serve a configuration's rewards, or one function, until it is interrupted."""
-    from actors.scorer import scoring_of_config, scoring_of_function
-    from actors.serve_reward import serve
+    from rlhf.scoring.http import serve
+    from rlhf.scoring.scorer import scoring_of_config, scoring_of_function
 
     if isinstance(target, str):
         scoring = scoring_of_function(target)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -35,7 +35,7 @@ def add_progress(command: argparse.ArgumentParser) -> None:
 def configuration_or_name(target: str, overrides: Sequence[str]) -> LoadedConfig | str:
     """A YAML file's configuration, or the name as it is. UserError for overrides of what has no keys."""
     if target.endswith((".yaml", ".yml")):
-        from rlhf.config.load import load
+        from rlhf.config.files.load import load
 
         return load(target, overrides)
     if overrides:

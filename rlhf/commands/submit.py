@@ -13,7 +13,7 @@ from rlhf.errors import RunError, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actors.submit import JobEnd, Jobs
+    from actors.jobs.submit import JobEnd, Jobs
     from rlhf.commands.shared import Subparsers
 
 
@@ -67,8 +67,8 @@ def submit(
     resources: Mapping[str, float],
 ) -> tuple[Jobs, str]:
     """Start the job; the cluster's jobs, and the id of this one."""
-    from actors.submit import DriverResources
-    from actors.submit import submit as start
+    from actors.jobs.submit import DriverResources
+    from actors.jobs.submit import submit as start
 
     driver = DriverResources(cpus=cpus, memory_gib=memory_gib, custom=resources)
     return start(config, overrides, address=address, env=env, driver=driver)
@@ -76,21 +76,21 @@ def submit(
 
 def follow_job(job: str, *, address: str | None, write: Callable[[str], object]) -> JobEnd:
     """Write its log until it is over; how it ended."""
-    from actors.submit import Jobs
+    from actors.jobs.submit import Jobs
 
     return Jobs(address).follow(job, write)
 
 
 def job_status(job: str, *, address: str | None) -> JobEnd:
     """How it stands."""
-    from actors.submit import Jobs
+    from actors.jobs.submit import Jobs
 
     return Jobs(address).state(job)
 
 
 def stop_job(job: str, *, address: str | None) -> JobEnd:
     """End it; how it ended."""
-    from actors.submit import Jobs
+    from actors.jobs.submit import Jobs
 
     return Jobs(address).stop(job)
 

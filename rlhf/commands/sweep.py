@@ -12,7 +12,7 @@ from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.sweep import Sweep
+    from rlhf.config.schema.sweep import Sweep
     from rlhf.stopping import StopRequest
     from rlhf.sweeps.results import SweepResult
 
@@ -36,7 +36,7 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep, and show what came of it."""
-    from rlhf.config.sweep import load_sweep
+    from rlhf.config.schema.sweep import load_sweep
 
     if args.count is not None and args.agent is None:
         raise UserError("--count has no effect without --agent; set sweep.method.trials")
@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) ->
     """Run all trials, or those that are left. A signal ends them as `run_stoppable` says."""
 
     def work(_: StopRequest) -> SweepResult:
-        from actors.sweep import run_sweep as start
+        from actors.sweeps.runner import run_sweep as start
 
         return start(sweep, resume=resume, retry_failed=retry_failed, quiet=quiet)
 
@@ -85,8 +85,8 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) ->
 def _run_trial(args: argparse.Namespace) -> int:
     """The run of the parameters that W&B's agent gives beside the overrides that the sweep was made with."""
     from rlhf.commands.train import launch
-    from rlhf.config.sweep import load_sweep
-    from rlhf.config.yaml_tree import from_yaml
+    from rlhf.config.files.yaml_tree import from_yaml
+    from rlhf.config.schema.sweep import load_sweep
 
     run_id = os.environ.get("WANDB_RUN_ID")
     if run_id is None:

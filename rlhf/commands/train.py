@@ -15,7 +15,7 @@ from rlhf.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from rlhf.commands.shared import Subparsers
-    from rlhf.config.load import LoadedConfig
+    from rlhf.config.files.load import LoadedConfig
     from rlhf.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def add(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and show what the evaluations say."""
-    from rlhf.config.load import load
-    from rlhf.tracking.atomic import json_line
+    from rlhf.config.files.load import load
+    from rlhf.tracking.run_folder.atomic import json_line
 
     if args.overwrite and args.resume != "never":
         raise UserError("--overwrite has no effect with --resume; remove one of them")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _next_steps(loaded: LoadedConfig) -> str:
     """Return the commands that show or use what was trained."""
-    from rlhf.config.stages import result_of, run_folder
+    from rlhf.config.schema.stages import result_of, run_folder
 
     last = list(loaded.stages.values())[-1]
     folder = shlex.quote(str(run_folder(last)))
@@ -100,9 +100,9 @@ def launch(
 ) -> None:
     """Run all stages in turn. A signal ends them as `run_stoppable` says."""
 
-    from rlhf.config.stages import run_folder
+    from rlhf.config.schema.stages import run_folder
     from rlhf.tracking import logs
-    from rlhf.tracking.run_folder import refuse_other_run
+    from rlhf.tracking.run_folder.folder import refuse_other_run
 
     logs.configure()
     if not resume and not overwrite:
@@ -111,7 +111,7 @@ def launch(
 
     def work(_: StopRequest) -> None:
         logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
-        from actors.launch import launch as start
+        from actors.run.train import launch as start
 
         start(
             loaded,
@@ -131,7 +131,7 @@ def launch(
 
 def _continues(loaded: LoadedConfig) -> str:
     """Say from where the run, or the first unfinished stage of a pipeline, continues."""
-    from rlhf.config.stages import result_of, run_folder
+    from rlhf.config.schema.stages import result_of, run_folder
 
     for stage in loaded.stages.values():
         if result_of(stage).exists():
@@ -149,7 +149,7 @@ def _show_evaluations(loaded: LoadedConfig) -> None:
     """Of each run that has some by responses, the first and the last."""
     from rich.console import Console
 
-    from rlhf.config.stages import run_folder
+    from rlhf.config.schema.stages import run_folder
     from rlhf.evaluation.comparison import before_after
 
     for stage in loaded.stages.values():

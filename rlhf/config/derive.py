@@ -1,7 +1,7 @@
 """What follows from one run's configuration: roles, batch arithmetic, placement, weight sync. Shown by `rlhf plan`.
 
-Pure, and free of heavy imports. `derive` takes a configuration that passed rlhf.config.checks; the predicates above it
-take any.
+Pure, and free of heavy imports. `derive` takes a configuration that passed rlhf.config.validation.run; the predicates
+above it take any.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rlhf.algorithms.distillation import DistillationConfig
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillationConfig
 from rlhf.algorithms.ppo import PPOConfig
 from rlhf.algorithms.shared import OnlineConfig
-from rlhf.config.cluster import ClusterConfig
-from rlhf.config.data import DataSource, WeightedSource
-from rlhf.config.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
-from rlhf.config.rewards import drops
-from rlhf.config.rollouts import RolloutsConfig
-from rlhf.config.root import Config
-from rlhf.config.train import TrainConfig
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.data import DataSource, WeightedSource
+from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, ReferenceConfig
+from rlhf.config.schema.rewards import drops
+from rlhf.config.schema.rollouts import RolloutsConfig
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.train import TrainConfig
 from rlhf.data.templates import ChatTemplate
 
 if TYPE_CHECKING:

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.evaluate import EvaluationStage
-from rlhf.config.explain import Problem, parse_as, refuse
-from rlhf.config.root import Config
-from rlhf.config.run import RunConfig
-from rlhf.config.stages import (
+from rlhf.config.files.yaml_tree import Key, Tree, copy, kind
+from rlhf.config.mistakes.explain import Problem, parse_as, refuse
+from rlhf.config.mistakes.suggestions import nearest
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.run import RunConfig
+from rlhf.config.schema.stages import (
     KINDS,
     WHAT,
     MergeStage,
@@ -31,8 +33,6 @@ from rlhf.config.stages import (
     stage_problems,
     stage_unused,
 )
-from rlhf.config.suggestions import nearest
-from rlhf.config.yaml_tree import Key, Tree, copy, kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Where `stage:NAME` may stand; `*` is any name.

@@ -12,11 +12,11 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
-from rlhf.rollouts.firsts import FirstsLedger, race_identity
-from rlhf.rollouts.identity import scored_identity
-from rlhf.rollouts.ledger import ScoreLedger
-from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.reductions import Sum
+from rlhf.rollouts.records.finish_order import FirstsLedger, race_identity
+from rlhf.rollouts.records.request_digest import scored_identity
+from rlhf.rollouts.records.score_ledger import ScoreLedger
+from rlhf.tracking.metrics.reductions import Sum
+from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
 T = TypeVar("T")

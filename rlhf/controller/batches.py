@@ -1,8 +1,8 @@
 """From scored groups to a batch plan: which sequences make a minibatch, and whose they are. Scalars only.
 
 A prompt's responses stay together where they can, since a worker computes a prompt once for all of its responses in a
-micro-batch (rlhf.workers.ragged). Minibatches are drawn by the group: as when they are drawn by the sequence, each
-sequence is in exactly one of them and in each with equal chance, so the mean gradient is the same.
+micro-batch (rlhf.workers.microbatches). Minibatches are drawn by the group: as when they are drawn by the sequence,
+each sequence is in exactly one of them and in each with equal chance, so the mean gradient is the same.
 """
 
 from __future__ import annotations

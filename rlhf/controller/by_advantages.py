@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.batches import only, plan_batch, visits
 from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.following_reference import FollowingReference
@@ -31,7 +31,7 @@ from rlhf.controller.training_scores import by_step, for_training, is_flat, outc
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
 from rlhf.roles import PrepareReport, Ref, ScoredGroup, TrainedRole
-from rlhf.tracking.reductions import Last, Mean
+from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, StepReward, TokenValues
 
 logger = logging.getLogger(__name__)

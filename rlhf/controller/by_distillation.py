@@ -15,7 +15,7 @@ import torch
 
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation, OnPolicyDistillationConfig
 from rlhf.config.derive import responses_per_step
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch, visits
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord

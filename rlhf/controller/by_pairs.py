@@ -13,14 +13,14 @@ from typing import Any
 
 from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
 from rlhf.algorithms.pairs import OnlinePairAlgorithm
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs, temperatures, visits
 from rlhf.controller.following_reference import FollowingReference
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.training_scores import for_training
 from rlhf.roles import ScoredGroup
-from rlhf.tracking.reductions import Mean, Sum
+from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import RolloutInfo
 
 logger = logging.getLogger(__name__)

@@ -17,19 +17,19 @@ from typing import Any
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
 from rlhf.config.derive import prompts_at_once, wants_greedy
-from rlhf.config.rewards import error_rules
-from rlhf.config.rollouts import DynamicSampling
-from rlhf.config.root import Config
+from rlhf.config.schema.rewards import error_rules
+from rlhf.config.schema.rollouts import DynamicSampling
+from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.record import RunRecord
 from rlhf.controller.training_scores import is_flat
 from rlhf.data.curriculum import Curriculum
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import RunError
-from rlhf.rewards.rules import ends_run
+from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe
 from rlhf.roles import ScoredGroup
-from rlhf.tracking.reductions import Last, Mean, Reduction, Sum
+from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
 RECENT_GROUPS = 32  # groups asked last, among which the dropped ones are counted; prompts_per_step if that is more

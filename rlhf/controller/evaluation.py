@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf.config.rewards import error_rules
-from rlhf.config.root import Config
+from rlhf.config.schema.rewards import error_rules
+from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers, request_for
 from rlhf.controller.learning import Signals
 from rlhf.controller.record import RunRecord
@@ -16,13 +16,13 @@ from rlhf.controller.sampling import group_samples
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Evaluation, Marking, PromptScores, SetReport, prompt_reports
 from rlhf.evaluation.statistics import mean_estimate
-from rlhf.rewards.rules import ends_run
+from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe
 from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
-from rlhf.tracking.atomic import write_atomic
-from rlhf.tracking.reductions import Last, Mean
-from rlhf.tracking.run_folder import evaluation_path
-from rlhf.tracking.samples import samples_path
+from rlhf.tracking.metrics.reductions import Last, Mean
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.folder import evaluation_path
+from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Sampling
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.reference import provide_reference
@@ -24,8 +24,8 @@ from rlhf.data.packing import balance
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import Preempted
 from rlhf.roles import OfflineRole, StatesByRank, TeacherRole
-from rlhf.tracking.metrics import merge
-from rlhf.tracking.reductions import Last
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import MinibatchPlan
 
 logger = logging.getLogger(__name__)

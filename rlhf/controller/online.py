@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from rlhf.config.derive import distils_rollouts, pairs_rollouts, shares_engines_gpus
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.by_distillation import DistillationLearning
@@ -46,8 +46,8 @@ from rlhf.roles import (
     RolloutRole,
     ScoredGroup,
 )
-from rlhf.tracking.reductions import Last, Max, Sum
-from rlhf.tracking.samples import samples_path
+from rlhf.tracking.metrics.reductions import Last, Max, Sum
+from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import Prompt, Role, Sampling
 
 logger = logging.getLogger(__name__)

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.train import EarlyStopping, TrainConfig
+from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.errors import RunError, UserError
 from rlhf.roles import MemoryReport, Metrics, NodesRole
-from rlhf.tracking.atomic import write_atomic
-from rlhf.tracking.errors import ErrorRecord
+from rlhf.tracking.display.progress import Progress
 from rlhf.tracking.logs import redact, set_step
-from rlhf.tracking.metrics import histograms, merge, results
-from rlhf.tracking.mirror import Mirror
-from rlhf.tracking.progress import Progress
-from rlhf.tracking.reductions import Max, Reduction, Sum
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker
+from rlhf.tracking.metrics.declarations import histograms, merge, results
+from rlhf.tracking.metrics.reductions import Max, Reduction, Sum
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.mirror import Mirror
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "controller.json"

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from rlhf.controller.learning import Signals
 from rlhf.roles import Metrics, SampleSelection, ScoredGroup
-from rlhf.tracking.histograms import TOKEN_EDGES
-from rlhf.tracking.reductions import Histogram, Max, Mean, Reduction, Std, Sum
-from rlhf.tracking.samples import SampleRecord
+from rlhf.tracking.metrics.histograms import TOKEN_EDGES
+from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
+from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import RolloutInfo, StepReward
 
 

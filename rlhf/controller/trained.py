@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.derive import critic_model, has_critic
-from rlhf.config.differences import home, portable
-from rlhf.config.model import CriticConfig, PolicyConfig
-from rlhf.config.root import Config
+from rlhf.config.files.differences import home, portable
+from rlhf.config.schema.model import CriticConfig, PolicyConfig
+from rlhf.config.schema.root import Config
 
 
 def trained_models(config: Config) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import compares_responses
-from rlhf.config.rewards import RewardConfig
-from rlhf.config.root import Config
+from rlhf.config.schema.rewards import RewardConfig
+from rlhf.config.schema.root import Config
 from rlhf.rewards.combining import Share, gated, gated_steps, training_sum
 from rlhf.roles import ScoredGroup
 from rlhf.types import StepReward

@@ -30,7 +30,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.models.loading import architecture_fingerprint
 from rlhf.models.sequence_parallel import make_group, refuse_uneven_heads, rows_shared_by
 from rlhf.models.weights import WeightSource, adapter_sources, weight_sources
-from rlhf.tracking.atomic import explains_full
+from rlhf.tracking.run_folder.atomic import explains_full
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rlhf.rewards.scoring import RewardSpec
-    from rlhf.rollouts.texts import Transcript
+    from rlhf.rollouts.records.texts import Transcript
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

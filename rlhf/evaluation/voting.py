@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from rlhf.rewards.functions import EXTRACTORS
+from rlhf.rewards.functions.matching import EXTRACTORS
 
 AnswerForm = Literal["last_number", "answer_tag", "boxed", "whole"]
 ANSWER_FORMS: tuple[AnswerForm, ...] = get_args(AnswerForm)

@@ -1,4 +1,4 @@
-"""Merging of models and adapters: what a `merge` section (rlhf.config.merge) says, done.
+"""Merging of models and adapters: what a `merge` section (rlhf.config.schema.merge) says, done.
 
 sources -> checks -> adapters folded -> mergekit, or peft -> folder. The mathematics is mergekit's and peft's.
 """

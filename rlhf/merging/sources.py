@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.errors import UserError
+from rlhf.models.adapter_settings import read_adapter_settings
 from rlhf.models.loading import load_config, load_tokenizer
-from rlhf.models.on_disk import read_adapter_settings
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

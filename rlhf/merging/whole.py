@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config.merge import MODEL_METHODS, RANDOM, MergeConfig, MergeInput
+from rlhf.config.schema.merge import MODEL_METHODS, RANDOM, MergeConfig, MergeInput
 from rlhf.errors import RunError, UserError
 
 PER_MODEL = ("weight", "density", "epsilon")

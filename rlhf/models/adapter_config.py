@@ -10,7 +10,7 @@ import peft
 from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
-from rlhf.models.on_disk import read_adapter_settings
+from rlhf.models.adapter_settings import read_adapter_settings
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 _ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")  # of names in a file of weights

@@ -19,6 +19,7 @@ from torch import nn
 
 from rlhf.errors import UserError
 from rlhf.models.adapter_config import CONFIG, WEIGHTS, load_adapter_config, read_adapter_shapes
+from rlhf.models.adapter_settings import base_of
 from rlhf.models.export import export_model
 from rlhf.models.folder_check import refuse_broken_weights
 from rlhf.models.loading import (
@@ -33,7 +34,6 @@ from rlhf.models.loading import (
     refuse_missing_weights,
 )
 from rlhf.models.lora import folded, inject, keep_initial
-from rlhf.models.on_disk import base_of
 from rlhf.models.weights import saved_name, weight_sources
 
 HEADS = ("score", "classifier")  # of scalar models, which peft adds to modules_to_save

@@ -25,8 +25,8 @@ def masked_mean(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[
 
 
 def bin_counts(values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, edges: Sequence[float]) -> Float[Tensor, " K"]:
-    """How many of the values that count lie in each of the K bins between K + 1 edges, as rlhf.tracking.reductions'
-    Histogram counts them."""
+    """How many of the values that count lie in each of the K bins between K + 1 edges, as
+    rlhf.tracking.metrics.reductions' Histogram counts them."""
     inner = torch.tensor(edges[1:-1], dtype=values.dtype, device=values.device)
     bins = len(edges) - 1
     place = torch.where(mask & ~values.isnan(), torch.bucketize(values, inner, right=True), bins)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.config.checks import problems
 from rlhf.config.nodes import Node
-from rlhf.config.root import Config
-from rlhf.config.seating import Seating, fit, seat
+from rlhf.config.placement_plan import Seating, fit, seat
+from rlhf.config.schema.root import Config
+from rlhf.config.validation.run import problems
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Footprint
 

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config.cluster import TrainedRole
 from rlhf.config.derive import (
     critic_model,
     derive,
@@ -25,8 +24,9 @@ from rlhf.config.derive import (
     uses_reward_model,
     weight_sync,
 )
-from rlhf.config.model import CriticConfig, ModelConfig, PolicyConfig
-from rlhf.config.root import Config
+from rlhf.config.schema.cluster import TrainedRole
+from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
+from rlhf.config.schema.root import Config
 from rlhf.planning.memory import (
     GIB,
     Footprint,

@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlhf.config.data import DataSource
 from rlhf.config.derive import eval_sets, train_sets
-from rlhf.config.evaluate import EvaluationStage
-from rlhf.config.load import LoadedConfig
+from rlhf.config.files.load import LoadedConfig
 from rlhf.config.pipeline import model_places
-from rlhf.config.root import Config
-from rlhf.config.seating import fit, seat
-from rlhf.config.stages import MergeStage, Stage, final_folder
+from rlhf.config.placement_plan import fit, seat
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, Stage, final_folder
 from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.rewards.loading import resolve
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CHUNK_ROWS, CHUNKS_PER_PRODUCT = 256, 4  # as in rlhf.objectives.vocabulary_head; a test compares them
-PREFILL_TOKENS = 8192  # as in actors.vllm_engine
+PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
 BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet let go, DeepSpeed's default
 
@@ -31,8 +31,8 @@ class Measured:
     """What no arithmetic gives: found by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
 
     Process sizes are of an idle worker that has imported its libraries. HEAP: the resident heap of a worker over the
-    most bytes that its tensors ever held at once; freed blocks are kept (actors.processes.KEEPS_MEMORY) and never fit
-    the next ones exactly.
+    most bytes that its tensors ever held at once; freed blocks are kept (actors.cluster.processes.KEEPS_MEMORY) and
+    never fit the next ones exactly.
     """
 
     TRAINER_BYTES = int(0.68 * GIB)

@@ -1,4 +1,5 @@
-"""`rlhf plan` as text: what rlhf.config.plan says of each run, then its memory, what fits, and its time and cost."""
+"""`rlhf plan` as text: what rlhf.planning.summary says of each run, then its memory, what fits, and its time and
+cost."""
 
 from __future__ import annotations
 
@@ -6,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.config.derive import ROLE_ORDER, eval_sets, is_online, max_sequence_tokens, models_of, with_steps
-from rlhf.config.load import LoadedConfig
+from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
-from rlhf.config.plan import refuse_misfit, stage_text, table
-from rlhf.config.root import Config
-from rlhf.config.seating import seat
-from rlhf.config.stages import MergeStage, final_folder
-from rlhf.config.stages import Stage as RunStage
+from rlhf.config.placement_plan import seat
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, final_folder
+from rlhf.config.schema.stages import Stage as RunStage
 from rlhf.errors import UserError
 from rlhf.models.row_layout import RowLayout, expected_layout
 from rlhf.planning.fitting import places, remedies, this_machine
@@ -21,6 +21,7 @@ from rlhf.planning.lengths import Lengths, parse_lengths
 from rlhf.planning.memory import GIB, Footprint
 from rlhf.planning.shapes import find_config
 from rlhf.planning.simulate import simulate
+from rlhf.planning.summary import refuse_misfit, stage_text, table
 from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of, training_stages
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.data import DataSource
 from rlhf.config.derive import sequences_per_row, train_sets
-from rlhf.config.root import Config
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.root import Config
 from rlhf.data.sources import FILE_SUFFIXES, Source, read_rows
 from rlhf.data.tasks import REASONING_GYM, TaskSource
 from rlhf.planning.here import absent_data

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf.config.derive import is_online
-from rlhf.config.load import LoadedConfig
+from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import parse_cluster
-from rlhf.config.plan import refuse_misfit, table
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.report import response_lengths, sizes_of
 from rlhf.planning.simulate import Outcome, System, simulate
+from rlhf.planning.summary import refuse_misfit, table
 from rlhf.planning.time import system_of
 
 # What it is, and its smallest value.

@@ -25,9 +25,9 @@ from rlhf.config.derive import (
     uses_reward_model,
     weight_sync,
 )
-from rlhf.config.model import CriticConfig, PolicyConfig
 from rlhf.config.nodes import ACCELERATORS, Node
-from rlhf.config.root import Config
+from rlhf.config.schema.model import CriticConfig, PolicyConfig
+from rlhf.config.schema.root import Config
 from rlhf.planning.footprints import Sizes, cache_tokens
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.load import LoadedConfig
+from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import parse_cluster
-from rlhf.config.plan import table
-from rlhf.config.seating import copies, seat
-from rlhf.config.stages import MergeStage
-from rlhf.config.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
+from rlhf.config.placement_plan import copies, seat
+from rlhf.config.schema.stages import MergeStage
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.planning.report import render
+from rlhf.planning.summary import table
 from rlhf.sweeps.space import known_trials
 
 NUM_SHOWN = 12  # trials

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlhf.reporting.markup import section, text
 from rlhf.reporting.runs import Run, Span
-from rlhf.tracking.plots import COLORS
-from rlhf.tracking.progress import duration, number
+from rlhf.tracking.display.plots import COLORS
+from rlhf.tracking.formatting import duration, number
 
 _SHOWN_STEPS = 3  # of the picture: about so many are told apart
 _WIDTH, _LANE, _LABEL = 900, 22, 130  # of the picture, in its own units

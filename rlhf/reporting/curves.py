@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.reporting.runs import Run
-from rlhf.tracking.findings import Finding
-from rlhf.tracking.metrics import declared, is_declared
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.metrics.declarations import declared, is_declared
 
 _MOST_POINTS = 1500  # of a curve
 _MAIN = (

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.data import DataSource
 from rlhf.config.derive import eval_sets, has_scalar_head, is_online, train_sets
-from rlhf.config.root import Config
-from rlhf.tracking.tracker import read_metrics
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.root import Config
+from rlhf.tracking.sinks.tracker import read_metrics
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _METRICS = (

@@ -20,11 +20,11 @@ from rlhf.reporting.clock import time_spent
 from rlhf.reporting.curves import keys_of, main_keys, plot
 from rlhf.reporting.markup import embedded, folded, section, text
 from rlhf.reporting.runs import Run, read_pairs, read_runs, read_spans
-from rlhf.tracking.atomic import write_atomic
-from rlhf.tracking.diagnosis import diagnose
-from rlhf.tracking.findings import SEVERITIES, Finding
-from rlhf.tracking.metrics import is_declared
-from rlhf.tracking.plots import COLORS, plot_curves
+from rlhf.tracking.diagnosis.diagnose import diagnose
+from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding
+from rlhf.tracking.display.plots import COLORS, plot_curves
+from rlhf.tracking.metrics.declarations import is_declared
+from rlhf.tracking.run_folder.atomic import write_atomic
 
 _OWN = Path(__file__).with_name("static")
 _UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"

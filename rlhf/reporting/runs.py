@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.yaml_tree import from_yaml
+from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.errors import UserError
-from rlhf.tracking.atomic import read_lines
-from rlhf.tracking.samples import samples_path
-from rlhf.tracking.tracker import read_metrics
+from rlhf.tracking.run_folder.atomic import read_lines
+from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.tracking.sinks.tracker import read_metrics
 
 State = Literal["finished", "running", "failed", "stopped", "not started"]
 _MOST_SPANS = 400  # newest ones that are read of a timeline

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf.config.differences import portable
-from rlhf.config.yaml_tree import to_yaml
+from rlhf.config.files.differences import portable
+from rlhf.config.files.yaml_tree import to_yaml
 from rlhf.reporting.markup import cut, folded, key, section, table, text
 from rlhf.reporting.runs import Pair, Run, told_pairs
-from rlhf.tracking.findings import Finding
-from rlhf.tracking.progress import duration, number
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.formatting import duration, number
 
 NUM_PAIRS = 8
 _MOST_TEXT = 4000  # characters of a prompt or a response

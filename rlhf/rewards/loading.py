@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.rewards.functions import BUILT_INS, score_of_killed
-from rlhf.rewards.process import RewardProcess
-from rlhf.rewards.worker import LoadError, Signature, Source
+from rlhf.rewards.functions.table import BUILT_INS, score_of_killed
+from rlhf.rewards.processes.process import RewardProcess
+from rlhf.rewards.processes.program import LoadError, Signature, Source
 
 MAX_DEPTH = 64  # of lists and objects in a data row
 

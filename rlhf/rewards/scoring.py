@@ -16,13 +16,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rlhf.rewards.combining import Share, plain_sum
+from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward
-from rlhf.rewards.pool import Failure, Outcome, RewardPool, longest_s
-from rlhf.rewards.rules import ErrorRule
+from rlhf.rewards.processes.pool import Failure, Outcome, RewardPool, longest_s
 from rlhf.types import GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
-    from rlhf.rewards.remote import RemoteReward
+    from rlhf.rewards.services.remote import RemoteReward
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -114,7 +114,7 @@ class RewardSet:
         services = {spec.name: spec.remote for spec in self.specs if spec.remote is not None}
         self._services = None
         if services:
-            from rlhf.rewards.remote import RemoteRewards  # most runs ask nobody, and are spared the import
+            from rlhf.rewards.services.remote import RemoteRewards  # most runs ask nobody, and are spared the import
 
             self._services = RemoteRewards(services)
 

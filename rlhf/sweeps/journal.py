@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rlhf.config.differences import differences
-from rlhf.config.dump import dump_yaml
-from rlhf.config.sweep import Sweep
-from rlhf.config.yaml_tree import from_yaml, to_yaml
+from rlhf.config.files.differences import differences
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.yaml_tree import from_yaml, to_yaml
+from rlhf.config.schema.sweep import Sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.space import Values
-from rlhf.tracking.atomic import append_line, keep_lines, read_lines, write_atomic
-from rlhf.tracking.lock import lock_folder
 from rlhf.tracking.logs import redact
+from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines, write_atomic
+from rlhf.tracking.run_folder.lock import lock_folder
 
 State = Literal["open", "finished", "stopped", "failed"]
 MAY_CHANGE = ("concurrency", "max_failures")  # of a sweep that goes on

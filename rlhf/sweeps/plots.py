@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.sweep import Sweep
+from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.results import SweepResult, TrialResult, judged_folder, metric_values, shown
 

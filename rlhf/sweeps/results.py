@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.config.dump import dump_yaml
-from rlhf.config.sweep import Sweep
-from rlhf.config.yaml_tree import kind
-from rlhf.tracking.atomic import read_lines, write_atomic, write_lines
-from rlhf.tracking.progress import duration, number
-from rlhf.tracking.tracker import read_metrics
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.yaml_tree import kind
+from rlhf.config.schema.sweep import Sweep
+from rlhf.tracking.formatting import duration, number
+from rlhf.tracking.run_folder.atomic import read_lines, write_atomic, write_lines
+from rlhf.tracking.sinks.tracker import read_metrics
 
 if TYPE_CHECKING:
     from rlhf.sweeps.journal import Journal, State, Trial

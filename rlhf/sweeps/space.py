@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from rlhf.config.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, RandomMethod, Sweep, ends
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, RandomMethod, Sweep, ends
 from rlhf.errors import UserError
 
 MOST_TRIALS = 10_000

@@ -1,6 +1,7 @@
 """Which trial is next, and which of the running ones should stop: what the loop over processes asks a method.
 
-Here are those that need nothing but the list of trials, and the population. Those of Ray Tune are in actors.search.
+Here are those that need nothing but the list of trials, and the population. Those of Ray Tune are in
+actors.sweeps.search.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from rlhf.config.sweep import PbtMethod, Sweep
+from rlhf.config.schema.sweep import PbtMethod, Sweep
 from rlhf.sweeps.journal import Copy, Journal, Trial
 from rlhf.sweeps.results import metric_values
 from rlhf.sweeps.space import Values, changed
-from rlhf.tracking.manifest import is_complete
-from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.manifest import is_complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, PbtMethod, Sweep
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.logs import redact
 

@@ -53,8 +53,8 @@ def redact_config(value: Any, key: str = "") -> Any:
 
 
 class _Formatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.policy: message`, always on one line. Without a step
-    outside of steps."""
+    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.online.policy: message`, always on one line.
+    Without a step outside of steps."""
 
     def __init__(self, role: str, rank: int | None) -> None:
         super().__init__()

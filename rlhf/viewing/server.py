@@ -23,8 +23,8 @@ from typing import Any
 from aiohttp import web
 
 from rlhf.serving import gives_token, same, serve_until_interrupted, serving_token, stranger
-from rlhf.tracking.metrics import METRICS
-from rlhf.tracking.samples import samples_path
+from rlhf.tracking.metrics.declarations import METRICS
+from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
 from rlhf.viewing.tail import read_piece

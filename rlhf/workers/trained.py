@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.cluster import TrainedRole
 from rlhf.config.derive import adapter_options, chat_template, warmup_steps
-from rlhf.config.model import CriticConfig, PolicyConfig
-from rlhf.config.root import Config
+from rlhf.config.schema.cluster import TrainedRole
+from rlhf.config.schema.model import CriticConfig, PolicyConfig
+from rlhf.config.schema.root import Config
 from rlhf.engine.base import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
@@ -24,9 +24,9 @@ from rlhf.models.loading import architecture_fingerprint, load_tokenizer
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, MemoryReport
-from rlhf.tracking.atomic import explains_full
+from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.types import Role
-from rlhf.workers.place import RankPlace, torch_dtype
+from rlhf.workers.rank_context import RankPlace, torch_dtype
 
 
 class TrainedWorker(ABC):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.dump import dump_yaml
-from rlhf.config.load import load
-from rlhf.config.merge import load_merge
-from rlhf.config.sweep import load_sweep
-from rlhf.config.yaml_tree import read_tree
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import load
+from rlhf.config.files.yaml_tree import read_tree
+from rlhf.config.schema.merge import load_merge
+from rlhf.config.schema.sweep import load_sweep
 from rlhf.planning.report import render
 from rlhf.sweeps.space import known_trials
 

@@ -14,14 +14,14 @@ from pydantic import BaseModel
 import rlhf
 from rlhf.algorithms import AlgorithmConfig
 from rlhf.arguments import parse
-from rlhf.config.evaluate import EvaluationStage
-from rlhf.config.merge import MergeFile
-from rlhf.config.recipes import RECIPES
-from rlhf.config.root import Config
-from rlhf.config.sweep import SweepFile, load_sweep
-from rlhf.config.synonyms import table
-from rlhf.config.yaml_tree import read_tree
-from rlhf.tracking.metrics import METRICS
+from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.yaml_tree import read_tree
+from rlhf.config.mistakes.synonyms import table
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.merge import MergeFile
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.sweep import SweepFile, load_sweep
+from rlhf.tracking.metrics.declarations import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -142,4 +142,4 @@ def test_the_list_of_pages_has_a_sentence_for_each() -> None:
 
 def test_the_settings_of_other_frameworks_are_those_of_the_error_messages() -> None:
     text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
-    assert text.endswith(table()), "replace the table by the output of: python -m rlhf.config.synonyms"
+    assert text.endswith(table()), "replace the table by the output of: python -m rlhf.config.mistakes.synonyms"

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.inputs import OnlineInputs, StageInputs, load_inputs
-from actors.ranks import free_address
-from actors.recording import recording
+from actors.roles.ranks import free_address
+from actors.run.run_record import recording
 from rlhf.config.derive import (
     critic_model,
     critic_optimizer_steps,
@@ -29,8 +28,8 @@ from rlhf.config.derive import (
     reference_is_adapter_off,
     reference_model,
 )
-from rlhf.config.load import LoadedConfig
-from rlhf.config.root import Config
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
 from rlhf.data.stream import Stream
@@ -38,6 +37,7 @@ from rlhf.engine.distributed import init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.loading import load_tokenizer
 from rlhf.objectives.masking import through_first
+from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
 from rlhf.rewards.scoring import fingerprint
 from rlhf.roles import (
     AdvantagesReport,
@@ -49,18 +49,18 @@ from rlhf.roles import (
     PrepareReport,
     SampleSelection,
 )
-from rlhf.rollouts.environments import Conversations, EnvironmentSpec
-from rlhf.rollouts.spans import Sampled, assemble
-from rlhf.tracking.metrics import merge
+from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
+from rlhf.rollouts.records.spans import Sampled, assemble
+from rlhf.tracking.metrics.declarations import merge
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Rollouts, Sampling
-from rlhf.workers.critic import CriticWorker
-from rlhf.workers.online_pairs import OnlinePreferenceWorker
-from rlhf.workers.online_teacher import OnlineTeacherWorker
-from rlhf.workers.place import RankPlace
-from rlhf.workers.policy import PolicyWorker
-from rlhf.workers.reference import ReferenceWorker
-from rlhf.workers.reward import RewardSettings, RewardWorker
-from rlhf.workers.student import StudentWorker
+from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.online.critic import CriticWorker
+from rlhf.workers.online.pairs import OnlinePreferenceWorker
+from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.student import StudentWorker
+from rlhf.workers.rank_context import RankPlace
 from rlhf.workers.trained import TrainedWorker
 
 PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)

@@ -20,11 +20,11 @@ import yaml
 from transformers import AutoTokenizer
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, ONLINE_PAIR_ALGORITHMS
-from rlhf.config.load import load
-from rlhf.config.yaml_tree import read_tree
+from rlhf.config.files.load import load
+from rlhf.config.files.yaml_tree import read_tree
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.tracker import read_metrics
+from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.imitation import imitate
 from tests.curves.in_process import join_alone, leave_alone, run
 from tests.integration.recipes import merge

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.rollout import RolloutSpec
+from actors.rollout.engine_actor import RolloutSpec
 from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
 from rlhf.models.tiny import VOCAB_SIZE, byte_tokenizer
 from tests.integration.engine_helpers import call, logprobs_of, model_like, spec

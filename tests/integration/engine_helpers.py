@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from actors.rollout import RolloutSpec, RolloutWorker, engine_environment
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights import WeightManifest
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 

@@ -23,15 +23,15 @@ from typing import Any, NoReturn
 import pytest
 import ray
 
-import actors.cluster
-import actors.export
-import actors.launch
-from actors.models import with_sources
+import actors.cluster.connect
+import actors.run.export
+import actors.run.train
 from rlhf.cli import main
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.controller.trained import trained_models
 from rlhf.models.loading import architecture_fingerprint, load_config
-from rlhf.tracking.run_folder import RunFolder
+from rlhf.preflight.models import with_sources
+from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, write_config
 
 ROW = '{"prompt": "1+1+1+1=", "answer": "2,3,4"}\n'
@@ -57,7 +57,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise AssertionError("the run went on to the cluster")
         yield
 
-    monkeypatch.setattr(actors.launch, "connected", forbidden)
+    monkeypatch.setattr(actors.run.train, "connected", forbidden)
     monkeypatch.chdir(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
 def test_what_cannot_be_exported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actors.export, "connected", actors.launch.connected)
+    monkeypatch.setattr(actors.run.export, "connected", actors.run.train.connected)
 
     def said_of(*arguments: str) -> str:
         assert main(["export", "r", *arguments]) == 2
@@ -283,7 +283,7 @@ def test_what_cannot_be_exported(
 def test_more_shared_memory_than_there_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actors.launch, "connected", actors.cluster.connected)
+    monkeypatch.setattr(actors.run.train, "connected", actors.cluster.connect.connected)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     said = refused(capsys, str(config(tmp_path, {"cluster": {"object_store_gib": 1e6}})))
     assert "cluster.object_store_gib: is 1e+06, more than the" in said
@@ -315,8 +315,8 @@ def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
 def test_an_address_without_a_ray(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actors.launch, "connected", actors.cluster.connected)
-    monkeypatch.setattr(actors.cluster, "ANSWER_WITHIN_S", 3.0)
+    monkeypatch.setattr(actors.run.train, "connected", actors.cluster.connect.connected)
+    monkeypatch.setattr(actors.cluster.connect, "ANSWER_WITHIN_S", 3.0)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

@@ -14,9 +14,9 @@ import torch
 
 from actors.weights.shm import ShmSender
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rewards.worker import Source
-from rlhf.rollouts.environments import EnvironmentSpec
-from rlhf.rollouts.spans import pieces
+from rlhf.rewards.processes.program import Source
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.rollouts.records.spans import pieces
 from rlhf.types import GroupRequest, Prompt, Sampling
 from tests.integration.engine_helpers import call, engine, model_like, request, sequences, spec, sync, worst_difference
 

@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.data.examples import Reading, collate, load_examples
 from rlhf.data.packing import balance
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
-from rlhf.tracking.metrics import expected, merge, results
+from rlhf.tracking.metrics.declarations import expected, merge, results
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.distillation import DistillationWorker
-from rlhf.workers.place import RankPlace
-from rlhf.workers.teacher import TeacherWorker
+from rlhf.workers.frozen.teacher import TeacherWorker
+from rlhf.workers.offline.distillation import DistillationWorker
+from rlhf.workers.rank_context import RankPlace
 from tests.integration.rank_gang import DEADLINE_S, Gang
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for

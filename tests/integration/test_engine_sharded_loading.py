@@ -20,9 +20,10 @@ from rlhf.engine.base import OptimizerSettings, ScheduleSettings
 from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.models.heads import token_values
-from rlhf.models.loading import load_causal_lm, load_critic, load_reward_model
+from rlhf.models.loading import load_causal_lm, load_critic
 from rlhf.models.lora import add_lora
 from rlhf.models.packed import policy_logprobs
+from rlhf.models.reward_models import load_reward_model
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
 
 WORLD = 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.tracking.metrics import expected
+from rlhf.tracking.metrics.declarations import expected
 from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
 
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"

@@ -24,7 +24,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.run_folder.folder import RunFolder
 from tests.integration.recipes import ONLINE, merge, rows, start, write_config
 
 SHM = Path("/dev/shm")

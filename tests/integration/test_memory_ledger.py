@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.checks import problems
-from rlhf.config.explain import parse
-from rlhf.config.load import load
+from rlhf.config.files.load import load
+from rlhf.config.mistakes.explain import parse
 from rlhf.config.nodes import Node
-from rlhf.config.root import Config
-from rlhf.config.seating import seat
+from rlhf.config.placement_plan import seat
+from rlhf.config.schema.root import Config
+from rlhf.config.validation.run import problems
 from rlhf.controller.learning import OnlineRoles
 from rlhf.planning.fitting import Fit, places
 from rlhf.planning.footprints import Sizes, footprints

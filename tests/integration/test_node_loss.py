@@ -104,7 +104,7 @@ DRAIN = """
 import asyncio, subprocess, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from actors.standing import going_node, own_standing, remember
+from actors.cluster.actor_locations import going_node, own_standing, remember
 
 class Worker:
     def where(self):

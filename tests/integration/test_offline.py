@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.models.heads import sequence_scores
-from rlhf.models.loading import load_reward_model
-from rlhf.tracking.metrics import expected
+from rlhf.models.reward_models import load_reward_model
+from rlhf.tracking.metrics.declarations import expected
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 

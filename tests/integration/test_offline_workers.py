@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.algorithms.dpo import DPO, DPOConfig
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.data.examples import Reading
 from rlhf.data.labelled import collate_labelled, load_labelled
 from rlhf.data.packing import balance
@@ -31,13 +31,13 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.objectives.preference_loss import aot_unpaired, bco_pair, dpo
 from rlhf.objectives.unpaired_loss import bco, kto
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import LabelledSteps, MinibatchPlan, Pairs
-from rlhf.workers.pairs import PreferenceWorker, RewardModelWorker
-from rlhf.workers.place import RankPlace
-from rlhf.workers.referenced import ReferencedPolicy
-from rlhf.workers.step_rewards import StepRewardWorker
-from rlhf.workers.unpaired import UnpairedWorker
+from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
+from rlhf.workers.offline.referenced import ReferencedPolicy
+from rlhf.workers.offline.step_rewards import StepRewardWorker
+from rlhf.workers.offline.unpaired import UnpairedWorker
+from rlhf.workers.rank_context import RankPlace
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3

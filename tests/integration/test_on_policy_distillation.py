@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
 from rlhf.models.tiny import VOCAB_SIZE
-from rlhf.tracking.metrics import expected, merge, results
+from rlhf.tracking.metrics.declarations import expected, merge, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
-from rlhf.workers.online_teacher import OnlineTeacherWorker
-from rlhf.workers.place import RankPlace
-from rlhf.workers.student import StudentWorker
+from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
+from rlhf.workers.online.student import StudentWorker
+from rlhf.workers.rank_context import RankPlace
 from tests.integration.rank_gang import DEADLINE_S, Gang
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_distillation import BETA, build_models, divergence

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from rlhf.tracking.histograms import read_histograms
-from rlhf.tracking.metrics import expected
+from rlhf.tracking.metrics.declarations import expected
+from rlhf.tracking.metrics.histograms import read_histograms
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 
 PPO: dict[str, Any] = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rlhf.tracking.metrics import expected
+from rlhf.tracking.metrics.declarations import expected
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_online import kill_all, wait_for
 

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.load import checked
-from rlhf.config.model import ReferenceConfig
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.model import ReferenceConfig
+from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_pairs
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
-from rlhf.workers.online_pairs import OnlinePreferenceWorker
-from rlhf.workers.pairs import PreferenceWorker
-from rlhf.workers.place import RankPlace
-from rlhf.workers.reference import ReferenceWorker
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.offline.pairs import PreferenceWorker
+from rlhf.workers.online.pairs import OnlinePreferenceWorker
+from rlhf.workers.rank_context import RankPlace
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9

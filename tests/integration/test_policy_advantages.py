@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
-from rlhf.workers.place import RankPlace
-from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.rank_context import RankPlace
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 

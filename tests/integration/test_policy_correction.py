@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts
-from rlhf.workers.policy import PolicyWorker, _logprobs
+from rlhf.workers.online.policy import PolicyWorker, _logprobs
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.load import checked
-from rlhf.config.root import Config
+from rlhf.config.files.load import checked
+from rlhf.config.schema.root import Config
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.models.tiny import build_tiny_llama
-from rlhf.tracking.metrics import merge, results
-from rlhf.tracking.reductions import Mean
+from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, MinibatchPlan, TokenSignals, TokenValues
-from rlhf.workers.policy import PolicyWorker
+from rlhf.workers.online.policy import PolicyWorker
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.nodes import Nodes
-from actors.prometheus import PrometheusBackend
-from tests.unit.test_tracking_backends import exercise
+from actors.cluster.node_metrics import Nodes
+from actors.cluster.prometheus import PrometheusBackend
+from tests.unit.test_tracking_sinks_backends import exercise
 
 settings = {"num_cpus": 1, "include_dashboard": False, "_system_config": {"metrics_report_interval_ms": 200}}
 cluster = Cluster(initialize_head=True, connect=True, head_node_args=settings)

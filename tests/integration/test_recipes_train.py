@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 import rlhf
-from rlhf.config.load import load
-from rlhf.config.stages import MergeStage, result_of
-from rlhf.config.yaml_tree import read_tree
+from rlhf.config.files.load import load
+from rlhf.config.files.yaml_tree import read_tree
+from rlhf.config.schema.stages import MergeStage, result_of
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"

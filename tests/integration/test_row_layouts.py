@@ -14,7 +14,7 @@ from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.errors import UserError
 from rlhf.models.row_check import check_rows
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.tracking.metrics import merge, results
+from rlhf.tracking.metrics.declarations import merge, results
 from tests.integration.rank_gang import CPU, DEADLINE_S, Gang
 from tests.integration.test_offline_workers import train_rank
 from tests.tiny_architectures import tiny_model

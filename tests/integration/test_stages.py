@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf.config.yaml_tree import read_tree
+from rlhf.config.files.yaml_tree import read_tree
 from rlhf.data.sources import read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.models.tiny import build_tiny_llama
@@ -112,14 +112,14 @@ def check_judgement(judge: Path, *, failed: str) -> None:
 
 KILLED = """
 import os, signal, sys
-import actors.merge
+import rlhf.preflight.merge
 from rlhf.cli import main
 
 def half(config, sources, folder, *, out, quiet):
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-actors.merge.write_merge = half
+rlhf.preflight.merge.write_merge = half
 main(["train", sys.argv[1]])
 """
 

@@ -18,7 +18,7 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 import rlhf
-from actors.submit import RUN, Jobs
+from actors.jobs.submit import RUN, Jobs
 from rlhf.cli import main
 from tests.integration.recipes import ONLINE, merge, rows, write_config
 

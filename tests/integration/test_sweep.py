@@ -24,7 +24,7 @@ from wandb.proto.wandb_internal_pb2 import RunRecord
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from tests.integration.recipes import ONLINE, merge, rows, without_clocks
 
 RUN: dict[str, Any] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestServer
 
-from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.server import RunViewer
 from tests.integration.browser import PROGRAMS, Page, browser, program

@@ -109,14 +109,14 @@ def test_probe_notices_old_weights_under_a_new_version(tied: Any, folder: Path, 
 def test_kept_caches_stop_the_sync(tied: Any, folder: Path, sender: ShmSender) -> None:
     sync(tied, sender.publish(model_like(folder, seed=30).named_parameters(), 30))
     call(tied.generate.remote(request(30, prompt_tokens=300), SAMPLING))  # longer than a block, so it is cached
-    call(tied.replace.remote("actors.vllm_engine", "reset_caches", lambda engine: None))
+    call(tied.replace.remote("actors.rollout.vllm_engine", "reset_caches", lambda engine: None))
     try:
         with pytest.raises(RunError, match="blocks of keys and values that earlier weights computed are still cached"):
             sync(tied, sender.publish(model_like(folder, seed=31).named_parameters(), 31))
         with pytest.raises(RunError, match="has not been given the policy's weights"):
             call(tied.generate.remote(request(31), SAMPLING))
     finally:
-        call(tied.replace.remote("actors.vllm_engine", "reset_caches", None))
+        call(tied.replace.remote("actors.rollout.vllm_engine", "reset_caches", None))
 
 
 def test_a_damaged_byte_stops_the_sync(tied: Any, folder: Path, sender: ShmSender) -> None:

@@ -13,7 +13,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor
 
-from rlhf.config.merge import MODEL_METHODS, MergeConfig
+from rlhf.config.schema.merge import MODEL_METHODS, MergeConfig
 from rlhf.merging.merge import merge_models
 from tests.merging_models import make_adapter, make_models, weights
 

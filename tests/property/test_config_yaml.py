@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf.config.yaml_tree import read_tree, to_yaml
+from rlhf.config.files.yaml_tree import read_tree, to_yaml
 
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t:#'\"-"), max_size=12

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.rewards.functions import BUILT_INS
-from rlhf.rewards.pool import RewardPool
-from rlhf.rewards.worker import Source
+from rlhf.rewards.functions.table import BUILT_INS
+from rlhf.rewards.processes.pool import RewardPool
+from rlhf.rewards.processes.program import Source
 
 HOSTILE = {
     "many digits": "9" * 1_000_000,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.tracking.reductions import EffectiveShare, ExplainedVariance, Max, Mean, Min, Std
+from rlhf.tracking.metrics.reductions import EffectiveShare, ExplainedVariance, Max, Mean, Min, Std
 
 values = st.lists(st.floats(-1e3, 1e3), max_size=12)
 splits = st.lists(values, min_size=1, max_size=5)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from actors.inputs import load_inputs
-from actors.models import with_adapters
 from rlhf.config.derive import ships_adapter
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.models.export import export_adapter
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.lora import add_lora
 from rlhf.models.weights import adapter_sources
+from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.models import with_adapters
 from tests.merging_models import make_reward_adapter
 
 EXAMPLES = [{"prompt": f"{n} + {n} =", "completion": f" {n + n}"} for n in range(8)]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import transformers
 
-from actors.inputs import load_inputs
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
+from rlhf.preflight.inputs import load_inputs
 
 PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f" {n + n}", "rejected": " 0"} for n in range(1, 9)]
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import transformers
 
-import actors.engines
-from actors.engines import start_engines
-from actors.inputs import StageInputs, load_inputs
-from actors.models import with_sources
+import actors.rollout.engine_group
+from actors.rollout.engine_group import start_engines
 from rlhf.config.derive import critic_model, reference_model
 from rlhf.errors import UserError
 from rlhf.models.loading import split_revision
+from rlhf.preflight.inputs import StageInputs, load_inputs
+from rlhf.preflight.models import with_sources
 from tests.unit.test_actors_inputs_models import loaded, ppo, refusal
 
 TEMPLATE = "{% for m in messages %}<|user|>#{{ m.content }}<|eos|>{% endfor %}<|assistant|>"
@@ -115,7 +115,7 @@ def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(
 
 def test_engines_get_the_tokenizer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = []
-    monkeypatch.setattr(actors.engines, "_spawn", lambda spec, *_: specs.append(spec) or [])
+    monkeypatch.setattr(actors.rollout.engine_group, "_spawn", lambda spec, *_: specs.append(spec) or [])
     policy = {"model": "org/name", "revision": "v2", "tokenizer": "org/words@v3"}
     config = local(ppo(tmp_path, tiny_model, policy=policy), tmp_path)
     place: Any = SimpleNamespace(on_one_host=lambda: True)

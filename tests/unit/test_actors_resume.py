@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from actors.beginning import check_folders
-from actors.export import export_checkpoint
-from actors.launch import launch
-from actors.models import refuse_other_model, with_sources
-from rlhf.config.dump import dump_yaml
-from rlhf.config.load import LoadedConfig, load
-from rlhf.config.root import Config
+from actors.run.export import export_checkpoint
+from actors.run.train import launch
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import LoadedConfig, load
+from rlhf.config.schema.root import Config
 from rlhf.controller.trained import trained_models
 from rlhf.errors import UserError
 from rlhf.models.loading import architecture_fingerprint, load_config
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.tracker import Tracker
+from rlhf.preflight.models import refuse_other_model, with_sources
+from rlhf.preflight.run_folder import check_folders
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.sinks.tracker import Tracker
 
 RUN = """
 run: {name: demo, dir: %s}

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS, AlgorithmConfig
-from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, ValueMicrobatch
+from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, ValueMicrobatch
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.algorithms.shared import Aggregation, OnlineAlgorithm, SequenceOutcomes

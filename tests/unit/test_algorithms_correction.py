@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset
 from rlhf.algorithms.correction_weights import correction
-from rlhf.algorithms.losses import LossTerms, PolicyMicrobatch, StepCounts
-from rlhf.tracking.metrics import merge, results
-from rlhf.workers.measure import correction_metrics, sampler_metrics, update_metrics
+from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics
 from tests.unit.test_algorithms import made
 
 LENGTHS = [6, 3, 9, 4, 2]

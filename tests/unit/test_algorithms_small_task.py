@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms import ONLINE_ALGORITHMS
-from rlhf.algorithms.losses import PolicyMicrobatch, StepCounts
+from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
 from rlhf.algorithms.shared import OnlineAlgorithm, SequenceOutcomes
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import moments

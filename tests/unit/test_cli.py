@@ -18,10 +18,10 @@ import rlhf
 from rlhf.cli import main
 from rlhf.commands import COMMANDS
 from rlhf.commands.quickstart import RECIPE_OF
-from rlhf.config.load import LoadedConfig, from_mapping, load
-from rlhf.config.recipes import RECIPES
-from rlhf.config.sweep import load_sweep
-from rlhf.config.yaml_tree import from_yaml
+from rlhf.config.files.load import LoadedConfig, from_mapping, load
+from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import UserError
 
 BASE = """\
@@ -49,13 +49,13 @@ def file(tmp_path: Path) -> str:
 
 @pytest.fixture
 def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
-    """Puts a function in the place of actors.launch.launch, which would start Ray."""
+    """Puts a function in the place of actors.run.train.launch, which would start Ray."""
 
     def put(launch: Launch) -> None:
-        module = ModuleType("actors.launch")
+        module = ModuleType("actors.run.train")
         module.__dict__["launch"] = launch
         monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)
-        monkeypatch.setitem(sys.modules, "actors.launch", module)
+        monkeypatch.setitem(sys.modules, "actors.run.train", module)
 
     return put
 
@@ -220,11 +220,11 @@ def test_an_agent_that_is_interrupted_has_nothing_to_go_on_with(
 
 def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    module = ModuleType("actors.export")
+    module = ModuleType("actors.run.export")
     module.__dict__["export_checkpoint"] = lambda run, **options: calls.append(
         (run, options["step"], options["merged"], options["push_to_hub"])
     )
-    monkeypatch.setitem(sys.modules, "actors.export", module)
+    monkeypatch.setitem(sys.modules, "actors.run.export", module)
     assert main(["export", "runs/a", "out", "--step", "20", "--merged", "--push-to-hub", "me/x"]) == 0
     rlhf.export("runs/a", "out")
     assert calls == [(Path("runs/a"), 20, True, "me/x"), (Path("runs/a"), None, False, None)]

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 
 import rlhf
-from actors.eval_inputs import inputs_of_model, inputs_of_run
-from actors.evaluate import refuse_unusable_folder
-from actors.inputs import load_inputs
-from actors.rollout import RolloutSpec, RolloutWorker
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
+from actors.run.evaluate import refuse_unusable_folder
 from rlhf.cli import main
 from rlhf.commands.asking import decoding_of
-from rlhf.config.cluster import ClusterConfig
-from rlhf.config.load import load
-from rlhf.config.seating import seats_of
+from rlhf.config.files.load import load
+from rlhf.config.placement_plan import seats_of
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
+from rlhf.preflight.inputs import load_inputs
 from rlhf.rewards.loading import LoadedReward
+from rlhf.rewards.processes.program import Signature, Source
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.rewards.worker import Signature, Source
 
 CONFIG = """\
 run: {name: demo, seed: 7}

@@ -18,11 +18,11 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import rlhf
-from actors.scorer import Scorer, scoring_of_config, scoring_of_function
-from actors.serve_reward import MAX_BODY_BYTES, RewardServer
 from rlhf.cli import main
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
+from rlhf.scoring.http import MAX_BODY_BYTES, RewardServer
+from rlhf.scoring.scorer import Scorer, scoring_of_config, scoring_of_function
 from rlhf.serving import serving_token
 
 CONFIG = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
-from tests.unit.test_config_checks import CUDA, refusal
+from tests.unit.test_config_validation_run import CUDA, refusal
 
 PREFERENCES = """\
 run: {name: demo}

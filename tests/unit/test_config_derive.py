@@ -22,8 +22,8 @@ from rlhf.config.derive import (
     weight_sync,
     with_steps,
 )
-from rlhf.config.root import Config
-from rlhf.config.seating import fit, seat
+from rlhf.config.placement_plan import fit, seat
+from rlhf.config.schema.root import Config
 
 
 def config(algorithm: dict[str, Any], **sections: Any) -> Config:

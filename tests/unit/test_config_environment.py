@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.inputs import OnlineInputs, StageInputs, load_inputs
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
-from tests.unit.test_config_checks import ONLINE, PAIRS, refusal
+from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from tests.unit.test_config_validation_run import ONLINE, PAIRS, refusal
 
 GAME = "rollouts.environment={name: guess_number, max_tokens: 180}"
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.dump import dump_yaml
-from rlhf.config.load import load
-from rlhf.config.stages import run_folder
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import load
+from rlhf.config.schema.stages import run_folder
 from rlhf.errors import UserError
 
 BASE = """\

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.train import EarlyStopping, TrainConfig
+from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import UserError
-from rlhf.tracking.run_folder import RunFolder
+from rlhf.tracking.run_folder.folder import RunFolder
 
 
 def best_of(metric: str | None = None, stopping: EarlyStopping | None = None, *, lower: bool = False) -> Best:

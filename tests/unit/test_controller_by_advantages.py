@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.by_advantages import AdvantageLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
@@ -19,11 +19,11 @@ from rlhf.controller.sampling import rollout_metrics
 from rlhf.controller.training_scores import is_flat
 from rlhf.errors import UserError
 from rlhf.roles import AdvantagesReport, CompletedGroup, PrepareReport, ScoredGroup, SequenceReport
-from rlhf.tracking.metrics import merge, results
-from rlhf.tracking.progress import open_progress
-from rlhf.tracking.reductions import Mean
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.metrics.declarations import merge, results
+from rlhf.tracking.metrics.reductions import Mean
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo, StepReward
 
 

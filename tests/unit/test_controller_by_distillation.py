@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.by_distillation import DistillationLearning
 from rlhf.controller.evaluation import compare_with_teacher
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.controller.sampling import group_samples, rollout_metrics
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
-from rlhf.tracking.progress import open_progress
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, MinibatchPlan, Prompt, RolloutInfo
 
 SAMPLES = 2

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.by_pairs import PairLearning
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.errors import UserError
 from rlhf.roles import CompletedGroup, PrepareReport, ScoredGroup
-from rlhf.tracking.progress import open_progress
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
+from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
 
 

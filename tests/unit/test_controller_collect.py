@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.rollouts import DynamicSampling
-from rlhf.config.root import Config
+from rlhf.config.schema.rollouts import DynamicSampling
+from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.collect import Collected, Collector, is_within
 from rlhf.data.stream import Stream
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
-from rlhf.rollouts.identity import request_identity
-from rlhf.tracking.metrics import merge, results
+from rlhf.rollouts.records.request_digest import request_identity
+from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, StepReward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.load import load
-from rlhf.config.root import Config
+from rlhf.config.files.load import load
+from rlhf.config.schema.root import Config
 from rlhf.controller.answers import Answers
 from rlhf.controller.evaluation import EvalSet, evaluate
 from rlhf.errors import RunError
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, SampleSelection
-from rlhf.tracking.run_folder import evaluation_path
+from rlhf.tracking.run_folder.folder import evaluation_path
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
 
 TEXTS = {0: ("7", "7", "8", "9"), 1: ("5", "6", "5", "6")}  # the answers are 7 and 6

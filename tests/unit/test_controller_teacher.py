@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.root import Config
+from rlhf.config.schema.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.data.examples import Example
 from rlhf.data.stream import Stream

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.rewards import RewardConfig
+from rlhf.config.schema.rewards import RewardConfig
 from rlhf.controller.sampling import rollout_metrics, values_by_reward
 from rlhf.controller.training_scores import by_reward, for_training
 from rlhf.roles import CompletedGroup, ScoredGroup

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from actors.inputs import OnlineInputs, load_inputs
 from rlhf.cli import main
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.data.chat import render
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.tiny import byte_tokenizer
+from rlhf.preflight.inputs import OnlineInputs, load_inputs
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 THINKING = (

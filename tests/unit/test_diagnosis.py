@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.tracking.atomic import read_lines
-from rlhf.tracking.diagnosis import CHECKS, Watch, diagnose
-from rlhf.tracking.findings import Finding
-from rlhf.tracking.metrics import declared
+from rlhf.tracking.diagnosis.diagnose import CHECKS, Watch, diagnose
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.metrics.declarations import declared
+from rlhf.tracking.run_folder.atomic import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, Any]]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import rlhf
-from actors import doctor
+from actors.doctor import machine as doctor
 from rlhf.cli import main
-from rlhf.rewards.sandbox import SandboxError
+from rlhf.rewards.sandbox.run import SandboxError
 
 
 @pytest.fixture

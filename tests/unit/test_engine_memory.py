@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from actors.engine_loop import EngineLoop
-from rlhf.config.root import Config
+from actors.rollout.engine_thread import EngineLoop
+from rlhf.config.schema.root import Config
 from rlhf.engine.memory import explains_out_of_memory, peak_memory, what_shrinks
 from rlhf.errors import RunError
 from rlhf.types import Role

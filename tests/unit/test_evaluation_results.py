@@ -28,9 +28,9 @@ from rlhf.evaluation.results import (
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
 from rlhf.models.tiny import byte_tokenizer
-from rlhf.rollouts.texts import transcripts
-from rlhf.tracking.metrics import declared
-from rlhf.tracking.run_folder import evaluation_path
+from rlhf.rollouts.records.texts import transcripts
+from rlhf.tracking.metrics.declarations import declared
+from rlhf.tracking.run_folder.folder import evaluation_path
 from rlhf.types import Rollouts
 
 

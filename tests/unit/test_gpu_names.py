@@ -88,7 +88,7 @@ def test_the_argument_of_a_cuda_handle_that_is_the_device() -> None:
 def test_vllm_engine_arguments() -> None:
     from vllm import EngineArgs
 
-    used = keywords("actors/vllm_engine.py", "EngineArgs")
+    used = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
     assert {"enable_sleep_mode", "gpu_memory_utilization", "worker_extension_cls"} <= used
     assert used <= {field.name for field in dataclasses.fields(EngineArgs)}
 

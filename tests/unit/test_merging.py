@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config.merge import MergeConfig, MergeRun, load_merge
+from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
 from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights

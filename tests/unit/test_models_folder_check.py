@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.errors import UserError
 from rlhf.models.folder_check import refuse_broken_weights
-from rlhf.models.loading import load_causal_lm, load_config, load_critic, load_reward_model, refuse_missing_weights
+from rlhf.models.loading import load_causal_lm, load_config, load_critic, refuse_missing_weights
 from rlhf.models.on_disk import find_model
+from rlhf.models.reward_models import load_reward_model
 from tests.tiny_architectures import tiny_model as model_of
 
 

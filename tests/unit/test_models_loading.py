@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.config.merge import MergeConfig
+from rlhf.config.schema.merge import MergeConfig
 from rlhf.errors import UserError
 from rlhf.merging.merge import merge_models
 from rlhf.models.heads import sequence_scores
@@ -20,11 +20,10 @@ from rlhf.models.loading import (
     load_causal_lm,
     load_config,
     load_critic,
-    load_reward_model,
     load_tokenizer,
     refuse_no_language_model,
-    refuse_without_head,
 )
+from rlhf.models.reward_models import load_reward_model, refuse_without_head
 from rlhf.models.row_check import check_rows
 from tests.merging_models import make_adapter, make_reward_adapter
 from tests.tiny_architectures import tiny_model as model_of

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from actors.serving import refuse_too_long
 from rlhf.errors import UserError
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
+from rlhf.preflight.models import refuse_too_long
 from tests.merging_models import make_adapter
 from tests.tiny_architectures import tiny_model as model_of
 

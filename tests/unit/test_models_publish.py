@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from pydantic import ValidationError
 
-from rlhf.config.run import RunConfig
+from rlhf.config.schema.run import RunConfig
 from rlhf.errors import RunError, UserError
 from rlhf.models.publish import push_folder, refuse_unpublishable
 

@@ -15,7 +15,7 @@ from rlhf.models.branches import Branch
 from rlhf.models.packed import hidden_states, policy_logprobs_only, supervised_loss
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import RowLayout, expected_layout, row_layout
-from rlhf.workers.ragged import slices
+from rlhf.workers.microbatches import slices
 from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

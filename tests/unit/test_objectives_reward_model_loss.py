@@ -16,7 +16,7 @@ from rlhf.objectives.reward_model_loss import (
     combined_steps,
     step_cross_entropy,
 )
-from rlhf.tracking.reductions import CalibrationError
+from rlhf.tracking.metrics.reductions import CalibrationError
 
 LOG3 = math.log(3.0)
 CHOSEN, REJECTED = torch.tensor([LOG3, 0.0], dtype=torch.float64), torch.tensor([0.0, LOG3], dtype=torch.float64)

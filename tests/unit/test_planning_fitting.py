@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.explain import parse
+from rlhf.config.mistakes.explain import parse
 from rlhf.config.nodes import Node
-from rlhf.config.root import Config
-from rlhf.config.seating import seat
+from rlhf.config.placement_plan import seat
+from rlhf.config.schema.root import Config
 from rlhf.planning.fitting import Fit, held_on_gpu, places
 from rlhf.planning.footprints import Sizes, footprints
 from rlhf.planning.memory import GIB, Assumed

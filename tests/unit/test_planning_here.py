@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.planning.here import missing_here, num_gpus
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.load import load
-from rlhf.config.root import Config
+from rlhf.config.files.load import load
+from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning import memory
 from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch
@@ -117,7 +117,7 @@ def test_activations_are_what_the_packed_forward_pass_saves(tmp_path: Path, dtyp
 
 
 def test_constants_of_the_code_that_is_modelled() -> None:
-    from actors import vllm_engine
+    from actors.rollout import vllm_engine
     from rlhf.engine import deepspeed
     from rlhf.objectives import vocabulary_head
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rlhf
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.planning.time import forward_operations, training_stages
 

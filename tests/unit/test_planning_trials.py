@@ -8,7 +8,7 @@ import pytest
 
 import rlhf
 from rlhf.cli import main
-from tests.unit.test_config_sweep import write_sweep
+from tests.unit.test_config_schema_sweep import write_sweep
 
 
 def test_a_sweep_is_planned_trial_by_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,12 @@ from rlhf.cli import main
 from rlhf.errors import UserError
 from rlhf.reporting.markup import text
 from rlhf.reporting.runs import Pair, read_runs, read_spans, told_pairs
-from rlhf.tracking.atomic import append_line
-from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.run_folder import RunFolder, evaluation_path
-from rlhf.tracking.samples import SampleRecord, samples_path, write_samples
-from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker
+from rlhf.tracking.run_folder.atomic import append_line
+from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.folder import RunFolder, evaluation_path
+from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[31m"
 

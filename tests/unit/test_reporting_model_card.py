@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.load import load
-from rlhf.config.root import Config
+from rlhf.config.files.load import load
+from rlhf.config.schema.root import Config
 from rlhf.reporting.model_card import model_card, write_model_card
 
 

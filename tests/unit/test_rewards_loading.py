@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.rewards.loading import LoadedReward, check_columns, load_reward
-from rlhf.rewards.worker import Signature
+from rlhf.rewards.processes.program import Signature
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
 

@@ -9,9 +9,9 @@ import pytest
 import reasoning_gym
 
 from rlhf.data.tasks import TaskSource, make_rows
-from rlhf.rewards.functions import ReasoningGym
-from rlhf.rewards.pool import RewardPool
-from rlhf.rewards.worker import Source
+from rlhf.rewards.functions.matching import ReasoningGym
+from rlhf.rewards.processes.pool import RewardPool
+from rlhf.rewards.processes.program import Source
 
 
 def gym_entry(task: str, **args: object) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import load_reward
-from rlhf.rewards.rules import ErrorRule
 from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe, fingerprint
 from rlhf.types import Prompt, RewardError, StepReward
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rewards.worker import Source
-from rlhf.rollouts.environment_host import EnvironmentFailure, EnvironmentHost, Step
+from rlhf.rewards.processes.program import Source
+from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, Step
 
 PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 Told = tuple[str, list[Step]]

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlhf.config.load import load
-from rlhf.config.sweep import Sweep, load_sweep
+from rlhf.config.files.load import load
+from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Copy, Journal
 from rlhf.sweeps.plots import plot
 from rlhf.sweeps.results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed, Population
-from rlhf.tracking.atomic import write_lines
-from rlhf.tracking.manifest import is_complete
-from rlhf.tracking.run_folder import RunFolder
-from tests.unit.test_config_sweep import write_sweep
+from rlhf.tracking.run_folder.atomic import write_lines
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.manifest import is_complete
+from tests.unit.test_config_schema_sweep import write_sweep
 
 PBT = {"name": "pbt", "trials": 4, "every": 4, "quantile": 0.25, "resample": 0.0}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.search import Asha, Bayesian, strategy_of
-from rlhf.config.sweep import Sweep, load_sweep
+from actors.sweeps.search import Asha, Bayesian, strategy_of
+from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials
-from tests.unit.test_config_sweep import write_sweep
+from tests.unit.test_config_schema_sweep import write_sweep
 from tests.unit.test_sweeps_journal import wrote
 
 ASHA = {"name": "asha", "trials": 4, "grace_steps": 2, "reduction_factor": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from random import Random
 
-from rlhf.config.sweep import Parameter
+from rlhf.config.schema.sweep import Parameter
 from rlhf.sweeps.space import changed, corners, draw, drawn, grid
 
 RATE = Parameter(min=1e-4, max=1e-2, scale="log")

@@ -12,11 +12,11 @@ import yaml
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config.load import LoadedConfig
-from rlhf.config.sweep import load_sweep
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.wandb_sweep import create, sweep_configuration
-from tests.unit.test_config_sweep import write_sweep
+from tests.unit.test_config_schema_sweep import write_sweep
 
 PARAMETERS: dict[str, Any] = {
     "train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"},
@@ -81,9 +81,9 @@ def test_the_words_of_an_agent_make_the_run(tmp_path: Path, monkeypatch: pytest.
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
     launched: list[LoadedConfig] = []
-    module = ModuleType("actors.launch")
+    module = ModuleType("actors.run.train")
     module.__dict__["launch"] = lambda loaded, **_: launched.append(loaded)
-    monkeypatch.setitem(sys.modules, "actors.launch", module)
+    monkeypatch.setitem(sys.modules, "actors.run.train", module)
     monkeypatch.setenv("WANDB_RUN_ID", "x7k2")
     file = write_sweep(tmp_path, parameters=PARAMETERS)
     chosen = {"train.lr": 0.00025, "train.weight_decay": 0.1, "train.warmup_steps": 3, "train.grad_clip": 1.5}

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.tracking.atomic import read_lines
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker, read_metrics
+from rlhf.tracking.run_folder.atomic import read_lines
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker, read_metrics
 
 # Every step writes all that a step can write, as fast as it can; each checkpoint holds its step.
 _RUN = """
 import sys
 from pathlib import Path
-from rlhf.tracking.errors import ErrorRecord
-from rlhf.tracking.run_folder import RunFolder
-from rlhf.tracking.samples import samples_path
-from rlhf.tracking.atomic import write_lines
-from rlhf.tracking.timeline import Timeline
-from rlhf.tracking.tracker import Tracker
+from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.tracking.run_folder.atomic import write_lines
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
 
 with RunFolder.open(Path(sys.argv[1]), "run", resume=True) as folder:
     start = folder.latest_checkpoint() or 0

@@ -29,11 +29,11 @@ def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        logging.getLogger("actors.gang").exception("lost %d ranks", 2)
+        logging.getLogger("actors.roles.gang").exception("lost %d ranks", 2)
     logging.getLogger("rlhf.x").debug("hidden")
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ERROR policy/1 step=12 actors\.gang: lost 2 ranks\\n", line
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ERROR policy/1 step=12 actors\.roles\.gang: lost 2 ranks\\n", line
     )
     assert "ValueError: two" in line
 

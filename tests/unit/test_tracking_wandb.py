@@ -12,9 +12,9 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import MetricRecord
 
 from rlhf.errors import RunError, UserError
-from rlhf.tracking import wandb_backend
-from rlhf.tracking.tracker import Tracker
-from rlhf.tracking.wandb_backend import WandbBackend, open_wandb
+from rlhf.tracking.sinks import wandb_backend
+from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.wandb_backend import WandbBackend, open_wandb
 
 
 def open_offline(folder: Path, **config: Any) -> WandbBackend:
@@ -67,7 +67,8 @@ def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
-    code = "import sys, rlhf.tracking.tracker, rlhf.tracking.wandb_backend, rlhf.tracking.plots; " + (
-        "sys.exit(any(m in sys.modules for m in ('wandb', 'matplotlib', 'torch')))"
+    code = (
+        "import sys, rlhf.tracking.sinks.tracker, rlhf.tracking.sinks.wandb_backend, rlhf.tracking.display.plots; "
+        + ("sys.exit(any(m in sys.modules for m in ('wandb', 'matplotlib', 'torch')))")
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -19,7 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from rlhf.cli import main
 from rlhf.errors import UserError
-from rlhf.tracking.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
 from rlhf.viewing import samples as viewing_samples
 from rlhf.viewing import tail
 from rlhf.viewing.runs import RunPlaces

@@ -10,7 +10,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.model import LoraConfig, PolicyConfig
+from rlhf.config.schema.model import LoraConfig, PolicyConfig
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.lora import add_lora
 from rlhf.models.weights import adapter_sources, weight_sources

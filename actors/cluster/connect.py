@@ -1,0 +1,216 @@
+"""Connecting to Ray: a local one with bounded memory, or the cluster that the run was given.
+
+A signal to all processes of a run ends the daemons of its own Ray too. A driver that then calls Ray waits for a minute
+and is aborted, so an interrupt kills these daemons and nothing calls Ray any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import secrets
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import ray
+
+from actors.cluster.address import cluster_to_join
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.errors import RunError, UserError
+from rlhf.stopping import current_request, finishes_within
+
+logger = logging.getLogger(__name__)
+
+CONNECT_WITHIN_S = 10.0  # to a port; Ray itself tries for over ten minutes
+ANSWER_WITHIN_S = 30.0  # of the Ray behind it
+GONE_WITHIN_S = 10.0
+SHUTDOWN_WITHIN_S = 15.0  # ray.shutdown waits for ever for a raylet that does not answer
+MIN_OPEN_FILES = 256
+LONGEST_SOCKET = 107  # characters of a path, on Linux
+SOCKET_IN_TEMP = "session_2026-01-31_12-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
+KEPT_FROM_RAY = {signal.SIGHUP, signal.SIGUSR1}  # a terminal or Slurm sends them to Ray's daemons too
+
+
+class OwnRay:
+    """The local Ray that this process has started, if any."""
+
+    def __init__(self) -> None:
+        self.daemons: list[psutil.Process] = []
+        self.killed = False
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a daemon has ended, as one does that is told to besides this process."""
+        return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self.daemons)
+
+    def kill(self) -> None:
+        """Kill the daemons and all that they have started. Nothing where there is no Ray of our own."""
+        self.killed = bool(self.daemons)
+        below = list(self.daemons)
+        for daemon in self.daemons:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += daemon.children(recursive=True)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below, timeout=GONE_WITHIN_S)
+
+
+OWN_RAY = OwnRay()
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    cluster.address null means the cluster of RAY_ADDRESS (which `ray job submit` sets), or else a Ray of our own that
+    ends with the block and that no one else can join.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that our thread handles no signals
+    request = current_request()
+    if request is not None:
+        request.on_interrupt = OWN_RAY.kill
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_to_join(config.address)
+    try:
+        if address is None:
+            _start_local(config)
+        else:
+            _join(address)
+        yield
+    finally:
+        if not finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown"):
+            logger.warning("Ray did not shut down within %.0f s: its daemons do not answer", SHUTDOWN_WITHIN_S)
+            OWN_RAY.kill()
+        OWN_RAY.daemons, OWN_RAY.killed = [], False
+
+
+def _start_local(config: ClusterConfig) -> None:
+    """Start a Ray that ends with this process and that no other process can join."""
+    memory_gib = psutil.virtual_memory().total / 2**30
+    if config.object_store_gib > memory_gib:
+        raise UserError(
+            f"cluster.object_store_gib: is {config.object_store_gib:g}, more than the {memory_gib:.0f} GiB of "
+            "memory of this machine; 1 or 2 are usual"
+        )
+    _refuse_few_open_files()
+    # Ray listens on all interfaces: whoever has no token could run code in it. It takes tokens unless RAY_AUTH_MODE
+    # says otherwise, and warns of it; a token of our own keeps other runs of the same user out too.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    temp, request = _private_temp(), current_request()
+    logger.info("starting Ray on this machine")
+    before = psutil.Process().children()
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_RAY)  # the daemons inherit this thread's mask
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),  # which `taskset`, Slurm and a sweep may narrow
+            object_store_memory=int(config.object_store_gib * 2**30),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            _temp_dir=str(temp),
+        )
+    except Exception as error:  # of no narrower type where a node is slow to start
+        raise RunError(
+            f"start: the local Ray did not come up: {' '.join(str(error).split())} The machine may be short of "
+            "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        OWN_RAY.daemons = [process for process in psutil.Process().children() if process not in before]
+        if request is not None and request.interrupted.is_set():
+            OWN_RAY.kill()
+
+
+def _refuse_few_open_files() -> None:
+    """Raise UserError if processes may open too few files: Ray then dies without a message that says so."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < MIN_OPEN_FILES:
+        raise UserError(
+            f"start: a process may open {limit} files here (`ulimit -n`), and a run needs {MIN_OPEN_FILES} or more. "
+            "Raise the limit with `ulimit -n 65536`, or ask whoever set it."
+        )
+
+
+def _private_temp() -> Path:
+    """Return the folder for Ray's files, which no other user can enter. Ray itself lets everyone write there."""
+    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    temp = parent / f"ray-{os.getuid()}"
+    if len(str(temp / SOCKET_IN_TEMP)) > LONGEST_SOCKET:
+        raise UserError(
+            f"start: Ray cannot make its sockets below {parent} (TMPDIR or RAY_TMPDIR): their paths would be longer "
+            f"than {LONGEST_SOCKET} characters. Set RAY_TMPDIR to a folder with a short path, such as /tmp."
+        )
+    try:
+        temp.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = temp.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UserError(f"start: {temp} is no folder of this user. Remove it, or set RAY_TMPDIR to another folder.")
+        temp.chmod(0o700)
+    except OSError as error:
+        raise UserError(
+            f"start: {temp} cannot be made for Ray's files: {error.strerror}. Set RAY_TMPDIR to a folder that you can "
+            "write."
+        ) from error
+    return temp
+
+
+def _join(address: str) -> None:
+    """Join a running cluster. UserError if none answers."""
+    _refuse_dead(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address, " ".join(str(error).split())) from error
+    logger.info("connected to the Ray cluster at %s", address)
+
+
+def _refuse_dead(address: str) -> None:
+    """UserError within seconds if no Ray answers at `[ray://]HOST:PORT`. Other forms are Ray's to look up."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+    if address.startswith("ray://"):
+        return  # Ray's client gives up by itself
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(command, check=True, timeout=ANSWER_WITHIN_S, capture_output=True, text=True)
+    except subprocess.TimeoutExpired as error:
+        raise _no_cluster(
+            address,
+            f"something listens there that does not speak Ray's protocol "
+            f"within {ANSWER_WITHIN_S:.0f} s (the dashboard has another port)",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["its health check failed"])[-1]
+        raise _no_cluster(address, last) from error
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with "
+        "`ray start --head`, or leave cluster.address null for a local one. If the cluster uses tokens, set "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+    )

@@ -1,0 +1,148 @@
+"""Where each role's workers go: one placement group for the whole run, reserved at once or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.cluster.connect import OWN_RAY
+from rlhf.config.placement_plan import Seating, fit, seat
+from rlhf.config.schema.root import Config
+from rlhf.errors import RunError, UserError
+from rlhf.stopping import finishes_within
+from rlhf.types import Role
+
+logger = logging.getLogger(__name__)
+SAY_EVERY_S = 30.0
+RELEASED_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A reserved placement group with its seats."""
+
+    group: PlacementGroup
+    seating: Seating
+
+    def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
+        """Ray options of one worker: its seat, its environment, and no retries of any kind."""
+        place = self.seating.seats[role][rank]
+        return {
+            "num_cpus": place.cpus,
+            "num_gpus": place.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=place.bundle
+            ),
+            "runtime_env": {"env_vars": {"PYTHONUTF8": "1", **env}},  # whatever the driver's locale
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": concurrency,
+        }
+
+    def nodes_of(self, role: Role) -> list[str]:
+        """The node of each of a role's workers."""
+        nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return [nodes[place.bundle] for place in self.seating.seats[role]]
+
+    def addresses_of(self, role: Role) -> list[str]:
+        """The address of the node of each of a role's workers."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [addresses[node] for node in self.nodes_of(role)]
+
+    def describe(self) -> str:
+        """The node addresses of each role's workers, in rank order."""
+        return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.seating.seats)
+
+    def nodes(self) -> set[str]:
+        """All nodes of the run."""
+        return set(placement_group_table(self.group)["bundles_to_node_id"].values())
+
+    def on_one_host(self) -> bool:
+        """Whether all workers of the run are on one node."""
+        return len(self.nodes()) == 1
+
+    def cores(self, node: str) -> int:
+        """CPUs of a node, as Ray counts them."""
+        return next(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node)
+
+    def release(self) -> None:
+        """Give the resources back; to a Ray of our own that is killed, nothing."""
+        if OWN_RAY.killed:  # at once: a driver that outlives its Ray by a minute is aborted
+            finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
+        elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
+            logger.warning("Ray did not take the run's resources back within %.0f s", RELEASED_WITHIN_S)
+
+
+async def reserve(config: Config) -> Placement:
+    """Reserve what the run needs: `reserve_seats` of its roles."""
+    return await reserve_seats(seat(config), limit_s=config.cluster.start_timeout_s)
+
+
+async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
+    """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
+
+    UserError if the cluster could not hold them even if it were empty, and has lost no node that may come back.
+    """
+    nodes = ray.nodes()
+    missing = _missing(seating, [node for node in nodes if node["Alive"]])
+    if missing is not None and all(node["Alive"] for node in nodes):
+        raise UserError(
+            f"the run wants more than the cluster has{missing}.\n{_table(seating, ray.cluster_resources())}\n"
+            "Lower cluster.roles.*.workers, .engines or .cpus, let roles share bundles with colocate_with, "
+            "or use a larger cluster."
+        )
+    if missing is not None:
+        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
+    group = placement_group(
+        [dict(b) for b in seating.bundles],
+        strategy="PACK",
+        bundle_label_selector=[dict(one) for one in seating.labels] if any(seating.labels) else None,
+    )
+    began = said = time.monotonic()
+    ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
+    while not ready.done():
+        waited = time.monotonic() - began
+        left = limit_s - waited
+        if left <= 0:
+            state = placement_group_table(group)
+            remove_placement_group(group)
+            raise RunError(
+                f"placement: no room for the run in {waited:.0f} s (cluster.start_timeout_s); the placement group is "
+                f"{state['state']}.\n{_table(seating, ray.available_resources())}\n"
+                + ("Something else holds the resources." if missing is None else "The cluster has lost nodes.")
+            )
+        if time.monotonic() - said >= SAY_EVERY_S:
+            said = time.monotonic()
+            logger.warning("waiting for resources since %.0f s\n%s", waited, _table(seating, ray.available_resources()))
+        await asyncio.wait([ready], timeout=min(left, 1.0))
+    placement = Placement(group=group, seating=seating)
+    if not placement.on_one_host():
+        logger.info("placed: %s", placement.describe())
+    return placement
+
+
+def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None:
+    """What an empty cluster of these nodes lacks; None: nothing."""
+    for wanted in seating.labels:
+        if not any(wanted.items() <= node["Labels"].items() for node in alive):
+            said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+            return f": no node has the label {said} (cluster.roles.*.node_labels; `ray start --labels`)"
+    return "" if fit(seating.bundles, [node["Resources"] for node in alive]) is None else None
+
+
+def _table(seating: Seating, have: Mapping[str, float]) -> str:
+    rows = [f"  {'role':<12}{'workers':>8}{'CPU each':>10}{'GPU each':>10}"]
+    for role, seats in seating.seats.items():
+        rows.append(f"  {role:<12}{len(seats):>8}{seats[0].cpus:>10.2f}{seats[0].gpus:>10.2f}")
+    for key in ("CPU", "GPU"):
+        rows.append(f"  wanted {key}: {seating.total(key):g}, there are {have.get(key, 0.0):g}")
+    return "\n".join(rows)

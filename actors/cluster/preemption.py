@@ -1,0 +1,91 @@
+"""A training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
+
+The request comes from a signal (rlhf.stopping) or from a node that is about to go. A signal may go to all processes of
+the run at once, as `timeout`, Slurm and systemd send it: then Ray's own daemons end too, and nothing can be kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import signal
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from actors.cluster.connect import OWN_RAY
+from rlhf.controller.notice import Notice
+from rlhf.errors import Preempted
+from rlhf.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+GoingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
+
+LOOK_EVERY_S = 0.2
+ASK_EVERY_S = 5.0  # for nodes that are about to go
+CANCELLED_WITHIN_S = 5.0
+
+
+async def run_loop(
+    work: Coroutine[Any, Any, T],
+    notice: Notice,
+    request: StopRequest,
+    *,
+    grace_s: float,
+    call_timeout_s: float,
+    going_node: GoingNode,
+) -> T:
+    """Return the result of a loop that ends by itself once it has been given notice.
+
+    Args:
+        grace_s: how long after the request the loop may take. Ctrl-C has no limit, since a second one ends the loop.
+        call_timeout_s: how long a call may block the event loop, as calls of a Ray do that stands still.
+        going_node: returns the address of a node of the run that is about to go, and the time when it goes if known.
+    """
+    task = asyncio.ensure_future(work)
+    request.ends_by_itself = True
+    request.beats_within_s = call_timeout_s
+    asked, asking = time.monotonic(), None
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK_EVERY_S)
+            request.beats, now = request.beats + 1, time.monotonic()
+            if asking is None and now - asked >= ASK_EVERY_S:
+                asked, asking = now, asyncio.ensure_future(going_node())
+            if asking is not None and asking.done():
+                going, asking = await asking, None
+                if going is not None and request.came is None:
+                    request.came = now
+                    grace_s = grace_s if going[1] is None else min(grace_s, going[1] - time.time())
+                    logger.warning("node %s is about to go", going[0])
+            if request.came is None or task.done():
+                continue
+            limit_s = None if request.signal is signal.SIGINT else grace_s
+            if not notice.is_given:
+                _say_what_follows(request, limit_s)
+                notice.give()
+            if OWN_RAY.is_ending:
+                OWN_RAY.kill()
+                raise Preempted("the step in progress was given up, because the run's own Ray was ended too")
+            if limit_s is not None and time.monotonic() - request.came > limit_s:
+                raise Preempted(
+                    f"the step in progress was not done in {limit_s:g} s (train.preemption_grace_s, or less)"
+                )
+        return await task
+    finally:
+        request.ends_by_itself, request.beats_within_s = False, math.inf
+        left = [one for one in (task, asking) if one is not None]
+        for one in left:
+            one.cancel()
+        await asyncio.wait(left, timeout=CANCELLED_WITHIN_S)
+
+
+def _say_what_follows(request: StopRequest, limit_s: float | None) -> None:
+    """Log what the request leads to."""
+    if limit_s is None:
+        logger.warning("Ctrl-C: the run finishes its step, writes a checkpoint and ends. A second Ctrl-C ends it now.")
+        return
+    reason = "the run is about to lose a node" if request.signal is None else request.signal.name
+    logger.warning("%s: the run finishes its step, writes a checkpoint and ends within %.0f s", reason, limit_s)

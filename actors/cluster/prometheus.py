@@ -1,0 +1,63 @@
+"""Prometheus as a tracker back end, by Ray's metrics: every node of a Ray cluster already serves them to it.
+
+Every run exports, with its name as the label `run`; who does not scrape pays nothing. Histograms are left out: Ray
+makes their sums of the middles of its buckets, and the means are metrics already.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray.util.metrics import Counter, Gauge
+
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.sinks.backends import TrackedStep
+from rlhf.tracking.sinks.prometheus_names import PREFIX, RUN_LABEL, STEP, Exported, labelled
+
+
+class PrometheusBackend:
+    """The metrics of one run, as far as they have been seen."""
+
+    name = "Prometheus"
+
+    def __init__(self, run: str) -> None:
+        self._run = {RUN_LABEL: run}
+        self._gauges: dict[str, Gauge] = {}
+        self._counters: dict[str, Counter] = {}
+        self._step = Gauge(PREFIX + STEP, description="The last step that is done", tag_keys=(RUN_LABEL,))
+
+    def log(self, step: TrackedStep) -> None:
+        """The newest values."""
+        for key, value in step.metrics.items():
+            if value is None:
+                continue
+            found, labels = labelled(key)
+            tags = self._run | labels
+            if not found.is_counter:
+                self._gauge(found).set(value, tags=tags)
+            elif value > 0.0:
+                self._counter(found).inc(value, tags=tags)
+        self._step.set(step.step, tags=self._run)
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Alerts are Prometheus's own business."""
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """It keeps none."""
+
+    def close(self, *, failed: bool) -> None:
+        """Ray drops the values with the process that gave them."""
+
+    def _gauge(self, found: Exported) -> Gauge:
+        if found.name not in self._gauges:
+            self._gauges[found.name] = Gauge(found.name, description=found.meaning, tag_keys=_keys(found))
+        return self._gauges[found.name]
+
+    def _counter(self, found: Exported) -> Counter:
+        if found.name not in self._counters:
+            self._counters[found.name] = Counter(found.name, description=found.meaning, tag_keys=_keys(found))
+        return self._counters[found.name]
+
+
+def _keys(found: Exported) -> tuple[str, ...]:
+    return (RUN_LABEL, *found.labels)

@@ -1,0 +1,111 @@
+"""Waiting for workers: every wait has a deadline, and every failure names stage, role, rank and cause."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.cluster.actor_locations import losses, standing
+from rlhf.errors import RunError, UserError
+
+IT_HANGS = " It hangs, or the limit is too short for the work."
+RESUMES = "The run can be resumed with --resume auto."
+DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a rank that died fail first
+MOST_TOLD = 600  # characters of a cause
+
+
+async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, deadline_s: float) -> list[Any]:
+    """The results, in order. The first failure is raised at once, whatever the others still do; of a rank that died
+    and the peers that it took along, the rank is named."""
+    began = time.monotonic()
+    futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
+    try:
+        done, pending = await asyncio.wait(futures, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+        if pending and any(future.exception() is not None for future in done):
+            done, _ = await asyncio.wait(futures, timeout=DEATH_SHOWS_WITHIN_S)
+        failed = [(rank, f.exception()) for rank, f in enumerate(futures) if f in done and f.exception() is not None]
+        if failed:
+            rank, error = min(failed, key=lambda found: (not isinstance(found[1], RayActorError), found[0]))
+            raise explain(error, role=role, rank=rank, stage=stage)
+        if pending:
+            late = [rank for rank, future in enumerate(futures) if future in pending]
+            limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
+            raise RunError(
+                f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
+                f"{time.monotonic() - began:.0f} s ({limit}).{losses() or IT_HANGS} {RESUMES}"
+            )
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+async def wait_one(
+    ref: ObjectRef[Any], *, role: str, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
+) -> Any:
+    """Return one worker's result. `limit` names the keys that the deadline follows from."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
+    except TimeoutError as error:
+        raise RunError(
+            f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s ({limit})."
+            f"{losses() or IT_HANGS} {RESUMES}"
+        ) from error
+    except RayError as error:
+        raise explain(error, role=role, rank=rank, stage=stage) from error
+
+
+def explain(error: BaseException | None, *, role: str, rank: int, stage: str) -> Exception:
+    """The same failure in the words of the run."""
+    who = f"{stage}: {role} rank {rank}"
+    failure: Exception
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, UserError):
+            failure = UserError(str(cause))
+        else:
+            told = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
+            lost = losses()
+            failure = RunError(f"{who} failed: {told}{f'{lost} {RESUMES}' if lost else ''}")
+    elif isinstance(error, RayActorError):
+        failure = RunError(f"{who} {_how_it_died(error)} {RESUMES}")
+    else:
+        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{losses()}")
+    failure.__cause__ = error
+    return failure
+
+
+def _how_it_died(error: RayActorError) -> str:
+    """What Ray knows of a death, and where the process's last words are."""
+    told = str(error)
+    if error.actor_init_failed:
+        return f"could not be made: {_short(told.strip().splitlines()[-1])}."
+    was = standing(error.actor_id)
+    loss = was.loss() if was is not None else None
+    if was is not None and loss is not None:
+        return f"died with its node (process {was.pid} on {was.address}): {loss}."
+    pid, host = re.search(r"pid: (\d+)", told), re.search(r"ip: (\S+)", told)
+    number, address = (was.pid, was.address) if was is not None else (pid and pid[1], host and host[1])
+    detail = re.search(r"(?:Worker exit detail|The actor is dead because|is unavailable): *(.*)", told)
+    where = f" (process {number}{f' on {address}' if address else ''})" if number else ""
+    log = f" Its last words are in {_logs()}/worker-*-{number}.err there." if number else ""
+    return f"died{where}. {_short(detail[1]) if detail else ''}{log}"
+
+
+def _logs() -> Path:
+    """Where Ray's workers write, on every node."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "logs")
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_TOLD else line[:MOST_TOLD] + " ..."

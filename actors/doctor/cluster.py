@@ -1,0 +1,343 @@
+"""`rlhf doctor --cluster`: whether the nodes of a Ray cluster can train together, and what to do where they cannot.
+
+Asks every node by an actor that takes no resources. Every wait has a deadline; a node that says nothing is a finding.
+It leaves nothing behind, on the nodes or in the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.cluster.address import cluster_to_join
+from actors.cluster.connect import connected
+from actors.doctor.machine import Finding
+from actors.doctor.node_probe import Link, NodeFacts, NodeProbe, code_hash, size_of, versions
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.placement_plan import fit, seat
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.stages import MergeStage, Stage
+from rlhf.errors import UserError
+
+ANSWER_WITHIN_S = 60.0  # of a node, whose actor is a process to be started
+QUICK_S = 15.0
+MOST_FOR_ALL_PAIRS = 8  # nodes; of more, each is measured with the next one
+CLOCKS_WITHIN_S = 1.0
+SLOW = 0.5  # of the median bandwidth
+SHM_NEEDED_GIB = 2.0
+MODELS = ("policy", "critic", "reference", "teacher", "reward", "evaluate")  # sections that name them
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfNode:
+    """A finding, and the address of the node that it is of."""
+
+    node: str
+    finding: Finding
+
+
+def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
+    """All findings, and prints them as a table.
+
+    loaded: the configuration whose paths and placement are looked at too. address: else its cluster.address, else
+    RAY_ADDRESS.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stages = [] if loaded is None else [one for one in loaded.stages.values() if not isinstance(one, MergeStage)]
+    settings = stages[0].cluster if stages else ClusterConfig()
+    if address is not None:
+        settings = settings.model_copy(update={"address": address})
+    if cluster_to_join(settings.address) is None:
+        raise UserError("--cluster: no cluster is named. Give --address HOST:PORT, cluster.address, or RAY_ADDRESS.")
+    with connected(settings):
+        found = tuple(examine([] if loaded is None else list(loaded.stages.values())))
+        nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    table = Table(title="rlhf doctor --cluster", title_justify="left")
+    for heading in ("", "node", "what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for where, finding in together(found, nodes):
+        style = {"ok": "green", "note": "yellow", "bad": "bold red"}[finding.state]
+        table.add_row(Text(finding.state, style), where, finding.what, Text(finding.found), Text(finding.advice))
+    console = Console()
+    console.print(table)
+    bad = sorted({f"{one.finding.what} ({one.node})" for one in found if one.finding.state == "bad"})
+    verdict = f"training is not possible yet: see {', '.join(bad)}" if bad else "this cluster can train"
+    console.print(verdict, highlight=False)
+    return found
+
+
+def together(found: Sequence[OfNode], nodes: set[str]) -> Iterator[tuple[str, Finding]]:
+    """Equal findings once, with their nodes."""
+    by_finding: dict[Finding, list[str]] = {}
+    for one in found:
+        by_finding.setdefault(one.finding, []).append(one.node)
+    for finding, where in by_finding.items():
+        yield f"all {len(nodes)}" if len(nodes) > 1 and set(where) == nodes else ", ".join(where), finding
+
+
+def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
+    """All findings, in the order of the table."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    yield OfNode(node="cluster", finding=_nodes(alive))
+    yield from (OfNode(node="cluster", finding=one) for one in _room(stages, alive))
+    with _probes(alive) as probes, _shared_folder(stages) as shared:
+        paths, models = paths_of(stages), models_of(stages)
+        asked = {node: probe.look.remote(node, paths, models, shared) for node, probe in probes.items()}
+        facts: dict[str, NodeFacts] = {}
+        ends = time.monotonic() + ANSWER_WITHIN_S
+        for node, ref in asked.items():
+            found = _result(ref, max(1.0, ends - time.monotonic()))
+            if isinstance(found, NodeFacts):
+                facts[node] = found
+                continue
+            advice = "is it up, and is the project installed there as it is here?"
+            yield OfNode(node=node, finding=Finding(what="answer", state="bad", found=str(found), advice=advice))
+        here = {path: size_of(path) for path in paths}
+        for node, one in facts.items():
+            for finding in (*judge(one, here), *_shares(one, shared, node)):
+                yield OfNode(node=node, finding=finding)
+        for node in facts:
+            yield OfNode(node=node, finding=_clock(probes[node]))
+        if len(facts) > 1:
+            yield from _links({node: probes[node] for node in facts})
+
+
+def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
+    """What a node has said, against what this machine says. here: the sizes of the paths."""
+    own, theirs = versions(), facts.versions
+    differ = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+    told = ", ".join(f"{name} {theirs.get(name, 'missing')} (here {own.get(name, 'missing')})" for name in differ)
+    yield Finding(
+        what="versions",
+        state="bad" if differ else "ok",
+        found=told or ", ".join(f"{name} {version}" for name, version in theirs.items()),
+        advice="install the same on all nodes, best by one image" if differ else "",
+    )
+    same = facts.code == code_hash()
+    yield Finding(
+        what="our code",
+        state="ok" if same else "bad",
+        found=f"hash {facts.code}" + ("" if same else f", here {code_hash()}"),
+        advice="" if same else "ship the same code to all nodes: one image, or one installation on a shared disk",
+    )
+    room = facts.shm_free_gib >= SHM_NEEDED_GIB
+    yield Finding(
+        what="/dev/shm",
+        state="ok" if room else "note",
+        found=f"{facts.shm_gib:.1f} GiB" + ("" if room else f", {facts.shm_free_gib:.1f} GiB free"),
+        advice="" if room else "Ray's objects lie here: docker --shm-size, or an emptyDir with medium Memory",
+    )
+    many = f"; also up: {', '.join(facts.others)}" if facts.others else ""
+    yield Finding(
+        what="interface",
+        state="ok" if facts.interface else "note",
+        found=(facts.interface or "none has the address that Ray knows the node by") + many,
+        advice="" if facts.interface else "start the node with --node-ip-address=ADDRESS of an interface of its own",
+    )
+    for path, size in facts.seen.items():
+        if size == here[path]:
+            yield Finding(what=path, state="ok", found=size)
+            continue
+        found = f"{size or 'not there'}, here {here[path]}"
+        whence = "" if Path(path).is_absolute() else f"; it is taken from {facts.folder} there: name it from the root"
+        advice = f"put it on a disk that all nodes share, or copy it to every node{whence}"
+        yield Finding(what=path, state="note" if size else "bad", found=found, advice=advice)
+    for model, cached in facts.cached.items():
+        if cached:
+            yield Finding(what=model, state="ok", found="in the hub's cache")
+        elif facts.no_hub:
+            found = f"not in the hub's cache, and no hub answers ({facts.no_hub})"
+            advice = f"`hf download {model}` there, share HF_HOME, or name a folder that all nodes see"
+            yield Finding(what=model, state="bad", found=found, advice=advice)
+        else:
+            advice = "each such node downloads it when the run starts: better before, or share HF_HOME"
+            yield Finding(what=model, state="note", found="not in the hub's cache; the hub answers", advice=advice)
+
+
+def models_of(stages: Sequence[Stage]) -> list[str]:
+    """The models of the hub that the runs load: names that are no path here."""
+    named: dict[str, None] = {}
+    for stage in stages:
+        tree = stage.model_dump(mode="json")
+        sections = [tree.get(role) for role in MODELS]
+        sections += [section.get("reward") for section in sections if section]
+        for section in sections:
+            for key in ("model", "against"):
+                name = (section or {}).get(key)
+                if name is not None and HUB_NAME.fullmatch(name) and not os.path.exists(name):
+                    named[name] = None
+    return list(named)
+
+
+def paths_of(stages: Sequence[Stage]) -> list[str]:
+    """What the configuration names of this machine's files and folders, and the run needs to read."""
+    named: dict[str, None] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for below in value.values():
+                walk(below)
+        elif isinstance(value, list | tuple):
+            for below in value:
+                walk(below)
+        elif isinstance(value, str):
+            name = value if os.path.exists(value) else value.rpartition(":")[0]  # a reward is FILE.py:NAME
+            if ("/" in name or "." in name) and os.path.exists(name):
+                named[name] = None
+
+    for stage in stages:
+        walk(stage.model_dump(mode="json", exclude={"run"}))
+    return list(named)
+
+
+def _nodes(alive: Sequence[Mapping[str, Any]]) -> Finding:
+    total = {key: sum(node["Resources"].get(key, 0.0) for node in alive) for key in ("CPU", "GPU")}
+    found = f"{len(alive)}, with {total['CPU']:g} CPU and {total['GPU']:g} GPU"
+    return Finding(what="nodes", state="ok", found=found)
+
+
+def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Whether each run fits into the cluster while it is empty."""
+    for stage in stages:
+        if isinstance(stage, MergeStage):
+            continue
+        seating, nodes = seat(stage), [node["Resources"] for node in alive]
+        fits = fit(seating.bundles, nodes) is not None
+        yield Finding(
+            what=f"room for {stage.run.name}",
+            state="ok" if fits else "bad",
+            found=f"{len(seating.bundles)} bundles, {seating.total('CPU'):g} CPU and {seating.total('GPU'):g} GPU",
+            advice="" if fits else "see `rlhf plan`: lower cluster.roles, or add nodes",
+        )
+
+
+@contextmanager
+def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An actor on each node, by the node's address."""
+    remote = ray.remote(NodeProbe)
+    probes = {
+        node["NodeManagerAddress"]: remote.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        ).remote()
+        for node in alive
+    }
+    try:
+        yield probes
+    finally:
+        for probe in probes.values():
+            ray.kill(probe)
+
+
+@contextmanager
+def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
+    """A file where the runs will be, for all nodes to read; None without a configuration."""
+    if not stages:
+        yield None
+        return
+    at = stages[0].run.dir.absolute()
+    while not at.exists():
+        at = at.parent
+    folder = at / f".rlhf-doctor-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir()
+        (folder / "driver").write_text(secrets.token_hex(16), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir: {at} cannot be written: {error.strerror}. Choose a folder you can write.") from error
+    try:
+        yield folder / "driver"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[Finding]:
+    """Whether what the node wrote beside the driver's file is here."""
+    if shared is None:
+        return
+    where = str(shared.parents[1])
+    written = shared.with_name(node)
+    if not facts.shared and written.exists() and written.read_bytes() == shared.read_bytes():
+        yield Finding(what="run.dir", state="ok", found=f"{where}: shared, and can be written")
+        return
+    found = f"{where}: {facts.shared or 'what the node writes there is not seen here'}"
+    advice = "set run.dir to a folder on a disk that all nodes share and can write"
+    yield Finding(what="run.dir", state="bad", found=found, advice=advice)
+
+
+def _clock(probe: Any) -> Finding:
+    """The node's clock against this one, by the quickest of a few answers."""
+    offsets = []
+    for _ in range(5):
+        began = time.time()
+        theirs = _result(probe.now.remote(), QUICK_S)
+        if not isinstance(theirs, float):
+            return Finding(what="clock", state="note", found=f"not known: {theirs}")
+        took = time.time() - began
+        offsets.append((took, theirs - began - took / 2))
+    took, offset = min(offsets)
+    off = abs(offset) > max(CLOCKS_WITHIN_S, took)
+    return Finding(
+        what="clock",
+        state="note" if off else "ok",
+        found=f"{offset:+.1f} s from here" if off else f"within {CLOCKS_WITHIN_S:g} s of here",
+        advice="run chrony or ntpd: times in logs, checkpoints and W&B are not comparable" if off else "",
+    )
+
+
+def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
+    """Bandwidth and latency, one pair after the other so that none disturbs the next."""
+    nodes = list(probes)
+    pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
+    links: dict[tuple[str, str], Link] = {}
+    for there, here in pairs:
+        port = _result(probes[here].listen.remote(here), QUICK_S)
+        link = _result(probes[there].reach.remote(here, port), QUICK_S) if isinstance(port, int) else port
+        if isinstance(link, Link):
+            links[there, here] = link
+            continue
+        advice = "open all TCP ports between the nodes; gloo, nccl and Ray choose theirs"
+        yield OfNode(
+            node=f"{there} to {here}", finding=Finding(what="link", state="bad", found=str(link), advice=advice)
+        )
+    if not links:
+        return
+    median = statistics.median(link.gbit_per_s for link in links.values())
+    slowest = min(links, key=lambda pair: links[pair].gbit_per_s)
+    for (there, here), link in links.items():
+        slow = link.gbit_per_s < SLOW * median
+        if not slow and (there, here) != slowest:
+            continue
+        found = f"{link.gbit_per_s:.2f} Gbit/s, {link.latency_ms:.2f} ms" + (
+            f"; the median of {len(links)} is {median:.2f} Gbit/s" if slow else f"; the slowest of {len(links)}"
+        )
+        advice = "look at this pair's network: every step waits for the slowest link" if slow else ""
+        finding = Finding(what="link", state="note" if slow else "ok", found=found, advice=advice)
+        yield OfNode(node=f"{there} to {here}", finding=finding)
+
+
+def _result(ref: ObjectRef[Any], limit_s: float) -> Any:
+    """What an actor answers, or in words why it does not."""
+    try:
+        return ray.get(ref, timeout=limit_s)
+    except GetTimeoutError:
+        return f"no answer in {limit_s:.0f} s"
+    except RayError as error:
+        return " ".join((str(error).strip().splitlines() or [type(error).__name__])[-1].split())[:300]

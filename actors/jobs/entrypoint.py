@@ -1,0 +1,28 @@
+"""The start of a submitted job's processes: `python -m actors.jobs.entrypoint train ...` is `rlhf train ...` there.
+
+It takes the variables that travelled with the project, in the driver here and in every worker as Ray's set-up hook.
+They are in a file, not in Ray's runtime environment, which the dashboard shows and every node logs.
+Imports nothing heavy, and must not say what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+ENVIRONMENT = ".rlhf-environment.json"  # in the job's folder, where its processes start
+SETUP_HOOK = "actors.jobs.entrypoint.take_environment"
+
+
+def take_environment() -> None:
+    """Put the variables in place, if there are any."""
+    file = Path(ENVIRONMENT)
+    if file.exists():
+        os.environ.update(json.loads(file.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    take_environment()
+    runpy.run_module("rlhf.cli", run_name="__main__")

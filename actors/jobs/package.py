@@ -1,0 +1,223 @@
+"""What of the project goes with a submitted job: the files under the current folder, checked and packed.
+
+First half of `rlhf submit`. In the job, as here, relative names start at the project's folder. It packs files and asks
+no cluster; imports no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.jobs.entrypoint import ENVIRONMENT
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.files.yaml_tree import apply_overrides, read_tree
+from rlhf.config.pipeline import model_places
+from rlhf.config.schema.stages import MergeStage
+from rlhf.data.sources import FILE_SUFFIXES
+from rlhf.errors import UserError
+
+LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's memory and unpacks it on every node
+# At the top, whatever .gitignore says.
+STAYS = frozenset({".git", ".venv", "evals", "models", "runs", "sweeps", "wandb"})
+GIT_WITHIN_S = 60.0
+# Files that usually hold secrets. They travel only if the configuration names them; --env gives a job single variables.
+SECRETS = re.compile(
+    r"\.env|\.env\.(?!example$|sample$|template$).+|[._]netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd"
+    r"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.+\.(pem|key|p12|pfx|jks|keystore|kdbx)|credentials(\.json)?"
+    r"|(client_)?secrets?\.(json|ya?ml|toml|env)",
+    re.IGNORECASE,
+)
+SECRET_FOLDERS = frozenset({".aws", ".azure", ".git", ".gnupg", ".kube", ".ssh"})  # .git/config may hold a token
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # one time for all files: equal projects are equal archives, which Ray uploads once
+
+Key = tuple[str, ...]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Project:
+    """The files of a job, in order, relative to the folder."""
+
+    folder: Path
+    config: Path
+    files: tuple[Path, ...]
+
+    def pack(self, archive: Path, *, env: Mapping[str, str]) -> None:
+        """Write them as a zip file, with the variables that the job's processes take as they start
+        (actors/jobs/entrypoint.py)."""
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in self.files:
+                entry = zipfile.ZipInfo(str(name), _EPOCH)
+                entry.external_attr = ((self.folder / name).stat().st_mode & 0xFFFF) << 16
+                packed.writestr(entry, (self.folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
+            if env:
+                entry = zipfile.ZipInfo(ENVIRONMENT, _EPOCH)
+                entry.external_attr = 0o100600 << 16  # Ray unpacks it so
+                packed.writestr(entry, json.dumps(dict(env)))
+
+
+def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> Project:
+    """The project around a checked configuration: the current folder. UserError for whatever the job would miss."""
+    folder = Path.cwd()
+    whole = config.resolve()
+    if not whole.is_relative_to(folder):
+        raise UserError(
+            f"{config} is not below {folder}: a job takes the current folder with it. Run this in the project's folder."
+        )
+    _refuse_folders_of_this_machine(loaded)
+    named = _named_files(read_tree(config), overrides, folder=folder, beside=whole.parent)
+    inside = {name for name in _listed(folder) if name.parts[0] not in STAYS and not _is_run(folder / name, loaded)}
+    inside = _safe(inside, folder)
+    files = tuple(sorted(inside | named | {whole.relative_to(folder)}))
+    _refuse_too_large(folder, files)
+    return Project(folder=folder, config=whole.relative_to(folder), files=files)
+
+
+def _is_run(path: Path, loaded: LoadedConfig) -> bool:
+    return any(path.is_relative_to(stage.run.dir) for stage in loaded.stages.values())
+
+
+def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
+    """UserError for a run folder or a cluster that means another place in the job than here."""
+    for stage in loaded.stages.values():
+        mirror = stage.run.mirror
+        named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})
+        for key, place in named.items():
+            if not place.is_absolute():
+                raise UserError(
+                    f"run.{key}: {place} is relative, and the job's folder is a copy that Ray removes. Name a place "
+                    f"that every node of the cluster sees; on one that sees this disk: run.{key}={place.absolute()}"
+                )
+        address = None if isinstance(stage, MergeStage) else stage.cluster.address
+        if address not in (None, "auto"):
+            raise UserError(
+                f"cluster.address: is {address!r}, but a job runs in the cluster that it is submitted to; remove it"
+            )
+
+
+def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: Path) -> set[Path]:
+    """Files that the configuration names relatively, also where .gitignore leaves them out."""
+    tree = apply_overrides(tree, overrides)
+    stages = tree.values.get("stages")
+    models = {key for key, _ in model_places(tree.values)}
+    for name, stage in (stages or {}).items():
+        models |= {("stages", name, *key) for key, _ in model_places(stage)}
+    found: set[Path] = set()
+    for key, value in _texts(tree.values):
+        place = f"{tree.place(key)}: {'.'.join(key)}"
+        named = value.rpartition(":")[0] if ".py:" in value else value
+        if key[0] == "run" or "\n" in named or os.path.isabs(named):
+            continue
+        if key in models:
+            if named.startswith((".", "~")) or os.path.isdir(folder / named):
+                raise UserError(
+                    f"{place}: {value} is a folder of this machine, and models do not travel with a job. Name one of "
+                    "the hub, or an absolute path that every node sees."
+                )
+            continue
+        if named.startswith("~"):
+            raise UserError(f"{place}: {value} is below this machine's home; move it into the project, {folder}")
+        is_code = named.endswith(".py")
+        paths = [base / named for base in ((beside, folder) if is_code else (folder,))]
+        if not is_code and "data" in key:
+            paths.append(folder / named.partition(":")[0])  # a saved dataset and its split
+        path = next((path for path in paths if os.path.isfile(path) or ("data" in key and os.path.isdir(path))), None)
+        if path is None:
+            if (is_code or "data" in key) and named.endswith((".py", *FILE_SUFFIXES)):
+                raise UserError(f"{place}: {named} does not exist; looked for {' and '.join(map(str, paths))}")
+            continue
+        found |= _below(path.resolve(), folder, place)
+    return found
+
+
+def _below(path: Path, folder: Path, place: str) -> set[Path]:
+    """A file, or all files of a folder, relative to the project's."""
+    if not path.is_relative_to(folder):
+        raise UserError(f"{place}: {path} is outside of the project, {folder}, which is all that a job takes with it")
+    if path.is_file():
+        return {path.relative_to(folder)}
+    return _safe({file.relative_to(folder) for file in path.rglob("*") if file.is_file()}, folder)
+
+
+def _safe(names: set[Path], folder: Path) -> set[Path]:
+    """Leave out secrets and links to files outside of the project, and warn of each."""
+    reasons = {name: reason for name in names if (reason := _why_unsafe(name, folder)) is not None}
+    if reasons:
+        listed = "".join(f"\n  {name}: {reasons[name]}" for name in sorted(reasons))
+        logger.warning("left out of the job, since the configuration does not name them:%s", listed)
+    return names - reasons.keys()
+
+
+def _why_unsafe(name: Path, folder: Path) -> str | None:
+    """Return why a listed file is left out, or None."""
+    target = (folder / name).resolve()
+    if not target.is_relative_to(folder):
+        return f"a link to {target}, outside of the project"
+    if str(name) == ENVIRONMENT:
+        return "the variables of another job"
+    for path in (name, target.relative_to(folder)):
+        if SECRETS.fullmatch(path.name) or SECRET_FOLDERS.intersection(path.parts):
+            return "it may hold secrets; `--env NAME` gives the job a single variable"
+    return None
+
+
+def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Every string of a tree, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, (*key, str(name)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
+
+
+def _listed(folder: Path) -> set[Path]:
+    """Files that .gitignore does not leave out; whether they are committed, and whether there is a repository, is all
+    the same."""
+    listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        output = _git(folder, *listing)
+        if output is None:
+            with tempfile.TemporaryDirectory() as empty:
+                _git(folder, "init", "--quiet", "--bare", empty)
+                output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
+    except FileNotFoundError as error:
+        raise UserError("git is not installed; it tells which files .gitignore leaves out. Install it.") from error
+    found: set[Path] = set()
+    for name in filter(None, (output or "").split("\0")):
+        path = folder / name
+        if (path / ".git").exists() and not path.is_symlink():  # of its own: a submodule or a clone
+            found |= {Path(name) / inner for inner in _listed(path)}
+        elif path.is_file():
+            found.add(Path(name))
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where it refuses."""
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=GIT_WITHIN_S, check=False
+    )
+    return done.stdout if done.returncode == 0 else None
+
+
+def _refuse_too_large(folder: Path, files: Sequence[Path]) -> None:
+    sizes = {name: (folder / name).stat().st_size / 2**20 for name in files}
+    if sum(sizes.values()) > LARGEST_MIB:
+        largest = ", ".join(f"{name} ({sizes[name]:.0f} MiB)" for name in sorted(sizes, key=lambda n: -sizes[n])[:3])
+        raise UserError(
+            f"{folder} has {sum(sizes.values()):.0f} MiB in {len(files)} files, and at most {LARGEST_MIB} MiB go with "
+            f"a job; the largest: {largest}. Leave files out by .gitignore, or put them where every node sees them."
+        )

@@ -1,0 +1,308 @@
+"""Jobs of Ray: `rlhf train` in the cluster behind a dashboard, from another machine.
+
+Second half of `rlhf submit`: the archive goes up, the job starts, and its log, state and end are asked for over HTTP.
+The values of `env` travel in the archive and nowhere else: not in the job's command, its metadata, its runtime
+environment, which Ray logs, a line of its log that we show, or a message of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from actors.jobs.entrypoint import SETUP_HOOK
+from actors.jobs.package import project_of
+from rlhf.config.files.load import LoadedConfig, load
+from rlhf.errors import RunError, UserError
+from rlhf.stopping import run_async, run_stoppable
+from rlhf.tracking.logs import MASK, redact
+
+ANSWER_WITHIN_S = 30.0  # one request
+UPLOAD_WITHIN_S = 600.0
+AGENT_WITHIN_S = 60.0  # a head that has just started has no agent for jobs yet
+LOST_FOR_S = 300.0  # after it, a head that gives no answer is given up
+HEARTBEAT_S = 10.0  # of silence in a log, after which the job's state is asked for
+STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverResources:
+    """What Ray reserves for the process that runs `rlhf train`; it computes little. Nothing: it runs on the head."""
+
+    cpus: float = 0.0
+    memory_gib: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnd:
+    """How a job ended, or how it stands."""
+
+    state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
+    exit_code: int | None  # of its driver, if that ran to an end
+    message: str  # Ray's words, on one line
+
+    @property
+    def is_over(self) -> bool:
+        """No more will come."""
+        return self.state in OVER
+
+
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client, with a limit on every request: its own waits for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        limit_s = UPLOAD_WITHIN_S if method == "PUT" else ANSWER_WITHIN_S
+        return super()._do_request(method, endpoint, timeout=limit_s, **options)
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str | None) -> None:
+        for name in ("dashboard_sdk", "job.sdk"):  # on stderr they tell of uploads and of connections that end
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        self.address = _dashboard(address)
+        self._hidden: tuple[str, ...] = ()
+        variable = "RAY_API_SERVER_ADDRESS"  # which Ray's client prefers to its argument
+        before = os.environ.get(variable)
+        os.environ[variable] = self.address
+        try:
+            with self._explained():
+                self._client = _Client(self.address)
+        finally:
+            if before is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = before
+
+    def submit(
+        self, loaded: LoadedConfig, archive: Path, command: str, *, hidden: Sequence[str], driver: DriverResources
+    ) -> str:
+        """Start the job; its id: the run's name and a number. UserError if a job of the same run is not over.
+
+        hidden: what must not be seen in anything that the cluster says.
+        """
+        self._hidden = tuple(hidden)
+        name, folder = loaded.name.replace("/", "-"), str(loaded.folder)
+        with self._explained():
+            others = self._client.list_jobs()
+        for other in others:
+            if (other.metadata or {}).get(RUN) == folder and not other.status.is_terminal():
+                raise UserError(
+                    f"the job {other.submission_id} of the same run, {folder}, is {other.status}: "
+                    f"`rlhf submit --follow {other.submission_id}` shows it, --stop ends it; or choose another run.name"
+                )
+        taken = (re.fullmatch(rf"{re.escape(name)}-(\d+)", other.submission_id or "") for other in others)
+        number = 1 + max((int(match[1]) for match in taken if match), default=0)
+        job = f"{name}-{number}"
+        give_up = time.monotonic() + AGENT_WITHIN_S
+        while True:
+            try:
+                with self._explained():
+                    self._client.submit_job(
+                        entrypoint=command,
+                        submission_id=job,
+                        runtime_env={
+                            "working_dir": str(archive),
+                            "worker_process_setup_hook": SETUP_HOOK,
+                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S)},
+                        },
+                        metadata={RUN: folder},
+                        entrypoint_num_cpus=driver.cpus or None,
+                        entrypoint_memory=int(driver.memory_gib * 2**30) or None,
+                        entrypoint_resources=dict(driver.custom) or None,
+                    )
+                return job
+            except RunError as error:
+                if "No available agent" not in str(error) or time.monotonic() > give_up:
+                    raise
+                time.sleep(1.0)
+
+    def state(self, job: str) -> JobEnd:
+        """How it stands. UserError if there is no such job."""
+        with self._explained():
+            info = self._client.get_job_info(job)
+        return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._said(info.message))
+
+    def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
+        """Write its log from the beginning, live, until it is over. RunError if the head gives no answer any more.
+
+        A run has deadlines of its own on whatever it does, so none is set here on how long it may take.
+        """
+        return run_stoppable(lambda _: run_async(self._follow(job, write)))
+
+    def stop(self, job: str) -> JobEnd:
+        """SIGTERM, so that the run writes a checkpoint, and wait until it is over; RunError if it does not end."""
+        end = self.state(job)
+        if end.is_over:
+            return end
+        with self._explained():
+            self._client.stop_job(job)
+        give_up = time.monotonic() + STOP_WITHIN_S + ANSWER_WITHIN_S
+        while not (end := self.state(job)).is_over:
+            if time.monotonic() > give_up:
+                raise RunError(
+                    f"the job {job} is {end.state} {STOP_WITHIN_S + ANSWER_WITHIN_S:.0f} s after it was told to stop; "
+                    "one that waits for resources heeds it only once it has them"
+                )
+            time.sleep(0.5)
+        return end
+
+    async def _follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
+        self.state(job)
+        shown = 0
+        while True:
+            log = self._log(job, skip=shown)
+            while text := await _next(log):
+                shown += len(text)
+                write(self._masked(text))
+            end = await self._state_in_time(job)
+            if end.is_over:
+                return end
+            await asyncio.sleep(1.0)
+
+    async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str, None]:
+        """Pieces of the log behind the first `skip` characters, until the job is over or the connection breaks."""
+        stream = self._client.tail_job_logs(job)
+        coming = asyncio.ensure_future(anext(stream, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({coming}, timeout=HEARTBEAT_S)
+                if not done:
+                    if (await self._state_in_time(job)).is_over:
+                        return
+                    continue
+                text = coming.result()
+                if text is None:
+                    return
+                skip, text = max(0, skip - len(text)), text[skip:]
+                if text:
+                    yield text
+                coming = asyncio.ensure_future(anext(stream, None))
+        finally:
+            coming.cancel()
+            await asyncio.wait({coming})
+            await stream.aclose()
+
+    async def _state_in_time(self, job: str) -> JobEnd:
+        """Its state, asked for until there is an answer. RunError after LOST_FOR_S."""
+        give_up = time.monotonic() + LOST_FOR_S
+        while True:
+            try:
+                return await asyncio.to_thread(self.state, job)
+            except (UserError, RunError) as error:
+                if time.monotonic() > give_up:
+                    raise RunError(f"no state of {job} for {LOST_FOR_S:.0f} s, it may go on: {error}") from error
+            await asyncio.sleep(2.0)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What Ray's client raises, as an error of ours without a secret."""
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(
+                f"the cluster at {self.address} takes requests with its token alone: set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to those of the cluster"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"no dashboard of Ray answers at {self.address} (--address or RAY_ADDRESS): {self._said(error)}. "
+                "`ray start --head` prints its address; it is in ray[default]."
+            ) from None
+        except RuntimeError as error:
+            said = self._said(error)
+            if "status code 404" in said and "does not exist" in said:
+                raise UserError(f"{self.address} knows no such job: {said}") from None
+            raise RunError(f"the cluster at {self.address} refused: {said}") from None
+
+    def _said(self, words: object) -> str:
+        return " ".join(self._masked(str(words or "")).split())[:600].rstrip(".")
+
+    def _masked(self, text: str) -> str:
+        for value in sorted(self._hidden, key=len, reverse=True):  # one may be a part of another
+            if len(value) >= 4:
+                text = text.replace(value, MASK)
+        return redact(text)
+
+
+async def _next(log: AsyncGenerator[str, None]) -> str | None:
+    """The next piece of a log. None at its end, and where the connection breaks: then it is asked for again."""
+    try:
+        return await anext(log, None)
+    except (RuntimeError, OSError, aiohttp.ClientError):
+        return None
+
+
+def submit(
+    config: str | Path, overrides: Sequence[str], *, address: str | None, env: Sequence[str], driver: DriverResources
+) -> tuple[Jobs, str]:
+    """Check a configuration, pack the current folder, and start `rlhf train` on it, or what is left of it.
+
+    UserError before any contact for whatever can be known here. Returns the cluster's jobs and the id of this one.
+    """
+    loaded = load(config, overrides)
+    for text in overrides:
+        if redact(text) != text:
+            raise UserError(
+                f"argument {text.partition('=')[0]}: holds a secret, and a cluster shows the command of a job to all "
+                "its users; give it by an environment variable (--env), or write it in the configuration's file"
+            )
+    values = _values(env)
+    project = project_of(Path(config), overrides, loaded)
+    words = ["python", "-m", "actors.jobs.entrypoint", "train", str(project.config), *overrides, "--resume", "auto"]
+    _dashboard(address)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "project.zip"
+        project.pack(archive, env=values)
+        jobs = Jobs(address)
+        return jobs, jobs.submit(
+            loaded, archive, f"exec {shlex.join(words)}", hidden=tuple(values.values()), driver=driver
+        )
+
+
+def _values(names: Sequence[str]) -> dict[str, str]:
+    """Of environment variables. UserError, without what was given, for what is no name or is not set."""
+    for name in names:
+        if not _ENV_NAME.fullmatch(name):
+            raise UserError(
+                f"--env {name.partition('=')[0]}: takes the name of a variable alone; its value comes from your "
+                "environment, so that no command line shows it"
+            )
+        if name not in os.environ:
+            raise UserError(f"--env {name}: is not set in your environment; export it first")
+    return {name: os.environ[name] for name in names}
+
+
+def _dashboard(address: str | None) -> str:
+    """Where jobs are taken: as given, or RAY_ADDRESS."""
+    found = address or os.environ.get("RAY_ADDRESS")
+    if not found:
+        raise UserError(
+            "no cluster is named: give --address http://HOST:8265, or set RAY_ADDRESS to that; `ray start --head` "
+            "prints it"
+        )
+    if not found.startswith(("http://", "https://")):
+        raise UserError(
+            f"{found} (--address or RAY_ADDRESS) is no address of a dashboard, which takes jobs: it is "
+            "http://HOST:PORT, the port 8265 unless the head was told another"
+        )
+    return found.rstrip("/")

@@ -1,0 +1,138 @@
+"""The trained workers as Ray actors: an address to meet at and, for the policy, the sender of its weights.
+
+Everything else of a rank is in rlhf.workers; here is only what needs the cluster.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ray.util
+from torch import Tensor
+
+from actors.weights import Meeting, Transport, WeightManifest, WeightSender, open_sender
+from actors.weights.adapter import AdapterSender
+from rlhf.config.derive import OfflineKind, ships_adapter
+from rlhf.models.export import adapter_config
+from rlhf.workers.offline.distillation import DistillationWorker
+from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
+from rlhf.workers.offline.step_rewards import StepRewardWorker
+from rlhf.workers.offline.supervised import SupervisedWorker
+from rlhf.workers.offline.unpaired import UnpairedWorker
+from rlhf.workers.online.critic import CriticWorker
+from rlhf.workers.online.pairs import OnlinePreferenceWorker
+from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.student import StudentWorker
+from rlhf.workers.rank_context import torch_dtype
+from rlhf.workers.trained import TrainedWorker
+
+
+def free_address(*, one_host: bool) -> tuple[str, int]:
+    """Where the gang meets: this node's address (loopback if all ranks are on it) and a port that is free now."""
+    host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return host, int(probe.getsockname()[1])
+
+
+class Meets:
+    """What every rank has besides its worker."""
+
+    def address(self, one_host: bool) -> tuple[str, int]:
+        """Where the other ranks find this one."""
+        return free_address(one_host=one_host)
+
+
+class Publishes(Meets, TrainedWorker):
+    """Sends the weights of a policy that answers prompts to its engines."""
+
+    sender: WeightSender
+
+    def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
+        """Open this rank's end of the weight transport. Where vLLM takes the adapter alone, it goes by `adapters`.
+
+        Engines that are colocated share the GPUs of the first ranks, one each.
+        """
+        dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
+        if not ships_adapter(self.config):
+            beside = rank < num_engines
+            self.sender = open_sender(transport, rank=rank, dtype=dtype, meeting=meeting, beside_engine=beside)
+            return
+        config = adapter_config(self.engine.module)
+        self.sender = AdapterSender(adapters, config, rank=rank, dtype=dtype)
+
+    def publish(self, version: int) -> WeightManifest | None:
+        """Describe the weights of a version to the engines; None on ranks other than 0. Collective."""
+        return self.sender.publish(self._published(), version)
+
+    def send(self, manifest: WeightManifest) -> None:
+        """Send them, where the transport needs it. Collective."""
+        self.sender.send(manifest, self._published())
+
+    def settle(self) -> None:
+        """The engines have loaded what was published. Collective."""
+        self.sender.settle()
+
+    def _published(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that the engines do not have from the start. Iterating is collective."""
+        dtype = torch_dtype(self.model_config.dtype)
+        if ships_adapter(self.config):
+            return self.engine.named_adapter_weights(dtype)
+        return self.engine.named_weights(dtype)
+
+    def stop(self) -> None:
+        """Remove what was published and leave the gang."""
+        self.sender.close()
+        super().stop()
+
+
+class PolicyRank(Publishes, PolicyWorker):
+    """One rank of a policy that learns by advantages."""
+
+
+class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):
+    """One rank of a policy that learns from pairs of its responses."""
+
+
+class StudentRank(Publishes, StudentWorker):
+    """One rank of a policy that learns from a teacher on its responses."""
+
+
+class CriticRank(Meets, CriticWorker):
+    """One rank of the critic."""
+
+
+class SupervisedRank(Meets, SupervisedWorker):
+    """One rank of a model trained on examples."""
+
+
+class DistillationRank(Meets, DistillationWorker):
+    """One rank of a student."""
+
+
+class PreferenceRank(Meets, PreferenceWorker):
+    """One rank of a policy trained on pairs."""
+
+
+class RewardModelRank(Meets, RewardModelWorker):
+    """One rank of a reward model trained on pairs."""
+
+
+class StepRewardRank(Meets, StepRewardWorker):
+    """One rank of a process reward model."""
+
+
+class UnpairedRank(Meets, UnpairedWorker):
+    """One rank of a policy trained on labelled responses."""
+
+
+OFFLINE_RANKS: Mapping[OfflineKind, type[TrainedWorker]] = {
+    "supervised": SupervisedRank,
+    "distillation": DistillationRank,
+    "preference": PreferenceRank,
+    "reward_model": RewardModelRank,
+    "step_rewards": StepRewardRank,
+    "unpaired": UnpairedRank,
+}

@@ -1,0 +1,257 @@
+"""Reward and reference workers: independent processes among which groups are dealt out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from actors.cluster.processes import Processes
+from actors.cluster.waiting import wait_all, wait_one
+from actors.roles.gang import END_WITHIN_S, largest
+from rlhf.data.examples import Example, collate
+from rlhf.data.packing import balance
+from rlhf.evaluation.results import ExampleResult
+from rlhf.evaluation.voting import AnswerForm
+from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
+from rlhf.rewards.scoring import deadline_s as longest_s
+from rlhf.roles import CompletedGroup, MemoryReport, Ref, SampleSelection
+from rlhf.rollouts.records.texts import Transcript
+from rlhf.types import GroupScores, Role, Rollouts, TokenSignals, TokenValues
+from rlhf.workers.frozen.reward import RewardSettings
+
+PING_EVERY_S = 10.0  # of a worker that has not answered yet
+
+
+class RewardWorkers:
+    """The reward role."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], settings: RewardSettings, *, deadline_s: float) -> None:
+        self.handles = handles
+        self.settings = settings
+        self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
+        self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
+        self.deadline_s = deadline_s
+        self.pings: dict[int, asyncio.Task[Any]] = {}  # by worker
+        self.processes = Processes("reward", handles)
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Start the reward processes and load the models."""
+        await self.processes.found(deadline_s=deadline_s)
+        await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
+
+    async def score(self, group: CompletedGroup) -> GroupScores:
+        """Score a group. Groups go to the workers in turn, to each as many at once as it has processes.
+
+        The limit counts from the start of the work on a group. Services are asked first, about more groups at once.
+        """
+        worker = group.request.group_id % len(self.handles)
+        errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
+        if errors:
+            return GroupScores(scores=(), by_name={}, errors=errors)
+        truncated = tuple(info.finish_reason == "length" for info in group.infos)
+        environment = tuple(info.environment_rewards for info in group.infos)
+        longest = longest_s(self.settings.specs, len(truncated), timeout_s=self.settings.timeout_s)
+        prompt = group.request.prompt
+        asked = await self._ask(worker, group, truncated)
+        async with self.free[worker]:
+            ref = self.handles[worker].score.remote(prompt, group.rollouts, truncated, asked, environment)
+            scores: GroupScores = await self._answer(worker, ref, stage="rewards", longest=longest)
+        return scores
+
+    async def _ask(self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...]) -> dict[str, Outcome]:
+        """Return the answers of the services that score this row."""
+        prompt = group.request.prompt
+        if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
+            return {}
+        longest = ask_deadline_s(self.settings.specs, len(truncated))
+        async with self.free_to_ask[worker]:
+            ref = self.handles[worker].ask.remote(prompt, group.rollouts, truncated)
+            asked: dict[str, Outcome] = await self._answer(worker, ref, stage="services", longest=longest)
+        return asked
+
+    async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
+        """Wait for an answer that may take `longest` seconds, and ping the worker meanwhile.
+
+        A worker that stands still is noticed within cluster.call_timeout_s, however long its rewards may take.
+        """
+        limit = "the limits of the rewards and cluster.call_timeout_s"
+        limit_s = longest + self.deadline_s
+        answer = asyncio.ensure_future(
+            wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
+        )
+        try:
+            while not (await asyncio.wait({answer}, timeout=PING_EVERY_S))[0]:
+                ping = self._ping(worker, stage)
+                await asyncio.wait({answer, ping}, return_when=asyncio.FIRST_COMPLETED)
+                if ping.done():
+                    ping.result()
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _ping(self, worker: int, stage: str) -> asyncio.Task[Any]:
+        """Return the ping of a worker that is under way, or a new one."""
+        ping = self.pings.get(worker)
+        if ping is None or ping.done():
+            ref = self.handles[worker].ping.remote()
+            ping = asyncio.ensure_future(
+                wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=self.deadline_s)
+            )
+            ping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+            self.pings[worker] = ping
+        return ping
+
+    async def texts(self, group: CompletedGroup) -> list[str]:
+        """Return the responses as text."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].texts.remote(group.rollouts)
+        texts: list[str] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=self.deadline_s)
+        return texts
+
+    async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
+        """Return the responses turn by turn and token by token."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].transcripts.remote(group.rollouts)
+        limit_s = self.deadline_s
+        said: list[Transcript] = await wait_one(ref, role="reward", rank=worker, stage="texts", deadline_s=limit_s)
+        return said
+
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+        """Return the answer of each response, by which responses vote; None: it has none."""
+        worker = group.request.group_id % len(self.handles)
+        ref = self.handles[worker].answers.remote(group.rollouts, form)
+        limit_s = self.deadline_s
+        said: tuple[str | None, ...] = await wait_one(ref, role="reward", rank=worker, stage="eval", deadline_s=limit_s)
+        return said
+
+    async def write_samples(
+        self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
+    ) -> None:
+        """The first worker writes them."""
+        records = [selection.records for selection in selections]
+        rollouts = [selection.rollouts for selection in selections]
+        ref = self.handles[0].write_samples.remote(path, records, *rollouts, *signals)
+        await wait_one(ref, role="reward", rank=0, stage="samples", deadline_s=self.deadline_s)
+
+    async def memory(self) -> MemoryReport:
+        """Peaks over the workers."""
+        refs = [h.memory.remote() for h in self.handles]
+        return largest(await wait_all(refs, role="reward", stage="memory", deadline_s=self.deadline_s))
+
+    async def stop(self) -> None:
+        """End the reward processes and the workers."""
+        refs = [h.stop.remote() for h in self.handles]
+        await wait_all(refs, role="reward", stage="stop", deadline_s=END_WITHIN_S)
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once; their reward processes end with them."""
+        self.processes.end()
+
+
+class ReferenceWorkers:
+    """The reference role."""
+
+    role: Role = "reference"
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.processes = Processes(self.role, handles)
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load the models."""
+        await self.processes.found(deadline_s=deadline_s)
+        refs = [h.start.remote() for h in self.handles]
+        await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
+
+    async def become(self, folder: Path) -> None:
+        """Hold the model of a folder from now on."""
+        refs = [h.become.remote(str(folder)) for h in self.handles]
+        await wait_all(refs, role=self.role, stage="reference", deadline_s=self.deadline_s)
+
+    async def logprobs(
+        self,
+        rollouts: Sequence[Ref[Rollouts]],
+        *,
+        only: frozenset[int] | None = None,
+        temperatures: Mapping[int, float] | None = None,
+    ) -> list[Ref[TokenValues]]:
+        """Batches are dealt out evenly; each worker packs its own together."""
+        columns: list[Any] = [None] * len(rollouts)
+        shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
+        waits = []
+        for handle, share in zip(self.handles, shares, strict=False):
+            given = [rollouts[i] for i in share]
+            *found, done = handle.logprobs.options(num_returns=len(share) + 1).remote(only, temperatures or {}, *given)
+            for i, ref in zip(share, found, strict=True):
+                columns[i] = ref
+            waits.append(done)
+        await wait_all(waits, role=self.role, stage=self.role, deadline_s=self.deadline_s)
+        return columns
+
+    async def offload(self) -> None:
+        """Give the GPU to the engines."""
+        refs = [h.offload.remote() for h in self.handles]
+        await wait_all(refs, role=self.role, stage="offload", deadline_s=self.deadline_s)
+
+    async def reload(self) -> None:
+        """Take the GPU back."""
+        refs = [h.reload.remote() for h in self.handles]
+        await wait_all(refs, role=self.role, stage="reload", deadline_s=self.deadline_s)
+
+    async def memory(self) -> MemoryReport:
+        """Peaks over the workers."""
+        refs = [h.memory.remote() for h in self.handles]
+        return largest(await wait_all(refs, role=self.role, stage="memory", deadline_s=self.deadline_s))
+
+    async def stop(self) -> None:
+        """End the workers: they hold nothing to be given back."""
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once."""
+        self.processes.end()
+
+
+class LikelihoodWorkers:
+    """Workers that measure supervised examples, for an evaluation outside of a run."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.processes = Processes("policy", handles)
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Load the models."""
+        await self.processes.found(deadline_s=deadline_s)
+        await wait_all([h.start.remote() for h in self.handles], role="policy", stage="start", deadline_s=deadline_s)
+
+    async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
+        """One result for each example, in order; they are dealt out by equal work."""
+        shares = balance([len(example.token_ids) for example in examples], len(self.handles))
+        shares = [share for share in shares if share]
+        refs = [
+            handle.measure.remote(collate([examples[i] for i in share]))
+            for handle, share in zip(self.handles, shares, strict=False)
+        ]
+        found = await wait_all(refs, role="policy", stage="eval", deadline_s=self.deadline_s)
+        by_row = {
+            i: result
+            for share, results in zip(shares, found, strict=True)
+            for i, result in zip(share, results, strict=True)
+        }
+        return [by_row[i] for i in range(len(examples))]
+
+    async def stop(self) -> None:
+        """End the workers: they hold nothing to be given back."""
+        self.end()
+
+    def end(self) -> None:
+        """End the workers at once."""
+        self.processes.end()

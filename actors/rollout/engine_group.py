@@ -1,0 +1,268 @@
+"""The rollout role: distributes prompts among vLLM engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.cluster.actor_locations import losses
+from actors.cluster.placement import Placement
+from actors.cluster.processes import Processes
+from actors.cluster.waiting import RESUMES, explain, wait_all
+from actors.roles.gang import END_WITHIN_S, PolicyGang, largest
+from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
+from actors.weights import WeightManifest
+from rlhf.config.derive import WeightSync, saved_rank, ships_adapter, weight_sync
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import peak_memory
+from rlhf.errors import RunError
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.roles import CompletedGroup, EnginePart, MemoryReport
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.types import GroupRequest, RolloutInfo, Sampling
+
+logger = logging.getLogger(__name__)
+
+ASKED_AT_ONCE = 10_000  # calls that an engine's actor holds; vLLM has its own queue
+
+
+class RolloutEngine(RolloutWorker):
+    """One engine as a Ray actor."""
+
+    async def memory(self) -> MemoryReport:
+        """Return the peaks of this process and, on GPUs, of the engine's workers, which may be other processes."""
+        return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
+
+
+def start_engines(
+    config: Config,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    spool: Path,
+    environment: EnvironmentSpec | None,
+) -> RolloutEngines:
+    """Create the engines' actors. Their models are not loaded yet, and they wait for the policy's weights."""
+    policy, role, lora = config.policy, config.cluster.roles.rollout, config.policy.lora
+    sync = weight_sync(config.cluster, one_host=placement.on_one_host())
+    spec = RolloutSpec(
+        name="rollout engine",
+        model=policy.model,
+        tokenizer=policy.tokenizer,
+        dtype=policy.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=role.max_num_seqs,
+        transport=sync.method,
+        sender_address=None if placement.on_one_host() else placement.addresses_of("policy")[0],
+        lora_rank=saved_rank(lora) if lora is not None and ships_adapter(config) else None,
+        colocated=role.colocate_with is not None,
+        trust_remote_code=policy.trust_remote_code,
+        spool=spool,
+        environment=environment,
+    )
+    return RolloutEngines(_spawn(spec, config.cluster, placement), sync, deadline_s=config.cluster.call_timeout_s)
+
+
+def serve_engines(
+    model: ModelOnDisk,
+    cluster: ClusterConfig,
+    placement: Placement,
+    *,
+    max_model_len: int,
+    environment: EnvironmentSpec | None = None,
+) -> RolloutEngines:
+    """Create engines that answer with a model as it lies on disk. They are not started and cannot be synced."""
+    spec = RolloutSpec(
+        name="rollout engine",
+        model=model.base,
+        tokenizer=model.tokenizer,
+        dtype=model.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=cluster.roles.rollout.max_num_seqs,
+        transport=None,
+        adapter=model.adapter,
+        lora_rank=model.lora_rank,
+        trust_remote_code=model.trust_remote_code,
+        environment=environment,
+    )
+    return RolloutEngines(_spawn(spec, cluster, placement), None, deadline_s=cluster.call_timeout_s)
+
+
+def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) -> list[ActorHandle[Any]]:
+    """Create one actor for each seat. The cluster and the seat add their settings to the common ones."""
+    role, nodes = cluster.roles.rollout, placement.nodes_of("rollout")
+    remote = ray.remote(RolloutEngine)
+    handles = []
+    for rank, node in enumerate(nodes):
+        auto = max(1, placement.cores(node) // nodes.count(node))
+        spec = replace(
+            common,
+            name=f"{common.name} {rank}",
+            device=cluster.device,
+            threads=auto if role.threads == "auto" else role.threads,
+            kv_cache_gib=float(role.kv_cache_gib) if cluster.device == "cpu" else None,
+            gpu_memory_utilization=role.gpu_memory_utilization,
+            tensor_parallel=role.tensor_parallel,
+            enforce_eager=role.enforce_eager or cluster.device == "cpu",
+            start_timeout_s=cluster.start_timeout_s,
+            call_timeout_s=cluster.call_timeout_s,
+        )
+        options = placement.options("rollout", rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
+        handles.append(remote.options(**options).remote(spec))
+    return handles
+
+
+class RolloutEngines:
+    """All engines of a run. `sync`: how the policy's weights reach them, None if they are frozen.
+
+    Requests are distributed by their place in the list, and an engine starts its share in one step. A batch of the same
+    requests under the same weights is therefore always scheduled and rounded alike.
+    """
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], sync: WeightSync | None, *, deadline_s: float) -> None:
+        self.handles = handles
+        self.sync = sync
+        self.deadline_s = deadline_s
+        self.processes = Processes("rollout", handles)
+        self._cancelled: set[int] = set()  # groups that a `generate` at work is not to yield
+
+    async def connect(
+        self, policy: PolicyGang, *, one_host: bool, tensor_parallel: int, adapter: bool, shared: Path
+    ) -> None:
+        """Open both ends of the weight transport.
+
+        An adapter alone travels as the folder `shared`, which policy and engines on all hosts must see.
+        """
+        assert self.sync is not None, "frozen engines are not connected to a policy"
+        engines = len(self.handles)
+        if adapter:
+            logger.info("the adapter goes through %s", shared)
+            await policy.open_weights(self.sync.method, None, shared, num_engines=engines)
+            return
+        logger.info("weights go by %s: %s", self.sync.method, self.sync.why)
+        meeting = None
+        if self.sync.method in ("gloo", "nccl"):
+            receivers = engines * tensor_parallel
+            meeting = await policy.meeting(num_receivers=receivers, one_host=one_host, timeout_s=self.deadline_s)
+        ours = [
+            handle.open_weights.remote(meeting, 1 + engine * tensor_parallel)
+            for engine, handle in enumerate(self.handles)
+        ]
+        await asyncio.gather(
+            policy.open_weights(self.sync.method, meeting, shared, num_engines=engines), self._all(ours, "weight sync")
+        )
+
+    async def _all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
+        return await wait_all(refs, role="rollout", stage=stage, deadline_s=deadline_s or self.deadline_s)
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Start all engines."""
+        await self.processes.found(deadline_s=deadline_s)
+        await self._all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s)
+
+    async def renew(self, spool: Path) -> bool:
+        """Prepare the engines for another run. Return False if one of them still works for the last run."""
+        return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
+
+    async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
+        """Answer all requests that are not cancelled meanwhile, and yield groups as they are completed.
+
+        The first failure ends the wait. It may be a request that its engine refuses before it starts the batch.
+        """
+        shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
+        await self._all([h.hold.remote() for h in self.handles], "rollouts")
+        columns: dict[int, Any] = {}
+        waits: dict[asyncio.Future[Any], tuple[GroupRequest, int]] = {}
+        for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True)):
+            for request in share:
+                rollouts, scalars = handle.generate.options(num_returns=2).remote(request, sampling)
+                columns[request.group_id] = rollouts
+                waits[asyncio.wrap_future(scalars.future())] = (request, engine)
+        releases = {
+            asyncio.wrap_future(handle.release.remote(len(share)).future()): engine
+            for engine, (handle, share) in enumerate(zip(self.handles, shares, strict=True))
+        }
+        try:
+            while waits or releases:
+                done, _ = await asyncio.wait(
+                    [*waits, *releases], timeout=self.deadline_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    stuck = sorted({*releases.values(), *(engine for _, engine in waits.values())})
+                    raise RunError(
+                        f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses()} {RESUMES}"
+                    )
+                for future in sorted(done & waits.keys(), key=lambda f: waits[f][0].group_id):
+                    request, engine = waits.pop(future)
+                    infos: tuple[RolloutInfo, ...] | None = _result(future, engine)
+                    if infos is None or request.group_id in self._cancelled:
+                        continue
+                    yield CompletedGroup(request=request, rollouts=columns[request.group_id], infos=infos)
+                for future in done & releases.keys():
+                    _result(future, releases.pop(future))
+        finally:
+            for future in (*waits, *releases):
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # otherwise asyncio logs a failure that nobody waits for
+            self._cancelled.difference_update(columns)
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        """Drop requests of the running `generate`."""
+        group_ids = [request.group_id for request in requests]
+        self._cancelled.update(group_ids)
+        await self._all([h.cancel.remote(group_ids) for h in self.handles], "rollouts")
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Load a published set of weights. RunError unless the engines then have its version and its bytes."""
+        receipts = await self._all(
+            [h.update_weights.remote(manifest, manifest.version) for h in self.handles], "weight sync"
+        )
+        for engine, receipt in enumerate(receipts):
+            if (receipt.version, receipt.checksum) != (manifest.version, manifest.checksum):
+                raise RunError(
+                    f"weight sync: rollout engine {engine} has version {receipt.version} with checksum "
+                    f"{receipt.checksum}; the policy published version {manifest.version} with {manifest.checksum}. "
+                    "The run stops before it samples from weights that are not the policy's."
+                )
+
+    async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """Return each engine's log-probabilities of token_ids[1:]."""
+        return await self._all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
+
+    async def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPUs to the trainers."""
+        await self._all([h.sleep.remote(keep_weights=keep_weights) for h in self.handles], "sleep")
+
+    async def wake(self, part: EnginePart) -> None:
+        """Take GPU memory back: the weights' part, then the cache's."""
+        await self._all([h.wake.remote(part) for h in self.handles], "wake")
+
+    async def memory(self) -> MemoryReport:
+        """Return the largest peaks of all engines."""
+        return largest(await self._all([h.memory.remote() for h in self.handles], "memory"))
+
+    async def stop(self) -> None:
+        """Shut the engines down in order."""
+        await self._all([h.shutdown.remote() for h in self.handles], "stop", deadline_s=END_WITHIN_S)
+        self.end()
+
+    def end(self) -> None:
+        """End the engines at once."""
+        self.processes.end()
+
+
+def _result(future: asyncio.Future[Any], engine: int) -> Any:
+    """Return the result of a call to an engine, or raise its failure in the words of the run."""
+    if future.exception() is not None:
+        raise explain(future.exception(), role="rollout", rank=engine, stage="rollouts")
+    return future.result()

@@ -1,0 +1,80 @@
+"""`rlhf play`: an environment of a configuration, played by hand in the policy's place, without a model or Ray.
+
+The conversation is that of a rollout: what is shown is what the policy would be given, token for token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from actors.rollout.tool_calls import VllmToolCalls
+from rlhf.config.files.load import LoadedConfig
+from rlhf.controller.answers import request_for
+from rlhf.data.tokenization import Continuation
+from rlhf.errors import RunError, UserError
+from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.rollouts.environments.conversations import Conversations
+from rlhf.rollouts.records.spans import Played, Sampled
+from rlhf.stopping import run_async
+from rlhf.tracking import logs
+from rlhf.types import Sampling
+
+
+class Left(Exception):
+    """The player gave no further turn."""
+
+
+def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
+    """Play one conversation. Each of `turns` is one of the policy's; `show` gets what the policy would be given before.
+
+    row: the prompt's place among the training data, from 1. UserError if the configuration has no environment or the
+    data no such row. RunError if the environment failed. Left if the turns end before the conversation does.
+    """
+    logs.configure("WARNING")
+    stages = [stage for stage in load_inputs(loaded) if isinstance(stage, StageInputs)]
+    playing = [(stage, stage.inputs) for stage in stages if isinstance(stage.inputs, OnlineInputs)]
+    found = next(((stage, inputs) for stage, inputs in reversed(playing) if inputs.environment is not None), None)
+    if found is None:
+        raise UserError(f"{loaded.source}: has no rollouts.environment to play. Name one.")
+    stage, inputs = found
+    if not 1 <= row <= len(inputs.prompts):
+        raise UserError(f"--row: is {row}, and the training data has the rows 1 to {len(inputs.prompts)}")
+    return run_async(_play(stage, inputs, iter(turns), show, row))
+
+
+async def _play(
+    stage: StageInputs, inputs: OnlineInputs, turns: Iterable[str], show: Callable[[str], None], row: int
+) -> Played:
+    rollouts, tokenizer = stage.config.rollouts, stage.tokenizer
+    assert rollouts is not None
+    assert inputs.environment is not None
+    continuation, lines = Continuation(tokenizer), iter(turns)
+    shown = 0  # tokens
+
+    async def draw(group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, end: int | None) -> Sampled:
+        nonlocal shown
+        show(tokenizer.decode(list(tokens[shown:]), skip_special_tokens=False))
+        text = await asyncio.to_thread(next, lines, None)
+        if text is None:
+            raise Left
+        before = tokenizer.decode(list(tokens[-1:]), skip_special_tokens=False)
+        ids = [*continuation.encode([(before, text)])[0], tokenizer.eos_token_id if end is None else end]
+        ids = ids[: sampling.max_new_tokens]
+        shown = len(tokens) + len(ids)
+        return Sampled(token_ids=tuple(ids), logprobs=(0.0,) * len(ids), versions=(0,) * len(ids), finish_reason="stop")
+
+    conversations = Conversations(inputs.environment, tokenizer, draw)
+    description = await conversations.start()
+    try:
+        if description.tools:
+            conversations.parser = VllmToolCalls(inputs.environment.tool_parser, tokenizer, description.tools)
+        prompt = inputs.prompts[row - 1]
+        seed = stage.config.run.seed
+        request = request_for(prompt, group_id=0, first_sequence_id=0, samples=1, run_seed=seed)
+        (played,) = await conversations.play(request, Sampling(max_new_tokens=rollouts.max_new_tokens))
+    finally:
+        await conversations.stop()
+    if played.error is not None:
+        raise RunError(f"{inputs.environment.key}: {played.error.kind}: {played.error.message}")
+    return played

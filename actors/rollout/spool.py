@@ -1,0 +1,79 @@
+"""Finished groups on disk, so that a resumed run trains on the very same rollouts.
+
+One file a group, named by group id and the version of the weights that the group began with, written whole or not at
+all. A file speaks for a request only if prompt, seeds, sampling and environment are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rlhf.rollouts.records.request_digest import request_identity
+from rlhf.tracking.run_folder.atomic import explains_full
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling, StepReward
+
+logger = logging.getLogger(__name__)
+
+
+def group_path(folder: Path, group_id: int, version: int) -> Path:
+    """Where a group is spooled."""
+    return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"
+
+
+def write_group(
+    folder: Path,
+    request: GroupRequest,
+    sampling: Sampling,
+    version: int,
+    rollouts: Rollouts,
+    infos: tuple[RolloutInfo, ...],
+    *,
+    environment: str = "",
+) -> None:
+    """Write a finished group aside, then rename it into place. The folder is there, or is no longer this run's."""
+    path = group_path(folder, request.group_id, version)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(Rollouts)}
+    told = json.dumps([asdict(info) for info in infos])
+    with explains_full(path):
+        save_file(columns, aside, metadata={**_identity(request, sampling, environment), "infos": told})
+        aside.replace(path)
+
+
+def read_group(
+    folder: Path, request: GroupRequest, sampling: Sampling, version: int, *, environment: str = ""
+) -> tuple[Rollouts, tuple[RolloutInfo, ...]] | None:
+    """The group, if it is there, whole, and answers this very request."""
+    path = group_path(folder, request.group_id, version)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if any(metadata.get(key) != value for key, value in _identity(request, sampling, environment).items()):
+                return None
+            rollouts = Rollouts(**{field.name: file.get_tensor(field.name) for field in fields(Rollouts)})
+            infos = tuple(_info(row) for row in json.loads(metadata["infos"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also of a release that knew other scalars
+        logger.warning("%s is damaged (%s); its group is drawn again", path, error)
+        return None
+    return rollouts, infos
+
+
+def _info(row: dict[str, Any]) -> RolloutInfo:
+    rewards = row.pop("environment_rewards")
+    return RolloutInfo(
+        **row, environment_rewards=None if rewards is None else tuple(StepReward(**one) for one in rewards)
+    )
+
+
+def _identity(request: GroupRequest, sampling: Sampling, environment: str) -> dict[str, str]:
+    return {**request_identity(request, sampling), "environment": environment}

@@ -1,0 +1,233 @@
+"""The interface to vLLM: the specification of an engine, its environment and arguments, and operations on it.
+
+The engine loop calls the functions that take an engine, between two steps. They import vLLM inside, so that a
+specification can be made and its environment set before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.cluster.processes import KEEPS_MEMORY, hub_environment
+from actors.weights import Transport, WeightManifest
+from actors.weights.adapter import WEIGHTS, file_checksum
+from rlhf.errors import RunError
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.types import Sampling
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allocates for
+PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSpec:
+    """The settings of one engine."""
+
+    name: str  # in messages, e.g. "rollout engine 0"
+    model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
+    dtype: Literal["bfloat16", "float16", "float32"]
+    max_model_len: int  # prompt and response, tokens
+    max_num_seqs: int  # samples in one step of the engine
+    transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
+    tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own
+    adapter: str | None = None  # a LoRA folder that a frozen engine puts on its model
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1  # CPU only
+    kv_cache_gib: float | None = 1.0  # None (GPU): what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+    lora_rank: int | None = None  # then an adapter is synced, not the weights
+    colocated: bool = False  # shares its GPUs with a trainer, with which it takes turns
+    trust_remote_code: bool = False
+    sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
+    spool: Path | None = None  # finished groups are kept here
+    environment: EnvironmentSpec | None = None  # what the policy converses with; None: one turn answers a prompt
+    start_timeout_s: float = 600.0
+    call_timeout_s: float = 1800.0  # of a generate or an update
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and not (self.is_frozen and self.lora_rank):
+            raise ValueError("an adapter of its own needs a frozen engine and the adapter's lora_rank")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the engine answers with the weights of its model folder, as version 0, and refuses all others."""
+        return self.transport is None
+
+
+def engine_environment(spec: RolloutSpec) -> dict[str, str]:
+    """Return the variables that must be set before vLLM is imported."""
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+        **hub_environment(),
+    }
+    if Path(spec.model).exists():
+        env["HF_HUB_OFFLINE"] = "1"
+    if spec.device == "cpu":
+        env |= KEEPS_MEMORY
+        env["OMP_NUM_THREADS"] = str(spec.threads)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if spec.enforce_eager:
+            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles its logprob gathering even so: 3 to 15 s for nothing
+    return env
+
+
+def build_engine(spec: RolloutSpec) -> Any:
+    """Build vLLM's engine with its core in the calling thread."""
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rlhf.models.loading import split_revision  # with transformers, which the driver need not wait for
+
+    cpu = spec.device == "cpu"
+    model, revision = split_revision(spec.model)
+    tokenizer, tokenizer_revision = split_revision(spec.tokenizer or spec.model)
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=model,
+            revision=revision,
+            tokenizer=tokenizer,
+            tokenizer_revision=tokenizer_revision,
+            dtype=spec.dtype,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len),
+            tensor_parallel_size=spec.tensor_parallel,
+            # Left to itself vLLM would place actors of its own in the run's placement group.
+            distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
+            enforce_eager=spec.enforce_eager,
+            block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
+            enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
+            async_scheduling=False,  # a step is over when step() returns, so an update never meets one
+            enable_sleep_mode=spec.colocated and not cpu,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            enable_lora=spec.lora_rank is not None,
+            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
+            max_loras=1,
+            trust_remote_code=spec.trust_remote_code,
+            worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
+            weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
+            disable_log_stats=True,
+        )
+    )
+
+
+def added_tokens(engine: Any) -> dict[str, int]:
+    """Return the ids of the tokenizer's special and added tokens by their text."""
+    return dict(engine.get_tokenizer().get_added_vocab())
+
+
+def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
+    """Return vLLM's parameters for one sample.
+
+    turn_end: a token that ends it besides the model's own. added: what `added_tokens` returned. A stop string that is
+    such a token ends the sample by its id. Only where one stands within a longer string are they part of the text in
+    which vLLM looks for strings.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    ends = {*sampling.stop_token_ids, *(added[text] for text in sampling.stop if text in added)}
+    if turn_end is not None:
+        ends.add(turn_end)
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0 if sampling.top_k is None else sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(ends),
+        include_stop_str_in_output=True,
+        skip_special_tokens=not any(name in text for text in sampling.stop if text not in added for name in added),
+        spaces_between_special_tokens=False,
+        structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
+        detokenize=bool(sampling.stop),  # text is only looked at for stop strings
+        logprobs=0,  # the sampled token's
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The state that the engine reports after an update, before the next step."""
+
+    checksums: tuple[str, ...]  # of the bytes that each worker read
+    version: int
+    cached_blocks: int  # of keys and values that a later prompt might reuse; they would be the old weights'
+
+
+def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
+    """Mark a frozen engine's weights as version 0 and load its adapter. Return vLLM's name for it, or None."""
+    from vllm.lora.request import LoRARequest
+
+    engine.set_weight_version("0")
+    if spec.adapter is None:
+        return None
+    request = LoRARequest("adapter", 1, spec.adapter)
+    if not engine.add_lora(request):
+        raise RunError(f"{spec.name}: vLLM did not load the adapter in {spec.adapter}")
+    return request
+
+
+def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
+    """Load a published set of weights and forget what the old ones computed."""
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
+    engine.collective_rpc("finish_weight_update")
+    return _finish(engine, manifest.version, engine.collective_rpc("received_checksum"))
+
+
+def load_adapter(engine: Any, manifest: WeightManifest) -> Loaded:
+    """Load a published LoRA adapter from its folder, over the previous one."""
+    checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
+    if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
+        raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
+    return _finish(engine, manifest.version, [checksum])
+
+
+def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
+    """Return vLLM's name for the policy's adapter.
+
+    load_inplace: load the adapter again although one of this name is loaded. Never set it in the requests of samples:
+    vLLM would load the adapter from its folder in every step of the engine.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, manifest.fields["folder"], load_inplace=load_inplace)
+
+
+def reset_caches(engine: Any) -> None:
+    """Forget every cached prefix. Samples in flight compute theirs again with the weights of that moment."""
+    if not engine.reset_prefix_cache(reset_running_requests=True):
+        raise RunError("the engine did not reset its prefix cache")
+
+
+def kv_cache_tokens(engine: Any) -> int:
+    """Return the number of tokens that fit into the cache."""
+    cache = engine.vllm_config.cache_config
+    return int(cache.num_gpu_blocks * cache.block_size)
+
+
+def _finish(engine: Any, version: int, checksums: Sequence[str]) -> Loaded:
+    engine.set_weight_version(str(version))
+    reset_caches(engine)
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return Loaded(
+        checksums=tuple(checksums),
+        version=int(engine.get_weight_version()),
+        cached_blocks=len(pool.cached_block_hash_to_block),
+    )

@@ -1,0 +1,101 @@
+"""Rollout engines that outlive their run, for the next run of this process if it needs the same engines.
+
+A process that runs several trials of a sweep keeps them (`KEEPER.keeps`); any other process ends them with its run.
+They know nothing of the previous run: they refuse to generate before a sync, and every batch begins without cached
+prefixes. Only engines on one CPU host are kept, because the other transports are connected to their sender.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.cluster.placement import Placement, reserve
+from actors.rollout.engine_group import RolloutEngines, start_engines
+from rlhf.config.placement_plan import seat
+from rlhf.config.schema.root import Config
+from rlhf.errors import RunError
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Keeper:
+    """Holds at most one set of engines, in their placement group."""
+
+    keeps: bool = False
+    kept: LentEngines | None = None
+
+    async def provide(
+        self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
+    ) -> LentEngines:
+        """Return the place and the engines of a run: the kept ones if they fit, else new ones that are not started."""
+        key, lent = engines_key(config, max_model_len, environment), self.kept
+        if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
+            self.kept, lent.is_kept, lent.is_started = None, False, True
+            logger.info("the rollout engines are those of the run before")
+            return lent
+        self.close()
+        placement = await reserve(config)
+        engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
+        whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
+        may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
+        return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
+
+    def close(self) -> None:
+        """End the engines that are kept."""
+        if self.kept is not None:
+            self.kept.is_kept = False
+            self.kept.end()
+            self.kept.release()
+            self.kept = None
+
+
+@dataclass(slots=True, kw_only=True)
+class LentEngines:
+    """The engines and the placement group of a run, which are kept if the run ends in order."""
+
+    key: str  # of what they follow from
+    placement: Placement
+    engines: RolloutEngines
+    may_stay: bool
+    is_started: bool = False
+    is_kept: bool = False
+
+    async def stop(self) -> None:
+        """Keep the engines, or shut them down in order. Called when the run has ended in order."""
+        self.is_kept = self.may_stay
+        if not self.is_kept:
+            await self.engines.stop()
+
+    def end(self) -> None:
+        """End the engines at once unless they are kept."""
+        if not self.is_kept:
+            self.engines.end()
+
+    def release(self) -> None:
+        """Give the place back unless the engines are kept in it."""
+        if self.is_kept:
+            KEEPER.kept = self
+        else:
+            self.placement.release()
+
+
+def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
+    """Return a key. Runs with equal keys need the same engines in the same place."""
+    policy = config.policy
+    model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
+    return repr((model, max_model_len, environment, seat(config), config.cluster))
+
+
+async def _renewed(engines: RolloutEngines, spool: Path) -> bool:
+    try:
+        return await engines.renew(spool)
+    except RunError as error:
+        logger.warning("the rollout engines of the run before are of no use any more: %s", error)
+        return False
+
+
+KEEPER = Keeper()

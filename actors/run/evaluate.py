@@ -1,0 +1,298 @@
+"""`rlhf eval`: models answer prompts through rollout engines and reward workers, or are measured on examples.
+
+The models of a comparison take turns, each with engines and reward workers of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import reserve_seats
+from actors.roles.gang import Stoppable, ending, spawn
+from actors.roles.worker_pools import LikelihoodWorkers, RewardWorkers
+from actors.rollout.engine_group import serve_engines
+from actors.run.run_record import recording
+from actors.serving.offline import sampling_of
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.placement_plan import seats_of
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.stages import result_of
+from rlhf.controller.answers import answered, error_record, note_errors, request_for
+from rlhf.errors import RunError, UserError
+from rlhf.evaluation.results import (
+    Evaluation,
+    ExampleResult,
+    PromptResult,
+    SetReport,
+    example_metrics,
+    example_rows,
+    prompt_reports,
+    prompt_rows,
+)
+from rlhf.evaluation.voting import AnswerForm, answer_of
+from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
+from rlhf.preflight.sources import named
+from rlhf.rewards.failure_rule import ends_run
+from rlhf.rewards.scoring import describe, error_rules
+from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.rollouts.records.texts import Transcript
+from rlhf.stopping import run_async
+from rlhf.tracking.run_folder.atomic import write_atomic, write_lines
+from rlhf.tracking.run_folder.errors import write_error
+from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.workers.frozen.likelihood import LikelihoodWorker
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+
+logger = logging.getLogger(__name__)
+REPORT, SAMPLES = "eval.json", "samples.jsonl"
+Said = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
+
+
+def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError if results cannot be written there, or are there already and are not to be overwritten."""
+    if (folder / REPORT).exists() and not overwrite:
+        raise UserError(
+            f"{folder} holds an evaluation already. Name another folder with --out, or replace it with --overwrite."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What there is to write down."""
+
+    evaluation: Evaluation
+    rows: list[dict[str, Any]]  # samples
+
+    @property
+    def report(self) -> str:
+        """eval.json."""
+        return json.dumps(self.evaluation.to_json(), indent=2, allow_nan=False) + "\n"
+
+
+def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
+    """Measure, and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or an environment
+    failed.
+
+    RunError if a reward failed whose `on_error` is fail, or if a set has no score at all.
+    """
+    (folder / "errors.jsonl").unlink(missing_ok=True)  # of an evaluation that failed
+
+    def note(scored: ScoredGroup) -> None:
+        for error in (*scored.scores.errors, *scored.scores.scored_errors):
+            write_error(folder, error_record(error, step=0))
+
+    with connected(inputs.cluster):
+        found = run_async(_find(inputs, note))
+    write_lines(folder / SAMPLES, found.rows)
+    write_atomic(folder / REPORT, found.report)
+    return found.evaluation
+
+
+def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
+    """An evaluation as a stage of a pipeline: its row of metrics is step 0, and eval.json says that it is finished."""
+    with recording(stage, resume=resume) as (record, _):
+        with named(f"stages.{record.folder.path.name}"):
+            inputs = inputs_of_stage(stage, loaded)
+        record.begin_step(0)
+        with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
+            found = run_async(_find(inputs, partial(note_errors, record=record, step=0)))
+        write_lines(samples_path(record.folder.path, 0), found.rows)
+        metrics = found.evaluation.to_metrics()
+        record.write_row(0, {**record.row(), **metrics})
+        write_atomic(result_of(stage), found.report)
+    logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Found:
+    """Everything that the models answer, measured. `note` is told of each scored group, with what failed in it."""
+    if inputs.rewards:
+        answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
+        sets, rows = _prompt_reports(inputs, answers)
+    else:
+        sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
+    names = [candidate.model.name for candidate in inputs.candidates]
+    evaluation = Evaluation(
+        model=names[0],
+        against=names[1] if len(names) > 1 else None,
+        seed=inputs.decoding.seed,
+        samples=inputs.decoding.samples if inputs.rewards else None,
+        sets=tuple(sets),
+    )
+    return Found(evaluation=evaluation, rows=rows)
+
+
+async def _answers(
+    candidate: Candidate, inputs: EvalInputs, note: Callable[[ScoredGroup], None]
+) -> dict[str, list[PromptResult]]:
+    """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
+    cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
+    seating = seats_of({"rollout", "reward"}, cluster, with_reward_model=inputs.reward_model is not None)
+    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    groups: list[Stoppable] = []
+    async with ending(groups, placement):
+        engines = serve_engines(
+            candidate.model,
+            cluster,
+            placement,
+            max_model_len=candidate.longest_sequence(decoding.max_new_tokens),
+            environment=candidate.environment,
+        )
+        groups.append(engines)
+        settings = RewardSettings(
+            specs=inputs.rewards,
+            tokenizer=candidate.model.tokenizer,
+            trust_remote_code=candidate.model.trust_remote_code,
+            template=decoding.template,
+            model=inputs.reward_model,
+            timeout_s=policy.timeout_s,
+            processes=policy.processes,
+            memory_gib=policy.memory_gib,
+            max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
+        )
+        reward = RewardWorkers(
+            spawn(
+                cluster,
+                placement,
+                "reward",
+                lambda place: ((settings, place), {}),
+                RewardWorker,
+                concurrency=settings.concurrency,
+            ),
+            settings,
+            deadline_s=cluster.call_timeout_s,
+        )
+        groups.append(reward)
+        # One after the other: an engine measures what its GPU has free, while nothing else may come or go.
+        await engines.start(deadline_s=cluster.start_timeout_s)
+        await reward.start(deadline_s=cluster.start_timeout_s)
+
+        async def judge(group: CompletedGroup, _: int) -> tuple[ScoredGroup, Said]:
+            async def read() -> Said:
+                return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
+
+            scores, said = await asyncio.gather(reward.score(group), read())
+            scored = ScoredGroup(group=group, scores=scores)
+            note(scored)
+            return scored, said
+
+        found = {}
+        for name, prompts in candidate.prompts.items():
+            logger.info(
+                "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
+            )
+            requests = [
+                request_for(
+                    prompt,
+                    group_id=index,
+                    first_sequence_id=index * decoding.samples,
+                    samples=decoding.samples,
+                    run_seed=decoding.seed,
+                )
+                for index, prompt in enumerate(prompts)
+            ]
+            judged = await answered(engines, requests, sampling_of(decoding), judge)
+            rules = error_rules(inputs.rewards)
+            errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
+            fatal = [failed for failed in errors if ends_run(failed, rules, policy.on_error)]
+            if errors and (fatal or len(errors) == len(judged)):
+                raise RunError(f"eval {name}: {describe((fatal or errors)[0])}")
+            for failed in errors:
+                logger.warning("%s: left out, since %s", name, describe(failed))
+            form = inputs.marking.answers if inputs.marking.pass_score is not None else None
+            found[name] = [_result(scored, said, form) for scored, said in judged if not scored.scores.errors]
+    return found
+
+
+async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
+    """What a model says of the examples of every set."""
+    cluster = inputs.cluster
+    seating = seats_of({"policy"}, cluster, with_reward_model=False)
+    placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
+    options = {"max_tokens_per_microbatch": inputs.max_tokens_per_microbatch}
+    workers = LikelihoodWorkers(
+        spawn(
+            cluster,
+            placement,
+            "policy",
+            lambda place: ((candidate.model, place), options),
+            LikelihoodWorker,
+        ),
+        deadline_s=cluster.call_timeout_s,
+    )
+    async with ending([workers], placement):
+        await workers.start(deadline_s=cluster.start_timeout_s)
+        found = {}
+        for name, examples in candidate.examples.items():
+            logger.info("%s is measured on %s: %d examples", candidate.model.name, name, len(examples))
+            found[name] = await workers.measure(examples)
+    return found
+
+
+def _result(scored: ScoredGroup, said: Said, answers: AnswerForm | None) -> PromptResult:
+    group, prompt = scored.group, scored.group.request.prompt
+    conversations = tuple(one for one in said if isinstance(one, Transcript))
+    texts = [one.response if isinstance(one, Transcript) else one for one in said]
+    return PromptResult(
+        prompt_id=prompt.prompt_id,
+        prompt=conversations[0].turns[0].text if conversations else prompt.text,  # with the first observation
+        responses=tuple(texts),
+        transcripts=conversations or None,
+        scores=scored.scores.scores,
+        by_name=scored.scores.by_name,
+        answers=None if answers is None else tuple(answer_of(text, answers) for text in texts),
+        truncated=tuple(info.finish_reason == "length" for info in group.infos),
+        response_tokens=tuple(info.num_response_tokens for info in group.infos),
+    )
+
+
+def _prompt_reports(
+    inputs: EvalInputs, answers: Sequence[Mapping[str, Sequence[PromptResult]]]
+) -> tuple[list[SetReport], list[dict[str, Any]]]:
+    """The first model's reports, and the samples of all."""
+    first = inputs.candidates[0]
+    reports = []
+    for name, results in answers[0].items():
+        reports += prompt_reports(
+            name,
+            results,
+            inputs.marking,
+            against=answers[1][name] if len(answers) > 1 else None,
+            sources=first.sources.get(name, {}),
+            asked=[prompt.prompt_id for prompt in first.prompts[name]],
+            seed=inputs.decoding.seed,
+        )
+    rows = [
+        row
+        for candidate, by_set in zip(inputs.candidates, answers, strict=True)
+        for name, results in by_set.items()
+        for row in prompt_rows(candidate.model.name, name, results, inputs.marking)
+    ]
+    return reports, rows
+
+
+def _example_reports(
+    inputs: EvalInputs, measured: Mapping[str, Sequence[ExampleResult]]
+) -> tuple[list[SetReport], list[dict[str, Any]]]:
+    reports = [
+        SetReport(
+            name=name, num_rows=len(found), num_failed=0, metrics=example_metrics(found, seed=inputs.decoding.seed)
+        )
+        for name, found in measured.items()
+    ]
+    model = inputs.candidates[0].model.name
+    return reports, [row for name, found in measured.items() for row in example_rows(model, name, found)]

@@ -1,0 +1,101 @@
+"""A checkpoint of any step as a model folder: the policy's ranks come back, load it, and export."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import reserve
+from actors.roles.gang import OfflineGang, ending, spawn
+from actors.roles.ranks import OFFLINE_RANKS
+from rlhf.algorithms.sft import SFTConfig
+from rlhf.config.derive import has_scalar_head, offline_kind
+from rlhf.config.files.load import load
+from rlhf.config.schema.root import Config
+from rlhf.errors import UserError
+from rlhf.models.publish import push_folder, refuse_unpublishable
+from rlhf.preflight.models import with_adapters, with_sources
+from rlhf.reporting.model_card import write_model_card
+from rlhf.stopping import run_async
+from rlhf.tracking import logs
+from rlhf.tracking.run_folder.manifest import find_damage
+
+logger = logging.getLogger(__name__)
+
+
+def export_checkpoint(
+    run: Path, *, step: int | None, folder: Path, merged: bool, push_to_hub: str | None, trust_remote_code: bool
+) -> None:
+    """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder.
+
+    merged: as a whole model, the adapter added to the weights. UserError if the run trained no adapter.
+    push_to_hub: the repository of the hub, OWNER/NAME, to which the folder is uploaded; None: it is not.
+    trust_remote_code: run code that comes with the run's model. The run may be somebody else's, so its configuration
+    alone does not allow that.
+    """
+    logs.configure()
+    if push_to_hub is not None:
+        refuse_unpublishable(push_to_hub, key="--push-to-hub")
+    resolved = run / "config.resolved.yaml"
+    if not (run / "checkpoints").is_dir() or not resolved.exists():
+        raise UserError(
+            f"{run} is no run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
+        )
+    name = "latest" if step is None else f"step_{step:06d}"
+    checkpoint = run / "checkpoints" / name
+    if not checkpoint.exists():
+        found = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("step_*"))) or "none"
+        raise UserError(f"{run} has no checkpoint {name}. There are: {found}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a folder that does not")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
+    config = next(iter(load(resolved).runs.values()))
+    if merged and config.policy.lora is None:
+        raise UserError(f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave it out.")
+    if config.policy.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
+            f"{config.policy.model}. Repeat it with --trust-remote-code if you trust that model."
+        )
+    saved_step = int(checkpoint.resolve().name.removeprefix("step_"))
+    damage = find_damage(checkpoint.resolve(), step=saved_step)
+    if damage is not None:
+        raise UserError(f"{damage} Bring the file back from a copy, or name another step with --step.")
+    alone = Config.model_validate(
+        {
+            "run": config.run,
+            "policy": config.policy,
+            # the same model and optimizer as any policy's; a reward model has a head besides
+            "algorithm": config.algorithm if has_scalar_head(config) else SFTConfig(name="sft"),
+            "data": config.data,
+            "train": config.train,
+            "cluster": config.cluster,
+        }
+    )
+    with tempfile.TemporaryDirectory() as aside, connected(config.cluster):
+        run_async(_export(with_adapters(with_sources(alone, Path(aside)), {}), checkpoint.resolve(), folder, merged))
+    write_model_card(folder, config, run=run, step=saved_step, merged=merged)
+    logger.info("exported %s to %s", checkpoint.resolve().name, folder)
+    if push_to_hub is not None:
+        push_folder(folder, push_to_hub)
+
+
+async def _export(config: Config, checkpoint: Path, folder: Path, merged: bool) -> None:
+    placement = await reserve(config)
+    rank = OFFLINE_RANKS[offline_kind(config)]
+    gang = OfflineGang(
+        "policy",
+        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": 1}), rank),
+        deadline_s=config.cluster.call_timeout_s,
+    )
+    async with ending([gang], placement):
+        await gang.start(one_host=placement.on_one_host(), deadline_s=config.cluster.start_timeout_s)
+        await gang.load(checkpoint / "policy")
+        await gang.export(folder.resolve(), merged=merged)

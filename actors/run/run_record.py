@@ -1,0 +1,126 @@
+"""A run's folder with all that is written of it, open while it runs: of a training run, a merge or an evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.cluster.prometheus import PrometheusBackend
+from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
+from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, Stage
+from rlhf.controller.record import RunRecord
+from rlhf.errors import Preempted, RunError
+from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
+from rlhf.tracking.display.open_progress import open_progress
+from rlhf.tracking.display.progress import Mode
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.backends import TrackerBackend
+from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
+from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.wandb_backend import open_wandb
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def recording(
+    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
+) -> Iterator[tuple[RunRecord, int | None]]:
+    """The record, and the step of the checkpoint to go on from; None: there is none. A failure is written down.
+
+    steps, show, mode: of the progress display.
+    """
+    with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
+        folder.write_config(dump_masked_yaml(stage))
+        folder.write_environment(seed=stage.run.seed)
+        step = folder.latest_checkpoint() if resume else None
+        keep, mirror = kept_checkpoints(stage), open_mirror(stage, folder)
+        if mirror is not None:
+            mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
+        after = None if not resume else -1 if step is None else step
+        tracker = Tracker(folder.path, backends=_backends(stage, folder.path, after))
+        timeline = Timeline(folder.timeline)
+        failed = True
+        try:
+            if after is not None:
+                tracker.truncate_after(after)
+            with open_progress(
+                steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
+            ) as progress:
+                record = RunRecord(
+                    folder=folder,
+                    tracker=tracker,
+                    timeline=timeline,
+                    progress=progress,
+                    mirror=mirror,
+                    step=step or 0,
+                )
+                progress.stage("starting")
+                try:
+                    yield record, step
+                except Preempted:
+                    raise
+                except Exception as error:
+                    with _hiding_nothing():
+                        record.failed(error)
+                    raise
+            failed = False
+        finally:
+            timeline.close()
+            with _hiding_nothing() if failed else nullcontext():
+                tracker.close(failed=failed)
+            if mirror is not None:
+                mirror.finish(keep, failed=failed)
+
+
+@contextmanager
+def _hiding_nothing() -> Iterator[None]:
+    """What fails inside is only logged: another failure is on its way, and is the one to be told."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        logger.warning("the end of the run could not be written down: %s", error)
+
+
+def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
+    """Those that are asked for, and Prometheus where there is a Ray to serve it. A merge has no metrics.
+
+    after: step that a resumed run goes on from, -1 if it has no checkpoint; None: it is not resumed.
+    """
+    if isinstance(stage, MergeStage):
+        return []
+    found: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
+    told = stage.tracking
+    if told.tensorboard:
+        found.append(open_tensorboard(folder, done_steps=after))
+    if told.wandb != "off":
+        pipeline, is_stage, _ = stage.run.name.partition("/")
+        wandb = open_wandb(
+            folder,
+            mode=told.wandb,
+            entity=told.wandb_entity,
+            project=told.wandb_project,
+            name=stage.run.name,
+            job_type=stage.algorithm.name if isinstance(stage, Config) else "evaluation",
+            group=told.wandb_group or (pipeline if is_stage else None),
+            tags=told.wandb_tags,
+            config=_settings(stage),
+            checkpoints=told.wandb_checkpoints,
+        )
+        found.append(wandb)
+    return found
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    """What is in effect in the run, in the form of its file."""
+    tree = from_yaml(dump_yaml(stage))
+    assert isinstance(tree, dict)
+    return tree

@@ -1,0 +1,420 @@
+"""From a checked configuration to a finished run: inputs, cluster, actors, controller, final model.
+
+The composition of the actors with the controllers; the loops themselves are in rlhf.controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import ray
+
+from actors.cluster.actor_locations import going_node
+from actors.cluster.connect import connected
+from actors.cluster.node_metrics import Nodes
+from actors.cluster.placement import Placement, reserve
+from actors.cluster.preemption import run_loop
+from actors.roles.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, ending, spawn
+from actors.roles.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
+from actors.roles.teacher import spawn_online_teacher, spawn_teacher
+from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
+from actors.run.engine_pool import KEEPER
+from actors.run.evaluate import run_evaluation
+from actors.run.merge import run_merge
+from actors.run.run_record import recording
+from rlhf.config.derive import (
+    chat_template,
+    critic_model,
+    critic_optimizer_steps,
+    distils_rollouts,
+    has_teacher,
+    needs,
+    needs_reference_logprobs,
+    offline_kind,
+    pairs_rollouts,
+    policy_optimizer_steps,
+    reads_teacher_states,
+    reference_is_adapter_off,
+    reference_model,
+    ships_adapter,
+    uses_reward_model,
+)
+from rlhf.config.files.dump import dump_masked_yaml
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, result_of, run_folder
+from rlhf.controller.learning import OnlineRoles
+from rlhf.controller.offline import OfflineController
+from rlhf.controller.online import OnlineController
+from rlhf.controller.record import RunRecord
+from rlhf.errors import RunError, UserError
+from rlhf.models.publish import push_folder
+from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
+from rlhf.preflight.run_folder import check_folders, refuse_other_checkpoint, stream_of
+from rlhf.reporting.model_card import write_model_card
+from rlhf.rewards.scoring import fingerprint
+from rlhf.stopping import StopRequest, current_request, run_async
+from rlhf.tracking import logs
+from rlhf.tracking.display.progress import Mode
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+
+logger = logging.getLogger(__name__)
+SHOWN_ONLINE = (
+    "rewards/score/mean",
+    "experience/kl_ref/mean",
+    "experience/kl_teacher/mean",
+    "rollouts/response_tokens/mean",
+    "time/step_s",
+)
+SHOWN_OFFLINE = (
+    "update/loss/mean",
+    "update/token_accuracy/mean",
+    "preference/accuracy/mean",
+    "update/lr",
+    "time/step_s",
+)
+
+
+def launch(
+    loaded: LoadedConfig,
+    *,
+    resume: bool,
+    from_step: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    json_lines: bool = False,
+    until: int | None = None,
+) -> None:
+    """Run all stages, or with `resume` those that are left. Returns when the result of the last one is written.
+
+    Args:
+        from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
+        overwrite: replace what the run's folder holds, once the inputs have been checked.
+        until: stop a single run after this step, with a checkpoint from which `resume` continues.
+
+    Raises:
+        Preempted: a signal came before the end (see rlhf.stopping), and what is done is kept.
+    """
+    mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
+    logs.configure()
+    if until is not None and (loaded.is_pipeline or not loaded.runs):
+        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
+    if overwrite:
+        _refuse_to_overwrite(loaded)
+    else:
+        check_folders(loaded.stages.values(), resume=resume, from_step=from_step)
+    request = current_request() or StopRequest()
+    _run_stages(loaded, request, resume=resume, overwrite=overwrite, mode=mode, until=until)
+
+
+def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
+    """Raise UserError unless every stage's folder is free, or holds a run that can be removed."""
+    for stage in loaded.stages.values():
+        if stage.run.mirror is not None:
+            raise UserError(f"--overwrite: {stage.run.name} has a copy in run.mirror. Choose another run.name.")
+        refuse_to_overwrite(run_folder(stage))
+
+
+def _run_stages(
+    loaded: LoadedConfig, request: StopRequest, *, resume: bool, overwrite: bool, mode: Mode, until: int | None
+) -> None:
+    left = [stage for stage in loaded.stages.values() if not (resume and result_of(stage).exists())]
+    if not left:
+        logger.info("%s is finished: nothing is left to do", loaded.name)
+        return
+    logger.info("%s: checking models, data and rewards", loaded.name)
+    with loaded.located():
+        stages = load_inputs(loaded)
+    for stage in stages:
+        if isinstance(stage, StageInputs):
+            if until is not None:
+                _refuse_other_end(stage.config, until)
+            if resume:
+                refuse_other_checkpoint(stage)
+    for written in left if overwrite else ():
+        remove_run(run_folder(written))
+    clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
+    with connected(clusters[0]) if clusters else nullcontext():
+        for stage in stages:
+            written = stage.written if isinstance(stage, StageInputs) else stage
+            if written not in left:
+                logger.info("%s is finished: %s", written.run.name, result_of(written))
+                continue
+            request.raise_if_stopped()
+            if loaded.is_pipeline:
+                logger.info("stage %s begins", written.run.name)
+            if isinstance(stage, StageInputs):
+                run_async(_run_stage(stage, request, resume=resume, mode=mode, until=until))
+            elif isinstance(stage, MergeStage):
+                run_merge(stage, loaded.folder, resume=resume, quiet=mode != "auto")
+            else:
+                run_evaluation(stage, loaded, resume=resume)
+    if loaded.is_pipeline:
+        write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
+
+
+def _refuse_other_end(config: Config, until: int) -> None:
+    """UserError unless the run has the step at which it shall stop."""
+    steps = config.train.num_steps
+    if not 1 <= until <= steps:
+        raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
+
+
+async def _run_stage(stage: StageInputs, request: StopRequest, *, resume: bool, mode: Mode, until: int | None) -> None:
+    """Run one stage in its folder, from its last checkpoint if there is one."""
+    is_online = isinstance(stage.inputs, OnlineInputs)
+    show: tuple[str, ...] = SHOWN_ONLINE if is_online else SHOWN_OFFLINE
+    if stage.inputs.eval_sets:
+        show += (f"eval/{next(iter(stage.inputs.eval_sets))}/{'score' if is_online else 'loss'}",)
+    steps = stage.config.train.num_steps
+    with recording(stage.written, resume=resume, steps=steps, show=show, mode=mode) as (record, step):
+        for row in stage.inputs.unusable if step is None else ():
+            record.tracker.log_error(
+                ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
+            )
+        if isinstance(stage.inputs, OnlineInputs):
+            await _run_online(stage, stage.inputs, record, step, request, until=until)
+        else:
+            await _run_offline(stage, stage.inputs, record, step, request, until=until)
+
+
+async def _run_offline(
+    stage: StageInputs,
+    inputs: OfflineInputs,
+    record: RunRecord,
+    step: int | None,
+    request: StopRequest,
+    *,
+    until: int | None,
+) -> None:
+    config = stage.config
+    placement = await reserve(config)
+    steps = config.train.num_steps
+    rank = OFFLINE_RANKS[offline_kind(config)]
+    gang = OfflineGang(
+        "policy",
+        spawn(config.cluster, placement, "policy", lambda place: ((config, place), {"optimizer_steps": steps}), rank),
+        deadline_s=config.cluster.call_timeout_s,
+        sequence_parallel=config.cluster.roles.policy.sequence_parallel,
+    )
+    teacher = spawn_teacher(config, placement) if has_teacher(config) else None
+    nodes = record.nodes = Nodes(placement)
+    async with ending([gang, *([teacher] if teacher is not None else []), nodes], placement):
+        limit_s = config.cluster.start_timeout_s
+        record.progress.stage(f"starting {_names(placement)}")
+        await asyncio.gather(
+            gang.start(one_host=placement.on_one_host(), deadline_s=limit_s),
+            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
+        )
+        sets = (inputs.rows, *inputs.eval_sets.values())
+        data = [ray.put(collated(config, rows)) for rows in sets]
+        await gang.load_data(data)
+        if teacher is not None:
+            await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])
+            await gang.take_teacher(await teacher.head())
+        controller = OfflineController(
+            config,
+            gang,
+            record,
+            train_set=inputs.rows,
+            rows=stream_of(stage),
+            eval_sets=inputs.eval_sets,
+            policy_fingerprint=gang.fingerprint,
+            teacher=teacher,
+        )
+        if needs_reference_logprobs(config):
+            await controller.provide_reference()
+        await _carry_out(controller, gang, request, step=step, until=until, nodes=placement.nodes())
+
+
+async def _run_online(
+    stage: StageInputs,
+    inputs: OnlineInputs,
+    record: RunRecord,
+    step: int | None,
+    request: StopRequest,
+    *,
+    until: int | None,
+) -> None:
+    config = stage.config
+    cluster, rollouts = config.cluster, config.rollouts
+    assert rollouts is not None
+    roles = needs(config)
+    lent = await KEEPER.provide(
+        config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
+    )
+    placement, engines = lent.placement, lent.engines
+    deadline_s = cluster.call_timeout_s
+    nodes = record.nodes = Nodes(placement)
+    groups: list[Stoppable] = [nodes]
+    async with ending(groups, lent):
+        policy_options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
+        if not distils_rollouts(config):
+            policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
+        policy = PolicyGang(
+            "policy",
+            spawn(
+                cluster,
+                placement,
+                "policy",
+                lambda place: ((config, place), policy_options),
+                _policy_rank(config),
+            ),
+            deadline_s=deadline_s,
+            sequence_parallel=cluster.roles.policy.sequence_parallel,
+        )
+        groups.append(policy)
+        critic: CriticGang | None = None
+        if "critic" in roles:
+            critic_options = {"optimizer_steps": critic_optimizer_steps(config)}
+            critic = CriticGang(
+                "critic",
+                spawn(
+                    cluster,
+                    placement,
+                    "critic",
+                    lambda place: ((config, critic_model(config), place), critic_options),
+                    CriticRank,
+                ),
+                deadline_s=deadline_s,
+                sequence_parallel=cluster.roles.critic.sequence_parallel,
+            )
+            groups.append(critic)
+        reference: ReferenceWorkers | None = None
+        if "reference" in roles:
+            reference_options = {
+                "temperature": rollouts.temperature,
+                "samples_per_prompt": rollouts.samples_per_prompt,
+                "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
+            }
+            reference = ReferenceWorkers(
+                spawn(
+                    cluster,
+                    placement,
+                    "reference",
+                    lambda place: ((reference_model(config), place), reference_options),
+                    ReferenceWorker,
+                ),
+                deadline_s=deadline_s,
+            )
+            groups.append(reference)
+        teacher = spawn_online_teacher(config, placement) if has_teacher(config) else None
+        groups += [teacher] if teacher is not None else []
+        settings = RewardSettings(
+            specs=inputs.rewards,
+            tokenizer=config.policy.tokenizer_source,
+            trust_remote_code=config.policy.trust_remote_code,
+            template=chat_template(config),
+            model=config.reward if uses_reward_model(config) else None,
+            timeout_s=config.reward_policy.timeout_s,
+            processes=config.reward_policy.processes,
+            memory_gib=config.reward_policy.memory_gib,
+            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        )
+        reward = RewardWorkers(
+            spawn(
+                cluster,
+                placement,
+                "reward",
+                lambda place: ((settings, place), {}),
+                RewardWorker,
+                concurrency=settings.concurrency,
+            ),
+            settings,
+            deadline_s=deadline_s,
+        )
+        groups += [reward, lent]
+        limit_s = cluster.start_timeout_s
+        record.progress.stage(f"starting {_names(placement)}")
+        one_host = placement.on_one_host()
+        engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
+        if engines_first:  # an engine measures what its GPU has free, while nothing else may come or go
+            await engines.start(deadline_s=limit_s)
+        if cluster.device == "cuda" and cluster.roles.rollout.colocate_with is not None:
+            await engines.sleep(keep_weights=False)
+        await asyncio.gather(
+            policy.start(one_host=one_host, deadline_s=limit_s),
+            *([] if engines_first or lent.is_started else [engines.start(deadline_s=limit_s)]),
+            reward.start(deadline_s=limit_s),
+            *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
+            *([reference.start(deadline_s=limit_s)] if reference is not None else []),
+            *([teacher.start(deadline_s=limit_s)] if teacher is not None else []),
+        )
+        if teacher is not None and reads_teacher_states(config):
+            await policy.take_teacher(await teacher.head())
+        await engines.connect(
+            policy,
+            one_host=one_host,
+            tensor_parallel=cluster.roles.rollout.tensor_parallel,
+            adapter=ships_adapter(config),
+            shared=record.folder.own / "adapter",
+        )
+        controller = OnlineController(
+            config,
+            OnlineRoles(
+                policy=policy, rollout=engines, reward=reward, reference=reference, critic=critic, teacher=teacher
+            ),
+            record,
+            prompts=stream_of(stage),
+            eval_sets=inputs.eval_sets,
+            marking=inputs.marking,
+            probe_ids=inputs.probe_ids,
+            policy_fingerprint=policy.fingerprint,
+            rewards_fingerprint=fingerprint(inputs.rewards, model=repr(settings.model)),
+        )
+        await _carry_out(controller, policy, request, step=step, until=until, nodes=placement.nodes())
+
+
+def _names(placement: Placement) -> str:
+    """Name the roles whose processes start, with how many there are."""
+    return ", ".join(f"{len(seats)} {role}" for role, seats in placement.seating.seats.items())
+
+
+def _policy_rank(config: Config) -> type[Publishes]:
+    """Return the class of the policy's ranks: it depends on what the policy learns from."""
+    if distils_rollouts(config):
+        return StudentRank
+    return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
+
+
+async def _carry_out(
+    controller: OnlineController | OfflineController,
+    gang: PolicyGang | OfflineGang,
+    request: StopRequest,
+    *,
+    step: int | None,
+    until: int | None,
+    nodes: Collection[str],
+) -> None:
+    """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
+    if step is not None:
+        await controller.restore(step)
+    is_done = await run_loop(
+        controller.run(until=until),
+        controller.notice,
+        request,
+        grace_s=controller.config.train.preemption_grace_s,
+        call_timeout_s=controller.config.cluster.call_timeout_s,
+        going_node=partial(going_node, nodes),
+    )
+    if not is_done:
+        return
+    folder = controller.record.folder
+    aside = folder.begin_final()
+    await gang.export(aside)
+    if not any(aside.iterdir()):
+        raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
+    run = controller.config.run
+    write_model_card(aside, controller.config, run=folder.path, step=None)
+    final = folder.commit_final()
+    if run.repository is not None:
+        push_folder(final, run.repository)

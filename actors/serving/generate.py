@@ -1,0 +1,126 @@
+"""`rlhf generate`: responses to prompts, and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.serving.offline import serving
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.data.chat import Message, render, require_template, turn_end, with_system_prompt
+from rlhf.data.examples import Reading
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row, read_rows
+from rlhf.data.tokenization import encode
+from rlhf.errors import UserError
+from rlhf.evaluation.decoding import Decoding, Generation
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.models import ANY_LENGTH, found_model, refuse_too_long
+from rlhf.preflight.sources import in_options, refuse_absent_tokens
+from rlhf.tracking import logs
+from rlhf.types import Prompt
+
+CHAT_TOKENS = 8192  # of a conversation, where the model takes more: the engine's cache has to hold it
+_READ = ("prompt", "messages", "tools")
+
+
+def generate(
+    name: str,
+    source: Sequence[str] | Path,
+    decoding: Decoding,
+    *,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> list[Generation]:
+    """Responses of a model to prompts, or to those of a file or dataset (a Path), in their order.
+
+    UserError before anything starts if the model, the data or their lengths are wrong.
+    """
+    logs.configure("WARNING")
+    with in_options():
+        rows = _rows(source, decoding.columns)
+        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
+        refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
+        prompts = load_prompts(
+            rows,
+            tokenizer,
+            Reading(
+                system_prompt=decoding.system_prompt,
+                apply_chat_template=decoding.apply_chat_template,
+                max_tokens=ANY_LENGTH,
+            ),
+        ).items
+    refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
+    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest) as served:
+        return served.answer(prompts, decoding)
+
+
+def chat(
+    name: str,
+    lines: Iterable[str],
+    reply: Callable[[str], None],
+    decoding: Decoding,
+    *,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> None:
+    """A conversation on the model's chat template: each line is a user's turn, `reply` gets the assistant's.
+
+    UserError if the model has no template, or the conversation grows longer than the engine takes.
+    """
+    logs.configure("WARNING")
+    with in_options():
+        model, tokenizer = _loaded(name, decoding, trust_remote_code=trust_remote_code)
+        require_template(tokenizer, name)
+    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
+    room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)
+    messages: list[Message] = with_system_prompt([], decoding.system_prompt)
+    end = turn_end(tokenizer)
+    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=room) as served:
+        for turn, line in enumerate(lines):
+            messages.append({"role": "user", "content": line})
+            text = render(messages, tokenizer, add_generation_prompt=True, place=f"turn {turn + 1}")
+            (token_ids,) = encode([text], tokenizer)
+            if len(token_ids) + decoding.max_new_tokens > room:
+                raise UserError(
+                    f"turn {turn + 1}: the conversation has {len(token_ids)} tokens, with {decoding.max_new_tokens} "
+                    f"new ones that is more than {room}. Begin a new one, or lower --max-new-tokens."
+                )
+            prompt = Prompt(
+                prompt_id=turn, token_ids=tuple(token_ids), text=text, columns={}, is_chat=True, turn_end=end
+            )
+            (answer,) = served.answer([prompt], decoding)
+            messages.append({"role": "assistant", "content": answer.response})
+            reply(answer.response)
+
+
+def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
+    """Rows without columns that only rewards would read, whatever their names."""
+    if isinstance(source, Path):
+        rows = read_rows(str(source), columns=columns)
+        return [
+            Row(
+                file=row.file,
+                line=row.line,
+                columns={k: v for k, v in row.columns.items() if k in _READ}
+                if row.columns.keys() & {"prompt", "messages"}
+                else row.columns,
+            )
+            for row in rows
+        ]
+    if not source:
+        raise UserError("there are no prompts")
+    return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]
+
+
+def _loaded(name: str, decoding: Decoding, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
+    model = found_model(name, trust_remote_code=trust_remote_code)
+    refuse_unservable(model)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    decoding.template.apply_checked(tokenizer, key="data")
+    refuse_runaway_template(tokenizer)
+    return model, tokenizer

@@ -1,0 +1,379 @@
+"""`rlhf serve`: a model behind rollout engines, asked as OpenAI's interface is.
+
+    GET  /health                {"status": "ok"}, or 503 with the reason once all engines are dead
+    GET  /v1/models             the one model, by the name that requests must give
+    POST /v1/chat/completions   a conversation
+    POST /v1/completions        prompts as they stand
+
+Without a token it serves this machine alone. It streams nothing: an answer comes whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+from aiohttp import web
+
+from actors.cluster.connect import OWN_RAY
+from actors.serving.offline import serving
+from actors.serving.openai_schema import (
+    LEAST_LOGPROB,
+    Answer,
+    Answered,
+    ChatRequest,
+    Refused,
+    TextRequest,
+    chat_body,
+    error_body,
+    read,
+    text_body,
+)
+from actors.serving.router import Answering, NoEngine
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.data.chat import raw_prompt, render, turn_end
+from rlhf.data.prompts import rollout_seed
+from rlhf.data.sources import refuse_half_characters
+from rlhf.data.tokenization import encode, encode_raw, raw_beginning
+from rlhf.errors import RunError, UserError
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.on_disk import refuse_unservable
+from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.models import found_model
+from rlhf.rollouts.records.spans import Sampled
+from rlhf.rollouts.records.texts import text_before_stop, token_texts, without_turn_end
+from rlhf.serving import (
+    END_WITHIN_S,
+    gives_token,
+    read_text,
+    refuse_taken,
+    serve_until_interrupted,
+    serving_token,
+    stranger,
+)
+from rlhf.tracking import logs
+from rlhf.types import Prompt, Sampling
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 16 * 2**20
+MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
+USUAL_LENGTH = 8192  # tokens of prompt and response, where the model takes more: the engine's cache has to hold them
+LONG_TEXT = 100_000  # characters of a request from which on it takes a noticeable part of a second to tokenize
+LAST_S = END_WITHIN_S - 1.0  # for what is being answered when the server is told to end
+GRACE_S = 60.0  # by which what an engine does outlasts a request's deadline, which then is what is told
+THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
+
+
+class Engines(Protocol):
+    """What answers."""
+
+    async def answer(self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
+        """One response a seed. NoEngine if nothing will ever answer again."""
+
+    async def trouble(self) -> str | None:
+        """Why nothing answers any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """What is served, and how."""
+
+    name: str  # that requests give as `model`
+    max_length: int  # tokens of prompt and response
+    deadline_s: float  # from a request to its answer
+    token: str | None  # None: whoever reaches it may ask
+
+
+class ModelServer:
+    """The application."""
+
+    def __init__(self, engines: Engines, tokenizer: Any, spec: ServerSpec) -> None:
+        self.engines = engines
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.limits: set[asyncio.Timeout] = set()  # of the requests that are not answered yet
+        self.is_ending = False
+        self.created = int(time.time())
+        self.beginning = raw_beginning(tokenizer)
+        self.turn_end = turn_end(tokenizer)
+        self.texts = ThreadPoolExecutor(1)  # tokenizes and decodes, so that the event loop never waits for it
+        self.long_texts = ThreadPoolExecutor(1)  # tokenizes long prompts with a tokenizer of its own
+        self.long_tokenizer = copy.deepcopy(tokenizer)
+        self.most_characters = spec.max_length * max((len(token) for token in tokenizer.get_vocab()), default=1)
+
+    def application(self) -> web.Application:
+        """What aiohttp runs."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._text)
+        app.on_shutdown.append(self._end)
+        return app
+
+    async def _end(self, application: web.Application) -> None:
+        """What is being answered has a last moment, after which its callers are told."""
+        self.is_ending = True
+        last = asyncio.get_running_loop().time() + LAST_S
+        for limit in self.limits:
+            if not limit.expired():
+                limit.reschedule(min(limit.when() or last, last))
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """The token, and errors in OpenAI's form."""
+        if self.spec.token is None:
+            why = stranger(request)
+            if why is not None:
+                return _error(403, why, "invalid_request_error")
+        elif request.path != "/health" and not gives_token(request, self.spec.token):
+            why = "give the token as `Authorization: Bearer TOKEN`, which is what clients do with an API key"
+            return _error(401, why, "invalid_request_error", code="invalid_api_key")
+        try:
+            return await handler(request)
+        except Refused as error:
+            return web.json_response(error.body(), status=error.status)
+        except UserError as error:  # of what makes a prompt of a conversation
+            return _error(400, str(error), "invalid_request_error")
+        except NoEngine as error:
+            return _error(503, str(error), "server_error")
+        except RunError as error:
+            logger.error("%s", error)
+            return _error(500, str(error), "server_error")
+        except web.HTTPRequestEntityTooLarge:
+            return _error(413, f"the body has more than {MAX_BODY_BYTES} bytes", "invalid_request_error")
+        except web.HTTPException as error:
+            return _error(error.status, f"{error.reason}: {THERE_IS}", "invalid_request_error")
+
+    async def _health(self, request: web.Request) -> web.Response:
+        why = await self.engines.trouble()
+        return web.json_response({"status": "ok"}) if why is None else _error(503, why, "server_error")
+
+    async def _models(self, request: web.Request) -> web.Response:
+        model = {"id": self.spec.name, "object": "model", "created": self.created, "owned_by": "rlhf"}
+        return web.json_response({"object": "list", "data": [{**model, "max_model_len": self.spec.max_length}]})
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        asked = read(await _body(request), ChatRequest)
+        return await self._within_limits(asked.model, lambda: self._answer_chat(asked))
+
+    async def _text(self, request: web.Request) -> web.Response:
+        asked = read(await _body(request), TextRequest)
+        return await self._within_limits(asked.model, lambda: self._answer_texts(asked))
+
+    async def _within_limits(self, model: str, answering: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
+        """The answer to a request for this model, before its deadline, unless too many wait already."""
+        if model != self.spec.name:
+            told = f"there is no model {model}: this server has {self.spec.name}"
+            raise Refused(told, param="model", code="model_not_found", status=404)
+        if len(self.limits) >= MAX_WAITING:
+            return _error(429, f"{MAX_WAITING} requests are waiting already", "rate_limit_error")
+        try:
+            async with asyncio.timeout(LAST_S if self.is_ending else self.spec.deadline_s) as limit:
+                self.limits.add(limit)
+                try:
+                    return web.json_response(await answering())
+                finally:
+                    self.limits.remove(limit)
+        except TimeoutError:
+            if self.is_ending:
+                return _error(503, "the server is told to end", "server_error")
+            return _error(504, f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", "server_error")
+
+    async def _answer_chat(self, asked: ChatRequest) -> dict[str, Any]:
+        prompt = await self._prompt_of(self._of_conversation, asked, [one.content for one in asked.messages])
+        answered = await self._answered(prompt, asked, asked.limit, seed=_seed(asked), wants_tokens=asked.logprobs)
+        return chat_body(asked, answered, name=secrets.token_hex(12), created=int(time.time()))
+
+    async def _answer_texts(self, asked: TextRequest) -> dict[str, Any]:
+        prompts = await self._prompt_of(self._of_texts, asked, asked.prompt)
+        seed, wants_tokens = _seed(asked), asked.logprobs is not None
+        tasks = [
+            asyncio.ensure_future(self._answered(one, asked, asked.max_tokens, seed=seed, wants_tokens=wants_tokens))
+            for one in prompts
+        ]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # the first failure ends the request
+                task.cancel()
+        return text_body(asked, found, name=secrets.token_hex(12), created=int(time.time()))
+
+    async def _answered(
+        self, prompt: Prompt, asked: ChatRequest | TextRequest, limit: int | None, *, seed: int, wants_tokens: bool
+    ) -> Answered:
+        """The responses to one prompt."""
+        given, whole = len(prompt.token_ids), self.spec.max_length
+        if given + (limit or 1) > whole:
+            raise Refused(
+                f"the prompt has {given} tokens, with {limit or 1} new ones that is more than the {whole} that this "
+                "server takes (--max-length)",
+                code="context_length_exceeded",
+            )
+        seeds = [rollout_seed(seed, 0, prompt.prompt_id, sample) for sample in range(asked.n)]
+        drawn = await self.engines.answer(prompt, seeds, asked.sampling(limit or whole - given))
+        answers = await self._off_the_loop(lambda: [self._told(one, prompt, asked.stop, wants_tokens) for one in drawn])
+        return Answered(num_prompt_tokens=given, answers=tuple(answers))
+
+    def _told(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
+        """Return a response as text, without the special tokens that end it and without what stopped it."""
+        ids = list(response.token_ids)
+        text = text_before_stop(without_turn_end(ids, prompt.turn_end), stop, self.tokenizer)
+        tokens: list[tuple[str, float]] = []
+        if wants_tokens:
+            special, length = set(self.tokenizer.all_special_ids), 0
+            for token, told, logprob in zip(ids, token_texts(ids, self.tokenizer), response.logprobs, strict=True):
+                if token in special or token == prompt.turn_end or length >= len(text):
+                    continue
+                tokens.append((told, max(logprob, LEAST_LOGPROB)))
+                length += len(told)
+        return Answer(text=text, finish_reason=response.finish_reason, tokens=tuple(tokens), num_tokens=len(ids))
+
+    def _of_conversation(self, asked: ChatRequest, tokenizer: Any) -> Prompt:
+        if tokenizer.chat_template is None:
+            raise Refused(
+                f"{self.spec.name} has no chat template, by which conversations are written; ask for completions"
+            )
+        for place, message in enumerate(asked.messages):
+            refuse_half_characters(message.content, f"`messages[{place}].content`")
+        messages = [{"role": message.role, "content": message.content} for message in asked.messages]
+        text = render(messages, tokenizer, add_generation_prompt=True, place="`messages`")
+        (prompt,) = self._prompts([text], encode([text], tokenizer))
+        return replace(prompt, is_chat=True, turn_end=self.turn_end)
+
+    def _of_texts(self, asked: TextRequest, tokenizer: Any) -> list[Prompt]:
+        for place, text in enumerate(asked.prompt):
+            refuse_half_characters(text, f"`prompt[{place}]`")
+        options: dict[str, Any] = {"place": "`prompt`", "system_prompt": None, "beginning": self.beginning}
+        texts = [raw_prompt(text, **options) for text in asked.prompt]
+        return self._prompts(texts, encode_raw(texts, tokenizer))
+
+    def _prompts(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[Prompt]:
+        if not all(encoded):
+            raise Refused(f"the prompt {texts[list(encoded).index([])]!r:.40} has no tokens", param="prompt")
+        return [
+            Prompt(prompt_id=place, token_ids=tuple(token_ids), text=text, columns={})
+            for place, (text, token_ids) in enumerate(zip(texts, encoded, strict=True))
+        ]
+
+    async def _prompt_of(self, tokenized: Callable[[Any, Any], T], asked: object, texts: Sequence[str]) -> T:
+        """Tokenize a request. A long one is refused by its characters, or waits for other long ones alone."""
+        longest = max(map(len, texts))
+        if longest > self.most_characters:
+            raise Refused(
+                f"the prompt has {longest} characters. The {self.spec.max_length} tokens that this server takes "
+                f"(--max-length) hold at most {self.most_characters}",
+                code="context_length_exceeded",
+            )
+        loop = asyncio.get_running_loop()
+        if sum(map(len, texts)) > LONG_TEXT:
+            return await loop.run_in_executor(self.long_texts, tokenized, asked, self.long_tokenizer)
+        return await loop.run_in_executor(self.texts, tokenized, asked, self.tokenizer)
+
+    async def _off_the_loop(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.texts, work, *arguments)
+
+
+def _seed(asked: ChatRequest | TextRequest) -> int:
+    return secrets.randbelow(2**63) if asked.seed is None else asked.seed
+
+
+async def _body(request: web.Request) -> str:
+    try:
+        return await read_text(request)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _error(status: int, text: str, kind: str, *, code: str | None = None) -> web.Response:
+    return web.json_response(error_body(text, kind, code=code), status=status)
+
+
+def serve(
+    model_name: str,
+    *,
+    name: str | None,
+    host: str,
+    port: int,
+    token_env: str | None,
+    engines: int,
+    tensor_parallel: int,
+    kv_cache_gib: int | None,
+    max_length: int | None,
+    deadline_s: float,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve a model until it is interrupted. `ready` is told the address, which clients call the base URL.
+
+    UserError before anything starts if the model, the token or a limit is wrong.
+    """
+    logs.configure()
+    least = {
+        "--engines": (engines, 1),
+        "--tensor-parallel": (tensor_parallel, 1),
+        "--kv-cache-gib": (kv_cache_gib, 1),
+        "--max-length": (max_length, 2),
+    }
+    _refuse_limits(least, deadline_s)
+    if kv_cache_gib is not None and device == "cuda":
+        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache has what the model leaves; remove it")
+    if tensor_parallel > 1 and device == "cpu":
+        raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
+    token = serving_token(host, token_env)
+    refuse_taken(host, port)
+    model = found_model(model_name, trust_remote_code=trust_remote_code)
+    refuse_unservable(model)
+    if max_length is not None and model.max_length is not None and max_length > model.max_length:
+        raise UserError(f"--max-length: is {max_length}, more than the {model.max_length} that {model.name} takes")
+    length = max_length or min(model.max_length or USUAL_LENGTH, USUAL_LENGTH)
+    spec = ServerSpec(name=name or model.name, max_length=length, deadline_s=deadline_s, token=token)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
+    refuse_runaway_template(tokenizer)
+    rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
+    if kv_cache_gib is not None:
+        rollout["kv_cache_gib"] = kv_cache_gib
+    limit_s = deadline_s + GRACE_S
+    cluster = ClusterConfig.model_validate({"device": device, "roles": {"rollout": rollout}, "call_timeout_s": limit_s})
+    with suppress(_Told), serving(model, tokenizer, cluster, max_model_len=length) as served:
+        server = ModelServer(Answering(served.engines.handles, deadline_s=limit_s), tokenizer, spec)
+        try:
+            told = serve_until_interrupted(
+                server.application(),
+                host=host,
+                port=port,
+                ready=lambda address: ready(f"{address}/v1"),
+                drops_abandoned=True,
+            )
+        finally:
+            for executor in (server.texts, server.long_texts):
+                executor.shutdown(wait=False, cancel_futures=True)
+        if told is signal.SIGTERM and OWN_RAY.daemons:
+            OWN_RAY.kill()  # which may have been told too: a Ray that ends is not to be asked
+            raise _Told
+
+
+class _Told(Exception):
+    """The end by SIGTERM of a server with a Ray of its own."""
+
+
+def _refuse_limits(least: Mapping[str, tuple[int | None, int]], deadline_s: float) -> None:
+    for flag, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{flag}: is {value}, expected {lowest} or more")
+    if not 0.0 < deadline_s <= 900_000.0:
+        raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")

@@ -1,0 +1,109 @@
+"""A model on disk behind rollout engines, for code that has no event loop of its own: `rlhf generate`.
+
+The engines are those of training, frozen at the weights of the model's own folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import reserve_seats
+from actors.cluster.waiting import wait_one
+from actors.roles.gang import ending
+from actors.rollout.engine_group import RolloutEngines, serve_engines
+from rlhf.config.placement_plan import seats_of
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.controller.answers import answered, request_for
+from rlhf.evaluation.decoding import Decoding, Generation
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.roles import CompletedGroup
+from rlhf.rollouts.records.texts import response_texts
+from rlhf.stopping import run_async
+from rlhf.types import Prompt, Rollouts, Sampling
+
+T = TypeVar("T")
+
+
+class Served:
+    """Started engines with the tokenizer of their model."""
+
+    def __init__(self, engines: RolloutEngines, tokenizer: Any, runner: asyncio.Runner) -> None:
+        self.engines = engines
+        self.tokenizer = tokenizer
+        self.runner = runner
+
+    def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
+        """All responses to each prompt, in order."""
+        return run_async(self._answer(prompts, decoding), self.runner)
+
+    async def _answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
+        requests = [
+            request_for(
+                prompt,
+                group_id=index,
+                first_sequence_id=index * decoding.samples,
+                samples=decoding.samples,
+                run_seed=decoding.seed,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        groups = await answered(self.engines, requests, sampling_of(decoding), self._read)
+        return [generation for group in groups for generation in group]
+
+    async def _read(self, group: CompletedGroup, _: int) -> list[Generation]:
+        ref: Any = group.rollouts
+        rollouts: Rollouts = await wait_one(
+            ref, role="rollout", rank=0, stage="generate", deadline_s=self.engines.deadline_s
+        )
+        texts = response_texts(rollouts, self.tokenizer, turn_end=group.request.prompt.turn_end)
+        return [
+            Generation(
+                prompt_id=group.request.prompt.prompt_id,
+                sample=sample,
+                prompt=group.request.prompt.text,
+                response=text,
+                finish_reason=info.finish_reason,
+                prompt_tokens=info.num_prompt_tokens,
+                response_tokens=info.num_response_tokens,
+            )
+            for sample, (text, info) in enumerate(zip(texts, group.infos, strict=True))
+        ]
+
+
+@contextmanager
+def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
+    """Engines with the model, for the length of the block."""
+    with connected(cluster), asyncio.Runner() as runner:
+        seating = seats_of({"rollout"}, cluster, with_reward_model=False)
+        placement = run_async(reserve_seats(seating, limit_s=cluster.start_timeout_s), runner)
+        engines = serve_engines(model, cluster, placement, max_model_len=max_model_len)
+        with _entered(ending([engines], placement), runner):
+            run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
+            yield Served(engines, tokenizer, runner)
+
+
+@contextmanager
+def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) -> Iterator[T]:
+    """The asynchronous context around synchronous code."""
+    value = runner.run(context.__aenter__())
+    with ExitStack() as stack:
+        stack.push(lambda *failure: runner.run(context.__aexit__(*failure)))
+        yield value
+
+
+def sampling_of(decoding: Decoding) -> Sampling:
+    """What the engines are told."""
+    return Sampling(
+        max_new_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        min_p=decoding.min_p,
+        repetition_penalty=decoding.repetition_penalty,
+        stop=decoding.stop,
+        stop_token_ids=decoding.stop_token_ids,
+    )

@@ -1,0 +1,111 @@
+"""Engines that many ask at once, each for one prompt, as a server has it: every request goes to the engine with the
+fewest and is batched there with what it has.
+
+Unlike a batch of training, whose engines begin it together, nothing here waits for anything else; so how a response is
+rounded depends on what is answered beside it. An engine that has died is asked no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from actors.cluster.waiting import RESUMES, wait_one
+from rlhf.errors import RunError
+from rlhf.rollouts.records.spans import Sampled
+from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
+
+logger = logging.getLogger(__name__)
+
+LOOKS_WITHIN_S = 10.0
+
+
+class NoEngine(RunError):
+    """All engines are dead."""
+
+
+class Answering:
+    """Frozen engines that are started. To be used on one event loop; a wait ends by its caller's deadline."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
+        self.handles = handles
+        self.deadline_s = deadline_s
+        self.in_flight = [0] * len(handles)
+        self.dead: dict[int, str] = {}
+        self._ids = itertools.count()
+
+    async def answer(self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
+        """One response a seed, from another engine if the first one dies of it. NoEngine if none is left; RunError if
+        an engine fails on it and lives. A wait that is cancelled drops what is left of the request."""
+        while True:
+            engine = self._least_busy()
+            try:
+                return await self._asked(engine, prompt, seeds, sampling)
+            except RunError:
+                why = await self._death(engine)
+                if why is None:
+                    raise
+                logger.error("%s", why)
+                self.dead[engine] = why
+
+    async def trouble(self) -> str | None:
+        """Why no engine answers any more; None: one does."""
+        for engine in range(len(self.handles)):
+            if engine not in self.dead and (why := await self._death(engine)) is not None:
+                self.dead[engine] = why
+        return " ".join(self.dead.values()) if len(self.dead) == len(self.handles) else None
+
+    def _least_busy(self) -> int:
+        alive = [engine for engine in range(len(self.handles)) if engine not in self.dead]
+        if not alive:
+            raise NoEngine(" ".join(self.dead.values()))
+        return min(alive, key=lambda engine: self.in_flight[engine])
+
+    async def _asked(self, engine: int, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
+        handle, group_id = self.handles[engine], next(self._ids)
+        request = GroupRequest(group_id=group_id, prompt=prompt, seeds=tuple(seeds), first_sequence_id=0)
+        self.in_flight[engine] += 1
+        try:
+            rollouts, infos = handle.generate.options(num_returns=2).remote(request, sampling)
+            found = await wait_one(infos, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s)
+            drawn: Rollouts = await wait_one(
+                rollouts, role="rollout", rank=engine, stage="serve", deadline_s=self.deadline_s
+            )
+        except (asyncio.CancelledError, RunError):
+            handle.cancel.remote([group_id])
+            raise
+        finally:
+            self.in_flight[engine] -= 1
+        return [_response(drawn.take([place]), info.finish_reason) for place, info in enumerate(found)]
+
+    async def _death(self, engine: int) -> str | None:
+        """Why an engine will never answer again; None: it may."""
+        handle = self.handles[engine]
+        try:
+            health = await wait_one(
+                handle.health.remote(), role="rollout", rank=engine, stage="serve", deadline_s=LOOKS_WITHIN_S
+            )
+        except RunError as error:
+            return _of_a_server(error) if isinstance(error.__cause__, RayActorError) else None
+        return None if health.failure is None else _of_a_server(health.failure)
+
+
+def _response(one: Rollouts, finish_reason: Any) -> Sampled:
+    mask = one.response_mask
+    return Sampled(
+        token_ids=tuple(one.token_ids[mask].tolist()),
+        logprobs=tuple(one.rollout_logprobs[mask].tolist()),
+        versions=tuple(one.versions[mask].tolist()),
+        finish_reason=finish_reason,
+    )
+
+
+def _of_a_server(error: object) -> str:
+    """What is said of a run, which could be resumed, as it is true of a server."""
+    return str(error).replace(f" {RESUMES}", "")

@@ -1,0 +1,297 @@
+"""The loop of a sweep: starts the trials that the method names, reads what they write, stops and buries them.
+
+    parameters -> trials -> processes -> metrics.jsonl -> method -> results
+
+Each trial is `rlhf train` in a process and a run folder of its own; one that fails is a row of the result. The loop
+holds no state that a kill would lose: that is in the journal and the run folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.cluster.address import cluster_to_join
+from actors.sweeps.search import require_optuna, strategy_of
+from actors.sweeps.trial_process import END_WITHIN_S, Process, Share, TrialProcess, WarmProcess, end_all, wait_for_all
+from rlhf.config.derive import is_online
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.placement_plan import copies
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.sweep import GridMethod, Sweep
+from rlhf.errors import Preempted, RunError, UserError
+from rlhf.planning.trials import bundles_of
+from rlhf.stopping import StopRequest, current_request
+from rlhf.sweeps.journal import Journal, Trial
+from rlhf.sweeps.plots import plot
+from rlhf.sweeps.results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
+from rlhf.sweeps.space import Values, known_trials
+from rlhf.sweeps.strategy import Assignment, Strategy
+from rlhf.tracking import logs
+from rlhf.tracking.formatting import number
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.environment import visible_gpus
+from rlhf.tracking.run_folder.lock import lock_folder
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.3
+PREEMPTED = 75  # exit code of a run that others have told to end
+
+
+@dataclass(slots=True)
+class _Running:
+    """A running trial."""
+
+    assignment: Assignment
+    process: Process
+    slot: int
+    said_before: int  # bytes of its log
+    told: int = -1  # last step of the metric that the method knows
+    seen: tuple[int, int] = (0, 0)  # inode and size of metrics.jsonl as it was last read
+    stopped: bool = False  # by the method
+
+
+@dataclass(slots=True)
+class _Loop:
+    """The loop of a sweep."""
+
+    sweep: Sweep
+    journal: Journal
+    strategy: Strategy
+    shares: Sequence[Share]
+    failures: int  # also those of before a kill
+    request: StopRequest
+    running: list[_Running] = field(default_factory=list)
+    warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
+
+    def run(self) -> None:
+        """Run trials until none is left. Preempted if the request came: all trials have ended then."""
+        self.request.ends_by_itself = True
+        try:
+            while True:
+                if self.request.came is not None:
+                    raise Preempted("the trials in progress were ended, with checkpoints of their last steps")
+                self._fill()
+                if not self.running:
+                    return
+                time.sleep(POLL_S)
+                for one in list(self.running):
+                    code = one.process.poll()  # before the metrics: what it wrote last is read after its end
+                    self._read(one)
+                    if code is not None:
+                        self.running.remove(one)
+                        self._end(one, code)
+        finally:
+            for process in self.warm.values():
+                if process.is_idle and all(one.process is not process for one in self.running):
+                    process.dismiss()
+            end_all([one.process for one in self.running], self.request)
+            wait_for_all(list(self.warm.values()), self.request)
+            self.request.ends_by_itself = False
+
+    def _fill(self) -> None:
+        most = self.sweep.config.max_failures
+        while len(self.running) < len(self.shares):
+            if most is not None and self.failures > most:
+                return
+            assignment = self.strategy.next()
+            if assignment is None:
+                return
+            self._start(assignment)
+
+    def _start(self, assignment: Assignment) -> None:
+        trial, journal = assignment.trial, self.journal
+        file, log = journal.config_file(trial.number), journal.log_file(trial.number)
+        write_atomic(file, dump_yaml(self.sweep.trial(trial.parameters, trial.name)))
+        slot = next(n for n in range(len(self.shares)) if all(one.slot != n for one in self.running))
+        said_before = log.stat().st_size if log.exists() else 0
+        process = self._process(slot, file, log, until=assignment.until)
+        self.running.append(_Running(assignment, process, slot, said_before))
+        until = "" if assignment.until is None else f" to step {assignment.until}"
+        logger.info("%s begins%s: %s", trial.name, until, _said(trial.parameters))
+
+    def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
+        """One of its own; where engines may stay, that of the trial before it in this place."""
+        grace_s = _grace_s(self.sweep)
+        if not _may_keep_engines(self.sweep):
+            return TrialProcess(file, log, self.shares[slot], until=until, grace_s=grace_s)
+        if slot not in self.warm or not self.warm[slot].is_idle:
+            self.warm[slot] = WarmProcess(self.shares[slot], grace_s=grace_s)
+        self.warm[slot].begin(file, log, until=until)
+        return self.warm[slot]
+
+    def _read(self, one: _Running) -> None:
+        """Tell the method what is new in metrics.jsonl."""
+        folder = self._judged(one.assignment.trial)
+        try:
+            status = (folder / "metrics.jsonl").stat()
+        except FileNotFoundError:
+            return
+        if one.seen == (status.st_ino, status.st_size):
+            return
+        one.seen = (status.st_ino, status.st_size)
+        for step, value in metric_values(folder, self.sweep.metric):
+            if step > one.told and not one.stopped:
+                one.told = step
+                if self.strategy.report(one.assignment.trial, step, value):
+                    one.stopped = True
+                    one.process.interrupt()
+
+    def _end(self, one: _Running, code: int) -> None:
+        trial, until = one.assignment.trial, one.assignment.until
+        values = metric_values(self._judged(trial), self.sweep.metric)
+        if one.stopped and code != 0:
+            self.journal.end(trial.number, "stopped")
+        elif code not in (0, PREEMPTED):
+            said = self.journal.log_file(trial.number).read_bytes()[one.said_before :].decode(errors="replace")
+            why = explain_failure(self._judged(trial), said, code)
+            self.journal.end(trial.number, "failed", why)
+            self.failures += 1
+        elif code == 0 and not values:
+            self.journal.end(trial.number, "failed", f"no row of its metrics.jsonl has {self.sweep.metric}")
+            self.failures += 1
+        elif code == 0 and until is None:
+            self.journal.end(trial.number, "finished")
+        self.strategy.ended(trial)
+        if trial.state == "failed":
+            logger.warning("%s failed: %s", trial.name, trial.error)
+        elif code == PREEMPTED and not one.stopped:
+            logger.warning("%s was told to end by others; --resume auto goes on with it", trial.name)
+        else:
+            step, value = values[-1]
+            how = "is at" if trial.state == "open" else f"{trial.state} at"
+            logger.info("%s %s step %d: %s = %s", trial.name, how, step, self.sweep.metric, number(value))
+        write(self.sweep, collect(self.sweep, self.journal))
+
+    def _judged(self, trial: Trial) -> Path:
+        return judged_folder(self.sweep, self.journal.run_folder(trial.number))
+
+
+def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: bool = False) -> SweepResult:
+    """All trials, or with `resume` what is left of them; what came of them.
+
+    UserError, before anything starts: a trial that is no run, a folder in use. RunError: no trial has ended well, or
+    more have failed than sweep.max_failures allows. Preempted: a signal came, to the sweep or to a trial.
+    """
+    logs.configure("WARNING" if quiet else "INFO")
+    if sweep.config.method.name == "bayesian":
+        require_optuna()
+    known = known_trials(sweep)
+    with Journal.open(sweep, resume=resume) as journal:
+        if retry_failed:
+            for trial in journal.trials.values():
+                if trial.state == "failed":
+                    journal.end(trial.number, "open")
+        _wait_for_leftovers(journal, within_s=_grace_s(sweep) + END_WITHIN_S)
+        shares = _shares(sweep, known)
+        failures = sum(trial.state == "failed" for trial in journal.trials.values())
+        request = current_request() or StopRequest()
+        loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures, request)
+        try:
+            loop.run()
+        finally:
+            result = collect(sweep, journal)
+            write(sweep, result)
+        plot(sweep, journal, result)
+    most = sweep.config.max_failures
+    if most is not None and loop.failures > most:
+        raise RunError(
+            f"{loop.failures} trials failed, more than sweep.max_failures = {most}: {_failures(result)} What has ended "
+            f"is in {sweep.folder}; --resume auto --retry-failed goes on."
+        )
+    cut_off = [row.trial for row in result.rows if row.state == "open"]
+    if cut_off:
+        raise Preempted(f"{', '.join(cut_off)} were told to end; checkpoints are kept")
+    if result.best is None:
+        raise RunError(f"no trial came to an end with a value of {sweep.metric}: {_failures(result)}")
+    return result
+
+
+def _grace_s(sweep: Sweep) -> float:
+    """Return the seconds that a trial has for its step once it is asked to end."""
+    return max(run.train.preemption_grace_s for run in sweep.base.runs.values())
+
+
+def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
+    """Until no trial of a sweep that was killed is left: the kernel has told them to end. UserError names one that is.
+
+    A new process would be refused its folder, and the trial be taken for one that failed.
+    """
+    trials, give_up = journal.folder / "trials", time.monotonic() + within_s
+    for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock")):
+        while True:
+            try:
+                os.close(lock_folder(lock.parent, key="run.name"))
+                break
+            except UserError:
+                if time.monotonic() > give_up:
+                    raise
+            logger.info("%s: a process of the sweep before still ends", lock.parent)
+            time.sleep(1.0)
+
+
+def _failures(result: SweepResult) -> str:
+    """One of them, as an example."""
+    failed = [row for row in result.rows if row.state == "failed"]
+    return f"{failed[-1].trial}: {failed[-1].error}" if failed else "none was run."
+
+
+def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
+    """Return the share of the machine of each trial that runs at once."""
+    config = sweep.config
+    trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
+    wanted = [bundles_of(trial) for trial in trials]
+    cluster = _cluster(sweep.base)
+    address = cluster_to_join(cluster.address)
+    cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
+    nodes = [{"CPU": float(len(cores)), "GPU": float(len(gpus))}] if address is None else _nodes(cluster)
+    most = config.method.trials if known is None and not isinstance(config.method, GridMethod) else len(known or ())
+    count = min(config.concurrency or most, most)
+    room = max(1, min(copies(bundles, nodes, most=count) for bundles in wanted))
+    count = room if config.concurrency is None else count
+    if count > room:
+        logger.warning("sweep.concurrency is %d, and there is room for %d trials at once", count, room)
+    if address is not None:
+        logger.info("%d trials at once, in the cluster at %s", count, address)
+        return [Share()] * count
+    each_gpus = max(round(sum(bundle.get("GPU", 0.0) for bundle in bundles)) for bundles in wanted)
+    if each_gpus * count > len(gpus):
+        raise UserError(
+            f"{sweep.source}: sweep.concurrency: {count} trials of {each_gpus} GPUs each, and there are {len(gpus)}"
+        )
+    each = len(cores) // count
+    logger.info("%d trials at once, of %d cores each", count, each or len(cores))
+    return [
+        Share(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
+        for n in range(count)
+    ]
+
+
+def _may_keep_engines(sweep: Sweep) -> bool:
+    """Whether trials one after another may have the same engines. Their Ray is the same then."""
+    runs = list(sweep.base.runs.values())
+    fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
+    return fixed and not sweep.base.is_pipeline and is_online(runs[0]) and runs[0].cluster.device == "cpu"
+
+
+def _cluster(loaded: LoadedConfig) -> ClusterConfig:
+    return next(iter(loaded.runs.values())).cluster
+
+
+def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
+    """What each node of a running cluster has."""
+    import ray
+
+    from actors.cluster.connect import connected
+
+    with connected(cluster):
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _said(parameters: Values) -> str:
+    return ", ".join(f"{key}={value}" for key, value in parameters.items())

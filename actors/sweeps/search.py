@@ -1,0 +1,149 @@
+"""The methods that Ray Tune brings: Optuna's suggestions, and successive halving. Trials run in actors.sweeps.runner's
+loop.
+
+Tune's searcher and scheduler are used as they are, fed by what the trials write. What they knew before a kill is told
+them again from the journal and the run folders, so nothing of theirs is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter, Sweep
+from rlhf.errors import UserError
+from rlhf.sweeps.journal import Journal, Trial
+from rlhf.sweeps.results import judged_folder, metric_values
+from rlhf.sweeps.space import Values, fitting
+from rlhf.sweeps.strategy import Assignment, Listed, Population, Strategy
+
+METRIC = "value"
+
+
+def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> Strategy:
+    """The sweep's method at work."""
+    method = sweep.config.method
+    if isinstance(method, BayesianMethod):
+        return Bayesian(sweep, journal, trials=method.trials)
+    assert known is not None
+    if isinstance(method, AshaMethod):
+        return Asha(sweep, journal, known, method)
+    return Population(sweep, journal, known) if method.name == "pbt" else Listed(journal, known)
+
+
+def require_optuna() -> None:
+    """UserError if it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            "sweep.method: bayesian needs the package optuna, which is not installed here: install the extra `sweeps` "
+            "(uv pip install 'ray-rlhf[sweeps]'), or use random or asha."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class Bayesian:
+    """Each trial is suggested when there is room for it, from the values of those that have ended by then."""
+
+    def __init__(self, sweep: Sweep, journal: Journal, *, trials: int) -> None:
+        require_optuna()
+        from ray.tune.search.optuna import OptunaSearch
+
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        self.sweep, self.journal, self.trials = sweep, journal, trials
+        self.parameters = sweep.config.parameters
+        self.search = OptunaSearch(
+            {key: _distribution(parameter) for key, parameter in self.parameters.items()},
+            metric=METRIC,
+            mode="min" if sweep.lower_is_better else "max",
+            seed=sweep.config.seed + len(journal.trials),  # or it would draw its first trials again after a kill
+        )
+        self.asked: set[int] = set()
+        for trial in journal.trials.values():
+            if trial.state != "open":
+                self.ended(trial)
+        self.left = [number for number, trial in journal.trials.items() if trial.state == "open"]
+
+    def next(self) -> Assignment | None:
+        """One that a kill has left, else a new one."""
+        if self.left:
+            return Assignment(trial=self.journal.trials[self.left.pop(0)])
+        number = len(self.journal.trials)
+        if number >= self.trials:
+            return None
+        suggested: dict[str, Any] = self.search.suggest(str(number))
+        values = {key: _decoded(parameter, suggested[key]) for key, parameter in self.parameters.items()}
+        self.asked.add(number)
+        return Assignment(trial=self.journal.add(number, values))
+
+    def report(self, trial: Trial, step: int, value: float) -> bool:
+        """All run to their ends."""
+        return False
+
+    def ended(self, trial: Trial) -> None:
+        """Its value, or that it failed, says where not to look."""
+        found = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
+        failed = trial.state == "failed" or not found
+        if trial.number in self.asked:
+            result = None if failed else {METRIC: found[-1][1]}
+            self.search.on_trial_complete(str(trial.number), result, error=failed)
+            return
+        point = {key: _encoded(parameter, trial.parameters[key]) for key, parameter in self.parameters.items()}
+        self.search.add_evaluated_point(point, 0.0 if failed else found[-1][1], error=failed)
+
+
+class Asha(Listed):
+    """Random trials, stopped where others were better after as many steps."""
+
+    def __init__(self, sweep: Sweep, journal: Journal, known: list[Values], method: AshaMethod) -> None:
+        super().__init__(journal, known)
+        from ray.tune.schedulers import AsyncHyperBandScheduler
+
+        self.scheduler = AsyncHyperBandScheduler(
+            time_attr="step",
+            metric=METRIC,
+            mode="min" if sweep.lower_is_better else "max",
+            max_t=sweep.base.runs[sweep.judged].train.num_steps,
+            grace_period=method.grace_steps,
+            reduction_factor=method.reduction_factor,
+            stop_last_trials=False,
+        )
+        self.known_to_it: set[int] = set()
+        for trial in journal.trials.values():
+            for step, value in metric_values(judged_folder(sweep, journal.run_folder(trial.number)), sweep.metric):
+                self.report(trial, step, value)
+
+    def report(self, trial: Trial, step: int, value: float) -> bool:
+        """Whether the trial is among the worse of those that came so far."""
+        as_tune_has_it: Any = SimpleNamespace(trial_id=str(trial.number))
+        if trial.number not in self.known_to_it:
+            self.known_to_it.add(trial.number)
+            self.scheduler.on_trial_add(None, as_tune_has_it)
+        if step == 0:
+            return False
+        action = self.scheduler.on_trial_result(None, as_tune_has_it, {"step": step, METRIC: value})
+        return bool(action == self.scheduler.STOP)
+
+
+def _distribution(parameter: Parameter) -> Any:
+    """As Optuna has it. Choices are numbered: they may be of any kind."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.values is not None:
+        return CategoricalDistribution(tuple(range(len(parameter.values))))
+    assert parameter.min is not None
+    assert parameter.max is not None
+    log = parameter.scale == "log"
+    if parameter.integer:
+        return IntDistribution(int(parameter.min), int(parameter.max), log=log, step=int(parameter.step or 1))
+    return FloatDistribution(parameter.min, parameter.max, log=log, step=parameter.step)
+
+
+def _decoded(parameter: Parameter, suggested: Any) -> Any:
+    return parameter.values[suggested] if parameter.values is not None else fitting(parameter, suggested)
+
+
+def _encoded(parameter: Parameter, value: Any) -> Any:
+    return parameter.values.index(value) if parameter.values is not None else value

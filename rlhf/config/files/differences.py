@@ -1,0 +1,57 @@
+"""Where two configurations of a run differ, wherever its folder lies: whether one goes on from what the other made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.yaml_tree import from_yaml, kind
+from rlhf.config.schema.stages import Stage
+from rlhf.tracking.logs import redact_config
+
+
+def differences(there: Any, here: Any, key: tuple[str, ...] = ()) -> Iterator[str]:
+    """`key is ... there and ... here` for each value of two trees that differs."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for name in {**there, **here}:
+            yield from differences(there.get(name), here.get(name), (*key, name))
+    elif there != here:
+        yield f"{'.'.join(key)} is {kind(there)} there and {kind(here)} here"
+
+
+def home(stage: Stage) -> Path:
+    """The folder of the run, or of the pipeline that it is a stage of."""
+    return stage.run.dir / stage.run.name.partition("/")[0]
+
+
+def portable(tree: Any, folder: Path) -> Any:
+    """The tree with each path in the folder as it is called there: the folder may be moved."""
+    if isinstance(tree, Mapping):
+        return {name: portable(value, folder) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value, folder) for value in tree]
+    if isinstance(tree, str):
+        for start in (folder, folder.absolute()):
+            if Path(tree).is_relative_to(start):
+                return f"<run>/{Path(tree).relative_to(start)}"
+    return tree
+
+
+def changes(there: Stage, here: Stage) -> list[str]:
+    """The differences that matter for what a stage has made."""
+    return list(differences(_settings(there), _settings(here)))
+
+
+def _settings(stage: Stage) -> Any:
+    """What is in effect, masked as it is in the run's folder, without that folder's name and place, who is told of the
+    run, where it is done and how often it is saved."""
+    tree = redact_config(from_yaml(dump_yaml(stage)))
+    tree["run"] = {"seed": stage.run.seed}
+    for part in (tree, *tree.get("stages", {}).values()):
+        for section in ("tracking", "cluster"):
+            part.pop(section, None)
+        for key in ("checkpoint_every", "keep_checkpoints", "preemption_grace_s"):
+            part.get("train", {}).pop(key, None)
+    return portable(tree, home(stage))

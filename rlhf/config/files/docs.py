@@ -1,0 +1,224 @@
+"""docs/configuration.md, written from the schema: `python -m rlhf.config.files.docs > docs/configuration.md`.
+
+The words are the docstrings of the sections and their fields; nothing about a key stands here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlhf.algorithms.section import Section
+from rlhf.config.mistakes.explain import expected
+from rlhf.config.mistakes.schema_keys import is_section, members
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.merge import MergeFile
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.sweep import SweepFile
+
+HEAD = """\
+# Configuration
+
+Generated from the schema by `python -m rlhf.config.files.docs > docs/configuration.md`; edit the docstrings in
+`rlhf/config/` and `rlhf/algorithms/`.
+
+One YAML file is one run, or a pipeline of runs. Every key is typed. An unknown key is an error that names the key that
+was probably meant. A key that would have no effect is an error too: a critic with GRPO, `rollouts` with supervised
+fine-tuning, the clip range where one optimizer step is made of each batch. `rlhf plan CONFIG` checks a file and shows
+what follows from it: batch arithmetic, optimizer steps, placement, the transport of the weights. The run folder gets
+`config.resolved.yaml`, with every value that is in effect; `rlhf train` on that file repeats the run.
+
+{contents}
+## On the command line
+
+`rlhf train FILE section.key=value ...` sets any key of the file, also one that it does not have:
+
+```
+rlhf train configs/ppo_smollm2.yaml train.lr=3e-6 rollouts.stop='["\\n"]' policy.lora.rank=8
+```
+
+Values are YAML: `null`, `true`, numbers, quoted or plain strings, `[lists]`, `{mappings: of values}`. A string with
+`: ` or ` #` in it needs YAML's own quotes. Only `true` and `false` are truth values, so `tracking.wandb=off` means the
+word. A key given twice is an error.
+
+## Pipelines
+
+A file with `stages:`, a mapping of stage names to sections, is a pipeline. Its stages run in the order of the file,
+each in a folder of its own, `<run.dir>/<run.name>/<stage>/`. A stage trains, merges models or measures one.
+
+```yaml
+run: {name: demo}
+policy: {dtype: float32}
+data: {eval: heldout.jsonl}
+rollouts: {prompts_per_step: 64, samples_per_prompt: 4}
+rewards: {correct: {function: math_answer}}
+stages:
+  sft:
+    policy: {model: HuggingFaceTB/SmolLM2-135M-Instruct}
+    algorithm: {name: sft}
+    data: {train: demonstrations.jsonl}
+    train: {steps: 200, lr: 1e-5, sequences_per_update: 32}
+  ppo:
+    policy: {model: stage:sft}
+    algorithm: {name: ppo}
+    data: {train: prompts.jsonl}
+    train: {steps: 100, lr: 1e-6, sequences_per_update: 128}
+  soup:
+    merge: {method: linear, models: {sft: {model: stage:sft}, ppo: {model: stage:ppo}}}
+  judge:
+    evaluate: {model: stage:soup, against: stage:ppo, data: heldout.jsonl, rewards: {correct: {function: math_answer}}}
+```
+
+1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
+2. A shared key that a stage cannot use is not given to that stage (here `rollouts` and `rewards` in `sft`). A shared
+   key that no stage uses, because none can or because every one sets its own, is an error. A stage's own keys are held
+   to the rules of a single run.
+3. `run` stands at the top alone.
+4. Each stage has one of `algorithm` (it trains), `merge` ([merging](merging.md)) and `evaluate`
+   ([evaluation](evaluation.md)), which says what it is. A merge has no other section, an evaluation `cluster` and
+   `tracking` alone; of the shared sections they get no others either.
+5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage that makes one.
+6. All stages run in one Ray: `cluster.address` and `cluster.object_store_gib` are the same in each.
+7. On the command line `train.lr=1e-5` sets the shared key and `stages.ppo.train.lr=1e-5` the stage's.
+
+## Keys
+
+"Required" keys have no default; the others may be left out.
+"""
+
+
+MERGE = """
+## Keys of a merge
+
+A file for `rlhf merge` has this one section, and so has a stage that merges, without `out`. [merging](merging.md) says
+which method takes which keys.
+"""
+
+EVALUATION = """
+## Keys of an evaluation
+
+A stage that measures a model has this section. [evaluation](evaluation.md) says what is measured.
+"""
+
+
+SWEEP = """
+## Keys of a sweep
+
+A file for `rlhf sweep` has this one section. [sweeps](sweeps.md) says what each method does.
+"""
+
+
+def render() -> str:
+    """Return the whole page."""
+    page = _Page()
+    parts = [HEAD, page.sections(Config), MERGE, page.sections(MergeFile), EVALUATION]
+    parts += [page.keys("evaluate", EvaluationStage.model_fields["evaluate"]), SWEEP, page.sections(SweepFile)]
+    return "".join(parts).replace("{contents}", _contents("".join(parts)))
+
+
+class _Page:
+    """The sections of the schema as text. A class is described once, and everything else links to that place."""
+
+    def __init__(self) -> None:
+        self.titles: dict[type[Section], str] = {}  # of the classes that are described, or will be further down
+
+    def sections(self, root: type[Section]) -> str:
+        """Return every section of a file."""
+        return "".join(self.keys(name, field) for name, field in root.model_fields.items())
+
+    def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
+        """Describe the classes of a key and below it, except for those described before.
+
+        owner: the algorithm or method whose section the key belongs to.
+        """
+        new = [(at, section) for at, section in _sections(path, field) if section not in self.titles]
+        self.titles |= {section: _title(at, section, owner) for at, section in new}
+        return "".join(self._section(at, section, field, _name(section, at) or owner) for at, section in new)
+
+    def _section(self, path: str, section: type[Section], field: FieldInfo, owner: str) -> str:
+        text = f"\n### {self.titles[section]}\n\n{_line(section.__doc__ or '')}"
+        text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
+        text += "| key | values | default | meaning |\n|---|---|---|---|\n"
+        below = ""
+        for name, member in sorted(section.model_fields.items(), key=lambda item: item[0] != "name"):
+            below += self.keys(f"{path}.{name}", member, owner)
+            cells = (f"`{name}`", _cell(expected(member)), _default(member), self._meaning(member))
+            text += f"| {' | '.join(cells)} |\n"
+        return text + below
+
+    def _meaning(self, field: FieldInfo) -> str:
+        links = [f"[{self.titles[section]}](#{slug(self.titles[section])})" for _, section in _sections("", field)]
+        return _cell(field.description or "") + (f" Keys: {', '.join(links)}." if links else "")
+
+
+def slug(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+
+
+def _name(section: type[Section], path: str) -> str:
+    """Return the `name` that selects a section among the forms of its key; empty where the key has one form."""
+    if path not in ("algorithm", "sweep.method"):
+        return ""
+    return str(get_args(section.model_fields["name"].annotation)[0])
+
+
+def _title(path: str, section: type[Section], owner: str) -> str:
+    if name := _name(section, path):
+        return f"`{path}` with `name: {name}`"
+    return f"`{path}` of `{owner}`" if owner else f"`{path}`"
+
+
+def _contents(text: str) -> str:
+    """Return links to the headings: a line for each section of a file, with its algorithms or methods."""
+    lines: list[str] = []
+    for level, title in re.findall(r"^(##+) (.+)$", text, re.MULTILINE):
+        path, _, name = title.partition(" with ")
+        if level == "##":
+            lines.append(f"- [{title}](#{slug(title)})")
+        elif name:
+            link = f"[{name.removeprefix('`name: ').rstrip('`')}](#{slug(title)})"
+            start = f"  - {path}: "
+            lines[-1:] = [f"{lines[-1]}, {link}"] if lines[-1].startswith(start) else [lines[-1], f"{start}{link}"]
+        elif "." not in path.removesuffix(".NAME`"):
+            lines.append(f"  - [{title}](#{slug(title)})")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(path: str, field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
+    """Yield the classes that may stand at a key, each with its path; `NAME` stands for a name of the user's."""
+    for member in members(field.annotation):
+        named = get_origin(member) is dict
+        for inner in members(get_args(member)[1]) if named else [member]:
+            if is_section(inner):
+                yield f"{path}.NAME" if named else path, inner
+                break
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Section):
+        changed = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
+        return _cell(f"`{json.dumps(changed)}`") if changed else "its defaults"
+    plain = isinstance(value, Path) or (isinstance(value, str) and value.isprintable())
+    return f"`{value}`" if plain else f"`{json.dumps(value)}`"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

@@ -1,0 +1,64 @@
+"""The resolved configuration as YAML: every value in effect, defaults written out. Loading it gives the same tree.
+
+Keys without effect in the run are left out, since load refuses them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.files.yaml_tree import from_yaml, to_yaml
+from rlhf.config.pipeline import model_places
+from rlhf.config.schema.evaluate import EvaluationStage, inert_in_evaluation
+from rlhf.config.schema.merge import in_effect
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, Stage, final_folder
+from rlhf.config.validation.unused_keys import inert_keys
+from rlhf.tracking.logs import redact_config
+
+
+def dump_masked_yaml(config: Stage | LoadedConfig) -> str:
+    """`dump_yaml` with secrets masked value by value, so that the file stays valid YAML."""
+    return to_yaml(redact_config(from_yaml(dump_yaml(config))))
+
+
+def dump_yaml(config: Stage | LoadedConfig) -> str:
+    """One run, or a whole pipeline, as a file for `rlhf train`. A merge or an evaluation is a pipeline of one stage."""
+    if isinstance(config, Config):
+        return to_yaml(_tree(config))
+    if isinstance(config, MergeStage | EvaluationStage):
+        tree = _tree(config)
+        pipeline, _, name = config.run.name.partition("/")
+        return to_yaml({"run": {**tree.pop("run"), "name": pipeline}, "stages": {name: tree}})
+    if not config.is_pipeline:
+        return to_yaml(_tree(next(iter(config.stages.values()))))
+    stages: dict[str, dict[str, Any]] = {}
+    names_by_folder: dict[str, str] = {}
+    run: dict[str, Any] = {}
+    for name, stage in config.stages.items():
+        tree = _tree(stage)
+        run = tree.pop("run")
+        for key, values in model_places(tree):
+            values[key[-1]] = names_by_folder.get(values[key[-1]], values[key[-1]])
+        stages[name] = tree
+        names_by_folder[str(final_folder(stage))] = f"stage:{name}"
+    return to_yaml({"run": {**run, "name": config.name}, "stages": stages})
+
+
+def _tree(config: Stage) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    if isinstance(config, MergeStage):
+        return tree | {"merge": in_effect(config.merge)}
+    for inert in inert_keys(config) if isinstance(config, Config) else inert_in_evaluation(config):
+        _prune(tree, inert.key)
+    return tree
+
+
+def _prune(tree: dict[str, Any], key: tuple[str, ...]) -> None:
+    node: Any = tree
+    for part in key[:-1]:
+        node = node.get(part)
+        if not isinstance(node, dict):
+            return  # a section around it is gone, or null
+    node.pop(key[-1], None)

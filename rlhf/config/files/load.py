@@ -1,0 +1,177 @@
+"""From a YAML file and `section.key=value` arguments to checked configurations. Opens that one file, and looks whether
+the files of rewards stand beside it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from rlhf.config.files.recipes import config_file
+from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, read_tree
+from rlhf.config.mistakes.explain import parse, refuse
+from rlhf.config.mistakes.suggestions import nearest
+from rlhf.config.pipeline import resolve_stages
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import Stage, run_folder
+from rlhf.config.validation.run import problems
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedConfig:
+    """The runs to do, in order: one, or the stages of a pipeline. All of them passed every check."""
+
+    source: str  # the file, for messages
+    name: str  # of the run or the pipeline
+    folder: Path  # of the run, or the one that holds the folders of the stages
+    stages: Mapping[str, Stage]  # by stage name; a single run is one stage of the run's name
+    is_pipeline: bool
+    places: Mapping[Key, str] = field(default_factory=dict)  # where each key was written
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Put the place of a key before the message of a UserError that begins with the key."""
+        try:
+            yield
+        except UserError as error:
+            place = self._place(str(error))
+            if place is None:
+                raise
+            raise UserError(f"{place}: {error}") from error
+
+    def _place(self, message: str) -> str | None:
+        """Return where the key was written that a message begins with, such as `stages.NAME: KEY: ...`."""
+        first, second = (*message.split(" ", 2), "")[:2]
+        key, below = (tuple(word.rstrip(":").split(".")) for word in (first, second))
+        written = self._written(key)
+        if self.is_pipeline and key[0] == "stages" and len(key) == 2:
+            in_stage, shared = self._written((*key, *below)), self._written(below)
+            written = in_stage if len(in_stage) - 2 >= max(len(shared), 1) else shared or written
+        return self.places.get(written)
+
+    def _written(self, key: Key) -> Key:
+        """Return the key, or the nearest section above it, that was written; () for none."""
+        return next((key[:length] for length in range(len(key), 0, -1) if key[:length] in self.places), ())
+
+    @property
+    def runs(self) -> Mapping[str, Config]:
+        """Return the training stages by name."""
+        return {name: stage for name, stage in self.stages.items() if isinstance(stage, Config)}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Load and check a configuration. UserError has a line for each mistake: place, key, value, rule, fix."""
+    file = config_file(path)
+    return resolve(read_tree(file), overrides, file.resolve().parent)
+
+
+def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
+    """`load` of a tree that was read already. `folder`: where files of rewards may stand beside it."""
+    _refuse_unknown_stages(tree, overrides)
+    tree = apply_overrides(tree, overrides)
+    _locate_rewards(tree.values, folder)
+    if "sweep" in tree.values:
+        raise UserError(f"{tree.place(('sweep',))}: sweep: is no part of a run; use `rlhf sweep {tree.source}`")
+    if "merge" in tree.values and "stages" not in tree.values:
+        raise UserError(f"{tree.place(('merge',))}: merge: is no part of a run; use `rlhf merge {tree.source}`")
+    if "evaluate" in tree.values and "stages" not in tree.values:
+        text = "is a stage's section; put it into `stages:`, or evaluate a model with `rlhf eval`"
+        raise UserError(f"{tree.place(('evaluate',))}: evaluate: {text}")
+    if "stages" in tree.values:
+        stages = resolve_stages(tree)
+        run = next(iter(stages.values())).run
+        name = run.name.partition("/")[0]
+        return LoadedConfig(
+            source=tree.source,
+            name=name,
+            folder=run.dir / name,
+            stages=stages,
+            is_pipeline=True,
+            places=tree.places,
+        )
+    config = parse(tree.values)
+    refuse(config if isinstance(config, tuple) else problems(config), tree.place)
+    assert isinstance(config, Config)
+    return replace(_single(config, tree.source), places=tree.places)
+
+
+def _locate_rewards(section: Any, folder: Path) -> None:
+    """Give reward files that stand beside the configuration their whole path: the resolved file stands elsewhere."""
+    if not isinstance(section, dict):
+        return
+    rewards, stages = section.get("rewards"), section.get("stages")
+    for reward in rewards.values() if isinstance(rewards, dict) else ():
+        if isinstance(reward, dict) and isinstance(function := reward.get("function"), str):
+            file = function.rpartition(":")[0]
+            if file and (folder / file).is_file():
+                reward["function"] = f"{folder / file}{function[len(file) :]}"
+    for below in (section.get("evaluate"), *(stages.values() if isinstance(stages, dict) else ())):
+        _locate_rewards(below, folder)
+
+
+def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Return the checked configuration of a mapping with the keys of a file. Its paths start at the current folder."""
+    plain = _plain(values, "config")
+    assert isinstance(plain, dict)
+    return resolve(Tree(source="config", values=plain, places={}), overrides, Path.cwd())
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Return a copy with the values that a file can hold. UserError names the first other value."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{place}: the key {key!r} is no string")
+        return {key: _plain(inner, f"{place}.{key}" if place != "config" else key) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{place}[{index}]") for index, inner in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if inspect.isfunction(value):
+        return _function_of_a_file(value, place)
+    raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold")
+
+
+def _function_of_a_file(function: FunctionType, place: str) -> str:
+    """Name a function as FILE.py:NAME. UserError where other processes cannot load it by that name."""
+    file, name = Path(inspect.getfile(function)), function.__qualname__
+    if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
+        raise UserError(
+            f"{place}: {name} is a function that other processes cannot load: it must stand at the top level of a .py "
+            "file. In a notebook, write the cell to a file with `%%writefile rewards.py` and name it "
+            '"rewards.py:NAME".'
+        )
+    return f"{file}:{name}"
+
+
+def checked(config: Config) -> LoadedConfig:
+    """Check a configuration that was made in Python."""
+    refuse(problems(config), lambda key: "config")
+    return _single(config, "config")
+
+
+def _single(config: Config, source: str) -> LoadedConfig:
+    name = config.run.name
+    return LoadedConfig(source=source, name=name, folder=run_folder(config), stages={name: config}, is_pipeline=False)
+
+
+def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
+    """Raise UserError for an argument that names a stage the file lacks."""
+    stages = tree.values.get("stages")
+    names = list(stages) if isinstance(stages, dict) else []
+    for text in overrides:
+        section, _, rest = text.partition("=")[0].partition(".")
+        name = rest.partition(".")[0]
+        if section.strip() == "stages" and name not in names:
+            close = nearest(name, names)
+            known = (
+                f"did you mean {close}?" if close else f"its stages: {', '.join(names) or 'none, it is a single run'}"
+            )
+            raise UserError(f"argument {text!r}: {tree.source} has no stage {name!r}; {known}")

@@ -1,0 +1,201 @@
+"""Mistakes in a configuration as one line each, and what a field expects, in words.
+
+Used by load and by the documentation. Knows the schema's shape, not its meaning: relations stand in
+rlhf.config.validation.run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from rlhf.algorithms.section import Section
+from rlhf.config.files.yaml_tree import Key, kind
+from rlhf.config.mistakes.schema_keys import descend, is_section, tag
+from rlhf.config.mistakes.suggestions import choice, example, meant_value, unknown_key
+from rlhf.config.schema.root import Config
+from rlhf.errors import UserError
+
+S = TypeVar("S", bound=Section)
+
+_SCALARS: dict[object, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Path: "a path",
+    types.NoneType: "null",
+}
+
+
+MAX_PROBLEMS = 100  # in one message
+
+# How pydantic calls a member of a union that has no name of its own, in an error's location.
+_MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\[.*\]|constrained-\w+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A mistake: its key, and the value, the rule and the fix in words."""
+
+    key: Key
+    text: str
+
+
+def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
+    """Parse the tree as the configuration of a run, or return all its problems."""
+    return parse_as(Config, values)
+
+
+def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
+    """Parse the tree as typed values, or return every problem of its keys and types. Nothing is converted: a number
+    in quotes stays a string."""
+    try:
+        return root.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems: dict[Key, Problem] = {}
+        missing: dict[Key, Problem] = {}
+        meant: set[str] = set()
+        for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
+            if item["type"] == "extra_forbidden":
+                section, _, nodes = _follow(root, item["loc"])
+                suggestions = unknown_key(root, values, section, str(item["loc"][-1]), nodes)
+                meant.update(*(suggestion.meant for suggestion in suggestions))
+                found = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
+            else:
+                found = [_wrong_value(root, item["loc"], item["type"], item["input"], item["msg"])]
+            for problem in found:
+                group = missing if item["type"] == "missing" else problems
+                group.setdefault(problem.key, problem)  # each member of a union reports the same key
+        absent = {key: problem for key, problem in missing.items() if not _is_meant(key, meant)}
+        return tuple((absent | problems).values())
+
+
+def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
+    """Raise UserError with a line for each problem, if there is any."""
+    if problems:
+        raise UserError("\n".join(f"{place(p.key)}: {_shown(p.key)}: {p.text}" for p in problems))
+
+
+def _shown(key: Key) -> str:
+    """Return the key on one line, whatever characters it holds."""
+    text = ".".join(key)
+    return text if text and text.isprintable() and len(text) <= 200 else kind(text)
+
+
+def expected(field: FieldInfo) -> str:
+    """Describe the values of a field: `a number > 0`, `` `off`, `offline` or `online` ``, `a list of strings`."""
+    return _describe(field.annotation, _bounds(field.metadata))
+
+
+def _is_meant(key: Key, meant: set[str]) -> bool:
+    """Return whether an unknown key was probably meant to be this one or to stand below it."""
+    return any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
+
+
+def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[Any]]:
+    """Return the key that pydantic's location stands for, its field, and the types that may stand there.
+
+    A location also names members of unions, and may end below the key to blame.
+    """
+    nodes: list[Any] = [root]
+    key: Key = ()
+    field: FieldInfo | None = None
+    for part in location:
+        if isinstance(part, int):
+            nodes = [item for node in nodes for item in get_args(node)[:1] if is_section(item)]
+            if not nodes:
+                break  # a scalar in a list: the list is to blame
+            key = (*key, str(part))
+            continue
+        if _MEMBER.fullmatch(part):
+            continue
+        candidates = [node for node in nodes if node is not types.NoneType]
+        tagged = [node for node in candidates if tag(node) == part]
+        below, its_field = descend(nodes, part)
+        if tagged and len(candidates) > 1:
+            nodes = tagged
+        elif below:
+            nodes, field, key = below, its_field, (*key, part)
+        else:
+            break  # an unknown key, or a member of a union of scalars
+    return key, field, nodes
+
+
+def _wrong_value(
+    root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
+) -> Problem:
+    """Translate one of pydantic's errors about a value."""
+    key, field, nodes = _follow(root, location)
+    if error_type in ("union_tag_not_found", "union_tag_invalid"):
+        expected_tags = choice([tag(node) or "" for node in nodes])
+        key, name = (*key, "name"), given.get("name")
+        if error_type == "union_tag_not_found" or field is None:
+            return Problem(key=key, text=f"is missing: expected {expected_tags}")
+        return Problem(key=key, text=_not_a_word(key, name, field, expected_tags))
+    wanted = expected(field) if field is not None else "a mapping of sections"
+    if error_type == "missing" and isinstance(location[-1], int):
+        text = f"got too few values, expected {wanted}"
+    elif error_type == "missing":
+        text = f"is missing: expected {wanted}"
+    elif error_type == "value_error":
+        text = message.removeprefix("Value error, ")
+    elif error_type == "string_pattern_mismatch":
+        text = f"got {kind(given)}, expected letters, digits, `.`, `_` and `-`, starting with a letter or digit"
+    elif error_type == "string_too_short":
+        text = f"got {kind(given)}, expected a string that is not empty"
+    elif field is None:
+        text = f"got {kind(given)}, expected {wanted}"
+    else:
+        text = _not_a_word(key, given, field, wanted) + example(key[-1], given, field)
+    return Problem(key=key, text=text)
+
+
+def _not_a_word(key: Key, given: Any, field: FieldInfo, wanted: str) -> str:
+    meant = meant_value(key, given, field)
+    if meant is None:
+        return f"got {kind(given)}, expected {wanted}"
+    return f"got {kind(given)}; did you mean `{meant}`? Expected {wanted}"
+
+
+def _describe(annotation: Any, bounds: str = "") -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe(arguments[0], _bounds(arguments[1:]) or bounds)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(member, bounds) for member in arguments))
+    if origin is Literal:
+        return choice([str(argument) for argument in arguments])
+    if origin is dict:
+        return f"a mapping of names to {_plural(_describe(arguments[1]))}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_plural(_describe(arguments[0]))}"
+    if origin is tuple:
+        one = _describe(arguments[0])
+        each = f" (each {one})" if " or " in one else f" {_plural(one)}"
+        return f"a list of {len(arguments)}{each}"
+    if is_section(annotation):
+        return "a mapping"
+    return _SCALARS.get(annotation, "any value") + (bounds if annotation in (int, float) else "")
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    signs = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+    inner = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    found = [(signs[type(m)][1], getattr(m, signs[type(m)][0])) for m in inner if type(m) in signs]
+    bounds = [f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}" for sign, bound in found]
+    return f" {' and '.join(bounds)}" if bounds else ""
+
+
+def _plural(words: str) -> str:
+    """`a string or a mapping` as `strings or mappings`."""
+    return re.sub(r"(^| or )an? (\w+)", r"\1\2s", words)

@@ -1,0 +1,245 @@
+"""Suggest the nearest key for an unknown one, and an example in place of a scalar where a section is expected.
+
+Reads the schema and the table of synonyms. rlhf.config.mistakes.explain decides what is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlhf.algorithms.section import Section
+from rlhf.config.files.yaml_tree import Key
+from rlhf.config.mistakes.schema_keys import all_keys, alternatives, is_section, members, tag
+from rlhf.config.mistakes.synonyms import SYNONYMS, VALUES, Synonym
+
+
+def nearest(word: str, words: Sequence[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the word that was probably meant, or None."""
+    close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """What to say about an unknown key."""
+
+    key: Key
+    text: str
+    meant: tuple[str, ...] = ()
+    """Keys that the user probably meant: that they are missing needs no second message."""
+
+
+def unknown_key(
+    root: type[Section], values: Mapping[str, Any], section: Key, word: str, nodes: Sequence[Any]
+) -> list[Suggestion]:
+    """Return what to say about an unknown key. A section of another framework gives one suggestion for each setting.
+
+    Args:
+        root: the class of the whole configuration.
+        values: the whole tree.
+        section: the key of the section that holds `word`.
+        word: the unknown key.
+        nodes: the classes of the schema that the section may have.
+    """
+    known = frozenset(".".join(key) for key in all_keys(root, values=values))
+    names = sorted({name for node in nodes if is_section(node) for name in node.model_fields})
+    path, value = (*section, word), _value_at(values, (*section, word))
+    if word == "<<":
+        return [Suggestion(key=path, text="merge keys (`<<`) are not supported; write the keys out")]
+    if section == ("reward",) and "rewards" in known and isinstance(value, Mapping):
+        text = f"rewards by name belong to `rewards`; `reward` is the reward model. Write `rewards.{word}`."
+        return [Suggestion(key=path, text=text, meant=("reward.model",))]
+    synonym = _synonym(path, known)
+    if synonym is not None:
+        return [_of_synonym(path, synonym)]
+    settings = list(_settings_below(path, value, known))
+    if any(setting.text != _UNKNOWN for setting in settings) and (
+        word in _FOREIGN_SECTIONS or not nearest(word, names)
+    ):
+        return settings
+    suggestion = _nearest_key(root, values, section, word, nodes, names)
+    foreign = sorted({unicodedata.name(c, f"U+{ord(c):04X}") for c in word[:100] if not c.isascii()})
+    if foreign:  # it may look like a correct key
+        return [replace(suggestion, text=f"{suggestion.text} The key holds {', '.join(foreign)}.")]
+    return [suggestion]
+
+
+def meant_value(key: Key, value: Any, field: FieldInfo) -> str | None:
+    """Return the one of the field's words that a wrong word probably stands for, or None."""
+    words = [word for node in members(field.annotation) for word in _words_of(node)]
+    if not isinstance(value, str):
+        return None
+    synonym = VALUES.get(".".join(key[-2:]), VALUES.get(key[-1], {})).get(value)
+    return synonym if synonym in words else nearest(value, words) if value not in words else None
+
+
+def example(key: str, value: Any, field: FieldInfo) -> str:
+    """Return a correct form of a section that was given as `value`, as words for the end of a message.
+
+    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". Empty: the field takes more than sections.
+    """
+    nodes = [node for node in members(field.annotation) if node is not types.NoneType]
+    named = [inner for node in nodes if get_origin(node) is dict for inner in members(get_args(node)[1])]
+    sections = [node for node in (*nodes, *named) if is_section(node)]
+    if (
+        isinstance(value, Mapping)
+        or not sections
+        or any(not is_section(n) and get_origin(n) is not dict for n in nodes)
+    ):
+        return ""
+    if value is False and len(nodes) < len(list(members(field.annotation))):
+        return f"; leave `{key}` out to turn it off"
+    section = next((node for node in sections if _first_that_takes(node, value)), sections[0])
+    form = f"{{NAME: {_mapping(section, value)}}}" if named else _mapping(section, value)
+    optional = not any(inner.is_required() for inner in section.model_fields.values())
+    empty = f"; `{key}: {{}}` takes the default values, and keys change them" if value is True and optional else ""
+    return f"{empty}, such as `{key}: {form}`"
+
+
+def choice(words: Sequence[str]) -> str:
+    """Return the words as `a`, `b` or `c`."""
+    quoted = [f"`{word}`" for word in words]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Suggestion]:
+    """Yield the settings of other frameworks below a key."""
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        inner_path = (*path, name)
+        synonym = _synonym(inner_path, known)
+        if synonym is not None:
+            yield _of_synonym(inner_path, synonym)
+        elif isinstance(inner, Mapping):
+            yield from _settings_below(inner_path, inner, known)
+        else:
+            yield Suggestion(key=inner_path, text=_UNKNOWN)
+
+
+def _of_synonym(path: Key, synonym: Synonym) -> Suggestion:
+    keys = tuple(synonym.keys.replace("*", "NAME").split())
+    meant = f"unknown key; did you mean {' or '.join(keys)}?" if keys else "unknown key, and no key sets this here."
+    return Suggestion(key=path, text=f"{meant} {synonym.note}".strip(), meant=keys)
+
+
+def _nearest_key(
+    root: type[Section],
+    values: Mapping[str, Any],
+    section: Key,
+    word: str,
+    nodes: Sequence[Any],
+    names: Sequence[str],
+) -> Suggestion:
+    path = (*section, word)
+    others = [node for node in alternatives(root, section) if node not in nodes and word in node.model_fields]
+    if others:  # a key of another form of this section, such as another algorithm's
+        ours, owners = (choice([tag(node) or "" for node in some]) for some in (nodes, others))
+        return Suggestion(key=path, text=f"is a key of {owners}; {ours} has {', '.join(names)}")
+    elsewhere = [key for key in all_keys(root, values=values) if key[:-1] != section]
+    elsewhere.sort(key=lambda key: (-_shared(key, section), len(key)))  # the same section comes first
+    by_name = {key[-1]: ".".join(key).replace("*", "NAME") for key in reversed(elsewhere)}
+    here = nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names))
+    if here is not None:
+        meant = ".".join((*section, here))
+        return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
+    if word not in by_name and len(word) > 4 and (misspelt := nearest(word, list(_WORDS), cutoff=0.85)) is not None:
+        synonym = _synonym((misspelt,), frozenset(".".join(key) for key in all_keys(root, values=values)))
+        if synonym is not None:
+            return _of_synonym(path, synonym)
+    there = word if word in by_name else nearest(word, list(by_name), cutoff=0.75)
+    if there is not None:
+        meant = by_name[there]
+        return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
+    return Suggestion(key=path, text=f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(names)}")
+
+
+def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
+    """Return the setting of another framework's key, with our available keys alone."""
+    names = (".".join(path[start:]) for start in range(len(path)))  # the longest name first
+    for synonym in next((_WORDS[name] for name in names if name in _WORDS), ()):
+        keys = [key for key in synonym.keys.split() if key in available and key != ".".join(path)]
+        if keys or not synonym.keys:
+            return replace(synonym, keys=" ".join(keys))
+    return None
+
+
+def _words() -> dict[str, tuple[Synonym, ...]]:
+    """Return the settings by name, first by whole names, then by the last parts of dotted names.
+
+    One last part is enough where it holds a `_`: words such as `type` and `enable` mean too many things.
+    """
+    words: dict[str, tuple[Synonym, ...]] = {}
+    whole = [(name, synonym) for synonym in SYNONYMS for name in synonym.names]
+    parts = [
+        (name.split(".", start)[-1], synonym)
+        for name, synonym in whole
+        for start in range(1, name.count(".") + 1)
+        if start < name.count(".") or "_" in name.rpartition(".")[2]
+    ]
+    for name, synonym in (*whole, *parts):
+        words[name] = (*words.get(name, ()), synonym)
+    return words
+
+
+_WORDS = _words()
+_FOREIGN_SECTIONS = frozenset(name.partition(".")[0] for name in _WORDS if "." in name) | {"actor_rollout_ref"}
+_UNKNOWN = "unknown key; docs/coming_from.md names no key for it"
+
+
+def _value_at(values: Any, key: Key) -> Any:
+    for part in key:
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, Sequence) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+    return values
+
+
+def _shared(key: Key, section: Key) -> int:
+    """Return how many parts both begin with."""
+    count = 0
+    for ours, theirs in zip(key, section, strict=False):
+        if ours not in (theirs, "*"):
+            break
+        count += 1
+    return count
+
+
+def _mapping(section: type[Section], value: Any) -> str:
+    """Return the section in YAML with the value at the first key that takes it, or with an example."""
+    taking = _first_that_takes(section, value)
+    if taking is not None:
+        return f"{{{taking}: {value}}}"
+    name, field = _fields(section)[0]
+    default = None if field.is_required() else field.default
+    return f"{{{name}: {'...' if default is None else default}}}"
+
+
+def _first_that_takes(section: type[Section], value: Any) -> str | None:
+    """Return the first key, required keys before others, at which a string or a number may stand."""
+    return next((name for name, field in _fields(section) if _takes(field, value)), None)
+
+
+def _fields(section: type[Section]) -> list[tuple[str, FieldInfo]]:
+    return sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
+
+
+def _takes(field: FieldInfo, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    types_of = {str: (str, Path), int: (int, float), float: (float,)}.get(type(value), ())
+    return any(node in types_of or value in _words_of(node) for node in members(field.annotation))
+
+
+def _words_of(node: Any) -> list[str]:
+    """Return the strings of a Literal, or the `name` that selects a section."""
+    if get_origin(node) is Literal:
+        return [word for word in get_args(node) if isinstance(word, str)]
+    return [name] if is_section(node) and (name := tag(node)) is not None else []

@@ -1,0 +1,159 @@
+"""Which worker gets which share of the cluster: the bundles of the run's one placement group and the seats in them.
+
+Pure arithmetic, used by `rlhf plan` to show it and by the actors to do it. Workers of a colocated role sit in the
+bundles of their host, and all who share a bundle get equal parts of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf.config.derive import ROLE_ORDER, needs, uses_reward_model
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.root import Config
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """One worker's place: a bundle, and the share of it that is the worker's."""
+
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """Bundles to reserve (`CPU`, and `GPU` where there are any), and each role's seats in rank order."""
+
+    bundles: tuple[Mapping[str, float], ...]
+    seats: Mapping[Role, tuple[Seat, ...]]
+    labels: tuple[Mapping[str, str], ...]  # of each bundle: what its node must have
+
+    def total(self, resource: str) -> float:
+        """What all bundles together reserve."""
+        return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
+
+    def shares_gpus(self, role: Role) -> bool:
+        """Whether a worker of another role stands on one of the role's GPUs."""
+        own = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
+        others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
+        return any(seat.bundle in own and seat.gpus > 0.0 for seat in others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What one role asks for."""
+
+    count: int
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str]
+    host: Role | None
+
+
+def seat(config: Config | EvaluationStage) -> Seating:
+    """Bundles and seats of the roles that the run needs. The configuration has passed its checks."""
+    if isinstance(config, EvaluationStage):
+        return seats_of(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
+    return seats_of(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
+
+
+def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Seating:
+    """Bundles and seats of these roles. One whose host is not among them has bundles of its own."""
+    wishes = _wishes(roles, cluster, with_reward_model=with_reward_model)
+    bundles: list[dict[str, float]] = []
+    labels: list[Mapping[str, str]] = []
+    places: dict[Role, list[int]] = {}
+    for role, wish in wishes.items():
+        if wish.host is not None:
+            hosts = places[wish.host]
+            places[role] = [hosts[i % len(hosts)] for i in range(wish.count)]
+            continue
+        places[role] = list(range(len(bundles), len(bundles) + wish.count))
+        bundles += [{"CPU": wish.cpus, **({"GPU": wish.gpus} if wish.gpus else {})} for _ in range(wish.count)]
+        labels += [wish.labels] * wish.count
+    tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
+    with_gpu = [sum(wishes[role].gpus > 0.0 for role in roles) for roles in tenants]
+    seats: dict[Role, tuple[Seat, ...]] = {
+        role: tuple(
+            Seat(
+                bundle=b,
+                cpus=_share(bundles[b]["CPU"], len(tenants[b])),
+                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if wishes[role].gpus else 0.0,
+            )
+            for b in at
+        )
+        for role, at in places.items()
+    }
+    return Seating(bundles=tuple(bundles), seats=seats, labels=tuple(labels))
+
+
+def _share(amount: float, parts: int) -> float:
+    """Rounded down to what Ray can count, so that the parts are never more than the whole."""
+    return math.floor(amount / parts * 10_000) / 10_000
+
+
+def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
+    """The node of each bundle, filling nodes in order as Ray's PACK strategy tries to; None: they do not fit.
+
+    First fit by falling size, so an answer of None can be wrong only for bundles of several sizes in tight nodes.
+    """
+    free = [dict(node) for node in nodes]
+    where = [0] * len(bundles)
+    by_size = sorted(range(len(bundles)), key=lambda b: (-bundles[b].get("GPU", 0.0), -bundles[b]["CPU"], b))
+    for b in by_size:
+        for index, node in enumerate(free):
+            if all(node.get(resource, 0.0) >= amount for resource, amount in bundles[b].items()):
+                for resource, amount in bundles[b].items():
+                    node[resource] -= amount
+                where[b] = index
+                break
+        else:
+            return None
+    return where
+
+
+def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]], *, most: int) -> int:
+    """How many of `most` such runs fit into the nodes at once; 0: not even one."""
+    return next((count for count in range(most, 0, -1) if fit([*bundles] * count, nodes) is not None), 0)
+
+
+def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
+    """In an order in which each role follows its host."""
+    roles, gpu = cluster.roles, 1.0 if cluster.device == "cuda" else 0.0
+    engine = roles.rollout
+
+    def host(wanted: Role | None) -> Role | None:
+        return wanted if wanted in needed else None
+
+    wishes: dict[Role, _Wish] = {
+        "policy": _Wish(
+            count=roles.policy.workers, cpus=roles.policy.cpus, gpus=gpu, labels=roles.policy.node_labels, host=None
+        ),
+        "rollout": _Wish(
+            count=engine.engines,
+            cpus=engine.cpus,
+            gpus=gpu * engine.tensor_parallel,
+            labels=engine.node_labels,
+            host=host(engine.colocate_with),
+        ),
+    }
+    for role in ("critic", "reference", "teacher", "reward"):
+        section = getattr(roles, role)
+        gpus = 0.0 if role == "reward" and not with_reward_model else gpu
+        wishes[role] = _Wish(
+            count=section.workers,
+            cpus=section.cpus,
+            gpus=gpus,
+            labels=section.node_labels,
+            host=host(section.colocate_with),
+        )
+    return {role: wishes[role] for role in ROLE_ORDER if role in needed}

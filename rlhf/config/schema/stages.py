@@ -1,0 +1,66 @@
+"""What a stage of a pipeline can be: a training run, a merge, or an evaluation. The section that it has says which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms.section import Section
+from rlhf.config.mistakes.explain import Problem
+from rlhf.config.schema.evaluate import EvaluationStage, evaluation_problems, inert_in_evaluation
+from rlhf.config.schema.merge import MergeConfig, merge_problems
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.run import RunConfig
+from rlhf.config.validation.run import problems, unused, written_inert
+
+
+class MergeStage(Section):
+    """A stage of a pipeline that merges models."""
+
+    run: RunConfig
+    """Name and folder."""
+    merge: MergeConfig
+    """The merge, without `out`: its result is the stage's final/."""
+
+
+Stage = Config | MergeStage | EvaluationStage
+
+# The section that makes a stage what it is.
+KINDS: Mapping[str, type[Stage]] = {"algorithm": Config, "merge": MergeStage, "evaluate": EvaluationStage}
+WHAT: Mapping[type[Stage], str] = {Config: "a training run", MergeStage: "a merge", EvaluationStage: "an evaluation"}
+
+
+def run_folder(stage: Stage) -> Path:
+    """Where everything of a run lies."""
+    return stage.run.dir / stage.run.name
+
+
+def final_folder(stage: Stage) -> Path:
+    """Of the model that a training run or a merge makes."""
+    return run_folder(stage) / "final"
+
+
+def result_of(stage: Stage) -> Path:
+    """What is there if and only if the stage is finished."""
+    return run_folder(stage) / "eval.json" if isinstance(stage, EvaluationStage) else final_folder(stage)
+
+
+def kind_of(own: Mapping[str, Any]) -> type[Stage]:
+    """What the sections of a stage make it."""
+    return next((root for section, root in KINDS.items() if section in own), Config)
+
+
+def stage_problems(stage: Stage) -> tuple[Problem, ...]:
+    """Everything that is wrong with it. Empty: it can start."""
+    if isinstance(stage, MergeStage):
+        return merge_problems(stage.merge)
+    return problems(stage) if isinstance(stage, Config) else evaluation_problems(stage)
+
+
+def stage_unused(stage: Stage) -> Iterator[Problem]:
+    """Written keys that have no effect in it, and that another stage may use. A merge has none but its own."""
+    if isinstance(stage, Config):
+        yield from unused(stage)
+    elif isinstance(stage, EvaluationStage):
+        yield from written_inert(stage, inert_in_evaluation(stage))

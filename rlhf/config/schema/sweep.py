@@ -1,0 +1,362 @@
+"""What `rlhf sweep` reads: a run's configuration, what changes from trial to trial, and by which number it is judged.
+
+The section, its rules and its loader. Every trial that is known beforehand is checked here, as a run of its own;
+rlhf.sweeps says which ones those are. Nothing here starts anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rlhf.algorithms.section import Section
+from rlhf.config import derive
+from rlhf.config.files.load import LoadedConfig, resolve
+from rlhf.config.files.recipes import config_file
+from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides, kind, read_tree
+from rlhf.config.mistakes.explain import Problem, parse_as, refuse
+from rlhf.config.mistakes.suggestions import nearest
+from rlhf.config.schema.root import Config
+from rlhf.errors import UserError
+from rlhf.tracking.metrics.declarations import METRICS, declared
+
+AT: Key = ("sweep",)
+OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # each trial's is given by the sweep
+STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temperature", "rollouts.top_p")
+
+
+class Parameter(Section):
+    """What a key takes: one of `values`, or a number from `min` to `max`."""
+
+    values: tuple[Any, ...] | None = None
+    """The choices, of any kind that the key takes. null: a range."""
+    min: float | None = None
+    """Least number of a range."""
+    max: float | None = None
+    """Largest number of a range."""
+    scale: Literal["linear", "log"] = "linear"
+    """log: each factor is as likely as any other, as fits learning rates."""
+    step: float | None = Field(default=None, gt=0.0)
+    """Distance between the numbers of a linear range. null: any number between the ends."""
+    integer: bool = False
+    """Whole numbers only."""
+
+
+class GridMethod(Section):
+    """Every combination. A range needs `step` or `integer`."""
+
+    name: Literal["grid"]
+    """Method."""
+
+
+class RandomMethod(Section):
+    """Independent draws. The first n are the same however many there are."""
+
+    name: Literal["random"]
+    """Method."""
+    trials: int = Field(ge=1, le=10_000)
+    """Runs."""
+
+
+class BayesianMethod(Section):
+    """Draws where earlier trials were good (Optuna's TPE through Ray Tune). Needs the extra `sweeps`."""
+
+    name: Literal["bayesian"]
+    """Method."""
+    trials: int = Field(ge=1, le=10_000)
+    """Runs. The first ten are random draws."""
+
+
+class AshaMethod(Section):
+    """Random draws, the worse of which are stopped early (asynchronous successive halving, arXiv:1810.05934)."""
+
+    name: Literal["asha"]
+    """Method."""
+    trials: int = Field(ge=1, le=10_000)
+    """Runs begun."""
+    grace_steps: int = Field(ge=1)
+    """Steps that every trial has; later looks are at this times powers of reduction_factor."""
+    reduction_factor: float = Field(default=3.0, gt=1.0)
+    """At each look one of so many goes on."""
+
+
+class PbtMethod(Section):
+    """A population whose worst members go on from the checkpoint of one of the best, with changed parameters
+    (population-based training, arXiv:1711.09846)."""
+
+    name: Literal["pbt"]
+    """Method."""
+    trials: int = Field(ge=2, le=10_000)
+    """Members of the population."""
+    every: int = Field(ge=1)
+    """Steps between two looks: all members have done as many when they are compared."""
+    quantile: float = Field(default=0.25, gt=0.0, le=0.5)
+    """Share of the population that is replaced, by members of the best share of that size; at least one."""
+    resample: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Chance of a fresh draw of a copied parameter; else it becomes 0.8 or 1.2 times as large, or the value beside."""
+
+
+Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod | PbtMethod
+
+
+class SweepConfig(Section):
+    """Runs that differ in some keys, and how they are compared. All of it lies in <dir>/<name>/."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the sweep below `dir`, and the group of its runs in W&B."""
+    dir: Path = Field(default=Path("sweeps"), validate_default=False)
+    """Folder of sweeps. A leading `~` is your home."""
+    config: str | dict[str, Any]
+    """The run that is varied: a file for `rlhf train`, found from here or beside this file; or the sections
+    themselves."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the run that are the same in every trial but not in `config`, as `train.steps: 20`."""
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    """What is varied, by key of the run (`train.lr`)."""
+    method: Method = Field(discriminator="name")
+    """How trials are chosen."""
+    metric: str = Field(min_length=1)
+    """The metric that says how good a trial is, by its last value; a leading `-` means lower is better."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Trials at once. null: as many as the machine or the cluster has room for."""
+    max_failures: int | None = Field(default=None, ge=0)
+    """Failed trials after which no other is started. null: any number."""
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Of the draws; the runs have `run.seed`."""
+
+    @field_validator("dir")
+    @classmethod
+    def _at_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+class SweepFile(Section):
+    """A file for `rlhf sweep`."""
+
+    sweep: SweepConfig
+    """The sweep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A checked sweep, and the tree of the run that it varies."""
+
+    source: str  # the file, for messages
+    config: SweepConfig
+    tree: Tree  # of the run, with what is fixed
+    tree_folder: Path  # where reward files may stand beside
+    base: LoadedConfig  # the run without what is varied
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the sweep lies."""
+        return self.config.dir / self.config.name
+
+    @property
+    def metric(self) -> str:
+        """Without its sign."""
+        return self.config.metric.removeprefix("-")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric has a `-`."""
+        return self.config.metric.startswith("-")
+
+    @property
+    def judged(self) -> str:
+        """The name of the stage whose metric it is: the last one that trains and has it."""
+        return _judged(self.base, self.metric)
+
+    def trial(self, parameters: Mapping[str, Any], name: str) -> LoadedConfig:
+        """The checked run of a trial. UserError names what the parameters break."""
+        own = {"run.name": name, "run.dir": str(self.folder / "trials")}
+        if any(stage.tracking.wandb != "off" for stage in self.base.runs.values()):
+            own["tracking.wandb_group"] = self.config.name
+        mirror = next(iter(self.base.stages.values())).run.mirror
+        if mirror is not None:
+            own["run.mirror"] = f"{mirror.rstrip('/')}/{self.config.name}"
+        with _blaming(self.source, parameters):
+            return resolve(self.tree, arguments({**parameters, **own}), self.tree_folder)
+
+    def best(self, parameters: Mapping[str, Any]) -> LoadedConfig:
+        """The run of these parameters, to be made again where the varied one would lie."""
+        name = f"{self.base.name}-{self.config.name}"
+        return resolve(self.tree, arguments({**parameters, "run.name": name}), self.tree_folder)
+
+
+@contextmanager
+def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """What is wrong inside is wrong with these parameters."""
+    try:
+        yield
+    except UserError as error:
+        said = ", ".join(f"{key}={kind(value)}" for key, value in parameters.items())
+        raise UserError(f"{source}: sweep.parameters: a trial with {said} is no run: {error}") from error
+
+
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """`key=value` words for the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """The checked sweep of a YAML file. `sweep.key=value` changes the sweep, any other key its run."""
+    path = config_file(path)
+    tree = read_tree(path, needs="a sweep needs the section sweep, with name, config, parameters, method and metric")
+    if "sweep" not in tree.values and "algorithm" in tree.values:
+        raise UserError(f"{tree.source}: is the configuration of a run, not of a sweep; use `rlhf train {tree.source}`")
+    of_sweep = [text for text in overrides if text.startswith("sweep.")]
+    tree = apply_overrides(tree, of_sweep)
+    parsed = parse_as(SweepFile, tree.values)
+    refuse(parsed if isinstance(parsed, tuple) else tuple(_problems(parsed.sweep)), tree.place)
+    assert isinstance(parsed, SweepFile)
+    config = parsed.sweep
+    run, folder = _run_tree(config, tree, path)
+    of_run = [text for text in overrides if text not in of_sweep]
+    given = {text.partition("=")[0].strip() for text in of_run}
+    if both := [key for key in given if key in config.parameters]:
+        raise UserError(f"argument {both[0]}: the sweep varies it; change it as sweep.parameters, or remove it there")
+    fixed = arguments({key: value for key, value in config.set.items() if key not in given})
+    run = apply_overrides(apply_overrides(run, fixed), of_run)
+    first = {key: next(ends(parameter)) for key, parameter in config.parameters.items()}
+    with _blaming(tree.source, first):
+        base = resolve(run, arguments(first), folder)
+    if not base.runs:
+        raise UserError(f"{tree.place((*AT, 'config'))}: sweep.config: no stage of it trains; there is nothing to vary")
+    sweep = Sweep(source=tree.source, config=config, tree=run, tree_folder=folder, base=base)
+    refuse(tuple(_run_problems(sweep)), tree.place)
+    return sweep
+
+
+def ends(parameter: Parameter) -> Iterator[Any]:
+    """All values, or both ends of a range."""
+    if parameter.values is not None:
+        yield from parameter.values
+        return
+    assert parameter.min is not None
+    assert parameter.max is not None
+    yield from (int(end) if parameter.integer else end for end in (parameter.min, parameter.max))
+
+
+def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
+    """The varied run as it is written, and the folder that it is written in."""
+    beside = path.resolve().parent
+    if isinstance(config.config, dict):
+        at = (*AT, "config")
+        places = {key[len(at) :]: place for key, place in tree.places.items() if key[: len(at)] == at}
+        return Tree(source=tree.source, values=config.config, places=places), beside
+    found = next((file for file in (Path(config.config), beside / config.config) if file.is_file()), None)
+    if found is None:
+        place = tree.place((*AT, "config"))
+        raise UserError(f"{place}: sweep.config: {config.config} is no file, neither from here nor in {beside}")
+    return read_tree(found), found.resolve().parent
+
+
+def _problems(config: SweepConfig) -> Iterator[Problem]:
+    """What is wrong with the sweep itself."""
+    for key, parameter in config.parameters.items():
+        at = (*AT, "parameters", key)
+        if key in OWN:
+            yield Problem(key=at, text="is given to each trial by the sweep; vary another key")
+        elif key in config.set:
+            yield Problem(key=at, text="is fixed by sweep.set too; remove one of them")
+        yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
+        if isinstance(config.method, PbtMethod) and not (key in STEERED or _of_loss(key)):
+            text = (
+                "cannot change while a run goes on from a checkpoint, as pbt has it; it varies "
+                f"{', '.join(STEERED)}, rewards.NAME.weight and the keys of algorithm but its name"
+            )
+            yield Problem(key=at, text=text)
+    for key in config.set:
+        if key in OWN and key != "run.mirror":  # that of the trials is below the one that is set
+            yield Problem(key=(*AT, "set", key), text="is given to each trial by the sweep; remove it")
+    metric = config.metric.removeprefix("-")
+    try:
+        declared(metric)
+    except KeyError:
+        close = nearest(metric, list(METRICS))
+        text = f"got {metric!r}, which is no metric" + (
+            f"; did you mean {close}?" if close else "; see docs/metrics.md"
+        )
+        yield Problem(key=(*AT, "metric"), text=text)
+
+
+def _of_loss(key: str) -> bool:
+    """Whether a key weighs or shapes a loss alone."""
+    of_algorithm = key.startswith("algorithm.") and key != "algorithm.name"
+    return of_algorithm or (key.startswith("rewards.") and key.endswith(".weight"))
+
+
+def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[Problem]:
+    if parameter.values is not None:
+        for name in sorted(parameter.model_fields_set - {"values"}):
+            yield Problem(key=(*at, name), text="has no effect beside `values`; remove one of them")
+        if not parameter.values:
+            yield Problem(key=(*at, "values"), text="is empty; name at least one value")
+        return
+    if parameter.min is None or parameter.max is None:
+        yield Problem(key=at, text="expected `values: [...]`, or `min` and `max`")
+        return
+    if parameter.min >= parameter.max:
+        yield Problem(key=(*at, "max"), text=f"is {parameter.max:g} and must be above min = {parameter.min:g}")
+    elif parameter.scale == "log" and parameter.min <= 0.0:
+        yield Problem(key=(*at, "min"), text=f"is {parameter.min:g}, and a log scale needs a number above 0")
+    if parameter.scale == "log" and parameter.step is not None:
+        yield Problem(key=(*at, "step"), text="has no effect on a log scale; remove it, or write `values`")
+    whole = all(number is None or number == int(number) for number in (parameter.min, parameter.max, parameter.step))
+    if parameter.integer and not whole:
+        yield Problem(key=(*at, "integer"), text="is true, but min, max or step is not a whole number")
+    if is_grid and (parameter.scale == "log" or (parameter.step is None and not parameter.integer)):
+        yield Problem(key=at, text="is a range without end of numbers, and a grid has each; write `values`, or a step")
+
+
+def _run_problems(sweep: Sweep) -> Iterator[Problem]:
+    """What is wrong between the sweep and its run."""
+    metric, stages = sweep.metric, sweep.base.runs
+    known = [name for stage in stages.values() for name in _evaluated(stage)]
+    splits = any(stage.eval.by is not None for stage in stages.values())
+    if metric.startswith("eval/") and metric not in known and not splits:
+        close = nearest(metric, known)
+        has = f"did you mean {close}?" if close else f"the run has {', '.join(known) or 'no evaluation: set data.eval'}"
+        yield Problem(key=(*AT, "metric"), text=f"got {metric!r}; {has}")
+        return
+    judged = stages[sweep.judged]
+    method = sweep.config.method
+    if isinstance(method, AshaMethod | PbtMethod):
+        name, first = ("every", method.every) if isinstance(method, PbtMethod) else ("grace_steps", method.grace_steps)
+        at = (*AT, "method", name)
+        if judged.train.steps is None:
+            text = f"is {method.name}, which counts steps, but the run has train.epochs; give it train.steps instead"
+            yield Problem(key=(*AT, "method"), text=text)
+        elif first >= judged.train.steps:
+            text = f"is {first}, but a trial has only {judged.train.steps} steps (train.steps); lower it"
+            yield Problem(key=at, text=text)
+        elif metric.startswith("eval/") and first % judged.eval.every:
+            text = f"is {first}, but {metric} is measured every {judged.eval.every} steps only (eval.every)"
+            yield Problem(key=at, text=text)
+    if isinstance(method, PbtMethod):
+        if sweep.base.is_pipeline:
+            yield Problem(key=(*AT, "method"), text="is pbt, which varies a single run, and `config` is a pipeline")
+        if judged.run.mirror is not None:
+            text = "is pbt, whose members take each other's checkpoints, and run.mirror would bring theirs back"
+            yield Problem(key=(*AT, "method"), text=text)
+        if judged.train.early_stopping is not None:
+            yield Problem(key=(*AT, "method"), text="is pbt, which runs to the end; set train.early_stopping to null")
+
+
+def _evaluated(stage: Config) -> list[str]:
+    """The metrics of its evaluations."""
+    return [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
+
+
+def _judged(loaded: LoadedConfig, metric: str) -> str:
+    """The last stage that trains and has the metric, or the last that trains."""
+    names = list(loaded.runs)
+    having = [name for name in names if metric in _evaluated(loaded.runs[name])]
+    return (having or names)[-1]

@@ -1,0 +1,97 @@
+"""What the rewards of a run or an evaluation ask of each other and of the rest; a part of
+rlhf.config.validation.run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig
+from rlhf.algorithms.shared import OnlineConfig
+from rlhf.config import derive
+from rlhf.config.files.yaml_tree import Key
+from rlhf.config.mistakes.explain import Problem
+from rlhf.config.schema.model import RewardModelConfig
+from rlhf.config.schema.rewards import RewardConfig
+from rlhf.config.schema.rollouts import EnvironmentConfig
+from rlhf.config.schema.root import Config
+from rlhf.config.validation.environments import source_problems
+from rlhf.tracking.logs import is_secret_name, redact
+
+
+def normalization_problems(config: Config) -> Iterator[Problem]:
+    """Rewards that are compared within a group need one."""
+    for name, reward in config.rewards.items():
+        if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
+            text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
+            yield Problem(key=("rewards", name, "normalize"), text=text)
+        elif reward.normalize == "group" and derive.wants_greedy(config):
+            text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
+            yield Problem(key=("rewards", name, "normalize"), text=text + "; set it to none")
+
+
+def credit_problems(config: Config) -> Iterator[Problem]:
+    """Rewards that are credited by steps need an algorithm that can tell a response's tokens apart."""
+    algorithm, names = config.algorithm, [name for name, reward in config.rewards.items() if reward.credit == "step"]
+    if not names:
+        return
+    if not isinstance(algorithm, OnlineConfig) or algorithm.takes_steps is None:
+        text = f"is step, but algorithm {algorithm.name} weighs a response as a whole; use ppo, grpo or response"
+        yield Problem(key=("rewards", names[0], "credit"), text=text)
+        return
+    if isinstance(algorithm, ReinforcePlusPlusConfig) and algorithm.group_baseline:
+        text = f"is true, which compares whole responses, but rewards.{names[0]}.credit is step; set it to false"
+        yield Problem(key=("algorithm", "group_baseline"), text=text)
+    if algorithm.takes_steps == "advantages" and algorithm.kl.coef > 0.0 and algorithm.kl.place == "reward":
+        text = f"is reward, a penalty on whole responses, but rewards.{names[0]}.credit is step; set it to loss"
+        yield Problem(key=("algorithm", "kl", "place"), text=text)
+
+
+def reward_problems(
+    rewards: Mapping[str, RewardConfig],
+    model: RewardModelConfig | None,
+    *,
+    environment: EnvironmentConfig | None = None,
+    at: Key = (),
+) -> Iterator[Problem]:
+    """What is wrong among the rewards. `at`: the section that they stand in."""
+    yield from source_problems(rewards, environment, at=at)
+    users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
+    if users and model is None:
+        key = (*at, "reward")
+        text = f"is missing: {', '.join(users)} has `role: reward`; name its model as {'.'.join((*key, 'model'))}"
+        yield Problem(key=key, text=text)
+    for name, reward in rewards.items():
+        if reward.role == "reward" and reward.credit == "step" and model is not None and model.steps is None:
+            steps = ".".join((*at, "reward", "steps"))
+            text = f"is step, but {steps} is null: set {steps}.separator to what ends the reward model's steps"
+            yield Problem(key=(*at, "rewards", name, "credit"), text=text)
+    if "score" in rewards:
+        text = "is taken: rewards/score/mean is the weighted sum of all rewards; call this reward something else"
+        yield Problem(key=(*at, "rewards", "score"), text=text)
+    if rewards and all(reward.weight == 0.0 for reward in rewards.values()):
+        text = "all have weight 0, so every score is 0; give one a weight"
+        yield Problem(key=(*at, "rewards"), text=text)
+    for name, reward in rewards.items():
+        if reward.gate is not None and (reward.gate not in rewards or reward.gate == name):
+            others = ", ".join(other for other in rewards if other != name) or "none"
+            text = f"is {reward.gate}, expected the name of another reward; there are: {others}"
+            yield Problem(key=(*at, "rewards", name, "gate"), text=text)
+        judge = {} if reward.judge is None else dict(reward.judge.request)
+        yield from _secrets(reward.args, (*at, "rewards", name, "args"))
+        yield from _secrets(judge, (*at, "rewards", name, "judge", "request"))
+    if environment is not None:
+        yield from _secrets(environment.args, (*(at or ("rollouts",)), "environment", "args"))
+
+
+def _secrets(value: Any, key: Key) -> Iterator[Problem]:
+    """Find what looks like a secret by its name or its form, however deep: the file and W&B show the configuration."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _secrets(inner, (*key, str(name)))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(inner, key)
+    elif not isinstance(value, bool) and value and (is_secret_name(key[-1]) or redact(str(value)) != str(value)):
+        text = "looks like a secret, and the config is written to the run folder: read it from the environment"
+        yield Problem(key=key, text=text)

@@ -1,0 +1,414 @@
+"""Relations between sections, each checked here and nowhere else, before anything starts.
+
+A range of one value stands on its field; a key without effect stands in rlhf.config.validation.unused_keys; what
+concerns a prompt's group of responses in rlhf.config.validation.groups, and a policy loss alone in
+rlhf.config.validation.losses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.algorithms.correction import CorrectionConfig
+from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.section import Section
+from rlhf.algorithms.shared import FollowedReferenceConfig, OnlineConfig
+from rlhf.config import derive
+from rlhf.config.files.yaml_tree import Key
+from rlhf.config.mistakes.explain import Problem
+from rlhf.config.schema.cluster import ClusterConfig, TrainedRole
+from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
+from rlhf.config.schema.rollouts import RolloutsConfig
+from rlhf.config.schema.root import Config
+from rlhf.config.validation.environments import length_problems
+from rlhf.config.validation.groups import group_problems
+from rlhf.config.validation.losses import loss_problems
+from rlhf.config.validation.reward_limits import limit_problems
+from rlhf.config.validation.rewards import credit_problems, normalization_problems, reward_problems
+from rlhf.config.validation.unused_keys import Inert, inert_keys, is_written
+
+if TYPE_CHECKING:
+    from rlhf.types import Role
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def problems(config: Config) -> tuple[Problem, ...]:
+    """Everything that is wrong with one run's configuration. Empty: it can start."""
+    environment = config.rollouts.environment if config.rollouts is not None else None
+    found = [*unused(config), *_presence(config)]
+    found += reward_problems(config.rewards, config.reward, environment=environment)
+    found += [
+        *_revisions(config),
+        *_adapters(config),
+        *_cluster(config),
+        *normalization_problems(config),
+        *credit_problems(config),
+    ]
+    if not derive.is_online(config):
+        found += _offline(config)
+    elif config.rollouts is not None:
+        found += [*_batch(config, config.rollouts), *group_problems(config, config.rollouts), *_algorithm(config)]
+        found += loss_problems(config, config.rollouts)
+    if config.data.too_long == "skip" and config.data.max_unusable_fraction == 0.0:
+        text = "is skip, but data.max_unusable_fraction is 0: no row may be left out; raise that, or set error or cut"
+        found.append(_problem("data.too_long", text))
+    found += [*_updates(config), *_evaluation(config), *limit_problems(config.rewards, config.reward_policy)]
+    return tuple(found)
+
+
+def unused(config: Config) -> Iterator[Problem]:
+    """Written keys that have no effect, each named once."""
+    yield from written_inert(config, inert_keys(config))
+
+
+def written_inert(config: Section, inert_ones: Iterable[Inert]) -> Iterator[Problem]:
+    """Those of the keys that the user gave, each named once."""
+    named: set[Key] = set()
+    for inert in inert_ones:
+        if is_written(config, inert.key) and not any(inert.key[: len(key)] == key for key in named):
+            named.add(inert.key)
+            fix = f"remove it, or {inert.fix}"
+            yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; {fix}")
+
+
+def _problem(dotted: str, text: str) -> Problem:
+    return Problem(key=tuple(dotted.split(".")), text=text)
+
+
+def _presence(config: Config) -> Iterator[Problem]:
+    """Sections and roles that must be there."""
+    name = config.algorithm.name
+    if derive.is_online(config):
+        if config.rollouts is None:
+            yield _problem("rollouts", f"is missing: algorithm {name} samples responses")
+        if not config.rewards and derive.needs_rewards(config):
+            by = "algorithm.reward_coef" if derive.distils_rollouts(config) else f"algorithm {name}"
+            yield _problem("rewards", f"is missing: {by} needs at least one reward")
+    if derive.has_teacher(config) and config.teacher is None:
+        text = f"is missing: algorithm {config.algorithm.name} learns from a model; name it as teacher.model"
+        yield _problem("teacher", text)
+    if config.data.train == {}:
+        yield _problem("data.train", "is an empty mapping; name what is trained on")
+    if config.data.eval == {}:
+        yield _problem("data.eval", "is an empty mapping; name a held-out set, or write null")
+    train = config.train
+    if train.steps is None and train.epochs is None:
+        yield _problem("train.steps", "is missing; give the run's steps, or train.epochs for passes over the data")
+    elif train.steps is not None and train.epochs is not None:
+        text = f"is {train.epochs:g}, but train.steps is {train.steps}; give one of them, and set the other to null"
+        yield _problem("train.epochs", text)
+    best = train.best_metric
+    sets = derive.eval_sets(config)
+    known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
+    of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
+    if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
+        text = f"got {best!r}, expected a metric of an evaluation, or one with `-` before it: {', '.join(known)}"
+        yield _problem("train.best_metric", text)
+    for field in ("policy", "reference", "teacher", "critic", "reward"):
+        section = getattr(config, field)
+        if section is not None and section.model.startswith("stage:"):
+            text = (
+                f"got {section.model!r}, but this run is no stage of a pipeline; name a folder or a Hugging Face model"
+            )
+            yield _problem(f"{field}.model", text)
+        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        if adapter is not None and adapter.startswith("stage:"):
+            yield _problem(
+                f"{field}.adapter", f"got {adapter!r}, but this run is no stage of a pipeline; name a folder"
+            )
+
+
+def _revisions(config: Config) -> Iterator[Problem]:
+    """Only a model of the hub has revisions."""
+    for role in ("policy", "critic", "reference", "teacher", "reward"):
+        section: ModelConfig | None = getattr(config, role)
+        if section is None or section.revision is None:
+            continue
+        if not _HUB_NAME.fullmatch(section.model) or Path(section.model).exists():
+            text = (
+                f"is {section.revision}, but {role}.model is {section.model}, which is no model of the hub; remove it"
+            )
+            yield _problem(f"{role}.revision", text)
+
+
+def _adapters(config: Config) -> Iterator[Problem]:
+    """Kinds of low-rank training that exclude each other, or the role's ZeRO stage."""
+    for role in ("policy", "critic"):
+        section: PolicyConfig | CriticConfig | None = getattr(config, role)
+        if section is None:
+            continue
+        lora, key = section.lora, f"{role}.lora"
+        if lora is None:
+            if section.adapter is not None:
+                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it on, or merge it first"
+                yield _problem(f"{role}.adapter", text)
+            continue
+        if lora.init == "pissa" and lora.dora:
+            text = "is pissa, but dora takes the magnitudes of the whole weight, not of what PiSSA leaves; use one"
+            yield _problem(f"{key}.init", text)
+        if lora.init == "pissa" and lora.quantize is not None:
+            text = f"is pissa, which takes weights apart, but {key}.quantize keeps them in 4 bits; use one"
+            yield _problem(f"{key}.init", text)
+        named = () if isinstance(lora.target_modules, str) else lora.target_modules
+        if both := sorted(set(named) & set(lora.modules_to_save)):
+            text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
+            yield _problem(f"{key}.modules_to_save", text)
+    trained = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
+    for role, lora in trained.items():
+        stage = getattr(config.cluster.roles, role).zero_stage
+        if lora is not None and lora.quantize is not None and stage == 3 and role in derive.needs(config):
+            text = f"is 3, but DeepSpeed does not shard weights of 4 bits ({role}.lora.quantize); set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+
+
+def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
+    """The arithmetic of a batch of rollouts."""
+    train, samples = config.train, rollouts.samples_per_prompt
+    rows = derive.rows_per_step(config, rollouts)
+    if derive.pairs_rollouts(config):
+        counted, found = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one a prompt"
+    else:
+        product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
+        counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
+        found = f"{counted} responses"
+    if train.sequences_per_update > rows:
+        text = f"is {train.sequences_per_update}, but a step has only {found}; lower it, or sample more"
+        yield _problem("train.sequences_per_update", text)
+    elif rows % train.sequences_per_update:
+        fits = max(n for n in range(1, train.sequences_per_update) if rows % n == 0)
+        text = f"is {train.sequences_per_update} and must divide {counted}; {fits} would fit"
+        yield _problem("train.sequences_per_update", text)
+    yield from length_problems(config, rollouts)
+    if derive.compares_responses(config) and samples < 2:
+        by = "algorithm.reward_coef" if derive.distils_rollouts(config) else config.algorithm.name
+        text = f"is {samples}, but {by} compares a prompt's responses with each other: 2 or more"
+        yield _problem("rollouts.samples_per_prompt", text)
+
+
+def _algorithm(config: Config) -> Iterator[Problem]:
+    """Keys of an algorithm on rollouts that contradict others."""
+    algorithm, train = config.algorithm, config.train
+    if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
+        yield from _correction(config, algorithm, algorithm.correction)
+    if isinstance(algorithm, OnlineConfig) and algorithm.kl.adaptive is not None and algorithm.kl.coef == 0.0:
+        text = "multiplies algorithm.kl.coef, and 0 stays 0 whatever the factor; give coef a positive first value"
+        yield _problem("algorithm.kl.adaptive", text)
+    steps = train.steps
+    if isinstance(algorithm, PPOConfig) and steps is not None and algorithm.critic_warmup_steps >= steps:
+        text = (
+            f"is {algorithm.critic_warmup_steps} and must be below train.steps = {steps}, or the policy is never "
+            "trained"
+        )
+        yield _problem("algorithm.critic_warmup_steps", text)
+    if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
+        text = (
+            f"is {algorithm.reference_every}, but a policy with policy.lora is exported as its adapter alone, which no "
+            "reference can become; set it to null, or train all weights"
+        )
+        yield _problem("algorithm.reference_every", text)
+
+
+def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionConfig) -> Iterator[Problem]:
+    """A correction must correct something, and once."""
+    if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
+        text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
+        yield _problem("algorithm.correction", text)
+    if correction.mode == "bypass" and not algorithm.felt_off_policy and not correction.rejects:
+        text = (
+            f"is bypass, but algorithm {config.algorithm.name} has no importance ratio that it would act on; set "
+            "policy_gradient and choose weights, or reject"
+        )
+        yield _problem("algorithm.correction.mode", text)
+    elif correction.mode == "bypass" and correction.weights is not None:
+        text = (
+            f"is {correction.weights}, but with mode bypass the clipped ratio is that of policy and sampler already: "
+            "weights would count it twice; set null, or mode policy_gradient"
+        )
+        yield _problem("algorithm.correction.weights", text)
+
+
+def _offline(config: Config) -> Iterator[Problem]:
+    """The limits of fixed examples."""
+    data, train = config.data, config.train
+    count = derive.sequences_per_row(config)
+    if data.max_sequence_tokens is not None and count * data.max_sequence_tokens > train.max_tokens_per_microbatch:
+        whole = "a sequence" if count == 1 else f"the {count} sequences of a row"
+        text = (
+            f"is {data.max_sequence_tokens} and must be at most {train.max_tokens_per_microbatch // count}: "
+            f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole}; lower it, or "
+            "raise that"
+        )
+        yield _problem("data.max_sequence_tokens", text)
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    """What an evaluation by responses is asked for."""
+    settings = config.eval
+    if derive.is_online(config) and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
+        samples = settings.samples_per_prompt
+        text = f"has {max(settings.k)}, but eval.samples_per_prompt is {samples}; raise that, or lower k"
+        yield _problem("eval.k", text)
+
+
+def _updates(config: Config) -> Iterator[Problem]:
+    """The optimizer's schedule and the ranks it is spread over."""
+    train = config.train
+    for role in ("policy", "critic"):
+        if role not in derive.needs(config):
+            continue
+        section: TrainedRole = getattr(config.cluster.roles, role)
+        if section.workers % section.sequence_parallel:
+            text = (
+                f"is {section.sequence_parallel} and must divide cluster.roles.{role}.workers = {section.workers}: "
+                "that many ranks share each micro-batch"
+            )
+            yield _problem(f"cluster.roles.{role}.sequence_parallel", text)
+            continue
+        ranks = section.data_parallel_ranks
+        if train.sequences_per_update < ranks:
+            text = (
+                f"is {train.sequences_per_update}, but {ranks} data-parallel ranks of cluster.roles.{role} need at"
+                " least one sequence each in every optimizer step; raise it, or lower the workers"
+            )
+            yield _problem("train.sequences_per_update", text)
+    if train.warmup_steps and train.warmup_ratio:
+        text = f"is {train.warmup_ratio:g}, but train.warmup_steps is {train.warmup_steps}; give one of them"
+        yield _problem("train.warmup_ratio", text)
+    rows = derive.rows_per_step(config, config.rollouts) if config.rollouts else train.sequences_per_update
+    if rows % train.sequences_per_update == 0 and train.steps is not None:
+        total = derive.policy_optimizer_steps(config)
+        if train.warmup_steps >= max(total, 1):
+            text = (
+                f"is {train.warmup_steps} and must be below the run's {total} optimizer steps, or lr is never reached"
+            )
+            yield _problem("train.warmup_steps", text)
+
+
+def _cluster(config: Config) -> Iterator[Problem]:
+    """Devices, colocation and the weight transport."""
+    cluster, roles = config.cluster, config.cluster.roles
+    needed = derive.needs(config)
+    yield from cluster_problems(cluster, needed, with_reward_model=derive.uses_reward_model(config))
+    for role in ("policy", "critic"):
+        if role not in needed:
+            continue
+        section: TrainedRole = getattr(roles, role)
+        if config.train.optimizer in ("adafactor", "muon") and section.zero_stage != 0:
+            text = (
+                f"is {section.zero_stage}, but train.optimizer {config.train.optimizer} needs whole matrices, which "
+                "DeepSpeed cuts up from stage 1 on; set 0, or use adamw or adamw_8bit"
+            )
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+        if cluster.device == "cpu" and section.offload:
+            text = f"is {list(section.offload)}, but with cluster.device cpu all is in host memory already; remove it"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+        elif section.offload and section.zero_stage == 0:
+            text = (
+                f"is {list(section.offload)}, but DeepSpeed offloads nothing at stage 0; set zero_stage, or remove it"
+            )
+            yield _problem(f"cluster.roles.{role}.offload", text)
+        elif "parameters" in section.offload and section.zero_stage != 3:
+            text = f"has `parameters`, which needs cluster.roles.{role}.zero_stage 3, not {section.zero_stage}"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+    if "rollout" not in needed:
+        return
+    yield from _turns(config)
+    yield from _weight_sync(config)
+
+
+def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
+    """The address, guests and engines, whatever is run."""
+    if cluster.address == "local":
+        yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
+    yield from _guests(cluster, needed)
+    if "rollout" not in needed:
+        return
+    engine = cluster.roles.rollout
+    if cluster.device == "cpu" and engine.tensor_parallel > 1:
+        text = f"is {engine.tensor_parallel}, but tensor parallelism needs cluster.device cuda; set 1"
+        yield _problem("cluster.roles.rollout.tensor_parallel", text)
+    yield from _colocation(cluster, needed, with_reward_model=with_reward_model)
+
+
+def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
+    """What may share the engines' bundles, or the engines the policy's."""
+    roles = cluster.roles
+    engine, with_policy = roles.rollout, "policy" in needed  # a host that is not there takes no guests
+    if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
+        text = (
+            f"is policy, with {roles.policy.workers} workers for {engine.engines} engines: at most one beside each;"
+            " lower cluster.roles.rollout.engines, or set colocate_with to null"
+        )
+        yield _problem("cluster.roles.rollout.colocate_with", text)
+    if engine.tensor_parallel > 1:
+        rule = f"Ray shares out single GPUs only, and cluster.roles.rollout.tensor_parallel is {engine.tensor_parallel}"
+        guests = [r for r in ("reference", "reward") if r in needed and getattr(roles, r).colocate_with == "rollout"]
+        for guest in guests:
+            if guest == "reference" or with_reward_model:
+                text = f"is rollout, but {rule}; set it to policy or null, or tensor_parallel to 1"
+                yield _problem(f"cluster.roles.{guest}.colocate_with", text)
+        if with_policy and engine.colocate_with == "policy":
+            text = f"is policy, but {rule}; set it to null, or tensor_parallel to 1"
+            yield _problem("cluster.roles.rollout.colocate_with", text)
+
+
+def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Problem]:
+    """Each guest has a host's bundle of its own."""
+    roles = cluster.roles
+    engine = roles.rollout
+    for role in ("critic", "reference", "teacher", "reward"):
+        section = getattr(roles, role)
+        host = section.colocate_with
+        if role not in needed or host not in needed:
+            continue
+        size, unit = (engine.engines, "engines") if host == "rollout" else (roles.policy.workers, "workers")
+        if section.workers > size:
+            text = (
+                f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: at most one beside"
+                f" each; lower it, or set cluster.roles.{role}.colocate_with to null"
+            )
+            yield _problem(f"cluster.roles.{role}.workers", text)
+
+
+def _turns(config: Config) -> Iterator[Problem]:
+    """On a GPU that an engine shares, a trained role's states must be able to leave it."""
+    cluster, roles, needed = config.cluster, config.cluster.roles, derive.needs(config)
+    if cluster.device == "cpu" or roles.rollout.colocate_with is None:
+        return
+    rule = "an engine takes turns with it on its GPU (cluster.roles.rollout.colocate_with)"
+    adapters = {"policy": config.policy.lora, "critic": derive.critic_model(config).lora}
+    for role in ("policy", "critic"):
+        section: TrainedRole = getattr(roles, role)
+        if role not in needed or (role == "critic" and roles.critic.colocate_with is None):
+            continue
+        if section.zero_stage < 2:
+            text = f"is {section.zero_stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+        if section.zero_stage == 3 and adapters[role] is not None:
+            text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
+            yield _problem(f"cluster.roles.{role}.zero_stage", text)
+        if "parameters" in section.offload:
+            text = f"has `parameters`, but {rule}, and DeepSpeed does not move offloaded parameters; remove it"
+            yield _problem(f"cluster.roles.{role}.offload", text)
+
+
+def _weight_sync(config: Config) -> Iterator[Problem]:
+    """Which ways of the weights a device and a placement allow."""
+    cluster = config.cluster
+    method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
+    if method in ("shm", "gloo") and cluster.device == "cuda":
+        yield _problem("cluster.weight_sync", f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
+    if method in ("nccl", "ipc") and cluster.device == "cpu":
+        yield _problem("cluster.weight_sync", f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
+    elif method == "ipc" and not shared:
+        text = "is ipc, which needs engines on the policy's GPUs: set cluster.roles.rollout.colocate_with to policy"
+        yield _problem("cluster.weight_sync", text)
+    elif method == "nccl" and shared:
+        text = (
+            "is nccl, which cannot join two processes on a GPU: cluster.roles.rollout.colocate_with is policy; use ipc"
+        )
+        yield _problem("cluster.weight_sync", text)

@@ -1,0 +1,144 @@
+"""The environment of a run or an evaluation, tried out before any actor starts: what it is, what it reads, and whether
+the model can play."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.schema.rollouts import EnvironmentConfig
+from rlhf.data.chat import names, read_tools
+from rlhf.data.sources import Row
+from rlhf.data.templates import ChatTemplate
+from rlhf.errors import UserError
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.preflight.sources import named
+from rlhf.rollouts.environments.conversations import EnvironmentSpec, resolve
+from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
+from rlhf.rollouts.environments.process import Description
+from rlhf.rollouts.environments.turns import ChatTurns, first_prompt
+from rlhf.stopping import run_async
+from rlhf.types import Prompt
+
+KEY = "rollouts.environment"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEnvironment:
+    """An environment that has been loaded once."""
+
+    spec: EnvironmentSpec
+    description: Description
+
+    @property
+    def tools(self) -> list[Mapping[str, Any]]:
+        """That it offers."""
+        return list(self.description.tools)
+
+    def check_rows(self, rows: Sequence[Row], data: str) -> None:
+        """UserError if a row lacks a column that `reset` needs, or offers a tool that the environment has not."""
+        ours, name = names(self.tools), self.spec.source.name
+        mapping = "data.columns" if self.spec.key == KEY else "evaluate.columns"
+        for row in rows:
+            missing = [column for column in self.description.required if column not in row.columns]
+            if missing:
+                raise UserError(
+                    f"{self.spec.key}.name: `{name}.reset` needs the column `{missing[0]}`, which {row.place} of "
+                    f"{data} lacks. Add it to the data, or map it from another one with {mapping}."
+                )
+            foreign = [tool for tool in names(read_tools(row) or ()) if tool not in ours]
+            if foreign:
+                raise UserError(
+                    f"{row.place}: column `tools` offers `{foreign[0]}`, and {self.spec.key} `{name}` has "
+                    f"{', '.join(ours) or 'no tools'}."
+                )
+
+    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
+        """UserError if a conversation with this prompt cannot begin."""
+        if prompt.is_chat:
+            ChatTurns(tokenizer, with_tools=bool(self.description.tools))
+        try:
+            observation = run_async(_first_observation(self.spec, prompt))
+            first_prompt(prompt, observation, tokenizer)
+        except (EnvironmentFailure, ValueError) as error:
+            raise UserError(f"{self.spec.key}: with the first row of {data}, {error}.") from error
+
+    def check_lengths(
+        self, prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int
+    ) -> None:
+        """UserError if the model has no room for a conversation, or a conversation none for a prompt with one turn."""
+        most = self.spec.max_tokens
+        if model.max_length is not None and most > model.max_length:
+            raise UserError(
+                f"{self.spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; "
+                "lower it"
+            )
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(prompt.token_ids) + max_new_tokens > most:
+                raise UserError(
+                    f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that "
+                    f"is more than {self.spec.key}.max_tokens, {most}. Raise that, or shorten the prompt."
+                )
+
+
+def load_environment(
+    section: EnvironmentConfig | None,
+    *,
+    beside: Path,
+    tokenizer: str,
+    trust_remote_code: bool,
+    template: ChatTemplate,
+    key: str = KEY,
+) -> LoadedEnvironment | None:
+    """The environment of a section, loaded once in a process of its own. None: there is none.
+
+    beside: the folder where its file is looked for before the current one. key: what messages call
+    the section. UserError if it cannot be used.
+    """
+    if section is None:
+        return None
+    spec = EnvironmentSpec(
+        source=resolve(section.name, args=section.args, folders=(beside, Path.cwd()), key=f"{key}.name"),
+        max_turns=section.max_turns,
+        max_tokens=section.max_tokens,
+        step_timeout_s=section.step_timeout_s,
+        memory_gib=section.memory_gib,
+        processes=section.processes,
+        tool_parser=section.tool_parser,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        template=template,
+        key=key,
+    )
+    with named(f"{key}.name"):
+        description = run_async(_describe(spec))
+    if "tool_parser" in section.model_fields_set and not description.tools:
+        raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
+    return LoadedEnvironment(spec=spec, description=description)
+
+
+def _host(spec: EnvironmentSpec) -> EnvironmentHost:
+    return EnvironmentHost(spec.source, step_timeout_s=spec.step_timeout_s, memory_gib=spec.memory_gib)
+
+
+async def _describe(spec: EnvironmentSpec) -> Description:
+    host = _host(spec)
+    try:
+        return await host.start()
+    finally:
+        await host.stop()
+
+
+async def _first_observation(spec: EnvironmentSpec, prompt: Prompt) -> str:
+    host = _host(spec)
+    try:
+        description = await host.start()
+        conversation = await host.open()
+        try:
+            return await conversation.reset(1, description.select(prompt.columns))
+        finally:
+            await conversation.end()
+    finally:
+        await host.stop()

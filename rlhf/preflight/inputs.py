@@ -1,0 +1,361 @@
+"""Everything a run reads, loaded and checked before any actor starts: models' folders, tokenizer, data, rewards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms.process_reward_model import ProcessRewardModelConfig
+from rlhf.config.derive import (
+    OfflineKind,
+    chat_template,
+    compares_with_divergence,
+    distils_rollouts,
+    eval_sets,
+    has_scalar_head,
+    is_online,
+    models_of,
+    needs_gold,
+    offline_kind,
+    prompts_asked,
+    train_sets,
+    with_steps,
+)
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.mistakes.explain import refuse
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.stages import MergeStage, final_folder
+from rlhf.config.validation.run import problems
+from rlhf.controller.evaluation import EvalSet
+from rlhf.data.examples import Example, collate, load_examples
+from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
+from rlhf.data.preferences import Pair, collate_pairs, load_pairs
+from rlhf.data.sources import FILE_SUFFIXES, read_rows
+from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
+from rlhf.data.stream import Share
+from rlhf.data.templates import UNCHANGED
+from rlhf.data.usable import Loaded, Unusable
+from rlhf.errors import UserError
+from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.evaluation.sources import source_names
+from rlhf.models.hub import use_cache_if_silent
+from rlhf.models.loading import (
+    load_config,
+    load_tokenizer,
+)
+from rlhf.models.on_disk import may_ask_the_hub
+from rlhf.models.publish import refuse_unpublishable
+from rlhf.models.template_check import refuse_runaway_template
+from rlhf.preflight.environments import load_environment
+from rlhf.preflight.eval_inputs import inputs_of_stage
+from rlhf.preflight.merge import foresee, with_local_models
+from rlhf.preflight.models import Made, check_models, refuse_other_results, with_adapters, with_sources
+from rlhf.preflight.prompts import read_prompts
+from rlhf.preflight.sources import (
+    load_rewards,
+    named,
+    reading_of,
+    refuse_absent_tokens,
+    refuse_unused_rewards,
+    source_of,
+    with_template,
+)
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.types import Examples, Pairs, Prompt
+
+OfflineRow = Example | Pair | StepLabelled | Labelled
+
+logger = logging.getLogger(__name__)
+LOADERS: Mapping[OfflineKind, Callable[..., Loaded[Any]]] = {
+    "supervised": load_examples,
+    "distillation": load_examples,
+    "preference": load_pairs,
+    "reward_model": load_pairs,
+    "step_rewards": load_step_labelled,
+    "unpaired": load_labelled,
+}
+COLLATE: Mapping[OfflineKind, Callable[[Sequence[Any]], Examples | Pairs]] = {
+    "supervised": collate,
+    "distillation": collate,
+    "preference": collate_pairs,
+    "reward_model": collate_pairs,
+    "step_rewards": collate_steps,
+}
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineInputs:
+    """What an online run reads."""
+
+    prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
+    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
+    shares: tuple[Share, ...]
+    eval_sets: Mapping[str, EvalSet]
+    marking: Marking  # how held-out responses are marked
+    rewards: tuple[RewardSpec, ...]
+    environment: EnvironmentSpec | None
+    max_model_len: int  # tokens of the longest prompt with the longest response, or of the longest conversation
+    probe_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineInputs:
+    """What a run without rollouts reads."""
+
+    rows: tuple[OfflineRow, ...]  # of all training sets, one behind the other
+    shares: tuple[Share, ...]
+    eval_sets: Mapping[str, tuple[OfflineRow, ...]]
+    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInputs:
+    """One run, ready to start."""
+
+    config: Config  # model names are those that can be loaded
+    written: Config  # as the user has it: what goes into the run folder
+    inputs: OnlineInputs | OfflineInputs
+    tokenizer: Any  # the policy's
+
+
+def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | EvaluationStage]:
+    """The inputs of every run, and merges and evaluations as they are, since what they read may not be made yet.
+
+    UserError for the first thing that is wrong, whichever stage it is in.
+    """
+    made = Made()
+    stages: list[StageInputs | MergeStage | EvaluationStage] = []
+    for name, config in loaded.stages.items():
+        with named(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+            if not isinstance(config, Config):
+                if isinstance(config, MergeStage):
+                    foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))
+                else:
+                    inputs_of_stage(config, loaded, made=made)
+                stages.append(config)
+                continue
+            local = with_template(with_sources(config, loaded.folder))
+            refuse_other_results(local, made)
+            local = with_adapters(local, made.adapters)
+            if _asks_the_hub(local, made.finals):
+                use_cache_if_silent()
+            if config.run.repository is not None:
+                refuse_unpublishable(config.run.repository, key="run.push_to_hub")
+            source = made.finals.get(local.policy.model, local.policy.model)
+            tokenizer_source = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
+            check_models(local, made, vocabulary_of=tokenizer_source)
+            earlier = UNCHANGED if local.policy.tokenizer else made.templates.get(local.policy.model, UNCHANGED)
+            with named("policy.model"):
+                tokenizer = load_tokenizer(
+                    tokenizer_source, trust_remote_code=local.policy.trust_remote_code, template=earlier
+                )
+            template = chat_template(local)
+            template.apply_checked(tokenizer, key="data")
+            refuse_runaway_template(tokenizer)
+            if is_online(local):
+                inputs: OnlineInputs | OfflineInputs = _online(local, source, tokenizer, loaded)
+            else:
+                inputs = _offline(local, source, tokenizer)
+            local = _with_steps(local, sum(share.size for share in inputs.shares))
+        stages.append(StageInputs(config=local, written=config, inputs=inputs, tokenizer=tokenizer))
+        final = str(final_folder(config))
+        made.finals[final] = source
+        made.tokenizers[final] = tokenizer_source
+        made.templates[final] = earlier.then(template)
+        if local.policy.lora is not None:
+            made.adapters[final] = local.policy.lora
+        if local.policy.model in made.restacked:
+            made.restacked.add(final)
+        if has_scalar_head(config):
+            made.scored[final] = config.algorithm.name
+    return stages
+
+
+def _with_steps(config: Config, rows: int) -> Config:
+    """Return the configuration with steps in place of epochs. UserError if a check of steps then fails."""
+    if config.train.epochs is None:
+        return config
+    found = with_steps(config, rows)
+    steps = found.train.num_steps
+    logger.info("train.epochs %g of %d rows: %d steps", config.train.epochs, rows, steps)
+    refuse(problems(found), lambda key: f"train.epochs is {config.train.epochs:g}, which makes {steps} steps")
+    return found
+
+
+def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
+    """Whether a model or a data set may be a name on the hub."""
+    models = [model.model for model in models_of(config).values() if model.model not in finals]
+    sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
+    data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
+    names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
+    absent = [name for name in names if not Path(name).exists()]
+    bases = [model for model in models if model not in absent and may_ask_the_hub(model)]  # of adapters
+    return bool(bases) or any(not name.startswith(("/", ".", "~")) for name in absent)
+
+
+def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -> OnlineInputs:
+    assert config.rollouts is not None
+    data = config.data
+    refuse_absent_tokens(config.rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
+
+    unusable: list[Unusable] = []
+
+    def prompts_of(name: str, source: DataSource, first_id: int = 0) -> tuple[Prompt, ...]:
+        loaded, _ = read_prompts(
+            source_of(source),
+            name,
+            tokenizer,
+            reading_of(config),
+            columns=data.columns,
+            rewards=specs,
+            environment=environment,
+            first_id=first_id,
+        )
+        unusable.extend(loaded.unusable)
+        return loaded.items
+
+    beside = Path(loaded.source).resolve().parent
+    specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
+    environment = load_environment(
+        config.rollouts.environment,
+        beside=beside,
+        tokenizer=config.policy.tokenizer_source,
+        trust_remote_code=config.policy.trust_remote_code,
+        template=chat_template(config),
+    )
+    prompts: tuple[Prompt, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = prompts_of(name, one.source, len(prompts))
+        prompts += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    refuse_unused_rewards(specs, (prompt.columns for prompt in prompts))
+    config = _with_steps(config, len(prompts))
+    rollouts = config.rollouts
+    assert rollouts is not None
+    if data.curriculum is not None and len(shares) == 1 and prompts_asked(config, rollouts) <= len(prompts):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(prompts)} prompts, of which "
+            f"{config.train.num_steps} steps ask {prompts_asked(config, rollouts)} at most, so none comes up "
+            "twice; remove it, or raise train.steps or rollouts.prompts_per_step."
+        )
+    if distils_rollouts(config) and any(prompt.temperature is not None for prompt in prompts):
+        raise UserError(
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher is asked at "
+            "rollouts.temperature. Give the column another name, or leave it out."
+        )
+    held_out = {name: prompts_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    _refuse_absent_metric(config, specs, held_out)
+    settings = config.eval
+    sources = {
+        name: {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
+        for name, group in held_out.items()
+    }
+    marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
+    longest = max(len(p.token_ids) for group in (prompts, *held_out.values()) for p in group)
+    max_model_len = rollouts.longest_sequence(longest)
+    _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
+    if max_model_len > config.train.max_tokens_per_microbatch:
+        raise UserError(
+            f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} holds no sequence of "
+            f"{max_model_len} tokens, and the longest prompt ({longest}) with rollouts.max_new_tokens "
+            f"({rollouts.max_new_tokens}) can become one."
+        )
+    probe = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
+    return OnlineInputs(
+        prompts=prompts,
+        unusable=tuple(unusable),
+        shares=tuple(shares),
+        eval_sets={name: EvalSet(prompts=group, sources=sources[name]) for name, group in held_out.items()},
+        marking=marking_of(marks, specs, samples=settings.samples_per_prompt),
+        rewards=specs,
+        environment=environment.spec if environment is not None else None,
+        max_model_len=max_model_len,
+        probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
+    )
+
+
+def _refuse_absent_metric(
+    config: Config, specs: Sequence[RewardSpec], held_out: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """UserError if the metric that tells checkpoints apart is of a reward that applies to no row of its set."""
+    best = (config.train.best_metric or "").removeprefix("-")
+    for name, prompts in held_out.items():
+        for spec in specs:
+            is_best = best == f"eval/{name}/{spec.name}"
+            if is_best and not any(spec.applies_to(prompt.columns) for prompt in prompts):
+                text = f"is {best!r}, but rewards.{spec.name}.only applies to no row of data.eval.{name}"
+                raise UserError(f"train.best_metric: {text}")
+
+
+def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
+    data = config.data
+    reading = reading_of(config)
+    unusable: list[Unusable] = []
+    load = LOADERS[offline_kind(config)]
+    if isinstance(config.algorithm, ProcessRewardModelConfig):
+        load = partial(load, step_separator=config.algorithm.step_separator)
+    if needs_gold(config):
+        load = partial(load, with_gold=True)
+
+    def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
+        with named(name):
+            rows = read_rows(source_of(source), columns=data.columns)
+            loaded = load(rows, tokenizer, reading, first_id=first_id)
+        if loaded.unusable:
+            logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
+        unusable.extend(loaded.unusable)
+        return loaded.items
+
+    rows: tuple[OfflineRow, ...] = ()
+    shares = []
+    for name, one in train_sets(config).items():
+        more = rows_of(name, one.source, len(rows))
+        rows += more
+        shares.append(Share(name=name, weight=one.weight, size=len(more)))
+    held_out = {name: rows_of(f"data.eval.{name}", one) for name, one in eval_sets(config).items()}
+    for name, group in {"data.train": rows, **{f"data.eval.{name}": one for name, one in held_out.items()}}.items():
+        prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
+        if len(prompts) == 1 and compares_with_divergence(config):
+            raise UserError(
+                f"{name}: all rows have one prompt; algorithm.loss kto compares answers with those to other prompts. "
+                "Use bco or apo_zero."
+            )
+    longest = max(row.longest for group in (rows, *held_out.values()) for row in group)
+    _refuse_too_long(source, config, longest=longest, wanted=longest)
+    return OfflineInputs(
+        rows=rows,
+        shares=tuple(shares),
+        eval_sets=held_out,
+        unusable=tuple(unusable),
+    )
+
+
+def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
+    """Rows of a data set as the workers of the algorithm take them."""
+    kind = offline_kind(config)
+    if kind == "unpaired":
+        return collate_labelled(rows, mismatched=compares_with_divergence(config))  # type: ignore[arg-type]
+    return COLLATE[kind](rows)
+
+
+def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
+    shape = load_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
+    limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
+    if limit is not None and wanted > limit:
+        room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
+        if config.rollouts and config.rollouts.environment is not None:
+            room = f" in a conversation of rollouts.environment.max_tokens {wanted}"
+        raise UserError(
+            f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
+            f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."
+        )

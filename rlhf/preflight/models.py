@@ -1,0 +1,309 @@
+"""The models of a run: which there are, that they can be loaded, and that they fit what it makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config.derive import (
+    adapter_options,
+    has_scalar_head,
+    models_of,
+    saved_rank,
+)
+from rlhf.config.files.differences import differences
+from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
+from rlhf.config.schema.root import Config
+from rlhf.controller.trained import trained_models
+from rlhf.data.sources import Row
+from rlhf.data.templates import ChatTemplate
+from rlhf.engine.optimizers import refuse_absent_bitsandbytes
+from rlhf.errors import UserError
+from rlhf.models.folder_check import refuse_broken_weights
+from rlhf.models.hub import use_cache_if_silent
+from rlhf.models.loading import (
+    architecture_fingerprint,
+    load_config,
+    load_tokenizer,
+    refuse_missing_weights,
+    refuse_no_language_model,
+)
+from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, tokenizer_of
+from rlhf.models.quantized import refuse_unquantizable
+from rlhf.models.reward_models import refuse_without_head
+from rlhf.models.row_layout import refuse_unpackable
+from rlhf.models.sequence_parallel import refuse_uneven_heads
+from rlhf.preflight.sources import local_model, named
+from rlhf.types import Prompt
+
+
+def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
+    """UserError if a model is not there, is of another kind than its section holds, or has another vocabulary.
+
+    made: what earlier stages will have made, which is checked by its configuration.
+    """
+    if config.policy.tokenizer is not None and config.policy.model not in made.finals:
+        _refuse_larger_vocabulary(config.policy)
+    if config.train.optimizer == "adamw_8bit":
+        refuse_absent_bitsandbytes()
+    for section, model in models_of(config).items():
+        if model.model in made.finals:
+            _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))
+            with named(f"{section}.model"):
+                if not _reads_as_policy(model, config):
+                    source = made.tokenizers.get(model.model, made.finals[model.model])
+                    _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
+        else:
+            _refuse_unusable_model(section, model, config, made.finals, vocabulary_of=vocabulary_of)
+
+
+def _refuse_unusable_model(
+    section: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
+) -> None:
+    """UserError if a section's model is not there, is of another kind than it must be, or has another vocabulary."""
+    remote = model.trust_remote_code
+    is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
+    with named(f"{section}.model"):
+        if section == "reward":
+            refuse_without_head(model.model, trust_remote_code=remote)
+            refuse_broken_weights(Path(model.model))
+            refuse_missing_weights(model.model, scalar=True, trust_remote_code=remote)
+            _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
+            return
+        shape = load_config(model.model, trust_remote_code=remote)
+        refuse_broken_weights(Path(model.model))
+        if is_scalar:
+            _refuse_other_head(model.model, shape)
+        else:
+            refuse_no_language_model(model.model, trust_remote_code=remote)
+        refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
+        if not _reads_as_policy(model, config):
+            _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
+    _refuse_misfit(section, model, finals, scalar=is_scalar)
+    _refuse_unquantizable(section, model, shape, device=config.cluster.device)
+    if isinstance(model, PolicyConfig | CriticConfig):
+        with named(f"cluster.roles.{section}"):
+            shared_by = getattr(config.cluster.roles, section).sequence_parallel
+            refuse_uneven_heads(shape, shared_by)
+            refuse_unpackable(shape.to_dict(), shared_by)
+        if model.lora is not None and model.adapter is None:
+            from rlhf.models.lora import refuse_unfit  # with peft, which takes seconds
+
+            try:
+                refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
+            except UserError as error:
+                raise UserError(f"{section}.{error}") from error
+
+
+def _reads_as_policy(model: ModelConfig, config: Config) -> bool:
+    """Whether a model is the policy's, and reads the tokens of the tokenizer that replaces its own."""
+    return config.policy.tokenizer is not None and model.model == config.policy.model
+
+
+def _refuse_larger_vocabulary(policy: PolicyConfig) -> None:
+    """UserError if the tokenizer that replaces a policy's own has tokens for which the model has no row."""
+    remote = policy.trust_remote_code
+    with named("policy.tokenizer"):
+        most = max(load_tokenizer(policy.tokenizer_source, trust_remote_code=remote).get_vocab().values())
+    rows = load_config(policy.model, trust_remote_code=remote).get_text_config().vocab_size
+    if most >= rows:
+        raise UserError(
+            f"policy.tokenizer: {policy.tokenizer} has token ids up to {most}, but the embedding of {policy.model} has "
+            f"{rows} rows. Name a tokenizer of this model."
+        )
+
+
+def _refuse_other_head(path: str, shape: Any) -> None:
+    names = shape.architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names) and shape.num_labels != 1:
+        raise UserError(f"{path} has a head of {shape.num_labels} labels, expected one label, or a language model")
+
+
+def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_code: bool) -> None:
+    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do.
+
+    A teacher says something of every token, so it may have no others either.
+    """
+    if path == policy:
+        return
+    tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+    try:
+        other = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    except UserError:
+        size = load_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        fits = size >= len(_words(tokenizer))
+    else:
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        fits = _words(tokenizer).items() <= theirs.items()
+        if section == "teacher":
+            fits = fits and _words(other).items() <= ours.items()
+    if not fits:
+        raise UserError(
+            f"{path} has another vocabulary than policy.model {policy}, whose token ids it is given: name a model with "
+            "the same tokenizer"
+        )
+
+
+def _words(tokenizer: Any) -> dict[str, int]:
+    """Its tokens but one that only pads: that is often added for training, and no sequence has it."""
+    words: dict[str, int] = tokenizer.get_vocab()
+    if tokenizer.pad_token != tokenizer.eos_token:
+        words.pop(tokenizer.pad_token, None)
+    return words
+
+
+def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
+    """UserError if the result of an earlier stage is not what a section holds. trained_by: None: a language model."""
+    if section == "reward":
+        fits, wanted = trained_by is not None, "a reward model"
+    elif section == "critic" or (section == "policy" and has_scalar_head(config)):
+        return  # a new head, or the one that is there
+    else:
+        fits, wanted = trained_by is None, "a language model"
+    if not fits:
+        will = "language model" if trained_by is None else trained_by.replace("_", " ")
+        raise UserError(f"{section}.model: {folder} will be a {will}, expected {wanted}")
+
+
+def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
+    """UserError if a checkpoint is of other models than the run's policy and critic, or of another layout of them."""
+    policy = config.policy
+    ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
+    if state["policy"] != ours:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
+            "differ. Resume with the model that it was made with, or choose another run.name."
+        )
+    if state["algorithm"] != config.algorithm.name:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {config.algorithm.name}. Resume "
+            "with the one that it was made with, or choose another run.name."
+        )
+    differing = list(differences(state["trained"], trained_models(config)))
+    if differing:
+        raise UserError(
+            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with what it was made with, "
+            "or choose another run.name."
+        )
+
+
+def with_sources(config: Config, folder: Path) -> Config:
+    """The same run, each model by the name under which it is loaded.
+
+    tiny:llama is a folder, made now if it is not there; a model of the hub has its revision in its name.
+    """
+    changed: dict[str, Any] = {}
+    for name in ("policy", "reference", "teacher", "critic", "reward"):
+        section: ModelConfig | None = getattr(config, name)
+        if section is not None:
+            loaded = section.as_loaded()
+            path = local_model(loaded.model, folder, seed=config.run.seed)
+            changed[name] = loaded.model_copy(update={"model": path})
+    return config.model_copy(update=changed)
+
+
+def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
+    """The same run with the shape of each adapter that it goes on from. `ours`: shapes of folders yet to be made."""
+    changed: dict[str, Any] = {}
+    for name in ("policy", "critic"):
+        section: PolicyConfig | CriticConfig | None = getattr(config, name)
+        if section is None or section.adapter is None or section.lora is None:
+            continue
+        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # with peft, which takes seconds
+
+        if section.adapter in ours:
+            made = ours[section.adapter]
+            shape = AdapterShape(
+                rank=saved_rank(made),
+                alpha=made.alpha,
+                rslora=made.rslora,
+                dora=made.dora,
+                modules_to_save=made.modules_to_save,
+            )
+        else:
+            with named(f"{name}.adapter"):
+                shape = read_adapter_shape(Path(section.adapter))
+        lora = section.lora.model_copy(update=dataclasses.asdict(shape))
+        changed[name] = section.model_copy(update={"lora": lora})
+    return config.model_copy(update=changed)
+
+
+def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device: Literal["cpu", "cuda"]) -> None:
+    """UserError if the section's base is to be kept in 4 bits and cannot be, here."""
+    if (
+        isinstance(section, PolicyConfig | CriticConfig)
+        and section.lora is not None
+        and section.lora.quantize is not None
+    ):
+        refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
+
+
+def refuse_other_results(config: Config, made: Made) -> None:
+    """UserError if a stage's adapter is taken for a model, or its model for an adapter."""
+    for name, section in models_of(config).items():
+        if section.model in made.adapters and name != "reward":
+            merge = "merge it into its base in a stage between (method fold)."
+            if name in ("policy", "critic"):
+                merge = f"name the base as {name}.model and the stage as {name}.adapter, or {merge}"
+            raise UserError(
+                f"{name}.model: {section.model} will be an adapter, not a model, as its stage has lora; {merge}"
+            )
+        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        if adapter in made.finals and adapter not in made.adapters:
+            raise UserError(
+                f"{name}.adapter: {adapter} will be a whole model, as its stage has no lora; name it as {name}.model."
+            )
+
+
+def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *, scalar: bool) -> None:
+    """UserError if an adapter was trained on another model than the section's."""
+    if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
+        if section.adapter in finals:
+            return
+        from rlhf.models.adapter_folder import refuse_misfit  # with peft, which takes seconds
+
+        with named(f"{name}.adapter"):
+            refuse_misfit(
+                Path(section.adapter),
+                section.model,
+                scalar=scalar,
+                trust_remote_code=section.trust_remote_code,
+            )
+
+
+ANY_LENGTH = sys.maxsize  # of a prompt, where what the model takes with the response is the only limit
+
+
+def found_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
+    """The model that a user names. Whether the hub answers is asked before anything is loaded from it."""
+    if may_ask_the_hub(name):
+        use_cache_if_silent()
+    return find_model(name, trust_remote_code=trust_remote_code)
+
+
+def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int) -> None:
+    """UserError if the model has no room for the longest prompt with the longest response."""
+    if model.max_length is None:
+        return
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(prompt.token_ids) + max_new_tokens > model.max_length:
+            raise UserError(
+                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} new ones that is "
+                f"more than the {model.max_length} that {model.name} takes. Shorten it, or lower max_new_tokens."
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class Made:
+    """Results of earlier stages by their folder, which need not be there yet."""
+
+    finals: dict[str, str] = field(default_factory=dict)  # the model whose tokenizer and shape each will have
+    tokenizers: dict[str, str] = field(default_factory=dict)  # where each one's tokenizer comes from, if not from there
+    scored: dict[str, str] = field(default_factory=dict)  # of those with a scalar head, the algorithm that trains it
+    adapters: dict[str, LoraConfig] = field(default_factory=dict)  # of those that will be an adapter, its shape
+    templates: dict[str, ChatTemplate] = field(default_factory=dict)  # what their tokenizers' templates will have
+    restacked: set[str] = field(default_factory=set)  # those with another number of layers than that model

@@ -1,0 +1,56 @@
+"""The prompts of a set that is answered, in training and in evaluations alike.
+
+They are read, and checked against the rewards and the environment that they meet, before any actor starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.data.examples import Reading
+from rlhf.data.prompts import load_prompts
+from rlhf.data.sources import Row, Source, read_rows
+from rlhf.data.usable import Loaded
+from rlhf.preflight.environments import LoadedEnvironment
+from rlhf.preflight.sources import REWARD_KEY, check_rewards, named
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+def read_prompts(
+    source: Source,
+    key: str,
+    tokenizer: Any,
+    reading: Reading,
+    *,
+    columns: Mapping[str, str],
+    rewards: Sequence[RewardSpec],
+    reward_key: str = REWARD_KEY,
+    environment: LoadedEnvironment | None,
+    first_id: int = 0,
+) -> tuple[Loaded[Prompt], list[Row]]:
+    """Return a set's prompts with their rows. Rows that are left out are counted in the log. UserError names the set,
+    by its key, and the row that is wrong."""
+    with named(key):
+        rows = read_rows(source, columns=columns)
+    check_rewards(rewards, rows, key, key=reward_key)
+    if environment is not None:
+        environment.check_rows(rows, key)
+    with named(key):
+        loaded = load_prompts(
+            rows,
+            tokenizer,
+            reading,
+            first_id=first_id,
+            tools=environment.tools if environment is not None else None,
+        )
+    if loaded.unusable:
+        logger.warning("%s: %d of %d prompts are too long and are left out", key, len(loaded.unusable), len(rows))
+    if environment is not None:
+        environment.check_prompt(loaded.items[0], tokenizer, key)
+    left_out = {one.place for one in loaded.unusable}
+    return loaded, [row for row in rows if row.place not in left_out]

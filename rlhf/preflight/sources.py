@@ -1,0 +1,249 @@
+"""What runs and evaluations read alike: data sources, rewards, the tiny model; and whose mistake it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.derive import is_online, max_sequence_tokens
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.rewards import RewardConfig
+from rlhf.config.schema.root import Config
+from rlhf.data.examples import Reading
+from rlhf.data.sources import Row, Source, shown
+from rlhf.data.tasks import TaskSource
+from rlhf.data.templates import read_template
+from rlhf.errors import UserError
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.rewards.services.client import ServiceSpec
+from rlhf.rewards.services.judge import JudgeSpec
+from rlhf.rewards.services.remote import RemoteReward
+
+TINY = "tiny:llama"
+REWARD_KEY = "rewards.{}.function"
+MOST_SHOWN = 5  # values of a column, in a message
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Put the key of the config before what is wrong with its value."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+_OPTIONS = (
+    (re.compile(r"data\.columns: \{(\w+): (\w+)\}"), r"--column \1=\2"),
+    (re.compile(r"data\.columns\.(\w+) names"), r"--column \1 names"),
+    (re.compile(r"data\.columns"), "--column"),
+    (re.compile(r"data\.chat_template_kwargs"), "--chat-template-kwargs"),
+    (re.compile(r"data\.system_prompt"), "--system-prompt"),
+    (re.compile(r"data\.apply_chat_template: false"), "--no-chat-template"),
+)
+
+
+@contextmanager
+def in_options() -> Iterator[None]:
+    """Say the keys of a configuration, which messages about data name, as the options of a command."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, option in _OPTIONS:
+            text = key.sub(option, text)
+        raise UserError(text) from error
+
+
+def local_model(name: str, folder: Path, *, seed: int) -> str:
+    """The name; tiny:llama as a folder of that seed, made now below `folder` if it is not there."""
+    if name != TINY:
+        return name
+    return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
+
+
+def with_template(config: Config) -> Config:
+    """Return the same run with its chat template's text in the place of the file's name."""
+    if config.data.chat_template is None:
+        return config
+    text = read_template(config.data.chat_template, key="data.chat_template")
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_template": text})})
+
+
+def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:
+    """UserError if a token id is none of the tokenizer's."""
+    known = tokenizer.get_vocab().values() if token_ids else ()
+    for token in token_ids:
+        if token not in known:
+            raise UserError(
+                f"{key}: {token} is no token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
+                f"{max(known)}. Name one of these."
+            )
+
+
+def source_of(source: DataSource) -> Source:
+    """What the readers of data take."""
+    if isinstance(source, str):
+        return source
+    return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
+
+
+def reading_of(config: Config) -> Reading:
+    """Return how a run reads its prompts or examples."""
+    data = config.data
+    return Reading(
+        system_prompt=data.system_prompt,
+        apply_chat_template=data.apply_chat_template,
+        max_tokens=data.max_prompt_tokens if is_online(config) else max_sequence_tokens(config),
+        too_long=data.too_long,
+        max_unusable_fraction=data.max_unusable_fraction,
+    )
+
+
+def load_rewards(
+    rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = REWARD_KEY
+) -> tuple[RewardSpec, ...]:
+    """The rewards, their functions imported once in a process of their own, the tokens of their services read.
+
+    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
+    """
+    folders = (beside, Path.cwd())
+    specs = []
+    for name, reward in rewards.items():
+        function = None
+        if reward.function is not None:
+            function = load_reward(
+                reward.function,
+                args=reward.args,
+                folders=folders,
+                key=key.format(name),
+                memory_gib=memory_gib,
+            )
+        specs.append(
+            RewardSpec(
+                name=name,
+                weight=reward.weight,
+                function=function,
+                remote=_remote(reward, key=_section(key, name)),
+                gate=reward.gate,
+                only=reward.only,
+                from_environment=reward.environment,
+                truncated_score=reward.truncated_score,
+                by_step=reward.credit == "step",
+                on_error=reward.on_error,
+            )
+        )
+    return tuple(specs)
+
+
+def _section(key: str, name: str) -> str:
+    """The reward's own key, from that of its function."""
+    return key.format(name).removesuffix(".function")
+
+
+def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
+    """The service, if it is one. UserError if the environment lacks its token."""
+    if reward.url is None:
+        return None
+    token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
+    if token is not None and not (token.isascii() and token.isprintable() and token):
+        what = "is not set" if not token else "holds more than plain text"
+        raise UserError(f"{key}.token_env: the environment variable {reward.token_env} {what}; export the token in it")
+    judge, http = reward.judge, reward.http
+    return RemoteReward(
+        service=ServiceSpec(
+            url=reward.url,
+            timeout_s=http.timeout_s,
+            deadline_s=http.deadline_s,
+            max_in_flight=http.max_in_flight,
+            token=token,
+        ),
+        judge=None if judge is None else JudgeSpec(**dict(judge)),
+    )
+
+
+def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
+    """UserError if a row has no reward, or a reward lacks something of a row that it applies to: a column, its gate."""
+    given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
+    deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)
+    if deep is not None:
+        raise UserError(f"{deep.place}: its columns are nested deeper than {MAX_DEPTH} levels; flatten them")
+    applies = {spec.name: [spec.applies_to(columns) for columns in given] for spec in specs}
+    for spec in specs:
+        section = _section(key, spec.name)
+        if spec.gate is not None:
+            pairs = zip(rows, applies[spec.name], applies[spec.gate], strict=True)
+            row = next((row for row, here, gated in pairs if here and not gated), None)
+            if row is not None:
+                raise UserError(
+                    f"{section}.gate: {spec.gate} does not apply to {row.place}, and {spec.name} does; "
+                    f"let {_section(key, spec.gate)}.only have all rows that {section}.only has"
+                )
+        mine = [columns for columns, here in zip(given, applies[spec.name], strict=True) if here]
+        if not mine:
+            continue
+        common = sorted(set(mine[0]).intersection(*mine))
+        if spec.function is not None:
+            check_columns(spec.function, common, key=key.format(spec.name), data=data)
+        elif spec.remote is not None:
+            _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
+    for row, *here in zip(rows, *applies.values(), strict=True):
+        if specs and not any(here):  # a teacher may be all that a run has
+            columns = ", ".join(dict.fromkeys(f"`{name}`" for spec in specs for name in spec.only))
+            raise UserError(f"{row.place}: no reward applies to the row, by {columns}; widen a reward's `only`")
+
+
+def _check_sent(
+    remote: RemoteReward,
+    rows: Sequence[Row],
+    given: Sequence[Mapping[str, Any]],
+    applies: Sequence[bool],
+    common: Sequence[str],
+    *,
+    key: str,
+    data: str,
+) -> None:
+    """UserError if what a service is sent of the rows is missing, or cannot be written as JSON."""
+    wanted = None if remote.judge is None else remote.judge.columns
+    missing = [name for name in wanted or () if name not in common]
+    if missing:
+        names = ", ".join(f"{{{name}}}" for name in missing)
+        raise UserError(
+            f"{key}.judge.prompt: has {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}"
+        )
+    for row, columns, here in zip(rows, given, applies, strict=True):
+        sent = columns if wanted is None else {name: columns[name] for name in wanted if here}
+        try:
+            json.dumps(sent if here else None, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{row.place}: cannot be sent to {key} as JSON: {error}") from error
+
+
+def refuse_unused_rewards(
+    specs: Sequence[RewardSpec], rows: Iterable[Mapping[str, Any]], *, key: str = REWARD_KEY
+) -> None:
+    """UserError for a reward that applies to no row that is trained on."""
+    idle = {spec.name: spec for spec in specs if spec.only}
+    found: dict[str, dict[str, None]] = {name: {} for spec in idle.values() for name in spec.only}
+    for columns in rows if idle else ():
+        idle = {name: spec for name, spec in idle.items() if not spec.applies_to(columns)}
+        for name, values in found.items():
+            if len(values) < MOST_SHOWN and name in columns:
+                values[shown(columns[name])] = None
+        if not idle:
+            return
+    for spec in idle.values():
+        has = "; ".join(
+            f"`{name}` is {', '.join(found[name])}{', ...' if len(found[name]) == MOST_SHOWN else ''}"
+            if found[name]
+            else f"there is no column `{name}`"
+            for name in spec.only
+        )
+        raise UserError(f"{_section(key, spec.name)}.only: applies to no row of the training data, where {has}")

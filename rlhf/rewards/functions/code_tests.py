@@ -1,0 +1,334 @@
+"""The reward `code_tests`: runs the program in a response against the tests of its row.
+
+Expected outputs and values never enter the sandbox: it sends back what the program printed or returned, and that is
+compared here. Assertions do run beside the program. What is wrong with a row's tests raises; what is wrong with the
+program is a failed test. Never compare by anything that came out of the sandbox as code.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal, get_args
+
+from rlhf.rewards.sandbox.run import START_LIMIT_S, Sandbox
+
+Score = Literal["all", "share"]
+Extract = Literal["code_block", "whole"]
+
+_FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive: a line that is no fence takes linear time
+_PYTHON = {"py", "python", "python3"}
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Printed:
+    """A script's standard output for a standard input."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """What a function, or a method of `Solution`, returns for arguments. expected: as JSON has it."""
+
+    arguments: Sequence[Any]
+    expected: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """The tests of one row: exactly one of printed, returned and statements is filled."""
+
+    printed: tuple[Printed, ...] = ()
+    function: str | None = None
+    returned: tuple[Returned, ...] = ()
+    statements: tuple[str, ...] = ()
+    test_functions: tuple[str, ...] = ()  # defined by the one statement; each is a test
+
+
+class CodeTests:
+    """The share of tests that the program in the response passes, or 1.0 if it passes all (`score`).
+
+    The program is the last fenced block of Python, or the last of any if none says so (`extract`). `test_s` limits one
+    process, `limit_s` all of a response's. One test of standard output is one process; all others are one together.
+    """
+
+    def __init__(
+        self,
+        score: Score = "all",
+        extract: Extract = "code_block",
+        test_s: float = 4.0,
+        limit_s: float = 8.0,
+        memory_mib: int = 1024,
+        tolerance: float = 0.0,
+        python: str | None = None,
+        unsafe: bool = False,
+    ) -> None:
+        for name, value, choices in (("score", score, Score), ("extract", extract, Extract)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(choices))}")
+        if test_s <= 0 or limit_s < test_s:
+            raise ValueError(f"test_s ({test_s}) must be positive and at most limit_s ({limit_s})")
+        if memory_mib < 64 or tolerance < 0:
+            raise ValueError(f"memory_mib ({memory_mib}) must be 64 or more, tolerance ({tolerance}) not negative")
+        self._score, self._extract = score, extract
+        self._test_s, self._limit_s, self._tolerance = test_s, limit_s, tolerance
+        self._sandbox = Sandbox(python=python, memory_mib=memory_mib, unsafe=unsafe)
+        self._importable: dict[str, bool] = {}
+
+    def __call__(
+        self,
+        prompt: str,
+        response: str,
+        tests: object = None,
+        test_code: str | None = None,
+        entry_point: str | None = None,
+    ) -> float:
+        if (tests is None) == (test_code is None):
+            raise ValueError("a row needs exactly one of the columns `tests` and `test_code`")
+        read = read_tests(tests) if test_code is None else read_test_code(test_code, entry_point)
+        self._check_imports(read.statements)
+        program = last_code_block(response) if self._extract == "code_block" else response
+        if program is None:
+            return 0.0
+        passed, count = 0, len(read.printed or read.returned or read.test_functions or read.statements)
+        for success in self._results(program, read):
+            passed += success
+            if not success and self._score == "all":
+                return 0.0
+        return passed / count
+
+    def _results(self, program: str, tests: Cases) -> Iterator[bool]:
+        """Whether each test passed, in order; fewer where the program did not get so far."""
+        deadline = time.monotonic() + self._limit_s
+        if not tests.printed:
+            yield from self._in_one_process(program, tests)
+            return
+        for test in tests.printed:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                yield False
+                return
+            stdin = test.stdin.encode("utf-8", "surrogatepass")
+            done = self._sandbox.run(program, wall_s=min(self._test_s, left), stdin=stdin)
+            printed = done.stdout.decode("utf-8", "replace")
+            yield done.code == 0 and same_output(printed, test.stdout, tolerance=self._tolerance)
+
+    def _in_one_process(self, program: str, tests: Cases) -> Iterator[bool]:
+        mark = secrets.token_hex(16)
+        job = {
+            "mark": mark,
+            "function": tests.function,
+            "calls": [test.arguments for test in tests.returned],
+            "statements": tests.statements,
+            "test_functions": tests.test_functions,
+        }
+        count = len(tests.returned) or len(tests.statements) + len(tests.test_functions)
+        answers = _parsed(self._sandbox.run(program, wall_s=self._test_s, tests=job).results, count)
+        if tests.returned:
+            for answer, test in zip(answers, tests.returned, strict=True):
+                yield isinstance(answer, dict) and self._is_expected(answer.get("value"), test.expected)
+            return
+        if tests.test_functions:
+            defined, *answers = answers
+            if defined != mark:  # the program may have functions of these names
+                answers = [None] * len(answers)
+        yield from (answer == mark for answer in answers)
+
+    def _is_expected(self, value: object, expected: object) -> bool:
+        """Many data sets put the one expected value into a list."""
+        same = same_value(value, expected, tolerance=self._tolerance)
+        return same or same_value([value], expected, tolerance=self._tolerance)
+
+    def _check_imports(self, statements: Sequence[str]) -> None:
+        """Tests that cannot be imported would make every program wrong."""
+        for name in dict.fromkeys(name for code in statements for name in _imports(code)):
+            if name not in self._importable:
+                script = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is None)"
+                self._importable[name] = self._sandbox.run(script, wall_s=START_LIMIT_S).code == 0
+            if not self._importable[name]:
+                raise ValueError(
+                    f"the tests import {name}, which {self._sandbox.python} lacks in the sandbox: name an interpreter "
+                    "that has it with args.python"
+                )
+
+
+def last_code_block(response: str) -> str | None:
+    """The last closed fenced block that is marked as Python, or else the last; None if there is none."""
+    blocks = list(_code_blocks(response))
+    marked = [code for language, code in blocks if language.lower() in _PYTHON]
+    return marked[-1] if marked else blocks[-1][1] if blocks else None
+
+
+def _code_blocks(response: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each. A fence that names a language opens a block, also where one was never closed."""
+    language: str | None = None
+    content: list[str] = []
+    for line in response.split("\n"):
+        fence = _FENCE.fullmatch(line)
+        if fence is not None and (language is None or fence[1]):
+            language, content = fence[1], []
+        elif fence is not None and language is not None:
+            yield language, "".join(f"{held}\n" for held in content)
+            language = None
+        else:
+            content.append(line)
+
+
+def read_tests(column: object) -> Cases:
+    """From the column `tests`, a value or JSON of one. ValueError if it has no known form."""
+    try:
+        value = json.loads(column) if isinstance(column, str) else column
+    except ValueError as error:
+        raise ValueError(f"the column `tests` is text that is not JSON: {_short(column)} ({error})") from error
+    if isinstance(value, Mapping) and isinstance(value.get("inputs"), list) and isinstance(value.get("outputs"), list):
+        pairs = list(zip(value["inputs"], value["outputs"], strict=True))
+        if pairs and (function := value.get("fn_name")) is not None:
+            return Cases(function=str(function), returned=tuple(_returned(*pair) for pair in pairs))
+    elif isinstance(value, list) and all(isinstance(test, str) for test in value):
+        pairs = []
+        if value:
+            return Cases(statements=tuple(value))
+    elif isinstance(value, list) and all(
+        isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in value
+    ):
+        pairs = [(test["input"], test["output"]) for test in value]
+    else:
+        raise ValueError(
+            f"the column `tests` is {_short(column)}; it must be a list of objects with `input` and `output`, a list "
+            "of assertions, or an object with `inputs`, `outputs` and perhaps `fn_name`"
+        )
+    if not pairs:
+        raise ValueError("the column `tests` has no test: every program would pass")
+    return Cases(printed=tuple(Printed(stdin=_text(given), stdout=_text(printed)) for given, printed in pairs))
+
+
+def read_test_code(code: str, entry_point: str | None) -> Cases:
+    """From the column `test_code`: statements to execute, functions called test_..., or `check` for `entry_point`."""
+    try:
+        body = ast.parse(code).body
+    except SyntaxError as error:
+        raise ValueError(f"the column `test_code` is not Python: {error}") from error
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    names = tuple(node.name for node in functions if node.name.startswith("test_"))
+    if names:
+        return Cases(statements=(code,), test_functions=names)
+    if entry_point is not None and any(node.name == "check" for node in functions):
+        return Cases(statements=(f"{code}\n\ncheck({entry_point})\n",))
+    defining = (
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Import,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.AnnAssign,
+    )
+    if all(isinstance(node, defining) or isinstance(getattr(node, "value", None), ast.Constant) for node in body):
+        raise ValueError(
+            "the column `test_code` only defines things, so every program would pass: it needs statements, functions "
+            "called test_..., or a function `check` and a column `entry_point`"
+        )
+    return Cases(statements=(code,))
+
+
+def same_output(printed: str, expected: str, *, tolerance: float = 0.0) -> bool:
+    """Equal lines, white space at their ends and empty lines at the end apart; numbers are equal as numbers."""
+    lines, wanted = ([line.strip() for line in text.rstrip().splitlines()] for text in (printed, expected))
+    if lines == wanted:
+        return True
+    return len(lines) == len(wanted) and all(
+        _same_line(line, want, tolerance) for line, want in zip(lines, wanted, strict=True)
+    )
+
+
+def same_value(value: object, expected: object, *, tolerance: float = 0.0) -> bool:
+    """Equality of values that came through JSON; numbers may differ by the tolerance, absolute or relative."""
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(
+            same_value(v, e, tolerance=tolerance) for v, e in zip(value, expected, strict=True)
+        )
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(
+            same_value(v, expected[k], tolerance=tolerance) for k, v in value.items()
+        )
+    if value == expected:
+        return True
+    both = isinstance(value, int | float) and isinstance(expected, int | float)
+    return both and tolerance > 0 and _close(value, expected, tolerance)
+
+
+def _same_line(line: str, wanted: str, tolerance: float) -> bool:
+    words, wants = line.split(), wanted.split()
+    return len(words) == len(wants) and all(
+        word == want or _same_number(word, want, tolerance) for word, want in zip(words, wants, strict=True)
+    )
+
+
+def _same_number(word: str, wanted: str, tolerance: float) -> bool:
+    if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(wanted)):
+        return False
+    one, other = Decimal(word), Decimal(wanted)
+    return one == other or (tolerance > 0 and _close(one, other, tolerance))
+
+
+def _close(one: Any, other: Any, tolerance: float) -> bool:
+    try:
+        return math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+    except OverflowError:  # an integer beyond floats
+        return False
+
+
+def _returned(given: object, expected: object) -> Returned:
+    arguments = [json.loads(line) for line in given.splitlines()] if isinstance(given, str) else given
+    if not isinstance(arguments, list):
+        raise ValueError(f"the arguments of a test are {_short(given)}; they must be a list, or lines of JSON")
+    if isinstance(given, str) and isinstance(expected, str):
+        expected = json.loads(expected)
+    plain = json.loads(json.dumps([arguments, expected]))
+    return Returned(arguments=plain[0], expected=plain[1])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):  # lines
+        return "\n".join(map(str, value))
+    if not isinstance(value, str):
+        raise ValueError(f"the input or output of a test is {_short(value)}; it must be text")
+    return value
+
+
+def _imports(code: str) -> Iterator[str]:
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except SyntaxError as error:
+        raise ValueError(f"a test is not Python: {_short(code)} ({error})") from error
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names if alias.name != "solution")
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module not in (None, "solution"):
+            yield str(node.module).split(".")[0]
+
+
+def _parsed(results: bytes, count: int) -> list[Any]:
+    """One answer a test; None where there is no JSON. A program may write there too: it is only ever compared."""
+    found: list[Any] = []
+    for line in [*results.split(b"\n", count)[:count], *[b""] * count][:count]:
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            found.append(None)
+    return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

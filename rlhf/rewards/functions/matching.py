@@ -1,0 +1,288 @@
+"""Built-in rewards: the table of all, and rules that compare a response with a column of its data row.
+
+The rules here give 1.0 for right and 0.0 for wrong. `reasoning_gym` gives the partial credit of its task. All run in
+reward processes, like a user's own reward. Keep imports at the top to the standard library: a heavy import belongs in a
+constructor, which runs once in each process and outside the time limit of a call.
+
+Two rules hold for every built-in. A data row that it cannot read raises, because then the data is wrong. A response
+never raises: a response that a rule cannot read, or cannot check within `limit_s`, is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+from rlhf.rewards.functions.code_tests import last_code_block
+
+# A minus sign belongs to the number unless it follows a digit, a letter or a closing bracket ("10-3" ends in 3).
+# A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
+# A number may begin with its decimal point (".5"), but "v.5" and "1.2.3" end in 5 and 3. An exponent has at most three
+# digits, because a number is written out in full.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?!\w))?"
+)
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+# Where a response says which choice it takes: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
+# small letter needs something to close it, since "a" is a word. Counts are bounded: a response may be all white space.
+_CHOICE = re.compile(
+    r"(?i:\\boxed\{\s{0,3}(?:\\text\{)?|<answer>|\banswer(?:\s{1,3}is)?[\s:*]{0,9}(?:option\s{1,3})?)[\s*(\[]{0,9}"
+    r"([A-Z](?![\w'])|[a-z](?=\s{0,3}[*)\]}<]))"
+)
+_LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
+
+
+def exact_match(prompt: str, response: str, answer: object) -> float:
+    """The response is the answer, white space at both ends apart."""
+    return float(response.strip() == str(answer).strip())
+
+
+def contains(prompt: str, response: str, answer: object) -> float:
+    """The answer stands somewhere in the response."""
+    text = str(answer).strip()
+    if not text:
+        raise ValueError("the answer is empty: every response contains it")
+    return float(text in response)
+
+
+def last_number(prompt: str, response: str, answer: object) -> float:
+    """Compare the last number in the response with the last in the answer ("#### 1,234" equals "1.234e3")."""
+    expected = _last_number(str(answer))
+    if expected is None:
+        raise ValueError(f"there is no number in the answer {answer!r}")
+    found = _last_number(response)
+    return float(found is not None and Decimal(found) == Decimal(expected))
+
+
+def multiple_choice(prompt: str, response: str, answer: object) -> float:
+    """The choice that the response settles on is the letter of the answer: "C", "(C)" and "c." are one.
+
+    The last of \\boxed{C}, <answer>C</answer> and "answer is C" counts, or a response that is nothing but a letter. A
+    letter that stands in a sentence does not: "A" is a word too.
+    """
+    expected = _LONE_CHOICE.fullmatch(str(answer))
+    if expected is None:
+        raise ValueError(f"the answer {answer!r} is not the letter of a choice")
+    lone = _LONE_CHOICE.fullmatch(response)
+    found = [lone[1]] if lone else _CHOICE.findall(response)
+    return float(bool(found) and found[-1].upper() == expected[1].upper())
+
+
+def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
+    """Compare what the pattern's first group, or else the whole pattern, captures in its last match with the answer."""
+    compiled = re.compile(pattern, re.DOTALL)
+    captured = None
+    with _limit(limit_s) as search:
+        for match in compiled.finditer(response):
+            captured = match[compiled.groups and 1]
+    return float(search.in_time and captured is not None and captured.strip() == str(answer).strip())
+
+
+class JsonSchema:
+    """The response is JSON that a schema allows: its last fenced block, or else all of it.
+
+    The schema is the argument, or else the column `schema`: an object or its JSON. A reference to another document is
+    never fetched. NaN and Infinity are not JSON, and a number that Python cannot read is not allowed by any schema.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | None = None, limit_s: float = 5.0) -> None:
+        import jsonschema
+        import referencing
+
+        self._library, self._registry = jsonschema, referencing.Registry()
+        self._limit_s = _positive(limit_s)
+        self._fixed = None if schema is None else self._validator(schema)
+
+    def __call__(self, prompt: str, response: str, schema: object = None) -> float:
+        if self._fixed is None and schema is None:
+            raise ValueError("there is no schema: give args.schema, or a column `schema`")
+        validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
+        block = last_code_block(response)
+        allowed = False
+        with _limit(self._limit_s) as check:
+            try:
+                allowed = validator.is_valid(_read_json(response if block is None else block))
+            except (ValueError, OverflowError, RecursionError):  # such as 5,000 digits, or 1e999 and `multipleOf`
+                allowed = False
+        return float(check.in_time and allowed)
+
+    def _validator(self, schema: Any) -> Any:
+        kind = self._library.validators.validator_for(schema)
+        kind.check_schema(schema)
+        return kind(schema, registry=self._registry)
+
+
+def _read_json(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class FormatRegex:
+    """The whole response matches a pattern (`re.fullmatch`; a dot matches line ends too)."""
+
+    def __init__(self, pattern: str, limit_s: float = 5.0) -> None:
+        self._pattern = re.compile(pattern, re.DOTALL)
+        self._limit_s = _positive(limit_s)
+
+    def __call__(self, prompt: str, response: str) -> float:
+        matches = False
+        with _limit(self._limit_s) as match:
+            matches = self._pattern.fullmatch(response) is not None
+        return float(match.in_time and matches)
+
+
+class MathAnswer:
+    """The response's final answer equals the `answer` as a mathematical expression (math-verify).
+
+    A response that takes more than `limit_s` to check counts as wrong: a model may well write 9^(9^(9^9)).
+    """
+
+    def __init__(self, limit_s: float = 5.0) -> None:
+        import math_verify
+
+        self._library = math_verify
+        self._limit_s = _positive(limit_s)
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off: ours is on
+
+    def __call__(self, prompt: str, response: str, answer: object) -> float:
+        gold = self._parse(str(answer)) or self._parse(f"${answer}$")
+        if not gold:
+            raise ValueError(f"math-verify finds no expression in the answer {answer!r}")
+        equal = False
+        with _limit(self._limit_s) as check:
+            equal = self._library.verify(gold, self._parse(response), timeout_seconds=None)
+        return float(check.in_time and equal)
+
+    def _parse(self, text: str) -> list[Any]:
+        expressions: list[Any] = self._library.parse(text, parsing_timeout=None)
+        return expressions
+
+
+class ReasoningGym:
+    """The score that a reasoning-gym task gives to the answer in the response.
+
+    It reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where
+    the data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets
+    0. So does a response on which the task's scorer raises or takes more than `limit_s`; if the scorer raises on the
+    right answer too, the entry is wrong, and that raises. A task that gives full marks to nonsense is refused. A task
+    that gives full marks to "nan" never sees it.
+    """
+
+    def __init__(
+        self, extract: Literal["last_number", "answer_tag", "whole"] = "last_number", limit_s: float = 5.0
+    ) -> None:
+        import reasoning_gym
+
+        if extract not in EXTRACTORS:
+            raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(EXTRACTORS)}")
+        self._library = reasoning_gym
+        self._limit_s = _positive(limit_s)
+        self._extract = EXTRACTORS[extract]
+        self._tasks: dict[str, tuple[Callable[..., float], bool]] = {}
+
+    def __call__(
+        self, prompt: str, response: str, answer: str, metadata: Mapping[str, Any], question: str | None = None
+    ) -> float:
+        entry = {"question": prompt if question is None else question, "answer": answer, "metadata": metadata}
+        task = metadata["source_dataset"]
+        if task not in self._tasks:
+            self._tasks[task] = self._examined(task, entry)
+        score, believes_nan = self._tasks[task]
+        extracted = self._extract(response)
+        if extracted is None or (believes_nan and "nan" in extracted.lower()):
+            return 0.0
+        value = 0.0
+        with _limit(self._limit_s) as check:
+            value = _score(score, extracted, entry)
+        return value if check.in_time and math.isfinite(value) else 0.0
+
+    def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
+        """The task's scorer, and whether it takes "nan" for the right answer."""
+        score = self._library.get_score_answer_fn(task)
+        if _score(score, "\N{REPLACEMENT CHARACTER}", entry) >= 1.0:
+            raise ValueError(
+                f"the scorer of reasoning-gym's task {task} gives full marks to nonsense: leave the task out"
+            )
+        return score, _score(score, "nan", entry) >= 1.0
+
+
+def _score(score: Callable[..., float], extracted: str, entry: Mapping[str, Any]) -> float:
+    try:
+        return float(score(extracted, entry))
+    except Exception:  # noqa: BLE001  each task has its own; what the right answer raises too goes up from here
+        score(entry["answer"], entry)
+        return 0.0
+
+
+def _last_number(text: str) -> str | None:
+    """Return the last number in plain notation, without thousands separators or an exponent."""
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return format(Decimal(numbers[-1].replace(",", "")), "f") if numbers else None
+
+
+def _last_tagged(text: str) -> str | None:
+    found = _ANSWER_TAG.findall(text)
+    return found[-1].strip() if found else None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "last_number": _last_number,
+    "answer_tag": _last_tagged,
+    "whole": str.strip,
+}
+
+
+def _positive(limit_s: float) -> float:
+    if not limit_s > 0:
+        raise ValueError(f"limit_s is {limit_s}; it must be positive")
+    return limit_s
+
+
+_AGAIN_S = 0.5  # a destructor may have swallowed the first _TooSlow
+
+
+class _TooSlow(BaseException):
+    """Ends a check at its limit. It is no Exception, because sympy and math-verify catch those."""
+
+
+class _Check:
+    """Says whether the body of `_limit` came to its end."""
+
+    in_time = False
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[_Check]:
+    """Leave the body after so many seconds. A reward process calls rewards in its main thread, as signals need.
+
+    Python code and regular expressions can be left so. A C function that never returns can not: the pool ends its
+    process, and gives the response `score_of_killed`.
+    """
+    check = _Check()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not check.in_time:
+            raise _TooSlow
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    try:
+        yield check
+        check.in_time = True
+    except _TooSlow:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, earlier)

@@ -1,0 +1,121 @@
+"""The table of built-in rewards."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from rlhf.rewards.functions.code_tests import CodeTests
+from rlhf.rewards.functions.length_shaping import (
+    Unit,
+    _positive,
+    cosine,
+    length,
+    length_penalty,
+    overlong,
+    repetition_penalty,
+    target_length,
+)
+from rlhf.rewards.functions.matching import (
+    FormatRegex,
+    JsonSchema,
+    MathAnswer,
+    ReasoningGym,
+    contains,
+    exact_match,
+    last_number,
+    multiple_choice,
+    regex_match,
+)
+
+
+class CosineLength:
+    """Right or wrong, scaled by length (arXiv:2502.03373): right and short is best, wrong and short is worst.
+
+    Another built-in decides what is right (`verifier`, with `verifier_args`): its score is `threshold` or more. The
+    values of right and wrong responses go from `*_at_zero` to `*_at_limit`; a response of the limit or longer gets
+    `exceeded`. Defaults are the paper's.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        unit: Unit = "words",
+        verifier: str = "math_answer",
+        verifier_args: Mapping[str, Any] = MappingProxyType({}),
+        threshold: float = 0.5,
+        right_at_zero: float = 2.0,
+        right_at_limit: float = 1.0,
+        wrong_at_zero: float = -10.0,
+        wrong_at_limit: float = 0.0,
+        exceeded: float = -10.0,
+    ) -> None:
+        length("", unit)
+        self._limit, self._unit, self._exceeded = _positive("limit", limit), unit, exceeded
+        self._right, self._wrong = (right_at_zero, right_at_limit), (wrong_at_zero, wrong_at_limit)
+        self._verify, self._threshold = _built_in(verifier, verifier_args), threshold
+        taken = inspect.signature(self._verify)
+        free = [parameter for name, parameter in taken.parameters.items() if name not in verifier_args]
+        self.__signature__ = taken.replace(parameters=free)  # it reads the columns that its verifier reads
+
+    def __call__(self, prompt: str, response: str, **columns: Any) -> float:
+        measured = length(response, self._unit)
+        if measured >= self._limit:
+            return self._exceeded
+        right = self._verify(prompt=prompt, response=response, **columns) >= self._threshold
+        return cosine(measured, self._limit, *(self._right if right else self._wrong))
+
+
+def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
+    from rlhf.rewards.functions.table import BUILT_INS  # which has this module's rewards in it
+
+    target = BUILT_INS.get(name)
+    if target is None or target is CosineLength:
+        raise ValueError(f"verifier is {name!r}; it must be another built-in reward")
+    if inspect.isclass(target):
+        made: Any = target(**args)
+        return made  # type: ignore[no-any-return]
+    return functools.partial(target, **args)
+
+
+BUILT_INS: dict[str, Callable[..., Any]] = {
+    "code_tests": CodeTests,
+    "contains": contains,
+    "cosine_length": CosineLength,
+    "exact_match": exact_match,
+    "format_regex": FormatRegex,
+    "json_schema": JsonSchema,
+    "last_number": last_number,
+    "length_penalty": length_penalty,
+    "math_answer": MathAnswer,
+    "multiple_choice": multiple_choice,
+    "overlong": overlong,
+    "reasoning_gym": ReasoningGym,
+    "regex_match": regex_match,
+    "repetition_penalty": repetition_penalty,
+    "target_length": target_length,
+}
+
+
+def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
+    """Return the seconds after which a built-in finds a response wrong by itself; None: it has no such limit."""
+    if function not in BUILT_INS:
+        return None
+    if function == "cosine_length":
+        return own_limit_s(args.get("verifier", "math_answer"), args.get("verifier_args", {}))
+    parameter = inspect.signature(BUILT_INS[function]).parameters.get("limit_s")
+    limit = args.get("limit_s", parameter.default) if parameter is not None else None
+    return float(limit) if isinstance(limit, int | float) else None
+
+
+def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
+    """Return what a built-in gives a response on which its process hung or died, below the reach of `limit_s`.
+
+    That is its score of a wrong response. None: the function is no built-in, and says nothing of such a response.
+    """
+    if function == "cosine_length":
+        return float(args.get("wrong_at_zero", -10.0))
+    return 0.0 if function in BUILT_INS else None

@@ -1,0 +1,226 @@
+"""Runs rewards in processes of their own, with a hard limit on every call.
+
+A call that raises, hangs, returns no finite number or takes its process with it becomes a Failure of that call,
+never a score; the next call finds a fresh process. What a failure means for its response and for the run is decided by
+the caller.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+from rlhf.errors import RunError
+from rlhf.rewards.processes.process import ProcessDied, ProcessTimeout, RewardProcess
+from rlhf.rewards.processes.program import LoadError, Reply, Request, Signature, Source
+from rlhf.types import RewardErrorKind, StepReward
+
+START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why one response has no score."""
+
+    sample: int  # place of the response in its group
+    kind: RewardErrorKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One group by one reward. A response without a score has a failure, or the reward has no opinion on it.
+
+    A group that was ended by a failure has no entries behind it.
+    """
+
+    scores: tuple[float | None, ...]  # one a response
+    failures: tuple[Failure, ...]
+    steps: tuple[tuple[StepReward, ...], ...] = ()  # of a reward that is credited by steps, whose scores are their sums
+
+
+def longest_s(num_responses: int, timeout_s: float) -> float:
+    """Return the longest that one group can take by one reward once a process is free."""
+    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # fresh processes, and one call again
+
+
+class RewardPool:
+    """`processes` processes, each with all of `sources` loaded. Thread-safe: as many groups at once as processes.
+
+    RunError if a reward cannot be loaded: the driver could load it, so this machine differs from the driver's.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
+    ) -> None:
+        self._sources = tuple(sources)
+        self._timeout_s = timeout_s
+        self._memory_gib = memory_gib
+        self._closed = False
+        self.signatures: tuple[Signature, ...] = ()
+        self._slots = [_Slot() for _ in range(processes)]
+        self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        with ExitStack() as after_failure:
+            for slot in self._slots:
+                after_failure.callback(slot.discard)
+            started = [slot.hold(self._start()) for slot in self._slots]  # all, before the first is waited for
+            for process in started:
+                self.signatures = self._load(process)
+            after_failure.pop_all()
+        for slot in self._slots:
+            self._idle.put(slot)
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pids(self) -> list[int]:
+        """Process ids, for a look from outside."""
+        return [process.pid for process in [slot.process for slot in self._slots] if process is not None]
+
+    def close(self) -> None:
+        """End the processes. A group under way in another thread gets a RunError."""
+        self._closed = True
+        for process in [slot.process for slot in self._slots]:
+            if process is not None:
+                process.signal_end()
+        for _ in self._slots:
+            with suppress(queue.Empty):
+                self._idle.get_nowait().discard()
+
+    def score(
+        self,
+        reward: int,
+        prompt: str,
+        responses: Sequence[str],
+        columns: Mapping[str, Any],
+        *,
+        by_step: bool = False,
+        goes_on: bool = False,
+    ) -> Outcome:
+        """Score one group by sources[reward].
+
+        The first death of a process is tried again in a fresh one, since a process may also be killed from outside.
+
+        Args:
+            by_step: The reward gives steps, whose ends count characters of the response.
+            goes_on: Score the rest of the group after a hang or a second death, in a fresh process. Without it such a
+                group ends there: it cannot be used any more, and the rest may hang as well.
+        """
+        pickled = pickle.dumps(dict(columns))
+        replies: list[Reply] = []
+        retried = False
+        with self._borrow(longest_s(len(responses), self._timeout_s)) as slot:
+            started_s = 0.0
+            while len(replies) < len(responses):
+                request = Request(
+                    reward=reward,
+                    prompt=prompt,
+                    responses=tuple(responses[len(replies) :]),
+                    columns=pickled,
+                    by_step=by_step,
+                )
+                began = time.monotonic()
+                process = self._running(slot, START_TIMEOUT_S * 2 - started_s)
+                started_s += time.monotonic() - began
+                end = self._exchange(process, request, replies)
+                if end is None:
+                    break
+                slot.discard()
+                if end.kind == "died" and not retried:
+                    retried = True
+                    continue
+                replies += [end] * (len(responses) - len(replies) if self.signatures[reward].batched else 1)
+                if not goes_on:
+                    break
+        failures = tuple(
+            Failure(sample=sample, kind=cast("RewardErrorKind", reply.kind), message=reply.payload)
+            for sample, reply in enumerate(replies)
+            if reply.kind != "value"
+        )
+        values = [reply.payload if reply.kind == "value" else None for reply in replies]
+        if not by_step:
+            return Outcome(scores=tuple(values), failures=failures)
+        return Outcome(
+            scores=tuple(None if steps is None else sum((value for _, value in steps), 0.0) for steps in values),
+            failures=failures,
+            steps=tuple(tuple(StepReward(end=end, value=value) for end, value in steps or ()) for steps in values),
+        )
+
+    def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
+        """Append the replies as they come. What ended it before they were all there, or None."""
+        try:
+            process.send(request, self._timeout_s)
+            for _ in request.responses:
+                reply = process.receive(self._timeout_s)
+                if reply.kind == "died":
+                    limit = f"the limit is reward_policy.memory_gib: {self._memory_gib:g}"
+                    return Reply(kind="died", payload=f"it {reply.payload}; {limit}")
+                replies.append(reply)
+        except ProcessTimeout:
+            place = process.where(self._sources[request.reward].path)
+            return Reply(kind="timeout", payload=f"no answer within {self._timeout_s:g} s{place and ', at ' + place}")
+        except ProcessDied as error:
+            return Reply(kind="died", payload=str(error))
+        process.flush_log()
+        return None
+
+    @contextmanager
+    def _borrow(self, limit_s: float) -> Iterator[_Slot]:
+        try:
+            slot = self._idle.get(timeout=limit_s)
+        except queue.Empty as error:
+            raise RunError(
+                f"waited {limit_s:g} s for one of {len(self._slots)} reward processes: all are busy. "
+                "Raise reward_policy.processes or lower reward_policy.timeout_s"
+            ) from error
+        answered = False
+        try:
+            yield slot
+            answered = True
+        finally:
+            if self._closed or not answered:  # else it may still be answering when the next group comes
+                slot.discard()
+            self._idle.put(slot)
+
+    def _running(self, slot: _Slot, start_within_s: float) -> RewardProcess:
+        if self._closed:
+            raise RunError("the reward pool was closed while a group was being scored")
+        if slot.process is not None:
+            return slot.process
+        process = slot.hold(self._start())
+        self._load(process, min(start_within_s, START_TIMEOUT_S))
+        return process
+
+    def _start(self) -> RewardProcess:
+        return RewardProcess(self._sources, memory_gib=self._memory_gib)
+
+    def _load(self, process: RewardProcess, within_s: float = START_TIMEOUT_S) -> tuple[Signature, ...]:
+        try:
+            return process.load(max(within_s, 0.1))
+        except LoadError as error:
+            raise RunError(f"a reward process on {socket.gethostname()} cannot load its rewards: {error}") from error
+
+
+class _Slot:
+    """Room for one process."""
+
+    def __init__(self) -> None:
+        self.process: RewardProcess | None = None
+
+    def hold(self, process: RewardProcess) -> RewardProcess:
+        self.process = process
+        return process
+
+    def discard(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()

@@ -1,0 +1,380 @@
+"""The program of a reward process: loads rewards, answers calls, and dies with its parent.
+
+Started by `rlhf.rewards.processes.process`, which shares the message types below. It uses the standard library alone,
+so that a process is up in a twentieth of a second: never import torch here, nor a module that does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import numbers
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MAX_ERROR_CHARS = 500
+MAX_FRAME_BYTES = 1 << 32
+_HEADER = struct.Struct("!Q")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a reward comes from. args: keyword arguments of the class's constructor, or fixed ones of the function."""
+
+    path: str | None  # absolute; None: a built-in
+    name: str
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a reward's call takes beside prompt and response."""
+
+    batched: bool  # `prompts, responses`: called once a group
+    required: tuple[str, ...]  # columns without a default
+    optional: tuple[str, ...]  # columns with one
+    takes_all: bool  # it has **columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message to a reward process."""
+
+    memory_bytes: int
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One group to score by one reward; answered by one Reply a response, in order."""
+
+    reward: int  # place in Hello.sources
+    prompt: str
+    responses: tuple[str, ...]
+    columns: bytes  # a pickled dict, opened afresh for every call: no call sees what another did to it
+    by_step: bool = False  # a response's value is a list of steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """One answer of a reward process.
+
+    kind: `loaded` (payload: Signature), `value` (float, pairs of end and float, or None for no opinion), or the kind of
+    a failure (payload: its message).
+    """
+
+    kind: str
+    payload: Any
+
+
+class LoadError(Exception):
+    """The reward cannot be used; the message says why."""
+
+
+class BrokenFrame(Exception):
+    """The connection holds bytes that are no message: a reward wrote into it, or the process died in a write."""
+
+
+def send_frame(connection: socket.socket, message: object) -> None:
+    """Write one message. TimeoutError after the socket's timeout, OSError if the other side is gone."""
+    data = pickle.dumps(message)
+    connection.sendall(_HEADER.pack(len(data)) + data)
+
+
+def receive_frame(connection: socket.socket) -> Any:
+    """Read one message.
+
+    TimeoutError after the socket's timeout, EOFError or OSError if the other side is gone, BrokenFrame for other bytes.
+    """
+    (size,) = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
+    if size > MAX_FRAME_BYTES:
+        raise BrokenFrame(f"a message of {size} bytes")
+    data = _receive_exactly(connection, size)
+    try:
+        return pickle.loads(data)
+    except Exception as error:
+        raise BrokenFrame(f"{type(error).__name__} in a message of {size} bytes") from error
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = connection.recv(min(size - len(data), 1 << 20))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)
+
+
+def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
+    """The innermost of (file, line, function) frames, outermost first, and the innermost one in the user's file."""
+    shown = [f for f in frames if f[0] != __file__ and not f[0].startswith("<")]
+    if not shown:
+        return ""
+    places = shown[-1:]
+    own = [f for f in shown if f[0] == path]
+    if own and own[-1] != places[0]:
+        places.append(own[-1])
+    return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
+
+
+def summarize(error: BaseException, path: str | None) -> str:
+    """Type, text and place of an exception, in one line."""
+    text = " ".join(" ".join(traceback.format_exception_only(error)).split())[:MAX_ERROR_CHARS]
+    frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
+    place = describe_frames(frames, path)
+    return f"{text}, at {place}" if place else text
+
+
+class Reward:
+    """A loaded reward. LoadError if it cannot be used."""
+
+    def __init__(self, source: Source) -> None:
+        self._path = source.path
+        target = _find(source)
+        if inspect.isclass(target):
+            self._call = target = _construct(source, target)
+        else:
+            self._call = _bind(source, target)
+        self.signature = _read_signature(source, target)
+
+    def score(self, request: Request) -> Iterator[Reply]:
+        """One reply a response, in order, each as soon as it is known."""
+        if self.signature.batched:
+            yield from self._guard(self._score_group, request, request.responses)
+        else:
+            for response in request.responses:
+                yield from self._guard(self._score_one, request, (response,))
+
+    def _score_one(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
+        columns: dict[str, Any] = pickle.loads(request.columns)
+        return [_answer(self._call(prompt=request.prompt, response=responses[0], **columns), responses[0], request)]
+
+    def _score_group(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
+        count = len(responses)
+        rows: list[dict[str, Any]] = [pickle.loads(request.columns) for _ in responses]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        values = list(self._call(prompts=[request.prompt] * count, responses=list(responses), **columns))
+        if len(values) != count:
+            return [Reply(kind="not_a_number", payload=f"returned {len(values)} scores for {count} responses")] * count
+        return [_answer(value, response, request) for value, response in zip(values, responses, strict=True)]
+
+    def _guard(
+        self,
+        score: Callable[[Request, tuple[str, ...]], list[Reply]],
+        request: Request,
+        responses: tuple[str, ...],
+    ) -> list[Reply]:
+        """A failed call fails each response that it was to score."""
+        try:
+            return score(request, responses)
+        except MemoryError:
+            failure = Reply(kind="died", payload="ran out of memory")
+        except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
+            failure = Reply(kind="raised", payload=summarize(error, self._path))
+        return [failure] * len(responses)
+
+
+def _answer(value: object, response: str, request: Request) -> Reply:
+    return _as_steps(value, response) if request.by_step else _as_reply(value)
+
+
+def _as_steps(value: Any, response: str) -> Reply:
+    """Check the steps that a reward with `credit: step` returns for one response."""
+    if value is None:
+        return Reply(kind="value", payload=None)
+    try:
+        pairs = [(end, worth) for end, worth in value]
+    except (TypeError, ValueError):
+        return _misfit(value, "a list of (end, value), one a step,")
+    steps = []
+    for end, worth in pairs:
+        reply = _as_reply(worth)
+        if reply.payload is None:
+            return _misfit(worth, "a float")
+        if reply.kind != "value":
+            return reply
+        if not isinstance(end, numbers.Integral) or not 0 <= int(end) <= len(response):
+            text = f"returned a step that ends at {end!r:.40} of a response of {len(response)} characters"
+            return Reply(kind="not_a_number", payload=text)
+        steps.append((int(end), reply.payload))
+    return Reply(kind="value", payload=tuple(steps))
+
+
+def _misfit(value: object, expected: str) -> Reply:
+    text = repr(value)
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return Reply(
+        kind="not_a_number", payload=f"returned {shown} of type {type(value).__name__} where {expected} is expected"
+    )
+
+
+def _as_reply(value: object) -> Reply:
+    if value is None:
+        return Reply(kind="value", payload=None)
+    if not isinstance(value, numbers.Real):
+        return _misfit(value, "a float")
+    try:
+        number = float(value)
+    except OverflowError:
+        return Reply(kind="not_a_number", payload="returned an integer too large for a float")
+    return (
+        Reply(kind="value", payload=number)
+        if math.isfinite(number)
+        else Reply(kind="not_a_number", payload=f"returned {number}")
+    )
+
+
+def _find(source: Source) -> Any:
+    if source.path is None:
+        return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
+    module = import_file(source.path)
+    if source.name not in vars(module):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+        raise LoadError(f"{source.path} defines no `{source.name}`; it defines: {', '.join(own) or 'nothing callable'}")
+    target = vars(module)[source.name]
+    if not callable(target):
+        raise LoadError(
+            f"`{source.name}` in {source.path} is of type {type(target).__name__}, not a function or a class"
+        )
+    return target
+
+
+def import_file(path: str) -> ModuleType:
+    name = "reward_file_" + Path(path).stem  # prefixed: a file called `random.py` must not replace that module
+    while name in sys.modules:
+        if sys.modules[name].__file__ == path:
+            return sys.modules[name]
+        name += "_"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(Path(path).parent))  # it may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:  # a file that calls sys.exit is reported like one that raises
+        raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
+    return module
+
+
+def _construct(source: Source, target: type) -> Callable[..., Any]:
+    try:
+        inspect.signature(target).bind(**source.args)
+    except TypeError as error:
+        raise LoadError(
+            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
+        ) from error
+    try:
+        instance = target(**source.args)
+    except BaseException as error:
+        raise LoadError(f"constructing `{source.name}` raised {summarize(error, source.path)}") from error
+    if not callable(instance):
+        raise LoadError(f"class `{source.name}` has no __call__(self, prompt, response)")
+    return instance  # type: ignore[no-any-return]
+
+
+def _bind(source: Source, target: Callable[..., Any]) -> Callable[..., Any]:
+    if not source.args:
+        return target
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in source.args if name not in parameters and not open_ended]
+    if unknown:
+        raise LoadError(f"`{source.name}` has no parameter {', '.join(unknown)}, which args gives")
+    return functools.partial(target, **source.args)
+
+
+def _read_signature(source: Source, target: Callable[..., Any]) -> Signature:
+    """The one rule: with `prompt, response` it is called once a response, with `prompts, responses` once a group."""
+    if inspect.iscoroutinefunction(target if inspect.isroutine(target) else type(target).__call__):
+        raise LoadError(f"`{source.name}` is async; a reward is called without an event loop")
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"the parameters of `{source.name}` cannot be read: {error}") from error
+    shown = f"`{source.name}({', '.join(str(p) for p in parameters.values())})`"
+    pairs = [pair for pair in (("prompt", "response"), ("prompts", "responses")) if set(pair) <= parameters.keys()]
+    if len(pairs) != 1:
+        raise LoadError(
+            f"{shown} must take `prompt, response` (called once a response) "
+            "or `prompts, responses` (called once a group)"
+        )
+    required: list[str] = []
+    optional: list[str] = []
+    takes_all = False
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise LoadError(f"{shown}: arguments are passed by name, which `{parameter}` does not allow")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_all = True
+        elif name not in pairs[0] and name not in source.args:
+            (required if parameter.default is parameter.empty else optional).append(name)
+    return Signature(
+        batched=pairs[0][0] == "prompts", required=tuple(required), optional=tuple(optional), takes_all=takes_all
+    )
+
+
+def die_with_parent(lifeline: int) -> None:
+    """The parent holds the other end of this pipe and writes nothing: when it closes, the kernel kills our group.
+
+    A thread could not do it, since a C function that never returns may hold the interpreter; PR_SET_PDEATHSIG would
+    fire when the parent's thread that started us ends, not when the parent does.
+    """
+    f_setsig = 10  # Linux; the fcntl module has no name for it
+    fcntl.fcntl(lifeline, f_setsig, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    state = select.poll()
+    state.register(lifeline, select.POLLIN)
+    if state.poll(0):
+        sys.exit("the parent is gone")
+
+
+def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
+    """Load, answer requests in order, and return when the parent closes the connection."""
+    die_with_parent(lifeline)
+    faulthandler.enable(file=faults_fd, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    connection = socket.socket(fileno=connection_fd)
+    hello: Hello = receive_frame(connection)
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # a limit that this user may not raise
+    limit = hello.memory_bytes if allowed == resource.RLIM_INFINITY else min(hello.memory_bytes, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    rewards = []
+    for source in hello.sources:
+        try:
+            rewards.append(Reward(source))
+        except LoadError as error:
+            return send_frame(connection, Reply(kind="failed", payload=str(error)))
+        send_frame(connection, Reply(kind="loaded", payload=rewards[-1].signature))
+    while True:
+        try:
+            request: Request = receive_frame(connection)
+        except EOFError:
+            return None
+        for reply in rewards[request.reward].score(request):
+            send_frame(connection, reply)
+            if reply.kind == "died":
+                os._exit(1)  # after a MemoryError nothing in this process can be trusted

@@ -1,0 +1,295 @@
+"""Runs one Python program that a model wrote, where it can do no harm.
+
+A sandboxed program is one process without files, network, other processes or the parent's environment. It may read the
+system's libraries and its interpreter, and write to what was given it: standard output, standard error, results. These
+live in memory and are capped, so that nothing is left behind. Of two rungs of protection, on which programs behave
+alike, the first that works here is used (`Sandbox`). Never start a model's program by any other way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import logging
+import marshal
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.rewards.sandbox.confinement import Unavailable, landlock_ruleset, seccomp_filter
+
+logger = logging.getLogger(__name__)
+
+Rung = Literal["bubblewrap", "landlock", "unsafe"]
+
+NOBODY = 65534  # whom bubblewrap runs as where this process is root
+PROGRAM_USERS = range(61184, 65520)  # whom programs run as on the other rungs: each run draws one, so that it can be
+# limited in threads by itself; systemd takes its short-lived users from there too
+MAX_THREADS = 64
+OUTPUT_BYTES = 16 * 2**20  # of each of standard output, standard error and results
+START_LIMIT_S = 30.0  # until the process is confined, on a busy machine; not counted against the program
+KILL_WAIT_S = 10.0
+_LOOK_S = 0.05  # between two looks at the number of threads
+
+_SOURCE = Path(__file__).with_name("program.py")
+_PREFIXES = "import sys; print(sys.prefix); print(sys.base_prefix)"
+_READABLE = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/dev/zero", "/dev/random", "/dev/urandom")
+_WRITABLE = ("/dev/null",)
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # a program that walks through a set gives one answer
+    "PYTHONUTF8": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class SandboxError(Exception):
+    """The sandbox itself failed, or there is none here. Says nothing about the program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How a program ended. code: its exit code, or minus the signal; None if it was killed at a limit."""
+
+    code: int | None
+    stdout: bytes
+    stderr: bytes
+    results: bytes
+    seconds: float  # since it was confined
+
+
+class Sandbox:
+    """Runs programs, several threads at once, by the first of these rungs that runs `print(1)` here:
+
+    1. bubblewrap: namespaces with nothing mounted but libraries, as an unprivileged user; and the seccomp filter.
+    2. landlock: Landlock's rules on files, and the seccomp filter; where this process is root, as an unprivileged user,
+       or as root without any capability if only root may read the interpreter, or it may not change its user.
+    3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
+
+    python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's
+    where an unprivileged user cannot read that one; without packages. SandboxError if no rung works.
+    """
+
+    def __init__(
+        self, *, python: str | None = None, memory_mib: int = 1024, unsafe: bool = False, rungs: Sequence[Rung] = ()
+    ) -> None:
+        self._memory_bytes = memory_mib * 2**20
+        self._flags = ["-s"] if python else ["-s", "-S"]
+        refusals = []
+        ladder: tuple[Rung, ...] = ("bubblewrap", "landlock", "unsafe") if unsafe else ("bubblewrap", "landlock")
+        for rung in rungs or ladder:
+            for interpreter in [python] if python else _interpreters():
+                try:
+                    self._prepare(rung, interpreter)
+                except (SandboxError, Unavailable, OSError, subprocess.SubprocessError) as error:
+                    refusals.append(f"{rung} with {interpreter}: {error}")
+                    continue
+                if rung == "unsafe":
+                    logger.warning("programs run without a sandbox: %s", "; ".join(refusals))
+                logger.info("programs run by %s with %s", rung, interpreter)
+                return
+        raise SandboxError(
+            "no sandbox for programs works on this machine. Install bubblewrap (`apt-get install bubblewrap`), or use "
+            "a kernel with Landlock (5.13 or later). " + "; ".join(refusals)
+        )
+
+    def _prepare(self, rung: Rung, python: str) -> None:
+        self.rung: Rung = rung
+        self.python = python
+        found = subprocess.run(
+            [python, *self._flags, "-c", _PREFIXES], capture_output=True, text=True, timeout=30, env=_ENVIRONMENT
+        )
+        if found.returncode != 0:
+            raise SandboxError(f"the interpreter does not run: {found.stderr.strip()[-200:]}")
+        prefixes = list(dict.fromkeys(found.stdout.split("\n")[:2]))
+        readable = [*_READABLE, *prefixes]
+        self._changes_user = rung == "landlock" and _may_change_user() and all(map(_everybody_reads, prefixes))
+        self._command = [python, *self._flags, "-c", _SOURCE.read_text(encoding="utf-8")]
+        self._filter = None if rung == "unsafe" else seccomp_filter().hex()
+        self._ruleset = landlock_ruleset(readable, _WRITABLE) if rung == "landlock" else None
+        if rung == "bubblewrap":
+            bubblewrap = shutil.which("bwrap")
+            if bubblewrap is None:
+                raise SandboxError("bwrap is not installed")
+            self._command = [bubblewrap, *_namespaces(readable), *self._command]
+        done = self.run("print(1)", wall_s=5.0)
+        if (done.code, done.stdout) != (0, b"1\n"):
+            raise SandboxError(f"print(1) ended with {done.code}: {done.stderr.decode(errors='replace')[-200:]}")
+
+    def run(
+        self, program: str, *, wall_s: float, stdin: bytes = b"", tests: Mapping[str, Any] | None = None
+    ) -> Finished:
+        """Run to its end, or to the limit. tests: what `rlhf.rewards.sandbox.program` reads of a job; None: a
+        script."""
+        wrapped = self.rung == "bubblewrap"
+        user: dict[str, Any] = {}
+        if wrapped and os.geteuid() == 0:
+            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        job = {"mark": None, **(tests or {}), "program": program, **self._restrictions(wall_s)}
+        with ExitStack() as held:
+            job_file, stdin_file = (held.enter_context(_memory(data)) for data in (marshal.dumps(job, 2), stdin))
+            stdout, stderr, results = (held.enter_context(_memory()) for _ in range(3))
+            ready, say_ready = _pipe(held)
+            info, say_info = _pipe(held)
+            passed = [file.fileno() for file in (job_file, say_ready, results)]
+            command = [*self._command, *map(str, passed)]
+            if wrapped:
+                command[1:1] = ["--info-fd", str(say_info.fileno())]
+                passed.append(say_info.fileno())
+            process: subprocess.Popen[bytes] = subprocess.Popen(
+                command,
+                stdin=stdin_file,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[*passed, *([] if self._ruleset is None else [self._ruleset])],
+                env=_ENVIRONMENT,
+                cwd="/",
+                **user,
+            )
+            held.callback(_end, process, info)
+            say_ready.close()
+            say_info.close()
+            if not _says_ready(ready):
+                _end(process, info)
+                reason = _content(stderr).decode(errors="replace").strip()[-300:]
+                raise SandboxError(f"{self.rung} started no program: it ended with {process.returncode}: {reason}")
+            began = time.monotonic()
+            in_time = self._wait(process, began + wall_s)
+            seconds = time.monotonic() - began
+            _end(process, info)
+            code = process.returncode if in_time else None
+            if wrapped and code is not None and code > 128:
+                code = 128 - code  # how bubblewrap tells of a signal
+            outputs = {"stdout": _content(stdout), "stderr": _content(stderr), "results": _content(results)}
+        return Finished(code=code, seconds=seconds, **outputs)
+
+    def _restrictions(self, wall_s: float) -> dict[str, Any]:
+        """What `rlhf.rewards.sandbox.program.confine` reads."""
+        wrapped, changes_user = self.rung == "bubblewrap", self._changes_user
+        return {
+            "memory_bytes": self._memory_bytes,
+            "output_bytes": OUTPUT_BYTES,
+            "cpu_s": int(wall_s) + 1,
+            "uid": secrets.choice(PROGRAM_USERS) if changes_user else None,
+            "threads": MAX_THREADS
+            if wrapped or changes_user
+            else None,  # elsewhere all processes of the user would count
+            "parent": None if wrapped else os.getpid(),
+            "filter": self._filter,
+            "ruleset": self._ruleset,
+        }
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        """Whether it ended by itself: before the deadline, and without too many threads."""
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0:
+                if poll.poll(1000 * min(left, _LOOK_S)):
+                    return True
+                if self.rung != "bubblewrap" and not self._changes_user and _num_threads(process.pid) > MAX_THREADS:
+                    return False
+            return False
+        finally:
+            os.close(pidfd)
+
+
+def _interpreters() -> list[str]:
+    """This process's and the system's; first those that an unprivileged user may read."""
+    base = getattr(sys, "_base_executable", sys.executable)
+    found = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
+    return sorted(found, key=lambda path: not _everybody_reads(path))
+
+
+def _may_change_user() -> bool:
+    """Whether this process is root with CAP_SETGID and CAP_SETUID, which containers may have dropped."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return os.geteuid() == 0 and effective is not None and int(effective[1], 16) & 0xC0 == 0xC0
+
+
+def _everybody_reads(name: str) -> bool:
+    path = Path(name).resolve()
+    return path.stat().st_mode & 0o5 == 0o5 and all(parent.stat().st_mode & 0o1 for parent in path.parents)
+
+
+def _namespaces(readable: Sequence[str]) -> list[str]:
+    """Arguments of bubblewrap: nothing is shared, and nothing can be written."""
+    options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--cap-drop", "ALL"]
+    options += ["--dev", "/dev", "--remount-ro", "/dev"]
+    for path in readable:
+        if os.path.islink(path):
+            options += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path) and not path.startswith("/dev/"):
+            options += ["--ro-bind", path, path]
+    return [*options, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def _memory(content: bytes | None = None) -> io.FileIO:
+    """A file in memory: empty, or one whose content stays what it is."""
+    file = io.FileIO(os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+")
+    if content is not None:
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
+        file.seek(0)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def _content(file: io.FileIO) -> bytes:
+    return os.pread(file.fileno(), OUTPUT_BYTES, 0)
+
+
+def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
+    read, write = os.pipe()
+    return held.enter_context(io.FileIO(read, "r")), held.enter_context(io.FileIO(write, "w"))
+
+
+def _says_ready(ready: io.FileIO) -> bool:
+    """Whether the process confines itself within the limit; it closes the pipe if it cannot."""
+    return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
+
+
+def _num_threads(pid: int) -> int:
+    with contextlib.suppress(OSError):  # it has just ended
+        return len(os.listdir(f"/proc/{pid}/task"))
+    return 0
+
+
+def _end(process: subprocess.Popen[bytes], info: io.FileIO) -> None:
+    """Kill what is left of it, from the inside out, and wait until it is gone."""
+    if process.poll() is not None:
+        return
+    inner = re.search(rb'"child-pid": (\d+)', os.read(info.fileno(), 4096)) if _readable(info, 0.0) else None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(inner[1]) if inner else process.pid, signal.SIGKILL)
+    try:
+        process.wait(KILL_WAIT_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise SandboxError(f"process {process.pid} is still there {KILL_WAIT_S:g} s after it was killed") from error
+
+
+def _readable(file: io.FileIO, limit_s: float) -> bool:
+    poll = select.poll()  # select.select takes no file descriptor above 1023
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * limit_s))

@@ -1,0 +1,205 @@
+"""Rewards that services give: what is asked of them for a group, how their answers are checked, and where that runs.
+
+A worker asks all its services from one event loop in a thread of its own. Whatever goes wrong becomes a Failure of the
+responses that it leaves without a score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, get_args
+
+from rlhf.errors import RunError
+from rlhf.rewards.processes.pool import Failure, Outcome
+from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
+from rlhf.rewards.services.judge import PATH, JudgeSpec, question, verdict
+from rlhf.types import Prompt, RewardErrorKind
+
+T = TypeVar("T")
+
+CLOSE_WITHIN_S = 10.0
+_KINDS: Mapping[str, RewardErrorKind] = {kind: kind for kind in get_args(RewardErrorKind)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteReward:
+    """A reward that a service gives. judge None: by the protocol of `rlhf serve-reward`."""
+
+    service: ServiceSpec
+    judge: JudgeSpec | None
+
+    def longest_s(self, num_responses: int) -> float:
+        """The longest that one group can take while as many groups are asked about as may be in flight."""
+        requests = 1 if self.judge is None else num_responses
+        return requests * self.service.deadline_s + CLOSE_WITHIN_S
+
+
+class RemoteRewards:
+    """The services of a worker, by reward name. Thread-safe."""
+
+    def __init__(self, rewards: Mapping[str, RemoteReward]) -> None:
+        self._rewards = dict(rewards)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward services", daemon=True)
+        self._thread.start()
+        self._services = self._do(self._open(), CLOSE_WITHIN_S)
+
+    def greet(self) -> None:
+        """RunError for the first service that cannot be reached from here, or refuses the token."""
+        limit_s = max(reward.service.timeout_s for reward in self._rewards.values()) + CLOSE_WITHIN_S
+        for name, trouble in self._do(self._greet(), limit_s).items():
+            if trouble is not None:
+                raise RunError(f"rewards.{name}: {self._rewards[name].service.url}: {trouble}")
+
+    def ask(
+        self, names: Sequence[str], prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]
+    ) -> dict[str, Outcome]:
+        """What the named rewards say of one group, asked at the same time."""
+        limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
+
+        async def all_of_them() -> dict[str, Outcome]:
+            found = await asyncio.gather(*(self._one(name, prompt, responses, truncated) for name in names))
+            return dict(zip(names, found, strict=True))
+
+        return self._do(all_of_them(), limit_s + CLOSE_WITHIN_S)
+
+    def close(self) -> None:
+        """End what is under way, and the thread."""
+        if self._loop.is_closed():
+            return
+        self._do(self._close(), CLOSE_WITHIN_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_WITHIN_S)
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, T], limit_s: float) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(limit_s)
+        except CancelledError as error:
+            raise RunError("rewards: the services were closed while a group was being scored") from error
+        except TimeoutError as error:
+            future.cancel()
+            raise RunError(f"rewards: the services were not done within {limit_s:g} s") from error
+
+    async def _open(self) -> dict[str, Service]:
+        return {name: Service(reward.service) for name, reward in self._rewards.items()}
+
+    async def _greet(self) -> dict[str, str | None]:
+        paths = ["" if reward.judge is None else "/models" for reward in self._rewards.values()]
+        services = self._services.values()
+        told = await asyncio.gather(*(one.greet(path) for one, path in zip(services, paths, strict=True)))
+        return dict(zip(self._services, told, strict=True))
+
+    async def _close(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for service in self._services.values():
+            await service.close()
+
+    async def _one(self, name: str, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> Outcome:
+        service, judge = self._services[name], self._rewards[name].judge
+        if judge is not None:
+            return await _judged(service, judge, prompt, responses)
+        body = {
+            "prompt": prompt.text,
+            "responses": list(responses),
+            "truncated": list(truncated),
+            "columns": dict(prompt.columns),
+        }
+        try:
+            return read_scores(await service.post(body), len(responses))
+        except ServiceError as error:
+            return _all_failed(error.kind, error.message, len(responses))
+
+
+async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> Outcome:
+    """The judge's verdict on each response; equal ones of a group are asked about once."""
+
+    async def about(response: str) -> float | tuple[RewardErrorKind, str]:
+        try:
+            return verdict(judge, await service.post(question(judge, prompt.text, response, prompt.columns), PATH))
+        except ServiceError as error:
+            return error.kind, error.message
+        except (ValueError, RecursionError) as error:
+            return "not_a_number", str(error)
+
+    different = list(dict.fromkeys(responses))
+    verdicts = dict(zip(different, await asyncio.gather(*map(about, different)), strict=True))
+    failures: list[Failure] = []
+    scores: list[float | None] = []
+    for sample, response in enumerate(responses):
+        match verdicts[response]:
+            case (kind, message):
+                failures.append(Failure(sample=sample, kind=kind, message=message))
+                scores.append(None)
+            case score:
+                scores.append(score)
+    return Outcome(scores=tuple(scores), failures=tuple(failures))
+
+
+def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
+    """Check the answer `{"scores": [...], "errors": [...]}` of a service; either may be missing.
+
+    A score of null is no opinion, unless an error names the response. Of an answer that has errors alone, the responses
+    without an error have no score either, which is a failure of theirs.
+    """
+    failures: dict[int, Failure] = {}
+    if errors := answer.get("errors"):
+        for error in errors if isinstance(errors, list) else [errors]:
+            match error:
+                case {"sample": int(sample), "message": str(message), **rest} if 0 <= sample < num_responses:
+                    kind = _KINDS.get(str(rest.get("kind")), "raised")
+                    failures[sample] = Failure(sample=sample, kind=kind, message=message[:500])
+                case _:
+                    text = f"it answered an error of no known form: {_shown(error)}"
+                    return _all_failed("refused", text, num_responses)
+    scores = answer.get("scores")
+    if errors and scores is None:
+        text = "it scored no response of the group, since it failed on another"
+        others = _all_failed("refused", text, num_responses)
+        return replace(others, failures=tuple(failures.get(one.sample, one) for one in others.failures))
+    if not isinstance(scores, list):
+        return _all_failed("refused", 'it answered no list of "scores"', num_responses)
+    if len(scores) != num_responses:
+        text = f"it gave {len(scores)} scores for {num_responses} responses"
+        return _all_failed("not_a_number", text, num_responses)
+    for sample, score in enumerate(scores):
+        if score is not None and not _is_finite(score):
+            text = f"it gave {_shown(score)}"
+            failures.setdefault(sample, Failure(sample=sample, kind="not_a_number", message=text))
+    return Outcome(
+        scores=tuple(
+            None if score is None or sample in failures else float(score) for sample, score in enumerate(scores)
+        ),
+        failures=tuple(failures[sample] for sample in sorted(failures)),
+    )
+
+
+def _shown(value: object) -> str:
+    """A part of an answer, cut; what is nested too deep to be shown is named so."""
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+def _is_finite(score: object) -> bool:
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return False
+    try:
+        return math.isfinite(score)
+    except OverflowError:
+        return False
+
+
+def _all_failed(kind: RewardErrorKind, message: str, num_responses: int) -> Outcome:
+    failures = tuple(Failure(sample=sample, kind=kind, message=message) for sample in range(num_responses))
+    return Outcome(scores=(None,) * num_responses, failures=failures)

@@ -1,0 +1,17 @@
+"""Environments that come with the library, by name: where each one's class is.
+
+Names alone, so that a configuration is checked without loading any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BUILT_INS: Mapping[str, str] = {
+    "guess_number": "rlhf.rollouts.environments.guess_number:GuessNumber",
+    "calculator": "rlhf.rollouts.environments.calculator:Calculator",
+    "skyrl_gym": "rlhf.rollouts.environments.adapters.skyrl_gym:SkyRLGym",
+    "textarena": "rlhf.rollouts.environments.adapters.textarena:TextArena",
+    "http": "rlhf.rollouts.environments.adapters.http:HttpEnvironment",
+    "openenv": "rlhf.rollouts.environments.adapters.openenv:OpenEnv",
+}

@@ -1,0 +1,247 @@
+"""Environments: what a policy converses with over several turns, and how a group of conversations is played.
+
+    prompt -> turn of the policy -> step of the environment -> next turn -> ... -> one sequence with its reward
+
+An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol.
+It runs in processes of its own (rlhf.rollouts.environments.host). Conversations go on independently of each other: one
+whose environment is slow waits alone. A failure of the environment is recorded and never counted as a reward of 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.errors import UserError
+from rlhf.rewards.processes.program import Source
+from rlhf.rollouts.environments.built_in import BUILT_INS
+from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, EnvironmentHost, Step
+from rlhf.rollouts.environments.process import Description
+from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
+from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, TurnWriter, first_prompt, turn_text
+from rlhf.rollouts.records.spans import Played, Sampled, Told
+from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
+
+ENVIRONMENT = "environment"  # what an environment's failure is called where a reward's name would stand
+
+
+class Environment(Protocol):
+    """What a user writes. `tools`, and `close()`, may be there beside these; neither method is ever called twice at a
+    time, and each conversation has an object of its own."""
+
+    def reset(self, seed: int, **columns: Any) -> str | None:
+        """Begin a conversation; the first observation, or None where the prompt says all. All conversations of a group
+        have the same seed and columns, and must begin alike."""
+        ...
+
+    def step(self, response: str) -> tuple[str | list[str], float, bool]:
+        """Take a turn of the policy's: (observation, reward, done). With tools also `tool_calls`, a list of
+        `{name, arguments}`; the observation may then be a list with a result for each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSpec:
+    """An environment and its limits, as an engine plays it."""
+
+    source: Source
+    max_turns: int  # of the policy
+    max_tokens: int  # of a whole conversation, with the prompt
+    step_timeout_s: float
+    memory_gib: float
+    processes: int  # conversations open at once
+    tool_parser: str
+    tokenizer: str
+    trust_remote_code: bool
+    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
+    key: str = "rollouts.environment"  # of its section, for messages
+
+    def fingerprint(self) -> str:
+        """Of all that a conversation's tokens depend on beside the request, as far as one file of code says it."""
+        digest = hashlib.blake2b(digest_size=16)
+        known = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
+        digest.update(repr(known).encode())
+        if self.source.path is not None:
+            digest.update(Path(self.source.path).read_bytes())
+        return digest.hexdigest()
+
+
+def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
+    """Where an environment comes from, its code unread. UserError for an unknown one or a file that is not there."""
+    path, colon, found = name.rpartition(":")
+    if not colon:
+        if name in BUILT_INS:
+            return Source(path=None, name=name, args=dict(args))
+        near = difflib.get_close_matches(name, BUILT_INS, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise UserError(
+            f"{key}: there is no built-in environment `{name}`: {hint}There are {', '.join(BUILT_INS)}; your own is "
+            "`path/file.py:CLASS`"
+        )
+    candidates = [(folder / Path(path).expanduser()).resolve() for folder in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return Source(path=str(candidate), name=found, args=dict(args))
+    tried = ", ".join(dict.fromkeys(map(str, candidates)))
+    raise UserError(f"{key}: the environment's file `{path}` does not exist (looked for {tried})")
+
+
+Draw = Callable[[int, tuple[int, ...], int, Sampling, int | None], Awaitable[Sampled]]
+
+
+class Conversations:
+    """Plays groups of conversations, as many at once as there are `processes`.
+
+    draw: one turn of the policy's, of (group id, tokens so far, seed, sampling, token that ends a turn).
+    """
+
+    def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.draw = draw
+        self.parser: ToolCallParser | None = None  # an environment with tools needs one
+        self.host = EnvironmentHost(spec.source, step_timeout_s=spec.step_timeout_s, memory_gib=spec.memory_gib)
+        self.places = asyncio.Semaphore(spec.processes)
+        self.description: Description
+        self._writers: dict[bool, TurnWriter] = {}
+
+    async def start(self) -> Description:
+        """Load the environment. UserError if it cannot be used."""
+        self.description = await self.host.start()
+        return self.description
+
+    async def stop(self) -> None:
+        """End the environment's processes."""
+        await self.host.stop()
+
+    async def play(self, request: GroupRequest, sampling: Sampling) -> list[Played]:
+        """One conversation a seed, with the same beginning."""
+        self.host.new_log_budget()
+        game = _Game(request=request, sampling=sampling)
+        tasks = [asyncio.create_task(self._conversation(game, sample)) for sample in range(len(request.seeds))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # until their processes are ended
+
+    async def _conversation(self, game: _Game, sample: int) -> Played:
+        """A conversation from its reset to its end; with an error if its environment failed."""
+        played = Played(prompt_token_ids=game.request.prompt.token_ids, spans=(), finish_reason="length")
+        async with self.places:
+            conversation = await self.host.open()
+            try:
+                played = replace(played, prompt_token_ids=await self._begin(conversation, game))
+                return await self._go_on(conversation, game, sample, played)
+            except EnvironmentFailure as failure:
+                error = RewardError(
+                    reward=ENVIRONMENT,
+                    kind=failure.kind,
+                    message=str(failure),
+                    prompt_id=game.request.prompt.prompt_id,
+                    sample=sample,
+                )
+                return replace(played, error=error)
+            finally:
+                await conversation.end()
+
+    async def _begin(self, conversation: Conversation, game: _Game) -> tuple[int, ...]:
+        """Reset; the prompt's tokens, the same for the whole group."""
+        prompt = game.request.prompt
+        observation = await conversation.reset(game.seed, self.description.select(prompt.columns))
+        if game.observation is None:
+            game.observation = observation
+        if observation != game.observation:
+            raise EnvironmentFailure(
+                "raised",
+                f"reset returned {observation!r:.80} and, for another response to the same prompt, "
+                f"{game.observation!r:.80}: it must depend on seed and columns alone",
+            )
+        try:
+            token_ids = first_prompt(prompt, observation, self.tokenizer)
+        except ValueError as error:
+            raise EnvironmentFailure("raised", str(error)) from error
+        if len(token_ids) >= self.spec.max_tokens:
+            raise EnvironmentFailure(
+                "raised",
+                f"the prompt with its first observation has {len(token_ids)} tokens, which leaves none for an answer: "
+                f"{self.spec.key}.max_tokens is {self.spec.max_tokens}",
+            )
+        return token_ids
+
+    async def _go_on(self, conversation: Conversation, game: _Game, sample: int, played: Played) -> Played:
+        """Turn after turn until the environment is done or a limit is met. What follows the last turn is left out."""
+        writer = self._writer(game.request.prompt)
+        tokens = played.prompt_token_ids
+        spans: list[Sampled | Told] = []
+        rewards: list[float] = []
+        for turn in range(self.spec.max_turns):
+            room = min(game.sampling.max_new_tokens, self.spec.max_tokens - len(tokens))
+            sampling = replace(game.sampling, max_new_tokens=room)
+            seed = turn_seed(game.request.seeds[sample], turn)
+            sampled = await self.draw(game.request.group_id, tokens, seed, sampling, writer.stop_token)
+            spans.append(sampled)
+            step = await self._step(conversation, sampled, writer)
+            rewards.append(step.reward)
+            if step.done:
+                return replace(played, spans=tuple(spans), finish_reason="stop", rewards=tuple(rewards))
+            told = writer.after(sampled.token_ids, step.observation)
+            tokens = (*tokens, *sampled.token_ids, *told)
+            if turn + 1 == self.spec.max_turns or len(tokens) >= self.spec.max_tokens:
+                break
+            spans.append(Told(token_ids=told))
+        return replace(played, spans=tuple(spans), finish_reason="length", rewards=tuple(rewards))
+
+    async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:
+        """What the environment says; of a tool call that cannot be made, what is wrong with it."""
+
+        def text(*, skip_special_tokens: bool) -> str:
+            return turn_text(
+                sampled.token_ids,
+                self.tokenizer,
+                stop_token=writer.stop_token,
+                skip_special_tokens=skip_special_tokens,
+            )
+
+        response = text(skip_special_tokens=True)
+        if self.parser is None:
+            return await conversation.step(response)
+        calls, problems = read_calls(self.parser.parse(text(skip_special_tokens=False)), self.description.tools)
+        if problems:
+            return Step(observation=problems, reward=0.0, done=False)
+        return await conversation.step(response, calls)
+
+    def _writer(self, prompt: Prompt) -> TurnWriter:
+        chat, tools = prompt.is_chat, bool(self.description.tools)
+        if chat not in self._writers:
+            self._writers[chat] = ChatTurns(self.tokenizer, with_tools=tools) if chat else RawTurns(self.tokenizer)
+        return self._writers[chat]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Game:
+    """What the conversations of a group have in common. observation: the first one, once a reset has returned it."""
+
+    request: GroupRequest
+    sampling: Sampling
+    observation: str | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the environment: one prompt is one game, whoever plays it."""
+        return self.request.seeds[0]
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The sampling seed of a turn, 1 to 2**31 - 1: of the first one the sample's own."""
+    if turn == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % (2**31 - 1) + 1

@@ -1,0 +1,296 @@
+"""The asking side of an environment's processes: start them, open conversations, ask, find out where one hangs, kill.
+
+Every wait has a deadline. What ends a conversation other than well is an `EnvironmentFailure`, of that conversation
+alone. It holds no policy: what a failure does to the run is decided where failed rewards are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.errors import RunError, UserError
+from rlhf.rewards.processes.process import MAX_LOG_LINES, OutputLog, place_in
+from rlhf.rewards.processes.program import Source
+from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0  # to import and construct an environment
+FORK_TIMEOUT_S = 60.0
+MAX_REPLY_BYTES = 16 << 20
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from rlhf.rollouts.environments.process import main; main({}, {}, {})"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What an environment made of a turn of the policy's."""
+
+    observation: str | tuple[str, ...]  # several: the results of tool calls, one each
+    reward: float
+    done: bool
+
+
+class EnvironmentFailure(Exception):
+    """A conversation's environment raised, hung, died or gave no number. It has no reward."""
+
+    def __init__(self, kind: Literal["raised", "timeout", "not_a_number", "died"], message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class EnvironmentHost:
+    """One environment, loaded once, of which each conversation has a copy in a process of its own."""
+
+    def __init__(self, source: Source, *, step_timeout_s: float, memory_gib: float) -> None:
+        self.source = source
+        self.step_timeout_s = step_timeout_s
+        self.memory_gib = memory_gib
+        self.description: Description | None = None
+        self._control: socket.socket | None = None
+        self._asking = asyncio.Lock()
+        self._looking = asyncio.Lock()
+        self._log = OutputLog("environment")
+
+    async def start(self) -> Description:
+        """Load the environment. UserError if it cannot be used."""
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
+        lifeline, self._lifeline = os.pipe()
+        self._output, output = os.pipe()
+        os.set_blocking(self._output, False)
+        self._faults = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115  closed by stop
+        fds = (theirs.fileno(), lifeline, self._faults.fileno())
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", _BOOT.format(*fds), json.dumps(sys.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=fds,
+                start_new_session=True,
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # one that walks through a set does so always alike
+            )
+        finally:
+            theirs.close()
+            os.close(lifeline)
+            os.close(output)
+        asyncio.get_running_loop().add_reader(self._output, self._read_output)
+        hello = pickle.dumps((self.source, int(self.memory_gib * 2**30)))
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_sendall(self._control, SIZE.pack(len(hello)) + hello)
+                found = pickle.loads(await self._receive(SIZE.unpack(await self._receive(SIZE.size))[0]))
+        except TimeoutError as error:
+            place = await self._where(self._process.pid)
+            raise UserError(f"loading `{self.source.name}` took over {START_TIMEOUT_S:g} s{place}") from error
+        except (EOFError, OSError) as error:
+            self._read_output()
+            raise UserError(
+                f"loading `{self.source.name}` ended its process; its last output: {self._log.last_line!r}"
+            ) from error
+        if not isinstance(found, Description):
+            raise UserError(found)
+        self.description = found
+        return found
+
+    async def open(self) -> Conversation:
+        """A fresh copy of the environment. RunError if no process can be made."""
+        opening = asyncio.ensure_future(self._open())
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_end_unwanted)
+            raise
+
+    async def _open(self) -> Conversation:
+        ours, theirs = socket.socketpair()
+        try:
+            pid = await self._ask(0, theirs.fileno())
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return Conversation(self, pid, reader, writer)
+
+    async def stop(self) -> None:
+        """End the environment and all conversations."""
+        if self._control is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._output)
+        self._control.close()
+        self._control = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await asyncio.to_thread(self._process.wait, 10.0)
+        self._log.read(self._output)
+        os.close(self._lifeline)  # conversations, which have groups of their own, die of this
+        os.close(self._output)
+        self._faults.close()
+
+    async def end(self, pid: int, *, is_closed: bool = False) -> str:
+        """Kill a conversation's processes; how it had ended before, if it had. is_closed: its end of the connection."""
+        asking = asyncio.ensure_future(self._ask(-pid if is_closed else pid, None))
+        status = await asyncio.shield(asking)  # an answer must not be left unread
+        if status < 0:
+            return ""
+        self._read_output()
+        place = place_in(self._read_faults(), self.source.path)
+        os.ftruncate(self._faults.fileno(), 0)  # else the next one to die is said to be there, too
+        last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
+        code = os.waitstatus_to_exitcode(status)
+        how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
+        return f"{how}{place and ', at ' + place}{last}"
+
+    async def _ask(self, pid: int, fd: int | None) -> int:
+        """Fork a conversation on `fd`, or end one."""
+        assert self._control is not None, "the environment has not been started"
+        async with self._asking:
+            try:
+                async with asyncio.timeout(FORK_TIMEOUT_S):
+                    socket.send_fds(self._control, [NUMBER.pack(pid)], [] if fd is None else [fd])
+                    answer: int = NUMBER.unpack(await self._receive(NUMBER.size))[0]
+            except TimeoutError as error:
+                raise RunError(f"the environment's process made no copy of itself in {FORK_TIMEOUT_S:g} s") from error
+            except (EOFError, OSError) as error:
+                self._read_output()
+                raise RunError(
+                    f"the environment's process is gone; its last output: {self._log.last_line!r}. It may have been "
+                    f"killed for want of memory: each conversation may take "
+                    f"rollouts.environment.memory_gib ({self.memory_gib:g})."
+                ) from error
+        return answer
+
+    async def _receive(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            assert self._control is not None
+            chunk = await asyncio.get_running_loop().sock_recv(self._control, size - len(data))
+            if not chunk:
+                raise EOFError
+            data += chunk
+        return bytes(data)
+
+    async def where(self, pid: int) -> str:
+        """Where a process is now: `, at file:line in function`, or nothing if it does not say."""
+        async with self._looking:
+            return await self._where(pid)
+
+    async def _where(self, pid: int) -> str:
+        os.ftruncate(self._faults.fileno(), 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        text = ""
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            earlier, text = text, self._read_faults()
+            if text and text == earlier:
+                break
+        place = place_in(text, self.source.path)
+        return f", at {place}" if place else ""
+
+    def _read_faults(self) -> str:
+        return os.pread(self._faults.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def _read_output(self) -> None:
+        if not self._log.read(self._output):
+            asyncio.get_running_loop().remove_reader(self._output)
+
+    def new_log_budget(self) -> None:
+        """Let so many lines of output through again."""
+        self._log.lines_left = MAX_LOG_LINES
+
+
+def _end_unwanted(opening: asyncio.Future[Conversation]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        _ending.add(task := asyncio.ensure_future(opening.result().end()))
+        task.add_done_callback(_ending.discard)
+
+
+_ending: set[asyncio.Future[None]] = set()  # the event loop itself keeps no task alive
+
+
+class Conversation:
+    """One copy of the environment. For one caller at a time; `end` must be called, whatever happened."""
+
+    def __init__(
+        self, host: EnvironmentHost, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = pid
+        self._host = host
+        self._reader = reader
+        self._writer = writer
+        self._dead = False
+
+    async def reset(self, seed: int, columns: Mapping[str, Any]) -> str:
+        """The first observation, empty if there is none."""
+        return (await self._call("reset", seed=seed, columns=dict(columns)))["observation"]  # type: ignore[no-any-return]
+
+    async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
+        """What comes of a turn of the policy's. tool_calls None: the environment takes none."""
+        said: dict[str, Any] = {"response": response}
+        if tool_calls is not None:
+            said["tool_calls"] = [dict(call) for call in tool_calls]
+        told = await self._call("step", said=said)
+        found = told["observation"]
+        return Step(
+            observation=tuple(found) if isinstance(found, list) else found, reward=told["reward"], done=told["done"]
+        )
+
+    async def end(self) -> None:
+        """Let the environment close what it holds, then end its processes."""
+        description = self._host.description
+        try:
+            if description is not None and description.has_close and not self._dead:
+                try:
+                    await self._call("close")
+                except EnvironmentFailure as error:
+                    logger.warning("closing the environment of a conversation: %s", error)
+        finally:
+            self._writer.close()
+            if not self._dead:
+                self._dead = True
+                await self._host.end(self.pid)
+
+    async def _call(self, call: str, **message: Any) -> dict[str, Any]:
+        limit_s = self._host.step_timeout_s
+        data = pickle.dumps({"call": call, **message})
+        try:
+            async with asyncio.timeout(limit_s):
+                self._writer.write(SIZE.pack(len(data)) + data)
+                await self._writer.drain()
+                (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))
+                if size > MAX_REPLY_BYTES:
+                    self._dead = True
+                    await self._host.end(self.pid)
+                    raise EnvironmentFailure("raised", f"{call} returned {size} bytes, more than {MAX_REPLY_BYTES}")
+                told: dict[str, Any] = json.loads(await self._reader.readexactly(size))
+        except TimeoutError as error:
+            place = await self._host.where(self.pid)
+            self._dead = True
+            await self._host.end(self.pid)
+            raise EnvironmentFailure(
+                "timeout", f"{call} did not answer within rollouts.environment.step_timeout_s: {limit_s:g}{place}"
+            ) from error
+        except (asyncio.IncompleteReadError, OSError) as error:
+            self._dead = True
+            how = await self._host.end(self.pid, is_closed=True)
+            raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
+        if "kind" in told:
+            limit = f" (rollouts.environment.memory_gib: {self._host.memory_gib:g})" if told["kind"] == "died" else ""
+            raise EnvironmentFailure(told["kind"], f"{call}: {told['message']}{limit}")
+        return told

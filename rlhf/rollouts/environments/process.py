@@ -1,0 +1,248 @@
+"""The program of an environment's process: loads the environment once and forks a copy of itself for each conversation.
+
+Started by `rlhf.rollouts.environments.host`, which shares the message types below. A conversation so has a process of
+its own at the price of a fork: what it does, and how it ends, is no other's business. It uses the standard library
+alone, so that it is up in a twentieth of a second: never import torch here, nor a module that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import inspect
+import json
+import math
+import numbers
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.rewards.processes.program import LoadError, Source, die_with_parent, import_file, summarize
+
+SIZE = struct.Struct("!Q")
+NUMBER = struct.Struct("!q")
+GONE_WITHIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What an environment is, as far as a run must know it before it starts."""
+
+    required: tuple[str, ...]  # columns that reset needs
+    optional: tuple[str, ...]  # columns that it takes if the row has them
+    takes_all: bool  # reset has **columns
+    tools: tuple[Mapping[str, Any], ...]  # that it offers; with some, step takes `tool_calls`
+    has_close: bool
+
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a row's columns, those that reset is called with. KeyError if it needs one that the row lacks."""
+        wanted = [*self.required, *(name for name in self.optional if name in columns)]
+        return {name: columns[name] for name in (dict.fromkeys([*wanted, *columns]) if self.takes_all else wanted)}
+
+
+def load_environment(source: Source) -> Any:
+    """The environment, constructed. LoadError if it cannot be used."""
+    if source.path is None:
+        environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
+        module, _, name = environments[source.name].partition(":")
+        target = getattr(importlib.import_module(module), name)
+    else:
+        target = vars(import_file(source.path)).get(source.name)
+    if not inspect.isclass(target):
+        found = "nothing of that name" if target is None else f"`{source.name}` of type {type(target).__name__}"
+        raise LoadError(f"{source.path} has {found}; an environment is a class with `reset` and `step`")
+    try:
+        inspect.signature(target).bind(**source.args)
+    except TypeError as error:
+        raise LoadError(
+            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
+        ) from error
+    try:
+        return target(**source.args)
+    except BaseException as error:
+        raise LoadError(f"constructing `{source.name}` raised {summarize(error, source.path)}") from error
+
+
+def describe(environment: Any) -> Description:
+    """What reset and step take, and the tools. LoadError if they are not those of an environment."""
+    name = type(environment).__name__
+    reset, step = (_parameters(environment, method, name) for method in ("reset", "step"))
+    if "seed" not in reset:
+        raise LoadError(f"`{name}.reset({', '.join(reset)})` must take `seed`, and the columns that it reads by name")
+    if "response" not in step:
+        raise LoadError(f"`{name}.step({', '.join(step)})` must take `response`, the text of the policy's turn")
+    tools = tuple(getattr(environment, "tools", ()))
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise LoadError(
+                f'`{name}.tools` holds {tool!r:.80}, expected {{"type": "function", "function": {{"name": ..., '
+                '"description": ..., "parameters": {...}}}}'
+            )
+    if bool(tools) != ("tool_calls" in step):
+        raise LoadError(f"`{name}.step` takes `tool_calls` if, and only if, `{name}` has `tools`")
+    columns = {n: p for n, p in reset.items() if n != "seed" and p.kind is not p.VAR_KEYWORD}
+    return Description(
+        required=tuple(n for n, p in columns.items() if p.default is p.empty),
+        optional=tuple(n for n, p in columns.items() if p.default is not p.empty),
+        takes_all=any(p.kind is p.VAR_KEYWORD for p in reset.values()),
+        tools=tools,
+        has_close=callable(getattr(environment, "close", None)),
+    )
+
+
+def _parameters(environment: Any, method: str, name: str) -> dict[str, inspect.Parameter]:
+    function = getattr(environment, method, None)
+    if not callable(function):
+        raise LoadError(f"class `{name}` has no method `{method}`; an environment has `reset` and `step`")
+    if inspect.iscoroutinefunction(function):
+        raise LoadError(f"`{name}.{method}` is async; an environment is called without an event loop")
+    return dict(inspect.signature(function).parameters)
+
+
+class _NotUsable(Exception):
+    """What the environment returned is not what the protocol asks for."""
+
+
+def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str, Any]:
+    random.seed(seed)  # an environment that uses the global state is a function of its seed, too
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    observation = environment.reset(seed=seed, **columns)
+    if not isinstance(observation, str | None):
+        raise _NotUsable(f"reset returned {observation!r:.80}, expected a text or None")
+    return {"observation": _whole(observation or "")}
+
+
+def _whole(text: str) -> str:
+    """The text, which a tokenizer takes. UnicodeEncodeError if it holds half a character."""
+    text.encode()
+    return text
+
+
+def _step(environment: Any, **said: Any) -> dict[str, Any]:
+    returned = environment.step(**said)
+    if not isinstance(returned, tuple) or len(returned) != 3:
+        raise _NotUsable(f"step returned {returned!r:.80}, expected (observation, reward, done)")
+    observation, reward, done = returned
+    calls = said.get("tool_calls") or ()
+    results = observation if isinstance(observation, list) else []
+    if isinstance(observation, list) and (
+        len(results) != len(calls) or not all(isinstance(result, str) for result in results)
+    ):
+        raise _NotUsable(f"step returned {observation!r:.80} for {len(calls)} tool calls, expected a text for each")
+    if not isinstance(observation, str | list | None):
+        raise _NotUsable(f"step returned the observation {observation!r:.80}, expected a text")
+    if done not in (True, False):
+        raise _NotUsable(f"step returned {done!r:.80} for done, expected True or False")
+    if not done and not observation:
+        raise _NotUsable("step returned no observation, and is not done: the policy would have nothing to answer")
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
+    for text in results or [observation or ""]:
+        _whole(text)
+    return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
+
+
+def _answer(environment: Any, message: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    try:
+        if message["call"] == "reset":
+            return _reset(environment, message["seed"], message["columns"])
+        if message["call"] == "step":
+            return _step(environment, **message["said"])
+        environment.close()
+        return {}
+    except _NotUsable as error:
+        return {"kind": "raised", "message": str(error)}
+    except MemoryError:
+        return {"kind": "died", "message": "ran out of memory"}
+    except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
+        return {"kind": "raised", "message": summarize(error, path)}
+
+
+def _serve(environment: Any, connection: socket.socket, path: str | None) -> None:
+    """One conversation, until the parent closes the connection. Messages come pickled, and go back as JSON: what an
+    environment was talked into writing is never unpickled."""
+    while header := connection.recv(SIZE.size, socket.MSG_WAITALL):
+        data = connection.recv(SIZE.unpack(header)[0], socket.MSG_WAITALL)
+        reply = json.dumps(_answer(environment, pickle.loads(data), path)).encode()
+        connection.sendall(SIZE.pack(len(reply)) + reply)
+
+
+def _fork(environment: Any, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
+    """The process id of a conversation, which leads a group of its own: it is killed with all that it starts."""
+    pid = os.fork()
+    if pid:
+        os.close(session)
+        with contextlib.suppress(OSError):  # it has done so itself, or is gone
+            os.setpgid(pid, pid)
+        return pid
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        # A pipe's owner is told of its end, and there is one owner to each opening of it.
+        die_with_parent(os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK))
+        control.close()
+        _serve(environment, socket.socket(fileno=session), path)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _end(number: int) -> int:
+    """Kill a conversation with all that it started; how it had ended before (a wait status), or -1 if it had not.
+
+    number: its process, negative if its connection is closed: then it has a moment to be gone by itself, since a
+    process closes its files before it ends. It is reaped here and nowhere else, so that the id is its own until then.
+    """
+    pid = abs(number)
+    until = time.monotonic() + (GONE_WITHIN_S if number < 0 else 0.0)
+    while not (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and time.monotonic() < until:
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    return status if ended else -1
+
+
+def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
+    """Load the environment, then fork and end conversations until the parent closes the connection."""
+    die_with_parent(lifeline)
+    faulthandler.enable(file=faults_fd, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    control = socket.socket(fileno=control_fd)
+    size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
+    source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # a limit that this user may not raise
+    limit = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        environment = load_environment(source)
+        found: Description | str = describe(environment)
+    except LoadError as error:
+        found = str(error)
+    reply = pickle.dumps(found)
+    control.sendall(SIZE.pack(len(reply)) + reply)
+    gc.collect()
+    gc.freeze()  # the pages that hold what is loaded stay shared with the copies
+    while True:
+        command, fds, _, _ = socket.recv_fds(control, NUMBER.size, 1)
+        if not command:
+            return
+        (pid,) = NUMBER.unpack(command)
+        answer = _fork(environment, fds[0], control, lifeline, source.path) if fds else _end(pid)
+        control.sendall(NUMBER.pack(answer))

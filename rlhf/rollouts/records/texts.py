@@ -1,0 +1,212 @@
+"""Sampled tokens as text: for rewards, samples and people. Never for training, which takes the tokens as they are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rlhf.data.tokenization import special_tokens
+from rlhf.rollouts.records.spans import pieces
+from rlhf.tracking.run_folder.samples import SampleTokens, SampleTurn
+from rlhf.types import Rollouts, TokenSignals
+
+_DIGITS = 6  # of a token's numbers in a samples file
+_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+_WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the first that is new: a character's bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """One response as people read it."""
+
+    response: str
+    turns: tuple[SampleTurn, ...]
+    tokens: SampleTokens
+
+
+def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
+    """Return each response as text, without the tokens that end its turns. The turns of a conversation's policy are
+    joined by line breaks."""
+    spans = [[without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in pieces(rollouts)]
+    decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
+    texts = iter(decoded)
+    return ["\n".join([next(texts) for _ in turns]) for turns in spans]
+
+
+def without_turn_end(ids: list[int], turn_end: int | None) -> list[int]:
+    """Return a turn's tokens without the one with which the chat template ends it, which need not be special."""
+    return ids[:-1] if turn_end is not None and ids[-1:] == [turn_end] else ids
+
+
+def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
+    """Return a response's text before the first string that stops it, without special tokens.
+
+    A string in which a special token stands is looked for among the special tokens, any other in the text without them.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    special = special_tokens(tokenizer)
+    named = [one for one in stop if special.search(one)]
+    ends = [end for end in (text.find(one) for one in stop if one not in named) if end >= 0]
+    if named:
+        shown = token_texts(ids, tokenizer)
+        plain = token_texts(ids, tokenizer, skip_special_tokens=True)
+        whole = "".join(shown)
+        for end in (end for end in (whole.find(one) for one in named) if end >= 0):
+            starts = itertools.accumulate((len(one) for one in shown), initial=0)
+            before = [one[: max(0, end - start)] for start, one in zip(starts, plain, strict=False)]
+            ends.append(sum(map(len, before)))
+    return text[: min(ends)] if ends else text
+
+
+def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[tuple[int, ...]]:
+    """Of each response, as `response_texts` has it, for n from 0 to its length the place in its sequence of the token
+    that ends its first n characters. All of it ends with the last sampled token, also if that has no text."""
+    found = []
+    for sequence in pieces(rollouts):
+        ends: list[int] = []
+        place, last = 0, None
+        for sampled, ids in sequence:
+            if sampled:
+                ends += [] if last is None else [last]  # the line break between two turns
+                turn = without_turn_end(ids, turn_end)
+                for offset, text in enumerate(token_texts(turn, tokenizer, skip_special_tokens=True)):
+                    ends += [place + offset] * len(text)
+                last = place + len(ids) - 1
+            place += len(ids)
+        assert last is not None, "a response has a sampled token"
+        found.append((*ends[:1], *ends[:-1], last))
+    return found
+
+
+def transcripts(
+    rollouts: Rollouts,
+    places: Sequence[int],
+    tokenizer: Any,
+    *,
+    turn_end: int | None,
+    signals: Sequence[TokenSignals] = (),
+) -> list[Transcript]:
+    """What the samples files show of the sequences at these places, with what training made of those of which there are
+    signals."""
+    texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
+    tokens = tokens_of(rollouts, places, signals, tokenizer)
+    return [
+        Transcript(response=texts[place], turns=turns[place], tokens=row)
+        for place, row in zip(places, tokens, strict=True)
+    ]
+
+
+def step_ends(
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    response_mask: Bool[Tensor, " N"],
+    tokenizer: Any,
+    *,
+    separator: str,
+) -> Bool[Tensor, " N"]:
+    """True at the tokens that end a response's steps: those that complete a separator, and the last sampled one.
+
+    A step of nothing but white space is none; a response of nothing else is one step.
+    """
+    ends = torch.zeros_like(response_mask)
+    special = set(tokenizer.all_special_ids)
+    for sequence in torch.arange(len(token_ids)).split(lengths.tolist()):
+        places = sequence[response_mask[sequence]].tolist() or [int(sequence[-1])]
+        ids = token_ids[places].tolist()
+        step = ""
+        for place, token, text in zip(places, ids, token_texts(ids, tokenizer), strict=True):
+            step += "" if token in special else text
+            before, found, behind = step.rpartition(separator)
+            if found:
+                ends[place] = bool(before.strip())
+                step = behind
+        if step.strip() or not ends[places].any():
+            ends[places[-1]] = True
+    return ends
+
+
+def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]:
+    """Each sequence turn by turn, special tokens written out: the prompt, then policy and environment in turn."""
+    return [
+        tuple(
+            SampleTurn(
+                role="policy" if sampled else "prompt" if index == 0 else "environment",
+                text=tokenizer.decode(ids, skip_special_tokens=False),
+                tokens=len(ids),
+                sampled=sampled,
+            )
+            for index, (sampled, ids) in enumerate(sequence)
+        )
+        for sequence in pieces(rollouts)
+    ]
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool = False) -> list[str]:
+    """A text for each token, special ones written out or empty, which joined are the text of all.
+
+    A token that ends within a character is "", and the one that completes it has it whole: only the last can end so.
+    """
+
+    def text(start: int, end: int) -> str:
+        found: str = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
+        return found
+
+    found = []
+    start, before = 0, ""  # a window of tokens, of which those before this one are written `before`
+    for end in range(1, len(ids) + 1):
+        now = text(start, end)
+        if now.endswith(_INCOMPLETE) and end < len(ids):
+            found.append("")
+            continue
+        found.append(now[len(before) :])
+        before = now
+        if end - start > _WINDOW:
+            start = end - _CONTEXT
+            before = text(start, end)
+    return found
+
+
+def tokens_of(
+    rollouts: Rollouts, places: Sequence[int], signals: Sequence[TokenSignals], tokenizer: Any
+) -> list[SampleTokens]:
+    """What stands behind the prompts of the sequences at these places, token by token, with what training made of
+    those of which there are signals."""
+    known = {sequence_id for part in signals for sequence_id in part.sequence_ids.tolist()}
+    found = []
+    for place in places:
+        one = rollouts.take([place])
+        (sequence_id,) = one.sequence_ids.tolist()
+        learnt = TokenSignals.gather(signals, [sequence_id]) if sequence_id in known else None
+        found.append(_tokens(one, learnt, tokenizer))
+    return found
+
+
+def _tokens(one: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
+    """Of a single sequence."""
+    first = int(one.response_mask.int().argmax())
+    ids, mask = one.token_ids[first:].tolist(), one.response_mask[first:].tolist()
+
+    def column(values: Tensor) -> tuple[float | None, ...]:
+        shown = zip(values[first:].tolist(), mask, strict=True)
+        return tuple(float(f"{x:.{_DIGITS}g}") if sampled and math.isfinite(x) else None for x, sampled in shown)
+
+    def made(values: Tensor | None) -> tuple[float | None, ...] | None:
+        return None if values is None or bool(values.isnan().all()) else column(values)
+
+    return SampleTokens(
+        texts=tuple(token_texts(ids, tokenizer)),
+        ids=tuple(ids),
+        sampled=tuple(mask),
+        rollout_logprobs=column(one.rollout_logprobs),
+        old_logprobs=made(None if learnt is None else learnt.old_logprobs),
+        ref_logprobs=made(None if learnt is None else learnt.ref_logprobs),
+        teacher_logprobs=made(None if learnt is None else learnt.teacher_logprobs),
+        advantages=made(None if learnt is None else learnt.advantages),
+    )

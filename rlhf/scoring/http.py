@@ -1,0 +1,188 @@
+"""`rlhf serve-reward`: rewards behind HTTP, by the protocol that a reward with a `url` speaks.
+
+    GET  /health    {"status": "ok"}
+    POST /score     {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...]}
+                    {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}
+
+A request is one group. Without a token it serves this machine alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from rlhf.errors import RunError
+from rlhf.rewards.loading import MAX_DEPTH, is_nested_too_deep
+from rlhf.rewards.scoring import asks_in_flight
+from rlhf.scoring.scorer import Scorer, Scoring
+from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
+from rlhf.tracking import logs
+from rlhf.types import GroupScores, Prompt
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 * 2**20
+MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
+LONGEST_S = 3600.0  # from a request to its answer
+_FIELDS = frozenset({"prompt", "responses", "columns", "truncated"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request's group."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    truncated: tuple[bool, ...]
+
+
+class RewardServer:
+    """The application. `token` None: whoever reaches it may ask."""
+
+    def __init__(self, scorer: Scorer, scoring: Scoring, token: str | None) -> None:
+        self.scorer = scorer
+        self.token = token
+        self.waiting = 0
+        self.asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
+        self.scoring = ThreadPoolExecutor(scoring.policy.processes)
+
+    def application(self) -> web.Application:
+        """What aiohttp runs."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/score", self._score)
+        return app
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """The token, and errors as JSON objects."""
+        if self.token is None:
+            why = stranger(request)
+            if why is not None:
+                return _error(403, why)
+        elif request.path != "/health" and not gives_token(request, self.token):
+            return _error(401, "give the token as `Authorization: Bearer TOKEN`")
+        try:
+            return await handler(request)
+        except web.HTTPRequestEntityTooLarge:
+            return _error(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        except web.HTTPException as error:
+            return _error(error.status, f"{error.reason}: there are GET /health and POST /score")
+        except RunError as error:
+            logger.error("%s", error)
+            return _error(500, str(error))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _score(self, request: web.Request) -> web.Response:
+        if self.waiting >= MAX_WAITING:
+            return _error(503, f"{MAX_WAITING} requests are waiting already")
+        try:
+            group = read_group(await read_text(request))
+            self._refuse_unfit(group.prompt)
+        except ValueError as error:
+            return _error(400, str(error))
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(LONGEST_S):
+                return web.json_response(_told(await self._scores(group)))
+        except TimeoutError:
+            return _error(503, f"not done within {LONGEST_S:g} s")
+        finally:
+            self.waiting -= 1
+
+    async def _scores(self, group: Asked) -> GroupScores:
+        loop, scorer = asyncio.get_running_loop(), self.scorer
+        given = (group.prompt, group.responses, group.truncated)
+        asked = await loop.run_in_executor(self.asking, scorer.ask, *given)
+        return await loop.run_in_executor(self.scoring, scorer.score, *given, asked)
+
+    def _refuse_unfit(self, prompt: Prompt) -> None:
+        """ValueError for columns that the rewards cannot be asked about."""
+        here = {spec.name: spec for spec in self.scorer.specs if spec.applies_to(prompt.columns)}
+        if not here:
+            raise ValueError("no reward applies to these columns")
+        for spec in here.values():
+            if spec.gate is not None and spec.gate not in here:
+                raise ValueError(f"{spec.gate} does not apply to these columns, and is the gate of {spec.name}")
+            wanted: tuple[str, ...] = ()
+            if spec.function is not None:
+                wanted = spec.function.signature.required
+            elif spec.remote is not None and spec.remote.judge is not None:
+                wanted = spec.remote.judge.columns
+            absent = [name for name in wanted if name not in prompt.columns]
+            if absent:
+                there = ", ".join(prompt.columns) or "none"
+                raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
+
+
+def read_group(text: str) -> Asked:
+    """A request's body. ValueError says what is wrong with it."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ValueError("the body is no JSON object")
+    unknown = sorted(body.keys() - _FIELDS)
+    if unknown:
+        raise ValueError(f"unknown fields: {', '.join(unknown)}; there are prompt, responses, columns, truncated")
+    prompt, responses = body.get("prompt"), body.get("responses")
+    columns = body.get("columns", {})
+    if not isinstance(prompt, str):
+        raise ValueError("`prompt` must be a string")
+    if not isinstance(responses, list) or not responses or not all(isinstance(one, str) for one in responses):
+        raise ValueError("`responses` must be a list of strings, at least one")
+    if not isinstance(columns, dict):
+        raise ValueError("`columns` must be an object")
+    if is_nested_too_deep(columns):
+        raise ValueError(f"`columns` are nested deeper than {MAX_DEPTH} levels")
+    truncated = body.get("truncated", [False] * len(responses))
+    if not isinstance(truncated, list) or [type(one) for one in truncated] != [bool] * len(responses):
+        raise ValueError("`truncated` must be a list of booleans, one a response")
+    return Asked(
+        prompt=Prompt(prompt_id=0, token_ids=(), text=prompt, columns=columns),
+        responses=tuple(responses),
+        truncated=tuple(truncated),
+    )
+
+
+def _told(scores: GroupScores) -> dict[str, Any]:
+    if scores.errors:
+        return {
+            "errors": [
+                {"sample": one.sample, "kind": one.kind, "message": f"{one.reward}: {one.message}"}
+                for one in scores.errors
+            ]
+        }
+    return {"scores": list(scores.scores), "rewards": {name: list(told) for name, told in scores.by_name.items()}}
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
+
+
+def serve(scoring: Scoring, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
+    """Serve until it is interrupted. `ready` is told the address."""
+    logs.configure()
+    token = serving_token(host, token_env)
+    with Scorer(scoring) as scorer:
+        server = RewardServer(scorer, scoring, token)
+        try:
+            serve_until_interrupted(
+                server.application(), host=host, port=port, ready=lambda address: ready(f"{address}/score")
+            )
+        finally:
+            server.asking.shutdown(wait=False, cancel_futures=True)
+            server.scoring.shutdown(wait=False, cancel_futures=True)

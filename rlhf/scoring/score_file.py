@@ -1,0 +1,173 @@
+"""`rlhf reward`: the rewards of a configuration over the responses in a file, without a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.sources import Row, read_rows, shown
+from rlhf.errors import UserError
+from rlhf.evaluation.scored import RowError, ScoredFile, ScoredRow
+from rlhf.preflight.sources import check_rewards, source_of
+from rlhf.rewards.scoring import asks_in_flight
+from rlhf.scoring.scorer import Scorer, Scoring
+from rlhf.tracking import logs
+from rlhf.types import GroupScores, Prompt
+
+logger = logging.getLogger(__name__)
+
+MOST_BAD_ROWS = 5  # in a message
+_OWN = ("prompt", "response", "truncated")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A row and what the rewards may read beside its prompt and response."""
+
+    row: Row
+    columns: Mapping[str, Any]
+    group: str  # lines with the same are one group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Responses of the file to one prompt."""
+
+    prompt: Prompt
+    rows: tuple[int, ...]  # places in the file's rows
+    responses: tuple[str, ...]
+    truncated: tuple[bool, ...]
+
+
+def score_file(scoring: Scoring, file: Path) -> ScoredFile:
+    """Every row scored; a reward that fails is in the result. UserError names each line that cannot be used."""
+    logs.configure("WARNING")
+    rows = read_rows(str(file))
+    groups = _groups(_lines(rows, scoring))
+    with Scorer(scoring) as scorer:
+        scored = _score(scorer, groups, scoring)
+    found: dict[int, ScoredRow] = {}
+    for number, (group, scores) in enumerate(zip(groups, scored, strict=True)):
+        for sample, place in enumerate(group.rows):
+            found[place] = _row(rows[place], number, sample, scores)
+    return ScoredFile(rows=tuple(found[place] for place in range(len(rows))))
+
+
+def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
+    return ScoredRow(
+        place=row.place,
+        group=group,
+        score=scores.scores[sample] if scores.scores else None,
+        scores={name: values[sample] for name, values in scores.by_name.items()},
+        errors=tuple(
+            RowError(reward=error.reward, kind=error.kind, message=error.message)
+            for error in (*scores.errors, *scores.scored_errors)
+            if error.sample == sample
+        ),
+    )
+
+
+def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[GroupScores]:
+    """Services are asked about many groups at once; as many are scored as there are processes."""
+    asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
+    scores = ThreadPoolExecutor(scoring.policy.processes)
+
+    def score(group: Group, asked: Future[Any]) -> GroupScores:
+        return scorer.score(group.prompt, group.responses, group.truncated, asked.result())
+
+    with asking, scores:
+        try:
+            asked = [asking.submit(scorer.ask, group.prompt, group.responses, group.truncated) for group in groups]
+            found = [scores.submit(score, group, one) for group, one in zip(groups, asked, strict=True)]
+            return [one.result() for one in found]
+        except BaseException:
+            asking.shutdown(cancel_futures=True, wait=False)
+            scores.shutdown(cancel_futures=True, wait=False)
+            scorer.rewards.close()  # ends what is under way
+            raise
+
+
+def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
+    """The rows as the rewards are asked about them. UserError names the lines that cannot be."""
+    bad = [text for row in rows if (text := _trouble(row)) is not None]
+    if bad:
+        more = f"\nand {len(bad) - MOST_BAD_ROWS} more" if len(bad) > MOST_BAD_ROWS else ""
+        raise UserError("\n".join(bad[:MOST_BAD_ROWS]) + more)
+    data = _DataOfRun(scoring)
+    lines = [data.line_of(row) for row in rows]
+    asked = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
+    check_rewards(scoring.specs, asked, rows[0].file, key=scoring.reward_key)
+    return lines
+
+
+def _trouble(row: Row) -> str | None:
+    """Why the row is no prompt with a response."""
+    for name, kind, word in (
+        ("prompt", str, "a string"),
+        ("response", str, "a string"),
+        ("truncated", bool, "a boolean"),
+    ):
+        if not isinstance(row.columns.get(name, False if name == "truncated" else None), kind):
+            found = shown(row.columns[name]) if name in row.columns else "missing"
+            return f"{row.place}: column `{name}` is {found}, expected {word}"
+    return None
+
+
+class _DataOfRun:
+    """The data sets that a run's samples came from, read when the first of them is looked for."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self.scoring = scoring
+        self.sets: dict[str, list[Row]] = {}
+
+    def line_of(self, row: Row) -> Line:
+        """The row with its own columns or, if it is of a run's samples, with those of the data that it names."""
+        given = row.columns
+        split = given.get("split", given.get("set"))
+        number = given.get("prompt_id")
+        if not isinstance(split, str) or not isinstance(number, int) or "response_tokens" not in given:
+            own = {name: value for name, value in given.items() if name not in _OWN}
+            return Line(row=row, columns=own, group=repr((given["prompt"], own)))
+        data = self._set(split, row)
+        if not 0 <= number < len(data):
+            name = self.scoring.name
+            raise UserError(f"{row.place}: prompt_id is {number}, and {split} has {len(data)} rows in {name}")
+        columns = {name: value for name, value in data[number].columns.items() if name not in _OWN}
+        which = (split, given.get("group_id", number), given.get("model"))
+        return Line(row=row, columns=columns, group=repr(which))
+
+    def _set(self, split: str, row: Row) -> list[Row]:
+        if split not in self.sets:
+            scoring = self.scoring
+            if split != "train" and split not in scoring.eval_sets:
+                sets = ", ".join(scoring.eval_sets) or "none"
+                raise UserError(f"{row.place}: is of the set {split}; the evaluation sets of {scoring.name}: {sets}")
+            sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
+            self.sets[split] = [row for one in sources for row in read_rows(source_of(one), columns=scoring.columns)]
+        return self.sets[split]
+
+
+def _groups(lines: Sequence[Line]) -> list[Group]:
+    """In the order of their first lines."""
+    places: dict[str, list[int]] = {}
+    for place, line in enumerate(lines):
+        places.setdefault(line.group, []).append(place)
+    found = []
+    for members in places.values():
+        first = lines[members[0]]
+        given = [lines[place].row.columns for place in members]
+        found.append(
+            Group(
+                prompt=Prompt(
+                    prompt_id=first.row.line, token_ids=(), text=first.row.columns["prompt"], columns=first.columns
+                ),
+                rows=tuple(members),
+                responses=tuple(columns["response"] for columns in given),
+                truncated=tuple(columns.get("truncated", False) for columns in given),
+            )
+        )
+    return found

@@ -1,0 +1,204 @@
+"""The rewards of a configuration, or one function, in this process and without a run. No Ray is started.
+
+`rlhf reward` and `rlhf serve-reward` score through this. Text is all they have, so a reward model's tokens are made of
+it here; in a run they are those that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rlhf.config.derive import eval_sets, train_sets, uses_reward_model
+from rlhf.config.files.load import LoadedConfig
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.evaluate import EvaluationStage
+from rlhf.config.schema.model import RewardModelConfig, StepScores
+from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
+from rlhf.config.schema.root import Config
+from rlhf.data.tokenization import Continuation, encode
+from rlhf.errors import UserError
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.reward_models import refuse_without_head
+from rlhf.preflight.sources import REWARD_KEY, load_rewards, local_model, named
+from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.scoring import RewardSet, RewardSpec
+from rlhf.rollouts.records.texts import step_ends
+from rlhf.types import GroupScores, Prompt, StepReward
+from rlhf.workers.frozen.reward_model import RewardModel
+
+MICROBATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldModel:
+    """A reward model, with the tokenizer of the policy that it scores."""
+
+    config: RewardModelConfig
+    tokenizer: str
+    trust_remote_code: bool
+    device: str
+    max_tokens_per_microbatch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """What there is to score with, loaded and checked."""
+
+    name: str  # the configuration's file, or the function
+    specs: tuple[RewardSpec, ...]
+    policy: RewardPolicy
+    model: HeldModel | None  # None: no reward is a model
+    train_sets: tuple[DataSource, ...]  # whose rows, one behind the other, a run's samples count
+    eval_sets: Mapping[str, DataSource]
+    columns: Mapping[str, str]  # our name of a data column: the data's
+    reward_key: str = REWARD_KEY
+
+
+def scoring_of_function(function: str) -> Scoring:
+    """One function, built in or `path/file.py:name`, without args."""
+    policy = RewardPolicy()
+    rewards = {function.rpartition(":")[2]: RewardConfig(function=function)}
+    specs = load_rewards(rewards, beside=Path.cwd(), memory_gib=policy.memory_gib, key="FUNCTION")
+    return Scoring(name=function, specs=specs, policy=policy, model=None, train_sets=(), eval_sets={}, columns={})
+
+
+def scoring_of_config(loaded: LoadedConfig) -> Scoring:
+    """The rewards of a configuration; of a pipeline, those of its last stage that has any."""
+    for stage in reversed(list(loaded.stages.values())):
+        if isinstance(stage, Config) and stage.rewards:
+            return _of_run(stage, loaded)
+        if isinstance(stage, EvaluationStage) and stage.evaluate.rewards:
+            return _of_evaluation(stage, loaded)
+    raise UserError(f"{loaded.source}: has no rewards; add them, or give a configuration that has some")
+
+
+def _of_run(config: Config, loaded: LoadedConfig) -> Scoring:
+    model = None
+    if uses_reward_model(config):
+        assert config.reward is not None
+        model = HeldModel(
+            config=config.reward.as_loaded(),
+            tokenizer=local_model(config.policy.tokenizer_source, loaded.folder, seed=config.run.seed),
+            trust_remote_code=config.policy.trust_remote_code,
+            device=config.cluster.device,
+            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        )
+    return Scoring(
+        name=loaded.source,
+        specs=_load(config.rewards, config.reward_policy, loaded, key=REWARD_KEY),
+        policy=config.reward_policy,
+        model=model,
+        train_sets=tuple(one.source for one in train_sets(config).values()),
+        eval_sets=eval_sets(config),
+        columns=config.data.columns,
+    )
+
+
+def _of_evaluation(stage: EvaluationStage, loaded: LoadedConfig) -> Scoring:
+    config, model, key = stage.evaluate, None, f"evaluate.{REWARD_KEY}"
+    if stage.uses_reward_model:
+        assert config.reward is not None
+        model = HeldModel(
+            config=config.reward,
+            tokenizer=local_model(config.model, loaded.folder, seed=stage.run.seed),
+            trust_remote_code=config.trust_remote_code,
+            device=stage.cluster.device,
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        )
+    return Scoring(
+        name=loaded.source,
+        specs=_load(config.rewards, config.reward_policy, loaded, key=key),
+        policy=config.reward_policy,
+        model=model,
+        train_sets=(),
+        eval_sets=config.data if isinstance(config.data, dict) else {"heldout": config.data},
+        columns=config.columns,
+        reward_key=key,
+    )
+
+
+def _load(
+    rewards: Mapping[str, RewardConfig], policy: RewardPolicy, loaded: LoadedConfig, *, key: str
+) -> tuple[RewardSpec, ...]:
+    return load_rewards(rewards, beside=Path(loaded.source).resolve().parent, memory_gib=policy.memory_gib, key=key)
+
+
+class Scorer:
+    """Scores groups of responses. `ask` comes before `score`, as with RewardSet, whose limits on threads hold."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self.model: RewardModel | None = None
+        held, policy = scoring.model, scoring.policy
+        if held is not None:
+            with named("reward.model"):
+                refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
+            self.tokenizer = load_tokenizer(held.tokenizer, trust_remote_code=held.trust_remote_code)
+            self.model = RewardModel(
+                held.config,
+                torch.device(held.device),
+                max_tokens_per_microbatch=held.max_tokens_per_microbatch,
+            )
+        self.specs = scoring.specs
+        self.rewards = RewardSet(
+            scoring.specs, timeout_s=policy.timeout_s, processes=policy.processes, memory_gib=policy.memory_gib
+        )
+
+    def __enter__(self) -> Scorer:
+        try:
+            self.rewards.greet()
+        except BaseException:
+            self.rewards.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rewards.close()
+
+    def ask(self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> dict[str, Outcome]:
+        """What the services say."""
+        return self.rewards.ask(prompt, responses, truncated=truncated)
+
+    def score(
+        self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, Outcome]
+    ) -> GroupScores:
+        """The scores of one group."""
+        models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
+        model_scores: dict[str, list[float]] = {}
+        model_steps: dict[str, list[tuple[StepReward, ...]]] = {}
+        if models:
+            assert self.model is not None
+            flat, lengths, ends = self._tokens(prompt.text, responses, truncated, self.model.steps)
+            for spec in models:
+                if spec.by_step:
+                    assert ends is not None, "reward.steps is checked"
+                    model_steps[spec.name] = self.model.step_rewards(flat, lengths, ends)
+                else:
+                    model_scores[spec.name] = self.model.scores(flat, lengths, ends)
+        return self.rewards.score(
+            prompt, responses, truncated=truncated, model_scores=model_scores, asked=asked, model_steps=model_steps
+        )
+
+    def _tokens(
+        self, prompt: str, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
+    ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
+        """Prompt and responses as the reward model reads them; with steps, where these end."""
+        (prompt_ids,) = encode([prompt], self.tokenizer)
+        encoded = Continuation(self.tokenizer).encode([(prompt, response) for response in responses])
+        eos = self.tokenizer.eos_token_id
+        end = [] if eos is None else [eos]
+        sequences = [
+            [*prompt_ids, *response_ids, *([] if cut else end)]
+            for response_ids, cut in zip(encoded, truncated, strict=True)
+        ]
+        flat = torch.tensor([token for sequence in sequences for token in sequence])
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        if steps is None:
+            return flat, lengths, None
+        mask = torch.cat([torch.arange(len(sequence)) >= len(prompt_ids) for sequence in sequences])
+        return flat, lengths, step_ends(flat, lengths, mask, self.tokenizer, separator=steps.separator)

@@ -1,0 +1,60 @@
+"""What looks wrong in a run's metrics, why it happens, and what to try, in words.
+
+Reads rows as `read_metrics` gives them: all of a run's, or one at a time while it goes on. It changes nothing in a run;
+the thresholds, each with its reason, stand beside the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History
+from rlhf.tracking.diagnosis.learning import LEARNING
+from rlhf.tracking.diagnosis.results import RESULTS
+from rlhf.tracking.diagnosis.running import RUNNING
+
+CHECKS = (*LEARNING, *RESULTS, *RUNNING)
+
+
+class Watch:
+    """A diagnosis while the run goes on. Invariant: each kind of finding is reported once."""
+
+    def __init__(self) -> None:
+        self._history = History()
+        self._said: set[str] = set()
+
+    def observe(self, row: Mapping[str, Any]) -> list[Finding]:
+        """What the next row of metrics.jsonl brings to light for the first time, the worst first."""
+        found = [one for one in self.now(row) if one.kind not in self._said]
+        self._said |= {one.kind for one in found}
+        return sorted(found, key=_rank)
+
+    def now(self, row: Mapping[str, Any]) -> list[Finding]:
+        """All that holds after the next row, told before or not."""
+        self._history.add(row)
+        return [found for check in CHECKS if (found := check(self._history)) is not None]
+
+
+def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """What looked wrong at some time in a run, the worst first, each kind once.
+
+    A finding's steps reach from the first row that shows it to the last; its words are those of its worst and latest
+    appearance. It is over if `last_step` lies before the newest row.
+    """
+    watch = Watch()
+    found: dict[str, Finding] = {}
+    for row in rows:
+        for one in watch.now(row):
+            before = found.get(one.kind)
+            if before is None:
+                found[one.kind] = one
+                continue
+            told = one if _rank(one)[0] <= _rank(before)[0] else before
+            found[one.kind] = replace(told, first_step=before.first_step, last_step=one.last_step)
+    return sorted(found.values(), key=_rank)
+
+
+def _rank(finding: Finding) -> tuple[int, int]:
+    return SEVERITIES.index(finding.severity), finding.first_step

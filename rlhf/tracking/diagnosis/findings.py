@@ -1,0 +1,115 @@
+"""What a diagnosis says, and the part of a run's metrics that it is said from.
+
+The history holds the beginning and the newest stretch of each metric, so that a look at it costs the same after a
+hundred steps and after a hundred thousand. Nothing here knows what is healthy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from rlhf.tracking.formatting import number
+
+Severity = Literal["failure", "warning", "notice"]
+SEVERITIES: tuple[Severity, ...] = ("failure", "warning", "notice")  # the worst first
+
+HEAD = 10  # values that are a metric's beginning
+WINDOW = 50  # newest values that are looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that looks wrong. `failure`: what is trained on is of no use; `warning`: it will go wrong, or does
+    already; `notice`: it costs something, or explains something.
+    """
+
+    kind: str  # its name, the same in every run
+    severity: Severity
+    first_step: int
+    last_step: int
+    metrics: tuple[str, ...]  # the keys to look at
+    what: str  # with the numbers
+    why: str
+    advice: str
+
+    def sentence(self) -> str:
+        """For one line of a terminal or an alert."""
+        return f"{self.what} {self.why} Try: {self.advice}"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value of a metric."""
+
+    step: int
+    value: float
+
+
+class History:
+    """Rows so far. Invariant: `last(key)` ends with the newest value that the metric had."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.not_finite: tuple[str, ...] = ()  # keys of the newest row
+        self._first: dict[str, list[Point]] = {}
+        self._last: dict[str, deque[Point]] = {}
+        self._evals: dict[str, list[Point]] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The next row of metrics.jsonl."""
+        self.step = row["step"]
+        numbers = {key: value for key, value in row.items() if "/" in key}
+        self.not_finite = tuple(key for key, value in numbers.items() if value is None or not math.isfinite(value))
+        for key, value in numbers.items():
+            if key in self.not_finite:
+                continue
+            point = Point(self.step, value)
+            if key.startswith("eval/"):
+                self._evals.setdefault(key, []).append(point)
+                continue
+            if key not in self._first:
+                self._first[key], self._last[key] = [], deque(maxlen=WINDOW)
+            if len(self._first[key]) < HEAD:
+                self._first[key].append(point)
+            self._last[key].append(point)
+
+    def metrics(self) -> Iterable[str]:
+        """Metrics of training that had a value."""
+        return self._first
+
+    def evals(self) -> Mapping[str, list[Point]]:
+        """Every evaluation so far, by key."""
+        return self._evals
+
+    def first(self, key: str, count: int = HEAD) -> list[Point]:
+        """The metric's beginning, at most `count` values."""
+        return self._first.get(key, [])[:count]
+
+    def last(self, key: str, count: int = WINDOW) -> list[Point]:
+        """Its newest `count` values; none if it has had fewer, so that no claim rests on less."""
+        points = self._last.get(key, ())
+        return list(points)[-count:] if len(points) >= count else []
+
+    def since(self, key: str, step: int) -> list[Point]:
+        """Those of its newest values that came after a step."""
+        return [point for point in self._last.get(key, ()) if point.step > step]
+
+    def newest(self, key: str) -> Point | None:
+        """Its newest value."""
+        points = self._last.get(key)
+        return points[-1] if points else None
+
+
+def mean(points: Iterable[Point]) -> float:
+    """Mean of the values."""
+    return fmean(point.value for point in points)
+
+
+def say(value: float) -> str:
+    """A number in a sentence."""
+    return number(value)

@@ -1,0 +1,109 @@
+"""Pictures and tables of a run for people: curves as PNG, before and after as a terminal table.
+
+Reads a finished or running run's metrics.jsonl. It never imports pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.errors import UserError
+from rlhf.tracking.formatting import number
+from rlhf.tracking.metrics.declarations import declared
+from rlhf.tracking.sinks.tracker import read_metrics
+
+_PANEL_INCHES = (4.6, 3.0)
+_COLUMNS = 2
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
+
+
+def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Path) -> Path:
+    """Draw metrics of run folders, named by the keys: one panel for each metric over the steps; evaluations
+    (`eval/...`) also as points. Returns output, a PNG.
+
+    KeyError: an undeclared metric. UserError: no run has any of them yet.
+    """
+    from matplotlib.figure import Figure
+
+    names = {key: declared(key) for key in metrics}
+    rows = {name: read_metrics(folder) for name, folder in runs.items()}
+    panels = [key for key in names if any(_points(run, key) for run in rows.values())]
+    if not panels:
+        files = ", ".join(str(folder / "metrics.jsonl") for folder in runs.values())
+        raise UserError(f"{files} has no value of {', '.join(metrics)}: nothing to plot.")
+    columns = min(_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
+    for place, key in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
+            _draw(axes, key, _points(run, key), color=color, label=name)
+        if len(runs) > 1 and place == 1:
+            axes.legend(fontsize=8, frameon=False)
+        unit = names[key].unit
+        axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
+    figure.savefig(output, dpi=144)
+    return output
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
+    """One curve, and the look of its panel. Without points it is there for the legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    sparse = key.startswith("eval/") or len(points) == 1
+    axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if sparse else None, markersize=5, label=label)
+    if sparse:
+        for step, value in {*points[:1], *points[-1:]}:
+            axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
+        axes.margins(y=0.2)
+    axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePair:
+    """One held-out prompt, answered before and after training."""
+
+    prompt: str
+    before: str
+    before_score: float
+    after: str
+    after_score: float
+
+
+def before_after_table(before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[SamplePair]) -> Group:
+    """A renderable: each metric of `after` with its value before and the change, then the sample responses."""
+    numbers = Table(title="Held-out, before and after", title_justify="left")
+    numbers.add_column("metric")
+    for heading in ("before", "after", "change"):
+        numbers.add_column(heading, justify="right")
+    for key, value in after.items():
+        old = before.get(key)
+        change = "" if old is None else f"{value - old:+.3g}"
+        numbers.add_row(Text(key), "" if old is None else number(old), number(value), change)
+    answers = Table(title="Samples (score in brackets)", title_justify="left", show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        answers.add_column(heading, overflow="fold")
+    for pair in samples:
+        answers.add_row(
+            Text(pair.prompt),
+            Text(f"{pair.before} [{number(pair.before_score)}]"),
+            Text(f"{pair.after} [{number(pair.after_score)}]"),
+        )
+    return Group(numbers, answers) if samples else Group(numbers)

@@ -1,0 +1,126 @@
+"""The live display of a run on a terminal: bars of the step's stages, a table of the last steps, the last sample.
+
+Redrawn in place by a thread of its own; nothing waits for the terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.tracking.display.progress import Progress, StageTime
+from rlhf.tracking.formatting import number
+
+_TABLE_STEPS = 6  # newest steps in the table
+_SAMPLE_CHARACTERS = 240  # of a prompt's end, and of a response
+_BAR = 32
+
+
+class LiveProgress(Progress):
+    """Steps and their time left, each stage of the step at work, the last steps' numbers, and a response."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        done_steps: int,
+        show: Sequence[str],
+        run: str,
+        folder: Path | None,
+        stream: TextIO | None,
+    ) -> None:
+        super().__init__(total_steps, done_steps, show, run, folder)
+        self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_TABLE_STEPS)
+        self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last row with an evaluation
+        self._last: Mapping[str, Any] | None = None
+        self._console = Console(file=stream, stderr=stream is None)
+        # Redrawn by its own thread at 4 Hz from what `get_renderable` gives: calls never wait for the terminal.
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
+        self._live.start()
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        row = (step, {key: metrics[key] for key in self._show if key in metrics})
+        if row[1]:
+            self._rows.append(row)
+        if any(key.startswith("eval/") for key in row[1]):
+            self._evaluated = row
+        self._last = self._sample(step) or self._last
+
+    def _render(self) -> Group:
+        parts: list[RenderableType] = [self._bars()]
+        if self._rows:
+            parts.append(self._table())
+        if self._last is not None:
+            parts.append(_sample_text(self._last))
+        return Group(*parts)
+
+    def _bars(self) -> Table:
+        bars = Table.grid(padding=(0, 1))
+        bars.add_column(min_width=12)  # so that nothing shifts as the stages change
+        told = f"{self._done}/{self._total}{self._left()}  {self._run}"
+        bars.add_row(Text("steps"), _bar(self._done, self._total), Text(told))
+        for name, stage in list(self._stages.items()):
+            bars.add_row(Text(name), _stage_bar(stage), Text(_stage_words(stage)))
+        return bars
+
+    def _table(self) -> Table:
+        rows = list(self._rows)
+        if self._evaluated is not None and self._evaluated not in rows:
+            rows.insert(0, self._evaluated)
+        keys = [key for key in self._show if any(key in numbers for _, numbers in rows)]
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("step", justify="right")
+        for key in keys:
+            table.add_column(Text(key.replace("/", "/\n", 1), style="dim"), justify="right", vertical="bottom")
+        for step, numbers in rows:
+            table.add_row(str(step), *(number(numbers[key]) if key in numbers else "" for key in keys))
+        return table
+
+
+def _bar(done: int, total: int) -> ProgressBar:
+    return ProgressBar(total=total or 1, completed=done, width=_BAR, pulse=not total)
+
+
+def _stage_bar(stage: StageTime) -> ProgressBar:
+    """Full where the stage was left, moving where it is not counted."""
+    if stage.since is None:
+        return _bar(1, 1)
+    return _bar(stage.done, stage.total)
+
+
+def _stage_words(stage: StageTime) -> str:
+    seconds = stage.seconds + (0.0 if stage.since is None else time.monotonic() - stage.since)
+    counted = f"{stage.done}/{stage.total}  " if stage.total else ""
+    return f"{counted}{seconds:.1f} s"
+
+
+def _sample_text(row: Mapping[str, Any]) -> Text:
+    """The end of a prompt and the beginning of its response, on two lines, as text that styles nothing."""
+    score = row.get("score")
+    scored = "" if score is None else f" [{number(score)}]"
+    prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))
+    told = Text(no_wrap=False, overflow="fold")
+    told.append("sample  ", style="dim")
+    told.append(_one_line(prompt[-_SAMPLE_CHARACTERS:]), style="dim")
+    told.append("\n     -> ", style="dim")
+    told.append(_one_line(response[:_SAMPLE_CHARACTERS]) + scored)
+    return told
+
+
+def _one_line(text: str) -> str:
+    """Without anything that a terminal obeys."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)

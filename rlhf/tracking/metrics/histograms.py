@@ -1,0 +1,53 @@
+"""histograms.jsonl: the distributions of a step, one object a step, beside metrics.jsonl.
+
+    {"step": 3, "advantages/histogram": {"edges": [-0.5, -0.35, ..., 0.5], "counts": [12, ..., 7]}, ...}
+
+`counts[i]` values lay from `edges[i]` up to `edges[i + 1]`; there is one edge more than counts. The edges of a metric
+are the same in all steps and runs (below), of which a row has those that its values need: empty bins at both ends are
+left out. The first and the last of all bins also hold what lies beyond them. A step without values of a metric has no
+such key, and one without any has no row. Written by the driver, taken back on resume as metrics.jsonl is. No value
+itself is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.atomic import explains_full, json_line, read_lines
+
+FILE = "histograms.jsonl"
+
+# Fine near 0, where most advantages are, whatever their scale: powers of the root of 2 from 1/64 to 64 on both sides.
+_SIZES = tuple(2.0 ** (k / 2) for k in range(-12, 13))
+ADVANTAGE_EDGES = (*(-size for size in reversed(_SIZES)), 0.0, *_SIZES)
+# Ratios compare as logarithms: 16 bins for each factor of 2, from 1/8 to 8, with edges around 1 and not at it.
+RATIO_EDGES = (0.0, *(2.0 ** ((2 * k + 1) / 32) for k in range(-48, 48)))
+# Whole numbers of tokens, four bins for each factor of 2, to 2^20.
+TOKEN_EDGES = (0.0, *sorted({float(round(2.0 ** (k / 4))) for k in range(81)}))
+
+
+def trimmed(found: Histogram) -> dict[str, Any]:
+    """The form that is written: without empty bins at the ends."""
+    filled = [place for place, count in enumerate(found.counts) if count]
+    first, last = filled[0], filled[-1]
+    return {
+        "edges": list(found.edges[first : last + 2]),
+        "counts": [int(count) for count in found.counts[first : last + 1]],
+    }
+
+
+def append_histograms(folder: Path, step: int, found: Mapping[str, Histogram]) -> None:
+    """Write the step's row, if it has any. It does not wait for the disk."""
+    if found:
+        path = folder / FILE
+        row = {"step": step, **{key: trimmed(one) for key, one in sorted(found.items())}}
+        with explains_full(path), path.open("a", encoding="utf-8") as file:
+            file.write(json_line(row))
+
+
+def read_histograms(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run, in order of steps; a last line cut by a kill is left out."""
+    return read_lines(folder / FILE)

@@ -1,0 +1,117 @@
+"""The order in which one reads a run: sections with a question each, and the graphs that answer it.
+
+The W&B workspace (rlhf/tracking/sinks/wandb_workspace.py) and the Grafana dashboard (rlhf/tracking/sinks/grafana.py)
+are both made of this table. Every metric here is a declared one; a graph whose metrics a run has not stays empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One graph over the steps."""
+
+    title: str
+    metrics: tuple[str, ...]  # declared names, placeholders included
+    log: bool = False  # logarithmic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Graphs that answer one question."""
+
+    title: str
+    question: str
+    panels: tuple[Panel, ...]
+
+
+def _panel(title: str, *metrics: str, log: bool = False) -> Panel:
+    return Panel(title=title, metrics=metrics, log=log)
+
+
+SECTIONS = (
+    Section(
+        title="Is it learning?",
+        question="The score of the training prompts, and of held-out ones, which it has not seen.",
+        panels=(
+            _panel("score", "rewards/score/mean"),
+            _panel("held out", "eval/<set>/<metric>"),
+            _panel("preferred pairs", "preference/accuracy/mean"),
+            _panel("right tokens", "update/token_accuracy/mean"),
+            _panel("loss", "update/loss/mean"),
+        ),
+    ),
+    Section(
+        title="Is it stable?",
+        question="How far it has gone from where it began, how large its steps are, whether it still explores.",
+        panels=(
+            _panel("KL from the reference", "experience/kl_ref/mean"),
+            _panel("entropy", "update/entropy/mean"),
+            _panel("clipped tokens", "update/clip_fraction/mean"),
+            _panel("KL of an update", "update/kl_old/mean"),
+            _panel("gradient norm", "update/grad_norm", "update/critic_grad_norm", log=True),
+            _panel("learning rate", "update/lr", "update/critic_lr"),
+            _panel("largest ratio", "update/ratio/max", log=True),
+            _panel("critic's foresight", "update/explained_variance"),
+        ),
+    ),
+    Section(
+        title="Rollouts",
+        question="What it says: how long, how often cut, how likely to itself.",
+        panels=(
+            _panel("response tokens", "rollouts/response_tokens/mean", "rollouts/response_tokens/max"),
+            _panel("cut responses", "rollouts/truncated/fraction"),
+            _panel("logprob of a token", "rollouts/logprob/mean"),
+            _panel("turns", "rollouts/turns/mean", "rollouts/turns/max"),
+            _panel("tokens of a step", "rollouts/tokens/total"),
+            _panel("sampler against trainer", "experience/rollout_logprob_diff/mean", "experience/kl_rollout/mean"),
+            _panel("age of weights", "experience/policy_lag/max"),
+        ),
+    ),
+    Section(
+        title="Rewards and advantages",
+        question="What it is paid for, and whether responses to one prompt still differ.",
+        panels=(
+            _panel("each reward", "rewards/<name>/mean"),
+            _panel("spread of the score", "rewards/score/std"),
+            _panel("prompts that teach nothing", "advantages/zero_groups/fraction"),
+            _panel("spread of the advantages", "advantages/std"),
+            _panel("failed reward calls", "rewards/errors/total"),
+            _panel("margin of pairs", "preference/margin/mean"),
+        ),
+    ),
+    Section(
+        title="Speed",
+        question="Where a step's time goes.",
+        panels=(
+            _panel("seconds a step", "time/step_s"),
+            _panel("seconds by stage", "time/<stage>_s"),
+            _panel("tokens a second", "throughput/tokens_per_s"),
+            _panel("sampled a second", "throughput/rollout_tokens_per_s"),
+            _panel("trained a second", "throughput/train_tokens_per_s"),
+            _panel("use of the arithmetic", "throughput/mfu"),
+        ),
+    ),
+    Section(
+        title="Memory and nodes",
+        question="What the roles hold, and how busy the machines are.",
+        panels=(
+            _panel("memory of the roles", "memory/<role>_rss_gib"),
+            _panel("GPU memory of the roles", "memory/<role>_gpu_gib"),
+            _panel("busy cores", "system/<node>/cpu_fraction"),
+            _panel("memory of the nodes", "system/<node>/memory_gib"),
+            _panel("busy GPUs", "system/<node>/gpu_fraction"),
+            _panel("GPU memory of the nodes", "system/<node>/gpu_memory_gib"),
+        ),
+    ),
+    Section(
+        title="Weight sync",
+        question="Whether the engines have the trainer's weights, and what it costs.",
+        panels=(
+            _panel("largest difference on the probe", "weight_sync/probe_max_diff", log=True),
+            _panel("version of the engines", "weight_sync/version"),
+        ),
+    ),
+)

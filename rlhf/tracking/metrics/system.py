@@ -1,0 +1,68 @@
+"""What a node is busy with: cores, memory, GPUs, of all that runs on it and not of this run alone.
+
+Read by the driver of its own node, and by one small actor on each other node that the run uses
+(actors/cluster/node_metrics.py). GPUs are asked by `nvidia-smi` on a thread, at times of their own: at a step's end
+they would always be found idle.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+
+import psutil
+
+from rlhf.tracking.metrics.reductions import Last, Max, Mean, Reduction
+from rlhf.tracking.run_folder.environment import output_of
+
+GPU_EVERY_S = 5.0
+_COUNTED = 8  # of Linux's times; the guests' that follow are in user's already
+_QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
+
+
+class NodeSampler:
+    """Each `take` is about the time since the last one."""
+
+    def __init__(self) -> None:
+        self._times = psutil.cpu_times()
+        self._guard = threading.Lock()
+        self._gpu: dict[str, Reduction] = {}
+        self._stopped = threading.Event()
+        if shutil.which("nvidia-smi"):
+            threading.Thread(target=self._watch_gpus, name="node's GPUs", daemon=True).start()
+
+    def take(self) -> dict[str, Reduction]:
+        """By the last part of the metrics' names; of GPUs if there are some, and they have been asked meanwhile."""
+        before, self._times = self._times, psutil.cpu_times()
+        now, memory = self._times, psutil.virtual_memory()
+        total = sum(now[:_COUNTED]) - sum(before[:_COUNTED])
+        idle = now.idle + now.iowait - before.idle - before.iowait
+        found: dict[str, Reduction] = {"memory_gib": Last(value=(memory.total - memory.available) / 2**30)}
+        if total > 0.0:  # of less than a tick of the kernel's clock there is nothing to say
+            found["cpu_fraction"] = Mean(total=min(max(total - idle, 0.0), total), count=total)
+        with self._guard:
+            found |= self._gpu
+            self._gpu = {}
+        return found
+
+    def stop(self) -> None:
+        """Ask no GPU any more."""
+        self._stopped.set()
+
+    def _watch_gpus(self) -> None:
+        while not self._stopped.wait(GPU_EVERY_S):
+            found = gpu_use(output_of(*_QUERY) or "")
+            with self._guard:
+                self._gpu = {key: self._gpu[key].merge(one) if key in self._gpu else one for key, one in found.items()}
+
+
+def gpu_use(told: str) -> dict[str, Reduction]:
+    """Of all GPUs of a node, from what nvidia-smi says: a line each with per cent and MiB, or that it does not know."""
+    numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", told, re.MULTILINE)]
+    if not numbers:
+        return {}
+    return {
+        "gpu_fraction": Mean(total=sum(busy for busy, _ in numbers) / 100.0, count=len(numbers)),
+        "gpu_memory_gib": Max(value=sum(used for _, used in numbers) / 1024.0),
+    }

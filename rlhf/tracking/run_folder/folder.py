@@ -1,0 +1,395 @@
+"""The run folder: its names, its lock, and checkpoints that are whole or absent.
+
+The driver opens the folder before any actor starts, and holds it until the run ends. Only the process that holds the
+lock writes here. Its actors write below `own` alone. `own` has a new name at each start, so actors that outlive an
+earlier start cannot write into the folder. This module does not know what a checkpoint contains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rlhf.errors import RunError, UserError
+from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
+from rlhf.tracking.run_folder.atomic import explains_full, read_lines, sync_folder, sync_tree, write_atomic
+from rlhf.tracking.run_folder.environment import record_environment
+from rlhf.tracking.run_folder.lock import lock_folder
+from rlhf.tracking.run_folder.manifest import Manifest, find_damage, is_complete
+from rlhf.tracking.sinks.tracker import read_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def evaluation_path(folder: Path, step: int) -> Path:
+    """Where a step's evaluation by responses lies."""
+    return folder / "evals" / f"step_{step:06d}.json"
+
+
+_STEP = re.compile(r"step_(\d{6,})")
+_OWN = ".own-"
+_PARTS = (  # of a run folder; the first one tells that it is one, and is removed last
+    "config.resolved.yaml",
+    *("environment.json", "metrics.jsonl", HISTOGRAMS, "errors.jsonl", "timeline.json", "traceback.txt"),
+    *("wandb_run_id", "report.html", "eval.json"),
+    *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
+)
+
+
+class RunFolder:
+    """<run.dir>/<run.name>/ of the running process. Invariant: `checkpoints/step_*` is only ever a complete checkpoint,
+    and `latest` and `best` point at complete ones.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        """Use `open`."""
+        self.path = path
+        self.config = path / "config.resolved.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.evals = path / "evals"  # evaluations with their intervals
+        self.errors = path / "errors.jsonl"
+        self.timeline = path / "timeline.json"
+        self.checkpoints = path / "checkpoints"
+        self.own = path / f"{_OWN}{secrets.token_hex(4)}"  # with what is being written, and `samples` by another name
+        self.spool = self.own / "spool"  # finished rollouts that a resumed step takes up again
+        self.references = path / "references"  # what the policy was where the reference became it
+        self.final = path / "final"  # the trained model
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(cls, parent: Path, name: str, *, resume: bool) -> Self:
+        """Create the folder, or with `resume` take up the run that is in it, and lock it against other runs.
+
+        The lock belongs to this process: it ends with it, however it ends. UserError: another process runs here, or the
+        folder holds a run and `resume` is False.
+        """
+        path = (parent / name).absolute()  # the same for actors, which may run in another folder
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(path, key="run.name")
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {path} cannot be written: {error.strerror}. Choose a folder you can write."
+            ) from error
+        with ExitStack() as after_failure:
+            after_failure.callback(os.close, lock)
+            if resume:
+                _state(path)
+            else:
+                refuse_other_run(path)
+            after_failure.pop_all()
+        folder = cls(path, lock)
+        try:
+            folder._prepare(resume=resume)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def _prepare(self, *, resume: bool) -> None:
+        """Make the folder's parts, and remove what an earlier start left. UserError if a part is a file."""
+        for part in (self.checkpoints, self.samples, self.evals, self.references, self.final):
+            if part.exists() and not part.is_dir():
+                raise UserError(
+                    f"run.name: {part} is a file, and a run needs a folder of that name. Move the file away, or choose "
+                    "another run.name."
+                )
+        self._take_over()
+        if not resume:
+            self._clear()
+        for part in (self.checkpoints, self.samples, self.evals, self.spool):
+            part.mkdir(exist_ok=True)
+        (self.own / "samples").symlink_to(Path("..", self.samples.name))
+        self._sweep()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write_config(self, text: str) -> None:
+        """Write config.resolved.yaml. Secrets must be masked in the text."""
+        write_atomic(self.config, text)
+
+    def write_environment(self, *, seed: int) -> None:
+        """Write environment.json of this start. Warn of what has changed since the last start."""
+        record_environment(self.environment, seed=seed)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty folder to write the checkpoint of this step into; `commit_checkpoint` makes it one."""
+        return self._begin(self.checkpoint(step))
+
+    def commit_checkpoint(self, step: int) -> Path:
+        """Make the begun checkpoint durable and complete, then point `latest` at it.
+
+        It replaces a checkpoint of the same step. Later ones belong to a history that the run has left, and go.
+        """
+        target = self.checkpoint(step)
+        Manifest.of(self._aside(target), step=step).write(self._aside(target))
+        self._commit(target)
+        self._point("latest", step)
+        for later, path in self._step_folders():
+            if later > step:
+                _remove(path)
+        return target
+
+    def adopt_checkpoint(self, step: int) -> Path:
+        """Make the begun folder, a copy of a checkpoint with its manifest, a checkpoint. RunError if it is damaged."""
+        target = self.checkpoint(step)
+        damage = find_damage(self._aside(target), step=step)
+        if damage is not None:
+            raise RunError(f"The copy of the checkpoint of step {step} is damaged: {damage}")
+        self._commit(target)
+        return target
+
+    def continue_from(self, step: int) -> None:
+        """Let a resumed run continue from the checkpoint of this step. Later ones stay until it writes its first."""
+        self._point("latest", step)
+
+    def begin_final(self) -> Path:
+        """An empty folder to write the final model into; `commit_final` makes it final/."""
+        return self._begin(self.final)
+
+    def commit_final(self) -> Path:
+        """Make final/ appear, whole."""
+        self._commit(self.final)
+        return self.final
+
+    def reference(self, step: int) -> Path:
+        """Where the model lies that the reference became after a step."""
+        return self.references / f"step_{step:06d}"
+
+    def begin_reference(self, step: int) -> Path:
+        """An empty folder to write that model into; `commit_reference` makes it one."""
+        self.references.mkdir(exist_ok=True)
+        return self._begin(self.reference(step))
+
+    def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
+        """Make the begun reference durable and complete, then remove all others but those of the steps in `keep`."""
+        aside = self._aside(self.reference(step))
+        Manifest.of(aside, step=step).write(aside)
+        self._commit(self.reference(step))
+        for path in self.references.glob("step_*"):
+            if path not in {self.reference(kept) for kept in (step, *keep)}:
+                _remove(path)
+        return self.reference(step)
+
+    def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
+        """UserError if the reference that a checkpoint needs is missing, or a byte of it is not as written."""
+        damage = find_damage(self.reference(step), step=step)
+        if damage is not None:
+            raise UserError(
+                f"--resume: the checkpoint of step {checkpoint} needs its reference {self.reference(step)}. {damage} "
+                "Bring the folder back from a copy, or start again under another run.name."
+            )
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at a complete checkpoint, which is then kept for as long as it is the best."""
+        if step not in self.checkpoint_steps():
+            raise ValueError(f"checkpoint of step {step} is not complete, so it cannot be the best")
+        self._point("best", step)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, rising. Sizes are checked, and checksums are not."""
+        return [step for step, path in self._step_folders() if is_complete(path, step)]
+
+    def latest_checkpoint(self) -> int | None:
+        """Return the step of the checkpoint to resume from, sound or damaged. None: there is no checkpoint.
+
+        `latest` points at that checkpoint. If it was removed, the newest one takes its place.
+        """
+        steps = [step for step, _ in self._step_folders()]
+        latest = self._pointed("latest")
+        return latest if latest in steps else max(steps, default=None)
+
+    def refuse_damage(self, step: int) -> None:
+        """Read the whole checkpoint of a step. UserError if a byte of it is not as written."""
+        damage = find_damage(self.checkpoint(step), step=step)
+        if damage is None:
+            return
+        before = [
+            other for other, path in self._step_folders() if other < step and find_damage(path, step=other) is None
+        ]
+        instead = (
+            f"continue from the checkpoint before it with --resume {self.checkpoint(before[-1]).name}"
+            if before
+            else "start again under another run.name, since there is no sound checkpoint before it"
+        )
+        raise UserError(f"--resume: {damage} Bring the file back from a copy, or {instead}.")
+
+    def best_checkpoint(self) -> int | None:
+        """Step that `best` points at; None if none was marked or it is damaged."""
+        step = self._pointed("best")
+        return step if step in self.checkpoint_steps() else None
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove all but the newest `keep` undamaged checkpoints, `latest` and `best`. Returns the steps removed."""
+        if keep < 1:
+            raise ValueError(f"prune needs keep >= 1, got {keep}: the latest checkpoint is never removed")
+        kept = {*self.checkpoint_steps()[-keep:], self._pointed("latest"), self._pointed("best")}
+        removed = []
+        for step, path in self._step_folders():
+            if step not in kept:
+                _remove(path)
+                removed.append(step)
+        return removed
+
+    def _step_folders(self) -> list[tuple[int, Path]]:
+        found = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match is not None)
+
+    def _point(self, link: str, step: int) -> None:
+        aside = self.checkpoints / f".{link}.partial"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(self.checkpoint(step).name)
+        aside.replace(self.checkpoints / link)
+        sync_folder(self.checkpoints)
+
+    def _pointed(self, link: str) -> int | None:
+        path = self.checkpoints / link
+        match = _STEP.fullmatch(path.readlink().name) if path.is_symlink() else None
+        return int(match[1]) if match else None
+
+    def _aside(self, target: Path) -> Path:
+        return self.own / f"{target.parent.name}-{target.name}"
+
+    def _begin(self, target: Path) -> Path:
+        aside = self._aside(target)
+        if aside.exists():
+            shutil.rmtree(aside)
+        with explains_full(target):
+            aside.mkdir()
+        return aside
+
+    def discard_begun(self) -> None:
+        """Remove begun checkpoints and models, which frees their space. Only for a run that ends."""
+        for path in self.own.iterdir():
+            if path.is_dir() and not path.is_symlink() and path != self.spool:
+                shutil.rmtree(path)
+
+    def _commit(self, target: Path) -> None:
+        with explains_full(target):
+            sync_tree(self._aside(target))
+        if target.exists():
+            old = target.with_name(f".{target.name}.removed")
+            target.rename(old)
+            self._aside(target).rename(target)
+            shutil.rmtree(old)
+        else:
+            self._aside(target).rename(target)
+        sync_folder(target.parent)
+
+    def _take_over(self) -> None:
+        """Rename the `own` folder of the last start, and keep only its spool. An `own` folder without a spool was made
+        by an actor that outlived its run."""
+        before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
+        for index, path in enumerate(before):
+            if index > 0:
+                shutil.rmtree(path)
+                continue
+            path.rename(self.own)
+            for part in self.own.iterdir():
+                if part != self.spool:
+                    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+        self.own.mkdir(exist_ok=True)
+
+    def _clear(self) -> None:
+        """Remove the files of a start that ended before its first step. This run does not continue it."""
+        for path in (self.metrics, self.path / HISTOGRAMS, self.errors, self.timeline, self.path / "wandb_run_id"):
+            path.unlink(missing_ok=True)
+        for path in (self.samples, self.evals, self.spool, self.references, self.path / "tensorboard"):
+            if path.exists():
+                shutil.rmtree(path)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run left half done."""
+        for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
+            for pattern in (".*.partial", ".*.removed"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def refuse_other_run(path: Path) -> None:
+    """Raise UserError if a folder holds a run already."""
+    state = _state(path)
+    if state is not None:
+        raise UserError(
+            f"run.name: {path} already holds {state} choose another run.name, or replace the run with --overwrite."
+        )
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError if a folder is in use, or holds something but no run."""
+    if not path.exists():
+        return
+    os.close(lock_folder(path, key="run.name"))
+    if not (path / _PARTS[0]).is_file() and any(child.name != ".lock" for child in path.iterdir()):
+        raise UserError(
+            f"--overwrite: {path} is no run folder, since it has no {_PARTS[0]}. Choose another run.name, or remove it."
+        )
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run, and nothing else that its folder holds. UserError as in `refuse_to_overwrite`."""
+    refuse_to_overwrite(path)
+    for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_OWN}*")):
+        if part.is_dir() and not part.is_symlink():
+            _remove(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _state(path: Path) -> str | None:
+    """What run a folder holds, and what can be done with it; None: none, or one that did not get to its first row.
+
+    UserError if its metrics cannot be read.
+    """
+    for result in ("final/", "eval.json"):
+        if (path / result).exists():
+            return f"a finished run: its result is in {result};"
+    try:
+        rows = read_metrics(path)
+        if rows and not isinstance(rows[-1].get("time_s"), int | float):
+            raise ValueError(f"{path / 'metrics.jsonl'}: the last row has no `time_s`")
+        for name in (HISTOGRAMS, "errors.jsonl"):
+            if any(type(row.get("step")) is not int for row in read_lines(path / name)):
+                raise ValueError(f"{path / name}: a row has no `step`")
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"run.name: {error}. The run's metrics are damaged: bring the file back from a copy, remove it, or choose "
+            "another run.name."
+        ) from error
+    if not rows and not any((path / "checkpoints").glob("step_*")):
+        return None
+    last = f" (last step {rows[-1]['step']})" if rows else ""
+    return f"an unfinished run{last}. Continue it with --resume auto,"
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that a kill leaves it whole or gone from its name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)

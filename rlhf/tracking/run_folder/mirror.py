@@ -1,0 +1,400 @@
+"""A run's folder on another file system, object storage or any that fsspec reaches, for machines that come and go.
+
+After each checkpoint, and when the run ends, a thread of the driver makes `<run.mirror>/<run.name>/` what the run's
+folder is. The files of a checkpoint go first and its manifest last; it is whole there if and only if the manifest is
+there and every file has the size that the manifest says. A fetched file must also have the checksum. The training loop
+never waits for the thread, except for an upload that is still going on when the next checkpoint is whole. Nothing here
+is secret: credentials are the environment's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import fsspec
+
+from rlhf.errors import RunError, UserError
+from rlhf.tracking.logs import redact
+from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage
+from rlhf.tracking.run_folder.mirror_store import open_store
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STALLED_S = 300.0  # without a byte that moved: an upload that is alive sends a piece within seconds
+LAST_CHANCE_S = 30.0  # for what was begun, and again for what is left, when a run fails or is interrupted
+_TRIES, _PAUSE_S = 3, 2.0  # of one file; the pause doubles
+_ELSEWHERE = ("checkpoints", "final", "wandb")  # handled by themselves, or of no use on another machine
+_RESULT = "eval.json"  # of an evaluation: it says that the run is finished, so it goes last
+_FINAL = "final.json"  # there: the manifest of final/, which goes last
+_BEST = "checkpoints/best.json"
+_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: to ask for one may make the bucket
+_STEP = re.compile(r"step_(\d{6,})")
+
+
+class Mirror:
+    """A run's folder elsewhere. Invariant: a checkpoint or a final model is taken for whole there only if it is."""
+
+    def __init__(self, url: str, folder: RunFolder, *, name: str, stalled_s: float = STALLED_S) -> None:
+        """url: `run.mirror`; name: of the run. UserError: no such file system, or a package for it is missing."""
+        self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
+        self._folder = folder
+        self._store, root = open_store(url)
+        self._root = f"{root.rstrip('/')}/{name}"
+        self._stalled_s = stalled_s
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of change of what is there, by name
+        self._folders: set[str] = set()  # known to be there
+        protocols = self._store.protocol
+        self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._moved = 0.0  # when something last did
+        self._abandoned = False
+
+    def holds_run(self) -> bool:
+        """Whether a run is there, whole or not."""
+        listing = self._guarded(self._listing, "looking into")
+        return any(name in ("metrics.jsonl", _RESULT, _FINAL) or "/" in name for name in listing)
+
+    def holds_result(self) -> bool:
+        """Whether a finished run is there, whole."""
+        return self._guarded(lambda: self._manifest(_FINAL) or self._marker(_RESULT), "looking into") is not None
+
+    def fetch(self, *, step: int | None = None) -> None:
+        """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result.
+
+        step: bring the checkpoint of this step instead, if the folder lacks it. UserError: a fetched file is damaged.
+        """
+        self._guarded(lambda: self._fetch(step), "fetching the run from")
+
+    def begin(self, keep: int) -> None:
+        """Start to make the mirror what the folder is, with the newest `keep` checkpoints. After `settle` only."""
+        if self._thread is not None and self._thread.is_alive():
+            return  # it hangs, and settle has said so
+        self._error, self._moved, self._abandoned = None, time.monotonic(), False
+        self._thread = threading.Thread(target=self._work, args=(keep,), name="mirror", daemon=True)
+        self._thread.start()
+
+    def settle(self, *, within_s: float = float("inf")) -> str | None:
+        """Wait for the upload while it moves. Return why it failed, once. None: it did not."""
+        if self._thread is None:
+            return None
+        ends = time.monotonic() + within_s
+        while self._thread.is_alive():
+            now = time.monotonic()
+            if now > ends or now - self._moved > self._stalled_s:
+                self._abandoned = True
+                return f"{self.place}: no answer for {now - self._moved:.0f} s; the upload is given up"
+            self._thread.join(min(1.0, max(ends - now, 0.01)))
+        error, self._error = self._error, None
+        return None if error is None else f"{self.place}: {redact(_words(error))}"
+
+    def finish(self, keep: int, *, failed: bool) -> None:
+        """Upload what is left. RunError if that fails, unless the run failed anyway: then it is a warning."""
+        within_s = LAST_CHANCE_S if failed else float("inf")
+        self.settle(within_s=within_s)
+        self.begin(keep)
+        error = self.settle(within_s=within_s)
+        if error is None:
+            return
+        text = (
+            f"run.mirror: {error}. What the run made is in {self._folder.path}; the mirror has what was uploaded "
+            "before. Copy it by hand, or repair the mirror and start again with --resume auto."
+        )
+        if not failed:
+            raise RunError(text)
+        logger.warning("%s", text)
+
+    def is_free(self) -> bool:
+        """Whether no upload reads the folder's checkpoints, so that they may be removed."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def _work(self, keep: int) -> None:
+        try:
+            self._upload(keep)
+        except Exception as error:  # noqa: BLE001  (whatever the store's library raises: settle tells it)
+            self._error = error
+
+    def _upload(self, keep: int) -> None:
+        """Upload all that has changed. The file that marks a part as complete goes last."""
+        for name in self._state():
+            self._put_changed(name)
+        whole = self._whole_steps(self._listing())
+        latest = self._folder.latest_checkpoint()
+        for step in self._folder.checkpoint_steps():
+            if step not in whole and latest is not None and step <= latest:
+                self._put_checkpoint(step)
+        best = self._folder.best_checkpoint()
+        if best is not None:
+            self._write(_BEST, {"step": best})
+        if self._folder.final.exists() and self._manifest(_FINAL) is None:
+            manifest = Manifest.of(self._folder.final, step=None)
+            for name in manifest.files:
+                self._put(self._folder.final / name, f"final/{name}")
+            self._write(_FINAL, manifest.model_dump())
+        self._remove_old(keep, latest)
+
+    def _state(self) -> list[str]:
+        """Names of the files beside checkpoints and model, without what is half written. Some go meanwhile."""
+        top, found = self._folder.path, list[str]()
+        for at, folders, files in os.walk(top):  # which passes over a folder that has gone
+            apart = _ELSEWHERE if Path(at) == top else ()
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
+            found += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
+        return sorted(found, key=lambda name: (name == _RESULT, name))
+
+    def _put_changed(self, name: str) -> None:
+        path = self._folder.path / name
+        try:
+            said = path.stat()
+        except FileNotFoundError:  # a sample file that is being written anew
+            return
+        now = (said.st_size, said.st_mtime_ns)
+        if self._sent.get(name) == now:
+            return
+        self._put(path, f"{name}.partial")  # where a store cannot write at once, a cut file would be read as whole
+        self._tried(lambda: self._store.mv(self._at(f"{name}.partial"), self._at(name)))
+        self._sent[name] = now
+
+    def _put_checkpoint(self, step: int) -> None:
+        path = self._folder.checkpoint(step)
+        name = f"checkpoints/{path.name}"
+        self._remove(f"{name}/{MANIFEST}")
+        manifest = Manifest.read(path)
+        if manifest is None:
+            raise RunError(f"{path / MANIFEST} is damaged, so the checkpoint is not uploaded")
+        for file in manifest.files:
+            self._put(path / file, f"{name}/{file}")
+        self._put(path / MANIFEST, f"{name}/{MANIFEST}")
+        logger.info("checkpoint of step %d is in %s", step, self.place)
+
+    def _remove_old(self, keep: int, latest: int | None) -> None:
+        """Remove all but the newest `keep` whole checkpoints, the best one and those of the folder.
+
+        Those after `latest` go too: they belong to a history that the run has left.
+        """
+        listing = self._listing()
+        whole = [step for step in self._whole_steps(listing) if latest is None or step <= latest]
+        kept = {*whole[-keep:], *self._folder.checkpoint_steps(), self._best()}
+        if latest is not None:
+            kept = {step for step in kept if step is not None and step <= latest}
+        for step in {int(match[1]) for name in listing if (match := _in_step(name))} - kept:
+            name = f"checkpoints/step_{step:06d}"
+            self._remove(f"{name}/{MANIFEST}")
+            self._remove(name)
+
+    def _fetch(self, step: int | None) -> None:
+        listing = self._listing()
+        whole = self._whole_steps(listing)
+        wanted = max(whole, default=None) if step is None else step
+        final = self._manifest(_FINAL)
+        result = final is not None or _RESULT in listing
+        if not result and (wanted not in whole or self._has(wanted, named=step is not None)):
+            return
+        for name in sorted(listing, key=lambda name: name == _RESULT):
+            if PurePosixPath(name).parts[0] not in _ELSEWHERE and name != _FINAL and not name.endswith(".partial"):
+                self._get(name, self._folder.path / name, size=listing[name])
+        if final is not None:
+            aside = self._folder.begin_final()
+            for name, entry in final.files.items():
+                self._get(f"final/{name}", aside / name, size=entry.size)
+            fetched = Manifest.of(aside, step=None)
+            for name, entry in final.files.items():
+                if fetched.files.get(name) != entry:
+                    raise UserError(
+                        f"run.mirror: {self.place}/final/{name} is damaged: its checksum is not the one that {_FINAL} "
+                        f"says. Bring the file back from a copy, or remove {_FINAL} there to train the end again."
+                    )
+            self._folder.commit_final()
+        best = self._best()
+        if best is not None and best != wanted and best in whole and best not in self._folder.checkpoint_steps():
+            self._get_checkpoint(best, whole)
+        if wanted is not None and wanted in whole and not self._has(wanted, named=step is not None):
+            self._get_checkpoint(wanted, whole)
+            self._folder.continue_from(wanted)
+        if best in self._folder.checkpoint_steps():
+            self._folder.mark_best(best)
+        logger.info("fetched %s: %s", self.place, "its result" if result else f"the checkpoint of step {wanted}")
+
+    def _has(self, step: int, *, named: bool) -> bool:
+        """Whether the folder need not get the checkpoint of this step. named: the user asked for it by its name."""
+        here = step if named else self._folder.latest_checkpoint()
+        if here is None or (not named and here != step):
+            return here is not None and here > step
+        return find_damage(self._folder.checkpoint(here), step=here) is None
+
+    def _get_checkpoint(self, step: int, whole: list[int]) -> None:
+        name = f"checkpoints/step_{step:06d}"
+        aside = self._folder.begin_checkpoint(step)
+        manifest = self._manifest(f"{name}/{MANIFEST}")
+        if manifest is None:
+            raise RunError(f"run.mirror: {self.place}/{name}/{MANIFEST} cannot be read")
+        for file, entry in manifest.files.items():
+            self._get(f"{name}/{file}", aside / file, size=entry.size)
+        manifest.write(aside)
+        try:
+            self._folder.adopt_checkpoint(step)
+        except RunError as error:
+            before = [other for other in whole if other < step]
+            advice = f" or continue with --resume step_{before[-1]:06d}," if before else ""
+            raise UserError(
+                f"run.mirror: {self.place}/{name} is damaged. {error} Bring the file back from a copy,{advice} or "
+                "remove the damaged checkpoint there."
+            ) from error
+
+    def _whole_steps(self, listing: Mapping[str, int]) -> list[int]:
+        """Steps of the checkpoints that are whole there, rising."""
+        whole = []
+        for name in listing:
+            match = _in_step(name)
+            if match is None or not name.endswith(f"/{MANIFEST}"):
+                continue
+            manifest = self._manifest(name)
+            if manifest is not None and all(
+                listing.get(f"checkpoints/{match[0]}/{file}") == entry.size for file, entry in manifest.files.items()
+            ):
+                whole.append(int(match[1]))
+        return sorted(whole)
+
+    def _best(self) -> int | None:
+        marker = self._marker(_BEST)
+        step = None if marker is None else marker.get("step")
+        return step if isinstance(step, int) else None
+
+    def _listing(self) -> dict[str, int]:
+        """Sizes of all files there, by their names in the folder."""
+
+        def find() -> dict[str, int]:
+            self._store.invalidate_cache()
+            if not self._store.exists(self._root):
+                return {}
+            found: dict[str, dict[str, Any]] = self._store.find(self._root, detail=True)
+            return {path.removeprefix(self._root).lstrip("/"): int(one["size"]) for path, one in found.items()}
+
+        return self._tried(find)
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _put(self, path: Path, name: str) -> None:
+        parent = self._at(name).rpartition("/")[0]
+        if parent not in self._folders and self._has_folders:
+            self._tried(lambda: self._store.makedirs(parent, exist_ok=True))
+            self._folders.add(parent)
+        self._tried(lambda: self._store.put_file(str(path), self._at(name), callback=_Moves(self)))
+
+    def _get(self, name: str, path: Path, *, size: int) -> None:
+        """A file, whole or not at all. RunError if it is not as long as it should be."""
+        if ".." in PurePosixPath(name).parts:
+            raise RunError(f"run.mirror: {self.place} has a file {name!r}, which would lie outside the run's folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.partial")
+        self._tried(lambda: self._store.get_file(self._at(name), str(aside), callback=_Moves(self)))
+        if aside.stat().st_size != size:
+            raise RunError(f"run.mirror: {self.place}/{name} has {aside.stat().st_size} bytes, and {size} were listed")
+        aside.replace(path)
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        self._tried(lambda: self._store.pipe_file(self._at(name), json.dumps(value).encode()))
+
+    def _marker(self, name: str) -> dict[str, Any] | None:
+        """Return the object in a small file. None: it is not there, or was cut by a store that writes in parts."""
+        try:
+            value = json.loads(self._read(name) or b"null")
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """Return a manifest. None: it is not there, or was cut."""
+        content = self._read(name)
+        return None if content is None else Manifest.parse(content)
+
+    def _read(self, name: str) -> bytes | None:
+        """Return a small file's content. None: it is not there."""
+        try:
+            content: bytes = self._tried(lambda: self._store.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def _remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it."""
+
+        def remove() -> None:
+            if self._store.exists(self._at(name)):
+                self._store.rm(self._at(name), recursive=True)
+
+        self._tried(remove)
+
+    def _tried(self, call: Callable[[], T]) -> T:
+        """The call's result, at the third try if need be."""
+        for number in range(1, _TRIES + 1):
+            if self._abandoned:
+                raise TimeoutError("given up")
+            try:
+                result = call()
+            except Exception as error:
+                if number == _TRIES or isinstance(error, FileNotFoundError | PermissionError):
+                    raise
+                logger.warning("%s: %s; tried again", self.place, redact(_words(error)))
+                time.sleep(_PAUSE_S * 2 ** (number - 1))
+            else:
+                self._moved = time.monotonic()
+                return result
+        raise AssertionError("unreachable")
+
+    def _guarded(self, call: Callable[[], T], what: str) -> T:
+        """Its result, in a thread that is given up when nothing moves. RunError names the place."""
+        done: list[T] = []
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                done.append(call())
+            except Exception as error:  # noqa: BLE001  (raised below, with the place)
+                failed.append(error)
+
+        self._moved = time.monotonic()
+        thread = threading.Thread(target=work, name="mirror", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            if time.monotonic() - self._moved > self._stalled_s:
+                self._abandoned = True
+                raise RunError(f"run.mirror: {what} {self.place}: no answer for {self._stalled_s:g} s")
+            thread.join(0.2)
+        if failed and isinstance(failed[0], RunError | UserError):
+            raise failed[0]
+        if failed:
+            raise RunError(f"run.mirror: {what} {self.place} failed: {redact(_words(failed[0]))}") from failed[0]
+        return done[0]
+
+
+class _Moves(fsspec.callbacks.Callback):  # type: ignore[misc]
+    """Record that an upload still moves bytes."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        super().__init__()
+        self._mirror = mirror
+
+    def call(self, *args: Any, **kwargs: Any) -> None:
+        self._mirror._moved = time.monotonic()
+
+
+def _in_step(name: str) -> re.Match[str] | None:
+    """step_NNNNNN of a name in checkpoints/."""
+    parts = name.split("/")
+    return _STEP.fullmatch(parts[1]) if len(parts) > 2 and parts[0] == "checkpoints" else None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

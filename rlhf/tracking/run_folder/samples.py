@@ -1,0 +1,131 @@
+"""Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
+
+Written by whoever has the text (a reward worker), removed by the driver when a run resumes before it. Text is written
+as it was sampled: this is the user's data and is never redacted or cut.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf.tracking.run_folder.atomic import read_lines, write_lines
+
+if TYPE_CHECKING:
+    from rlhf.types import StepReward
+
+_TAIL_BYTES = 1 << 20  # of a file of samples in which its last line is looked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTurn:
+    """A stretch of a conversation: what the policy sampled, or what it was given."""
+
+    role: Literal["prompt", "policy", "environment"]
+    text: str  # special tokens written out
+    tokens: int
+    sampled: bool  # its tokens are in the response mask: they are trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTokens:
+    """All that stands behind the prompt, token by token, in columns of one length.
+
+    The texts joined are the whole of it, special tokens written out. A token that ends within a character is the empty
+    string, and the one that completes the character has it whole. None in place of a column: the run, or an evaluation
+    response, has no such numbers. None in a column: that token has none, as those that an environment wrote.
+    """
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    sampled: tuple[bool, ...]  # the response mask: only these are trained on
+    rollout_logprobs: tuple[float | None, ...]  # by the engine while it sampled
+    old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights that the step began with
+    ref_logprobs: tuple[float | None, ...] | None
+    teacher_logprobs: tuple[float | None, ...] | None
+    advantages: tuple[float | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """One response. None: the run, or an evaluation response, has no such number."""
+
+    split: str  # "train", or the evaluation set's name
+    group_id: int  # place in the prompt stream; in an evaluation, row of the set
+    prompt_id: int  # row in the data
+    sample: int  # which of the responses to this prompt
+    prompt: str
+    response: str
+    score: float | None  # weighted sum
+    scores: Mapping[str, float | None]  # each reward that applies, before its gate and weight; None: no opinion
+    advantage: float | None  # mean over its tokens
+    preferred: bool | None  # whether it is the chosen response of its pair
+    truncated: bool
+    response_tokens: int
+    min_version: int  # oldest and newest weights that sampled a token of it
+    max_version: int
+    mean_rollout_logprob: float
+    mean_old_logprob: float | None
+    mean_ref_logprob: float | None
+    mean_teacher_logprob: float | None
+    steps: Mapping[str, Sequence[StepReward]] = field(
+        default_factory=dict
+    )  # of the rewards that are credited by steps;
+    # their ends are places in `tokens`
+    turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
+    tokens: SampleTokens | None = None  # added with the text by whoever has them
+
+
+def samples_path(folder: Path, step: int) -> Path:
+    """Where a step's samples lie."""
+    return folder / "samples" / f"step_{step:06d}.jsonl"
+
+
+def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
+    """Write samples of one step at its `samples_path`, in place of what is there of the same splits.
+
+    A step's training and evaluation samples may so come in any order. Non-finite numbers become null.
+    """
+    path.parent.mkdir(exist_ok=True)
+    splits = {record.split for record in records}
+    others = [row for row in read_lines(path) if row["split"] not in splits]
+    write_lines(path, [*others, *(_finite(asdict(record)) for record in records)])
+
+
+def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
+    """The last response that is written of a step, of the evaluation if there was one; None if there is none.
+
+    It reads the file's end alone: an evaluation may have written many.
+    """
+    path = samples_path(folder, step)
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+            found = json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):  # not written yet, or one response alone is longer than that
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def remove_files_after(folder: Path, step: int) -> list[int]:
+    """Remove the samples and the evaluations of later steps, as a resumed run writes them anew. Returns those steps."""
+    removed = set()
+    for path in (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")):
+        number = int(path.stem.removeprefix("step_"))
+        if number > step:
+            path.unlink()
+            removed.add(number)
+    return sorted(removed)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,124 @@
+"""What a back end of the tracker is, and the thread on which each one works, so that the loop never waits for it.
+
+A back end is a view of the run folder elsewhere: W&B, TensorBoard, Prometheus. The driver hands it steps; what it makes
+of them is its own, and so are its failures. Nothing here decides what is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.logs import redact
+from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.atomic import read_lines
+from rlhf.tracking.run_folder.samples import samples_path
+
+logger = logging.getLogger(__name__)
+
+CLOSE_WITHIN_S = 90.0  # more than any back end gives itself
+MOST_WAITING = 256  # calls; a back end that is further behind than that misses some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedStep:
+    """One step as it is in the run folder."""
+
+    folder: Path
+    step: int
+    metrics: Mapping[str, float | None]  # None: not finite
+    histograms: Mapping[str, Histogram]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The step's rows of samples/, read now; none if it has none."""
+        return read_lines(samples_path(self.folder, self.step))
+
+
+class TrackerBackend(Protocol):
+    """A view of the run folder elsewhere. All calls come from one thread; what they raise ends the view alone."""
+
+    name: str  # in messages
+
+    def log(self, step: TrackedStep) -> None:
+        """One step. Steps rise, but after a resume some may come again."""
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Something that somebody should look at, once."""
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """A checkpoint that is whole. It may be removed when the next one is."""
+
+    def close(self, *, failed: bool) -> None:
+        """Hand over what is left, within CLOSE_WITHIN_S. The run folder's files are all closed."""
+
+
+class Relay:
+    """A back end on a thread of its own. After its first failure it is left alone, with one warning."""
+
+    def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
+        self._backend = backend
+        self._close_within_s = close_within_s
+        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MOST_WAITING)
+        self._broken = False
+        self._missed = False
+        self._thread = threading.Thread(target=self._work, name=f"tracking {backend.name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: TrackedStep) -> None:
+        """Hand a step over."""
+        self._put("logging", lambda: self._backend.log(step))
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Hand an alert over."""
+        self._put("alerting", lambda: self._backend.alert(severity, title, text))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Hand a checkpoint over."""
+        self._put("taking a checkpoint", lambda: self._backend.checkpoint(step, folder))
+
+    def close(self, *, failed: bool) -> None:
+        """Let it finish what it has, or leave it at the deadline."""
+        end = time.monotonic() + self._close_within_s
+        for call in (("finishing", lambda: self._backend.close(failed=failed)), None):
+            try:
+                self._calls.put(call, timeout=max(end - time.monotonic(), 0.0))
+            except queue.Full:
+                break
+        self._thread.join(max(end - time.monotonic(), 0.0))
+        if self._thread.is_alive():
+            logger.warning(
+                "%s did not finish within %.0f s and is left: metrics.jsonl has all",
+                self._backend.name,
+                self._close_within_s,
+            )
+
+    def _put(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            self._calls.put_nowait((what, call))
+        except queue.Full:
+            if not (self._missed or self._broken):
+                logger.warning("%s is %d calls behind and misses some", self._backend.name, MOST_WAITING)
+            self._missed = True
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if self._broken:
+                continue
+            try:
+                call[1]()
+            except Exception as error:  # noqa: BLE001  (whatever it is, it ends the view alone)
+                self._broken = True
+                logger.warning(
+                    "%s failed while %s: %s: %s. The run goes on without it: metrics.jsonl has all.",
+                    self._backend.name,
+                    call[0],
+                    type(error).__name__,
+                    redact(str(error)).rstrip("."),
+                )

@@ -1,0 +1,76 @@
+"""TensorBoard as a tracker back end: event files in <run folder>/tensorboard, for `tensorboard --logdir runs`.
+
+Scalars and histograms under the names of the metrics, alerts as text. Samples and timeline it has no place for.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.errors import UserError
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.sinks.backends import TrackedStep
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_S = 10
+
+
+def open_tensorboard(folder: Path, *, done_steps: int | None) -> TensorboardBackend:
+    """Write on from a step; what an earlier start wrote of later ones TensorBoard then leaves out. None: from nothing.
+
+    UserError: the package is not installed.
+    """
+    if find_spec("tensorboard") is None:
+        raise UserError(
+            "tracking.tensorboard is true, but the package tensorboard is not installed: "
+            "`pip install 'ray-rlhf[tensorboard]'`, or set it to false."
+        )
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge = None if done_steps is None else done_steps + 1
+    return TensorboardBackend(SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=FLUSH_S))
+
+
+class TensorboardBackend:
+    """An open event file."""
+
+    name = "TensorBoard"
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+        self._step = 0
+
+    def log(self, step: TrackedStep) -> None:
+        """One point of each scalar, one distribution of each histogram."""
+        self._step = step.step
+        for key, value in step.metrics.items():
+            if value is not None:
+                self._writer.add_scalar(key, value, step.step)
+        for key, found in step.histograms.items():
+            middles = [(low + high) / 2 for low, high in zip(found.edges, found.edges[1:], strict=False)]
+            self._writer.add_histogram_raw(
+                key,
+                min=found.edges[0],
+                max=found.edges[-1],
+                num=sum(found.counts),
+                sum=sum(c * m for c, m in zip(found.counts, middles, strict=True)),
+                sum_squares=sum(c * m * m for c, m in zip(found.counts, middles, strict=True)),
+                bucket_limits=list(found.edges[1:]),
+                bucket_counts=list(found.counts),
+                global_step=step.step,
+            )
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """A text at the last step."""
+        self._writer.add_text(f"alerts/{title}", f"**{severity}**: {text}", self._step)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """It keeps none."""
+
+    def close(self, *, failed: bool) -> None:
+        """Write the rest."""
+        self._writer.close()

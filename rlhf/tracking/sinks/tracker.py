@@ -1,0 +1,134 @@
+"""The one place where a step's numbers are written: always metrics.jsonl, and every back end that was asked for.
+
+The driver logs once a step; a resumed run first takes back what came after its checkpoint. What looks wrong in the rows
+is told when it first shows. The tracker computes no metric and reads no clock but its own `time_s`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rlhf.tracking.diagnosis.diagnose import Watch
+from rlhf.tracking.diagnosis.findings import Finding, Severity
+from rlhf.tracking.logs import redact
+from rlhf.tracking.metrics import histograms
+from rlhf.tracking.metrics.declarations import declared
+from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines
+from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
+from rlhf.tracking.run_folder.samples import remove_files_after
+from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
+
+logger = logging.getLogger(__name__)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl in order of steps, without a last line that a kill has cut.
+
+    ValueError: a line is not an object with a step.
+    """
+    path = folder / "metrics.jsonl"
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: the row has no `step`, or one that is no whole number")
+    return rows
+
+
+class Tracker:
+    """Writer of metrics.jsonl, histograms.jsonl and errors.jsonl. Invariant: one row a step, steps rising, each row on
+    the disk before `log` returns.
+    """
+
+    def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
+        self._folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._backends = tuple(map(Relay, backends))
+        for name in ("metrics.jsonl", histograms.FILE, "errors.jsonl"):
+            keep_lines(folder / name, lambda row: True)
+        self._continue()
+
+    def _continue(self) -> None:
+        """Take up step, clock and what has been told from the rows."""
+        rows = read_metrics(self._folder)
+        self._watch = Watch()
+        for row in rows:
+            self._watch.observe(row)
+        self._last_step: int = rows[-1]["step"] if rows else -1
+        self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, Histogram] = MappingProxyType({})
+    ) -> list[Finding]:
+        """Write the step's row and its histograms. Non-finite values become null, with a warning. Returns what looks
+        wrong from this step on, which is logged and told too.
+
+        KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"step {step} was logged after step {self._last_step}: one row a step, steps rising")
+        values: dict[str, float | None] = {}
+        for key in sorted(metrics):
+            declared(key)
+            value = metrics[key]
+            if not isinstance(value, int | float):
+                raise TypeError(f"metric {key!r} is a {type(value).__name__}, expected a number")
+            values[key] = value if math.isfinite(value) else None
+            if not math.isfinite(value):
+                logger.warning("step %d: %s is %s, written as null", step, key, value)
+        for key in distributions:
+            declared(key)
+        histograms.append_histograms(self._folder, step, distributions)
+        row = {"step": step, "time_s": round(time.monotonic() - self._start, 3), **values}
+        append_line(self._path, row)
+        self._last_step = step
+        for backend in self._backends:
+            backend.log(TrackedStep(folder=self._folder, step=step, metrics=values, histograms=distributions))
+        found = self._watch.observe(row)
+        for one in found:
+            logger.log(logging.INFO if one.severity == "notice" else logging.WARNING, "%s", one.sentence())
+            if one.severity != "notice":
+                self.alert(one.severity, one.kind, f"Step {step}: {one.sentence()}")
+        return found
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """Tell the back ends of something that somebody should look at."""
+        for backend in self._backends:
+            backend.alert(severity, title, redact(text))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Tell the back ends of a checkpoint that is whole."""
+        for backend in self._backends:
+            backend.checkpoint(step, folder)
+
+    def log_error(self, record: ErrorRecord) -> None:
+        """Append to errors.jsonl."""
+        write_error(self._folder, record)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was written of later steps, which a run resumed at this step will write again. Once, at start."""
+        rows = keep_lines(self._path, lambda row: row["step"] <= step)
+        keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
+        errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)
+        files = remove_files_after(self._folder, step)
+        if rows or errors or files:
+            start = "the run starts from the beginning" if step < 0 else f"the run continues after step {step}"
+            logger.info(
+                "%s: removed the metrics of %d steps, %d files of samples and evaluations, and %d errors",
+                start,
+                rows,
+                len(files),
+                errors,
+            )
+        self._continue()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the back ends; `failed` marks the run so in them."""
+        for backend in self._backends:
+            backend.close(failed=failed)

@@ -1,0 +1,252 @@
+"""W&B as a tracker back end: offline (files in the run folder, `wandb sync` later) or online.
+
+Opened once by the driver; nothing else in the project calls W&B, which is a view of the run folder and holds nothing
+that is not there. W&B may fail the start of a run, never hang it, and never stop a run that is under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rlhf.errors import RunError, UserError
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.logs import redact, redact_config
+from rlhf.tracking.metrics.histograms import trimmed
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.environment import git_state
+from rlhf.tracking.sinks.backends import TrackedStep
+
+if TYPE_CHECKING:
+    import wandb
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_MARGIN_S = 10.0  # W&B keeps deadlines of its own; ours, this much later, are for what those do not cover
+MOST_ROWS = 64  # of a step's table of one split; samples/ has all
+_USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
+
+
+def open_wandb(
+    folder: Path,
+    *,
+    mode: Literal["offline", "online"],
+    project: str,
+    name: str,
+    config: Mapping[str, Any],
+    entity: str | None = None,
+    job_type: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    checkpoints: bool = False,
+    timeout_s: float = 60.0,
+) -> WandbBackend:
+    """Start, or after a resume continue, the run folder's W&B run (its id lies in <folder>/wandb_run_id).
+
+    `config` is masked before it leaves the process, and gets the state of the repository as `git`. checkpoints: they
+    and the final model are kept as artifacts. UserError: online without credentials. RunError: W&B did not start
+    within timeout_s.
+    """
+    import wandb
+
+    id_path = folder / "wandb_run_id"
+    if not id_path.exists():
+        write_atomic(id_path, uuid.uuid4().hex[:12] + "\n")
+    run_id = id_path.read_text(encoding="utf-8").strip()
+    git = git_state()
+    # What artifacts are made of waits there for `wandb sync`: beside the run, not in somebody's home.
+    os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str((folder / "wandb").resolve())
+
+    def start() -> wandb.Run:
+        if mode == "online" and not wandb.login(prompt=False):
+            raise UserError(
+                "tracking.wandb is online, but W&B has no credentials here: set WANDB_API_KEY, run `wandb login`, or "
+                "set tracking.wandb=offline."
+            )
+        return wandb.init(
+            mode=mode,
+            dir=folder,
+            id=run_id,
+            entity=entity,
+            project=project,
+            name=name,
+            job_type=job_type,
+            group=group,
+            tags=list(tags),
+            config={**plain(redact_config(config)), "git": git or {}},
+            resume="allow" if mode == "online" else None,  # offline has nothing to look the id up in
+            settings=wandb.Settings(
+                init_timeout=timeout_s,
+                finish_timeout=timeout_s,  # at the interpreter's exit too, where there is no thread to abandon
+                finish_timeout_raises=True,
+                console="off",
+                silent=True,
+                disable_code=True,
+                disable_git=True,  # it would read the remote's URL, which may hold a token
+                git_commit=git["commit"] if git else None,
+                x_disable_meta=True,  # it would upload the command line, which may hold secrets
+            ),
+        )
+
+    try:
+        run = _within(timeout_s + _MARGIN_S, "starting", start)
+    except (wandb.errors.Error, TimeoutError, OSError) as error:
+        raise RunError(
+            f"tracking: W&B did not start ({mode}): {redact(str(error)).rstrip('.')}. "
+            "Set tracking.wandb=offline, or off; metrics.jsonl is written in any case."
+        ) from error
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")  # W&B's own counter restarts at 0 in a resumed offline run
+    return WandbBackend(run, folder, checkpoints=checkpoints)
+
+
+class WandbBackend:
+    """A started W&B run."""
+
+    name = "W&B"
+
+    def __init__(self, run: wandb.Run, folder: Path, *, checkpoints: bool) -> None:
+        self._run = run
+        self._folder = folder
+        self._checkpoints = checkpoints
+
+    @property
+    def run_id(self) -> str:
+        """Id of the W&B run."""
+        return str(self._run.id)
+
+    def log(self, step: TrackedStep) -> None:
+        """Queue one row with its histograms and tables of samples; W&B's own process writes or sends it."""
+        import wandb
+
+        row: dict[str, Any] = {"step": step.step}
+        row |= {key: value for key, value in step.metrics.items() if value is not None}
+        for key, found in step.histograms.items():
+            form = trimmed(found)
+            row[key] = wandb.Histogram(np_histogram=(form["counts"], form["edges"]))
+        for split, (columns, rows) in tables(step.samples()).items():
+            row[f"samples/{split}"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+        self._run.log(row)
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        """W&B tells whoever has asked it to."""
+        self._run.alert(title=title[:63], text=text, level="ERROR" if severity == "failure" else "WARN")
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """A new version of the run's checkpoint, if they are kept."""
+        if self._checkpoints:
+            self._keep("checkpoint", folder, aliases=("latest", f"step-{step}"), metadata={"step": step})
+
+    def close(self, *, failed: bool) -> None:
+        """Add the timeline and, if checkpoints are kept, the final model; wait for W&B to write or send the rest."""
+        timeline, final = self._folder / "timeline.json", self._folder / "final"
+        if timeline.exists():
+            self._keep("timeline", timeline)
+        if self._checkpoints and final.exists():
+            self._keep("model", final)
+        self._run.finish(exit_code=1 if failed else 0)
+
+    def _keep(
+        self, kind: str, path: Path, *, aliases: Sequence[str] = ("latest",), metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a file or folder as an artifact of this run. What the run will remove or write again is copied."""
+        import wandb
+
+        artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind, metadata=dict(metadata or {}))
+        policy = "immutable" if kind == "model" else "mutable"
+        try:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    name = str(file.relative_to(path)) if file != path else path.name
+                    artifact.add_file(str(file), name=name, policy=policy)
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning("%s was gone before W&B had read it: it is not kept there (%s)", path, error)
+            return
+        self._run.log_artifact(artifact, aliases=list(aliases))
+
+
+def plain(value: Any) -> Any:
+    """A config tree of mappings and scalars: a list, of which W&B's plots make nothing, becomes words with commas."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, Mapping | list | tuple) for item in value):
+            return {str(place): plain(item) for place, item in enumerate(value)}
+        return ", ".join(map(str, value))
+    return value
+
+
+def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Columns and rows of a table for each split of a step's samples, its first MOST_ROWS; secrets masked.
+
+    An evaluation stage writes a set's name in the split's place. An example that it measured without a response is left
+    out.
+    """
+    by_split: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        if "response" in sample:
+            by_split.setdefault(sample.get("split") or sample["set"], []).append(sample)
+    found = {}
+    for split, rows in by_split.items():
+        rewards = sorted({name for row in rows for name in row.get("scores") or {}})
+        columns = ["group_id", "sample", "prompt", "response", "score", *(f"score/{name}" for name in rewards)]
+        columns += ["advantage", "response_tokens", "truncated", "old_minus_rollout_logprob", "old_minus_ref_logprob"]
+        found[split] = (columns, [_cells(row, rewards) for row in rows[:MOST_ROWS]])
+    return found
+
+
+def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
+    scores, old = row.get("scores") or {}, _mean_logprob(row, "old")
+    return [
+        row.get("group_id"),
+        row.get("sample"),
+        redact(row["prompt"]),
+        redact(row["response"]),
+        row.get("score"),
+        *(scores.get(name) for name in rewards),
+        row.get("advantage"),
+        row.get("response_tokens"),
+        row.get("truncated"),
+        _difference(old, row.get("mean_rollout_logprob")),
+        _difference(old, _mean_logprob(row, "ref")),
+    ]
+
+
+def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
+    """Over the sampled tokens; where it was not known before the update, of the tokens themselves."""
+    mean: float | None = row.get(f"mean_{whose}_logprob")
+    values = [value for value in (row.get("tokens") or {}).get(f"{whose}_logprobs") or () if value is not None]
+    return fmean(values) if mean is None and values else mean
+
+
+def _difference(left: float | None, right: float | None) -> float | None:
+    found = None if left is None or right is None else left - right
+    return found if found is None or math.isfinite(found) else None
+
+
+def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
+    """The call's result, from a thread that is abandoned at the deadline. TimeoutError says what was awaited."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (handed to the waiting thread, which raises it)
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"wandb {what}", daemon=True).start()
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise TimeoutError(f"waited {timeout_s:g} s for W&B ({what})") from error

@@ -1,0 +1,196 @@
+"""A worker of the reward role: turns responses into scores, and into text for the samples file.
+
+Functions run in processes of their own and services are asked (rlhf.rewards); the reward model, if the run has one, is
+held here. The only role besides the engines that knows the tokenizer's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from rlhf.config.schema.model import RewardModelConfig
+from rlhf.data.chat import turn_end
+from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.engine.memory import peak_memory
+from rlhf.evaluation.voting import AnswerForm, answer_of
+from rlhf.models.loading import load_tokenizer
+from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
+from rlhf.roles import MemoryReport
+from rlhf.rollouts.environments.turns import PLACEHOLDER
+from rlhf.rollouts.records.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
+from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
+from rlhf.workers.frozen.reward_model import RewardModel
+from rlhf.workers.rank_context import RankPlace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """What a reward worker is made of."""
+
+    specs: tuple[RewardSpec, ...]
+    tokenizer: str  # folder or name of the policy's
+    trust_remote_code: bool
+    model: RewardModelConfig | None  # None: no reward uses a model
+    timeout_s: float
+    processes: int
+    memory_gib: float
+    max_tokens_per_microbatch: int
+    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
+
+    @property
+    def concurrency(self) -> int:
+        """Calls that one worker takes at once: groups to score, groups to ask services about, and one for a ping."""
+        return self.processes + asks_in_flight(self.specs) + 1
+
+
+class RewardWorker:
+    """Scores groups, several at once; groups are dealt out among the workers."""
+
+    def __init__(self, settings: RewardSettings, place: RankPlace) -> None:
+        self.settings = settings
+        self.place = place
+        torch.set_num_threads(place.threads)
+
+    def ping(self) -> None:
+        """Show that the process answers."""
+
+    def start(self) -> None:
+        """Start the reward processes and load the model, if any."""
+        settings = self.settings
+        self.tokenizer = load_tokenizer(
+            settings.tokenizer, trust_remote_code=settings.trust_remote_code, template=settings.template
+        )
+        self.turn_end = turn_end(self.tokenizer)
+        self.rewards = RewardSet(
+            settings.specs,
+            timeout_s=settings.timeout_s,
+            processes=settings.processes,
+            memory_gib=settings.memory_gib,
+        )
+        self.rewards.greet()
+        if settings.model is not None:
+            self.model = RewardModel(
+                settings.model,
+                self.place.torch_device(),
+                max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
+                rank=self.place.rank,
+            )
+
+    def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, Outcome]:
+        """What the services say of one group's responses; to be given to `score`."""
+        return self.rewards.ask(self._as_read(prompt, rollouts), self.texts(rollouts), truncated=truncated)
+
+    def score(
+        self,
+        prompt: Prompt,
+        rollouts: Rollouts,
+        truncated: Sequence[bool],
+        asked: dict[str, Outcome],
+        environment_rewards: Sequence[tuple[StepReward, ...] | None] = (),
+    ) -> GroupScores:
+        """Scores of one group's responses, of which some may have been cut. asked: what `ask` gave.
+        environment_rewards: where there is an environment, the rewards that it gave, turn by turn."""
+        specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
+        given = [rewards for rewards in environment_rewards if rewards is not None]
+        scores = {
+            spec.name: [sum((s.value for s in one), 0.0) for one in given] for spec in specs if spec.from_environment
+        }
+        steps = {spec.name: given for spec in specs if spec.from_environment}
+        models = [spec.name for spec in specs if spec.is_model and not spec.by_step]
+        scores |= dict.fromkeys(models, self._model_scores(rollouts) if models else [])
+        models = [spec.name for spec in specs if spec.is_model and spec.by_step]
+        steps |= dict.fromkeys(models, self._model_steps(rollouts) if models else [])
+        return self.rewards.score(
+            self._as_read(prompt, rollouts),
+            self.texts(rollouts),
+            truncated=truncated,
+            model_scores=scores,
+            asked=asked,
+            model_steps=steps,
+            places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end)
+            if any(spec.by_step for spec in specs)
+            else None,
+        )
+
+    def _model_scores(self, rollouts: Rollouts) -> list[float]:
+        """What the reward model says of each response."""
+        ends = None if self.model.steps is None else self._step_ends(rollouts)
+        return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
+
+    def _model_steps(self, rollouts: Rollouts) -> list[tuple[StepReward, ...]]:
+        """What it says of the steps of each response."""
+        return self.model.step_rewards(rollouts.token_ids, rollouts.lengths, self._step_ends(rollouts))
+
+    def _step_ends(self, rollouts: Rollouts) -> Bool[Tensor, " N"]:
+        assert self.model.steps is not None
+        columns = (rollouts.token_ids, rollouts.lengths, rollouts.response_mask)
+        return step_ends(*columns, self.tokenizer, separator=self.model.steps.separator)
+
+    def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
+        """The prompt with what an environment began the conversation with."""
+        if PLACEHOLDER not in prompt.text:
+            return prompt
+        return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """Each response as text, without the special tokens that end it."""
+        return response_texts(rollouts, self.tokenizer, turn_end=self.turn_end)
+
+    def transcripts(self, rollouts: Rollouts) -> list[Transcript]:
+        """Each response turn by turn and token by token."""
+        return transcripts(rollouts, range(len(rollouts.lengths)), self.tokenizer, turn_end=self.turn_end)
+
+    def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
+        """What each response answers, by which responses vote; None: nothing."""
+        return tuple(answer_of(text, form) for text in self.texts(rollouts))
+
+    def write_samples(
+        self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *parts: Rollouts | TokenSignals
+    ) -> None:
+        """Give each group's records their responses and tokens, of conversations also the turns, and write the step's
+        file. `parts`: a group's rollouts for each of the records, then what training made of the tokens."""
+        whole = []
+        signals = [part for part in parts if isinstance(part, TokenSignals)]
+        for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
+            places = [record.sample for record in group]
+            found = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
+            for record, said in zip(group, found, strict=True):
+                record = replace(_with_token_means(record, said.tokens), response=said.response, tokens=said.tokens)
+                if record.turns is not None:
+                    record = replace(record, prompt=said.turns[0].text, turns=said.turns)
+                whole.append(record)
+        write_samples(path, whole)
+
+    def memory(self) -> MemoryReport:
+        """Peaks of this process; the reward processes are not in it."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+    def stop(self) -> None:
+        """End the reward processes."""
+        self.rewards.close()
+
+
+def _with_token_means(record: SampleRecord, tokens: SampleTokens) -> SampleRecord:
+    """Return the record with the mean log-probabilities of its tokens, where the controller had none.
+
+    A run with one update per batch measures them in that update, after the controller has made the record.
+    """
+
+    def mean(known: float | None, column: Sequence[float | None] | None) -> float | None:
+        values = [value for value in column or () if value is not None]
+        return sum(values) / len(values) if known is None and values else known
+
+    return replace(
+        record,
+        mean_old_logprob=mean(record.mean_old_logprob, tokens.old_logprobs),
+        mean_ref_logprob=mean(record.mean_ref_logprob, tokens.ref_logprobs),
+    )

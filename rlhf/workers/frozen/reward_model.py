@@ -1,0 +1,82 @@
+"""The reward model, as whoever scores responses holds it. It sees tokens and gives numbers; it knows no rewards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rlhf.config.schema.model import RewardModelConfig
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import sequence_scores, token_scores
+from rlhf.models.reward_models import load_reward_model
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
+from rlhf.objectives.reward_model_loss import combined_steps
+from rlhf.types import StepReward
+from rlhf.workers.microbatches import Slice, slices
+from rlhf.workers.rank_context import torch_dtype
+
+
+class RewardModel:
+    """A frozen sequence-classification model with one label. Thread-safe: one pass at a time."""
+
+    def __init__(
+        self, config: RewardModelConfig, device: torch.device, *, max_tokens_per_microbatch: int, rank: int = 0
+    ) -> None:
+        self.steps = config.steps
+        self.device = device
+        self.rank = rank
+        self.max_tokens = max_tokens_per_microbatch
+        self.lock = threading.Lock()
+        with explains_out_of_memory(role="reward", stage="start", rank=rank):
+            model = load_reward_model(
+                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
+            )
+            self.model = model.to(device).eval().requires_grad_(False)
+            check_rows(self.model, device)
+
+    def scores(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
+    ) -> list[float]:
+        """One number a sequence: the head's value at its last token, or what it says of the steps that end where told,
+        as `config.steps` combines it."""
+        scores = [0.0] * len(lengths)
+        function = sequence_scores if step_ends is None else token_scores
+        for piece, said in self._passes(function, token_ids, lengths):
+            found = said
+            if step_ends is not None:
+                assert self.steps is not None
+                found = combined_steps(said, step_ends[piece.tokens], piece.lengths, by=self.steps.combine)
+            for row, value in zip(piece.rows, found.tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    def step_rewards(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
+    ) -> list[tuple[StepReward, ...]]:
+        """Of each sequence, the probabilities that the steps that end where told are right."""
+        found: list[tuple[StepReward, ...]] = [()] * len(lengths)
+        for piece, said in self._passes(token_scores, token_ids, lengths):
+            sizes = piece.lengths.tolist()
+            columns = said.sigmoid().split(sizes), step_ends[piece.tokens].split(sizes)
+            for row, values, ends in zip(piece.rows, *columns, strict=True):
+                told = zip(ends.nonzero().flatten().tolist(), values[ends].tolist(), strict=True)
+                found[row] = tuple(StepReward(end=end, value=value) for end, value in told)
+        return found
+
+    def _passes(
+        self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
+    ) -> Iterator[tuple[Slice, Tensor]]:
+        """The sequences in micro-batches, with what one of rlhf.models.heads gives for each."""
+        sizes = lengths.tolist()
+        with self.lock, torch.no_grad():
+            layout = row_layout(self.model)
+            for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens, layout=layout):
+                with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
+                    tokens = token_ids[piece.tokens].to(self.device)
+                    found = function(self.model, tokens, piece.lengths.to(self.device)).cpu()
+                yield piece, found

@@ -1,0 +1,107 @@
+"""A worker of the frozen teacher: its hidden states where the student learns, and once its vocabulary head.
+
+From both the student's ranks make the teacher's logits, some rows at a time; no logits leave a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.config.schema.model import TeacherConfig
+from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import learnt_states, lm_head_settings, lm_head_weight
+from rlhf.models.row_check import check_rows
+from rlhf.models.row_layout import row_layout
+from rlhf.roles import MemoryReport
+from rlhf.types import Examples, LearntStates, VocabularyHead
+from rlhf.workers.microbatches import Slice, slices
+from rlhf.workers.rank_context import RankPlace, torch_dtype
+
+
+class TeacherWorker:
+    """Holds the whole model; rows are dealt out among the workers."""
+
+    def __init__(self, model: TeacherConfig, place: RankPlace, *, max_tokens_per_microbatch: int) -> None:
+        self.model_config = model
+        self.place = place
+        self.max_tokens = max_tokens_per_microbatch
+        self.device = place.torch_device()
+        torch.set_num_threads(place.threads)
+
+    def start(self) -> None:
+        """Load the model."""
+        config = self.model_config
+        with explains_out_of_memory(role="teacher", stage="start", rank=self.place.rank):
+            model = load_causal_lm(
+                config.model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code
+            )
+            self.model = model.to(self.device).eval().requires_grad_(False)
+            check_rows(self.model, self.device)
+
+    def load_data(self, *sets: Examples) -> None:
+        """The data sets, as the student has them."""
+        self.sets = sets
+
+    def head(self) -> tuple[VocabularyHead, int]:
+        """What makes logits of the states, and the tokens of its vocabulary."""
+        return vocabulary_head(self.model)
+
+    def states(self, dataset: int, shares: Sequence[Sequence[int]]) -> tuple[LearntStates | int, ...]:
+        """Of each share of rows one column, computed packed together over the shares; last, the states in all."""
+        examples = self.sets[dataset].take([row for share in shares for row in share])
+        lengths = examples.lengths.tolist()
+        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model))
+        hidden = states_of(self.model, examples, cut, place=self.place)
+        return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
+
+    def memory(self) -> MemoryReport:
+        """Peaks of this process."""
+        peak = peak_memory()
+        return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
+
+
+def vocabulary_head(model: Any) -> tuple[VocabularyHead, int]:
+    """What makes logits of a model's states, and the tokens of its vocabulary."""
+    settings = lm_head_settings(model)
+    weight, bias = lm_head_weight(model).detach(), settings["bias"]
+    settings["bias"] = bias if bias is None else bias.detach().cpu()
+    return VocabularyHead(weight=weight.cpu(), **settings), len(weight)
+
+
+def states_of(model: Any, examples: Examples, cut: Sequence[Slice], *, place: RankPlace) -> Float[Tensor, "n H"]:
+    """The states in which the tokens to be learnt are predicted, in the tokens' order; `cut` are all micro-batches."""
+    device = place.torch_device()
+    places = examples.loss_mask.cumsum(0) - 1
+    weight = lm_head_weight(model)
+    hidden = weight.new_empty(int(examples.loss_mask.sum()), weight.shape[1], device="cpu")
+    for piece in cut:
+        mask = examples.loss_mask[piece.tokens]
+        with (
+            torch.no_grad(),
+            explains_out_of_memory(role="teacher", stage="states", rank=place.rank, tokens=len(piece.tokens)),
+        ):
+            found = learnt_states(
+                model,
+                examples.token_ids[piece.tokens].to(device),
+                piece.lengths.to(device),
+                mask=mask.to(device),
+                branches=piece.branches,
+            )
+        hidden[places[piece.tokens[mask]]] = found.cpu()
+    return hidden
+
+
+def in_shares(examples: Examples, hidden: Float[Tensor, "n H"], sizes: Sequence[int]) -> list[LearntStates]:
+    """One column for each share of so many sequences."""
+    counts = torch.stack([mask.sum() for mask in examples.loss_mask.split(examples.lengths.tolist())]).split(sizes)
+    parts = (examples.sequence_ids.split(sizes), counts, hidden.split([int(of_rows.sum()) for of_rows in counts]))
+    return [
+        LearntStates(sequence_ids=ids, lengths=of_rows, hidden=part.clone())
+        for ids, of_rows, part in zip(*parts, strict=True)
+    ]

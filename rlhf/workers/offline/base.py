@@ -1,0 +1,117 @@
+"""What the ranks that train on fixed data share: the data sets, and an optimizer step's rows in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from rlhf.config.schema.root import Config
+from rlhf.engine.base import StepReport
+from rlhf.models.row_layout import RowLayout
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.reductions import Last, Mean
+from rlhf.types import Examples, MinibatchPlan, Pairs, TokenValues
+from rlhf.workers.microbatches import SharedPrompts, Slice, padded, slices
+from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.trained import TrainedWorker
+
+E = TypeVar("E", bound=Examples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A rank's rows of one optimizer step: one sequence a row for each side that was asked for."""
+
+    rows: tuple[int, ...]  # of the data set
+    pairs: Pairs  # of these rows, in this order; of their sequences, those of the sides
+    num_sides: int
+    cut: tuple[Slice, ...]  # over the pairs' columns; the sides of a row are never split
+    reference: TokenValues | None  # aligned to them; None: there is none
+
+    def places(self, piece: Slice) -> list[int]:
+        """Which of `rows` a micro-batch holds."""
+        return [place // self.num_sides for place in piece.rows[:: self.num_sides]]
+
+
+class OfflineWorker(TrainedWorker):
+    """One rank of the trained model of a run without rollouts. A plan's sequence ids are rows of a data set."""
+
+    role = "policy"
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        super().__init__(
+            config,
+            config.policy,
+            config.cluster.roles.policy,
+            place,
+            lr=config.train.lr,
+            optimizer_steps=optimizer_steps,
+        )
+
+    def step_metrics(self, report: StepReport) -> Metrics:
+        """Of the optimizer step itself, told by the first rank alone."""
+        if self.place.rank != 0:
+            return {}
+        return {"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)}
+
+
+class ExamplesWorker(OfflineWorker, Generic[E]):
+    """One whose data are single sequences."""
+
+    def load_data(self, *sets: E) -> None:
+        """The data sets: the training set first."""
+        self.sets = sets
+
+    def cut(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Slice]]:
+        """This rank's examples of a plan, and their micro-batches. Collective."""
+        rows = plan.sequences_by_rank[self.data_rank]
+        examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        lengths = examples.lengths.tolist()
+        budget = self.config.train.max_tokens_per_microbatch
+        cut = slices(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
+        return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
+
+
+class PairsWorker(OfflineWorker):
+    """One whose data are rows of several sequences."""
+
+    references: dict[int, TokenValues]  # by data set; empty: the losses read none
+
+    def load_data(self, *sets: Pairs) -> None:
+        """The data sets: the training set first."""
+        self.sets = sets
+        self.references = {}
+
+    def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] | None = None) -> Batch:
+        """This rank's rows of a plan, of each these of its sequences; None: all. Collective."""
+        rows = plan.sequences_by_rank[self.data_rank]
+        some = torch.tensor(rows or (0,))  # without rows a token to pass, of which nothing is learnt
+        whole = self.sets[dataset]
+        sides = range(whole.num_sides) if sides is None else sides
+        sequences = [whole.num_sides * row + side for row in some.tolist() for side in sides]
+        pairs = Pairs(
+            examples=whole.examples.take(sequences),
+            prompt_tokens=whole.prompt_tokens[some],
+            margins=whole.margins[some],
+            labels=whole.labels[some],
+        )
+        prompts = SharedPrompts(
+            keys=tuple(place // len(sides) for place in range(len(sequences))),
+            lengths=tuple(pairs.prompt_tokens.repeat_interleave(len(sides)).tolist()),
+            together=True,
+        )
+        budget = self.config.train.max_tokens_per_microbatch
+        lengths = pairs.examples.lengths.tolist()
+        cut = slices(lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts, layout=self.layout)
+        in_padding = len(sides) if self.layout is RowLayout.ONE_BY_ONE else 1
+        reference = self.references.get(dataset)
+        return Batch(
+            rows=rows,
+            pairs=pairs,
+            num_sides=len(sides),
+            cut=tuple(padded(cut, self.engine.max_over_ranks(len(cut)), sequences=in_padding)),
+            reference=None if reference is None else reference.take(sequences),
+        )

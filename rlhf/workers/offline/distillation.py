@@ -1,0 +1,114 @@
+"""One rank of a student that learns a frozen teacher's distributions on fixed examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf.algorithms.distillation import Distillation, DistillationConfig
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import distillation_loss
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
+from rlhf.types import Examples, LearntStates, MinibatchPlan, VocabularyHead
+from rlhf.workers.microbatches import Slice
+from rlhf.workers.offline.base import ExamplesWorker
+from rlhf.workers.rank_context import RankPlace
+
+
+class DistillationWorker(ExamplesWorker[Examples]):
+    """Divergence from the teacher at the tokens to be learnt, as a mean over those of the whole optimizer step."""
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        assert isinstance(config.algorithm, DistillationConfig)
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        self.algorithm = Distillation(config.algorithm)
+
+    def load_module(self) -> Any:
+        """The language model."""
+        return load_causal_lm(self.model_config.model, **self.loading_options())
+
+    def take_teacher(self, head: VocabularyHead) -> None:
+        """What makes logits of the teacher's states. Called once, before the first step."""
+        self.teacher = head.to(self.device)
+
+    def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
+        """One optimizer step on the named rows of the training set, of which the teacher says `states`. Collective."""
+        parts: list[Metrics] = []
+        examples, cut = self.cut(0, plan)
+        hidden = self._hidden(plan, states)
+        for index, piece in enumerate(cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                loss, *columns = self._forward(examples, piece, hidden, token_weight=1.0 / plan.num_tokens)
+                self.engine.backward(loss, last=index == len(cut) - 1)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            divergence, logprob, top1 = _totals(columns)
+            found: dict[str, Reduction] = {
+                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
+                "update/divergence/mean": Mean(total=divergence, count=learnt),
+                "update/nll/mean": Mean(total=-logprob, count=learnt),
+                "update/token_accuracy/mean": Mean(total=top1, count=learnt),
+                "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
+            }
+            parts.append(found)
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
+        """Divergence, likelihood and accuracy on the named rows of a data set. Collective."""
+        parts: list[Metrics] = []
+        examples, cut = self.cut(dataset, plan)
+        hidden = self._hidden(plan, states)
+        for piece in cut:
+            with (
+                torch.no_grad(),
+                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+            ):
+                _, *columns = self._forward(examples, piece, hidden, token_weight=1.0)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            divergence, logprob, top1 = _totals(columns)
+            found: dict[str, Reduction] = {
+                f"eval/{name}/loss": Mean(total=divergence, count=learnt),
+                f"eval/{name}/nll": Mean(total=-logprob, count=learnt),
+                f"eval/{name}/token_accuracy": Mean(total=top1, count=learnt),
+            }
+            parts.append(found)
+        return merge(parts)
+
+    def _hidden(self, plan: MinibatchPlan, states: tuple[LearntStates, ...]) -> Float[Tensor, "n K"]:
+        """The teacher's states of this rank's rows, one behind the other."""
+        rows = plan.sequences_by_rank[self.data_rank]
+        return LearntStates.gather(states, rows).hidden if rows else states[0].hidden[:0]
+
+    def _forward(
+        self, examples: Examples, piece: Slice, hidden: Float[Tensor, "n K"], *, token_weight: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
+        """(weighted loss, divergences, log-probabilities, whether the likeliest) of a micro-batch."""
+        config = self.algorithm.config
+        mask = examples.loss_mask[piece.tokens]
+        places = examples.loss_mask.cumsum(0)[piece.tokens[mask]] - 1
+        return self.engine.forward(
+            distillation_loss,
+            examples.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            mask=mask.to(self.device),
+            teacher=hidden[places].to(self.device),
+            head=self.teacher,
+            divergence=self.algorithm.divergence,
+            temperature=config.temperature,
+            token_weight=token_weight,
+            sft_coef=config.sft_coef,
+        )
+
+
+def _totals(columns: Sequence[Tensor]) -> list[float]:
+    """Sums over the tokens; one wait for the device."""
+    totals: list[float] = torch.stack([column.sum() for column in columns]).tolist()
+    return totals

@@ -1,0 +1,251 @@
+"""One rank of a model that is trained on pairs of responses: a policy by preferences, or a reward model.
+
+A pair is one row, with or without a gold response: its sequences are always in the same micro-batch, and compute the
+prompt that they share once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms import PAIR_ALGORITHMS
+from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import sequence_scores
+from rlhf.models.loading import load_critic
+from rlhf.models.packed import policy_logprobs_and_collisions
+from rlhf.objectives.masking import sequence_counts, sequence_sums
+from rlhf.objectives.reward_model_loss import calibration_bins
+from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean, Sum
+from rlhf.types import MinibatchPlan
+from rlhf.workers.microbatches import Slice
+from rlhf.workers.offline.base import Batch, PairsWorker
+from rlhf.workers.offline.referenced import ReferencedPolicy
+from rlhf.workers.rank_context import RankPlace
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """One entry for each sequence of a micro-batch. Only `ours` carries a gradient."""
+
+    ours: Float[Tensor, " b"]  # the model's, by which pairs are compared
+    reference: Float[Tensor, " b"] | None  # the reference's; None: there is none
+    weights: Float[Tensor, " b"] | None = None  # how likely the policy is to say it; None: no loss is weighted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slopes:
+    """The step's losses and their derivatives, one entry a pair: what a coupled loss is to each of its pairs."""
+
+    first: int  # entry of this rank's first pair; its others follow
+    losses: Float[Tensor, " P"]
+    chosen: Float[Tensor, " P"]
+    rejected: Float[Tensor, " P"]
+
+    def losses_of(self, scores: PairScores, places: Sequence[int]) -> Float[Tensor, " B"]:
+        """The losses of the rank's pairs at these places, with the gradient that the coupled loss has in them."""
+        at = self.first + torch.tensor(places, device=self.losses.device)
+        linear = self.chosen[at] * scores.chosen + self.rejected[at] * scores.rejected
+        return self.losses[at] + linear - linear.detach()
+
+
+class PairWorker(PairsWorker):
+    """Rows to numbers, numbers to losses, losses to updates and metrics."""
+
+    algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
+
+    @abstractmethod
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+        """Of a micro-batch. Collective."""
+
+    def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on the named pairs of the training set. Collective."""
+        parts: list[Metrics] = []
+        batch = self.batch(0, plan)
+        slopes = self._slopes(batch, plan) if self.algorithm.couples else None
+        for index, piece in enumerate(batch.cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                scores, loss = self._loss(batch, piece, plan, slopes)
+                self.engine.backward(loss, last=index == len(batch.cut) - 1)
+            if piece.rows:
+                count = len(scores.chosen)
+                parts.append({"update/loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)})
+                parts.append({"update/tokens/total": Sum(total=len(piece.tokens))})
+                parts.append(self._metrics(scores, "preference/{}/mean"))
+                if scores.weights is not None:
+                    weights = Mean(total=float(scores.weights.sum()), count=count)
+                    parts.append({"preference/on_policy_weight/mean": weights})
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on the named pairs of a data set; losses that couple pairs, over these. Collective."""
+        parts: list[Metrics] = []
+        with torch.no_grad():
+            batch = self.batch(dataset, plan)
+            slopes = self._slopes(batch, plan) if self.algorithm.couples else None
+            for piece in batch.cut:
+                with explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
+                ):
+                    scores, loss = self._loss(batch, piece, plan, slopes)
+                if piece.rows:
+                    total = Mean(total=float(loss) * plan.num_sequences, count=len(scores.chosen))
+                    parts += [{f"eval/{name}/loss": total}, self._metrics(scores, f"eval/{name}/{{}}")]
+        return merge(parts)
+
+    def _scores(self, batch: Batch, piece: Slice) -> PairScores:
+        """A micro-batch's pairs as numbers. One without rows has one pair of zeros, with a gradient of zeros."""
+        numbers = self.numbers(batch, piece)
+        counts = sequence_counts(batch.pairs.examples.loss_mask[piece.tokens], piece.lengths).to(self.device).float()
+        margins = batch.pairs.margins[batch.places(piece)].to(self.device)
+        if not piece.rows:
+            margins = counts * 0.0
+
+        def sides(column: Tensor | None) -> Sequence[Any]:
+            if column is None:
+                return [None] * batch.num_sides
+            whole = column if piece.rows else column.expand(batch.num_sides) * 0.0
+            found: Sequence[Tensor] = whole.unflatten(0, (-1, batch.num_sides)).unbind(1)
+            return found
+
+        ours, tokens, reference, weights = map(sides, (numbers.ours, counts, numbers.reference, numbers.weights))
+        return PairScores(
+            chosen=ours[0],
+            rejected=ours[1],
+            chosen_tokens=tokens[0],
+            rejected_tokens=tokens[1],
+            ref_chosen=reference[0],
+            ref_rejected=reference[1],
+            margins=margins,
+            gold=ours[2] if batch.num_sides > 2 else None,
+            weights=None if numbers.weights is None else weights[0] * weights[1],
+        )
+
+    def _loss(
+        self, batch: Batch, piece: Slice, plan: MinibatchPlan, slopes: _Slopes | None
+    ) -> tuple[PairScores, Float[Tensor, ""]]:
+        """A micro-batch's numbers, and its share of the step's loss."""
+        scores = self._scores(batch, piece)
+        if not piece.rows:
+            return scores, (scores.chosen + scores.rejected).sum()
+        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(piece))
+        if scores.weights is not None:
+            losses = losses * scores.weights
+        loss = losses.sum() / plan.num_sequences
+        if self.algorithm.sft_coef:
+            imitated = scores.chosen if scores.gold is None else scores.gold
+            loss = loss - self.algorithm.sft_coef * imitated.sum() / plan.num_tokens
+        return scores, loss
+
+    def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
+        """Look at all pairs of the step, on all ranks, and derive their coupled loss. Collective."""
+        counts = [len(rows) for rows in plan.sequences_by_rank]  # a row that a step holds twice has two entries
+        first = sum(counts[: self.data_rank])
+        names = [field.name for field in fields(PairScores)]
+        table = torch.zeros(sum(counts), len(names), dtype=torch.float64)
+        alone = self.place.rank % self.resources.sequence_parallel == 0  # of those with the same pairs, one tells
+        with torch.no_grad():
+            for piece in batch.cut:
+                scores = self._scores(batch, piece)
+                if piece.rows and alone:
+                    columns = [getattr(scores, name) for name in names]
+                    told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
+                    table[first + torch.tensor(batch.places(piece))] = torch.stack(told, 1).double().cpu()
+        seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
+        missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # on all ranks alike
+        whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
+        with torch.enable_grad():
+            leaves = replace(
+                whole,
+                chosen=whole.chosen.detach().requires_grad_(),
+                rejected=whole.rejected.detach().requires_grad_(),
+            )
+            losses = self.algorithm.losses(leaves)
+            chosen, rejected = torch.autograd.grad(losses.sum(), [leaves.chosen, leaves.rejected])
+        return _Slopes(first=first, losses=losses.detach(), chosen=chosen, rejected=rejected)
+
+    def _metrics(self, scores: PairScores, name: str) -> Metrics:
+        """How the pairs of a micro-batch compare. `name` has a place for the quantity's."""
+        with torch.no_grad():
+            chosen, rejected = self.algorithm.rewards(scores)
+            sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
+        accuracy, good, bad = (Mean(total=total, count=len(chosen)) for total in sums)
+        return {
+            name.format("accuracy"): accuracy,
+            name.format("margin"): DifferenceOfMeans(left=good, right=bad),
+            name.format("chosen_reward"): good,
+            name.format("rejected_reward"): bad,
+        }
+
+
+class PreferenceWorker(PairWorker, ReferencedPolicy):
+    """A policy that learns which of two responses is preferred: pairs are compared by their log-probabilities."""
+
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+        """Summed log-probabilities of each sequence's learnt tokens."""
+        examples, reference, weights = batch.pairs.examples, None, None
+        mask, lengths = examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
+        if self.algorithm.wpo:
+            logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, piece)
+            no_weights = torch.zeros_like(lengths, dtype=logprobs.dtype)
+            weights = on_policy_weights(logprobs, collisions, mask, lengths) if piece.rows else no_weights
+        else:
+            logprobs = self.logprobs(examples, piece)
+        if torch.is_grad_enabled() and piece.rows:
+            self.observe(batch, piece, logprobs.detach())
+        if batch.reference is not None:
+            reference = self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+        return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
+
+    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+        """What may be measured of a micro-batch on its way to the loss: of fixed data nothing."""
+
+    def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
+        alpha = self.algorithm.length_alpha
+        if alpha == 1.0 or len(lengths) < 2:
+            return sequence_sums(torch.where(mask, values, 0.0), lengths)
+        shared = sequence_counts(mask, lengths).unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
+        return length_desensitized_total(values, mask, lengths, shared, alpha=alpha)
+
+
+class RewardModelWorker(PairWorker):
+    """A language model's body with a scalar head, which learns to score the chosen response higher."""
+
+    def load_module(self) -> Any:
+        """The language model with a head of zeros, or a checkpoint that has a head already."""
+        return load_critic(self.model_config.model, **self.loading_options())
+
+    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+        """The head's score at each sequence's last token."""
+        scores = self.engine.forward(
+            sequence_scores,
+            batch.pairs.examples.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            piece.branches,
+        )
+        return Numbers(ours=scores, reference=None)
+
+    def _metrics(self, scores: PairScores, name: str) -> Metrics:
+        """With how well a margin tells the chance that the pair is ranked right."""
+        margins = (scores.chosen - scores.rejected).detach()
+        bins = calibration_bins(margins[margins.isfinite()], num_bins=CALIBRATION_BINS).tolist()
+        key = name.format("calibration_error").removesuffix("/mean")
+        return {**super()._metrics(scores, name), key: CalibrationError(bins=tuple((n, c, r) for n, c, r in bins))}

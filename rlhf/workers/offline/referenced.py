@@ -1,0 +1,99 @@
+"""A policy that is trained on pairs of sequences against what it said of them before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import policy_logprobs_only
+from rlhf.types import Examples, MinibatchPlan, TokenValues
+from rlhf.workers.microbatches import Slice, slices
+from rlhf.workers.offline.base import PairsWorker
+from rlhf.workers.offline.reference_cache import read_columns, reference_key, write_columns
+from rlhf.workers.rank_context import torch_dtype
+
+T = TypeVar("T")
+
+# Mean |difference| a token by which other kernels may miss what was stored.
+SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+
+
+class ReferencedPolicy(PairsWorker):
+    """The language model, its log-probabilities of the data, and the reference's."""
+
+    def load_module(self) -> Any:
+        """The language model."""
+        return load_causal_lm(self.model_config.model, **self.loading_options())
+
+    def reference_key(self, dataset: int) -> str:
+        """Names what the weights, as they are now, say of a data set: by both. Collective."""
+        dtype = torch_dtype(self.model_config.dtype)
+        return reference_key(self.fingerprint, self.engine.named_weights(dtype), self.sets[dataset].examples)
+
+    def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> tuple[TokenValues, int]:
+        """Log-probabilities of the rows' tokens by the weights as they are now, and how many. Collective."""
+        batch = self.batch(dataset, plan)
+        values = torch.zeros(len(batch.pairs.examples.token_ids))
+        with torch.no_grad():
+            for piece in batch.cut:
+                with explains_out_of_memory(
+                    role="policy", stage="reference", rank=self.place.rank, tokens=len(piece.tokens)
+                ):
+                    values[piece.tokens] = self.logprobs(batch.pairs.examples, piece).float().cpu()
+        examples = batch.pairs.examples
+        if not batch.rows:
+            return TokenValues(
+                sequence_ids=examples.sequence_ids[:0], lengths=examples.lengths[:0], values=values[:0]
+            ), 0
+        return TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=values), len(values)
+
+    def keep_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
+        """Take up what all ranks computed; the first one writes it down."""
+        examples = self.sets[dataset].examples
+        self.references[dataset] = TokenValues.gather(columns, examples.sequence_ids.tolist())
+        if self.place.rank == 0:
+            write_columns(path, self.references[dataset])
+
+    def read_reference(self, dataset: int, path: Path) -> bool:
+        """Take up what an earlier run wrote down, unless it is damaged or these weights do not say it. Collective."""
+        examples = self.sets[dataset].examples
+        found = read_columns(path, examples)
+        lengths = examples.lengths.tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        (piece,) = slices(lengths, [longest], max_tokens=lengths[longest])
+        with torch.no_grad():
+            ours = self.logprobs(examples, piece).float().cpu()
+        if found is None:
+            return False
+        count = int(examples.loss_mask[piece.tokens].sum())
+        difference = float((ours - found.values[piece.tokens]).abs().sum()) / count
+        if not difference <= SPOT_CHECK_TOLERANCE[self.model_config.dtype]:
+            return False
+        self.references[dataset] = found
+        return True
+
+    def logprobs(self, examples: Examples, piece: Slice) -> Float[Tensor, " n"]:
+        """Of the learnt tokens, 0 elsewhere."""
+        return self.forward(policy_logprobs_only, examples, piece)
+
+    def forward(self, function: Callable[..., T], examples: Examples, piece: Slice) -> T:
+        """A forward pass of rlhf.models.packed. Collective."""
+        return self.engine.forward(
+            function,
+            examples.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            mask=examples.loss_mask[piece.tokens].to(self.device),
+            branches=piece.branches,
+            temperature=self.temperature(examples, piece),
+        )
+
+    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+        """At which log-probabilities are taken."""
+        return 1.0

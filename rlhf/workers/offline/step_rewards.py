@@ -1,0 +1,69 @@
+"""One rank of a process reward model: a scalar head, read where a step ends, learns whether the step is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import token_scores
+from rlhf.models.loading import load_critic
+from rlhf.objectives.reward_model_loss import step_cross_entropy
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Mean, Sum
+from rlhf.types import LabelledSteps, MinibatchPlan
+from rlhf.workers.microbatches import Slice
+from rlhf.workers.offline.base import ExamplesWorker
+
+
+class StepRewardWorker(ExamplesWorker[LabelledSteps]):
+    """Cross-entropy of the steps' labels, as a mean over the steps of the whole optimizer step."""
+
+    def load_module(self) -> Any:
+        """The language model with a head of zeros, or a checkpoint that has a head already."""
+        return load_critic(self.model_config.model, **self.loading_options())
+
+    def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on the named rows of the training set. Collective."""
+        parts: list[Metrics] = []
+        steps, cut = self.cut(0, plan)
+        for index, piece in enumerate(cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                total, right = self._loss(steps, piece)
+                self.engine.backward(total / plan.num_tokens, last=index == len(cut) - 1)
+            count = int(steps.loss_mask[piece.tokens].sum())
+            parts.append({"update/loss/mean": Mean(total=float(total.detach()), count=count)})
+            parts.append({"update/step_accuracy/mean": Mean(total=right, count=count)})
+            parts.append({"update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0)})
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on the named rows of a data set. Collective."""
+        parts: list[Metrics] = []
+        steps, cut = self.cut(dataset, plan)
+        for piece in cut:
+            with (
+                torch.no_grad(),
+                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+            ):
+                total, right = self._loss(steps, piece)
+            count = int(steps.loss_mask[piece.tokens].sum())
+            parts.append({f"eval/{name}/loss": Mean(total=float(total), count=count)})
+            parts.append({f"eval/{name}/accuracy": Mean(total=right, count=count)})
+        return merge(parts)
+
+    def _loss(self, steps: LabelledSteps, piece: Slice) -> tuple[Float[Tensor, ""], float]:
+        """(summed cross-entropy of a micro-batch's steps, of how many the score is on the label's side of 0)."""
+        scores = self.engine.forward(
+            token_scores, steps.token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
+        )
+        mask = steps.loss_mask[piece.tokens].to(self.device)
+        labels = steps.step_labels[piece.tokens].to(self.device)
+        losses = step_cross_entropy(scores, labels.to(scores.dtype), mask)
+        right = mask & ((scores.detach() > 0.0) == labels)
+        return losses.sum(), float(right.sum())

@@ -1,0 +1,82 @@
+"""One rank of a model that is trained on fixed examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.algorithms.sft import SFTConfig
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import supervised_loss
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import ExpMean, Mean, Reduction, Sum
+from rlhf.types import Examples, MinibatchPlan
+from rlhf.workers.microbatches import Slice
+from rlhf.workers.offline.base import ExamplesWorker
+
+
+class SupervisedWorker(ExamplesWorker[Examples]):
+    """Cross-entropy on the tokens to be learnt, as a mean over those of the whole optimizer step."""
+
+    def load_module(self) -> Any:
+        """The language model."""
+        return load_causal_lm(self.model_config.model, **self.loading_options())
+
+    def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on the named rows of the training set. Collective."""
+        parts: list[Metrics] = []
+        examples, cut = self.cut(0, plan)
+        for index, piece in enumerate(cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens, trains=True)
+                self.engine.backward(loss, last=index == len(cut) - 1)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            found: dict[str, Reduction] = {
+                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
+                "update/token_accuracy/mean": Mean(total=correct, count=learnt),
+                "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
+            }
+            parts.append(found)
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on the named rows of a data set. Collective."""
+        parts: list[Metrics] = []
+        examples, cut = self.cut(dataset, plan)
+        for piece in cut:
+            with (
+                torch.no_grad(),
+                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+            ):
+                _, logprob_sum, correct = self._forward(examples, piece, token_weight=1.0)
+            learnt = int(examples.loss_mask[piece.tokens].sum())
+            found: dict[str, Reduction] = {
+                f"eval/{name}/loss": Mean(total=-logprob_sum, count=learnt),
+                f"eval/{name}/perplexity": ExpMean(total=-logprob_sum, count=learnt),
+                f"eval/{name}/token_accuracy": Mean(total=correct, count=learnt),
+            }
+            parts.append(found)
+        return merge(parts)
+
+    def _forward(
+        self, examples: Examples, piece: Slice, *, token_weight: float, trains: bool = False
+    ) -> tuple[Float[Tensor, ""], float, float]:
+        """(weighted loss, sum of log-probabilities, how many are the likeliest) of the tokens to be learnt."""
+        config = self.config.algorithm
+        assert isinstance(config, SFTConfig)
+        loss, logprobs, is_top1 = self.engine.forward(
+            supervised_loss,
+            examples.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            mask=examples.loss_mask[piece.tokens].to(self.device),
+            token_weight=token_weight,
+            by_probability=trains and config.loss == "dft",
+            noise_alpha=config.neftune_alpha if trains else None,
+        )
+        return loss, float(logprobs.sum()), float(is_top1.sum())

@@ -1,0 +1,116 @@
+"""One rank of a policy that learns from single responses, each labelled desirable or not.
+
+The second sequence of a row is its prompt with another row's response: passed without a gradient, before the update,
+it tells how far the policy is from the reference. Losses are sums over rows, divided by the rows of the whole step.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.algorithms import UNPAIRED_ALGORITHMS
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.objectives.masking import sequence_sums
+from rlhf.objectives.unpaired_loss import mismatched_kl
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import DifferenceOfMeans, Last, Mean, Sum
+from rlhf.types import MinibatchPlan
+from rlhf.workers.microbatches import Slice
+from rlhf.workers.offline.base import Batch
+from rlhf.workers.offline.referenced import ReferencedPolicy
+from rlhf.workers.rank_context import RankPlace
+
+RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row
+
+
+class UnpairedWorker(ReferencedPolicy):
+    """Rows to log-ratios, log-ratios to losses, losses to updates and metrics."""
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        self.algorithm = UNPAIRED_ALGORITHMS[config.algorithm.name](config.algorithm)
+
+    def update_on(self, plan: MinibatchPlan) -> Metrics:
+        """One optimizer step on the named rows of the training set. Collective."""
+        compared = self._compared(0, plan)
+        parts: list[Metrics] = []
+        batch = self.batch(0, plan, sides=RESPONSE)
+        for index, piece in enumerate(batch.cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                loss, found = self._loss(batch, piece, plan, compared=compared, name="preference/{}/mean")
+                self.engine.backward(loss, last=index == len(batch.cut) - 1)
+            if piece.rows:
+                total = Mean(total=float(loss.detach()) * plan.num_sequences, count=len(piece.rows))
+                parts += [{"update/loss/mean": total, "update/tokens/total": Sum(total=len(piece.tokens))}, found]
+        parts.append(self.step_metrics(self.engine.step()))
+        if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
+            parts.append({"preference/mismatched_kl": Last(value=compared)})
+        return merge(parts)
+
+    def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
+        """Loss and accuracy on the named rows of a data set, compared with the divergence on these. Collective."""
+        parts: list[Metrics] = []
+        with torch.no_grad():
+            compared = self._compared(dataset, plan)
+            batch = self.batch(dataset, plan, sides=RESPONSE)
+            for piece in batch.cut:
+                with explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
+                ):
+                    loss, found = self._loss(batch, piece, plan, compared=compared, name=f"eval/{name}/{{}}")
+                if piece.rows:
+                    total = Mean(total=float(loss) * plan.num_sequences, count=len(piece.rows))
+                    parts += [{f"eval/{name}/loss": total}, found]
+        return merge(parts)
+
+    def _log_ratios(self, batch: Batch, piece: Slice) -> Float[Tensor, " b"]:
+        examples = batch.pairs.examples
+        assert batch.reference is not None
+        mask = examples.loss_mask[piece.tokens].to(self.device)
+        reference = batch.reference.values[piece.tokens].to(self.device)
+        return sequence_sums(
+            torch.where(mask, self.logprobs(examples, piece) - reference, 0.0), piece.lengths.to(self.device)
+        )
+
+    def _compared(self, dataset: int, plan: MinibatchPlan) -> float:
+        """What log-ratios are held against, over all rows that the plan names. Collective."""
+        of = self.algorithm.compares_with
+        if of == "zero":
+            return 0.0
+        batch = self.batch(dataset, plan, sides=MISMATCHED if of == "divergence" else RESPONSE)
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.no_grad():
+            for piece in batch.cut:
+                log_ratios = self._log_ratios(batch, piece)
+                if piece.rows:
+                    total += log_ratios.double().sum().cpu()
+        whole = float(self.engine.all_reduce_sum(total.to(self.device))) / self.resources.sequence_parallel
+        num_rows = sum(map(len, plan.sequences_by_rank))  # of an evaluation in pieces, the piece's
+        return mismatched_kl(whole, num_rows) if of == "divergence" else whole / num_rows
+
+    def _loss(
+        self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, compared: float, name: str
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        """A micro-batch's share of the step's loss, and how its rewards compare with their labels."""
+        log_ratios = self._log_ratios(batch, piece)
+        if not piece.rows:
+            return log_ratios.sum() * 0.0, {}
+        labels = batch.pairs.labels[batch.places(piece)].to(self.device)
+        losses = self.algorithm.losses(log_ratios, labels, compared=compared)
+        with torch.no_grad():
+            rewards = self.algorithm.config.beta * log_ratios
+            good, bad = rewards[labels], rewards[~labels]
+            right = ((rewards > self.algorithm.config.beta * compared) == labels).sum()
+            sums = torch.stack([right.to(rewards.dtype), good.sum(), bad.sum()]).tolist()
+        of_good, of_bad = Mean(total=sums[1], count=len(good)), Mean(total=sums[2], count=len(bad))
+        found: Metrics = {
+            name.format("accuracy"): Mean(total=sums[0], count=len(labels)),
+            name.format("margin"): DifferenceOfMeans(left=of_good, right=of_bad),
+            name.format("chosen_reward"): of_good,
+            name.format("rejected_reward"): of_bad,
+        }
+        return losses.sum() / plan.num_sequences, found

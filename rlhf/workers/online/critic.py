@@ -1,0 +1,123 @@
+"""One rank of the critic: values of a batch before its update, then regression on the returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.algorithms.microbatch import StepCounts, ValueMicrobatch
+from rlhf.algorithms.ppo import PPO, PPOConfig
+from rlhf.config.schema.model import CriticConfig
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.heads import token_values
+from rlhf.models.loading import load_critic
+from rlhf.roles import Metrics
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Last, Mean
+from rlhf.types import BatchPlan, Rollouts, TokenValues
+from rlhf.workers.microbatches import padded, shared_prompts, slices
+from rlhf.workers.online.update_metrics import critic_metrics
+from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.trained import TrainedWorker
+
+
+class CriticWorker(TrainedWorker):
+    """The value model of an online run."""
+
+    role = "critic"
+
+    def __init__(self, config: Config, model: CriticConfig, place: RankPlace, *, optimizer_steps: int) -> None:
+        assert isinstance(config.algorithm, PPOConfig)
+        assert config.rollouts is not None
+        super().__init__(
+            config,
+            model,
+            config.cluster.roles.critic,
+            place,
+            lr=config.algorithm.critic_lr,
+            optimizer_steps=optimizer_steps,
+        )
+        self.algorithm = PPO(config.algorithm)
+        self.max_new_tokens = config.rollouts.max_response_tokens
+        self.samples_per_prompt = config.rollouts.samples_per_prompt
+
+    def load_module(self) -> Any:
+        """A language model's body with a scalar head."""
+        return load_critic(self.model_config.model, **self.loading_options())
+
+    def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
+        """Take this rank's share of a batch in and value its tokens: the column, and its size. Collective."""
+        ids = plan.sequences_of(self.data_rank)
+        self.plan = plan
+        self.rollouts = Rollouts.gather(parts, ids)
+        lengths = self.rollouts.lengths.tolist()
+        row_of = {sequence_id: row for row, sequence_id in enumerate(ids)}
+        prompts = shared_prompts(self.rollouts, samples_per_prompt=self.samples_per_prompt)
+        self.microbatches = []
+        for minibatch in plan.minibatches:
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
+            budget = self.config.train.max_tokens_per_microbatch
+            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
+        self.old_values = torch.zeros(len(self.rollouts.token_ids))
+        for minibatch_slices in self.microbatches:
+            for piece in minibatch_slices:
+                with (
+                    torch.no_grad(),
+                    explains_out_of_memory(
+                        role="critic", stage="values", rank=self.place.rank, tokens=len(piece.tokens)
+                    ),
+                ):
+                    values = self.engine.forward(
+                        token_values,
+                        self.rollouts.token_ids[piece.tokens].to(self.device),
+                        piece.lengths.to(self.device),
+                        piece.branches,
+                    )
+                self.old_values[piece.tokens] = values.cpu()
+        column = TokenValues(
+            sequence_ids=self.rollouts.sequence_ids, lengths=self.rollouts.lengths, values=self.old_values
+        )
+        return column, len(self.old_values)
+
+    def prepare(self, *returns: TokenValues) -> None:
+        """Take the targets of this rank's share in."""
+        self.returns: Float[Tensor, " N"] = TokenValues.gather(returns, self.rollouts.sequence_ids.tolist()).values
+
+    def update(self, minibatch: int) -> Metrics:
+        """One optimizer step on a minibatch of the batch. Collective."""
+        plan = self.plan.minibatches[minibatch]
+        counts = StepCounts(
+            num_tokens=plan.num_tokens, num_sequences=plan.num_sequences, max_new_tokens=self.max_new_tokens
+        )
+        parts: list[Metrics] = []
+        cut = self.microbatches[minibatch]
+        for index, piece in enumerate(cut):
+            lengths = piece.lengths.to(self.device)
+            mask = self.rollouts.response_mask[piece.tokens].to(self.device)
+            with explains_out_of_memory(role="critic", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                values = self.engine.forward(
+                    token_values, self.rollouts.token_ids[piece.tokens].to(self.device), lengths, piece.branches
+                )
+                batch = ValueMicrobatch(
+                    lengths=lengths,
+                    response_mask=mask,
+                    values=values,
+                    old_values=self.old_values[piece.tokens].to(self.device),
+                    returns=self.returns[piece.tokens].to(self.device),
+                )
+                terms = self.algorithm.critic_loss(batch, counts)
+                self.engine.backward(terms.loss, last=index == len(cut) - 1)
+            if piece.rows:
+                clips = self.algorithm.config.value_clip is not None
+                parts.append(critic_metrics(terms, sampled=int(mask.sum()), step_tokens=plan.num_tokens, clips=clips))
+        report = self.engine.step()
+        if self.place.rank == 0:
+            parts.append(
+                {"update/critic_grad_norm": Mean.of([report.grad_norm]), "update/critic_lr": Last(value=report.lr)}
+            )
+        return merge(parts)

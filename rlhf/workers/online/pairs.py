@@ -1,0 +1,151 @@
+"""One rank of a policy that learns from pairs of its own responses: the step's pairs are its training set.
+
+Token columns come as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of its
+share of the batch, in the order of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.algorithms import ONLINE_PAIR_ALGORITHMS
+from rlhf.config.schema.root import Config
+from rlhf.objectives.kl import kl_k3
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Mean
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
+from rlhf.workers.microbatches import Slice, Temperatures, shared_prompts
+from rlhf.workers.offline.base import Batch
+from rlhf.workers.offline.pairs import PreferenceWorker
+from rlhf.workers.online.probe import probe_logprobs
+from rlhf.workers.online.token_signals import signals_of, unknown
+from rlhf.workers.online.update_metrics import sampler_metrics
+from rlhf.workers.rank_context import RankPlace
+
+
+class OnlinePreferenceWorker(PreferenceWorker):
+    """Takes a batch of rollouts in, learns from their pairs as from given ones, and publishes."""
+
+    algorithms = ONLINE_PAIR_ALGORITHMS
+
+    def __init__(
+        self, config: Config, place: RankPlace, *, optimizer_steps: int, reference_is_adapter_off: bool
+    ) -> None:
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        assert config.rollouts is not None
+        self.rollouts_config = config.rollouts
+        self.reference_is_adapter_off = reference_is_adapter_off
+
+    def prepare(
+        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
+    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+        """Take this rank's pairs of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
+
+        Nothing is computed but the reference of an adapter: the first update measures what the weights say.
+        """
+        own = plan.sequences_of(self.data_rank)
+        ids = own or _some_pair(plan)  # without pairs a token to pass, of which nothing is learnt
+        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        common = self.rollouts_config.temperature
+        temperatures = Temperatures.of(rollouts, plan.temperatures, common=common).by_token
+        self.has_own_temperatures = temperatures is not None
+        examples = SampledExamples(
+            sequence_ids=rollouts.sequence_ids,
+            lengths=rollouts.lengths,
+            token_ids=rollouts.token_ids,
+            loss_mask=rollouts.response_mask,
+            rollout_logprobs=rollouts.rollout_logprobs,
+            temperatures=torch.full_like(rollouts.rollout_logprobs, common) if temperatures is None else temperatures,
+        )
+        self.load_data(
+            Pairs(
+                examples=examples,
+                prompt_tokens=torch.tensor(prompts.lengths[0::2]),
+                margins=torch.zeros(len(ids) // 2),
+                labels=torch.ones(len(ids) // 2, dtype=torch.bool),
+            )
+        )
+        self.plans, self.own = self._rows(plan), own
+        self.trainer_logprobs = unknown(len(examples.token_ids))
+        self.positions = TokenValues(
+            sequence_ids=examples.sequence_ids,
+            lengths=examples.lengths,
+            values=torch.arange(len(examples.token_ids)),
+        )
+        self.observed: list[Metrics] = []
+        self.observes = True
+        references = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
+        if self.reference_is_adapter_off:
+            from rlhf.models.lora import adapter_disabled  # with peft, which takes seconds
+
+            with adapter_disabled(self.engine.module):
+                references = [self.reference_logprobs(0, one)[0] for one in self.plans]
+            if not own:
+                unread = torch.zeros(len(examples.token_ids))
+                references = [TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=unread)]
+        if references:
+            self.references[0] = TokenValues.gather(references, list(ids))
+        return (), {}
+
+    def update(self, minibatch: int) -> Metrics:
+        """One optimizer step on a minibatch of the prepared batch. Collective."""
+        metrics = self.update_on(self.plans[minibatch])
+        observed, self.observed, self.observes = self.observed, [], False
+        return merge([metrics, *observed])
+
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        """What the first update saw of the tokens of those of these sequences that this rank has: the columns, their
+        size."""
+        reference = self.references.get(0)
+        found = signals_of(
+            self.positions,
+            [i for i in self.own if i in sequences],
+            old_logprobs=self.trainer_logprobs,
+            ref_logprobs=None if reference is None else reference.values,
+        )
+        return found, len(found.old_logprobs)
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        return probe_logprobs(self.engine, token_ids)
+
+    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+        """That of the responses."""
+        if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
+            return self.rollouts_config.temperature
+        return examples.temperatures[piece.tokens].to(self.device)
+
+    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+        """How far apart sampler, trainer and reference are, in the first update after the responses were sampled."""
+        examples = batch.pairs.examples
+        if not self.observes or not isinstance(examples, SampledExamples):
+            return
+        logprobs, mask = logprobs.float().cpu(), examples.loss_mask[piece.tokens]
+        places = TokenValues.gather([self.positions], examples.sequence_ids.tolist()).values
+        self.trainer_logprobs[places[piece.tokens]] = logprobs
+        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask, piece.lengths)
+        if batch.reference is not None:
+            kl = kl_k3(logprobs[mask], batch.reference.values[piece.tokens][mask])
+            found["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))
+        self.observed.append(found)
+
+    def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
+        """The minibatches as rows of this rank's pairs. Of other ranks only the number of rows is read."""
+        plans, first = [], 0
+        for minibatch in plan.minibatches:
+            counts = [len(ids) // 2 for ids in minibatch.sequences_by_rank]
+            rows = tuple(tuple(range(first, first + count)) for count in counts)
+            plans.append(replace(minibatch, sequences_by_rank=rows, num_sequences=minibatch.num_sequences // 2))
+            first += counts[self.data_rank]
+        return plans
+
+
+def _some_pair(plan: BatchPlan) -> tuple[int, ...]:
+    return next(ids[:2] for minibatch in plan.minibatches for ids in minibatch.sequences_by_rank if ids)

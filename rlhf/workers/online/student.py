@@ -1,0 +1,283 @@
+"""One rank of a student that learns from a frozen teacher on its own responses.
+
+Token columns come as arguments and stay here. Between `prepare` and the last `update` a rank holds the sequences of its
+share of the batch, in the order of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
+from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation, OnPolicyDistillationConfig
+from rlhf.config.schema.root import Config
+from rlhf.engine.memory import explains_out_of_memory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.packed import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
+from rlhf.objectives.distillation import teacher_advantages
+from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.metrics.declarations import merge
+from rlhf.tracking.metrics.reductions import Mean, Sum
+from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
+from rlhf.workers.microbatches import Slice, padded, shared_prompts, slices
+from rlhf.workers.offline.base import OfflineWorker
+from rlhf.workers.online.probe import probe_logprobs
+from rlhf.workers.online.token_signals import signals_of, unknown
+from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
+from rlhf.workers.rank_context import RankPlace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """Of the share's tokens; nan where nothing was seen."""
+
+    old_logprobs: Float[Tensor, " N"]
+    teacher_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+
+    @classmethod
+    def of(cls, num_tokens: int) -> Seen:
+        """Before anything is."""
+        old, teacher, advantages = (unknown(num_tokens) for _ in range(3))
+        return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
+
+
+class StudentWorker(OfflineWorker):
+    """Takes a batch of rollouts in, learns what the teacher says of them, and publishes."""
+
+    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+        assert isinstance(config.algorithm, OnPolicyDistillationConfig)
+        assert config.rollouts is not None
+        super().__init__(config, place, optimizer_steps=optimizer_steps)
+        self.algorithm = OnPolicyDistillation(config.algorithm)
+        self.rollouts_config = config.rollouts
+
+    def load_module(self) -> Any:
+        """The language model."""
+        return load_causal_lm(self.model_config.model, **self.loading_options())
+
+    def take_teacher(self, head: VocabularyHead) -> None:
+        """What makes logits of the teacher's states. Called once, before the first step, if the run has states."""
+        self.teacher = head.to(self.device)
+
+    def prepare(
+        self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
+    ) -> tuple[tuple[SequenceReport, ...], Metrics]:
+        """Take this rank's share of a batch in. `parts`: the rollouts, then the teacher's log-probabilities of the
+        sampled tokens, if these are what it is asked for. Collective.
+
+        plan.scores: what the rewards add to the advantage of each of a sequence's tokens. The student's own
+        log-probabilities are computed here only where several updates will read them.
+        """
+        ids = plan.sequences_of(self.data_rank)
+        rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
+        told = [p for p in parts[num_rollouts:] if isinstance(p, TokenValues)]
+        lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
+        prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
+        budget = self.config.train.max_tokens_per_microbatch
+        self.microbatches: list[list[Slice]] = []
+        for minibatch in plan.minibatches:
+            rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
+            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
+        self.plan, self.rollouts = plan, rollouts
+        self.teacher_logprobs = TokenValues.gather(told, ids).values if told else None
+        added = torch.tensor([plan.scores.get(i, 0.0) for i in ids])
+        self.reward_advantages = to_tokens(added, rollouts.lengths, num_tokens=len(rollouts.token_ids))
+        several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
+        self.old_logprobs = self._compute_logprobs() if told and several else None
+        self.visited: set[int] = set()
+        self.seen = Seen.of(len(rollouts.token_ids))
+        return (), {}
+
+    def update(self, minibatch: int, *states: LearntStates) -> Metrics:
+        """One optimizer step on a minibatch of the prepared batch; `states`: the teacher's, if it is asked for them.
+        Collective."""
+        plan, cut = self.plan.minibatches[minibatch], self.microbatches[minibatch]
+        # what is measured before training: later updates of a batch know it only of the log-probabilities they keep
+        self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
+        self.visited.add(minibatch)
+        hidden = self._hidden(minibatch, states)
+        parts: list[Metrics] = []
+        for index, piece in enumerate(cut):
+            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+                loss, *found = self._sampled(piece, plan) if hidden is None else self._whole(piece, plan, hidden)
+                self.engine.backward(loss, last=index == len(cut) - 1)
+            if piece.rows:
+                parts += found if self.observes else found[:1]
+        parts.append(self.step_metrics(self.engine.step()))
+        return merge(parts)
+
+    def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
+        """What was seen before training of the tokens of those of these sequences that this rank has: the columns,
+        their size."""
+        held, seen = self.plan.sequences_of(self.data_rank), self.seen
+        found = signals_of(
+            self.rollouts,
+            [i for i in held if i in sequences],
+            old_logprobs=seen.old_logprobs,
+            teacher_logprobs=seen.teacher_logprobs,
+            advantages=seen.advantages,
+        )
+        return found, len(found.advantages)
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        return probe_logprobs(self.engine, token_ids)
+
+    def _sampled(self, piece: Slice, plan: MinibatchPlan) -> tuple[Tensor, Metrics, Metrics]:
+        """Loss of a micro-batch by advantages, what its update is, and what there was before training."""
+        token_ids, lengths, mask = self._columns(piece)
+        logprobs, entropy = self.engine.forward(
+            policy_logprobs,
+            token_ids,
+            lengths,
+            mask=mask,
+            branches=piece.branches,
+            temperature=self.rollouts_config.temperature,
+        )
+        logprobs, rollout_logprobs = logprobs.float(), self._of(self.rollouts.rollout_logprobs, piece)
+        old = logprobs.detach() if self.old_logprobs is None else self._of(self.old_logprobs, piece)
+        assert self.teacher_logprobs is not None
+        told = self._of(self.teacher_logprobs, piece)
+        advantages = teacher_advantages(old, told, mask)
+        advantages = advantages + torch.where(mask, self._of(self.reward_advantages, piece), 0.0)
+        self._keep(piece, old, told, advantages)
+        batch = PolicyMicrobatch(
+            lengths=lengths,
+            response_mask=mask,
+            logprobs=logprobs,
+            entropy=entropy.float(),
+            old_logprobs=old,
+            rollout_logprobs=rollout_logprobs,
+            ref_logprobs=None,
+            advantages=advantages,
+        )
+        counts = StepCounts(
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
+            max_new_tokens=self.rollouts_config.max_response_tokens,
+        )
+        terms = self.algorithm.sampled_loss(batch, counts)
+        updated = update_metrics(
+            terms,
+            sampled=int(mask.sum()),
+            passed=len(piece.tokens),
+            step_tokens=plan.num_tokens,
+            has_kl_loss=False,
+        )
+        spread = moments(advantages, mask)
+        before = {
+            **_observed(old, told, rollout_logprobs, mask, lengths),
+            "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
+            "advantages/std": as_std(spread),
+            "advantages/histogram": advantage_histogram(advantages, mask),
+        }
+        return terms.loss, updated, before
+
+    def _whole(
+        self, piece: Slice, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
+    ) -> tuple[Tensor, Metrics, Metrics]:
+        """The same by a divergence over the vocabulary, with the teacher's states of the minibatch's tokens."""
+        token_ids, lengths, mask = self._columns(piece)
+        loss, logprobs, told, entropy = self.engine.forward(
+            sampled_distillation_loss,
+            token_ids,
+            lengths,
+            mask=mask,
+            branches=piece.branches,
+            teacher=hidden[self._places(piece, plan)].to(self.device),
+            head=self.teacher,
+            divergence=self.algorithm.divergence,
+            temperature=self.rollouts_config.temperature,
+            token_weight=1.0 / plan.num_tokens,
+        )
+        self._keep(piece, logprobs, told, None)
+        sampled = int(mask.sum())
+        updated: Metrics = {
+            "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
+            "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
+            "update/tokens/total": Sum(total=len(piece.tokens)),
+        }
+        rollout_logprobs = self._of(self.rollouts.rollout_logprobs, piece)
+        return loss, updated, _observed(logprobs, told, rollout_logprobs, mask, lengths)
+
+    def _keep(
+        self, piece: Slice, old: Float[Tensor, " n"], told: Float[Tensor, " n"], advantages: Float[Tensor, " n"] | None
+    ) -> None:
+        """What there was of a micro-batch before training, for its samples."""
+        if not self.observes or not piece.rows:
+            return
+        self.seen.old_logprobs[piece.tokens] = old.detach().float().cpu()
+        self.seen.teacher_logprobs[piece.tokens] = told.detach().float().cpu()
+        if advantages is not None:
+            self.seen.advantages[piece.tokens] = advantages.float().cpu()
+
+    def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
+        """The teacher's states of this rank's sequences of a minibatch, one behind the other; None: it gave none."""
+        if not states:
+            return None
+        return LearntStates.gather(states, self.plan.minibatches[minibatch].sequences_by_rank[self.data_rank]).hidden
+
+    def _places(self, piece: Slice, plan: MinibatchPlan) -> Int[Tensor, " n"]:
+        """Which of the minibatch's sampled tokens those of a micro-batch are."""
+        mask = self.rollouts.response_mask
+        own = plan.sequences_by_rank[self.data_rank]
+        first = self.plan.sequences_of(self.data_rank).index(own[0])
+        before = sequence_counts(mask, self.rollouts.lengths)[:first].sum()
+        return mask.cumsum(0)[piece.tokens[mask[piece.tokens]]] - 1 - before
+
+    def _of(self, column: Float[Tensor, " N"], piece: Slice) -> Float[Tensor, " n"]:
+        return column[piece.tokens].to(self.device)
+
+    def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+        rollouts = self.rollouts
+        return (
+            rollouts.token_ids[piece.tokens].to(self.device),
+            piece.lengths.to(self.device),
+            rollouts.response_mask[piece.tokens].to(self.device),
+        )
+
+    def _compute_logprobs(self) -> Float[Tensor, " N"]:
+        """Log-probabilities of all sampled tokens of the share, without a gradient, in the updates' micro-batches."""
+        result = torch.zeros(len(self.rollouts.token_ids))
+        for piece in (piece for cut in self.microbatches for piece in cut):
+            token_ids, lengths, mask = self._columns(piece)
+            with (
+                torch.no_grad(),
+                explains_out_of_memory(
+                    role="policy", stage="old logprobs", rank=self.place.rank, tokens=len(token_ids)
+                ),
+            ):
+                logprobs = self.engine.forward(
+                    policy_logprobs_only,
+                    token_ids,
+                    lengths,
+                    mask=mask,
+                    branches=piece.branches,
+                    temperature=self.rollouts_config.temperature,
+                )
+            result[piece.tokens] = logprobs.float().cpu()
+        return result
+
+
+def _observed(
+    logprobs: Float[Tensor, " N"],
+    teacher_logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+) -> Metrics:
+    """How far student, sampler and teacher are apart on the sampled tokens, by the weights that sampled them."""
+    gap = masked_sum(logprobs - teacher_logprobs, mask)
+    return {
+        **sampler_metrics(logprobs, rollout_logprobs, mask, lengths),
+        "experience/kl_teacher/mean": Mean(total=float(gap), count=int(mask.sum())),
+    }

@@ -1,0 +1,170 @@
+"""Metrics of a micro-batch, as sums and counts that merge over micro-batches, ranks and minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.losses import reference_kl
+from rlhf.algorithms.microbatch import Correction, LossTerms, ValueLossTerms
+from rlhf.algorithms.shared import OnlineConfig
+from rlhf.objectives.kl import kl_k1, kl_k3
+from rlhf.objectives.masking import Moments, bin_counts, sequence_counts, sequence_means, sequence_sums
+from rlhf.roles import Metrics, SequenceReport
+from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES
+from rlhf.tracking.metrics.reductions import EffectiveShare, Histogram, Max, Mean, Min, Reduction, Std, Sum
+from rlhf.types import Rollouts
+
+
+def sampler_metrics(
+    logprobs: Float[Tensor, " N"],
+    rollout_logprobs: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+) -> dict[str, Reduction]:
+    """How far trainer and sampler are apart on the sampled tokens; `logprobs` by the weights that sampled them."""
+    old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
+    gap = old - rollout
+    ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # outside the mask 1
+    sampled = sequence_counts(mask, lengths) > 0
+    values = torch.stack(
+        [
+            mask.sum(),
+            sampled.sum(),
+            gap.abs().sum(),
+            gap.abs().max(),
+            kl_k1(rollout, old).sum(),
+            kl_k3(rollout, old).sum(),
+            torch.where(mask, ratio, 0.0).sum(),
+            torch.where(mask, ratio, 0.0).max(),
+            torch.where(mask, ratio, torch.inf).min(),
+            torch.where(mask, ratio.square(), 0.0).sum(),
+            torch.where(sampled, products, 0.0).sum(),
+            torch.where(sampled, products.square(), 0.0).sum(),
+        ]
+    ).tolist()  # one wait for the device
+    tokens, sequences, diff, diff_max, k1, k3, ratios, ratio_max, ratio_min, squares, product, product_squares = values
+    return {
+        "experience/rollout_logprob_diff/mean": Mean(total=diff, count=tokens),
+        "experience/rollout_logprob_diff/max": Max(value=diff_max),
+        "experience/kl_rollout/mean": Mean(total=k1, count=tokens),
+        "experience/kl_rollout_k3/mean": Mean(total=k3, count=tokens),
+        "experience/rollout_ratio/mean": Mean(total=ratios, count=tokens),
+        "experience/rollout_ratio/max": Max(value=ratio_max),
+        "experience/rollout_ratio/min": Min(value=ratio_min),
+        "experience/rollout_chi2_token": Mean(total=squares - tokens, count=tokens),
+        "experience/rollout_chi2_sequence": Mean(total=product_squares - sequences, count=sequences),
+        "experience/rollout_ess_token": EffectiveShare(total=ratios, squares=squares, count=tokens),
+        "experience/rollout_ess_sequence": EffectiveShare(total=product, squares=product_squares, count=sequences),
+    }
+
+
+def reference_metrics(
+    config: OnlineConfig,
+    logprobs: Float[Tensor, " N"],
+    ref_logprobs: Float[Tensor, " N"] | None,
+    mask: Bool[Tensor, " N"],
+) -> dict[str, Reduction]:
+    """How far the policy is from its reference on the sampled tokens, before they are trained on."""
+    if ref_logprobs is None:
+        return {}
+    divergence = reference_kl(config, logprobs, ref_logprobs, mask)
+    return {"experience/kl_ref/mean": Mean(total=float(divergence.sum()), count=int(mask.sum()))}
+
+
+def correction_metrics(found: Correction, *, sampled: int) -> dict[str, Reduction]:
+    """What a correction did to a micro-batch with `sampled` tokens in its mask."""
+    weights = found.weights.double()
+    sums = (weights, weights.square(), found.truncated, found.masked, found.rejected)
+    total, squares, truncated, masked, rejected = torch.stack([column.sum().double() for column in sums]).tolist()
+    return {
+        "experience/rollout_weight/mean": Mean(total=total, count=sampled),
+        "experience/rollout_weight_ess": EffectiveShare(total=total, squares=squares, count=sampled),
+        "experience/rollout_weight_truncated/fraction": Mean(total=truncated, count=sampled),
+        "experience/rollout_weight_masked/fraction": Mean(total=masked, count=sampled),
+        "experience/rollout_rejected/fraction": Mean(total=rejected, count=sampled),
+    }
+
+
+def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool) -> Metrics:
+    """Of a policy micro-batch with `sampled` tokens in its mask and `passed` tokens in all.
+
+    A loss term is this micro-batch's share of the step's loss; times the step's tokens it becomes a total whose count
+    is the sampled tokens, so that shares merge to the loss of the step and steps to their token-weighted mean.
+    """
+    values = torch.stack(
+        [
+            terms.loss.detach(),
+            terms.surrogate,
+            terms.kl_loss,
+            terms.clipped_tokens,
+            terms.kl_old_sum,
+            terms.entropy_sum,
+            terms.ratio_max,
+        ]
+    )
+    told = torch.cat([values.double(), terms.ratio_counts]).tolist()  # one wait for the device
+    loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max, *ratio_counts = told
+    found: dict[str, Reduction] = {
+        "update/loss/mean": Mean(total=loss * step_tokens, count=sampled),
+        "update/policy_loss/mean": Mean(total=surrogate * step_tokens, count=sampled),
+        "update/clip_fraction/mean": Mean(total=clipped, count=sampled),
+        "update/kl_old/mean": Mean(total=kl_old, count=sampled),
+        "update/entropy/mean": Mean(total=entropy, count=sampled),
+        "update/ratio/max": Max(value=ratio_max),
+        "update/ratio/histogram": Histogram(edges=RATIO_EDGES, counts=tuple(ratio_counts)),
+        "update/tokens/total": Sum(total=passed),
+    }
+    if terms.capped_tokens is not None:
+        found["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
+    if terms.correction is not None:
+        found |= correction_metrics(terms.correction, sampled=sampled)
+    if has_kl_loss:
+        found["update/kl_loss/mean"] = Mean(total=kl_loss * step_tokens, count=sampled)
+    return found
+
+
+def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, clips: bool) -> Metrics:
+    """Of a critic micro-batch; losses add up as the policy's do."""
+    loss, clipped = torch.stack([terms.loss.detach(), terms.clipped_tokens]).tolist()
+    found: dict[str, Reduction] = {"update/value_loss/mean": Mean(total=loss * step_tokens, count=sampled)}
+    if clips:
+        found["update/value_clip_fraction/mean"] = Mean(total=clipped, count=sampled)
+    return found
+
+
+def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
+    """Of the sampled tokens."""
+    counts = bin_counts(advantages, mask, edges=ADVANTAGE_EDGES)
+    return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
+
+
+def as_std(found: Moments) -> Std:
+    """Moments as a metric."""
+    return Std(count=found.count, mean=found.mean, m2=found.squared_deviation)
+
+
+def sequence_reports(
+    config: OnlineConfig,
+    ids: Sequence[int],
+    rollouts: Rollouts,
+    logprobs: Float[Tensor, " N"],
+    ref: Float[Tensor, " N"] | None,
+) -> tuple[SequenceReport, ...]:
+    """What the policy and the reference say of each sequence of a share; of none if it holds another rank's."""
+    if not ids:
+        return ()
+    mask, lengths = rollouts.response_mask, rollouts.lengths
+    olds = sequence_means(logprobs, mask, lengths).tolist()
+    kls: Sequence[float | None] = [None] * len(ids)
+    refs: Sequence[float | None] = kls
+    if ref is not None:
+        kls = sequence_sums(reference_kl(config, logprobs, ref, mask), lengths).tolist()
+        refs = sequence_means(ref, mask, lengths).tolist()
+    return tuple(
+        SequenceReport(sequence_id=i, kl_ref=kl, mean_old_logprob=old, mean_ref_logprob=r)
+        for i, kl, old, r in zip(ids, kls, olds, refs, strict=True)
+    )

@@ -1,0 +1,110 @@
+"""Tokens of one optimizer step that are told apart by what all of its tokens are like, on whatever rank they are.
+
+Ranks exchange one number a column and sampled token. All see the same columns in the same order, that of the sequences'
+ids, so that what is chosen depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algorithms.microbatch import StepTokens
+from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.objectives.entropy import high_entropy_tokens
+from rlhf.objectives.masking import sequence_counts
+from rlhf.types import BatchPlan, MinibatchPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareColumns:
+    """A rank's sequences of the batch before its first update."""
+
+    ids: Sequence[int]
+    lengths: Int[Tensor, " B"]
+    response_mask: Bool[Tensor, " N"]
+    old_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """How a rank exchanges columns with the others. `contributes`: of those with the same sequences, it is the one."""
+
+    rank: int  # whose share of a plan it has
+    contributes: bool
+    all_reduce_sum: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selections:
+    """Columns of the share. None: the configuration asks for none."""
+
+    high_entropy: Bool[Tensor, " N"] | None
+    selected: Bool[Tensor, " N"] | None
+
+
+def reads_whole_step(algorithm: OnlineAlgorithm) -> bool:
+    """Whether old log-probabilities of the whole step must be known before its update."""
+    return algorithm.selects_tokens or algorithm.config.top_entropy_fraction is not None
+
+
+def select_tokens(
+    algorithm: OnlineAlgorithm, plan: BatchPlan, share: ShareColumns, ranks: Ranks, *, seed: int
+) -> Selections:
+    """What the configuration selects among the tokens of each minibatch. Collective."""
+    fraction = algorithm.config.top_entropy_fraction
+    high = None if fraction is None else torch.zeros_like(share.response_mask)
+    selected = torch.zeros_like(share.response_mask) if algorithm.selects_tokens else None
+    columns = [share.old_logprobs, share.advantages, *([] if share.entropy is None else [share.entropy])]
+    sampled = _positions(share)
+    for number, minibatch in enumerate(plan.minibatches):
+        own = {i: sampled[i] for i in minibatch.sequences_by_rank[ranks.rank]}
+        places = torch.cat([torch.empty(0, dtype=torch.int64), *own.values()])
+        counts = {i: len(positions) for i, positions in own.items()}
+        whole, at = gathered(torch.stack(columns)[:, places], counts, minibatch, ranks)
+        everywhere = torch.ones(whole.shape[1], dtype=torch.bool)
+        if high is not None and fraction is not None:
+            high[places] = high_entropy_tokens(whole[2], everywhere, quantile=1.0 - fraction)[at]
+        if selected is not None:
+            generator = torch.Generator().manual_seed(
+                random.Random(f"tokens {seed} {plan.step} {number}").getrandbits(63)
+            )
+            order = torch.rand(whole.shape[1], generator=generator, dtype=torch.float64)
+            tokens = StepTokens(old_logprobs=whole[0], advantages=whole[1], order=order)
+            selected[places] = algorithm.selected(tokens)[at]
+    return Selections(high_entropy=high, selected=selected)
+
+
+def gathered(
+    columns: Float[Tensor, "K n"], counts: Mapping[int, int], minibatch: MinibatchPlan, ranks: Ranks
+) -> tuple[Float[Tensor, "K N"], Int[Tensor, " n"]]:
+    """(columns of the sampled tokens of all ranks' sequences, where this rank's stand in them). Collective.
+
+    `columns` are of this rank's sequences, in the order of `counts`, which says how many sampled tokens each has.
+    """
+    row = {i: place for place, i in enumerate(sorted(chain.from_iterable(minibatch.sequences_by_rank)))}
+    lengths = torch.zeros(len(row), dtype=torch.int64)
+    if ranks.contributes:
+        lengths[[row[i] for i in counts]] = torch.tensor(list(counts.values()), dtype=torch.int64)
+    lengths = ranks.all_reduce_sum(lengths).cpu()
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    spans = [torch.arange(starts[row[i]], starts[row[i]] + count) for i, count in counts.items()]
+    at = torch.cat([torch.empty(0, dtype=torch.int64), *spans])
+    whole = torch.zeros(len(columns), int(lengths.sum()))
+    if ranks.contributes:
+        whole[:, at] = columns
+    return ranks.all_reduce_sum(whole).cpu(), at
+
+
+def _positions(share: ShareColumns) -> dict[int, Int[Tensor, " m"]]:
+    """Where each sequence's sampled tokens stand."""
+    counts = sequence_counts(share.response_mask, share.lengths).tolist()
+    return dict(zip(share.ids, share.response_mask.nonzero().flatten().split(counts), strict=True))

@@ -1,0 +1,71 @@
+"""Which nodes of a run answer. Real nodes are lost in tests/integration/test_node_loss.py."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+from ray._private.state import GlobalState
+from ray.exceptions import RayError
+
+from actors.cluster import actor_locations as standing
+from actors.cluster.actor_locations import Standing, forget, going_node, losses
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, Standing]:
+    """Where actors stand; a test fills it in."""
+    places: dict[str, Standing] = {}
+    monkeypatch.setattr(standing, "_STANDING", places)
+    return places
+
+
+@pytest.fixture
+def raylet() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def at(who: str, node: str, port: int) -> Standing:
+    return Standing(who=who, node=node, address="127.0.0.1", port=port, pid=4711)
+
+
+def test_a_node_that_answers_is_not_lost(known: dict[str, Standing], raylet: socket.socket) -> None:
+    assert losses() == ""
+    known["a"] = at("policy rank 0", "n1", raylet.getsockname()[1])
+    assert known["a"].loss() is None
+    assert losses() == ""
+
+
+def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, Standing], raylet: socket.socket) -> None:
+    there, gone = raylet.getsockname()[1], free_port()
+    known["a"] = at("policy rank 0", "n1", there)
+    known["b"], known["c"] = at("policy rank 1", "n2", gone), at("critic rank 1", "n2", gone)
+    what = "no Ray runs on node 127.0.0.1 any more"
+    assert losses() == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
+    forget(["b", "c", "never known"])
+    assert losses() == ""
+
+
+def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(address: tuple[str, int], timeout: float) -> socket.socket:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    assert at("policy rank 0", "n1", 1).loss() == "node 127.0.0.1 cannot be reached"
+
+
+def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    not_joined = GlobalState()  # nor does a driver that joins by ray:// have what it takes to ask
+    monkeypatch.setattr("ray._private.state.state", not_joined)
+    with pytest.raises(RayError):
+        not_joined.get_draining_nodes()
+    assert asyncio.run(going_node({"n1"})) is None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

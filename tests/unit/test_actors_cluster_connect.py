@@ -1,0 +1,59 @@
+"""What is checked before a Ray of our own starts, and that its folder is private. Ray itself: tests/integration/."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from actors.cluster.connect import _private_temp, _refuse_few_open_files
+from actors.cluster.placement import Placement
+from rlhf.errors import UserError
+
+
+def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _refuse_few_open_files()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
+    with pytest.raises(UserError, match=r"may open 64 files here \(`ulimit -n`\), and a run needs 256"):
+        _refuse_few_open_files()
+
+
+@pytest.fixture
+def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Ray's files go. Its path is longer than that of most."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("actors.cluster.connect.LONGEST_SOCKET", 1000)
+    return tmp_path / f"ray-{os.getuid()}"
+
+
+def test_nobody_else_can_enter_the_folder_of_ray(temp: Path) -> None:
+    temp.mkdir()
+    temp.chmod(0o777)
+    assert _private_temp() == temp
+    assert stat.S_IMODE(temp.stat().st_mode) == 0o700
+
+
+def test_a_folder_of_ray_that_another_put_there_is_refused(tmp_path: Path, temp: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    temp.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is no folder of this user"):
+        _private_temp()
+
+
+def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("a" * 100)))
+    with pytest.raises(UserError, match=r"longer than 107 characters. Set RAY_TMPDIR to a folder with a short path"):
+        _private_temp()
+
+
+def test_workers_read_and_write_utf_8_whatever_the_locale() -> None:
+    seating = SimpleNamespace(seats={"policy": [SimpleNamespace(cpus=1.0, gpus=0.0, bundle=0)]})
+    placement = Placement(group=cast("Any", None), seating=cast("Any", seating))
+    options = placement.options("policy", 0, {"OMP_NUM_THREADS": "1"})
+    assert options["runtime_env"] == {"env_vars": {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}}

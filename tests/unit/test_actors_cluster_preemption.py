@@ -1,0 +1,184 @@
+"""What a stop request does to a training loop, and an interrupt to the Ray that the process has started itself."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.cluster import preemption as interrupts
+from actors.cluster.connect import OWN_RAY
+from actors.cluster.preemption import run_loop
+from rlhf import stopping
+from rlhf.controller.notice import Notice
+from rlhf.errors import Preempted, RunError
+from rlhf.stopping import StopRequest, run_async, run_stoppable
+
+Work = Callable[[Notice, StopRequest], Coroutine[Any, Any, object]]
+
+
+def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = "import time; time.sleep(60)"
+    ray_like = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asleep!r}])"
+    with subprocess.Popen([sys.executable, "-c", ray_like]) as daemon, subprocess.Popen(["sleep", "60"]) as other:
+        known = psutil.Process(daemon.pid)
+        while not known.children():
+            time.sleep(0.02)
+        (below,) = known.children()
+        monkeypatch.setattr(OWN_RAY, "daemons", [known])
+        monkeypatch.setattr(OWN_RAY, "killed", False)
+        OWN_RAY.kill()
+        assert OWN_RAY.killed
+        assert OWN_RAY.is_ending
+        assert not known.is_running()
+        assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+        assert other.poll() is None
+        other.kill()
+
+
+def test_where_ray_is_not_our_own_nothing_is_killed() -> None:
+    OWN_RAY.kill()
+    assert not OWN_RAY.killed
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_call_that_blocks_the_event_loop_has_a_limit(monkeypatch: pytest.MonkeyPatch, returns: bool) -> None:
+    monkeypatch.setattr(stopping, "END_WITHIN_S", 5.0 if returns else 0.1)
+    gate = threading.Event()
+
+    async def hang() -> None:
+        gate.wait(30.0)  # as `ray.put` waits for a raylet that stands still
+
+    def work(request: StopRequest) -> None:
+        if returns:
+            request.on_interrupt = gate.set  # as the end of Ray's daemons may end the call
+        loop = run_loop(hang(), Notice(), request, grace_s=1.0, call_timeout_s=1.0, going_node=none_goes)
+        run_async(loop)
+
+    with pytest.raises(RunError, match=r"waited for \d s \(cluster.call_timeout_s\) in a call of Ray"):
+        run_stoppable(work)
+    gate.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def none_goes() -> None:
+    return None
+
+
+def run(
+    work: Work,
+    *,
+    grace_s: float = 60.0,
+    going_node: Callable[[], Awaitable[tuple[str, float | None] | None]] = none_goes,
+) -> StopRequest:
+    """A loop of a run, and the request that it was given."""
+    request = StopRequest()
+
+    async def loop() -> None:
+        notice = Notice()
+        timeouts = {"grace_s": grace_s, "call_timeout_s": 60.0}
+        await run_loop(work(notice, request), notice, request, **timeouts, going_node=going_node)
+
+    asyncio.run(loop())
+    return request
+
+
+def ask(request: StopRequest, number: signal.Signals) -> None:
+    request.signal, request.came = number, time.monotonic()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_loop_is_given_notice_and_ends_by_itself(number: signal.Signals) -> None:
+    async def work(notice: Notice, request: StopRequest) -> None:
+        assert request.ends_by_itself
+        ask(request, number)
+        await until(lambda: notice.is_given)
+        raise Preempted("kept")
+
+    with pytest.raises(Preempted, match=r"^kept$"):
+        run(work)
+
+
+def test_a_loop_that_has_its_last_step_is_done() -> None:
+    async def work(notice: Notice, request: StopRequest) -> None:
+        ask(request, signal.SIGTERM)
+        await until(lambda: notice.is_given)
+
+    assert not run(work).ends_by_itself
+
+
+def test_after_sigterm_a_step_has_a_limit_and_after_ctrl_c_it_has_none() -> None:
+    async def slow(notice: Notice, request: StopRequest, number: signal.Signals) -> None:
+        ask(request, number)
+        await asyncio.sleep(0.5)
+
+    with pytest.raises(Preempted, match=r"not done in 0.1 s \(train.preemption_grace_s, or less\)"):
+        run(lambda notice, request: slow(notice, request, signal.SIGTERM), grace_s=0.1)
+    run(lambda notice, request: slow(notice, request, signal.SIGINT), grace_s=0.1)
+
+
+def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
+
+    async def goes() -> tuple[str, float | None]:
+        return "10.0.0.7", time.time() + 0.3
+
+    async def work(notice: Notice, _: StopRequest) -> None:
+        await until(lambda: notice.is_given)
+        await asyncio.sleep(60.0)
+
+    with pytest.raises(Preempted, match=r"not done in 0\.\d+ s"):
+        run(work, going_node=goes)
+
+
+def test_a_head_that_does_not_answer_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
+    asked = 0
+
+    async def hangs() -> None:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(60.0)
+
+    async def work(notice: Notice, request: StopRequest) -> None:
+        await until(lambda: asked == 1)
+        ask(request, signal.SIGTERM)
+        await until(lambda: notice.is_given)
+
+    run(work, going_node=hangs)
+    assert asked == 1
+
+
+def test_work_is_cut_off_by_a_notice_and_else_gives_its_result() -> None:
+    async def both() -> tuple[int | None, int | None, bool]:
+        notice, cut = Notice(), False
+
+        async def quick() -> int:
+            return 3
+
+        async def slow() -> int:
+            nonlocal cut
+            try:
+                await asyncio.sleep(60.0)
+            except asyncio.CancelledError:
+                cut = True
+                raise
+            return 4
+
+        first = await notice.unless_given(quick())
+        asyncio.get_running_loop().call_later(0.01, notice.give)
+        return first, await notice.unless_given(slow()), cut
+
+    assert asyncio.run(both()) == (3, None, True)

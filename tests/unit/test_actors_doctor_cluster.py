@@ -1,0 +1,150 @@
+"""What the doctor of a cluster makes of what nodes say. A real cluster is asked in tests/integration/test_hosts.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rlhf
+from actors.doctor.cluster import OfNode, judge, models_of, paths_of, together
+from actors.doctor.cluster import cluster_doctor as look
+from actors.doctor.machine import Finding
+from actors.doctor.node_probe import NodeFacts, NodeProbe, code_hash, of_hub, size_of, versions
+from rlhf.cli import main
+from rlhf.errors import UserError
+
+SOUND = NodeFacts(
+    host="node",
+    interface="eth0",
+    others=(),
+    versions=versions(),
+    code=code_hash(),
+    folder="/tmp",
+    shm_gib=16.0,
+    shm_free_gib=15.0,
+    seen={},
+    cached={},
+    no_hub="",
+    shared="",
+)
+
+
+def test_a_node_like_this_machine_is_fine() -> None:
+    assert {finding.state for finding in judge(SOUND, {})} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "what", "found"),
+    [
+        ({"versions": {**versions(), "ray": "1.0"}}, "bad", "versions", "ray 1.0 (here "),
+        ({"versions": {"python": "3.10.1"}}, "bad", "versions", "python 3.10.1 (here "),
+        ({"code": "0" * 12}, "bad", "our code", "hash 000000000000, here "),
+        ({"shm_gib": 0.06, "shm_free_gib": 0.06}, "note", "/dev/shm", "0.1 GiB, 0.1 GiB free"),
+        ({"interface": "", "others": ("eth1",)}, "note", "interface", "none has the address"),
+        ({"seen": {"/models/a": ""}}, "bad", "/models/a", "not there, here 3 files of 9 bytes"),
+        ({"cached": {"a/b": False, "c/d": True}}, "note", "a/b", "not in the hub's cache; the hub answers"),
+        (
+            {"cached": {"a/b": False}, "no_hub": "away"},
+            "bad",
+            "a/b",
+            "not in the hub's cache, and no hub answers (away)",
+        ),
+        ({"seen": {"/models/a": "2 files of 8 bytes"}}, "note", "/models/a", "2 files of 8 bytes, here 3 files"),
+    ],
+)
+def test_what_differs_is_found(changes: dict[str, Any], state: str, what: str, found: str) -> None:
+    here = {"/models/a": "3 files of 9 bytes"}
+    odd = [finding for finding in judge(replace(SOUND, **changes), here) if finding.state != "ok"]
+    assert [(finding.state, finding.what) for finding in odd] == [(state, what)]
+    assert odd[0].found.startswith(found)
+    assert odd[0].advice
+
+
+def test_a_relative_path_is_said_to_be_one() -> None:
+    (finding,) = [
+        one for one in judge(replace(SOUND, seen={"data.jsonl": ""}), {"data.jsonl": "1"}) if one.state == "bad"
+    ]
+    assert "it is taken from /tmp there" in finding.advice
+
+
+def test_equal_findings_stand_once() -> None:
+    same, other = Finding(what="a", state="ok", found="x"), Finding(what="a", state="bad", found="y")
+    found = [OfNode(node="1", finding=same), OfNode(node="2", finding=same), OfNode(node="3", finding=other)]
+    assert list(together(found, {"1", "2", "3"})) == [("1, 2", same), ("3", other)]
+    assert next(iter(together(found[:2], {"1", "2"})))[0] == "all 2"
+
+
+def test_the_paths_of_a_configuration_are_those_that_are_here(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"12345")
+    (tmp_path / "mine.py").write_text("")
+    tree = {
+        "policy": {"model": f"{tmp_path}/model"},
+        "reward": {"model": "someone/on-the-hub"},
+        "rewards": {"mine": {"function": f"{tmp_path}/mine.py:reward"}, "known": {"function": "exact_match"}},
+        "data": {"train": [{"path": f"{tmp_path}/model"}, {"path": f"{tmp_path}/missing.jsonl"}]},
+    }
+    stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
+    assert paths_of([stage]) == [f"{tmp_path}/model", f"{tmp_path}/mine.py"]
+    assert size_of(f"{tmp_path}/model") == "1 files of 5 bytes"
+    assert size_of(f"{tmp_path}/missing.jsonl") == ""
+
+
+def test_the_models_of_the_hub_are_those_that_are_no_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "here").mkdir(parents=True)
+    tree = {
+        "policy": {"model": "some/model"},
+        "critic": {"model": "models/here"},
+        "reference": None,
+        "reward": {"model": "stage:reward"},
+        "rewards": {"judged": {"judge": {"model": "of/a-service"}}},
+        "evaluate": {"model": "runs/a/final", "against": "another/one", "reward": {"model": "a/judge"}},
+    }
+    stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
+    assert models_of([stage]) == ["some/model", "another/one", "a/judge"]
+
+
+def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, files in (("whole", ("config.json", "model.safetensors")), ("begun", ("config.json",))):
+        folder = tmp_path / f"models--a--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("c0ffee")
+        (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+        for file in files:
+            (folder / "snapshots" / "c0ffee" / file).write_text("{}")
+    found = {"a/whole": True, "a/begun": False, "a/none": False}
+    assert of_hub(list(found)) == (found, "HF_HUB_OFFLINE is set")
+    assert of_hub(["a/whole"]) == ({"a/whole": True}, "")
+    assert of_hub([]) == ({}, "")
+
+
+def test_a_link_is_measured() -> None:
+    there, here = NodeProbe(), NodeProbe()
+    link = there.reach("127.0.0.1", here.listen("127.0.0.1"))
+    assert link.gbit_per_s > 0.01
+    assert link.latency_ms > 0.0
+
+
+def test_a_cluster_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="no cluster is named"):
+        look(None, None)
+    with pytest.raises(UserError, match="no cluster is named"):
+        rlhf.cluster_doctor()
+
+
+def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [OfNode(node="n", finding=Finding(what="a", state=state, found="x")) for state in ("note", "bad")]  # type: ignore[arg-type]
+    for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
+        monkeypatch.setattr("actors.doctor.cluster.cluster_doctor", lambda *_, found=found: found)
+        assert main(["doctor", "--cluster", "--address", "here:6379"]) == code
+        assert rlhf.cluster_doctor(address="here:6379") == found

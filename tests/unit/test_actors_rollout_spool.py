@@ -1,0 +1,78 @@
+"""A spooled group is taken up whole, for the request that it answers; one that the disk has damaged is drawn again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.rollout.spool import group_path, read_group, write_group
+from rlhf.controller.answers import request_for
+from rlhf.types import Prompt, RolloutInfo, Rollouts, Sampling, StepReward
+
+PROMPT = Prompt(prompt_id=0, token_ids=(1,), text="p", columns={})
+REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
+SAMPLING = Sampling(max_new_tokens=4)
+ROLLOUTS = Rollouts(
+    sequence_ids=torch.tensor([0]),
+    lengths=torch.tensor([2]),
+    token_ids=torch.tensor([1, 5]),
+    response_mask=torch.tensor([False, True]),
+    rollout_logprobs=torch.tensor([0.0, -0.5]),
+    versions=torch.tensor([-1, 0]),
+)
+INFO = RolloutInfo(
+    sequence_id=0,
+    num_prompt_tokens=1,
+    num_response_tokens=1,
+    finish_reason="stop",
+    min_version=0,
+    max_version=0,
+    mean_logprob=-0.5,
+)
+
+
+def test_a_group_answers_its_own_request_alone(tmp_path: Path) -> None:
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO,))
+    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert found is not None
+    assert found[0].token_ids.tolist() == [1, 5]
+    assert found[1] == (INFO,)
+    assert read_group(tmp_path, REQUEST, SAMPLING, 1) is None
+    assert read_group(tmp_path, REQUEST, Sampling(max_new_tokens=4, temperature=0.5), 0) is None
+    other = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=1, run_seed=1)
+    assert read_group(tmp_path, other, SAMPLING, 0) is None
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+@pytest.mark.parametrize("zeros", [0, 2000])
+def test_a_damaged_group_is_drawn_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int, zeros: int
+) -> None:
+    path = group_path(tmp_path, 0, 0)
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO,))
+    path.write_bytes(path.read_bytes()[:kept] + bytes(zeros))
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
+    assert str(path) in caplog.text
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO,))
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is not None
+
+
+def test_a_group_whose_tokens_are_lost_is_drawn_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = group_path(tmp_path, 0, 0)
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO,))
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    path.write_bytes(path.read_bytes()[:header].ljust(path.stat().st_size, b"\0"))
+    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
+    assert str(path) in caplog.text
+
+
+def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
+    info = replace(INFO, environment_rewards=(StepReward(end=1, value=0.5),))
+    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (info,))
+    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
+    assert found is not None
+    assert repr(found[1]) == repr((info,))  # by which a ledger knows its scores
+    assert found[1][0].environment_reward == 0.5

@@ -1,0 +1,208 @@
+"""What is written of a run while it is open: failures, and the group of W&B that the stages of a pipeline share."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.run.run_record import recording
+from rlhf.config.files.load import load
+from rlhf.config.schema.stages import MergeStage
+from rlhf.errors import RunError, UserError
+from rlhf.preflight.run_folder import meet_mirror
+
+PIPELINE = """\
+run: {name: demo, dir: DIR}
+tracking: {wandb: offline}
+stages:
+  a:
+    policy: {model: x}
+    algorithm: {name: sft}
+    data: {train: a.jsonl}
+    train: {steps: 2, lr: 1e-3, sequences_per_update: 32}
+  soup: {merge: {method: linear, models: {a: {model: "stage:a"}, b: {model: b}}}}
+  judge: {evaluate: {model: "stage:soup", data: held.jsonl}}
+"""
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What W&B was asked for."""
+    found: list[dict[str, Any]] = []
+
+    class Backend:
+        name = "W&B"
+
+        def log(self, step: Any) -> None: ...
+        def alert(self, *told: str) -> None: ...
+        def close(self, *, failed: bool) -> None: ...
+
+    def open_wandb(folder: Path, **asked: Any) -> Backend:
+        found.append(asked)
+        return Backend()
+
+    monkeypatch.setattr("actors.run.run_record.open_wandb", open_wandb)
+    return found
+
+
+def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
+    for stage in load(path).stages.values():
+        with recording(stage, resume=False) as (record, step):
+            assert step is None
+            assert record.folder.path == tmp_path / stage.run.name
+        again = load(tmp_path / stage.run.name / "config.resolved.yaml")
+        assert list(again.stages.values()) == [stage]
+        if isinstance(stage, MergeStage):
+            assert opened[-1]["name"] == "demo/a"  # it has no metrics to send
+    told = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
+    assert told == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
+
+
+def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    path = tmp_path / "run.yaml"
+    tree = {
+        "run": {"name": "alone", "dir": str(tmp_path)},
+        "policy": {"model": "x"},
+        "algorithm": {"name": "sft"},
+        "data": {"train": "a.jsonl"},
+        "train": {"steps": 2, "lr": 1e-3, "sequences_per_update": 32},
+        "tracking": {"wandb": "offline", "wandb_tags": ["tiny"], "wandb_entity": "team"},
+    }
+    path.write_text(json.dumps(tree))
+    (stage,) = load(path).stages.values()
+    with pytest.raises(RunError), recording(stage, resume=False) as (record, _):
+        raise RunError("it broke")
+    assert (opened[0]["group"], opened[0]["tags"], opened[0]["entity"]) == (None, ("tiny",), "team")
+    assert opened[0]["config"]["train"]["lr"] == 1e-3
+    assert "rollouts" not in opened[0]["config"]  # only what is in effect
+    (row,) = (record.folder.path / "errors.jsonl").read_text().splitlines()
+    assert json.loads(row)["message"] == "it broke"
+
+
+def test_a_sweep_names_its_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: offline, wandb_group: lr"))
+    for stage in load(path).stages.values():
+        with recording(stage, resume=False):
+            pass
+    assert [asked["group"] for asked in opened] == ["lr", "lr"]
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: 'off'"))
+    stage = next(iter(load(path).stages.values()))
+    monkeypatch.setattr("rlhf.tracking.sinks.tracker.write_error", full)
+    monkeypatch.setattr("rlhf.tracking.sinks.tracker.Tracker.close", full)
+    with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
+        raise RunError("update: policy rank 1 died")
+    assert caplog.text.count("could not be written down: [Errno 28]") == 2
+
+
+RUN = """\
+run: {name: demo, dir: DIR/runs, mirror: DIR/mirror}
+policy: {model: x}
+algorithm: {name: sft}
+data: {train: a.jsonl}
+train: {steps: 40, lr: 1e-3, sequences_per_update: 32, keep_checkpoints: 1}
+"""
+
+
+def mirrored(tmp_path: Path, parent: str = "runs") -> Any:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("DIR/runs", str(tmp_path / parent)).replace("DIR", str(tmp_path)))
+    (stage,) = load(path).stages.values()
+    return stage
+
+
+def checkpointed(record: Any, step: int) -> None:
+    (record.folder.begin_checkpoint(step) / "controller.json").write_text(str(step))
+    record.write_row(step, {"update/lr": 1.0})
+    record.folder.commit_checkpoint(step)
+    asyncio.run(record.prune(1))
+
+
+def test_a_mirrored_run_goes_on_elsewhere_and_is_not_begun_twice(tmp_path: Path) -> None:
+    there = tmp_path / "mirror" / "demo"
+    with suppress(RunError), recording(mirrored(tmp_path), resume=False) as (record, _):
+        assert (there / "config.resolved.yaml").exists()  # what cannot be written there is known at the start
+        for step in (10, 20):
+            checkpointed(record, step)
+        raise RunError("lost")
+    assert json.loads((there / "errors.jsonl").read_text())["message"] == "lost"
+    other = mirrored(tmp_path, "other")
+    with pytest.raises(UserError, match=r"run\.mirror: .* already holds a run. Continue it with --resume auto"):
+        meet_mirror(other, resume=False)
+    meet_mirror(other, resume=True)
+    with recording(other, resume=True) as (record, step):
+        assert step == 20
+        checkpointed(record, 30)
+    assert sorted(path.name for path in (there / "checkpoints").glob("step*")) == ["step_000030"]
+    assert [json.loads(line)["step"] for line in (there / "metrics.jsonl").read_text().splitlines()] == [10, 20, 30]
+
+
+def test_a_mirror_that_cannot_be_written_fails_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.tracking.run_folder.mirror._PAUSE_S", 0.001)
+    (tmp_path / "mirror").write_text("a file")
+    with pytest.raises(RunError, match=r"run\.mirror: "), recording(mirrored(tmp_path), resume=False):
+        pytest.fail("it began")
+
+
+def test_a_result_that_did_not_get_away_follows_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise PermissionError("expired")
+
+    def finish() -> None:
+        with recording(stage, resume=False) as (record, _):
+            (record.folder.begin_final() / "model.safetensors").write_text("final")
+            record.folder.commit_final()
+            monkeypatch.setattr(record.mirror, "_put", fails)
+
+    stage, there = mirrored(tmp_path), tmp_path / "mirror" / "demo" / "final.json"
+    with pytest.raises(RunError, match=r"expired.*--resume auto"):
+        finish()
+    assert not there.exists()
+    meet_mirror(stage, resume=True)
+    assert json.loads(there.read_text())["files"]["model.safetensors"]["size"] == 5
+    assert (there.parent / "final" / "model.safetensors").read_text() == "final"
+    written = there.stat().st_mtime_ns
+    meet_mirror(stage, resume=True)
+    assert there.stat().st_mtime_ns == written
+
+
+def test_a_checkpoint_that_did_not_get_away_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.tracking.run_folder.mirror._PAUSE_S", 0.001)
+    with recording(mirrored(tmp_path), resume=False) as (record, _):
+        whole = record.mirror._put_checkpoint
+
+        def fails(step: int) -> None:
+            raise PermissionError("expired")
+
+        record.mirror._put_checkpoint = fails
+        checkpointed(record, 10)
+        record.mirror._thread.join()
+        record.mirror._put_checkpoint = whole
+        checkpointed(record, 20)
+    (error,) = map(json.loads, (tmp_path / "runs" / "demo" / "errors.jsonl").read_text().splitlines())
+    assert (error["stage"], error["kind"]) == ("mirror", "not_uploaded")
+    assert "expired" in error["message"]
+    assert (tmp_path / "mirror" / "demo" / "checkpoints" / "step_000020" / "manifest.json").exists()

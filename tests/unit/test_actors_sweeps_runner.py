@@ -1,0 +1,85 @@
+"""What the loop of a sweep meets when it goes on. Whole sweeps: tests/integration/test_sweep.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+import actors.sweeps.runner
+from actors.sweeps.runner import _wait_for_leftovers, run_sweep
+from actors.sweeps.trial_process import Share
+from rlhf.commands.sweep import run_sweep as start
+from rlhf.config.schema.sweep import load_sweep
+from rlhf.errors import Preempted, RunError, UserError
+from rlhf.sweeps.journal import Journal
+from rlhf.sweeps.space import known_trials
+from rlhf.tracking.run_folder.lock import lock_folder
+from tests.unit.test_config_schema_sweep import write_sweep
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_have_their_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.tracking.logs.configure", lambda level: None)
+
+
+@pytest.mark.parametrize("stage", ["", "sft"])
+def test_trials_of_a_killed_sweep_that_still_end_are_waited_for(tmp_path: Path, stage: str) -> None:
+    with Journal.open(load_sweep(write_sweep(tmp_path)), resume=False) as journal:
+        _wait_for_leftovers(journal, within_s=0.0)
+        run = journal.run_folder(3) / stage
+        run.mkdir(parents=True)
+        held = lock_folder(run, key="run.name")
+        with pytest.raises(UserError, match=rf"{run} is in use by process {os.getpid()}"):
+            _wait_for_leftovers(journal, within_s=0.0)
+        threading.Timer(0.5, os.close, [held]).start()
+        _wait_for_leftovers(journal, within_s=30.0)
+        os.close(lock_folder(run, key="run.name"))
+
+
+def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a trial was started")
+
+    monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", started)
+    sweep = load_sweep(write_sweep(tmp_path, max_failures=0))
+    known = known_trials(sweep)
+    assert known is not None
+    with Journal.open(sweep, resume=False) as journal:
+        journal.add(0, known[0])
+        journal.end(0, "failed", "exit 1: no memory")
+    with pytest.raises(RunError, match=r"more than sweep.max_failures = 0: trial-000: exit 1: no memory"):
+        run_sweep(sweep, resume=True, quiet=True)
+    with pytest.raises(AssertionError):
+        run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
+
+
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_a_sweep_and_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ended: type[BaseException]
+) -> None:
+    interrupted: list[object] = []
+
+    class Trial:
+        def __init__(self, *_: object, **__: object) -> None:
+            os.kill(os.getpid(), number)
+
+        def poll(self) -> int | None:
+            return 75 if interrupted else None
+
+        def interrupt(self) -> None:
+            interrupted.append(self)
+
+    monkeypatch.setattr(actors.sweeps.runner, "_shares", lambda *_: [Share()])
+    monkeypatch.setattr(actors.sweeps.runner, "_may_keep_engines", lambda _: False)
+    monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", Trial)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    try:
+        with pytest.raises(ended, match="the trials in progress were ended"):
+            start(load_sweep(write_sweep(tmp_path)), resume=False, retry_failed=False, quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(interrupted) == 1

@@ -1,0 +1,140 @@
+"""The resolved file: loads to the same tree, says everything that is in effect, and nothing that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
+from rlhf.config.files.load import LoadedConfig, load
+from rlhf.config.files.yaml_tree import read_tree
+
+BASE = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: ppo}
+data: {train: prompts.jsonl}
+rollouts: {}
+rewards: {correct: {function: math_answer, args: {deep: [1, {a: null}], text: "a: b"}}}
+train: {steps: 10, lr: 1e-6, sequences_per_update: 128}
+"""
+PIPELINE = """\
+run: {name: demo, dir: out, seed: 3}
+data: {eval: heldout.jsonl}
+rollouts: {max_new_tokens: 13}
+rewards: {correct: {function: f}}
+stages:
+  sft:
+    policy: {model: "tiny:llama"}
+    algorithm: {name: sft}
+    data: {train: a.jsonl}
+    train: {steps: 100, lr: 1e-3, sequences_per_update: 32}
+  ppo:
+    policy: {model: stage:sft}
+    critic: {model: stage:sft, dtype: float32}
+    algorithm: {name: ppo}
+    data: {train: b.jsonl}
+    train: {steps: 60, lr: 3e-4, sequences_per_update: 64}
+"""
+
+
+def reload(tmp_path: Path, text: str) -> LoadedConfig:
+    path = tmp_path / "config.resolved.yaml"
+    path.write_text(text)
+    return load(path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["algorithm={name: grpo}"],
+        ["algorithm={name: sft}", "rollouts=null", "rewards={}"],
+        ["data.train={a: {source: x, weight: 3}, b: {source: {task: t, size: 3}}}"],
+        ["data.train={a: {source: x}}"],
+        ["policy.lora={}", "algorithm.kl.coef=0.2"],
+        ["algorithm.kl={coef: 0}"],
+        ["algorithm.correction={preset: geo_rs_token_tis, max_ratio: 3}"],
+        ["algorithm.correction={preset: bypass_pg_geo_rs}"],
+        ["algorithm.correction={mode: bypass, reject: {token_k1: [null, 0.5], sequence_max_k3: 1}}"],
+        ["train.sequences_per_update=256"],
+        ["rewards={taste: {role: reward}}", "reward.model=a/b"],
+        ["rewards.taste={url: 'http://h/v1', judge: {model: m, choices: {A: 1}}, normalize: group, only: {k: [a, 1]}}"],
+        ["reward_policy.on_error=drop", "tracking.wandb=offline", "train.lr_schedule=cosine"],
+        ["data.eval={task: t, size: 3, args: {x: off}}", "eval={temperature: 0.5, samples_per_prompt: 3}"],
+        ["data.eval={a: x.jsonl, b: {task: t, size: 3}}", "data.columns={prompt: question}"],
+        ["cluster={device: cuda, address: auto, roles: {policy: {workers: 2, offload: [optimizer]}}}"],
+        ["rollouts.stop=['off', '1e-6', '007', \"\\n\", ' #', '~']", "run.name=a/b", "data.system_prompt='null'"],
+    ],
+)
+def test_the_resolved_file_loads_to_the_same_tree(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    (config,) = load(path, overrides).stages.values()
+    text = dump_yaml(config)
+    (again,) = reload(tmp_path, text).stages.values()
+    assert again == config
+    assert dump_yaml(again) == text
+
+
+def test_defaults_are_written_out_and_keys_without_effect_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    tree = yaml.safe_load(dump_yaml(load(path, ["algorithm={name: grpo}"]).stages["demo"]))
+    assert tree["train"]["weight_decay"] == 0.0
+    assert tree["rollouts"]["samples_per_prompt"] == 4
+    assert tree["cluster"]["roles"]["rollout"]["kv_cache_gib"] == 1
+    assert "critic" not in tree
+    assert "eval" not in tree
+    assert "estimator" not in tree["algorithm"]["kl"]
+    assert "gpu_memory_utilization" not in tree["cluster"]["roles"]["rollout"]
+
+
+def test_a_stage_is_a_run_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE)
+    ppo = load(path).stages["ppo"]
+    (again,) = reload(tmp_path, dump_yaml(ppo)).stages.values()
+    assert again == ppo
+    assert again.run.name == "demo/ppo"
+    assert again.policy.model == "out/demo/sft/final"
+
+
+def test_a_pipeline_keeps_its_links(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE)
+    loaded = load(path)
+    text = dump_yaml(loaded)
+    again = reload(tmp_path, text)
+    assert dict(again.stages) == dict(loaded.stages)
+    assert (again.name, again.folder) == (loaded.name, loaded.folder)
+    stages = read_tree(tmp_path / "config.resolved.yaml").values["stages"]
+    assert stages["ppo"]["policy"]["model"] == stages["ppo"]["critic"]["model"] == "stage:sft"
+
+
+def test_a_single_run_dumps_alike_however_it_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    loaded = load(path)
+    assert dump_yaml(loaded) == dump_yaml(loaded.stages["demo"])
+
+
+def test_a_masked_file_is_valid_yaml_where_a_secret_is_a_whole_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_TOKEN", "a-long-secret")
+    (tmp_path / "run.yaml").write_text(BASE)
+    words = ["data.system_prompt=a-long-secret", "tracking={wandb: offline, wandb_project: of a-long-secret}"]
+    loaded = load(tmp_path / "run.yaml", words)
+    (tmp_path / "masked.yaml").write_text(dump_masked_yaml(loaded))
+    (run,) = load(tmp_path / "masked.yaml").runs.values()
+    assert run.data.system_prompt == "***"
+    assert run.tracking.wandb_project == "of ***"
+
+
+def test_a_password_in_a_url_is_masked(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    loaded = load(tmp_path / "run.yaml", ["run.mirror=local://user:verysecret@/mirror"])
+    assert "mirror: local://***@/mirror" in dump_masked_yaml(loaded)

@@ -1,0 +1,176 @@
+"""What a sweep's file may say, and what is said of one that is wrong: the key and the fix, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.cli import main
+from rlhf.config.files.load import load
+from rlhf.config.placement_plan import copies
+from rlhf.config.schema.sweep import load_sweep
+from rlhf.errors import UserError
+from rlhf.sweeps.space import known_trials
+
+RUN: dict[str, Any] = {
+    "run": {"name": "tiny"},
+    "policy": {"model": "tiny:llama", "dtype": "float32"},
+    "algorithm": {"name": "sft"},
+    "data": {
+        "train": {"task": "running_totals", "split": "sft", "size": 64},
+        "eval": {"task": "running_totals", "split": "sft", "size": 16},
+    },
+    "train": {"steps": 9, "lr": 1e-3, "sequences_per_update": 16},
+    "eval": {"every": 2},
+}
+
+
+def write_sweep(folder: Path, **changes: Any) -> Path:
+    """A sweep over learning rates, its run in a file beside it."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    section: dict[str, Any] = {
+        "name": "rates",
+        "dir": str(folder),
+        "config": "run.yaml",
+        "parameters": {"train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"}},
+        "method": {"name": "random", "trials": 3},
+        "metric": "-eval/heldout/loss",
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"sweep": section | changes}), encoding="utf-8")
+    return path
+
+
+def test_a_trial_is_the_run_with_what_is_fixed_and_what_is_varied(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, set={"train.steps": 20, "train.weight_decay": 0.1})
+    sweep = load_sweep(file, ["train.steps=30", "sweep.seed=4"])
+    (run,) = sweep.trial({"train.lr": 0.5}, "trial-000").runs.values()
+    assert (run.train.steps, run.train.weight_decay, run.train.lr) == (30, 0.1, 0.5)
+    assert (run.run.name, run.run.dir) == ("trial-000", tmp_path / "rates" / "trials")
+    assert sweep.config.seed == 4
+    assert sweep.lower_is_better
+    assert sweep.metric == "eval/heldout/loss"
+    assert sweep.best({"train.lr": 0.5}).folder == Path("runs/tiny-rates")
+
+
+def test_a_grid_that_is_too_large_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    parameters = {key: {"min": 1, "max": 10**9, "integer": True} for key in ("train.steps", "run.seed")}
+    sweep = load_sweep(write_sweep(tmp_path, parameters=parameters, method={"name": "grid"}))
+    with pytest.raises(UserError, match=r"sweep\.parameters: have 10{18} combinations; 10000 at most"):
+        known_trials(sweep)
+
+
+def test_trials_that_are_told_to_wandb_are_one_group_of_it(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path), ["tracking.wandb=offline", "run.mirror=memory://runs/"])
+    (run,) = sweep.trial({"train.lr": 0.5}, "trial-000").runs.values()
+    assert run.tracking.wandb_group == "rates"
+    assert run.run.mirror == "memory://runs/rates"  # other sweeps have trials of the same names
+
+
+def test_a_run_may_stand_in_the_sweep_itself(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, config=RUN))
+    assert sweep.base.runs["tiny"].train.lr == 1e-4
+
+
+def test_in_a_pipeline_the_last_stage_that_has_the_metric_is_judged(tmp_path: Path) -> None:
+    stages = {
+        "first": {"algorithm": RUN["algorithm"], "data": RUN["data"], "train": RUN["train"], "policy": RUN["policy"]},
+        "second": {
+            "algorithm": RUN["algorithm"],
+            "data": {"train": RUN["data"]["train"]},
+            "train": RUN["train"],
+            "policy": {"model": "stage:first", "dtype": "float32"},
+        },
+    }
+    config = {"run": RUN["run"], "stages": stages}
+    parameters = {"stages.first.train.lr": {"values": [1e-3, 1e-2]}}
+    sweep = load_sweep(write_sweep(tmp_path, config=config, parameters=parameters))
+    assert sweep.judged == "first"
+    assert sweep.trial({"stages.first.train.lr": 0.5}, "trial-000").runs["first"].train.lr == 0.5
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"metric": "eval/heldout/lss"}, r"sweep.metric: got 'eval/heldout/lss'; did you mean eval/heldout/loss\?"),
+    ({"metric": "-nonsense"}, "sweep.metric: got 'nonsense', which is no metric"),
+    ({"name": "a/b"}, "sweep.name: got 'a/b', expected letters"),
+    ({"paramters": {}}, r"sweep.paramters: unknown key; did you mean sweep.parameters\?"),
+    ({"config": "nowhere.yaml"}, "sweep.config: nowhere.yaml is no file"),
+    ({"parameters": {}}, "sweep.parameters"),
+    ({"parameters": {"train.lrr": {"values": [1.0]}}}, r"train.lrr: unknown key; did you mean train.lr\?"),
+    ({"parameters": {"train.lr": {"values": []}}}, "sweep.parameters.train.lr.values: is empty"),
+    ({"parameters": {"train.lr": {"min": 1.0}}}, r"sweep.parameters.train.lr: expected `values: \[...\]`, or `min`"),
+    ({"parameters": {"train.lr": {"min": 1.0, "max": 0.5}}}, "train.lr.max: is 0.5 and must be above min = 1"),
+    ({"parameters": {"train.lr": {"min": 0.0, "max": 0.5, "scale": "log"}}}, "train.lr.min: is 0, and a log scale"),
+    ({"parameters": {"train.lr": {"values": [1.0], "scale": "log"}}}, "train.lr.scale: has no effect beside `values`"),
+    ({"parameters": {"train.lr": {"min": 1e-3, "max": 0.5, "scale": "log", "step": 0.1}}}, "step: has no effect on"),
+    ({"parameters": {"train.steps": {"min": 0.5, "max": 2, "integer": True}}}, "train.steps.integer: is true, but"),
+    ({"parameters": {"run.name": {"values": ["a"]}}}, "run.name: is given to each trial by the sweep"),
+    ({"set": {"train.lr": 1.0}}, "train.lr: is fixed by sweep.set too"),
+    ({"set": {"run.dir": "x"}}, "sweep.set.run.dir: is given to each trial"),
+    ({"set": {"train.stps": 1}}, r"train.stps: unknown key; did you mean train.steps\?"),
+    ({"method": {"name": "grid"}}, "train.lr: is a range without end of numbers, and a grid has each"),
+    ({"method": {"name": "gird"}}, "sweep.method.name: got 'gird'; did you mean `grid`. Expected `grid`, `random`"),
+    ({"method": {"name": "grid", "trials": 3}}, "sweep.method.trials: is a key of"),
+    ({"method": {"name": "asha", "trials": 3, "grace_steps": 9}}, "grace_steps: is 9, but a trial has only 9 steps"),
+    ({"method": {"name": "asha", "trials": 3, "grace_steps": 3}}, "grace_steps: is 3, but .* measured every 2 steps"),
+    ({"method": {"name": "pbt", "trials": 4, "every": 9}}, "sweep.method.every: is 9, but a trial has only 9"),
+    ({"method": {"name": "pbt", "trials": 4, "every": 3}}, "every: is 3, but eval/heldout/loss is measured every 2"),
+    (
+        {
+            "method": {"name": "pbt", "trials": 4, "every": 2},
+            "parameters": {"train.sequences_per_update": {"values": [8, 16]}},
+        },
+        "sweep.parameters.train.sequences_per_update: cannot change while a run goes on",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG)
+def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_sweep(write_sweep(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        (
+            {"train.lr": {"min": -1.0, "max": 1e-3}},
+            "train.lr=-1.0 is no run: .*train.lr: got -1.0, expected a number > 0",
+        ),
+        ({"eval.every": {"values": [2, 0]}}, "eval.every=0 is no run: .*expected an integer >= 1"),
+        ({"train.warmup_steps": {"min": 0, "max": 9, "integer": True}}, "warmup_steps=9 is no run: .*is 9 and must be"),
+    ],
+)
+def test_every_end_of_a_range_is_checked_before_anything_starts(
+    tmp_path: Path, parameter: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_sweep(tmp_path, parameters=parameter)
+    with pytest.raises(UserError, match=said):
+        known_trials(load_sweep(file))
+    assert main(["sweep", str(file)]) == 2
+    assert not (tmp_path / "rates").exists()
+
+
+def test_a_command_line_that_fixes_what_is_varied_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"argument train.lr: the sweep varies it"):
+        load_sweep(write_sweep(tmp_path), ["train.lr=1.0"])
+
+
+def test_runs_and_sweeps_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    with pytest.raises(UserError, match="use `rlhf sweep"):
+        load(file)
+    with pytest.raises(UserError, match="use `rlhf train"):
+        load_sweep(tmp_path / "run.yaml")
+
+
+def test_as_many_run_at_once_as_there_is_room_for() -> None:
+    one = [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]
+    assert copies(one, [{"CPU": 5.0, "GPU": 2.0}], most=9) == 2  # by GPUs
+    assert copies(one, [{"CPU": 5.0, "GPU": 4.0}], most=9) == 2  # by CPUs: 2 * 2 <= 5
+    assert copies(one, [{"CPU": 9.0, "GPU": 9.0}], most=3) == 3
+    assert copies(one, [{"CPU": 9.0}], most=3) == 0

@@ -1,0 +1,252 @@
+"""Every key without effect: exit code 2 and a message that names key, reason and fix; and what is no such key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from tests.unit.test_config_validation_run import CUDA, GRPO, LORA, ONLINE, PAIRS, SFT, refusal
+
+INERT = {
+    "critic.model=a/b": ([GRPO], "algorithm grpo has no critic"),
+    "cluster.roles.critic.workers=1": ([GRPO], "this run starts no critic role; remove it, or use ppo"),
+    "cluster.roles.reference.workers=1": (["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
+    "reference.model=a/b": (["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
+    "reference={model: some/model}": ([LORA], "the policy with its LoRA adapter off is that very model"),
+    "cluster.roles.reference.cpus=2": ([LORA], "the policy with its adapter off is the reference"),
+    "policy.lora.rank=8": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
+    "policy.lora.dora=true": ([LORA, "policy.adapter=a"], "policy.adapter names an adapter, which has its own"),
+    "critic.lora.init=pissa": (
+        ["critic={model: a/b, lora: {}, adapter: c}"],
+        "critic.adapter names an adapter, which has its own",
+    ),
+    "cluster.roles.reference.cpus=1": ([LORA, "policy.adapter=a"], "this run starts no reference role"),
+    "reward.model=a/b": ([], "no reward uses it"),
+    "algorithm.reference_every=10": (PAIRS, "before a new reference is read"),
+    "algorithm.reference_every=11": ([], "before a new reference is read"),
+    "algorithm.reference_every=2": ([GRPO], "algorithm.kl.coef is 0"),
+    "algorithm.label_smoothing=0.1": (
+        ["algorithm={name: online_dpo, loss: ipo}", "train.sequences_per_update=8"],
+        "algorithm.loss ipo does not read it",
+    ),
+    "cluster.roles.critic.threads=1": (PAIRS, "this run starts no critic role"),
+    "cluster.roles.reference.threads=1": ([*PAIRS, LORA], "the policy with its adapter off is the reference"),
+    "reward_policy.max_dropped_fraction=0.4": (PAIRS, "reward_policy.on_error is fail"),
+    "data.max_unusable_fraction=0.5": (PAIRS, "algorithm online_dpo leaves out no rows but prompts that are too long"),
+    "algorithm.kl.estimator=k2": ([GRPO], "algorithm.kl.coef is 0"),
+    "algorithm.kl.place=reward": ([GRPO], "algorithm.kl.coef is 0"),
+    "algorithm.clip_low=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.clip_high=0.1": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.dual_clip=3": (["train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.max_ratio=3": (["algorithm={name: cispo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.temperature_positive=2": (
+        ["algorithm={name: sapo}", "train.sequences_per_update=32"],
+        "every ratio is 1",
+    ),
+    "algorithm.correction={off_policy_mask: 0.1}": (
+        ["algorithm={name: raft}", "train.sequences_per_update=8"],
+        "algorithm raft has no tokens of negative advantage; remove it, or bound the ratios by reject",
+    ),
+    "algorithm.advantage_clip=2": (
+        ["algorithm={name: raft}", "train.sequences_per_update=8"],
+        "algorithm raft imitates what it keeps, without advantages",
+    ),
+    "algorithm.min_covariance=0.5": (
+        ["algorithm={name: clip_cov, correction: {preset: bypass_pg_is}}"],
+        "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio",
+    ),
+    "algorithm.beta=0.2": (["algorithm={name: dro}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.penalty=2": (["algorithm={name: kl_cov}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.max_decrease=0.1": (["algorithm={name: dppo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.power_negative=1": (["algorithm={name: vespo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.clip_low=0.3": (["algorithm={name: gmpo}", "train.sequences_per_update=32"], "every ratio is 1"),
+    "algorithm.clip_low=0.4": (
+        [GRPO, "rollouts.keep_per_prompt={count: 2}", "train.sequences_per_update=16"],
+        "the batch of 16 responses is trained on in one optimizer step",
+    ),
+    "rollouts.keep_per_prompt={count: 2}": (PAIRS, "algorithm online_dpo takes a pair of them"),
+    "rollouts.keep_per_prompt={count: 3}": (
+        ["algorithm={name: raft, keep: 2}"],
+        "algorithm raft keeps the best by itself; remove it, or set algorithm.keep",
+    ),
+    "data.curriculum={}": (
+        [GRPO, "data.train={task: running_totals, size: 160}"],
+        "train.steps * rollouts.prompts_per_step = 80 prompts are asked, and data.train has as many or more",
+    ),
+    "algorithm.value_clip=0.1": (["train.sequences_per_update=32"], "none has moved yet"),
+    "algorithm.value_clip=0.2": (
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}"],
+        "none has moved yet",
+    ),
+    "algorithm.clip_low=0.45": (["algorithm.correction={preset: bypass_pg_is}"], "has no importance ratio of its own"),
+    "algorithm.correction.max_ratio=3": (["algorithm.correction={preset: geo_rs}"], "correction.weights is null"),
+    "algorithm.correction.min_ratio=0.5": (["algorithm.correction={mode: bypass}"], "correction.weights is null"),
+    "rollouts.dynamic_sampling={}": ([], "ppo learns from responses of equal scores too, and no bound of the mean is"),
+    "rollouts.dynamic_sampling.max_filtered_fraction=2": (["algorithm={name: remax}"], "remax learns from responses"),
+    "reward_policy.max_dropped_fraction=0.5": ([], "reward_policy.on_error is fail"),
+    "eval.k=[1, 2]": (
+        [
+            "rewards={taste: {role: reward}, watched: {function: length_penalty, weight: 0}}",
+            "reward.model=a/b",
+            "data.eval=x.jsonl",
+            "eval={temperature: 1, samples_per_prompt: 2}",
+        ],
+        "no reward with a weight is a function and eval.pass_score is null",
+    ),
+    "reward_policy.timeout_s=5": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "reward.steps.combine=mean": (
+        ["rewards={taste: {role: reward, credit: step}}", "reward={model: a/b, steps: {separator: ';'}}"],
+        "rewards.taste.credit is step: nothing is combined; remove it, or set that to response",
+    ),
+    "reward_policy.processes=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "rewards.correct.token_env=T": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.correct.judge.model=m": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.correct.http.timeout_s=5": ([], "rewards.correct.url is null: it is no service"),
+    "rewards.taste.judge.scale=[0, 5]": (
+        ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
+        "rewards.taste.judge.choices says what the answer is worth",
+    ),
+    "rewards.taste.gate=correct": (["rewards.taste={function: contains, weight: 0}"], "rewards.taste.weight is 0"),
+    "rewards.correct.normalize=group": (
+        ["algorithm={name: gdpo}", "rewards.other.function=contains"],
+        "algorithm gdpo normalises each reward within its group",
+    ),
+    "reward_policy.memory_gib=2": (["rewards={taste: {role: reward}}", "reward.model=a/b"], "no reward is a function"),
+    "eval.every=2": (["data.eval=null"], "there is no data.eval"),
+    "train.best_metric=eval/heldout/score": (["data.eval=null"], "there is no data.eval"),
+    "eval.samples_per_prompt=4": ([], "greedy responses to one prompt are all equal"),
+    "data.system_prompt=hello": (["data.apply_chat_template=false"], "data.apply_chat_template is false"),
+    "train.min_lr_ratio=0.1": ([], "train.lr_schedule is constant"),
+    "train.betas=[0.8, 0.9]": (
+        [GRPO, "train.optimizer=adafactor", "cluster.roles.policy.zero_stage=0"],
+        "train.optimizer is adafactor, which has no moments",
+    ),
+    "train.lr_cycles=3": (["train.lr_schedule=cosine"], "train.lr_schedule is cosine"),
+    "train.lr_decay_ratio=0.2": (["train.lr_schedule=linear"], "train.lr_schedule is linear"),
+    "tracking.wandb_project=p": ([], "tracking.wandb is off"),
+    "tracking.wandb_entity=team": ([], "tracking.wandb is off"),
+    "tracking.wandb_group=g": ([], "tracking.wandb is off"),
+    "tracking.wandb_tags=[a]": ([], "tracking.wandb is off"),
+    "tracking.wandb_checkpoints=true": ([], "tracking.wandb is off"),
+    "cluster.object_store_gib=2": (["cluster.address=auto"], "cluster.address names a running Ray"),
+    "cluster.roles.rollout.gpu_memory_utilization=0.5": ([], "cluster.device is cpu"),
+    "cluster.roles.rollout.enforce_eager=true": ([], "cluster.device is cpu"),
+    "cluster.roles.rollout.kv_cache_gib=2": ([CUDA], "cluster.device is cuda"),
+    "cluster.roles.policy.threads=2": ([CUDA], "cluster.device is cuda"),
+    "data.max_sequence_tokens=100": ([], "algorithm ppo samples what it trains on"),
+    "data.max_unusable_fraction=0.1": ([], "algorithm ppo leaves out no rows but prompts that are too long"),
+    "data.train={one: {source: a.jsonl, weight: 2}}": ([], "there is no other set to be mixed with"),
+    "cluster.roles.critic.cpus=2": ([], "it uses what policy reserves"),
+    "cluster.roles.reward.cpus=2": ([], "it uses what rollout reserves"),
+    "cluster.roles.reward.node_labels={pool: a}": ([], "it uses what rollout reserves"),
+}
+
+
+@pytest.mark.parametrize("override", INERT)
+def test_a_key_without_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    others, why = INERT[override]
+    message = refusal(tmp_path, capsys, ONLINE, [*others, override])
+    assert f"argument {override!r}: " in message
+    assert "has no effect here: " in message
+    assert why in message
+    assert "; remove it, or " in message
+
+
+@pytest.mark.parametrize("override", INERT)
+def test_the_rest_of_such_a_config_passes(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), *INERT[override][0]]) == 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollouts.top_p=0.9",
+        "rewards.correct.function=f",
+        "reward_policy.on_error=drop",
+        "reference.model=a/b",
+        "reward.model=a/b",
+        "critic.model=a/b",
+        "data.max_prompt_tokens=5",
+        "data.curriculum.low=0.2",
+        "train.epochs_per_batch=2",
+        "eval.temperature=0.5",
+        "eval.samples_per_prompt=2",
+        "tracking.samples_per_step=3",
+        "cluster.weight_sync=shm",
+        "cluster.roles.rollout.engines=2",
+        "cluster.roles.reward.workers=2",
+    ],
+)
+def test_supervised_runs_take_no_keys_of_rollouts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert "has no effect here: " in refusal(tmp_path, capsys, SFT, [override])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
+        ["cluster.roles.rollout.tensor_parallel=1"],
+        [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
+        [LORA, "policy.adapter=a", "reference.model=some/model"],  # without the adapter
+        ["policy.lora={quantize: nf4}", "reference.model=some/model"],  # in full precision
+        [LORA, "policy.adapter=a", "policy.lora.lora_plus_ratio=16", "policy.lora.quantize=nf4"],
+        ["policy.lora={dora: true, rslora: true, layers: [0, 1], quantize: nf4}"],
+        [CUDA, "cluster.roles.rollout.tensor_parallel=2"],  # reward functions beside it need no GPU
+        [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
+        ["train.sequences_per_update=32", "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
+        ["train.sequences_per_update=32", "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
+        ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
+        ["algorithm={name: gpg, correction: {preset: bypass_clip_k3_rs}}"],  # it rejects
+        ["data.curriculum={}", "data.train={task: running_totals, size: 79}"],
+        ["data.curriculum={}", "data.train={task: running_totals, size: 160}", "reward_policy.on_error=drop"],
+        ["data.curriculum={}"],  # of a file it is not known before it is read
+        ["algorithm={name: cispo, max_ratio: 3}"],
+        ["algorithm={name: gspo, dual_clip: 3}"],
+        ["algorithm={name: dapo, overlong: {buffer: 50}}"],
+        ["algorithm={name: clip_cov, fraction: 0.1}", "train.sequences_per_update=32"],
+        ["algorithm={name: grpo, kl: {coef: 0.1, estimator: k1_straight_through}}"],
+        ["algorithm={name: grpo, top_entropy_fraction: 0.2, advantage_clip: 3}", "train.sequences_per_update=32"],
+        ["algorithm={name: grpo, entropy: {adaptive: {target: 0.3}}}"],
+        [
+            "algorithm={name: reinforce}",
+            "rollouts={samples_per_prompt: 1, prompts_per_step: 32, max_new_tokens: 50}",
+        ],
+        [
+            "algorithm={name: reinforce_plus_plus}",
+            "rollouts={samples_per_prompt: 1, prompts_per_step: 32, max_new_tokens: 50}",
+        ],
+        ["train.max_tokens_per_microbatch=150"],  # 100 + 50: just enough
+        [GRPO, "rollouts.samples_per_prompt=2"],
+        ["cluster.roles.policy.workers=16"],  # one sequence each
+        ["cluster.roles.policy={workers: 32, sequence_parallel: 2}"],  # 16 data-parallel ranks
+        ["cluster.roles.policy.workers=2", "cluster.roles.critic={workers: 2, sequence_parallel: 2}"],
+        ["train.warmup_steps=19"],
+        ["algorithm.critic_warmup_steps=9"],
+        ["cluster.roles.policy.workers=2", "cluster.roles.rollout={engines: 2, colocate_with: policy}"],
+        ["train.best_metric=-eval/heldout/response_tokens"],
+        [
+            "rewards.correct={url: 'http://h/', token_env: T, gate: taste, normalize: group, only: {kind: [a, 1]}}",
+            "rewards.taste={url: 'https://h/v1', judge: {model: m}, http: {timeout_s: 5}}",
+        ],
+    ],
+)
+def test_what_has_an_effect_is_taken(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(ONLINE)
+    assert main(["plan", str(path), *overrides]) == 0
+
+
+def test_a_section_without_effect_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(tmp_path, capsys, ONLINE, [GRPO, "cluster.roles.critic.cpus=2"])
+    assert message.count("no effect") == 1
+
+
+def test_a_role_of_rollouts_in_a_supervised_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(tmp_path, capsys, SFT, ["cluster.roles.reference.workers=2"])
+    assert "this run starts no reference role; remove it, or choose an algorithm that samples responses" in message

@@ -1,0 +1,214 @@
+"""What `rlhf plan` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.files.load import load
+from rlhf.config.nodes import Node, parse_cluster
+from rlhf.errors import UserError
+from rlhf.planning.report import render
+
+BASE = """\
+run: {name: demo}
+policy: {model: some/model}
+algorithm: {name: ppo, critic_warmup_steps: 2}
+data: {train: {task: running_totals, size: 9}, eval: {hard: x.jsonl}, max_prompt_tokens: 1000}
+rollouts: {prompts_per_step: 64, samples_per_prompt: 4, max_new_tokens: 24}
+rewards: {correct: {function: math_answer}}
+train:
+  {steps: 10, lr: 1e-6, lr_schedule: linear, warmup_steps: 3, min_lr_ratio: 0.1,
+   sequences_per_update: 128, epochs_per_batch: 2}
+cluster: {roles: {policy: {workers: 2}}}
+"""
+
+
+def plan(tmp_path: Path, *overrides: str, cluster: str | None = None) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return render(load(path, overrides), cluster=cluster)
+
+
+def fact(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(name + "  ")]
+    return line.strip().removeprefix(name).strip()
+
+
+def test_the_facts(tmp_path: Path) -> None:
+    text = plan(tmp_path)
+    assert text.startswith("demo: ppo -> runs/demo\n")
+    assert fact(text, "responses a step") == "64 prompts * 4 samples = 256"
+    assert fact(text, "updates a step") == "256 / 128 sequences = 2, 2 passes: 4 optimizer steps"
+    assert fact(text, "longest sequence") == "1000 prompt + 24 new = 1024 tokens"
+    assert fact(text, "micro-batch") == "at most 8,192 tokens on 2 ranks; a step at most 262,144"  # 256 * 1024
+    assert fact(text, "whole run") == "10 steps: 32 optimizer steps of the policy, 40 of the critic"  # (10 - 2) * 4
+    assert fact(text, "learning rate") == "1e-06, linear to 1e-07 after 3 optimizer steps of warm-up"
+    assert fact(text, "training data") == "9 rows of running_totals"
+    assert fact(text, "evaluation") == "before training, every 10 steps and at the end: hard (x.jsonl)"
+    assert "  reference         some/model in workers of its own\n" in text
+    assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
+
+
+def test_epochs_of_data_on_this_machine_are_steps(tmp_path: Path) -> None:
+    text = plan(tmp_path, "train.steps=null", "train.epochs=60")
+    assert "train.epochs 60 of 9 rows: 9 steps, if no row is left out" in text  # ceil(60 * 9 / 64)
+    assert fact(text, "whole run") == "9 steps: 28 optimizer steps of the policy, 36 of the critic"  # (9 - 2) * 4
+
+
+def test_epochs_of_data_elsewhere_have_no_known_number_of_steps(tmp_path: Path) -> None:
+    text = plan(tmp_path, "train.steps=null", "train.epochs=2", "data.train=absent.jsonl")
+    assert fact(text, "whole run").startswith("2 epochs: how many steps that is follows from data.train")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["train.lr_schedule=wsd"], "1e-06, constant, then linear in the last 10% of the optimizer steps to 1e-07"),
+        (["train.lr_schedule=cosine_with_restarts"], "1e-06, cosine with restarts, 2 times to 1e-07"),
+    ],
+)
+def test_schedules(tmp_path: Path, overrides: list[str], shown: str) -> None:
+    text = plan(tmp_path, *overrides, "train.warmup_steps=0", "train.warmup_ratio=0.1")
+    assert fact(text, "learning rate") == f"{shown} after a warm-up of 10% of the optimizer steps"
+
+
+def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
+    text = plan(
+        tmp_path, "rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2, max_mean: 1}"
+    )
+    assert fact(text, "responses a step") == (
+        "64 prompts * 4 samples = 256, the first of 81 prompts to be answered, "
+        "in place of at most 128 prompts that are filtered"
+    )
+
+
+def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
+    text = plan(tmp_path, "data.train={a: {source: x.jsonl, weight: 3}, b: {source: {task: running_totals, size: 9}}}")
+    assert fact(text, "training data") == "75.0% x.jsonl, 25.0% 9 rows of running_totals"
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        "run: {name: demo}\npolicy: {model: a/b}\nalgorithm: {name: sft}\n"
+        "data: {train: x.jsonl, max_sequence_tokens: 4000, too_long: cut}\n"
+        "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
+    )
+    text = render(load(path))
+    assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
+
+
+def test_what_of_an_adapter_travels(tmp_path: Path) -> None:
+    def sync(*overrides: str) -> str:
+        return fact(plan(tmp_path, *overrides), "weight sync")
+
+    assert sync("policy.lora={}") == "the adapter alone, as a folder"
+    way = "shm: policy and engines are on one CPU host"
+    assert sync("policy.lora.dora=true") == f"all weights, the adapter merged (vLLM takes no DoRA), by {way}"
+    assert sync("policy.lora={}", "policy.adapter=a").startswith(
+        "the adapter alone, as a folder, unless it is of a kind"
+    )
+    text = plan(tmp_path, "policy.lora={}", "policy.adapter=a", "reference=null")
+    assert "the policy with policy.adapter as it is now: no second model" in text
+
+
+def test_the_roles_and_the_bundles(tmp_path: Path) -> None:
+    text = plan(tmp_path)
+    assert fact(text, "rollout").split() == ["1", "2", "0.5", "0", "auto", "some/model"]
+    assert fact(text, "policy").split() == ["2", "0-1", "0.333", "0", "auto", "some/model"]
+    assert fact(text, "all").split() == ["3", "0"]
+
+
+def test_a_teacher_beside_its_student_or_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "distil.yaml"
+    path.write_text(
+        "run: {name: demo}\npolicy: {model: some/model}\nteacher: {model: large/model}\n"
+        "algorithm: {name: distillation}\ndata: {train: a.jsonl}\n"
+        "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
+    )
+    text = render(load(path))
+    assert fact(text, "teacher").split() == ["1", "0", "0.5", "0", "auto", "large/model"]
+    assert fact(text, "all").split() == ["1", "0"]
+    roles = "cluster.roles.teacher={workers: 2, colocate_with: null}"
+    text = render(load(path, ["cluster.device=cuda", roles]))
+    assert fact(text, "teacher").split() == ["2", "1-2", "1", "1", "-", "large/model"]
+    assert fact(text, "all").split() == ["3", "3"]
+
+
+def test_across_hosts_the_way_of_the_weights_depends_on_the_placement(tmp_path: Path) -> None:
+    sync = fact(plan(tmp_path, "cluster.address=auto"), "weight sync")
+    assert sync == "gloo: policy and engines are on several CPU hosts; shm if they are placed on one"
+
+
+def test_bundles_that_are_alike_share_a_line(tmp_path: Path) -> None:
+    text = plan(tmp_path, "cluster.roles.policy.workers=8", "cluster.roles.critic.workers=8")
+    assert fact(text, "0").split() == ["1", "0", "policy,", "critic,", "reference"]
+    assert fact(text, "1-7").split() == ["1", "0", "policy,", "critic"]
+
+
+def test_a_described_cluster_shows_where_bundles_go(tmp_path: Path) -> None:
+    text = plan(tmp_path, cluster="1*cpu=2+cpu=8")
+    assert fact(text, "1").endswith("node 0")
+    assert fact(text, "2").endswith("node 1")
+
+
+def test_more_than_the_cluster_has(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, cluster="cpu=2,gpu=1")
+    message = str(caught.value)
+    assert message.startswith("demo does not fit the cluster 'cpu=2,gpu=1'.")
+    assert fact(message, "wanted").split() == ["3", "0"]
+    assert fact(message, "available").split() == ["2", "1"]
+    assert "Bundles: 3 of 1 CPU." in message
+
+
+def test_the_description_of_a_cluster() -> None:
+    assert parse_cluster("2*cpu=96,gpu=8 + cpu=0.5") == [Node(cpus=96.0, gpus=8.0)] * 2 + [Node(cpus=0.5)]
+    (node,) = parse_cluster("cpu=96,gpu=8,type=H200,mem=1000,price=98.5")
+    assert (node.gpu_memory_gib, node.mem_gib, node.price) == (141.0, 1000.0, 98.5)
+    assert parse_cluster("cpu=1,gpu=1,type=h100,gpumem=94")[0].gpu_memory_gib == 94.0
+    with pytest.raises(UserError, match=r"--cluster '2x8': expected nodes such as .*, got '2x8'"):
+        parse_cluster("2x8")
+    for text, error in {
+        "gpu=8": "'gpu=8' has no cpu=",
+        "cpu=8,cpu=16": "'cpu=8,cpu=16' says a key twice",
+        "cpu=8,ram=5": "'ram' is unknown, expected cpu, gpu, mem, gpumem, price, type",
+        "cpu=8,gpu=1,type=gtx": "type=gtx, expected one of a100",
+        "cpu=8,gpu=0.5": "'gpu=0.5', expected a number, of GPUs a whole one",
+        "cpu=8,mem=-1": "'mem=-1', expected a number",
+    }.items():
+        with pytest.raises(UserError, match=error):
+            parse_cluster(text)
+    with pytest.raises(UserError, match="99999998 nodes, expected at most 65536"):
+        parse_cluster("8*cpu=1+99999990*cpu=1")
+
+
+def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "run: {name: demo}\nstages:\n"
+        "  soup: {merge: {method: linear, models: {a: {model: x/a, weight: 0.25}, b: {model: x/b}}}}\n"
+        "  judge:\n"
+        "    evaluate:\n"
+        "      {model: stage:soup, against: x/a, data: {hard: x.jsonl, easy: t.jsonl}, temperature: 0.5,\n"
+        "       samples_per_prompt: 4, max_new_tokens: 1300, rewards: {correct: {function: f}}}\n"
+        "    cluster: {roles: {rollout: {engines: 2}}}\n"
+        "  read: {evaluate: {model: stage:soup, data: {task: t, size: 3}}}\n"
+    )
+    text = render(load(path)).replace("runs/demo/", "runs/D/")
+    soup, judge, read = ("demo/" + part for part in text.split("demo/")[1:])
+    assert soup.startswith("demo/soup: merge -> runs/D/soup\n")
+    assert fact(soup, "method") == "linear"
+    assert fact(soup, "model a") == "x/a (weight 0.25)"
+    assert "bundle" not in soup
+    assert judge.startswith("demo/judge: evaluate -> runs/D/judge\n")
+    assert fact(judge, "data") == "hard (x.jsonl), easy (t.jsonl)"
+    assert fact(judge, "responses") == "4 to a prompt, at temperature 0.5, of at most 1,300 tokens"
+    assert "  rollout  2        0-1      " in judge
+    assert "runs/D/soup/final, then x/a" in judge
+    assert fact(read, "data") == "heldout (3 rows of t)"
+    assert fact(read, "measured").startswith("completions")
+    played = load(path, ["stages.judge.evaluate.environment={name: guess_number, max_tokens: 2000}"])
+    assert fact(render(played), "responses").endswith("of at most 8 turns of 1,300 tokens with guess_number")
+    render(load(path), cluster="cpu=2")
+    with pytest.raises(UserError, match="demo/judge does not fit the cluster 'cpu=1'"):
+        render(load(path), cluster="cpu=1")

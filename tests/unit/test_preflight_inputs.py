@@ -1,0 +1,134 @@
+"""rlhf/preflight/inputs.py: what a run reads before anything starts, of one data set and of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.files.load import load
+from rlhf.data.stream import Share
+from rlhf.errors import UserError
+from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, StageInputs, load_inputs
+from rlhf.preflight.sources import local_model
+
+SFT = """\
+run: {name: demo, dir: DIR}
+policy: {model: "tiny:llama", dtype: float32}
+algorithm: {name: sft}
+data: {train: {a: {source: DIR/a.jsonl, weight: 3}, b: {source: DIR/b.jsonl}}, max_unusable_fraction: 0.5}
+train: {steps: 1, lr: 1e-3, sequences_per_update: 2, max_tokens_per_microbatch: 64}
+"""
+GRPO = """\
+run: {name: demo, dir: DIR}
+policy: {model: "tiny:llama", dtype: float32}
+algorithm: {name: grpo}
+data: {train: {a: {source: DIR/a.jsonl}, b: {source: DIR/b.jsonl}}, max_prompt_tokens: 32}
+rollouts: {prompts_per_step: 2, samples_per_prompt: 2, max_new_tokens: 8}
+rewards: {correct: {function: exact_match}}
+train: {steps: 1, lr: 1e-3, sequences_per_update: 4, max_tokens_per_microbatch: 64}
+"""
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def inputs(tmp_path: Path, text: str, *overrides: str) -> Any:
+    (tmp_path / "run.yaml").write_text(text.replace("DIR", str(tmp_path)))
+    (stage,) = load_inputs(load(tmp_path / "run.yaml", overrides))
+    return stage.inputs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    row = {"prompt": "a", "completion": "b", "answer": "b"}
+    write(tmp_path / "a.jsonl", [row, row | {"completion": ""}, row | {"completion": "c"}])
+    write(tmp_path / "b.jsonl", [row | {"completion": " "}, {"prompt": "x", "completion": "y", "answer": "y"}])
+    return tmp_path
+
+
+def test_epochs_count_the_rows_that_are_kept(folder: Path) -> None:
+    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", "epochs: 3"))
+    (stage,) = load_inputs(load(folder / "run.yaml"))
+    assert isinstance(stage, StageInputs)
+    assert (stage.config.train.steps, stage.config.train.epochs) == (5, None)  # 3 * 3 rows, 2 in each step
+    assert (stage.written.train.steps, stage.written.train.epochs) == (None, 3.0)
+
+
+def test_epochs_of_prompts(folder: Path) -> None:
+    (folder / "run.yaml").write_text(GRPO.replace("DIR", str(folder)).replace("steps: 1", "epochs: 1"))
+    (stage,) = load_inputs(load(folder / "run.yaml"))
+    assert isinstance(stage, StageInputs)
+    assert stage.config.train.steps == 3  # 5 prompts, 2 in each step
+
+
+def test_what_epochs_make_of_the_run_is_checked(folder: Path) -> None:
+    changed = "epochs: 1, warmup_steps: 9"
+    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", changed))
+    with pytest.raises(UserError, match=r"train\.epochs is 1, which makes 2 steps: train\.warmup_steps: is 9"):
+        load_inputs(load(folder / "run.yaml"))
+
+
+def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = inputs(folder, SFT)
+    assert isinstance(found, OfflineInputs)
+    assert [example.example_id for example in found.rows] == [0, 1, 2]
+    assert found.shares == (
+        Share(name="data.train.a.source", weight=3.0, size=2),
+        Share(name="data.train.b.source", weight=1.0, size=1),
+    )
+    assert [row.place for row in found.unusable] == [f"{folder}/a.jsonl:2", f"{folder}/b.jsonl:1"]
+    assert "data.train.b.source: 1 of 2 rows cannot be used and are left out" in caplog.text
+
+
+def test_the_limit_holds_for_each_set(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data.train.b.source: .*b.jsonl:1: column `completion`"):
+        inputs(folder, SFT, "data.max_unusable_fraction=0.4")  # a third of a, half of b
+
+
+def test_the_limit_of_tokens_is_the_micro_batch_unless_it_is_lower(folder: Path) -> None:
+    write(folder / "b.jsonl", [{"prompt": "x" * 30, "completion": "y" * 30}])
+    with pytest.raises(UserError, match=r"b.jsonl:1: the example has 64 tokens, more than .*: 63. Raise it"):
+        inputs(folder, SFT, "data.max_sequence_tokens=63")
+    assert len(inputs(folder, SFT).rows[-1].token_ids) == 64  # user, 30, eos, assistant, 30, eos
+    cut = inputs(folder, SFT, "data.max_sequence_tokens=40", "data.too_long=cut").rows[-1]
+    assert (len(cut.token_ids), sum(cut.loss_mask)) == (40, 7)
+
+
+def test_prompts_of_several_sets_have_ids_of_their_own(folder: Path) -> None:
+    found = inputs(folder, GRPO)
+    assert isinstance(found, OnlineInputs)
+    assert [prompt.prompt_id for prompt in found.prompts] == [0, 1, 2, 3, 4]
+    assert [share.size for share in found.shares] == [3, 2]
+
+
+def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
+    one = ["data.train=DIR/a.jsonl".replace("DIR", str(folder)), "data.curriculum={}"]
+    assert isinstance(inputs(folder, GRPO, *one, "train.steps=2"), OnlineInputs)
+    with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps ask 2 at most, so none comes up"):
+        inputs(folder, GRPO, *one)
+    with pytest.raises(UserError, match="ask 3 at most"):  # 2 * 1.1, rounded up
+        inputs(folder, GRPO, *one, "reward_policy.on_error=drop")
+    for more in ("rollouts.oversample=2", "rollouts.dynamic_sampling={}"):
+        assert isinstance(inputs(folder, GRPO, *one, more), OnlineInputs)
+    assert isinstance(inputs(folder, GRPO, "data.curriculum={}"), OnlineInputs)  # of mixed sets, a small one may
+
+
+def test_a_teacher_is_not_asked_at_a_temperature_of_each_prompt(folder: Path) -> None:
+    write(folder / "a.jsonl", [{"prompt": "a", "answer": "b", "temperature": 0.5}])
+    assert inputs(folder, GRPO).prompts[0].temperature == 0.5
+    taught = ["algorithm={name: on_policy_distillation}", "teacher={model: 'tiny:llama', dtype: float32}"]
+    with pytest.raises(UserError, match="column `temperature` is not for algorithm on_policy_distillation"):
+        inputs(folder, GRPO, *taught)
+
+
+def test_another_seed_is_another_tiny_model(tmp_path: Path) -> None:
+    first, second, again = (local_model("tiny:llama", tmp_path, seed=seed) for seed in (0, 1, 0))
+    assert first == again
+    weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] != weights[1]

@@ -1,0 +1,242 @@
+"""The reward `code_tests`: which program is taken, every form of tests, what counts as equal, and attempts to cheat."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.rewards.functions.code_tests import (
+    Cases,
+    CodeTests,
+    last_code_block,
+    read_test_code,
+    read_tests,
+    same_output,
+    same_value,
+)
+from rlhf.rewards.loading import load_reward
+
+ADD = "def add(a, b):\n    return a + b"
+SUM_SCRIPT = "a, b = map(int, input().split())\nprint(a + b)"
+PRINTED = [{"input": "1 2\n", "output": "3\n"}, {"input": "3 4", "output": "7"}]
+
+
+def block(program: str) -> str:
+    return f"It is:\n```python\n{program}\n```\nDone."
+
+
+@pytest.fixture(scope="module")
+def share() -> CodeTests:
+    return CodeTests(score="share", test_s=3.0, limit_s=6.0)
+
+
+@pytest.fixture(scope="module")
+def all_tests() -> CodeTests:
+    return CodeTests(test_s=3.0, limit_s=6.0)
+
+
+def test_the_last_block_of_python_is_the_program() -> None:
+    assert last_code_block("```python\na\n```\n```py\nb\n```\n```\noutput\n```") == "b\n"
+    assert last_code_block("```\na\n```\ntext\n  ```\n  b\n  ```") == "  b\n"
+    assert last_code_block("```Python title\na\n```") == "a\n"
+    assert last_code_block("```python\na\n```\n```python\ncut off") == "a\n"
+    assert last_code_block("```python\ncut\n```python\na\n```\nend") == "a\n"
+    assert last_code_block("```python\n```") == ""
+    assert last_code_block("no block") is None
+    assert last_code_block("``` a ```") is None
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [(SUM_SCRIPT, 1.0), ("print(3)", 0.5), ("print(3)\nexit(1)", 0.0), ("print(", 0.0), ("", 0.0)],
+)
+def test_printed(share: CodeTests, program: str, expected: float) -> None:
+    assert share("p", block(program), tests=PRINTED) == expected
+    assert share("p", block(program), tests=json.dumps(PRINTED)) == expected
+
+
+def test_all_or_nothing(all_tests: CodeTests) -> None:
+    assert all_tests("p", block(SUM_SCRIPT), tests=PRINTED) == 1.0
+    assert all_tests("p", block("print(3)"), tests=PRINTED) == 0.0
+    assert all_tests("p", "no program", tests=PRINTED) == 0.0
+
+
+def test_the_whole_response() -> None:
+    whole = CodeTests(extract="whole")
+    assert whole("p", SUM_SCRIPT, tests=PRINTED) == 1.0
+    assert whole("p", block(SUM_SCRIPT), tests=PRINTED) == 0.0
+
+
+def test_inputs_and_outputs_as_columns_of_lines(share: CodeTests) -> None:
+    tests = {"inputs": [["1 2"], "3 4\n"], "outputs": ["3", ["7", ""]]}
+    assert share("p", block(SUM_SCRIPT), tests=tests) == 1.0
+
+
+@pytest.mark.parametrize("program", [ADD, "class Solution:\n    def add(self, a, b):\n        return a + b"])
+def test_returned(share: CodeTests, program: str) -> None:
+    tests = {"fn_name": "add", "inputs": [[1, 2], [3, 4], "1\n1", [[1], [2]]], "outputs": [3, [7], "2", [[1, 3]]]}
+    assert share("p", block(program), tests=tests) == 0.75  # the last expects [1, 2]
+
+
+def test_returned_values_come_as_json(share: CodeTests) -> None:
+    program = "def f(n):\n    return [(1, 2), {1: None}, {1, 2}, 'a', f][n]"
+    tests = {"fn_name": "f", "inputs": [[0], [1], [2], [3], [4]], "outputs": [[1, 2], {"1": None}, [1, 2], "a", "f"]}
+    assert share("p", block(program), tests=tests) == 0.6  # a set and a function are no values
+
+
+def test_a_main_block_does_not_run_beside_tests(share: CodeTests) -> None:
+    program = ADD + "\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
+    assert share("p", block(program), tests=["assert add(1, 2) == 3"]) == 1.0
+
+
+def test_assertions(share: CodeTests) -> None:
+    tests = ["assert add(1, 2) == 3", "import math\nassert add(math.pi, 0) > 3", "assert add(0, 0) == 1"]
+    assert share("p", block(ADD), tests=tests) == pytest.approx(2 / 3)
+
+
+def test_test_functions_each_count(share: CodeTests) -> None:
+    code = (
+        "from solution import add\n\ndef test_right():\n    assert add(1, 2) == 3\n    return 1\n\n"
+        "def test_wrong():\n    assert add(1, 2) == 4\n\ndef helper():\n    raise ValueError\n"
+    )
+    assert share("p", block(ADD), test_code=code) == 0.5
+    assert share("p", block("def test_wrong(): pass"), test_code=code) == 0.0
+
+
+def test_check_of_an_entry_point(share: CodeTests) -> None:
+    code = "def check(candidate):\n    assert candidate(1, 2) == 3"
+    assert share("p", block(ADD), test_code=code, entry_point="add") == 1.0
+    assert share("p", block(ADD), test_code=code, entry_point="other") == 0.0
+
+
+def test_statements(share: CodeTests) -> None:
+    assert share("p", block(ADD), test_code="for i in range(3):\n    assert add(i, 1) == i + 1") == 1.0
+
+
+CHEATS = (
+    "import sys\nsys.exit(0)",
+    "import os\nos._exit(0)",
+    "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)",
+    "import builtins\nbuiltins.exec = builtins.eval = lambda *_: None",
+    "import os\nwrite = os.write\nos.write = lambda fd, data: write(fd, data.replace(b'null', b'true'))",
+    "import json\njson.dumps = lambda _: 'true'",
+    "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'true\\n' * 9)\n    except OSError: pass",
+    "import sys\nsys.settrace(lambda *_: None)\nAssertionError = ValueError",
+)
+
+
+@pytest.mark.parametrize("program", CHEATS)
+def test_leaving_or_meddling_passes_nothing(share: CodeTests, program: str) -> None:
+    assert share("p", block(program), tests=["assert add(1, 2) == 3", "assert False"]) == 0.0
+    assert share("p", block(program), test_code="assert add(1, 2) == 3") == 0.0
+    assert share("p", block(program), tests={"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == 0.0
+
+
+def test_a_value_that_equals_everything_is_only_text_here(share: CodeTests) -> None:
+    program = "class Any(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Any(0)"
+    assert share("p", block(program), tests={"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == 0.0
+
+
+def test_a_hang_counts_as_wrong_within_the_limit() -> None:
+    bounded = CodeTests(score="share", test_s=0.5, limit_s=1.0)
+    tests = [{"input": str(i), "output": str(i)} for i in range(50)]
+    assert bounded("p", block("n = input()\nwhile n != '0': pass\nprint(n)"), tests=tests) == 1 / 50
+    assert (
+        bounded("p", block("def add(a, b):\n    while a: pass\n    return b"), tests=["assert add(0, 1)", "add(1, 1)"])
+        == 0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("3\n", "3", True),
+        ("  3  \n\n", "3\n", True),
+        ("1.0 2", "1 2.00", True),
+        ("1e3", "1000", True),
+        ("1 2", "12", False),
+        ("1\n2", "1 2", False),
+        ("Yes", "YES", False),
+        ("0.1", "0.2", False),
+        ("nan", "nan", True),
+        ("inf", "1", False),
+        ("9" * 500, "9" * 499 + "8", False),
+        ("", "", True),
+        ("", "1", False),
+    ],
+)
+def test_same_output(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+def test_tolerance() -> None:
+    assert not same_output("0.3333333", "0.3333334")
+    assert same_output("x 0.3333333", "x 0.3333334", tolerance=1e-6)
+    assert same_value([{"a": 0.1 + 0.2}], [{"a": 0.3}], tolerance=1e-9)
+    assert not same_value([{"a": 0.1 + 0.2}], [{"a": 0.3}])
+    assert not same_value(10**400, 1.0, tolerance=1e-9)
+    assert not same_value([1], [1, 2])
+    assert not same_value("1", 1, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ("nonsense", "not JSON"),
+        (5, "it must be a list of objects"),
+        ([], "no test"),
+        ([{"input": "1"}], "it must be a list of objects"),
+        ([{"input": 1, "output": "1"}], "must be text"),
+        ({"inputs": [], "outputs": []}, "no test"),
+        ({"inputs": ["1"], "outputs": []}, "shorter"),
+        ({"fn_name": "f", "inputs": [1], "outputs": [1]}, "lines of JSON"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_errors(tests: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tests(tests)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:", "is not Python"),
+        ("import math\nX = 1\ndef check(candidate):\n    assert candidate(1)", "only defines things"),
+        ('"""Tests."""\nclass TestAdd:\n    def test_a(self):\n        assert 1', "only defines things"),
+    ],
+)
+def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_test_code(code, None)
+
+
+def test_read_test_code() -> None:
+    assert read_test_code("assert f()", None) == Cases(statements=("assert f()",))
+    assert read_test_code("def test_a(): pass\nX = 1", None).test_functions == ("test_a",)
+
+
+def test_a_row_needs_tests(share: CodeTests) -> None:
+    for columns in ({}, {"tests": PRINTED, "test_code": "assert 1"}):
+        with pytest.raises(ValueError, match="exactly one of the columns `tests` and `test_code`"):
+            share("p", block(ADD), **columns)
+
+
+def test_tests_that_need_a_missing_package_are_an_error(share: CodeTests) -> None:
+    with pytest.raises(ValueError, match=r"import no_such_package, which .* lacks.*args\.python"):
+        share("p", block(ADD), tests=["import no_such_package.part as n\nassert add(1, 2) == 3"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"score": "some"}, {"extract": "first"}, {"test_s": 0}, {"test_s": 9.0}, {"memory_mib": 1}, {"tolerance": -1}],
+)
+def test_arguments_are_checked(args: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(args))):
+        CodeTests(**args)  # type: ignore[arg-type]
+
+
+def test_a_machine_without_a_sandbox_is_refused_before_a_run_starts() -> None:
+    with pytest.raises(UserError, match=r"^rewards\.x: .*no sandbox .*apt-get install bubblewrap"):
+        load_reward("code_tests", args={"python": "/nowhere/python"}, folders=[], key="rewards.x")

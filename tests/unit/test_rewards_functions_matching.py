@@ -1,0 +1,243 @@
+"""The built-in rewards by themselves, and the two heavy ones in the pool that they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import jsonschema
+import pytest
+import referencing.exceptions
+
+from rlhf.rewards.functions.matching import (
+    EXTRACTORS,
+    FormatRegex,
+    JsonSchema,
+    contains,
+    exact_match,
+    last_number,
+    multiple_choice,
+    regex_match,
+)
+from rlhf.rewards.functions.table import BUILT_INS, own_limit_s
+from rlhf.rewards.processes.pool import RewardPool
+from rlhf.rewards.processes.program import Source
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("11,19,23", "11,19,23", 1.0),
+        ("11,19,23", 23, 1.0),
+        ("11,19,24", 23, 0.0),
+        ("23, then 11", 23, 0.0),
+        ("so it is 1,234.", "1234", 1.0),
+        ("#### 42", "work ... #### 42", 1.0),
+        ("42.0", 42, 1.0),
+        ("0.1", 0.1, 1.0),
+        ("10-3", 3, 1.0),
+        ("x = -3", -3, 1.0),
+        ("x = \N{MINUS SIGN}3", -3, 1.0),
+        ("3", -3, 0.0),
+        ("none", 3, 0.0),
+        ("", 0, 0.0),
+        ("The answer is .5", 0.5, 1.0),
+        ("The answer is .5", 5, 0.0),
+        ("-.5", -0.5, 1.0),
+        ("it is -.5.", 0.5, 0.0),
+        ("1.5e3", 1500, 1.0),
+        ("1.5e3", 3, 0.0),
+        ("about 1e-3.", 0.001, 1.0),
+        ("2E+2", "200", 1.0),
+        ("1,234.5", 1234.5, 1.0),
+        ("1,234.5e1", 12345, 1.0),
+        ("version 1.2.3", 3, 1.0),
+        ("see no.5", 5, 1.0),
+        ("3e5f", 5, 1.0),  # no exponent: a letter follows
+        ("1e" + "9" * 5000, 1, 0.0),
+    ],
+)
+def test_last_number(response: str, answer: object, score: float) -> None:
+    assert last_number("p", response, answer) == score
+
+
+def test_last_number_is_exact_beyond_floats() -> None:
+    assert last_number("p", str(2**60 + 1), 2**60) == 0.0
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_and_not_a_wrong_response() -> None:
+    with pytest.raises(ValueError, match="no number in the answer"):
+        last_number("p", "3", "three")
+    with pytest.raises(ValueError, match="empty"):
+        contains("p", "anything", " ")
+
+
+def test_string_rules() -> None:
+    assert exact_match("p", " Paris\n", "Paris") == 1.0
+    assert exact_match("p", "Paris.", "Paris") == 0.0
+    assert contains("p", "It is Paris.", "Paris") == 1.0
+    assert contains("p", "It is Rome.", "Paris") == 0.0
+    tags = FormatRegex(pattern=r"<think>.+</think>\s*<answer>.+</answer>")
+    assert tags("p", "<think>a\nb</think>\n<answer>3</answer>") == 1.0
+    assert tags("p", "<think>a</think><answer>3</answer> and more") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("The answer is C.", "C", 1.0),
+        ("The answer is C.", "D", 0.0),
+        ("C", "(c)", 1.0),
+        (" **(c)**. ", "C", 1.0),
+        ("so \\boxed{B}", "B", 1.0),
+        ("\\boxed{\\text{B}}", "B", 1.0),
+        ("<answer> d </answer>", "D", 1.0),
+        ("**Answer:** (D) because", "D", 1.0),
+        ("The answer is (a), since B is wrong", "A", 1.0),
+        ("First the answer is A. No, the answer is B.", "B", 1.0),
+        ("The correct answer is option B", "B", 1.0),
+        ("A dog", "A", 0.0),
+        ("The answer is a dog", "A", 0.0),
+        ("Answer: Both", "B", 0.0),
+        ("", "A", 0.0),
+    ],
+)
+def test_multiple_choice(response: str, answer: str, score: float) -> None:
+    assert multiple_choice("p", response, answer) == score
+
+
+def test_multiple_choice_needs_a_letter() -> None:
+    for answer in ("Paris", 2, ""):
+        with pytest.raises(ValueError, match="not the letter of a choice"):
+            multiple_choice("p", "A", answer)
+
+
+def test_regex_match() -> None:
+    pattern = r"SQL: (.*?);"
+    assert regex_match("p", "SQL: select 1; SQL: select\n2;", pattern, "select\n2") == 1.0
+    assert regex_match("p", "SQL: select 2; SQL: select 1;", pattern, "select 2") == 0.0
+    assert regex_match("p", "none", pattern, "select 2") == 0.0
+    assert regex_match("p", "it is 17 or 18", "[0-9]+", 18) == 1.0
+    assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the group took no part in the match
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
+
+
+def test_json_schema() -> None:
+    fixed = JsonSchema(schema=SCHEMA)
+    assert fixed("p", '{"age": 3}') == 1.0
+    assert fixed("p", 'Here:\n```json\n{"age": 3}\n```') == 1.0
+    assert fixed("p", '{"age": -1}') == 0.0
+    assert fixed("p", '{"age": 3} and more') == 0.0
+    assert fixed("p", "[" * 100_000) == 0.0
+    assert JsonSchema()("p", '{"age": 3}', schema=SCHEMA) == 1.0
+    assert JsonSchema()("p", "[]", schema='{"type": "object"}') == 0.0
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, '{"age": ' + "9" * 5000 + "}", "1e999", "-1e999", "NaN", "[Infinity]"])
+def test_json_schema_finds_a_number_that_it_cannot_read_wrong(text: str) -> None:
+    schema = {"multipleOf": 0.1, "properties": {"age": {"type": "integer"}}}
+    assert JsonSchema(schema=schema)("p", text) == 0.0
+
+
+def test_json_schema_finds_a_response_wrong_that_takes_longer_than_its_limit() -> None:
+    unhashable = "[" + ",".join(f'{{"a": {i}}}' for i in range(100_000)) + "]"
+    schema = {"uniqueItems": True}
+    assert JsonSchema(schema=schema, limit_s=0.2)("p", unhashable) == 0.0
+    assert JsonSchema(schema=schema)("p", '[{"a": 1}, {"a": 2}]') == 1.0
+
+
+def test_a_pattern_that_backtracks_without_end_finds_the_response_wrong() -> None:
+    assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "a" * 100) == 0.0
+    assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "aaab") == 1.0
+    assert regex_match("p", "a" * 100, "(a|a)+b", "a", limit_s=0.2) == 0.0
+
+
+def test_json_schema_that_is_wrong_or_missing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"args\.schema, or a column"):
+        JsonSchema()("p", "{}")
+    with pytest.raises(jsonschema.SchemaError):
+        JsonSchema(schema={"type": "no such type"})
+
+
+def test_json_schema_fetches_nothing() -> None:
+    remote = JsonSchema(schema={"$ref": "http://127.0.0.1:1/schema.json"})
+    with pytest.raises(referencing.exceptions.Unresolvable):
+        remote("p", "{}")
+
+
+REPEATED = ("```python\n", "``` \n", "```" + " " * 60_000 + "`", "answer" + " " * 1000, "answer is ", "<answer>")
+
+
+@pytest.mark.parametrize("piece", [*REPEATED, "</answer>", "\\boxed{", " ", "1,"])
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """Models that collapse write such things, and a rule that takes quadratic time would look like a hang."""
+    response = piece * (200_000 // len(piece))
+    began = time.monotonic()
+    assert multiple_choice("p", response, "A") == 0.0
+    assert last_number("p", response, 7) == 0.0
+    assert JsonSchema(schema=SCHEMA)("p", response) == 0.0
+    for extract in EXTRACTORS.values():
+        extract(response)
+    assert time.monotonic() - began < 3.0
+
+
+def test_limits_of_their_own() -> None:
+    assert own_limit_s("math_answer", {}) == 5.0
+    assert own_limit_s("code_tests", {"limit_s": 3}) == 3.0
+    assert own_limit_s("exact_match", {}) is None
+    assert own_limit_s("cosine_length", {"verifier_args": {"limit_s": 2}}) == 2.0
+    assert own_limit_s("cosine_length", {"verifier": "last_number"}) is None
+    assert own_limit_s("mine.py:reward", {"limit_s": 99}) is None
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    sources = [
+        Source(path=None, name="math_answer", args={"limit_s": 1.0}),
+        Source(path=None, name="reasoning_gym", args={}),
+        Source(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
+    ]
+    with RewardPool(sources, timeout_s=5.0) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("3/4", "so \\boxed{\\frac{3}{4}}", "\\boxed{\\frac{4}{3}}"),
+        ("\\frac{3}{4}", "The answer is 0.75.", "The answer is 0.57."),
+        ("x^2+1", "$1+x^2$", "$x^2$"),
+        ("$(1,2)$", "\\boxed{(1,2)}", "\\boxed{(2,1)}"),
+        ("42", "The answer is 42", "junk"),
+    ],
+)
+def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> None:
+    assert pool.score(0, "p", [right, wrong], {"answer": answer}).scores == (1.0, 0.0)
+
+
+def test_math_answer_without_an_expression_in_the_answer_is_an_error(pool: RewardPool) -> None:
+    (failure,) = pool.score(0, "p", ["3"], {"answer": ""}).failures
+    assert failure.kind == "raised"
+    assert "finds no expression" in failure.message
+
+
+def test_math_answer_bounds_hostile_responses(pool: RewardPool) -> None:
+    began = time.monotonic()
+    hostile = ["$9^{9^{9^9}}$", "$100000000!$", "$\\binom{1000000}{500000}$"]
+    outcome = pool.score(0, "p", [*hostile, "$12$"], {"answer": "12"})
+    assert outcome.scores == (0.0, 0.0, 0.0, 1.0)
+    assert time.monotonic() - began < 6.0  # at most 1 s each
+
+
+ENTRY = {"answer": "12", "metadata": {"source_dataset": "gcd", "numbers": [24, 36]}}
+
+
+def test_reasoning_gym_scores_the_extracted_answer(pool: RewardPool) -> None:
+    assert pool.score(1, "p", ["24 and 36: it is 12.", "24", "no number"], ENTRY).scores == (1.0, 0.0, 0.0)
+    assert pool.score(2, "p", ["<answer> 12 </answer>", "12"], ENTRY).scores == (1.0, 0.0)
+
+
+def test_the_table_is_sorted() -> None:
+    assert list(BUILT_INS) == sorted(BUILT_INS)

@@ -1,0 +1,337 @@
+"""The pool with real processes: order, every way to fail, and that the next group is scored after each of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf.errors import RunError
+from rlhf.rewards.processes.pool import Failure, RewardPool
+from rlhf.rewards.processes.program import Source
+
+FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
+TIMEOUT_S = 0.8
+
+
+def source(function: str, **args: object) -> Source:
+    file, name = function.split(":")
+    return Source(path=str(FILES / file), name=name, args=args)
+
+
+HOSTILE = (
+    "raises",
+    "raises_in_library",
+    "exits",
+    "sleeps",
+    "hangs_in_c",
+    "swallows_everything",
+    "dies",
+    "crashes",
+    "eats_memory",
+    "returns",
+    "batched_raises",
+    "batched_short",
+    "batched_sleeps",
+    "noisy",
+    "floods",
+    "leaves_a_child",
+    "leaves_a_daemon",
+    "writes_rubbish",
+    "writes_a_large_header",
+    "torch_is_loaded",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[RewardPool]:
+    """One pool for all that can go wrong: each test finds it as the one before left it."""
+    with RewardPool([source(f"hostile.py:{name}") for name in HOSTILE], timeout_s=TIMEOUT_S) as pool:
+        yield pool
+
+
+def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure, ...]:
+    """Failures of the group a, x, b; afterwards the pool must score a good group."""
+    outcome = pool.score(HOSTILE.index(name), "p", ["a", "x", "b"], columns)
+    unscored = {sample for sample, score in enumerate(outcome.scores) if score is None}
+    assert unscored == {failure.sample for failure in outcome.failures}
+    assert pool.score(HOSTILE.index("raises"), "p", ["a", "b"], {}).scores == (1.0, 1.0)
+    return outcome.failures
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "parts"),
+    [
+        ("raises", "raised", ("ValueError: no sense in x", "hostile.py:17 in raises")),
+        ("raises_in_library", "raised", ("JSONDecodeError", "decoder.py", "called from", "in raises_in_library")),
+        ("exits", "raised", ("SystemExit: enough", "in exits")),
+        ("sleeps", "timeout", ("no answer within 0.8 s", "hostile.py:33 in sleeps")),
+        ("hangs_in_c", "timeout", ("in hangs_in_c",)),
+        ("swallows_everything", "timeout", ("in swallows_everything",)),
+        ("dies", "died", ("exited with code 3",)),
+        ("crashes", "died", ("SIGSEGV", "ctypes")),
+        ("writes_rubbish", "died", ("wrote something else where its answers are read",)),
+        ("writes_a_large_header", "died", ("wrote something else where its answers are read",)),
+        ("eats_memory", "died", ("ran out of memory; the limit is reward_policy.memory_gib: 8",)),
+    ],
+)
+def test_only_the_culprit_fails(hostile: RewardPool, name: str, kind: str, parts: tuple[str, ...]) -> None:
+    (failure,) = failures_of(hostile, name)
+    assert (failure.sample, failure.kind) == (1, kind)
+    for part in parts:
+        assert part in failure.message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (float("nan"), "returned nan"),
+        (float("-inf"), "returned -inf"),
+        ("0.5", "returned '0.5' of type str"),
+        ([1.0], "of type list"),
+        (10**400, "too large"),
+    ],
+)
+def test_what_is_no_finite_number(hostile: RewardPool, value: object, expected: str) -> None:
+    (failure,) = failures_of(hostile, "returns", value=value)
+    assert (failure.sample, failure.kind) == (1, "not_a_number")
+    assert expected in failure.message
+
+
+@pytest.mark.parametrize(("value", "score"), [(True, 1.0), (3, 3.0), (-0.25, -0.25)])
+def test_what_is_one(hostile: RewardPool, value: object, score: float) -> None:
+    assert hostile.score(HOSTILE.index("returns"), "p", ["x"], {"value": value}).scores == (score,)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "part"),
+    [
+        ("batched_raises", "raised", "no sense in x"),
+        ("batched_short", "not_a_number", "returned 1 scores for 3 responses"),
+        ("batched_sleeps", "timeout", "in sleeps"),
+    ],
+)
+def test_a_batched_call_fails_as_a_whole(hostile: RewardPool, name: str, kind: str, part: str) -> None:
+    failures = failures_of(hostile, name)
+    assert [(f.sample, f.kind) for f in failures] == [(0, kind), (1, kind), (2, kind)]
+    assert all(part in f.message for f in failures)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sleeps", "timeout"), ("dies", "died"), ("raises", "raised")])
+def test_a_group_that_goes_on_has_all_its_other_scores(hostile: RewardPool, name: str, kind: str) -> None:
+    outcome = hostile.score(HOSTILE.index(name), "p", ["x", "a", "x", "b"], {}, goes_on=True)
+    assert outcome.scores == (None, 1.0, None, 1.0)
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(0, kind), (2, kind)]
+
+
+def test_none_is_no_opinion_and_no_failure(hostile: RewardPool) -> None:
+    outcome = hostile.score(HOSTILE.index("returns"), "p", ["a", "x", "b"], {"value": None})
+    assert (outcome.scores, outcome.failures) == ((1.0, None, 1.0), ())
+
+
+def test_several_raising_calls_are_all_reported(hostile: RewardPool) -> None:
+    failures = hostile.score(HOSTILE.index("raises"), "p", ["x", "a", "x"], {}).failures
+    assert [f.sample for f in failures] == [0, 2]
+
+
+def test_output_goes_to_the_log(hostile: RewardPool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rlhf.rewards.processes.process"):
+        assert hostile.score(HOSTILE.index("noisy"), "p", ["größer \ud800 字"], {}).scores == (1.0,)
+    text = "\n".join(caplog.messages)
+    assert "seen: größer \\ud800 字" in text
+    assert "to stderr" in text
+    assert "straight to the file" in text
+
+
+def test_a_flood_of_output_neither_blocks_nor_fills_the_log(
+    hostile: RewardPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="rlhf.rewards.processes.process"):
+        assert hostile.score(HOSTILE.index("floods"), "p", ["a"], {}).scores == (1.0,)
+    assert len(caplog.messages) == 21  # twenty lines and the one that says that there were more
+
+
+def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
+    for name, kind in (("leaves_a_child", "timeout"), ("leaves_a_daemon", "died")):
+        (child,) = hostile.score(HOSTILE.index(name), "p", ["a"], {}).scores
+        assert child is not None
+        assert psutil.pid_exists(int(child))
+        assert failures_of(hostile, name)[0].kind == kind
+        deadline = time.monotonic() + 5.0
+        while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"the reward's child {child} is still there 5 s after its parent"
+            time.sleep(0.02)
+
+
+def test_processes_are_light(hostile: RewardPool) -> None:
+    assert hostile.score(HOSTILE.index("torch_is_loaded"), "p", ["a"], {}).scores == (0.0,)
+
+
+@pytest.fixture(scope="module")
+def simple() -> Iterator[RewardPool]:
+    names = ("length", "right", "from_neighbour", "edits_its_column", "batched", "Counting")
+    with RewardPool([source(f"simple.py:{name}") for name in names], timeout_s=TIMEOUT_S) as pool:
+        yield pool
+
+
+def test_order_is_kept(simple: RewardPool) -> None:
+    responses = ["x" * (i * 7 % 50) for i in range(300)]
+    assert simple.score(0, "p", responses, {}).scores == tuple(float(len(r)) for r in responses)
+
+
+def test_a_group_larger_than_any_buffer(simple: RewardPool) -> None:
+    assert simple.score(0, "p", ["字" * 3_000_000] * 2, {}).scores == (3e6, 3e6)
+
+
+def test_columns_arrive(simple: RewardPool) -> None:
+    # equal to the answer, plus the tolerance, plus one other column
+    assert simple.score(1, "p", ["é", "b"], {"answer": "é", "tolerance": 0.5, "z": 0}).scores == (2.5, 1.5)
+    assert simple.score(2, "p", ["a"], {}).scores == (7.0,)
+
+
+def test_no_call_sees_what_another_did_to_a_column(simple: RewardPool) -> None:
+    assert simple.score(3, "p", ["a", "b", "c"], {"steps": [5]}).scores == (2.0, 2.0, 2.0)
+
+
+def test_a_batched_reward_sees_the_group(simple: RewardPool) -> None:
+    assert simple.score(4, "p", ["a", "b", "a"], {"answer": "a"}).scores == (31.0, 30.0, 31.0)
+
+
+def test_a_class_is_constructed_once(simple: RewardPool) -> None:
+    assert simple.score(5, "p", ["a", "b"], {}).scores == (1.0, 2.0)
+    assert simple.score(5, "p", ["a"], {}).scores == (3.0,)
+
+
+def test_empty_group(simple: RewardPool) -> None:
+    assert simple.score(0, "p", [], {}).scores == ()
+
+
+def test_several_thousand_a_second(simple: RewardPool) -> None:
+    simple.score(0, "p", ["a"], {})
+    began = time.monotonic()
+    for _ in range(500):
+        simple.score(0, "p", ["a"] * 8, {})
+    assert time.monotonic() - began < 2.0  # 4,000 rewards; a tenth of a second on an idle machine
+
+
+def test_a_process_killed_from_outside_costs_nothing() -> None:
+    with RewardPool([source("simple.py:length"), source("hostile.py:sleeps")], timeout_s=5.0) as pool:
+        for group in (["a", "bb"], ["ccc"]):
+            os.kill(pool.pids()[0], signal.SIGKILL)
+            assert pool.score(0, "p", group, {}).scores == tuple(float(len(r)) for r in group)
+
+
+def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more() -> None:
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_each() -> None:
+        while not over.wait(0.3):
+            for pid in set(pool.pids()) - set(killed):
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
+
+    with RewardPool([source("hostile.py:sleeps")], timeout_s=20.0) as pool:
+        killer = threading.Thread(target=kill_each, daemon=True)
+        killer.start()
+        (failure,) = pool.score(0, "p", ["a", "x"], {}).failures
+        over.set()
+        killer.join(5.0)
+    assert (failure.sample, failure.kind) == (1, "died")
+    assert "SIGKILL" in failure.message
+    assert len(killed) >= 2
+
+
+def test_a_stopped_process_is_replaced() -> None:
+    with RewardPool([source("simple.py:length")], timeout_s=0.5) as pool:
+        pid = pool.pids()[0]
+        os.kill(pid, signal.SIGSTOP)
+        # far more than a socket holds: it cannot even be sent
+        assert pool.score(0, "p", ["a" * 10_000_000], {}).failures[0].kind == "timeout"
+        assert pool.score(0, "p", ["a"], {}).scores == (1.0,)
+        assert not psutil.pid_exists(pid)
+
+
+def test_a_process_maps_no_more_memory_than_it_may() -> None:
+    for limit, kinds in ((0.5, ["died"]), (4.0, [])):
+        with RewardPool([source("hostile.py:takes_a_gib")], timeout_s=10.0, memory_gib=limit) as pool:
+            failures = pool.score(0, "p", ["x"], {}).failures
+        assert [failure.kind for failure in failures] == kinds
+        assert all("the limit is reward_policy.memory_gib: 0.5" in failure.message for failure in failures)
+
+
+def test_groups_run_side_by_side() -> None:
+    with RewardPool([source("hostile.py:sleeps")], timeout_s=1.5, processes=2) as pool:
+        began = time.monotonic()
+        threads = [threading.Thread(target=pool.score, args=(0, "p", ["x"], {})) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20.0)
+        assert time.monotonic() - began < 2.9  # two limits of 1.5 s, not one after the other
+
+
+def test_closing_ends_a_group_under_way() -> None:
+    pool = RewardPool([source("hostile.py:sleeps")], timeout_s=60.0)
+    threading.Timer(0.3, pool.close).start()
+    with pytest.raises(RunError, match="closed"):
+        pool.score(0, "p", ["x"], {})
+    assert pool.pids() == []
+
+
+def test_a_reward_that_cannot_be_loaded_here() -> None:
+    with pytest.raises(RunError, match="cannot load its rewards"):
+        RewardPool([source("simple.py:absent")], timeout_s=1.0)
+
+
+@pytest.mark.parametrize("name", ["sleeps", "hangs_in_c"])
+def test_processes_end_with_their_parent(name: str) -> None:
+    code = (
+        "import threading, time\n"
+        "from rlhf.rewards.processes.pool import RewardPool\n"
+        "from rlhf.rewards.processes.program import Source\n"
+        f"pool = RewardPool([Source(path={str(FILES / 'hostile.py')!r}, name={name!r}, args={{}})], timeout_s=60)\n"
+        "threading.Thread(target=pool.score, args=(0, 'p', ['x'], {}), daemon=True).start()\n"
+        "time.sleep(0.3); print(*pool.pids(), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        parent.kill()
+    deadline = time.monotonic() + 3.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"reward process {pid} is still there 3 s after its parent"
+        time.sleep(0.02)
+
+
+def test_steps_of_functions_and_what_is_none() -> None:
+    sources = [source(f"steps.py:{name}") for name in ("digits", "lines_of_group", "returns")]
+    with RewardPool(sources, timeout_s=5.0) as pool:
+        one = pool.score(0, "p", ["a1b2", "", "x"], {}, by_step=True)
+        assert one.scores == (3.0, 0.0, 0.0)
+        assert [[(step.end, step.value) for step in steps] for steps in one.steps] == [[(2, 1.0), (4, 2.0)], [], []]
+        two = pool.score(1, "p", ["ab\nc"], {}, by_step=True)
+        assert [(step.end, step.value) for step in two.steps[0]] == [(3, 3.0), (4, 1.0)]
+        for value, message in (
+            (1.0, "returned 1.0 of type float where a list of (end, value), one a step, is expected"),
+            ([(1, "x")], "returned 'x' of type str where a float is expected"),
+            ([(1, float("nan"))], "returned nan"),
+            ([(3, 1.0)], "returned a step that ends at 3 of a response of 2 characters"),
+            ([(-1, 1.0)], "returned a step that ends at -1 of a response of 2 characters"),
+            ([(0.5, 1.0)], "returned a step that ends at 0.5 of a response of 2 characters"),
+        ):
+            (failure,) = pool.score(2, "p", ["ab"], {"value": value}, by_step=True).failures
+            assert (failure.kind, failure.message) == ("not_a_number", message)
+        silent = pool.score(2, "p", ["ab"], {"value": None}, by_step=True)
+        assert (silent.scores, silent.steps, silent.failures) == ((None,), ((),), ())
+        assert pool.score(0, "p", ["1"], {}).failures[0].kind == "not_a_number"  # steps where a number is asked for

@@ -1,0 +1,320 @@
+"""The sandbox on every rung that this machine has: hostile programs are contained, bounded, and leave nothing behind.
+
+A rung that is missing is said aloud as a skip with its reason; the ladder itself must find one that works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf.rewards.processes.pool import RewardPool
+from rlhf.rewards.processes.program import Source
+from rlhf.rewards.sandbox import confinement
+from rlhf.rewards.sandbox.run import MAX_THREADS, OUTPUT_BYTES, Finished, Rung, Sandbox, SandboxError
+from tests.fixtures.rewards.hostile_programs import PROGRAMS
+
+LIMIT_S = 0.5
+NAME = f"sandbox-test-{os.getpid()}"
+
+
+def test_the_ladder_finds_a_rung() -> None:
+    assert Sandbox().rung in ("bubblewrap", "landlock")
+
+
+@pytest.fixture(scope="module", params=["landlock", "bubblewrap"])
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    return made_by(request.param)
+
+
+def made_by(rung: Rung) -> Sandbox:
+    try:
+        return Sandbox(rungs=[rung], memory_mib=256)
+    except SandboxError as error:
+        if has(rung):
+            raise
+        pytest.skip(f"THE RUNG {rung} IS NOT TESTED HERE: {error}")
+
+
+def has(rung: Rung) -> bool:
+    """Whether the machine has what the rung needs: then it must work."""
+    if rung == "bubblewrap":
+        return shutil.which("bwrap") is not None
+    return bool(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) > 0)  # Landlock's version
+
+
+class Host:
+    """What programs attack, and how it must be afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.secret = folder / "secret"
+        folder.chmod(0o777)
+        self.secret.write_text("secret")
+        self.secret.chmod(0o666)
+        self.listeners = [socket.socket(), socket.socket(socket.AF_UNIX), socket.socket(type=socket.SOCK_DGRAM)]
+        self.listeners[0].bind(("127.0.0.1", 0))
+        self.port = self.listeners[0].getsockname()[1]
+        self.listeners[1].bind("\0" + NAME)
+        self.listeners[2].bind(("127.0.0.1", self.port))
+        for listener in self.listeners:
+            listener.setblocking(False)
+            if listener.type == socket.SOCK_STREAM:
+                listener.listen()
+        self.limits = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
+        self.nice = os.getpriority(os.PRIO_PROCESS, 0)
+        self.modified = self.secret.stat().st_mtime_ns
+        self.children = set(psutil.Process().children())  # such as a Ray of other tests
+
+    def program(self, name: str) -> str:
+        return string.Template(PROGRAMS[name]).substitute(
+            FOLDER=self.folder, SECRET=self.secret, PID=os.getpid(), PORT=self.port, NAME=NAME
+        )
+
+    def check(self) -> None:
+        """Nothing has changed, nobody has called, nothing is left."""
+        status = self.secret.stat()
+        assert (self.secret.read_text(), status.st_mode & 0o777, status.st_nlink) == ("secret", 0o666, 1)
+        assert status.st_mtime_ns == self.modified
+        assert [p.name for p in self.folder.iterdir()] == ["secret"]
+        assert not Path("/dev/shm/escaped").exists()
+        for listener in self.listeners:
+            with pytest.raises(BlockingIOError):
+                listener.accept() if listener.type == socket.SOCK_STREAM else listener.recv(1)
+        assert set(psutil.Process().children()) <= self.children
+        assert psutil.Process().rlimit(psutil.RLIMIT_NOFILE) == self.limits
+        assert os.getpriority(os.PRIO_PROCESS, 0) == self.nice
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # so that only the sandbox stands in the way
+        folder.chmod(0o777)
+    monkeypatch.setenv("HOSTILE_TEST_SECRET", "secret")
+    made = Host(tmp_path)
+    yield made
+    Path("/dev/shm/escaped").unlink(missing_ok=True)
+    for listener in made.listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("sandbox", ["landlock", pytest.param("bubblewrap", marks=pytest.mark.slow)], indirect=True)
+def test_hostile_programs_are_contained(name: str, sandbox: Sandbox, host: Host) -> None:
+    done = sandbox.run(host.program(name), wall_s=LIMIT_S, stdin=b"input")
+    assert b"ESCAPED" not in done.stdout
+    assert done.seconds < LIMIT_S + 1.0
+    assert len(done.stdout) <= OUTPUT_BYTES
+    assert len(done.stderr) <= OUTPUT_BYTES
+    host.check()
+
+
+# Each is harmless, and must succeed without a sandbox: else its containment above would show nothing.
+FEASIBLE = (
+    "exec of a shell", "file in memory", "renames", "changes times", "symbolic link", "hard link", "dots in a path",
+    "reads a file of the user", "lists a folder of the user", "walks through /proc", "secrets in /proc", "TCP", "UDP",
+    "abstract socket", "socket in a folder", "listens", "limits of the parent", "reads /etc/passwd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEASIBLE)
+def test_without_a_sandbox_they_succeed(name: str, host: Host) -> None:
+    program = host.program(name).replace("(3, 3)", "r.getrlimit(r.RLIMIT_NOFILE)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=20)
+    assert b"ESCAPED" in done.stdout, done.stderr
+
+
+def test_what_a_program_may_do(sandbox: Sandbox) -> None:
+    program = """
+import asyncio, collections, decimal, math, random, re, resource, sys, threading, time
+async def later():
+    await asyncio.sleep(0.01)
+    return 5
+print(asyncio.run(later()))
+threading.stack_size(2**26)
+thread = threading.Thread(target=lambda: print('thread'))
+thread.start(); thread.join()
+print(input(), sys.stdin.read())
+print(open('/dev/null').read() == '', __name__, sys.argv)
+resource.setrlimit(resource.RLIMIT_STACK, (2**26, 2**26))
+print('to stderr', file=sys.stderr)
+exit(3)
+"""
+    done = sandbox.run(program, wall_s=10.0, stdin="größer\nmore".encode())
+    assert done.stdout.decode().split("\n") == ["5", "thread", "größer more", "True __main__ ['program']", ""]
+    assert done.stderr == b"to stderr\n"
+    assert done.code == 3
+
+
+FLOOD = """
+import threading
+threading.stack_size(32768)
+count, wait = 1, threading.Event()
+try:
+    while count < 1000:
+        threading.Thread(target=wait.wait, daemon=True).start()
+        count += 1
+except RuntimeError:
+    pass
+print(count, flush=True)
+import os; os._exit(0)
+"""
+
+
+def test_a_program_has_no_more_threads_than_its_limit(sandbox: Sandbox) -> None:
+    """Also between two looks at it: a flood of threads takes a few milliseconds."""
+    if os.geteuid() != 0:
+        pytest.skip("without root the user's other processes would count: threads are looked at now and then")
+    done = sandbox.run(FLOOD, wall_s=10.0)
+    assert done.code == 0, done.stderr
+    assert int(done.stdout) <= MAX_THREADS
+
+
+def test_how_programs_end(sandbox: Sandbox) -> None:
+    assert sandbox.run("pass", wall_s=5.0).code == 0
+    assert sandbox.run("1 / 0", wall_s=5.0).code == 1
+    assert sandbox.run("def f(:", wall_s=5.0).code == 1
+    assert sandbox.run("def f(x: int): pass\nprint(f.__annotations__)", wall_s=5.0).stdout == b"{'x': <class 'int'>}\n"
+    assert sandbox.run("\ud800", wall_s=5.0).code == 1
+    assert sandbox.run("import os; os.abort()", wall_s=5.0).code in (-signal.SIGABRT, -signal.SIGSEGV)
+    late = sandbox.run("print('early', flush=True)\nwhile True: pass", wall_s=0.2)
+    assert (late.code, late.stdout) == (None, b"early\n")
+
+
+def test_sets_have_one_order(sandbox: Sandbox) -> None:
+    outputs = {sandbox.run("print(set('abcdefgh'))", wall_s=5.0).stdout for _ in range(4)}
+    assert len(outputs) == 1
+
+
+def test_several_threads_at_once(sandbox: Sandbox) -> None:
+    found: list[Finished] = []
+    threads = [
+        threading.Thread(target=lambda i=i: found.append(sandbox.run(f"print({i})", wall_s=10.0))) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+    assert sorted(int(done.stdout) for done in found) == list(range(8))
+
+
+def test_a_program_ends_with_its_caller(sandbox: Sandbox) -> None:
+    code = (
+        f"from rlhf.rewards.sandbox.run import Sandbox; s = Sandbox(rungs=[{sandbox.rung!r}])\n"
+        "print('go', flush=True); s.run('import time; time.sleep(60)', wall_s=60.0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as caller:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == b"go\n"
+        started: list[psutil.Process] = []
+        deadline = time.monotonic() + 10.0
+        while not any("print" not in p.cmdline() and "time.sleep" not in p.cmdline() for p in started):
+            assert time.monotonic() < deadline, "the caller has started nothing"
+            started = psutil.Process(caller.pid).children(recursive=True)
+            time.sleep(0.2)
+        caller.kill()
+    _, alive = psutil.wait_procs(started, timeout=5.0)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_an_interpreter_with_its_packages() -> None:
+    """Also one that only root may read, where this is root: then by Landlock, as root without capabilities."""
+    made = Sandbox(python=sys.executable)
+    done = made.run("import numpy, sys; print(numpy.ones(2).sum(), sys.prefix)", wall_s=20.0)
+    assert done.stdout.decode() == f"2.0 {sys.prefix}\n"
+    assert made.run("print(open('/etc/shadow').read())", wall_s=10.0).code == 1
+
+
+def test_a_missing_sandbox_is_refused_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    def refused(*_: object) -> int:
+        raise confinement.Unavailable("the kernel has no Landlock")
+
+    monkeypatch.setattr("rlhf.rewards.sandbox.run.landlock_ruleset", refused)
+    with pytest.raises(SandboxError, match=r"apt-get install bubblewrap.*bwrap is not installed.*no Landlock"):
+        Sandbox()
+    unsafe = Sandbox(unsafe=True)
+    assert unsafe.rung == "unsafe"
+    assert unsafe.run("print(open('/etc/passwd').read()[:4])", wall_s=5.0).stdout == b"root\n"
+
+
+def test_an_interpreter_that_is_not_there() -> None:
+    with pytest.raises(SandboxError, match="/nowhere/python"):
+        Sandbox(python="/nowhere/python")
+
+
+def test_the_filter_knows_its_numbers() -> None:
+    """Those of the machine's own headers, where it has them."""
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    if not header.exists():
+        pytest.skip("THE NUMBERS OF THE FILTER ARE NOT TESTED: no kernel headers (apt-get install linux-libc-dev)")
+    defined = dict(
+        line.split()[1:3]
+        for line in header.read_text().splitlines()
+        if line.startswith("#define __NR_") and " " in line
+    )
+    for name, (number, _) in confinement._CALLS.items():
+        assert defined[f"__NR_{name}"] == str(number), name
+
+
+def test_no_call_that_changes_files_or_other_processes_is_allowed() -> None:
+    for name in (
+        "fork",
+        "vfork",
+        "clone3",
+        "execve",
+        "socket",
+        "connect",
+        "kill",
+        "unlink",
+        "chmod",
+        "ptrace",
+        "mount",
+    ):
+        assert name not in confinement._CALLS
+
+
+def test_a_machine_whose_calls_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(confinement.Unavailable, match="riscv64"):
+        confinement.seccomp_filter()
+
+
+def test_landlock_needs_a_kernel_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        def syscall(self, *_: object) -> int:
+            ctypes.set_errno(38)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Old())
+    with pytest.raises(confinement.Unavailable, match="Function not implemented"):
+        confinement.landlock_ruleset(["/usr"], [])
+
+
+PROGRAM = "```python\n{}\n```"
+
+
+def test_in_a_reward_process() -> None:
+    """With its limits on memory and its process group: the call is bounded, and what is wrong is not an error."""
+    args = {"test_s": 0.5, "limit_s": 1.0}
+    with RewardPool([Source(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
+        programs = ["print(int(input()) + 1)", "print(2)", "while True: pass", "import os\nwhile True: os.fork()"]
+        columns = {"tests": [{"input": "1", "output": "2"}, {"input": "2", "output": "3"}]}
+        outcome = pool.score(0, "p", [PROGRAM.format(p) for p in programs], columns)
+        assert outcome.scores == (1.0, 0.0, 0.0, 0.0)
+        (pid,) = pool.pids()
+        assert psutil.Process(pid).children(recursive=True) == []

@@ -1,0 +1,328 @@
+"""Rewards from services, against servers of this process: retries, the breaker, limits, tokens, checked answers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from rlhf.config.schema.rewards import JudgeConfig
+from rlhf.errors import RunError
+from rlhf.rewards.processes.pool import Outcome
+from rlhf.rewards.scoring import RewardSet, RewardSpec, ask_deadline_s, asks_in_flight, fingerprint
+from rlhf.rewards.services import client as service_module
+from rlhf.rewards.services.client import TRIPS_AFTER, Breaker, ServiceSpec
+from rlhf.rewards.services.judge import JudgeSpec
+from rlhf.rewards.services.remote import RemoteReward, RemoteRewards, read_scores
+from rlhf.types import Prompt
+
+PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", "kind": "maths"})
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextmanager
+def served(handler: Handler) -> Iterator[str]:
+    """A server on a thread of its own that gives every request to one handler; its URL."""
+    loop = asyncio.new_event_loop()
+
+    async def start() -> web.AppRunner:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+def spec(url: str, *, judge: JudgeSpec | None = None, **given: Any) -> RewardSpec:
+    limits: dict[str, Any] = {"timeout_s": 1.0, "deadline_s": 5.0, "max_in_flight": 4} | given
+    return RewardSpec(
+        name="style",
+        weight=2.0,
+        function=None,
+        remote=RemoteReward(service=ServiceSpec(url=url, **limits), judge=judge),
+    )
+
+
+def ask(one: RewardSpec, responses: list[str]) -> Outcome:
+    with RewardSet([one], timeout_s=1.0) as rewards:
+        return rewards.ask(PROMPT, responses, truncated=[False] * len(responses))["style"]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "FIRST_PAUSE_S", 0.01)
+
+
+def test_a_group_is_one_request_with_its_row_and_its_token() -> None:
+    seen: list[Any] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append((request.path, request.headers.get("Authorization"), await request.json()))
+        return web.json_response({"scores": [0.5, 2]})
+
+    with served(handler) as url, RewardSet([spec(url, token="s3cret")], timeout_s=1.0) as rewards:
+        asked = rewards.ask(PROMPT, ["a", "b"], truncated=[False, True])
+        scores = rewards.score(PROMPT, ["a", "b"], truncated=[False, True], asked=asked)
+    body = {"prompt": "p", "responses": ["a", "b"], "truncated": [False, True], "columns": dict(PROMPT.columns)}
+    assert seen == [("/v1", "Bearer s3cret", body)]
+    assert (scores.scores, scores.by_name) == ((1.0, 4.0), {"style": (0.5, 2.0)})
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+def test_what_may_pass_is_asked_again(status: int) -> None:
+    calls = []
+
+    async def handler(request: web.Request) -> web.Response:
+        calls.append(time.monotonic())
+        return web.Response(status=status) if len(calls) < 3 else web.json_response({"scores": [1.0]})
+
+    with served(handler) as url:
+        assert ask(spec(url), ["a"]).scores == (1.0,)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 404, 422])
+def test_a_refusal_is_not_asked_again(status: int) -> None:
+    calls = []
+
+    async def handler(request: web.Request) -> web.Response:
+        calls.append(request.path)
+        return web.Response(status=status, text="no, Bearer s3cret-token!", headers={"Location": "/elsewhere"})
+
+    with served(handler) as url:
+        failures = ask(spec(url, token="s3cret-token"), ["a", "b"]).failures
+    assert calls == ["/v1"]
+    assert [(f.sample, f.kind, f.message) for f in failures] == [
+        (sample, "refused", f"HTTP {status}: no, Bearer ***!") for sample in (0, 1)
+    ]
+
+
+def test_a_service_that_is_not_there_is_an_error_at_the_deadline_and_at_the_start() -> None:
+    gone = spec("http://127.0.0.1:9/score", deadline_s=0.5)
+    begun = time.monotonic()
+    (failure,) = ask(gone, ["a"]).failures
+    assert 0.4 < time.monotonic() - begun < 5.0
+    assert failure.kind == "unavailable"
+    assert "no answer within 0.5 s" in failure.message
+    assert "ClientConnectorError" in failure.message
+    with RewardSet([gone], timeout_s=1.0) as rewards, pytest.raises(RunError, match=r"rewards.style: .* be reached"):
+        rewards.greet()
+
+
+def test_a_token_that_is_refused_is_an_error_at_the_start() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=405 if request.headers.get("Authorization") == "Bearer right" else 401)
+
+    with served(handler) as url:
+        with RewardSet([spec(url, token="right")], timeout_s=1.0) as rewards:
+            rewards.greet()  # 405: it is there
+        refused = pytest.raises(RunError, match=r"HTTP 401 to the token")
+        with RewardSet([spec(url, token="wrong")], timeout_s=1.0) as rewards, refused:
+            rewards.greet()
+
+
+def test_a_hanging_attempt_is_given_up_and_made_again() -> None:
+    calls = []
+
+    async def handler(request: web.Request) -> web.Response:
+        calls.append(1)
+        if len(calls) == 1:
+            await asyncio.sleep(5)
+        return web.json_response({"scores": [1.0]})
+
+    with served(handler) as url:
+        assert ask(spec(url, timeout_s=0.2), ["a"]).scores == (1.0,)
+
+
+def test_no_more_requests_at_once_than_may_be() -> None:
+    now, most = 0, 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.json_response({"choices": [{"message": {"content": "Score: 10"}}]})
+
+    judge = JudgeSpec(**dict(JudgeConfig(model="m")))
+    with served(handler) as url:
+        assert ask(spec(url, judge=judge, max_in_flight=3), [str(i) for i in range(12)]).scores == (1.0,) * 12
+    assert most == 3
+
+
+def test_the_breaker_lets_one_through_at_a_time_until_the_service_is_back() -> None:
+    failing, now, most_while_open = True, 0, 0
+
+    async def run() -> int:
+        nonlocal failing, now, most_while_open
+        breaker = Breaker("it")
+        attempts = 0
+
+        async def one() -> None:
+            nonlocal now, attempts, most_while_open
+            while True:
+                try:
+                    async with breaker.turn():
+                        attempts += 1
+                        was_open = breaker.is_open
+                        now += 1
+                        if was_open:
+                            most_while_open = max(most_while_open, now)
+                        await asyncio.sleep(0.001)
+                        now -= 1
+                        if failing:
+                            raise service_module._FailedAttempt("down", is_down=True)
+                        return
+                except service_module._FailedAttempt:
+                    pass
+
+        tasks = [asyncio.create_task(one()) for _ in range(TRIPS_AFTER)]
+        await asyncio.sleep(0.2)
+        assert breaker.is_open
+        made_while_down = attempts
+        failing = False
+        await asyncio.wait_for(asyncio.gather(*tasks), 5.0)
+        assert not breaker.is_open
+        return made_while_down
+
+    made = asyncio.run(run())
+    assert most_while_open == 1
+    assert made < 15  # 5 that trip it; then pauses of 20, 40, 80, ... ms. Without the breaker some 800
+
+
+def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
+    asked: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        assert request.path == "/v1/chat/completions"
+        text = (await request.json())["messages"][0]["content"]
+        asked.append(text)
+        if "bad" in text:
+            return web.json_response({"choices": [{"message": {"content": "I cannot say"}}]})
+        return web.json_response({"choices": [{"message": {"content": "Score: 1" if "no" in text else "Score: 10"}}]})
+
+    judge = JudgeSpec(**dict(JudgeConfig(model="m", prompt="{response}")))
+    with served(handler) as url:
+        assert ask(spec(url, judge=judge), ["yes", "no", "yes", "yes"]).scores == (1.0, 0.0, 1.0, 1.0)
+        assert sorted(asked) == ["no", "yes"]
+        failures = ask(spec(url, judge=judge), ["yes", "bad", "no", "bad"]).failures
+    assert [(f.sample, f.kind) for f in failures] == [(1, "not_a_number"), (3, "not_a_number")]
+
+
+NESTED: list[Any] = []
+for _ in range(2000):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "why"),
+    [
+        ({}, "refused", 'no list of "scores"'),
+        ({"scores": [1.0]}, "not_a_number", "1 scores for 2 responses"),
+        ({"scores": [1.0, True]}, "not_a_number", "gave True"),
+        ({"scores": [1.0, float("nan")]}, "not_a_number", "gave nan"),
+        ({"scores": [1.0, 10**400]}, "not_a_number", "gave 1000"),
+        ({"scores": [1.0, 10**5000]}, "not_a_number", "gave a int that cannot be shown"),
+        ({"scores": [1.0, NESTED]}, "not_a_number", "gave a list that cannot be shown"),
+        ({"errors": [NESTED]}, "refused", "a list that cannot be shown"),
+        ({"errors": [{"sample": 1, "kind": "timeout", "message": "slow"}]}, "timeout", "slow"),
+        ({"errors": [{"sample": 1, "kind": ["?"], "message": "odd"}]}, "raised", "odd"),
+        ({"errors": [{"sample": 5, "message": "?"}], "scores": [1.0, 1.0]}, "refused", "no known form"),
+        ({"errors": "all wrong"}, "refused", "all wrong"),
+    ],
+)
+def test_answers_are_checked(answer: dict[str, Any], kind: str, why: str) -> None:
+    outcome = read_scores(answer, 2)
+    assert outcome.scores[1] is None
+    assert outcome.failures[-1].kind == kind
+    assert outcome.failures[-1].sample == 1
+    assert why in outcome.failures[-1].message
+
+
+def test_an_answer_may_have_scores_and_errors() -> None:
+    error = {"sample": 1, "kind": "raised", "message": "no"}
+    outcome = read_scores({"scores": [1.0, None, None], "errors": [error]}, 3)
+    assert outcome.scores == (1.0, None, None)  # the last: no opinion
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(1, "raised")]
+    outcome = read_scores({"errors": [error]}, 2)
+    assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(0, "refused"), (1, "raised")]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"scores": ' + "[" * 100_000])
+def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    with served(handler) as url:
+        for judge in (None, JudgeSpec(**dict(JudgeConfig(model="m")))):
+            (failure,) = ask(spec(url, judge=judge), ["a"]).failures
+            assert (failure.kind, failure.message[:22]) == ("refused", "its answer is not JSON")
+
+
+def test_sound_answers_are_taken() -> None:
+    assert read_scores({"scores": [1, -0.5], "errors": [], "more": 1}, 2) == Outcome(scores=(1.0, -0.5), failures=())
+
+
+def test_services_are_not_asked_about_rows_that_they_do_not_apply_to() -> None:
+    one = spec("http://127.0.0.1:9/")
+    other = RewardSpec(name="style", weight=1.0, function=None, remote=one.remote, only={"kind": ("code",)})
+    with RewardSet([other], timeout_s=1.0) as rewards:
+        assert rewards.ask(PROMPT, ["a"], truncated=[False]) == {}
+
+
+def test_limits_of_a_group() -> None:
+    url, judge = "http://127.0.0.1:9/", JudgeSpec(**dict(JudgeConfig(model="m")))
+    assert ask_deadline_s([spec(url)], 8) == 5.0 + 10.0
+    assert ask_deadline_s([spec(url), spec(url, judge=judge)], 8) == 8 * 5.0 + 10.0
+    assert asks_in_flight([spec(url), spec(url, max_in_flight=9)]) == 9
+    assert asks_in_flight([RewardSpec(name="taste", weight=1.0, function=None)]) == 0
+
+
+def test_the_token_is_in_no_repr_and_no_fingerprint() -> None:
+    one, other = spec("http://h/", token="s3cret"), spec("http://h/", token="0ther", timeout_s=0.5)
+    assert "s3cret" not in repr(one)
+    assert fingerprint([one], model="") == fingerprint([other], model="") != fingerprint([spec("http://i/")], model="")
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    with served(handler) as url:
+        rewards = RemoteRewards({"style": spec(url, timeout_s=20.0, deadline_s=20.0).remote})  # type: ignore[dict-item]
+        caught: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                rewards.ask(["style"], PROMPT, ["a"], truncated=[False])
+            except BaseException as error:  # noqa: BLE001
+                caught.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.3)
+        begun = time.monotonic()
+        rewards.close()
+        thread.join(5.0)
+    assert not thread.is_alive()
+    assert time.monotonic() - begun < 5.0
+    assert isinstance(caught[0], RunError)

@@ -1,0 +1,92 @@
+"""The environments that come with the library, and the rows that are made for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.data.tasks import TaskSource, make_rows
+from rlhf.errors import UserError
+from rlhf.rollouts.environments.calculator import Calculator, evaluate
+from rlhf.rollouts.environments.guess_number import GuessNumber
+
+
+def test_a_guess_is_answered_until_it_is_right() -> None:
+    game = GuessNumber(low=1, high=10)
+    game.reset(seed=3, secret=7)
+    assert game.step("4") == ("higher", 0.0, False)
+    assert game.step("not 4 but 9") == ("lower", 0.0, False)
+    assert game.step("11") == ("a number from 1 to 10", 0.0, False)
+    assert game.step("none") == ("a number from 1 to 10", 0.0, False)
+    assert game.step("7") == ("right", 1.0, True)
+
+
+def test_a_secret_is_its_seeds() -> None:
+    secrets = []
+    for seed in (1, 1, 2, 3, 4):
+        game = GuessNumber()
+        game.reset(seed=seed)
+        secrets.append(game.secret)
+    assert secrets[0] == secrets[1]
+    assert len(set(secrets)) > 1
+    with pytest.raises(ValueError, match="must be below high"):
+        GuessNumber(low=3, high=3)
+
+
+def test_a_calculator_calculates_and_judges() -> None:
+    tool = Calculator(tool_bonus=0.25)
+    tool.reset(seed=0, answer="1,776")
+    call = {"name": "calculate", "arguments": {"expression": "37 * 48"}}
+    assert tool.step("", [call, call]) == (["1776", "1776"], 0.25, False)  # the bonus is given once
+    wrong = {"name": "calculate", "arguments": {"expression": "1 / 0"}}
+    assert tool.step("", [wrong])[0] == ["error: division by zero"]
+    assert tool.step("It is 1776.", []) == ("", 1.0, True)
+    assert tool.step("It is 1775.", []) == ("", 0.0, True)
+    assert tool.step("no number", []) == ("", 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"), [("3 * (4 + 5)", 27), ("-7 // 2", -4), ("2.5 / 5", 0.5), ("10 % 4 - 1", 1)]
+)
+def test_expressions(expression: str, value: float) -> None:
+    assert evaluate(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["__import__('os')", "2 ** 9999999", "a + 1", "'a' * 9", "[1]", "1 +", "(" * 500, "True + 1", "9" * 400, "1e999"],
+)
+def test_what_is_no_arithmetic_is_refused(expression: str) -> None:
+    with pytest.raises((ValueError, ArithmeticError)):
+        evaluate(expression)
+
+
+def test_games_to_learn_from_follow_the_rules() -> None:
+    rows = make_rows(TaskSource(task="guessing_game", split="sft", size=70, args={"low": 1, "high": 7}))
+    assert {row["secret"] for row in rows} == set(range(1, 8))
+    for row in rows:
+        game = GuessNumber(low=1, high=7)
+        game.reset(seed=0, secret=row["secret"])
+        turns = row["messages"]
+        told = [game.step(turn["content"]) for turn in turns if turn["role"] == "assistant"]
+        assert [observation for observation, _, _ in told[:-1]] == [turn["content"] for turn in turns[2::2]]
+        assert told[-1] == ("right", 1.0, True)
+
+
+def test_calculations_to_learn_from_are_right() -> None:
+    for row in make_rows(TaskSource(task="calculator", split="sft", size=20)):
+        question, _, result, answer = row["messages"][1:]
+        expression = question["content"].removeprefix("What is ").removesuffix("?")
+        assert str(evaluate(expression)) == result["content"] == answer["content"] == row["answer"]
+
+
+def test_splits_are_drawn_apart_and_args_are_checked() -> None:
+    few = {"max_value": 9}
+    sft, train, held_out = (
+        {row["messages"][1]["content"] for row in make_rows(TaskSource(task="calculator", split=s, size=900, args=few))}
+        for s in ("sft", "train", "eval")
+    )
+    assert len(sft | train | held_out) == len(sft) + len(train) + len(held_out)
+    with pytest.raises(UserError, match="takes the args low, high; found top"):
+        make_rows(TaskSource(task="guessing_game", split="train", size=2, args={"top": 3}))
+    with pytest.raises(UserError, match="has the splits sft, train and eval"):
+        make_rows(TaskSource(task="guessing_game", split="pairs", size=2))

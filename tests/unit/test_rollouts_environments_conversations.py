@@ -1,0 +1,380 @@
+"""Conversations with real environment processes and a scripted policy: limits, seeds, tools, failures, no leftovers."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from rlhf.controller.answers import request_for
+from rlhf.errors import RunError, UserError
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.rewards.processes.program import Source
+from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, resolve, turn_seed
+from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
+from rlhf.rollouts.environments.tool_calls import ToolCall
+from rlhf.rollouts.records.spans import Played, Sampled, Told
+from rlhf.types import GroupRequest, Prompt, Sampling
+
+T = TypeVar("T")
+MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
+EOS = 257
+SAMPLING = Sampling(max_new_tokens=8)
+
+
+def spec(**changes: Any) -> EnvironmentSpec:
+    values: dict[str, Any] = {
+        "source": Source(path=None, name="guess_number", args={"low": 1, "high": 9}),
+        "max_turns": 4,
+        "max_tokens": 100,
+        "step_timeout_s": 5.0,
+        "memory_gib": 2.0,
+        "processes": 8,
+        "tool_parser": "hermes",
+        "tokenizer": "",
+        "trust_remote_code": False,
+    }
+    return EnvironmentSpec(**(values | changes))
+
+
+def moody(**args: Any) -> Source:
+    return Source(path=str(MOODY), name="Moody", args=args)
+
+
+def request(samples: int = 1, text: str = "?", **columns: Any) -> GroupRequest:
+    ids = tuple(byte_tokenizer()(text, add_special_tokens=False).input_ids)
+    prompt = Prompt(prompt_id=3, token_ids=ids, text=text, columns=columns, is_chat=text.startswith("<|user|>"))
+    return request_for(prompt, group_id=0, first_sequence_id=0, samples=samples, run_seed=0)
+
+
+class Script:
+    """A policy that says what it is given to say, whatever it is told. Remembers what it was asked with."""
+
+    def __init__(self, *says: str) -> None:
+        self.says = says
+        self.asked: list[tuple[tuple[int, ...], int, int]] = []
+
+    async def __call__(
+        self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
+    ) -> Sampled:
+        said = [*self.says[len(self.asked) % len(self.says)].encode(), EOS][: sampling.max_new_tokens]
+        self.asked.append((tokens, seed, sampling.max_new_tokens))
+        count = len(said)
+        return Sampled(
+            token_ids=tuple(said),
+            logprobs=(-1.0,) * count,
+            versions=(0,) * count,
+            finish_reason="stop" if said[-1] == EOS else "length",
+        )
+
+
+def play(
+    asked: GroupRequest, draw: Any, used: EnvironmentSpec | None = None, *, parser: Any = None, sampling: Any = SAMPLING
+) -> list[Played]:
+    async def run() -> list[Played]:
+        conversations = Conversations(used or spec(), byte_tokenizer(), draw)
+        conversations.parser = parser
+        await conversations.start()
+        try:
+            return await conversations.play(asked, sampling)
+        finally:
+            await conversations.stop()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def said(played: Played) -> list[str]:
+    return [byte_tokenizer().decode(span.token_ids) for span in played.spans]
+
+
+def test_turns_alternate_until_the_environment_is_done() -> None:
+    script = Script("3", "9", "7")
+    (played,) = play(request(secret=7), script)
+    assert said(played) == ["3<|eos|>", "higher", "9<|eos|>", "lower", "7<|eos|>"]
+    assert [isinstance(span, Sampled) for span in played.spans] == [True, False, True, False, True]
+    assert (played.rewards, played.finish_reason, played.error) == ((0.0, 0.0, 1.0), "stop", None)
+    seed = request().seeds[0]
+    assert [one[1] for one in script.asked] == [seed, turn_seed(seed, 1), turn_seed(seed, 2)]
+    assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is drawn after all that was said
+
+
+def test_a_limit_of_turns_cuts_without_a_reward_for_the_end() -> None:
+    (played,) = play(request(secret=7), Script("1"), spec(max_turns=2))
+    assert said(played) == ["1<|eos|>", "higher", "1<|eos|>"]
+    assert (played.rewards, played.finish_reason) == ((0.0, 0.0), "length")
+
+
+def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
+    """Prompt 1, turn 2, told 6: 9. Of 13 the next turn may have 4, then 6 more would be told: it ends there."""
+    script = Script("1", "1 is my guess")
+    (played,) = play(request(secret=7), script, spec(max_tokens=13))
+    assert [one[2] for one in script.asked] == [8, 4]
+    assert said(played) == ["1<|eos|>", "higher", "1 is"]
+    assert played.finish_reason == "length"
+
+
+def test_a_cut_turn_goes_on_in_a_chat_behind_an_end_that_was_not_sampled() -> None:
+    (played,) = play(request(text="<|user|>go<|eos|><|assistant|>", secret=7), Script("111111111", "7"))
+    assert said(played) == ["11111111", "<|eos|><|user|>a number from 1 to 9<|eos|><|assistant|>", "7<|eos|>"]
+    assert isinstance(played.spans[1], Told)
+    assert played.finish_reason == "stop"
+
+
+def test_a_group_plays_one_game() -> None:
+    played = play(request(samples=4, text="{observation}"), Script("x"), spec(source=moody()))
+    begin = {one.prompt_token_ids for one in played}
+    assert len(begin) == 1
+    assert bytes(begin.pop()) == f"game {request().seeds[0]}".encode()
+
+
+def test_a_slow_environment_stalls_itself_alone() -> None:
+    """Of two groups that are played at once the one whose environment answers is through first."""
+    through: list[str] = []
+
+    async def play_both() -> None:
+        conversations = Conversations(spec(source=moody(rounds=2)), byte_tokenizer(), Script("x"))
+        await conversations.start()
+
+        async def one(name: str, sleep_s: float) -> None:
+            played = await conversations.play(request(samples=2, text="{observation}", sleep_s=sleep_s), SAMPLING)
+            assert [(sum(group.rewards or ()), group.finish_reason) for group in played] == [(1.0, "stop")] * 2
+            through.append(name)
+
+        try:
+            await asyncio.gather(one("slow", 1.5), one("quick", 0.0))
+        finally:
+            await conversations.stop()
+
+    asyncio.run(asyncio.wait_for(play_both(), 60.0))
+    assert through == ["quick", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("mood", "kind", "message"),
+    [
+        ("raise", "raised", "step: ValueError: out of order, at "),
+        ("hang", "timeout", "step did not answer within rollouts.environment.step_timeout_s: 1, at "),
+        ("exit", "died", "in step, it exited with code 3"),
+        ("crash", "died", "in step, it was killed by SIGSEGV, at "),
+        ("greedy", "died", "ran out of memory (rollouts.environment.memory_gib: 2)"),
+        ("nan", "not_a_number", "step returned nan as reward"),
+        ("bad_start", "raised", "reset: ValueError: no game today"),
+    ],
+)
+def test_a_failure_is_that_conversations_error(mood: str, kind: str, message: str) -> None:
+    asked = request(text="{observation}", mood=mood)
+    (played,) = play(asked, Script("x"), spec(source=moody(), step_timeout_s=1.0))
+    assert played.error is not None
+    assert (played.error.kind, played.error.prompt_id, played.rewards) == (kind, 3, None)
+    assert message in played.error.message
+
+
+def test_beginnings_that_differ_are_an_error() -> None:
+    played = play(request(samples=2, text="{observation}", mood="unlike"), Script("x"), spec(source=moody()))
+    errors = [one.error for one in played if one.error is not None]
+    assert "must depend on seed and columns alone" in errors[0].message
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error() -> None:
+    (played,) = play(request(text="{observation}" + "x" * 50), Script("x"), spec(source=moody(), max_tokens=40))
+    assert played.error is not None
+    assert "which leaves none for an answer" in played.error.message
+
+
+class Calls:
+    """Reads `!NAME ARGUMENTS` as a call; `!` alone is malformed."""
+
+    def parse(self, text: str) -> tuple[ToolCall, ...] | None:
+        if not text.startswith("!"):
+            return ()
+        name, _, arguments = text[1:].partition(" ")
+        return (ToolCall(name=name, arguments=arguments),) if arguments else None
+
+
+def test_tools_are_called_and_wrong_calls_are_told() -> None:
+    script = Script("!", "!multiply {}", '!calculate {"expression": "6*7"}', "42")
+    used = spec(source=Source(path=None, name="calculator", args={}), max_tokens=400)
+    sampling = Sampling(max_new_tokens=60)
+    (played,) = play(request(answer="42"), script, used, parser=Calls(), sampling=sampling)
+    assert said(played)[1::2] == [
+        "error: the tool call could not be read",
+        "error: there is no tool 'multiply'; there is calculate",
+        "42",
+    ]
+    assert (played.rewards, played.finish_reason) == ((0.0, 0.0, 0.0, 1.0), "stop")
+
+
+def in_host(source: Source, work: Callable[[EnvironmentHost], Awaitable[T]], *, step_timeout_s: float = 5.0) -> T:
+    async def run() -> T:
+        host = EnvironmentHost(source, step_timeout_s=step_timeout_s, memory_gib=2.0)
+        try:
+            await host.start()
+            return await work(host)
+        finally:
+            await host.stop()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0))
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or ends within two seconds."""
+    for _ in range(40):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_conversation_ends_with_all_that_it_started() -> None:
+    async def work(host: EnvironmentHost) -> tuple[int, list[int]]:
+        conversation = await host.open()
+        await conversation.reset(1, {"mood": "parent"})
+        for _ in range(2):
+            await conversation.step("x")
+        children = [child.pid for child in psutil.Process(conversation.pid).children()]
+        await conversation.end()
+        return conversation.pid, children
+
+    pid, children = in_host(moody(), work)
+    assert children
+    assert all(gone(one) for one in (pid, *children))
+
+
+def test_nothing_outlives_the_process_that_plays() -> None:
+    """It is killed like an engine whose machine runs out of memory."""
+    program = (
+        "import asyncio, sys, time\n"
+        "from rlhf.rewards.processes.program import Source\n"
+        "from rlhf.rollouts.environments.host import EnvironmentHost\n"
+        "async def run():\n"
+        f"    source = Source(path={str(MOODY)!r}, name='Moody', args={{}})\n"
+        "    host = EnvironmentHost(source, step_timeout_s=5, memory_gib=2)\n"
+        "    await host.start()\n"
+        "    conversation = await host.open()\n"
+        "    await conversation.reset(1, {'mood': 'parent'})\n"
+        "    await conversation.step('x')\n"
+        "    await conversation.step('x')\n"
+        "    sys.stdout.write('up\\n'); sys.stdout.flush()\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(run())\n"
+    )
+
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as player:
+        assert player.stdout is not None
+        assert player.stdout.readline() == "up\n"
+        children = [child.pid for child in psutil.Process(player.pid).children(recursive=True)]
+        player.kill()
+    assert len(children) == 3  # the environment, its copy, and what that started
+    assert all(gone(pid) for pid in children)
+
+
+def test_one_that_is_cancelled_leaves_no_process() -> None:
+    others = set(psutil.Process().children())  # such as a Ray of other tests
+
+    async def work(host: EnvironmentHost) -> list[int]:
+        opening = asyncio.ensure_future(host.open())
+        await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.wait([opening])
+        other = await host.open()  # the answers to the two are told apart
+        await other.reset(1, {})
+        await other.end()
+        await asyncio.sleep(0.3)
+        return [child.pid for child in psutil.Process().children() if child not in others]
+
+    assert len(in_host(moody(), work)) == 1
+
+
+def test_the_loss_of_the_environments_own_process_is_said() -> None:
+    others = set(psutil.Process().children())
+
+    async def work(host: EnvironmentHost) -> int:
+        conversation = await host.open()
+        (zygote,) = set(psutil.Process().children()) - others
+        zygote.kill()
+        zygote.wait(5.0)
+        assert await conversation.reset(1, {}) == "game 1"  # a copy does not need what it was made from
+        with pytest.raises(RunError, match="environment's process is gone"):
+            await host.open()
+        return conversation.pid
+
+    assert gone(in_host(moody(), work))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("class E:\n    def step(self, response): ...", "has no method `reset`"),
+        ("class E:\n    def reset(self): ...\n    def step(self, response): ...", "must take `seed`"),
+        ("class E:\n    def reset(self, seed): ...\n    def step(self): ...", "must take `response`"),
+        ("class E:\n    async def reset(self, seed): ...\n    def step(self, response): ...", "is async"),
+        ("class E:\n    tools = [3]\n    def reset(self, seed): ...\n    def step(self, response): ...", "expected {"),
+        (
+            "class E:\n    def reset(self, seed): ...\n    def step(self, response, tool_calls): ...",
+            "takes `tool_calls` if, and only if",
+        ),
+        ("class E:\n    def __init__(self, size): ...", "missing a required argument: 'size'"),
+        ("def E(): ...", "an environment is a class"),
+        ("x = 1 / 0", "raised ZeroDivisionError"),
+        ("F = 1", "nothing of that name"),
+        ("import os; os._exit(4)", "ended its process"),
+    ],
+)
+def test_what_is_no_environment_is_said_before_a_run(tmp_path: Path, code: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+
+    async def nothing(host: EnvironmentHost) -> None:
+        return None
+
+    with pytest.raises(UserError) as error:
+        in_host(Source(path=str(path), name="E", args={}), nothing)
+    assert message in str(error.value)
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    code = "class E:\n    def reset(self, seed): return '\\ud800'\n    def step(self, response): return '', 0.0, True\n"
+    path.write_text(code)
+
+    async def work(host: EnvironmentHost) -> None:
+        conversation = await host.open()
+        try:
+            await conversation.reset(1, {})
+        finally:
+            await conversation.end()
+
+    with pytest.raises(EnvironmentFailure, match="reset: UnicodeEncodeError"):
+        in_host(Source(path=str(path), name="E", args={}), work)
+
+
+def test_names_are_resolved_or_explained(tmp_path: Path) -> None:
+    def of(name: str) -> Source:
+        return resolve(name, args={}, folders=(tmp_path,), key="rollouts.environment.name")
+
+    (tmp_path / "mine.py").write_text("")
+    assert of("mine.py:E") == Source(path=str(tmp_path / "mine.py"), name="E", args={})
+    assert of("calculator") == Source(path=None, name="calculator", args={})
+    with pytest.raises(UserError, match="did you mean `calculator`"):
+        of("calculater")
+    with pytest.raises(UserError, match="does not exist"):
+        of("yours.py:E")
+
+
+def test_a_fingerprint_is_that_of_the_code_and_the_limits(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("a")
+    used = spec(source=Source(path=str(path), name="E", args={}))
+    first = used.fingerprint()
+    assert replace(used, max_turns=9).fingerprint() != first
+    assert replace(used, processes=1).fingerprint() == first
+    path.write_text("b")
+    assert used.fingerprint() != first

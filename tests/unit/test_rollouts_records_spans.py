@@ -1,0 +1,94 @@
+"""Conversations as columns: what is sampled is trained on, what is told is not, and the counts say so."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.controller.answers import request_for
+from rlhf.errors import RunError
+from rlhf.models.tiny import byte_tokenizer
+from rlhf.rollouts.records.spans import Played, Sampled, Told, assemble, pieces
+from rlhf.rollouts.records.texts import response_texts, turns_of
+from rlhf.types import Prompt, RewardError, StepReward
+from rlhf.workers.microbatches import shared_prompts, slices
+
+PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
+REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=4, samples=2, run_seed=0)
+
+
+def sampled(*ids: int, version: int = 3) -> Sampled:
+    return Sampled(
+        token_ids=ids, logprobs=tuple(-0.5 * i for i in range(1, len(ids) + 1)), versions=(version,) * len(ids),
+        finish_reason="stop",
+    )  # fmt: skip
+
+
+TWO_TURNS = Played(
+    prompt_token_ids=(63, 63),
+    spans=(sampled(65, 257), Told(token_ids=(33, 33, 33)), sampled(66, version=4)),
+    finish_reason="stop",
+    rewards=(0.5, 1.0),
+)
+ONE_TURN = Played(prompt_token_ids=(63, 63), spans=(sampled(67),), finish_reason="length", rewards=(0.0,))
+
+
+def test_columns_and_scalars_of_a_group() -> None:
+    rollouts, (two, one) = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
+    assert rollouts.sequence_ids.tolist() == [4, 5]
+    assert rollouts.lengths.tolist() == [8, 3]
+    assert rollouts.token_ids.tolist() == [63, 63, 65, 257, 33, 33, 33, 66, 63, 63, 67]
+    assert rollouts.response_mask.int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 1]
+    assert rollouts.rollout_logprobs.tolist() == [0, 0, -0.5, -1.0, 0, 0, 0, -0.5, 0, 0, -0.5]
+    assert rollouts.versions.tolist() == [-1, -1, 3, 3, -1, -1, -1, 4, -1, -1, 3]
+    assert (two.num_prompt_tokens, two.num_response_tokens, two.num_environment_tokens, two.num_turns) == (2, 3, 3, 2)
+    assert (two.num_tokens, two.num_own_tokens) == (8, 6)
+    assert (two.min_version, two.max_version) == (3, 4)
+    assert two.mean_logprob == pytest.approx(-2.0 / 3)
+    assert two.environment_rewards == (StepReward(end=3, value=0.5), StepReward(end=7, value=1.0))
+    assert (two.environment_reward, two.finish_reason) == (1.5, "stop")
+    assert (one.num_turns, one.num_environment_tokens, one.finish_reason) == (1, 0, "length")
+
+
+def test_a_failed_conversation_has_an_error_in_place_of_tokens() -> None:
+    error = RewardError(reward="environment", kind="died", message="m", prompt_id=7, sample=0)
+    failed = Played(prompt_token_ids=(63, 63), spans=(), finish_reason="length", error=error)
+    rollouts, (first, second) = assemble(REQUEST, [failed, ONE_TURN])
+    assert rollouts.lengths.tolist() == [2, 3]
+    assert first.environment_error == error
+    assert (first.environment_reward, first.num_response_tokens, first.num_turns) == (None, 0, 0)
+    assert second.environment_error is None
+
+
+def test_what_the_engine_returns_must_match() -> None:
+    with pytest.raises(RunError, match="2 tokens with 1 log-probabilities"):
+        Sampled(token_ids=(1, 2), logprobs=(0.0,), versions=(0, 0), finish_reason="stop")
+
+
+def test_spans_are_found_again_in_the_columns() -> None:
+    rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
+    assert pieces(rollouts) == [
+        [(False, [63, 63]), (True, [65, 257]), (False, [33, 33, 33]), (True, [66])],
+        [(False, [63, 63]), (True, [67])],
+    ]
+
+
+def test_rewards_read_the_policys_words_and_samples_show_all() -> None:
+    rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
+    tokenizer = byte_tokenizer()
+    assert response_texts(rollouts, tokenizer, turn_end=None) == ["A\nB", "C"]
+    shown = [(turn.role, turn.text, turn.tokens, turn.sampled) for turn in turns_of(rollouts, tokenizer)[0]]
+    assert shown == [
+        ("prompt", "??", 2, False),
+        ("policy", "A<|eos|>", 2, True),
+        ("environment", "!!!", 3, False),
+        ("policy", "B", 1, True),
+    ]
+
+
+def test_a_branch_leaves_out_the_prompt_and_keeps_what_was_told() -> None:
+    """2 prompt tokens once, then 6 and 1 of the two conversations: 9 of the 11."""
+    rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
+    prompts = shared_prompts(rollouts, samples_per_prompt=2)
+    assert prompts.lengths == (2, 2)
+    (piece,) = slices(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prompts=prompts)
+    assert piece.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]

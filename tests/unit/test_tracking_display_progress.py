@@ -1,0 +1,210 @@
+"""The displays behind one interface."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf.tracking import formatting
+from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.display import progress
+from rlhf.tracking.display.open_progress import LineProgress, open_progress
+from rlhf.tracking.display.progress import Progress
+from rlhf.tracking.display.progress_live import LiveProgress
+from rlhf.tracking.run_folder.samples import last_sample, samples_path
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, out = Clock(monkeypatch), io.StringIO()
+    with open_progress(10, show=["rewards/score/mean", "eval/held/score"], run="demo", stream=out) as display:
+        assert type(display) is LineProgress
+        display.step(0, {"eval/held/score": 0.25, "update/lr": 1.0})
+        for step in (1, 2):
+            clock.now += 5.0
+            display.stage("rollouts", 3, 64)
+            display.step(step, {"rewards/score/mean": step / 3})
+    assert out.getvalue().splitlines() == [
+        "demo: 10 steps",
+        "before training  eval/held/score 0.25",
+        "step 1/10  eval/held/score 0.25  rewards/score/mean 0.333  left 45 s",  # 9 steps of 5 s
+        "step 2/10  eval/held/score 0.25  rewards/score/mean 0.667  left 40 s",
+    ]
+
+
+def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, out = Clock(monkeypatch), io.StringIO()
+    display = open_progress(10, done_steps=4, run="soup/ppo", stream=out)
+    for name, steps in (("starting", (None,)), ("rollouts", (0, 5))):
+        for step in steps:
+            if step is not None:
+                display.begin(step)
+            for done in range(8):
+                display.stage(name, done, 64)
+                clock.now += 10.0
+    assert out.getvalue().splitlines() == [
+        "soup/ppo: 10 steps, of which 4 are done",
+        "soup/ppo: starting 6/64",
+        "before training: rollouts 4/64",
+        "step 5/10: rollouts 2/64",
+    ]
+
+
+def written_sample(folder: Path, step: int, response: str) -> None:
+    path = samples_path(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    row = {"split": "train", "prompt": "2+2=", "response": response, "score": 0.5, "truncated": False}
+    path.write_text(json.dumps({**row, "response": "another"}) + "\n" + json.dumps(row) + "\n")
+
+
+def test_live_display_shows_stages_a_step_table_and_the_last_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, out = Clock(monkeypatch), Terminal()
+    written_sample(tmp_path, 3, "four\x1b[2J [red]")
+    display = open_progress(
+        10, done_steps=1, show=["update/kl_old/mean", "eval/held/score"], run="demo", folder=tmp_path, stream=out
+    )
+    assert type(display) is LiveProgress
+    display.step(2, {"update/kl_old/mean": 0.5, "eval/held/score": 0.25})
+    display.step(3, {"update/kl_old/mean": 0.0123, "update/lr": 1.0})
+    display.stage("rollouts", 1, 64)
+    clock.now += 3.0
+    display.stage("update")
+    clock.now += 2.0
+    display.stage("rollouts", 37, 64)
+    clock.now += 1.0
+    shown = io.StringIO()
+    Console(file=shown, width=90).print(display._render())
+    display.close()
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    assert lines[0].startswith("steps ")
+    assert lines[0].endswith("3/10 left 0 s demo")
+    assert lines[1].startswith("rollouts ")
+    assert lines[1].endswith("37/64 4.0 s")
+    assert lines[2].startswith("update ")
+    assert lines[2].endswith("2.0 s")
+    assert lines[3:] == [
+        "update/ eval/",
+        "step kl_old/mean held/score",
+        "2 0.5 0.25",
+        "3 0.0123",
+        "sample 2+2=",
+        "-> four [2J [red] [0.5]",  # nothing that the terminal would obey
+    ]
+    display.step(4, {})
+    assert display._stages == {}
+
+
+def test_the_live_table_keeps_the_last_evaluation_and_has_no_empty_row() -> None:
+    display = open_progress(20, show=["rewards/score/mean", "eval/held/score"], run="demo", stream=Terminal())
+    assert type(display) is LiveProgress
+    display.step(0, {"time/sync_s": 1.0})
+    display.step(1, {"rewards/score/mean": 0.5, "eval/held/score": 0.25})
+    for step in range(2, 10):
+        display.step(step, {"rewards/score/mean": 0.5})
+    display.close()
+    shown = io.StringIO()
+    Console(file=shown, width=90).print(display._table())
+    lines = [line.split() for line in shown.getvalue().splitlines()[2:]]
+    assert lines == [["1", "0.5", "0.25"], *([str(step), "0.5"] for step in range(4, 10))]
+
+
+def test_json_lines_are_one_object_a_stage_step_and_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    written_sample(tmp_path, 1, "4")
+    finding = Finding(
+        kind="slower", severity="notice", first_step=1, last_step=1, metrics=(), what="w", why="y", advice="a"
+    )
+    with open_progress(2, mode="json", run="demo", folder=tmp_path) as display:
+        display.begin(1)
+        for done in range(3):
+            display.stage("rollouts", done, 3)
+        clock.now += 5.0
+        display.step(1, {"update/lr": 0.5, "update/grad_norm": math.inf})
+        display.finding(finding)
+        display.note("kept")
+    out, err = capsys.readouterr()
+    assert err == ""
+    stage, step, found, note = map(json.loads, out.splitlines())
+    assert stage == {"event": "stage", "run": "demo", "step": 1, "stage": "rollouts"}
+    assert step == {
+        "event": "step",
+        "run": "demo",
+        "step": 1,
+        "steps": 2,
+        "left_s": 5.0,
+        "metrics": {"update/grad_norm": None, "update/lr": 0.5},
+        "sample": {"split": "train", "prompt": "2+2=", "response": "4", "score": 0.5, "truncated": False},
+    }
+    assert (found["event"], found["kind"], found["advice"]) == ("finding", "slower", "a")
+    assert note == {"event": "note", "run": "demo", "text": "kept"}
+
+
+def test_the_last_sample_is_read_from_the_files_end(tmp_path: Path) -> None:
+    assert last_sample(tmp_path, 1) is None
+    written_sample(tmp_path, 1, "x" * (2 << 20))  # longer than what is read
+    assert last_sample(tmp_path, 1) is None
+    written_sample(tmp_path, 1, "x")
+    assert last_sample(tmp_path, 1)["response"] == "x"
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Terminal()
+    with open_progress(10, mode="quiet", stream=out) as display:
+        assert type(display) is Progress
+        display.stage("rollouts", 1, 2)
+        display.step(1, {})
+        display.note("x")
+    assert out.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_progress(2) as display:
+        display.step(1, {})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[1].startswith("step 1/2")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (-1, "0 s")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3.0, "3"),
+        (0.12345, "0.123"),
+        (1e-6, "1e-06"),
+        (float("nan"), "nan"),
+        (-2.5, "-2.5"),
+        (15312.7, "15313"),
+        (999.7, "1000"),
+        (1e12, "1e+12"),
+    ],
+)
+def test_number(value: float, text: str) -> None:
+    assert formatting.number(value) == text

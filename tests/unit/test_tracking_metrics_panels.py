@@ -1,0 +1,120 @@
+"""The W&B workspace and the Grafana dashboard ask for declared metrics alone, in the order of reading."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf
+from rlhf.errors import UserError
+from rlhf.tracking.metrics.declarations import METRICS
+from rlhf.tracking.metrics.panels import SECTIONS
+from rlhf.tracking.sinks import wandb_workspace as workspace
+from rlhf.tracking.sinks.grafana import dashboard
+from rlhf.tracking.sinks.prometheus_names import all_exported, labelled
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_panel_shows_declared_metrics() -> None:
+    assert {name for section in SECTIONS for panel in section.panels for name in panel.metrics} <= set(METRICS)
+
+
+def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
+    file = tmp_path / "workspace.json"
+    assert rlhf.dashboard(project="p", entity="team", out=file) == str(file)
+    sent = json.loads(file.read_text())
+    assert (sent["entity"], sent["project"]) == ("team", "p")
+    section = sent["spec"]["section"]
+    assert section["settings"]["xAxis"] == "step"
+    assert section["settings"]["shouldAutoGeneratePanels"] is False
+    banks = section["panelBankConfig"]["sections"]
+    assert [bank["name"] for bank in banks] == [
+        "Is it learning?",
+        "Is it stable?",
+        "Rollouts",
+        "Rewards and advantages",
+        "Speed",
+        "Memory and nodes",
+        "Weight sync",
+        "Distributions",
+        "Samples",
+    ]
+    plotted: set[str] = set()
+    for bank in banks:
+        for panel in bank["panels"]:
+            config = panel["config"]
+            plotted |= {*config.get("metrics", []), *config.get("mediaKeys", [])}
+            if "metricRegex" in config:
+                known = [name for name in METRICS if re.fullmatch(config["metricRegex"], _filled(name))]
+                assert known, config["metricRegex"]
+                plotted |= set(known)
+    assert plotted <= set(METRICS)
+    assert {
+        "rewards/score/mean",
+        "experience/kl_ref/mean",
+        "update/ratio/histogram",
+        "system/<node>/memory_gib",
+    } <= plotted
+    assert {"eval/<set>/<metric>", "rewards/<name>/mean", "time/<stage>_s"} <= plotted
+
+
+def _filled(name: str) -> str:
+    """A key of a declared metric."""
+    return name.replace("<stage>", "update").replace("<role>", "policy").replace("<", "").replace(">", "")
+
+
+def test_saving_without_credentials_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda *, prompt: prompt)
+    with pytest.raises(UserError, match=r"WANDB_API_KEY.*--out"):
+        rlhf.dashboard()
+
+
+def test_a_missing_package_or_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--out"):
+        rlhf.dashboard(out=tmp_path / "none" / "file.json")
+    monkeypatch.setattr(workspace, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ray-rlhf\[dashboard\]"):
+        rlhf.dashboard(out=tmp_path / "file.json")
+
+
+def test_exported_names_are_prometheus_names_and_distinct() -> None:
+    names = [one.in_prometheus for one in all_exported()]
+    assert len(names) == len(set(names))
+    assert all(re.fullmatch(r"ray_rlhf_[a-z][a-z0-9_]*", name) for name in names), names
+    found, labels = labelled("eval/held.out/pass@1")
+    assert (found.in_prometheus, labels) == ("ray_rlhf_eval", {"set": "held.out", "metric": "pass@1"})
+    assert labelled("time/step_s")[0].in_prometheus == "ray_rlhf_time_step_s"
+    assert labelled("time/update_s")[1] == {"stage": "update"}
+    assert labelled("rollouts/tokens/total")[0].in_prometheus == "ray_rlhf_rollouts_tokens_total"
+
+
+def expressions(tree: Any) -> list[str]:
+    """Every query of a dashboard."""
+    if isinstance(tree, dict):
+        own = [tree["expr"]] if "expr" in tree else []
+        return own + [one for value in tree.values() for one in expressions(value)]
+    return [one for value in tree for one in expressions(value)] if isinstance(tree, list) else []
+
+
+def test_grafana_asks_for_exported_metrics_alone() -> None:
+    written = json.loads((ROOT / "cluster" / "grafana.json").read_text(encoding="utf-8"))
+    assert written == dashboard(), "run: python -m rlhf.tracking.sinks.grafana > cluster/grafana.json"
+    known = {one.in_prometheus: one for one in all_exported()}
+    found = expressions(written)
+    assert len(found) > 40
+    for expression in found:
+        (name,) = re.findall(r"ray_\w+", expression)
+        by = re.findall(r"by \(([^)]*)\)", expression)[0].split(", ")
+        assert by == ["run", *known[name].labels]
+        assert known[name].is_counter == ("rate(" in expression)
+    (variable,) = re.findall(r"ray_\w+", written["templating"]["list"][1]["query"])
+    assert variable in known
+    places = [tuple(panel["gridPos"].values())[:2] for panel in written["panels"]]
+    assert len(places) == len(set(places))

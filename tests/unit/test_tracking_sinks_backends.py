@@ -1,0 +1,291 @@
+"""What every back end must do, of W&B and TensorBoard by their own readers, and the thread that each works on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.errors import UserError
+from rlhf.objectives.masking import bin_counts
+from rlhf.tracking.diagnosis.findings import Severity
+from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES, read_histograms
+from rlhf.tracking.metrics.reductions import Histogram
+from rlhf.tracking.run_folder.samples import samples_path, write_samples
+from rlhf.tracking.sinks import backends, tensorboard_backend
+from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
+from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
+from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.wandb_backend import open_wandb, plain, tables
+from tests.unit.test_tracking_sinks_tracker import sample
+
+LENGTHS = Histogram.of([3.0, 3.0, 9.0], edges=TOKEN_EDGES)
+
+
+def exercise(folder: Path, backend: TrackerBackend) -> None:
+    """A run of two steps with all that a back end may be handed, resumed at its first step. Ends with `close`."""
+    (folder / "timeline.json").write_text("[]\n")
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000001" / "weights").write_text("w")
+    write_samples(samples_path(folder, 1), [sample("eleven-twelve"), sample("no", split="heldout")])
+    tracker = Tracker(folder, backends=[backend])
+    tracker.log(1, {"update/lr": 0.5, "rewards/correct/mean": 0.25, "rollouts/tokens/total": 7.0}, {KEY: LENGTHS})
+    tracker.checkpoint(1, folder / "checkpoints" / "step_000001")
+    tracker.log(2, {"update/lr": 0.25, "update/loss/mean": float("nan")})
+    tracker.truncate_after(1)
+    tracker.log(2, {"update/lr": 0.125, "rollouts/tokens/total": 5.0})
+    tracker.alert("warning", "entropy_collapse", "Step 2: entropy is 0.01")
+    tracker.close(failed=False)
+
+
+KEY = "rollouts/response_tokens/histogram"
+
+
+def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Records of the one start of a run folder's W&B run by their kinds, in order, by W&B's own reader."""
+    (path,) = (folder / "wandb").glob("offline-run-*")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in map(json.loads, done.stdout.splitlines()):
+        found.setdefault(record["type"], []).append(record.get(record["type"], {}))
+    return found
+
+
+def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "eleven-twelve")
+    backend = open_wandb(
+        tmp_path,
+        mode="offline",
+        project="p",
+        name="pipe/grpo",
+        config={"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen"},
+        entity="team",
+        job_type="grpo",
+        group="pipe",
+        tags=["tiny"],
+        checkpoints=True,
+    )
+    exercise(tmp_path, backend)
+    records = wandb_records(tmp_path)
+    (run,) = records["run"]
+    told = (run["job_type"], run["run_group"], run["tags"], run["entity"])
+    assert told == ("grpo", "pipe", ["tiny"], "team")
+    config = run["config"]["update"]
+    assert config["train"] == {"lr": 0.1, "betas": "0.9, 0.95"}
+    assert set(config["git"]) <= {"commit", "branch", "dirty"}
+    assert run.get("git", {}) == ({"commit": config["git"]["commit"]} if config["git"] else {})  # no remote, no changes
+
+    rows = [record["item"] for record in records["history"]]
+    assert [(row["step"], row["update/lr"]) for row in rows] == [(1, 0.5), (2, 0.25), (2, 0.125)]
+    assert "update/loss/mean" not in rows[1]
+    assert rows[0][f"{KEY}.bins"] == [3, 4, 5, 6, 7, 8, 10]
+    assert rows[0][f"{KEY}.values"] == [2, 0, 0, 0, 0, 1]
+    assert rows[0]["samples/train.nrows"] == rows[0]["samples/heldout.nrows"] == 1
+    alerts = [(one["title"], one["level"]) for one in records["alert"]]
+    assert alerts == [("not_finite", "ERROR"), ("entropy_collapse", "WARN")]
+    artifacts = {one["type"]: one for one in records["artifact"]}
+    assert set(artifacts) == {"timeline", "checkpoint", "run_table"}
+    assert sorted(artifacts["checkpoint"]["aliases"]) == ["latest", "step-1"]
+
+    staged = (tmp_path / "wandb" / "artifacts" / "staging").iterdir()
+    texts = [path.read_bytes() for path in (*tmp_path.glob("wandb/offline-run-*/**/*"), *staged) if path.is_file()]
+    assert any(b"***" in text and b"8+3=" in text for text in texts)  # the table, its secret masked
+    for secret in (b"not-to-be-seen", b"eleven-twelve"):
+        assert not any(secret in text for text in texts)
+    assert not list(tmp_path.glob("wandb/**/*.patch"))  # no differences of the code
+
+
+def test_tensorboard_has_scalars_histograms_and_alerts(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    exercise(tmp_path, open_tensorboard(tmp_path, done_steps=None))
+    exercise_again = Tracker(tmp_path, backends=[open_tensorboard(tmp_path, done_steps=1)])
+    exercise_again.truncate_after(1)
+    exercise_again.log(2, {"update/lr": 8.0})
+    exercise_again.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(one.step, one.value) for one in found.Scalars("update/lr")] == [(1, 0.5), (2, 8.0)]  # purged at the resume
+    assert [one.value for one in found.Scalars("rewards/correct/mean")] == [0.25]
+    (one,) = found.Histograms(KEY)
+    assert one.histogram_value.num == 3.0
+    assert "update/loss/mean" not in found.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard_backend, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tracking\.tensorboard.*ray-rlhf\[tensorboard\]"):
+        open_tensorboard(tmp_path, done_steps=None)
+
+
+def test_an_alert_reaches_tensorboard_as_text(tmp_path: Path) -> None:
+    backend = open_tensorboard(tmp_path, done_steps=None)
+    backend.alert("failure", "kl_blow_up", "Step 4: KL is 20")
+    backend.close(failed=True)
+    assert b"KL is 20" in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+class Stuck:
+    """A back end that hangs, or raises, in its first call."""
+
+    name = "stuck"
+
+    def __init__(self, *, raises: bool) -> None:
+        self.raises, self.calls, self.go_on = raises, 0, threading.Event()
+
+    def log(self, step: TrackedStep) -> None:
+        self.calls += 1
+        if self.raises:
+            raise BrokenPipeError("service gone, token=sk-abcdefghijklmnop")
+        self.go_on.wait(20)
+
+    def alert(self, severity: Severity, title: str, text: str) -> None: ...
+
+    def checkpoint(self, step: int, folder: Path) -> None: ...
+
+    def close(self, *, failed: bool) -> None:
+        self.calls += 1
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Messages, each once, however many loggers hand it to caplog."""
+    return [record.getMessage() for record in dict.fromkeys(caplog.records)]
+
+
+def test_a_back_end_that_hangs_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    monkeypatch.setattr(backends, "MOST_WAITING", 3)
+    stuck = Stuck(raises=False)
+    relay = Relay(stuck, close_within_s=0.2)
+    began = time.monotonic()
+    for number in range(20):
+        relay.log(TrackedStep(folder=tmp_path, step=number, metrics={}, histograms={}))
+    relay.close(failed=False)
+    assert time.monotonic() - began < 5
+    stuck.go_on.set()
+    messages = told(caplog)
+    assert [message.split(":")[0] for message in messages] == [
+        "stuck is 3 calls behind and misses some",
+        "stuck did not finish within 0 s and is left",
+    ]
+
+
+def test_a_failure_on_the_way_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    stuck = Stuck(raises=True)
+    tracker = Tracker(tmp_path, backends=[stuck])
+    tracker.log(1, {"update/lr": 1.0})
+    tracker.log(2, {"update/lr": 1.0})
+    tracker.close()
+    assert stuck.calls == 1
+    (message,) = told(caplog)
+    assert message.startswith("stuck failed while logging: BrokenPipeError: service gone, token=***. The run goes on")
+
+
+class Alerted(Stuck):
+    """Remembers alerts."""
+
+    def __init__(self) -> None:
+        super().__init__(raises=False)
+        self.alerts: list[tuple[str, str]] = []
+
+    def log(self, step: TrackedStep) -> None: ...
+
+    def alert(self, severity: Severity, title: str, text: str) -> None:
+        self.alerts.append((severity, title))
+
+
+def test_each_finding_is_told_once_and_not_again_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    first, second = Alerted(), Alerted()
+    tracker = Tracker(tmp_path, backends=[first])
+    for step in range(1, 16):
+        alike = {"rewards/score/std": 0.0, "rewards/score/mean": 1.0, "experience/kl_ref/mean": 0.01 * 3**step}
+        tracker.log(step, alike | {"update/entropy/mean": 1.0 if step < 8 else 0.001})
+    tracker.close()
+    kinds = [kind for _, kind in first.alerts]
+    assert {"kl_blow_up", "entropy_collapse", "rewards_alike"} <= set(kinds)
+    assert len(kinds) == len(set(kinds))
+    warned = told(caplog)
+    assert len(warned) == len(kinds)
+    resumed = Tracker(tmp_path, backends=[second])
+    resumed.truncate_after(15)
+    for step in range(16, 40):
+        resumed.log(step, {"rewards/score/std": 0.0, "rewards/score/mean": 1.0})
+    resumed.close()
+    assert "rewards_alike" not in [kind for _, kind in second.alerts]
+
+
+def test_histograms_are_cut_to_what_they_hold_and_taken_back(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in (1, 2):
+        tracker.log(step, {}, {KEY: LENGTHS})
+    tracker.log(3, {})
+    # edges go ... 2, 3, 4, 5, 6, 7, 8, 10: three is in the first bin that is kept, nine in the last
+    row = read_histograms(tmp_path)[0]
+    assert row["step"] == 1
+    assert row[KEY] == {"edges": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0], "counts": [2.0, 0.0, 0.0, 0.0, 0.0, 1.0]}
+    Tracker(tmp_path).truncate_after(1)
+    assert [row["step"] for row in read_histograms(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("edges", [ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES])
+def test_tensors_are_counted_as_numbers_are(edges: tuple[float, ...]) -> None:
+    assert list(edges) == sorted(set(edges))
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(500) * 2, torch.tensor([1e9, -1e9, 0.0, 1.0, 3.0, float("nan")])])
+    mask = torch.rand(len(values)) > 0.3
+    counted = Histogram.of(values[mask].tolist(), edges=edges)
+    assert bin_counts(values, mask, edges=edges).tolist() == list(counted.counts)
+    left, right = (Histogram.of(part.tolist(), edges=edges) for part in values[mask].split(200)[:2])
+    assert left.merge(right).counts == Histogram.of(values[mask][:400].tolist(), edges=edges).counts
+
+
+def test_merging_other_edges_is_refused() -> None:
+    with pytest.raises(ValueError, match="other edges"):
+        LENGTHS.merge(Histogram.of([1.0], edges=(0.0, 1.0, 2.0)))
+
+
+def test_config_values_are_plain() -> None:
+    tree = {"a": [1, 2], "b": {"c": (0.5,), "d": None}, "e": [{"f": 1}, [2, 3]], "g": ()}
+    assert plain(tree) == {"a": "1, 2", "b": {"c": "0.5", "d": None}, "e": {"0": {"f": 1}, "1": "2, 3"}, "g": ""}
+
+
+def test_tables_say_how_far_the_logprobs_are_apart() -> None:
+    row = {"split": "train", "prompt": "p", "response": "r", "scores": {"b": 1.0}, "score": 2.0}
+    row |= {"mean_old_logprob": -1.0, "mean_rollout_logprob": -1.5, "mean_ref_logprob": None, "anything": [1, 2]}
+    columns, (cells,) = tables([row, {**row, "split": "held"}])["train"]
+    found = dict(zip(columns, cells, strict=True))
+    assert found["score/b"] == 1.0
+    assert found["old_minus_rollout_logprob"] == 0.5
+    assert found["old_minus_ref_logprob"] is None
+    assert "anything" not in found
+    row["mean_old_logprob"], row["tokens"] = None, {"old_logprobs": [None, -1.0, -3.0], "ref_logprobs": None}
+    _, (cells,) = tables([row])["train"]
+    assert cells[-2:] == [-0.5, None]  # (-1 - 3) / 2 + 1.5
+    of_evaluation = {"set": "held", "prompt": "p", "response": "r", "score": 1.0, "scores": {}}
+    assert list(tables([of_evaluation, {"set": "held", "nll": 2.0}])) == ["held"]
+
+
+def test_back_ends_are_imported_only_when_used() -> None:
+    code = (
+        "import sys, rlhf.tracking.sinks.tracker, rlhf.tracking.sinks.tensorboard_backend; "
+        "import rlhf.tracking.sinks.wandb_backend; "
+        + ("sys.exit(any(m in sys.modules for m in ('wandb', 'tensorboard', 'torch')))")
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,57 @@
+"""A frozen model leaves the GPU that it shares with an engine and comes back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.config.schema.model import ReferenceConfig
+from rlhf.models.tiny import build_tiny_llama
+from rlhf.types import Rollouts, TokenValues
+from rlhf.workers.frozen.reference import ReferenceWorker
+from rlhf.workers.rank_context import RankPlace
+
+PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
+ROLLOUTS = Rollouts(
+    sequence_ids=torch.tensor([0]),
+    lengths=torch.tensor([6]),
+    token_ids=torch.arange(6),
+    response_mask=torch.tensor([False] * 2 + [True] * 4),
+    rollout_logprobs=torch.zeros(6),
+    versions=torch.zeros(6, dtype=torch.long),
+)
+
+
+def worker_of(model: Path) -> ReferenceWorker:
+    config = ReferenceConfig(model=str(model), dtype="float32")
+    worker = ReferenceWorker(config, PLACE, temperature=1.0, samples_per_prompt=1, max_tokens_per_microbatch=64)
+    worker.start()
+    return worker
+
+
+def logprobs_of(worker: ReferenceWorker) -> Tensor:
+    column, _ = worker.logprobs(None, {}, ROLLOUTS)
+    assert isinstance(column, TokenValues)
+    return column.values
+
+
+def test_a_model_that_was_put_aside_says_the_same(tiny_model: Path) -> None:
+    worker = worker_of(tiny_model)
+    before = logprobs_of(worker)
+    for _ in range(2):
+        worker.put_aside()
+        worker.reload()
+        assert torch.equal(logprobs_of(worker), before)
+
+
+def test_a_new_model_does_not_come_back_as_the_old_one(tiny_model: Path, tmp_path: Path) -> None:
+    other = build_tiny_llama(tmp_path / "other", seed=1)
+    worker = worker_of(tiny_model)
+    worker.put_aside()
+    worker.reload()
+    worker.become(str(other))
+    worker.put_aside()
+    worker.reload()
+    assert torch.equal(logprobs_of(worker), logprobs_of(worker_of(other)))

@@ -1,0 +1,166 @@
+"""The reward worker in this process: a service, a function and a reward model over the tokens of one group."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from aiohttp import web
+
+from rlhf.config.schema.model import RewardModelConfig, StepScores
+from rlhf.rewards.loading import load_reward
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.rewards.services.client import ServiceSpec
+from rlhf.rewards.services.remote import RemoteReward
+from rlhf.types import Prompt, Rollouts
+from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from rlhf.workers.frozen.reward_model import RewardModel
+from rlhf.workers.rank_context import RankPlace
+from tests.unit.test_rewards_services_remote import served
+
+PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a head of one label."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def group(tokenizer: object, prompt: str, responses: list[str]) -> Rollouts:
+    """The tokens of a prompt with each of its responses."""
+    encode = tokenizer.encode  # type: ignore[attr-defined]
+    start = encode(prompt, add_special_tokens=False)
+    sequences = [(start, encode(one, add_special_tokens=False)) for one in responses]
+    tokens = torch.tensor([token for first, second in sequences for token in (*first, *second)])
+    return Rollouts(
+        sequence_ids=torch.arange(len(responses)),
+        lengths=torch.tensor([len(first) + len(second) for first, second in sequences]),
+        token_ids=tokens,
+        response_mask=torch.tensor([flag for a, b in sequences for flag in (*[False] * len(a), *[True] * len(b))]),
+        rollout_logprobs=torch.zeros(len(tokens)),
+        versions=torch.zeros(len(tokens), dtype=torch.int32),
+    )
+
+
+def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return web.Response(status=405)
+        body = await request.json()
+        return web.json_response({"scores": [float(len(one)) for one in body["responses"]]})
+
+    with served(handler) as url:
+        service = ServiceSpec(url=url, timeout_s=5.0, deadline_s=5.0, max_in_flight=6)
+        specs = (
+            RewardSpec(name="length", weight=1.0, function=None, remote=RemoteReward(service=service, judge=None)),
+            RewardSpec(
+                name="exact",
+                weight=10.0,
+                function=load_reward("exact_match", args={}, folders=[], key="exact"),
+                gate="length",
+            ),
+            RewardSpec(name="taste", weight=100.0, function=None, only={"kind": ("tasted",)}),
+        )
+        settings = RewardSettings(
+            specs=specs,
+            tokenizer=str(tiny_model),
+            trust_remote_code=False,
+            model=RewardModelConfig(model=str(reward_model), dtype="float32"),
+            timeout_s=10.0,
+            processes=2,
+            memory_gib=8.0,
+            max_tokens_per_microbatch=64,
+        )
+        assert settings.concurrency == 2 + 6 + 1
+        assert pickle.loads(pickle.dumps(settings)) == settings
+        worker = RewardWorker(settings, PLACE)
+        worker.start()
+        try:
+            rollouts = group(worker.tokenizer, "ab", ["xy", "xyz"])
+            plain = Prompt(prompt_id=0, token_ids=(1, 2), text="ab", columns={"answer": "xyz"})
+            tasted = Prompt(prompt_id=1, token_ids=(1, 2), text="ab", columns={"answer": "xyz", "kind": "tasted"})
+            cut = (False, False)
+            asked = worker.ask(plain, rollouts, cut)
+            assert pickle.loads(pickle.dumps(asked)) == asked
+            found = worker.score(plain, rollouts, cut, asked)
+            # 2 + 10 * 0 * 2 and 3 + 10 * 1 * 3
+            assert (found.scores, found.by_name) == ((2.0, 33.0), {"length": (2.0, 3.0), "exact": (0.0, 1.0)})
+            other = worker.score(tasted, rollouts, cut, worker.ask(tasted, rollouts, cut))
+            assert set(other.by_name) == {"length", "exact", "taste"}
+            taste = other.by_name["taste"]
+            assert taste[0] != taste[1]
+            assert other.scores == pytest.approx((2.0 + 100 * taste[0], 33.0 + 100 * taste[1]))
+        finally:
+            worker.stop()
+
+
+def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_model: Path) -> None:
+    """The least probability of a response's steps is that of the worst prefix that ends with a step."""
+    config = RewardModelConfig(model=str(reward_model), dtype="float32")
+    common = {"tokenizer": str(tiny_model), "trust_remote_code": False, "timeout_s": 5.0, "processes": 1}
+    specs = (RewardSpec(name="taste", weight=1.0, function=None),)
+
+    def scored(responses: list[str], steps: StepScores | None) -> tuple[float, ...]:
+        model = config.model_copy(update={"steps": steps})
+        made = RewardSettings(specs=specs, model=model, memory_gib=8.0, max_tokens_per_microbatch=16, **common)  # type: ignore[arg-type]
+        worker = RewardWorker(made, PLACE)
+        worker.start()
+        try:
+            rollouts = group(worker.tokenizer, "ab", responses)
+            return worker.score(
+                Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={}), rollouts, [False], {}
+            ).scores
+        finally:
+            worker.stop()
+
+    response = "1;22;3"
+    prefixes = scored(["1;", "1;22;", "1;22;3"], None)
+    right = torch.tensor(prefixes).sigmoid()
+    for combine, expected in (("min", right.min()), ("mean", right.mean()), ("product", right.prod())):
+        steps = StepScores(combine=combine, separator=";")  # type: ignore[arg-type]
+        assert scored([response], steps) == pytest.approx([expected.item()], rel=1e-5)
+
+
+def test_a_process_reward_model_gives_each_step_its_probability(tiny_model: Path, reward_model: Path) -> None:
+    """Those of a response, each at the token that ends the step, are what it says of the prefixes that end there."""
+    config = RewardModelConfig(model=str(reward_model), dtype="float32", steps=StepScores(separator=";"))
+    settings = RewardSettings(
+        specs=(
+            RewardSpec(name="sound", weight=1.0, function=None, by_step=True),
+            RewardSpec(name="least", weight=1.0, function=None),
+        ),
+        tokenizer=str(tiny_model),
+        trust_remote_code=False,
+        model=config,
+        timeout_s=5.0,
+        processes=1,
+        memory_gib=8.0,
+        max_tokens_per_microbatch=10,  # a response a pass
+    )
+    worker = RewardWorker(settings, PLACE)
+    worker.start()
+    try:
+        prompt = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={})
+        rollouts = group(worker.tokenizer, "ab", ["1;22;3", "4;"])
+        found = worker.score(prompt, rollouts, [True, False], {})
+        bare = RewardModel(config, torch.device("cpu"), max_tokens_per_microbatch=64)
+        prefixes = group(worker.tokenizer, "ab", ["1;", "1;22;", "1;22;3", "4;"])
+        logits = bare.scores(prefixes.token_ids, prefixes.lengths, None)
+    finally:
+        worker.stop()
+    first, second = found.steps["sound"]
+    assert [step.end for step in first] == [3, 6, 7]  # behind `ab`: `1;` to 3, `22;` to 6, what was cut to 7
+    assert [step.end for step in second] == [3]
+    values = [step.value for step in (*first, *second)]
+    assert values == pytest.approx(torch.tensor(logits).sigmoid().tolist(), rel=1e-5)
+    assert found.by_name["sound"] == pytest.approx((sum(values[:3]), values[3]))
+    assert found.by_name["least"] == pytest.approx((min(values[:3]), values[3]), rel=1e-5)

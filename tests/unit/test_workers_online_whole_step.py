@@ -1,0 +1,157 @@
+"""What is chosen among an optimizer step's tokens depends on neither ranks nor the order in which a rank holds them.
+
+Ranks are threads that meet in a sum. The whole step's choice is that of rlhf.objectives on one list of all tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.clip_cov import ClipCov, ClipCovConfig
+from rlhf.algorithms.grpo import GRPO, GRPOConfig
+from rlhf.algorithms.kl_cov import KLCov, KLCovConfig
+from rlhf.algorithms.shared import OnlineAlgorithm
+from rlhf.objectives.entropy import advantage_covariance, high_entropy_tokens, top_covariance_tokens
+from rlhf.types import BatchPlan, MinibatchPlan
+from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, gathered, reads_whole_step, select_tokens
+
+SIZES = {0: (3, 2), 1: (1, 4), 2: (2, 3), 3: (4, 1), 4: (1, 6)}  # prompt and sampled tokens by sequence id
+MINIBATCHES = ((3, 0, 4), (2, 1))
+DEADLINE_S = 20.0
+
+
+def sequence(i: int) -> dict[str, Tensor]:
+    prompt, sampled = SIZES[i]
+    random = torch.Generator().manual_seed(i)
+    mask = torch.arange(prompt + sampled) >= prompt
+    columns = {name: torch.where(mask, torch.randn(len(mask), generator=random), 0.0) for name in ("a", "old", "h")}
+    return {**columns, "mask": mask}
+
+
+class Sum:
+    """An all-reduce of threads."""
+
+    def __init__(self, world_size: int) -> None:
+        self.parts: list[Tensor] = []
+        self.barrier = threading.Barrier(world_size)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        self.parts.append(values)
+        self.barrier.wait(DEADLINE_S)
+        total = torch.stack(self.parts).sum(0)
+        if self.barrier.wait(DEADLINE_S) == 0:
+            self.parts.clear()
+        self.barrier.wait(DEADLINE_S)
+        return total
+
+
+def chosen(
+    algorithm: OnlineAlgorithm, by_rank: list[tuple[tuple[int, ...], ...]], *, copies: int = 1
+) -> Callable[[int], Selections]:
+    """Selections of each sequence. by_rank: the minibatches' sequences of each rank, which `copies` processes hold."""
+    minibatches = tuple(
+        MinibatchPlan(sequences_by_rank=shares, num_tokens=1, num_sequences=1) for shares in zip(*by_rank, strict=True)
+    )
+    plan = BatchPlan(step=7, minibatches=minibatches, scores={}, kl_coef=0.0)
+    total = Sum(len(by_rank) * copies)
+
+    def one(process: int) -> dict[int, Selections]:
+        rank, copy = divmod(process, copies)
+        ids = [i for share in by_rank[rank] for i in share]
+        held = [sequence(i) for i in ids]
+        columns = {name: torch.cat([torch.empty(0), *(one[name] for one in held)]) for name in ("a", "old", "h")}
+        lengths = torch.tensor([len(one["mask"]) for one in held], dtype=torch.int64)
+        share = ShareColumns(
+            ids=ids,
+            lengths=lengths,
+            response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *(one["mask"] for one in held)]),
+            old_logprobs=columns["old"],
+            advantages=columns["a"],
+            entropy=None if algorithm.config.top_entropy_fraction is None else columns["h"],
+        )
+        ranks = Ranks(rank=rank, contributes=copy == 0, all_reduce_sum=total)
+        found = select_tokens(algorithm, plan, share, ranks, seed=3)
+        sizes = lengths.tolist()
+        high = [None] * len(ids) if found.high_entropy is None else found.high_entropy.split(sizes)
+        selected = [None] * len(ids) if found.selected is None else found.selected.split(sizes)
+        return {i: Selections(high_entropy=h, selected=s) for i, h, s in zip(ids, high, selected, strict=True)}
+
+    with ThreadPoolExecutor(len(by_rank) * copies) as pool:
+        results = list(pool.map(one, range(len(by_rank) * copies)))
+    return {i: found for result in results for i, found in result.items()}.__getitem__
+
+
+LAYOUTS: list[tuple[list[tuple[tuple[int, ...], ...]], int]] = [
+    ([MINIBATCHES], 1),
+    ([((4, 3, 0), (1, 2))], 1),
+    ([((3,), (2,)), ((0, 4), (1,))], 1),
+    ([((3,), (2,)), ((0, 4), (1,))], 2),  # two processes share a rank's sequences
+    ([((0, 3, 4), (1, 2)), ((), ())], 1),
+]
+
+
+def test_every_token_is_exchanged_once_in_the_order_of_the_ids() -> None:
+    minibatch = MinibatchPlan(sequences_by_rank=((4, 0), (2,)), num_tokens=6, num_sequences=3)
+    columns, counts = [torch.tensor([[4.0, 4.5, 0.0]]), torch.tensor([[2.0, 2.1, 2.2]])], [{4: 2, 0: 1}, {2: 3}]
+    total = Sum(4)
+
+    def one(process: int) -> tuple[list[float], list[int]]:
+        rank, copy = divmod(process, 2)
+        ranks = Ranks(rank=rank, contributes=copy == 0, all_reduce_sum=total)
+        whole, at = gathered(columns[rank], counts[rank], minibatch, ranks)
+        return whole[0].tolist(), at.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(one, range(4)))
+    for whole, _ in found:
+        assert whole == pytest.approx([0.0, 2.0, 2.1, 2.2, 4.0, 4.5])
+    assert [at for _, at in found] == [[4, 5, 0], [4, 5, 0], [1, 2, 3], [1, 2, 3]]
+
+
+def test_high_entropy_is_that_of_the_whole_step() -> None:
+    algorithm = GRPO(GRPOConfig(name="grpo", top_entropy_fraction=0.3))
+    assert reads_whole_step(algorithm)
+    for by_rank, copies in LAYOUTS:
+        found = chosen(algorithm, by_rank, copies=copies)
+        for minibatch in MINIBATCHES:
+            whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("h", "mask")}
+            expected = high_entropy_tokens(whole["h"], whole["mask"], quantile=0.7)
+            got = [found(i).high_entropy for i in minibatch]
+            assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
+
+
+def test_covariance_is_that_of_the_whole_step() -> None:
+    algorithm = KLCov(KLCovConfig(name="kl_cov", fraction=0.3))
+    for by_rank, copies in LAYOUTS:
+        found = chosen(algorithm, by_rank, copies=copies)
+        for minibatch in MINIBATCHES:
+            whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("old", "a", "mask")}
+            covariance = advantage_covariance(whole["old"], whole["a"], whole["mask"])
+            expected = top_covariance_tokens(covariance, whole["mask"], fraction=0.3)
+            got = [found(i).selected for i in minibatch]
+            assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
+
+
+def test_the_draw_is_the_same_on_all_ranks_and_differs_from_step_to_step() -> None:
+    algorithm = ClipCov(ClipCovConfig(name="clip_cov", fraction=0.2, min_covariance=-9.0, max_covariance=9.0))
+    drawn = []
+    for by_rank, copies in LAYOUTS:
+        found = chosen(algorithm, by_rank, copies=copies)
+        drawn.append([found(i).selected for i in sorted(SIZES)])
+    for other in drawn[1:]:
+        for one, two in zip(drawn[0], other, strict=True):
+            assert one is not None
+            assert two is not None
+            assert torch.equal(one, two)
+    # a fifth of 9 and of 7 sampled tokens, at least one
+    assert sum(int(one.sum()) for one in drawn[0] if one is not None) == 2
+
+
+def test_most_algorithms_read_no_whole_step() -> None:
+    assert not reads_whole_step(GRPO(GRPOConfig(name="grpo")))
