@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, samples, errors, timeline, checkpoints, and what the terminal shows meanwhile.
+"""Everything that a run leaves behind: metrics, samples, errors, timeline and checkpoints, and the terminal's display.
 
-Everything here runs in the driver, on scalars and text. It must not hold a model or a token tensor.
+This package runs in the driver, on scalars and text. It must not hold a model or a token tensor.
 """

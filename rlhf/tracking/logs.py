@@ -1,6 +1,7 @@
-"""Log lines of the driver and the workers, one event a line, and the masking of secrets in all that leaves the process.
+"""Log lines of the driver and the workers, one event a line, and the masking of secrets in all output of the process.
 
-Called once in each process, before any work. It touches the loggers of this project only, never the root logger.
+Each process calls `configure` once, before any work. It touches the loggers of this project only, never the root
+logger.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SECRET_QUERY = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether what has this name is a secret, such as `api_key` or `X-Auth-Token`."""
+    """Return whether a name such as `api_key` or `X-Auth-Token` stands for a secret."""
     return _SECRET_NAME.match(name) is not None
 
 
@@ -53,8 +54,10 @@ def redact_config(value: Any, key: str = "") -> Any:
 
 
 class _Formatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.online.policy: message`, always on one line.
-    Without a step outside of steps."""
+    """Formats a record as `2026-01-31T12:00:00.000Z INFO policy/1 step=12 rlhf.workers.online.policy: message`.
+
+    A record always takes one line. The step is left out between steps.
+    """
 
     def __init__(self, role: str, rank: int | None) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the time, so that lines go above a live progress display and not through it."""
+    """Writes to the current sys.stderr, so that lines go above a live progress display and not through it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -96,7 +99,9 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
 
 
 def hush_imports() -> None:
-    """Silence what libraries log when they are imported and no user can change. Called before they are."""
+    """Silence import-time log lines of libraries. Called before the imports, because users cannot
+    change these lines.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
     logging.getLogger("DeepSpeed").addFilter(_is_of_use)
 
@@ -106,12 +111,12 @@ def _is_of_use(record: logging.LogRecord) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return text that a terminal shows and does not obey: other control characters than line ends are escaped."""
+    """Return text with control characters escaped, except line ends, so that a terminal does not obey them."""
     return "".join(mark if mark.isprintable() or mark in "\n\t" else ascii(mark)[1:-1] for mark in text)
 
 
 def set_step(step: int | None) -> None:
-    """Set the step that later records of this process belong to. None: to no step."""
+    """Set the step of later records of this process. None: no step."""
     for handler in logging.getLogger("rlhf").handlers:
         if isinstance(handler.formatter, _Formatter):
             handler.formatter.step = step

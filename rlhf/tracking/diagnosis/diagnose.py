@@ -1,7 +1,7 @@
-"""What looks wrong in a run's metrics, why it happens, and what to try, in words.
+"""Diagnose a run from its metrics: name each problem, its cause and a remedy, in words.
 
-Reads rows as `read_metrics` gives them: all of a run's, or one at a time while it goes on. It changes nothing in a run;
-the thresholds, each with its reason, stand beside the checks.
+The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or one at a time during the run. It changes
+nothing in a run. Each threshold stands next to its check, with its reason.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class Watch:
         self._said: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> list[Finding]:
-        """What the next row of metrics.jsonl brings to light for the first time, the worst first."""
+        """Return the problems that first appear in the next row of metrics.jsonl, the worst first."""
         found = [one for one in self.now(row) if one.kind not in self._said]
         self._said |= {one.kind for one in found}
         return sorted(found, key=_rank)
 
     def now(self, row: Mapping[str, Any]) -> list[Finding]:
-        """All that holds after the next row, told before or not."""
+        """Return all problems present after the next row, whether reported before or not."""
         self._history.add(row)
         return [found for check in CHECKS if (found := check(self._history)) is not None]
 
 
 def diagnose(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """What looked wrong at some time in a run, the worst first, each kind once.
+    """Return the problems that a run showed at any time, the worst first, each kind once.
 
-    A finding's steps reach from the first row that shows it to the last; its words are those of its worst and latest
-    appearance. It is over if `last_step` lies before the newest row.
+    The steps of a finding reach from the first row with the problem to the last. Its text comes from the worst and
+    latest such row. The problem is over if `last_step` lies before the newest row.
     """
     watch = Watch()
     found: dict[str, Finding] = {}

@@ -1,7 +1,7 @@
-"""What a diagnosis says, and the part of a run's metrics that it is said from.
+"""The result of a diagnosis, and the part of a run's metrics used for it.
 
-The history holds the beginning and the newest stretch of each metric, so that a look at it costs the same after a
-hundred steps and after a hundred thousand. Nothing here knows what is healthy.
+The history holds the beginning and the newest stretch of each metric. A look at it therefore costs the same after a
+hundred steps and after a hundred thousand. This module does not know which values are healthy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ WINDOW = 50  # newest values that are looked at
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that looks wrong. `failure`: what is trained on is of no use; `warning`: it will go wrong, or does
-    already; `notice`: it costs something, or explains something.
+    """One problem of a run.
+
+    `failure`: training cannot succeed with this data. `warning`: training goes wrong, or soon will. `notice`: the
+    problem costs time or money, or explains another one.
     """
 
     kind: str  # its name, the same in every run
@@ -38,7 +40,7 @@ class Finding:
     advice: str
 
     def sentence(self) -> str:
-        """For one line of a terminal or an alert."""
+        """Return the finding as one sentence for a terminal or an alert."""
         return f"{self.what} {self.why} Try: {self.advice}"
 
 
@@ -51,7 +53,7 @@ class Point:
 
 
 class History:
-    """Rows so far. Invariant: `last(key)` ends with the newest value that the metric had."""
+    """The rows so far. Invariant: `last(key)` ends with the newest value of the metric."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -79,7 +81,7 @@ class History:
             self._last[key].append(point)
 
     def metrics(self) -> Iterable[str]:
-        """Metrics of training that had a value."""
+        """Yield the names of the training metrics that had a value."""
         return self._first
 
     def evals(self) -> Mapping[str, list[Point]]:
@@ -91,22 +93,24 @@ class History:
         return self._first.get(key, [])[:count]
 
     def last(self, key: str, count: int = WINDOW) -> list[Point]:
-        """Its newest `count` values; none if it has had fewer, so that no claim rests on less."""
+        """Return the newest `count` values, or an empty list if there are fewer. No claim then rests on
+        too few values.
+        """
         points = self._last.get(key, ())
         return list(points)[-count:] if len(points) >= count else []
 
     def since(self, key: str, step: int) -> list[Point]:
-        """Those of its newest values that came after a step."""
+        """Return the stored newest values of a metric after a step."""
         return [point for point in self._last.get(key, ()) if point.step > step]
 
     def newest(self, key: str) -> Point | None:
-        """Its newest value."""
+        """Return the newest value of a metric, if it has one."""
         points = self._last.get(key)
         return points[-1] if points else None
 
 
 def mean(points: Iterable[Point]) -> float:
-    """Mean of the values."""
+    """Return the mean of the points' values."""
     return fmean(point.value for point in points)
 
 

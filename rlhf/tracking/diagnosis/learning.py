@@ -1,7 +1,7 @@
-"""What goes wrong with a policy while it learns: divergence, entropy, clipping, gradients, the sampler's mismatch.
+"""Checks of the policy's learning: divergence, entropy, clipping, gradients, mismatch between sampler and trainer.
 
-Each check is pure: a history in, a finding or None out. The thresholds are the same for all runs; they stand far enough
-from what healthy runs show (tests hold rows of some) that a finding deserves a look.
+Each check is pure: it takes a history and returns a finding or None. The thresholds are the same for all runs, and lie
+well outside the values of healthy runs. The tests hold rows of some healthy runs.
 """
 
 from __future__ import annotations

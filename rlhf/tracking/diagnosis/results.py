@@ -1,6 +1,6 @@
-"""What goes wrong with scores and held-out results: no signal, reward hacking, overfitting, responses cut or shrunk.
+"""Checks of scores and held-out results: no signal, reward hacking, overfitting, truncated or shrinking responses.
 
-Each check is pure: a history in, a finding or None out.
+Each check is pure: it takes a history and returns a finding or None.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def responses_shrink(history: History) -> Finding | None:
 
 
 def held_out_falls(history: History) -> Finding | None:
-    """Reward hacking where the training score rises meanwhile; otherwise a loss of what the model could do."""
+    """Report reward hacking if the training score rises while held-out results fall; otherwise report a
+    lost ability.
+    """
     rise = _score_rise(history)
     for key, points in _better_if_higher(history):
         fallen = _fallen(points)
@@ -277,9 +279,10 @@ def _fallen(points: list[Point]) -> tuple[Point, float] | None:
 
 
 def _noise(points: Sequence[Point], best: Point) -> float:
-    """Standard deviation of a series around its trend, by its second differences, which a straight line has none of.
+    """Return the standard deviation of a series around its trend, from second differences. They are 0 for a straight
+    line.
 
-    That at the best is left out: the trend turns there.
+    The difference at the best point is left out, because the trend turns there.
     """
     bends = [
         before.value - 2.0 * point.value + after.value

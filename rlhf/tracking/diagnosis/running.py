@@ -1,6 +1,6 @@
-"""What goes wrong with a run as a program: failing rewards and environments, throughput, memory.
+"""Checks of the run as a program: failing rewards and environments, throughput, memory.
 
-Each check is pure: a history in, a finding or None out.
+Each check is pure: it takes a history and returns a finding or None.
 """
 
 from __future__ import annotations

@@ -28,10 +28,13 @@ def open_progress(
     folder: Path | None = None,
     stream: TextIO | None = None,
 ) -> Progress:
-    """The display that is asked for; auto: the one that fits where stderr (or `stream`) goes.
+    """Return the display for `mode`. `auto` picks the display that suits stderr (or `stream`).
 
-    `done_steps`: steps that an earlier start has done. `show`: metrics to show, in this order, where a step has them.
-    `run`: its name. `folder`: of the run, whose samples are shown; None: none are.
+    Args:
+        done_steps: the steps that an earlier start completed.
+        show: the metrics to show, in this order, if a step has them.
+        run: the name of the run.
+        folder: the run folder, for its samples. None: show no samples.
     """
     if mode == "quiet":
         return Progress(total_steps, done_steps, show)
@@ -48,7 +51,7 @@ def open_progress(
 
 
 class LineProgress(Progress):
-    """A heading, one line a step, and within a long step one a minute."""
+    """Writes a heading and one line a step. Within a long step it writes one line a minute."""
 
     def __init__(self, total_steps: int, done_steps: int, show: Sequence[str], run: str, stream: TextIO) -> None:
         super().__init__(total_steps, done_steps, show, run)

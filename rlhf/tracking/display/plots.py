@@ -26,10 +26,10 @@ COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db
 
 
 def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Path) -> Path:
-    """Draw metrics of run folders, named by the keys: one panel for each metric over the steps; evaluations
-    (`eval/...`) also as points. Returns output, a PNG.
+    """Draw metrics of run folders and return `output`, a PNG.
 
-    KeyError: an undeclared metric. UserError: no run has any of them yet.
+    The keys of `runs` are the labels. Each metric has one panel over the steps. Evaluations (`eval/...`) are also drawn
+    as points. KeyError: a metric is not declared. UserError: no run has any of the metrics yet.
     """
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
-    """One curve, and the look of its panel. Without points it is there for the legend."""
+    """Draw one curve and label its panel. A curve without points appears in the legend only."""
     from matplotlib.ticker import MaxNLocator
 
     steps, values = [step for step, _ in points], [value for _, value in points]
@@ -78,7 +78,7 @@ def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplePair:
-    """One held-out prompt, answered before and after training."""
+    """The responses to one held-out prompt before and after training."""
 
     prompt: str
     before: str

@@ -1,8 +1,7 @@
-"""What the terminal shows of a run: bars, a step table and the last sample on a terminal, one plain line a step
-elsewhere, or JSON lines.
+"""The terminal's view of a run: a live display, one plain line a step, or JSON lines.
 
-Written to stderr by the driver, JSON lines to stdout. It shows numbers that others computed and decides nothing: a run
-is the same without it.
+The live display has bars, a step table and the last sample. The driver writes to stderr, and JSON lines to stdout. The
+display shows numbers computed elsewhere and decides nothing: a run is the same without it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PACE_STEPS = 20  # steps over which the pace is taken
 
 @dataclass(slots=True)
 class StageTime:
-    """One stage of the step at work."""
+    """The current stage of the running step."""
 
     done: int = 0
     total: int = 0  # 0: not counted
@@ -57,7 +56,7 @@ class Progress:
         self._current = step
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Show what goes on now, and how far it is (`rollouts 37/64`); total 0: not counted."""
+        """Show the current stage and its progress (`rollouts 37/64`). A total of 0 means not counted."""
         now, entered = time.monotonic(), name != self._stage
         if entered:
             self._leave(now)
@@ -69,7 +68,7 @@ class Progress:
         self._shown(entered=entered)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record that a step is done. Step 0, the evaluation before training, does not count as one."""
+        """Record that a step is done. Step 0, the evaluation before training, does not count."""
         self._leave(time.monotonic())
         self._numbers |= {key: metrics[key] for key in self._show if key in metrics}
         if step > 0:
@@ -81,10 +80,10 @@ class Progress:
         self._stage, self._stages = "", {}
 
     def note(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays on the terminal."""
 
     def finding(self, finding: Finding) -> None:
-        """Show something that looks wrong, once. The log has it too."""
+        """Show a problem once. The log has it too."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -131,5 +130,5 @@ class Progress:
         return f"{self._stage} {stage.done}/{stage.total}" if stage.total else self._stage
 
     def _sample(self, step: int) -> Mapping[str, Any] | None:
-        """A response of the step; None if none is written."""
+        """Return a response of the step. None: no sample is written."""
         return last_sample(self._folder, step) if self._folder is not None else None

@@ -1,4 +1,4 @@
-"""A run's progress for programs: one JSON object a line, as a stage begins, a step ends, or something looks wrong.
+"""A run's progress for programs: one JSON object a line at the start of a stage, the end of a step, or a finding.
 
 Every object has `event` and `run`. The step of a stage is null while the run starts. Metrics that are not finite are
 null, as in metrics.jsonl.
@@ -22,7 +22,7 @@ _SAMPLE_KEYS = ("split", "prompt", "response", "score", "truncated")
 
 
 class JsonProgress(Progress):
-    """Events `stage`, `step` (with a sample of it, if it has one), `finding` and `note`."""
+    """Writes the events `stage`, `step` (with a sample if the step has any), `finding` and `note`."""
 
     def __init__(
         self, total_steps: int, done_steps: int, show: Sequence[str], run: str, folder: Path | None, stream: TextIO

@@ -1,6 +1,6 @@
 """The live display of a run on a terminal: bars of the step's stages, a table of the last steps, the last sample.
 
-Redrawn in place by a thread of its own; nothing waits for the terminal.
+A separate thread redraws the display in place. Nothing waits for the terminal.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _stage_words(stage: StageTime) -> str:
 
 
 def _sample_text(row: Mapping[str, Any]) -> Text:
-    """The end of a prompt and the beginning of its response, on two lines, as text that styles nothing."""
+    """Return the end of a prompt and the beginning of its response on two lines, as text without markup."""
     score = row.get("score")
     scored = "" if score is None else f" [{number(score)}]"
     prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))
@@ -122,5 +122,5 @@ def _sample_text(row: Mapping[str, Any]) -> Text:
 
 
 def _one_line(text: str) -> str:
-    """Without anything that a terminal obeys."""
+    """Return text on one line without control characters."""
     return "".join(mark if mark.isprintable() else " " for mark in text)

@@ -1,7 +1,7 @@
-"""Every metric, declared once: its name, unit, meaning, reduction, and the runs that have it.
+"""Every metric, declared once: its name, unit, meaning and reduction, and the runs that record it.
 
-`python -m rlhf.tracking.metrics.declarations > docs/metrics.md` writes the page from this table. A key that is not
-declared here cannot be merged or logged. This module knows no values and no back end.
+`python -m rlhf.tracking.metrics.declarations > docs/metrics.md` writes the page from this table. An undeclared key
+cannot be merged or logged. This module knows no values and no back end.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One declaration. `name` may hold placeholders (`rewards/<name>/mean`)."""
+    """The declaration of one metric. `name` may hold placeholders (`rewards/<name>/mean`)."""
 
     name: str
     unit: str  # "1" for pure numbers
@@ -580,7 +580,7 @@ METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _DECLARATIONS
 
 
 def declared(key: str) -> Metric:
-    """The declaration of a key. KeyError if there is none: a literal name goes before a pattern."""
+    """Return the declaration of a key. A literal name precedes a pattern. KeyError: the key is not declared."""
     if key in METRICS:
         return METRICS[key]
     for metric in METRICS.values():
@@ -590,14 +590,14 @@ def declared(key: str) -> Metric:
 
 
 def is_declared(key: str) -> bool:
-    """Return whether a key is declared. That of a run of another version may not be."""
+    """Return whether a key is declared. A key of a run of another version may not be."""
     return key in METRICS or any("<" in metric.name and metric.matches(key) for metric in METRICS.values())
 
 
 def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
-    """All parts' values together, in the given order (ranks, then micro-batches).
+    """Merge the values of all parts in the given order (ranks, then micro-batches).
 
-    KeyError: an undeclared key. TypeError: not the reduction that it is declared with.
+    KeyError: a key is not declared. TypeError: the reduction differs from the declared one.
     """
     merged: dict[str, Reduction] = {}
     for part in parts:
@@ -610,24 +610,24 @@ def merge(parts: Iterable[Mapping[str, Reduction]]) -> dict[str, Reduction]:
 
 
 def results(merged: Mapping[str, Reduction]) -> dict[str, float]:
-    """The numbers to log."""
+    """Return the numbers to log."""
     return {key: value.result() for key, value in merged.items() if not isinstance(value, Histogram)}
 
 
 def histograms(merged: Mapping[str, Reduction]) -> dict[str, Histogram]:
-    """The histograms to log, of those that counted something."""
+    """Return the histograms to log. Empty ones are left out."""
     return {key: value for key, value in merged.items() if isinstance(value, Histogram) and any(value.counts)}
 
 
 def expected(traits: Iterable[Trait]) -> list[str]:
-    """Names (with their placeholders) of all numbers that a run with these traits always has."""
+    """Return the names (with their placeholders) of all numbers that every run with these traits has."""
     have = frozenset(traits)
     numbers = [metric for metric in METRICS.values() if metric.reduction is not Histogram]
     return [metric.name for metric in numbers if metric.always and metric.traits <= have]
 
 
 def markdown() -> str:
-    """docs/metrics.md."""
+    """Return the text of docs/metrics.md."""
     lines = [
         "# Metrics",
         "",

@@ -1,12 +1,12 @@
-"""histograms.jsonl: the distributions of a step, one object a step, beside metrics.jsonl.
+"""histograms.jsonl: the distributions of a step, one object a step, next to metrics.jsonl.
 
     {"step": 3, "advantages/histogram": {"edges": [-0.5, -0.35, ..., 0.5], "counts": [12, ..., 7]}, ...}
 
 `counts[i]` values lay from `edges[i]` up to `edges[i + 1]`; there is one edge more than counts. The edges of a metric
-are the same in all steps and runs (below), of which a row has those that its values need: empty bins at both ends are
-left out. The first and the last of all bins also hold what lies beyond them. A step without values of a metric has no
-such key, and one without any has no row. Written by the driver, taken back on resume as metrics.jsonl is. No value
-itself is kept.
+are the same in all steps and runs (see below). A row leaves out empty bins at both ends. The first and the last of all
+bins also count the values beyond them. A metric without values in a step has no key in its row, and a step without any
+histogram has no row. The driver writes the file, and a resumed run truncates it like metrics.jsonl. No single value is
+kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKEN_EDGES = (0.0, *sorted({float(round(2.0 ** (k / 4))) for k in range(81)}))
 
 
 def trimmed(found: Histogram) -> dict[str, Any]:
-    """The form that is written: without empty bins at the ends."""
+    """Return the form of a histogram for the file, without empty bins at the ends."""
     filled = [place for place, count in enumerate(found.counts) if count]
     first, last = filled[0], filled[-1]
     return {
@@ -49,5 +49,5 @@ def append_histograms(folder: Path, step: int, found: Mapping[str, Histogram]) -
 
 
 def read_histograms(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run, in order of steps; a last line cut by a kill is left out."""
+    """Return the rows of a run in order of steps. An incomplete last line after a kill is left out."""
     return read_lines(folder / FILE)

@@ -1,7 +1,7 @@
 """The order in which one reads a run: sections with a question each, and the graphs that answer it.
 
 The W&B workspace (rlhf/tracking/sinks/wandb_workspace.py) and the Grafana dashboard (rlhf/tracking/sinks/grafana.py)
-are both made of this table. Every metric here is a declared one; a graph whose metrics a run has not stays empty.
+are both made from this table. Every metric here is declared. A graph of metrics absent from a run stays empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Graphs that answer one question."""
+    """A question and its graphs."""
 
     title: str
     question: str

@@ -17,7 +17,7 @@ _LARGEST_LOG = 709.0  # exp of more is no float
 
 
 class Reduction(ABC):
-    """Values of one metric, so far. Immutable; `merge` gives that of both operands' values together."""
+    """The values of one metric so far. Immutable; `merge` combines the values of both operands."""
 
     __slots__ = ()
 
@@ -39,7 +39,7 @@ class Mean(Reduction):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Mean over the values."""
+        """Return the mean over the values."""
         return cls(total=math.fsum(values), count=len(values))
 
     def merge(self, other: Self) -> Self:
@@ -60,7 +60,7 @@ class ExpMean(Mean):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DifferenceOfMeans(Reduction):
-    """One mean less another, each over its own cases; nan if one of them has none."""
+    """One mean minus another, each over its separate cases. nan if either has no cases."""
 
     left: Mean
     right: Mean
@@ -136,9 +136,9 @@ class Min(Reduction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectiveShare(Reduction):
-    """Effective sample size of weighted cases as a share of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
+    """Effective sample size of weighted cases as a fraction of them: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
 
-    1 where all weights are equal, 1 / cases where one alone is not 0; nan of nothing.
+    It is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
     """
 
     total: float
@@ -172,7 +172,7 @@ class Std(Reduction):
     """Population standard deviation, kept as count, mean and M2 = sum of (x - mean)^2.
 
     Merged by the pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances" (1979), which does not cancel where the mean is large against the deviation.
+    Sample Variances" (1979). It does not cancel if the mean is large compared with the deviation.
     """
 
     count: float
@@ -181,7 +181,7 @@ class Std(Reduction):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Moments of the values."""
+        """Return the moments of the values."""
         if not values:
             return cls(count=0, mean=0.0, m2=0.0)
         mean = math.fsum(values) / len(values)
@@ -221,9 +221,10 @@ class ExplainedVariance(Reduction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram(Reduction):
-    """How many values lie between fixed edges, the same ones in both operands of a merge.
+    """Numbers of values between fixed edges. Both operands of a merge have the same edges.
 
-    A value at an edge is counted above it, one beyond the outer edges in the bin that is nearest; nan is not counted.
+    A value at an edge is counted above it. A value beyond the outer edges is counted in the nearest bin. nan is not
+    counted.
     """
 
     edges: tuple[float, ...]
@@ -231,7 +232,7 @@ class Histogram(Reduction):
 
     @classmethod
     def of(cls, values: Sequence[float], *, edges: tuple[float, ...]) -> Self:
-        """Counts of the values."""
+        """Count the values between the edges."""
         last, counts = len(edges) - 2, [0.0] * (len(edges) - 1)
         for value in values:
             if not math.isnan(value):

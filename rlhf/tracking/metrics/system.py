@@ -1,8 +1,7 @@
-"""What a node is busy with: cores, memory, GPUs, of all that runs on it and not of this run alone.
+"""The load of a node: cores, memory and GPUs, from all processes on it and not from this run alone.
 
-Read by the driver of its own node, and by one small actor on each other node that the run uses
-(actors/cluster/node_metrics.py). GPUs are asked by `nvidia-smi` on a thread, at times of their own: at a step's end
-they would always be found idle.
+The driver reads its node. A small actor reads each other node of the run (actors/cluster/node_metrics.py). A thread
+asks `nvidia-smi` about GPUs at fixed times, because at a step's end they would always be idle.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv
 
 
 class NodeSampler:
-    """Each `take` is about the time since the last one."""
+    """Samples the load of a node. Each `take` covers about the time since the last one."""
 
     def __init__(self) -> None:
         self._times = psutil.cpu_times()
@@ -58,7 +57,10 @@ class NodeSampler:
 
 
 def gpu_use(told: str) -> dict[str, Reduction]:
-    """Of all GPUs of a node, from what nvidia-smi says: a line each with per cent and MiB, or that it does not know."""
+    """Return the use of all GPUs of a node from the output of nvidia-smi.
+
+    Each line has per cent and MiB, or states that the value is unknown.
+    """
     numbers = [(float(busy), float(used)) for busy, used in re.findall(r"^(\d+), (\d+)$", told, re.MULTILINE)]
     if not numbers:
         return {}

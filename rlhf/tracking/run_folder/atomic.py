@@ -1,7 +1,7 @@
 """Files that exist whole or not at all, and JSON lines that survive a kill.
 
-All small writes to the run folder go through here; the one writer is the driver. Nothing here
-knows what a row means.
+All small writes to the run folder go through this module; the driver is the only writer. This module does not know the
+meaning of a row.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSO
 
 @contextmanager
 def explains_full(path: Path) -> Iterator[None]:
-    """Turn the failure of a full disk, or of a used-up quota, into a RunError that names the file or folder.
+    """Turn the failure of a full disk, or of an exhausted quota, into a RunError with the name of the file or folder.
 
-    PyTorch and safetensors report it with errors of their own. Where their words do not name the cause, the folder is
-    tested.
+    PyTorch and safetensors raise errors of other types. If their text does not name the cause, the folder is tested.
     """
     try:
         yield
@@ -45,7 +44,7 @@ def explains_full(path: Path) -> Iterator[None]:
 
 
 def _why_full(error: Exception, path: Path) -> str | None:
-    """Return the reason if an error comes from a full disk or a used-up quota. None: it does not."""
+    """Return the reason if an error comes from a full disk or an exhausted quota. None: it does not."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _FULL else None
     text = str(error)
@@ -73,7 +72,7 @@ def _free(path: Path) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest folder above a path that exists."""
+    """Return the nearest existing folder above a path."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
@@ -111,7 +110,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """One row as strict JSON with its line end. ValueError for nan and infinities, which JSON does not have."""
+    """Return one row as strict JSON with its line end. ValueError for nan and infinities, which JSON lacks."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -124,10 +123,10 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; none if it is missing.
+    """Return all rows of a JSON-lines file, or an empty list if it is missing.
 
-    A last line without its line end was cut by a kill and is left out. ValueError names any other line that is not an
-    object.
+    A last line without its line end is the rest of a killed write and is left out. ValueError names any other line
+    without an object.
     """
     if not path.exists():
         return []
@@ -160,7 +159,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file. None: it holds no object that can be read."""
+    """Return the JSON object in a file. None: the file holds no readable object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

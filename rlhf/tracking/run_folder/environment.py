@@ -1,6 +1,6 @@
-"""environment.json: what a run ran on, so that it can be run again and differences be explained.
+"""environment.json: the environment of a run, so that it can be run again and differences can be explained.
 
-Read once at start by the driver. It starts no device: GPUs are asked for by `nvidia-smi`, not through CUDA.
+The driver writes it once at start. It starts no device: it asks `nvidia-smi` for GPUs, not CUDA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TIMEOUT_S = 10.0
 
 
 def record_environment(path: Path, *, seed: int) -> None:
-    """Write the environment of this start to a file. Warn of what differs from the start that wrote it last."""
+    """Write the environment of this start to a file. Warn of differences from the last start."""
     now = describe(seed=seed)
     if path.exists():
         before = read_object(path)
@@ -40,7 +40,9 @@ def record_environment(path: Path, *, seed: int) -> None:
 
 
 def describe(*, seed: int) -> dict[str, Any]:
-    """Versions, git commit of the working folder, hardware and the run's seed. None: not installed, not there."""
+    """Return versions, git commit of the working folder, hardware and the run's seed. None: not
+    installed, or absent.
+    """
     memory = psutil.virtual_memory()
     return {
         "seed": seed,
@@ -65,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """Standard output of a command; None if it is missing, fails, or takes too long."""
+    """Return the standard output of a command. None: the command is missing, fails, or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -76,7 +78,9 @@ def output_of(*command: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch (None: detached) and whether there are changes, never which. None: there is no repository."""
+    """Return commit, branch (None: detached) and whether there are changes, but never the changes.
+    None: no repository.
+    """
     commit = output_of("git", "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -95,7 +99,7 @@ def _cpu_model() -> str:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES may name here."""
     limited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if limited is not None:
         return [name.strip() for name in limited.split(",") if name.strip()]

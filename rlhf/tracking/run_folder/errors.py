@@ -1,6 +1,6 @@
-"""errors.jsonl: what went wrong and did not stop the run, or was the last thing before it stopped.
+"""errors.jsonl: the failures that a run survived, and the failure that ended it.
 
-Records only; what happens next (fail, drop) is the caller's policy.
+This module only records. The caller's policy (fail, drop) decides the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf.tracking.run_folder.atomic import append_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRecord:
-    """One failure. None: it has no such place."""
+    """The record of one failure. A field is None where it does not apply."""
 
     step: int
     stage: str  # of the data flow: "rewards", "rollouts", ...

@@ -1,8 +1,8 @@
 """The run folder: its names, its lock, and checkpoints that are whole or absent.
 
-The driver opens the folder before any actor starts, and holds it until the run ends. Only the process that holds the
-lock writes here. Its actors write below `own` alone. `own` has a new name at each start, so actors that outlive an
-earlier start cannot write into the folder. This module does not know what a checkpoint contains.
+The driver opens the folder before any actor starts, and holds it until the run ends. Only the holder of the lock writes
+here. Its actors write below `own` alone. `own` has a new name at each start, so actors that outlive an earlier start
+cannot write into the folder. This module does not know the contents of a checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, lock: int) -> None:
-        """Use `open`."""
+        """Store the path and the held lock. Callers use `open`."""
         self.path = path
         self.config = path / "config.resolved.yaml"
         self.environment = path / "environment.json"
@@ -68,9 +68,9 @@ class RunFolder:
 
     @classmethod
     def open(cls, parent: Path, name: str, *, resume: bool) -> Self:
-        """Create the folder, or with `resume` take up the run that is in it, and lock it against other runs.
+        """Create the folder, or with `resume` open the existing run, and lock it against other runs.
 
-        The lock belongs to this process: it ends with it, however it ends. UserError: another process runs here, or the
+        The lock belongs to this process and ends with it, however it ends. UserError: another process runs here, or the
         folder holds a run and `resume` is False.
         """
         path = (parent / name).absolute()  # the same for actors, which may run in another folder
@@ -97,7 +97,9 @@ class RunFolder:
         return folder
 
     def _prepare(self, *, resume: bool) -> None:
-        """Make the folder's parts, and remove what an earlier start left. UserError if a part is a file."""
+        """Create the subfolders, and remove the leftovers of an earlier start. UserError: a subfolder's
+        name is a file.
+        """
         for part in (self.checkpoints, self.samples, self.evals, self.references, self.final):
             if part.exists() and not part.is_dir():
                 raise UserError(
@@ -113,7 +115,7 @@ class RunFolder:
         self._sweep()
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock on the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -131,7 +133,7 @@ class RunFolder:
         write_atomic(self.config, text)
 
     def write_environment(self, *, seed: int) -> None:
-        """Write environment.json of this start. Warn of what has changed since the last start."""
+        """Write environment.json of this start. Warn of changes since the last start."""
         record_environment(self.environment, seed=seed)
 
     def checkpoint(self, step: int) -> Path:
@@ -139,13 +141,13 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of this step into; `commit_checkpoint` makes it one."""
+        """Return an empty folder for the checkpoint of this step; `commit_checkpoint` completes it."""
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
         """Make the begun checkpoint durable and complete, then point `latest` at it.
 
-        It replaces a checkpoint of the same step. Later ones belong to a history that the run has left, and go.
+        It replaces a checkpoint of the same step. Later checkpoints belong to an abandoned history and are removed.
         """
         target = self.checkpoint(step)
         Manifest.of(self._aside(target), step=step).write(self._aside(target))
@@ -174,21 +176,21 @@ class RunFolder:
         return self._begin(self.final)
 
     def commit_final(self) -> Path:
-        """Make final/ appear, whole."""
+        """Make final/ appear as a whole."""
         self._commit(self.final)
         return self.final
 
     def reference(self, step: int) -> Path:
-        """Where the model lies that the reference became after a step."""
+        """Return the folder of the reference model after a step."""
         return self.references / f"step_{step:06d}"
 
     def begin_reference(self, step: int) -> Path:
-        """An empty folder to write that model into; `commit_reference` makes it one."""
+        """Return an empty folder for a new reference model; `commit_reference` completes it."""
         self.references.mkdir(exist_ok=True)
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Make the begun reference durable and complete, then remove all others but those of the steps in `keep`."""
+        """Make the begun reference durable and complete, then remove all references except for the steps in `keep`."""
         aside = self._aside(self.reference(step))
         Manifest.of(aside, step=step).write(aside)
         self._commit(self.reference(step))
@@ -198,7 +200,7 @@ class RunFolder:
         return self.reference(step)
 
     def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
-        """UserError if the reference that a checkpoint needs is missing, or a byte of it is not as written."""
+        """Raise UserError if the reference of a checkpoint is missing, or a byte of it differs from the manifest."""
         damage = find_damage(self.reference(step), step=step)
         if damage is not None:
             raise UserError(
@@ -207,7 +209,7 @@ class RunFolder:
             )
 
     def mark_best(self, step: int) -> None:
-        """Point `best` at a complete checkpoint, which is then kept for as long as it is the best."""
+        """Point `best` at a complete checkpoint, which is kept until another one is better."""
         if step not in self.checkpoint_steps():
             raise ValueError(f"checkpoint of step {step} is not complete, so it cannot be the best")
         self._point("best", step)
@@ -219,7 +221,7 @@ class RunFolder:
     def latest_checkpoint(self) -> int | None:
         """Return the step of the checkpoint to resume from, sound or damaged. None: there is no checkpoint.
 
-        `latest` points at that checkpoint. If it was removed, the newest one takes its place.
+        `latest` points at this checkpoint. If it was removed, the newest one takes its place.
         """
         steps = [step for step, _ in self._step_folders()]
         latest = self._pointed("latest")
@@ -241,7 +243,7 @@ class RunFolder:
         raise UserError(f"--resume: {damage} Bring the file back from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
-        """Step that `best` points at; None if none was marked or it is damaged."""
+        """Return the step that `best` points at. None: no checkpoint was marked, or it is damaged."""
         step = self._pointed("best")
         return step if step in self.checkpoint_steps() else None
 
@@ -304,7 +306,8 @@ class RunFolder:
 
     def _take_over(self) -> None:
         """Rename the `own` folder of the last start, and keep only its spool. An `own` folder without a spool was made
-        by an actor that outlived its run."""
+        by an actor that outlived its run.
+        """
         before = sorted(self.path.glob(f"{_OWN}*"), key=lambda path: not (path / self.spool.name).is_dir())
         for index, path in enumerate(before):
             if index > 0:
@@ -325,7 +328,7 @@ class RunFolder:
                 shutil.rmtree(path)
 
     def _sweep(self) -> None:
-        """Remove what a killed run left half done."""
+        """Remove incomplete files of a killed run."""
         for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
             for pattern in (".*.partial", ".*.removed"):
                 for path in folder.glob(pattern):
@@ -353,7 +356,7 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def remove_run(path: Path) -> None:
-    """Remove a run, and nothing else that its folder holds. UserError as in `refuse_to_overwrite`."""
+    """Remove a run, and no other file of its folder. UserError as in `refuse_to_overwrite`."""
     refuse_to_overwrite(path)
     for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_OWN}*")):
         if part.is_dir() and not part.is_symlink():
@@ -363,9 +366,9 @@ def remove_run(path: Path) -> None:
 
 
 def _state(path: Path) -> str | None:
-    """What run a folder holds, and what can be done with it; None: none, or one that did not get to its first row.
+    """Describe the run in a folder and the options for it. None: no run, or a run without its first row.
 
-    UserError if its metrics cannot be read.
+    UserError: the metrics cannot be read.
     """
     for result in ("final/", "eval.json"):
         if (path / result).exists():

@@ -1,4 +1,4 @@
-"""The lock of a folder that one process at a time may write to: a run's, or a sweep's."""
+"""The lock of a run's or a sweep's folder. Only one process at a time may write to the folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from rlhf.errors import UserError
 
 
 def lock_folder(path: Path, *, key: str) -> int:
-    """Return the held lock of a folder that `key` of the configuration names. The kernel releases a flock when the
-    process ends, kill -9 included. A symbolic link is not followed: its target would be emptied."""
+    """Return the held lock of a folder. `key` is its configuration key, for the error message.
+
+    The kernel releases a flock when the process ends, kill -9 included. A symbolic link is not followed, because its
+    target would be emptied.
+    """
     try:
         lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The manifest of a folder: the size and checksum of every file in it.
 
-The manifest is written last, so a folder that has one was complete. Checksums find damage, not forgery: whoever can
-write the files can write the manifest too.
+The manifest is written last, so a folder with a manifest was complete. Checksums detect damage, not forgery: a process
+able to write the files can write the manifest too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The files of a folder by their relative names, and the step that the folder belongs to."""
+    """The files of a folder by their relative names, and the step of the folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -56,7 +56,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, content: str | bytes) -> Manifest | None:
-        """Return the manifest that a file holds. None: the file is cut, or is no manifest."""
+        """Return the manifest in a file's content. None: the content is truncated, or is not a manifest."""
         try:
             return cls.model_validate_json(content)
         except ValidationError:
@@ -64,7 +64,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """Return the manifest of a folder. None: it has none that can be read."""
+        """Return the manifest of a folder. None: the folder has no readable manifest."""
         try:
             return cls.parse((folder / MANIFEST).read_bytes())
         except OSError:
@@ -82,9 +82,9 @@ def is_complete(folder: Path, step: int) -> bool:
 
 
 def find_damage(folder: Path, *, step: int | None) -> str | None:
-    """Read every file of a folder, and return a sentence about the first that differs from the manifest.
+    """Read every file of a folder, and return a sentence about the first difference from the manifest.
 
-    None: every byte is what was written.
+    None: every byte is as written.
     """
     manifest = Manifest.read(folder)
     if manifest is None:

@@ -1,10 +1,10 @@
-"""A run's folder on another file system, object storage or any that fsspec reaches, for machines that come and go.
+"""A copy of a run's folder on another file system, such as object storage, for machines that come and go.
 
-After each checkpoint, and when the run ends, a thread of the driver makes `<run.mirror>/<run.name>/` what the run's
-folder is. The files of a checkpoint go first and its manifest last; it is whole there if and only if the manifest is
-there and every file has the size that the manifest says. A fetched file must also have the checksum. The training loop
-never waits for the thread, except for an upload that is still going on when the next checkpoint is whole. Nothing here
-is secret: credentials are the environment's.
+After each checkpoint and at the end of the run, a thread of the driver makes `<run.mirror>/<run.name>/` equal to the
+run's folder. It uploads the files of a checkpoint first and the manifest last. A checkpoint is whole there if and only
+if the manifest is there and every file has the manifest's size. A fetched file must also have the checksum. The
+training loop never waits for the thread, with one exception: an upload that is still running when the next checkpoint
+is whole. Nothing here is secret: credentials come from the environment.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Mirror:
         return self._guarded(lambda: self._manifest(_FINAL) or self._marker(_RESULT), "looking into") is not None
 
     def fetch(self, *, step: int | None = None) -> None:
-        """Bring the run here if it is newer there: its newest whole checkpoint and the best one, or its result.
+        """Download the run if the mirror is newer: its newest whole checkpoint and the best one, or its result.
 
-        step: bring the checkpoint of this step instead, if the folder lacks it. UserError: a fetched file is damaged.
+        step: fetch the checkpoint of this step instead, if the folder lacks it. UserError: a fetched file is damaged.
         """
         self._guarded(lambda: self._fetch(step), "fetching the run from")
 
     def begin(self, keep: int) -> None:
-        """Start to make the mirror what the folder is, with the newest `keep` checkpoints. After `settle` only."""
+        """Start to make the mirror equal to the folder, with the newest `keep` checkpoints. Only after `settle`."""
         if self._thread is not None and self._thread.is_alive():
             return  # it hangs, and settle has said so
         self._error, self._moved, self._abandoned = None, time.monotonic(), False
@@ -85,7 +85,7 @@ class Mirror:
         self._thread.start()
 
     def settle(self, *, within_s: float = float("inf")) -> str | None:
-        """Wait for the upload while it moves. Return why it failed, once. None: it did not."""
+        """Wait for the upload while it moves. Return the reason of a failure, once. None: it did not fail."""
         if self._thread is None:
             return None
         ends = time.monotonic() + within_s
@@ -99,7 +99,7 @@ class Mirror:
         return None if error is None else f"{self.place}: {redact(_words(error))}"
 
     def finish(self, keep: int, *, failed: bool) -> None:
-        """Upload what is left. RunError if that fails, unless the run failed anyway: then it is a warning."""
+        """Upload the rest. RunError if it fails. If the run has failed anyway, log a warning instead."""
         within_s = LAST_CHANCE_S if failed else float("inf")
         self.settle(within_s=within_s)
         self.begin(keep)
@@ -115,7 +115,7 @@ class Mirror:
         logger.warning("%s", text)
 
     def is_free(self) -> bool:
-        """Whether no upload reads the folder's checkpoints, so that they may be removed."""
+        """Return whether no upload reads the folder's checkpoints, so that they may be removed."""
         return self._thread is None or not self._thread.is_alive()
 
     def _work(self, keep: int) -> None:
@@ -125,7 +125,7 @@ class Mirror:
             self._error = error
 
     def _upload(self, keep: int) -> None:
-        """Upload all that has changed. The file that marks a part as complete goes last."""
+        """Upload all changes. The file that marks a part as complete goes last."""
         for name in self._state():
             self._put_changed(name)
         whole = self._whole_steps(self._listing())
@@ -144,7 +144,7 @@ class Mirror:
         self._remove_old(keep, latest)
 
     def _state(self) -> list[str]:
-        """Names of the files beside checkpoints and model, without what is half written. Some go meanwhile."""
+        """Return the names of all files except checkpoints, model and half-written ones. Some may vanish meanwhile."""
         top, found = self._folder.path, list[str]()
         for at, folders, files in os.walk(top):  # which passes over a folder that has gone
             apart = _ELSEWHERE if Path(at) == top else ()
@@ -178,9 +178,9 @@ class Mirror:
         logger.info("checkpoint of step %d is in %s", step, self.place)
 
     def _remove_old(self, keep: int, latest: int | None) -> None:
-        """Remove all but the newest `keep` whole checkpoints, the best one and those of the folder.
+        """Remove all but the newest `keep` whole checkpoints, the best one and the checkpoints in the folder.
 
-        Those after `latest` go too: they belong to a history that the run has left.
+        Checkpoints after `latest` go too: they belong to an abandoned history.
         """
         listing = self._listing()
         whole = [step for step in self._whole_steps(listing) if latest is None or step <= latest]
@@ -252,7 +252,7 @@ class Mirror:
             ) from error
 
     def _whole_steps(self, listing: Mapping[str, int]) -> list[int]:
-        """Steps of the checkpoints that are whole there, rising."""
+        """Return the steps of the mirror's whole checkpoints in rising order."""
         whole = []
         for name in listing:
             match = _in_step(name)
@@ -307,7 +307,7 @@ class Mirror:
         self._tried(lambda: self._store.pipe_file(self._at(name), json.dumps(value).encode()))
 
     def _marker(self, name: str) -> dict[str, Any] | None:
-        """Return the object in a small file. None: it is not there, or was cut by a store that writes in parts."""
+        """Return the object in a small file. None: the file is absent, or truncated by a store that writes in parts."""
         try:
             value = json.loads(self._read(name) or b"null")
         except (ValueError, RecursionError):
@@ -315,12 +315,12 @@ class Mirror:
         return value if isinstance(value, dict) else None
 
     def _manifest(self, name: str) -> Manifest | None:
-        """Return a manifest. None: it is not there, or was cut."""
+        """Return a manifest. None: it is absent or truncated."""
         content = self._read(name)
         return None if content is None else Manifest.parse(content)
 
     def _read(self, name: str) -> bytes | None:
-        """Return a small file's content. None: it is not there."""
+        """Return a small file's content. None: the file is absent."""
         try:
             content: bytes = self._tried(lambda: self._store.cat_file(self._at(name)))
         except FileNotFoundError:
@@ -328,7 +328,7 @@ class Mirror:
         return content
 
     def _remove(self, name: str) -> None:
-        """A file, or a folder with all that is in it."""
+        """Remove a file, or a folder with all its content."""
 
         def remove() -> None:
             if self._store.exists(self._at(name)):
@@ -354,7 +354,7 @@ class Mirror:
         raise AssertionError("unreachable")
 
     def _guarded(self, call: Callable[[], T], what: str) -> T:
-        """Its result, in a thread that is given up when nothing moves. RunError names the place."""
+        """Return the result of a call, from a thread abandoned when no bytes move. RunError names the place."""
         done: list[T] = []
         failed: list[Exception] = []
 

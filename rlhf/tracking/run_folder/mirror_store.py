@@ -1,4 +1,4 @@
-"""The file system that `run.mirror` names, by fsspec."""
+"""The file system that `run.mirror` names, opened with fsspec."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Responses with their training signals: samples/step_NNNNNN.jsonl, one file a step, whole or absent.
 
-Written by whoever has the text (a reward worker), removed by the driver when a run resumes before it. Text is written
-as it was sampled: this is the user's data and is never redacted or cut.
+A process with the text (a reward worker) writes a file. The driver removes the later files when it resumes a run. Text
+is written as sampled: this is the user's data and is never redacted or truncated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TAIL_BYTES = 1 << 20  # of a file of samples in which its last line is looked f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleTurn:
-    """A stretch of a conversation: what the policy sampled, or what it was given."""
+    """A stretch of a conversation, either sampled by the policy or given to it."""
 
     role: Literal["prompt", "policy", "environment"]
     text: str  # special tokens written out
@@ -33,11 +33,12 @@ class SampleTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleTokens:
-    """All that stands behind the prompt, token by token, in columns of one length.
+    """Everything after the prompt, token by token, in columns of equal length.
 
-    The texts joined are the whole of it, special tokens written out. A token that ends within a character is the empty
-    string, and the one that completes the character has it whole. None in place of a column: the run, or an evaluation
-    response, has no such numbers. None in a column: that token has none, as those that an environment wrote.
+    The joined texts are the whole response, with special tokens written out. A token that ends within a character is
+    the empty string, and the next token that completes the character holds it whole. None in place of a column: the
+    run, or an evaluation response, has no such numbers. None in a column: this token has no number, such as an
+    environment's token.
     """
 
     texts: tuple[str, ...]
@@ -86,9 +87,9 @@ def samples_path(folder: Path, step: int) -> Path:
 
 
 def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
-    """Write samples of one step at its `samples_path`, in place of what is there of the same splits.
+    """Write samples of one step at its `samples_path`, in place of the file's rows of the same splits.
 
-    A step's training and evaluation samples may so come in any order. Non-finite numbers become null.
+    A step's training and evaluation samples may therefore come in any order. Non-finite numbers become null.
     """
     path.parent.mkdir(exist_ok=True)
     splits = {record.split for record in records}
@@ -97,9 +98,9 @@ def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
 
 
 def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
-    """The last response that is written of a step, of the evaluation if there was one; None if there is none.
+    """Return the last written response of a step, from its evaluation if there was one. None: the step has no response.
 
-    It reads the file's end alone: an evaluation may have written many.
+    It reads only the end of the file, because an evaluation may have written many responses.
     """
     path = samples_path(folder, step)
     try:
@@ -113,7 +114,7 @@ def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def remove_files_after(folder: Path, step: int) -> list[int]:
-    """Remove the samples and the evaluations of later steps, as a resumed run writes them anew. Returns those steps."""
+    """Remove the samples and the evaluations of later steps, as a resumed run writes them anew. Return their steps."""
     removed = set()
     for path in (*folder.glob("samples/step_*.jsonl"), *folder.glob("evals/step_*.json")):
         number = int(path.stem.removeprefix("step_"))

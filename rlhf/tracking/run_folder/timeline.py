@@ -1,8 +1,9 @@
-"""timeline.json: who did what when, as a Chrome trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""timeline.json: the work of each role over time, as a Chrome trace for Perfetto (ui.perfetto.dev) and
+chrome://tracing.
 
-One row group per role, in it as many lanes as there were spans at once. Events are written as they end, so a killed run
-leaves all but the spans then open; a resumed one goes on in the same file. It measures nothing by itself. Where it
-cannot be written, as on a full disk, the run goes on without it.
+Each role has one row group, with as many lanes as it had spans at once. Events are written as they end, so a killed run
+loses only the open spans. A resumed run continues the same file. The module measures nothing itself. If the file cannot
+be written, as on a full disk, the run goes on without it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _REMEMBERED = 256  # spans of a lane that a later one is checked against
 
 
 class Timeline:
-    """An open trace (JSON array of events, the Chrome trace format). Invariant: spans of one lane nest or are disjoint,
-    as the format demands. Thread-safe.
+    """An open trace (JSON array of events, the Chrome trace format). Thread-safe.
+
+    Invariant: spans of one lane nest or are disjoint, as the format demands.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +68,7 @@ class Timeline:
         lane: str = "main",
         args: Mapping[str, int | float | str] | None = None,
     ) -> None:
-        """Add a span by its wall-clock ends (time.time(), so that those of other processes fit in)."""
+        """Add a span by its wall-clock ends (time.time(), so that spans of other processes fit in)."""
         with self._guard:
             pid = self._pid(role)
             tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))

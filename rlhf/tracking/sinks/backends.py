@@ -1,7 +1,7 @@
-"""What a back end of the tracker is, and the thread on which each one works, so that the loop never waits for it.
+"""The interface of the tracker's back ends, and the thread of each one, so that the loop never waits for it.
 
-A back end is a view of the run folder elsewhere: W&B, TensorBoard, Prometheus. The driver hands it steps; what it makes
-of them is its own, and so are its failures. Nothing here decides what is logged.
+A back end is a view of the run folder elsewhere: W&B, TensorBoard, Prometheus. The driver hands it steps. A failing
+back end does not affect the run. Nothing here decides which values are logged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_WAITING = 256  # calls; a back end that is further behind than that misses 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedStep:
-    """One step as it is in the run folder."""
+    """One step as stored in the run folder."""
 
     folder: Path
     step: int
@@ -37,30 +37,30 @@ class TrackedStep:
     histograms: Mapping[str, Histogram]
 
     def samples(self) -> list[dict[str, Any]]:
-        """The step's rows of samples/, read now; none if it has none."""
+        """Return the step's rows of samples/, read now, or an empty list."""
         return read_lines(samples_path(self.folder, self.step))
 
 
 class TrackerBackend(Protocol):
-    """A view of the run folder elsewhere. All calls come from one thread; what they raise ends the view alone."""
+    """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone."""
 
     name: str  # in messages
 
     def log(self, step: TrackedStep) -> None:
-        """One step. Steps rise, but after a resume some may come again."""
+        """Log one step. Steps rise, but after a resume some may come again."""
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Something that somebody should look at, once."""
+        """Send an alert to the user once."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """A checkpoint that is whole. It may be removed when the next one is."""
+        """Store a whole checkpoint. It may be removed when the next one is."""
 
     def close(self, *, failed: bool) -> None:
-        """Hand over what is left, within CLOSE_WITHIN_S. The run folder's files are all closed."""
+        """Hand over the rest within CLOSE_WITHIN_S. The run folder's files are all closed."""
 
 
 class Relay:
-    """A back end on a thread of its own. After its first failure it is left alone, with one warning."""
+    """A back end on a separate thread. After its first failure it gets no more calls, and one warning is logged."""
 
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
         self._backend = backend
@@ -72,19 +72,19 @@ class Relay:
         self._thread.start()
 
     def log(self, step: TrackedStep) -> None:
-        """Hand a step over."""
+        """Queue a step for the thread."""
         self._put("logging", lambda: self._backend.log(step))
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Hand an alert over."""
+        """Queue an alert for the thread."""
         self._put("alerting", lambda: self._backend.alert(severity, title, text))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Hand a checkpoint over."""
+        """Queue a checkpoint for the thread."""
         self._put("taking a checkpoint", lambda: self._backend.checkpoint(step, folder))
 
     def close(self, *, failed: bool) -> None:
-        """Let it finish what it has, or leave it at the deadline."""
+        """Let the back end finish its queue, or leave it at the deadline."""
         end = time.monotonic() + self._close_within_s
         for call in (("finishing", lambda: self._backend.close(failed=failed)), None):
             try:

@@ -1,7 +1,7 @@
-"""cluster/grafana.json: rlhf/tracking/metrics/panels.py as a Grafana dashboard on the Prometheus that scrapes Ray.
+"""cluster/grafana.json: rlhf/tracking/metrics/panels.py as a Grafana dashboard for the Prometheus that scrapes Ray.
 
-`python -m rlhf.tracking.sinks.grafana > cluster/grafana.json` writes it. It asks for names of
-rlhf/tracking/sinks/prometheus_names.py alone.
+`python -m rlhf.tracking.sinks.grafana > cluster/grafana.json` writes it. It uses only the names of
+rlhf/tracking/sinks/prometheus_names.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNITS = {"s": "s", "GiB": "gibibytes", "tokens/s": "none", "1": "none"}
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard, for all runs that are chosen by name."""
+    """Return the dashboard, for all runs chosen by name."""
     panels: list[dict[str, Any]] = [_progress()]
     top = _HEIGHT
     for section in SECTIONS:
@@ -56,7 +56,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def _progress() -> dict[str, Any]:
-    """The step that each run has done."""
+    """Return the panel with the newest step of each run."""
     target = _target(f"{RAYS_PREFIX}{PREFIX}{STEP}", (), "A")
     place = {"x": 0, "y": 0, "w": 24, "h": _HEIGHT}
     return {"type": "timeseries", "title": "steps done", "datasource": _SOURCE, "targets": [target], "gridPos": place}

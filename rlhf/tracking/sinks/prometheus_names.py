@@ -1,8 +1,8 @@
-"""Names under which the metrics are exported to Prometheus: `update/loss/mean` as `ray_rlhf_update_loss_mean`.
+"""Names of the metrics in Prometheus: `update/loss/mean` is exported as `ray_rlhf_update_loss_mean`.
 
-What a placeholder stands for becomes a label, so that a graph of all rewards is one expression. Sums a step
-(`.../total`) are counters, which go on rising; all else are gauges. actors/cluster/prometheus.py exports by these
-names, and cluster/grafana.json asks for them. No Ray here.
+The value of a placeholder becomes a label, so one expression covers the graph of all rewards. Sums a step (`.../total`)
+are counters, which only rise; all others are gauges. actors/cluster/prometheus.py exports under these names, and
+cluster/grafana.json queries them. This module does not use Ray.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Exported:
 
     @property
     def in_prometheus(self) -> str:
-        """As a query names it: Ray puts its prefix before, and says of counters that they are totals."""
+        """Return the name for queries: Ray adds its prefix, and `_total` for counters."""
         return RAYS_PREFIX + self.name + ("_total" if self.is_counter else "")
 
 
@@ -56,7 +56,7 @@ def labelled(key: str) -> tuple[Exported, dict[str, str]]:
 
 
 def all_exported() -> list[Exported]:
-    """Everything that a run may export."""
+    """Return all metrics that a run may export."""
     found = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
     step = Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning="The last step that is done")
     return [step, *found]

@@ -20,7 +20,7 @@ FLUSH_S = 10
 
 
 def open_tensorboard(folder: Path, *, done_steps: int | None) -> TensorboardBackend:
-    """Write on from a step; what an earlier start wrote of later ones TensorBoard then leaves out. None: from nothing.
+    """Continue the log after a step; TensorBoard then hides later points of an earlier start. None: start anew.
 
     UserError: the package is not installed.
     """
@@ -36,7 +36,7 @@ def open_tensorboard(folder: Path, *, done_steps: int | None) -> TensorboardBack
 
 
 class TensorboardBackend:
-    """An open event file."""
+    """Writes steps to an open event file."""
 
     name = "TensorBoard"
 
@@ -45,7 +45,7 @@ class TensorboardBackend:
         self._step = 0
 
     def log(self, step: TrackedStep) -> None:
-        """One point of each scalar, one distribution of each histogram."""
+        """Write one point of each scalar and one distribution of each histogram."""
         self._step = step.step
         for key, value in step.metrics.items():
             if value is not None:
@@ -69,8 +69,8 @@ class TensorboardBackend:
         self._writer.add_text(f"alerts/{title}", f"**{severity}**: {text}", self._step)
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """It keeps none."""
+        """Do nothing, because TensorBoard stores no checkpoints."""
 
     def close(self, *, failed: bool) -> None:
-        """Write the rest."""
+        """Write the remaining events and close the file."""
         self._writer.close()

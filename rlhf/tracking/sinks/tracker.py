@@ -1,7 +1,7 @@
-"""The one place where a step's numbers are written: always metrics.jsonl, and every back end that was asked for.
+"""The only writer of a step's numbers: always to metrics.jsonl, and to every requested back end.
 
-The driver logs once a step; a resumed run first takes back what came after its checkpoint. What looks wrong in the rows
-is told when it first shows. The tracker computes no metric and reads no clock but its own `time_s`.
+The driver logs once a step. A resumed run first removes the rows after its checkpoint. Problems in the rows are
+reported when they first show. The tracker computes no metric and reads no clock except for `time_s`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl in order of steps, without a last line that a kill has cut.
+    """Return the rows of a run's metrics.jsonl in order of steps. An incomplete last line after a kill is left out.
 
     ValueError: a line is not an object with a step.
     """
@@ -42,8 +42,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writer of metrics.jsonl, histograms.jsonl and errors.jsonl. Invariant: one row a step, steps rising, each row on
-    the disk before `log` returns.
+    """Writes metrics.jsonl, histograms.jsonl and errors.jsonl.
+
+    Invariant: one row a step, steps rising, each row on the disk before `log` returns.
     """
 
     def __init__(self, folder: Path, *, backends: Sequence[TrackerBackend] = ()) -> None:
@@ -55,7 +56,7 @@ class Tracker:
         self._continue()
 
     def _continue(self) -> None:
-        """Take up step, clock and what has been told from the rows."""
+        """Restore step, clock and reported findings from the rows."""
         rows = read_metrics(self._folder)
         self._watch = Watch()
         for row in rows:
@@ -66,10 +67,11 @@ class Tracker:
     def log(
         self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, Histogram] = MappingProxyType({})
     ) -> list[Finding]:
-        """Write the step's row and its histograms. Non-finite values become null, with a warning. Returns what looks
-        wrong from this step on, which is logged and told too.
+        """Write the step's row and its histograms. Return the problems that first show in this step, also logged and
+        sent.
 
-        KeyError: an undeclared key. TypeError: a value that is not a number. ValueError: a step not after the last one.
+        Non-finite values become null, with a warning. KeyError: a key is not declared. TypeError: a value is not a
+        number. ValueError: the step is not after the last one.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}: one row a step, steps rising")
@@ -98,21 +100,23 @@ class Tracker:
         return found
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Tell the back ends of something that somebody should look at."""
+        """Send an alert to the back ends."""
         for backend in self._backends:
             backend.alert(severity, title, redact(text))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Tell the back ends of a checkpoint that is whole."""
+        """Announce a whole checkpoint to the back ends."""
         for backend in self._backends:
             backend.checkpoint(step, folder)
 
     def log_error(self, record: ErrorRecord) -> None:
-        """Append to errors.jsonl."""
+        """Append a record to errors.jsonl."""
         write_error(self._folder, record)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was written of later steps, which a run resumed at this step will write again. Once, at start."""
+        """Remove the rows of later steps, because a run resumed at this step writes them again. Called
+        once, at start.
+        """
         rows = keep_lines(self._path, lambda row: row["step"] <= step)
         keep_lines(self._folder / histograms.FILE, lambda row: row["step"] <= step)
         errors = keep_lines(self._folder / "errors.jsonl", lambda row: row["step"] <= step)

@@ -1,7 +1,7 @@
 """W&B as a tracker back end: offline (files in the run folder, `wandb sync` later) or online.
 
-Opened once by the driver; nothing else in the project calls W&B, which is a view of the run folder and holds nothing
-that is not there. W&B may fail the start of a run, never hang it, and never stop a run that is under way.
+The driver opens it once; nothing else in the project calls W&B. W&B is a view of the run folder and holds no additional
+data. It may fail the start of a run, but it never hangs the start and never stops a running run.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class WandbBackend:
         return str(self._run.id)
 
     def log(self, step: TrackedStep) -> None:
-        """Queue one row with its histograms and tables of samples; W&B's own process writes or sends it."""
+        """Queue one row with its histograms and tables of samples. W&B's background process writes or sends it."""
         import wandb
 
         row: dict[str, Any] = {"step": step.step}
@@ -158,7 +158,7 @@ class WandbBackend:
     def _keep(
         self, kind: str, path: Path, *, aliases: Sequence[str] = ("latest",), metadata: Mapping[str, Any] | None = None
     ) -> None:
-        """Add a file or folder as an artifact of this run. What the run will remove or write again is copied."""
+        """Add a file or folder as an artifact of this run. Files that the run will remove or write again are copied."""
         import wandb
 
         artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind, metadata=dict(metadata or {}))
@@ -175,7 +175,7 @@ class WandbBackend:
 
 
 def plain(value: Any) -> Any:
-    """A config tree of mappings and scalars: a list, of which W&B's plots make nothing, becomes words with commas."""
+    """Return a config tree of mappings and scalars. Lists become words with commas, because W&B cannot plot lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -186,10 +186,10 @@ def plain(value: Any) -> Any:
 
 
 def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Columns and rows of a table for each split of a step's samples, its first MOST_ROWS; secrets masked.
+    """Return columns and rows of a table for each split of a step's samples, with at most MOST_ROWS rows and no
+    secrets.
 
-    An evaluation stage writes a set's name in the split's place. An example that it measured without a response is left
-    out.
+    An evaluation stage writes a set's name in place of the split. An example measured without a response is left out.
     """
     by_split: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
@@ -234,7 +234,7 @@ def _difference(left: float | None, right: float | None) -> float | None:
 
 
 def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
-    """The call's result, from a thread that is abandoned at the deadline. TimeoutError says what was awaited."""
+    """Return the call's result, from a thread abandoned at the deadline. TimeoutError names the awaited operation."""
     future: Future[T] = Future()
 
     def work() -> None:

@@ -77,7 +77,7 @@ def publish(*, project: str, entity: str | None, out: Path | None) -> str:
 
 
 def serialised(workspace: Workspace) -> dict[str, Any]:
-    """What would be sent to W&B."""
+    """Return the workspace as sent to W&B."""
     spec: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return spec
 
@@ -91,7 +91,7 @@ def _need_package() -> None:
 
 
 def _plot(reports: Any, panel: Panel) -> Any:
-    """A line plot of the panel's metrics over our step. Metrics with placeholders are found by their pattern."""
+    """Return a line plot of the panel's metrics over our step. A pattern selects metrics with placeholders."""
     settings: dict[str, Any] = {"title": panel.title, "x": "step", "log_y": panel.log or None}
     if any("<" in name for name in panel.metrics):
         return reports.LinePlot(**settings, metric_regex="|".join(map(pattern, panel.metrics)))
