@@ -1,1 +1,1 @@
-"""The two loops, online and offline, written against the Protocols of rlhf.roles."""
+"""Provide the two training loops, online and offline, written against the Protocols of rlhf.roles."""

@@ -1,4 +1,4 @@
-"""From requests to scored groups: what training steps and evaluations have in common."""
+"""Turn requests into scored groups, for training steps and evaluations alike."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def request_for(
     epoch: int = 0,
     temperature: float | None = None,
 ) -> GroupRequest:
-    """So many samples of a prompt. Their seeds are the prompt's own, whenever and wherever it is answered."""
+    """Return a request for several samples of a prompt.
+
+    The seeds depend only on the run, the epoch, the prompt and the sample index.
+    """
     return GroupRequest(
         group_id=group_id,
         prompt=prompt,
@@ -45,7 +48,7 @@ def request_for(
 
 
 def error_record(error: RewardError, *, step: int) -> ErrorRecord:
-    """The line of errors.jsonl for a reward that failed."""
+    """Return the line of errors.jsonl for a failed reward."""
     return ErrorRecord(
         step=step,
         stage="rewards",
@@ -58,7 +61,7 @@ def error_record(error: RewardError, *, step: int) -> ErrorRecord:
 
 
 def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int) -> None:
-    """Write down and count what rewards and environments of a group failed on."""
+    """Record and count the failures of a group's rewards and environments."""
     errors = (*scored.scores.errors, *scored.scores.scored_errors)
     for error in errors:
         record.tracker.log_error(error_record(error, step=step))
@@ -73,8 +76,10 @@ async def answered(
     sampling: Sampling,
     then: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
 ) -> list[T]:
-    """What `then` makes of each answered request, in their order. It is begun while other requests are still answered;
-    it gets the group and how many are answered by now."""
+    """Apply `then` to each answered request and return the results in the order of the requests.
+
+    `then` starts while other requests still generate. It receives the group and the number of answered groups so far.
+    """
     tasks: dict[int, asyncio.Task[T]] = {}
 
     try:
@@ -87,7 +92,7 @@ async def answered(
 
 
 class Answers:
-    """Responses with their scores, written down so that a resumed run takes up the same ones."""
+    """Generates and scores responses, and stores them so that a resumed run reuses the same ones."""
 
     def __init__(
         self, rollout: RolloutRole, reward: RewardRole, record: RunRecord, *, rewards_fingerprint: str
@@ -101,9 +106,13 @@ class Answers:
     async def to(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
-        """Responses and scores for all requests, in their order. Each group is scored while others still generate.
+        """Return the scored responses to all requests, in their order.
 
-        step: whose row and errors these are. version: of the weights that answer.
+        Each group is scored while others still generate.
+
+        Args:
+            step: the step whose metrics row and error lines are written.
+            version: the version of the sampling weights.
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
@@ -124,10 +133,12 @@ class Answers:
         step: int,
         version: int,
     ) -> list[ScoredGroup]:
-        """Responses and scores in the order of their requests, of those that came first: up to the one of which
-        `is_enough` was true. The others are cancelled.
+        """Return the scored groups that finished first, in the order of their requests, and cancel the others.
 
-        rule: names what `is_enough` goes by. A resumed run, which asks the same by the same rule, gets the same groups.
+        Args:
+            is_enough: returns True for the last group that is needed.
+            rule: names the criterion of `is_enough`. A resumed run with the same requests and rule gets the same
+                groups.
         """
         race = race_identity(requests, sampling, version=version, rule=rule)
         firsts = self.firsts.get(race)
@@ -171,21 +182,24 @@ class Answers:
         return found
 
     def forget_failures(self) -> None:
-        """The run ends because of a reward: whoever resumes it has mended it, and wants it asked again."""
+        """Delete stored failures after a reward has ended the run.
+
+        The user fixes the reward, and the resumed run calls it again.
+        """
         self.ledger.forget_failures()
         self.firsts.clear()  # another score may make another batch
 
     def clear(self) -> None:
-        """A checkpoint covers all that was written."""
+        """Delete the stored responses, since a checkpoint covers them."""
         self.ledger.clear()
         self.firsts.clear()
 
     async def beside_greedy(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
-        """The groups with the score of one greedy response to each prompt, by the same weights and rewards.
+        """Return the groups with the score of one greedy response to each prompt, from the same weights and rewards.
 
-        A group whose greedy response could not be scored has its errors.
+        A group whose greedy response could not be scored carries its errors.
         """
         sound = [group.group.request for group in groups if not group.scores.errors]
         beside = [
@@ -209,7 +223,7 @@ class Answers:
 
 
 def _beside(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
-    """The group with what became of its greedy response."""
+    """Return the group with the score or the errors of its greedy response."""
     if greedy is None:
         return group
     return replace(group, scores=greedy) if greedy.errors else replace(group, greedy_score=greedy.scores[0])

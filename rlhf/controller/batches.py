@@ -1,8 +1,8 @@
-"""From scored groups to a batch plan: which sequences make a minibatch, and whose they are. Scalars only.
+"""Turn scored groups into a batch plan: the sequences of each minibatch and of each rank. Uses scalars only.
 
 A prompt's responses stay together where they can, since a worker computes a prompt once for all of its responses in a
-micro-batch (rlhf.workers.microbatches). Minibatches are drawn by the group: as when they are drawn by the sequence,
-each sequence is in exactly one of them and in each with equal chance, so the mean gradient is the same.
+micro-batch (rlhf.workers.microbatches). Minibatches are drawn by group. Each sequence is still in exactly one
+minibatch, and in each with equal probability, so the mean gradient is the same as when sequences are drawn singly.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def plan_batch(
     kl_coef: float,
     entropy_coef: float = 0.0,
 ) -> BatchPlan:
-    """Deal a batch's sequences out to minibatches of about equal size, and to ranks.
+    """Distribute a batch's sequences over minibatches of about equal size, and over ranks.
 
-    Which sequences make a minibatch depends on (seed, step) alone: whole groups, but for one that meets the minibatch's
-    end. Fewer sequences than minibatches make as many minibatches as there are sequences. Within a minibatch, ranks get
-    about equal work; a rank may have none.
+    The composition of a minibatch depends on (seed, step) alone. Groups stay whole; only the group at a minibatch's end
+    may be split. If there are fewer sequences than minibatches, each sequence is a minibatch. Within a minibatch, ranks
+    get about equal work, and a rank may get no sequence.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
@@ -64,7 +64,7 @@ def plan_batch(
 
 
 def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
-    """By sequence id, of the prompts that have a temperature of their own."""
+    """Return the temperature of each sequence, by id, whose prompt sets one."""
     return {
         info.sequence_id: scored.group.request.temperature
         for scored in groups
@@ -82,10 +82,10 @@ def plan_pairs(
     num_ranks: int,
     temperatures: Mapping[int, float],
 ) -> BatchPlan:
-    """Deal the pairs of chosen and rejected responses out to minibatches of about equal size, and to ranks.
+    """Distribute the pairs of chosen and rejected responses over minibatches of about equal size, and over ranks.
 
-    A rank's sequences stand chosen, rejected, chosen, ... Which pairs make a minibatch depends on (seed, step) alone.
-    Fewer pairs than minibatches make as many minibatches as there are pairs. A rank may have none in a minibatch.
+    A rank's sequences are ordered chosen, rejected, chosen, ... The composition of a minibatch depends on (seed, step)
+    alone. If there are fewer pairs than minibatches, each pair is a minibatch. A rank may get no pair.
     """
     drawn = sorted(pairs, key=lambda pair: pair[0].sequence_id)
     random.Random(f"minibatches {seed} {step}").shuffle(drawn)
@@ -108,7 +108,7 @@ def plan_pairs(
 
 
 def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
-    """The group as if the responses at these places were all that it has. Its columns hold the others too."""
+    """Return the group reduced to the responses at the given positions. Its columns still hold the others."""
     scores = scored.scores
     return replace(
         scored,
@@ -123,9 +123,9 @@ def only(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
 
 
 def share_out(chosen: Sequence[RolloutInfo], group_of: Mapping[int, int], *, num_ranks: int) -> list[list[RolloutInfo]]:
-    """A share for each rank: of whole groups, or of single sequences where the largest share is smaller that way.
+    """Return a shard for each rank: whole groups, or single sequences if the largest shard is smaller then.
 
-    A group's members stand side by side in `chosen`. No share is empty if there are as many sequences as ranks.
+    A group's members are adjacent in `chosen`. No shard is empty if there are at least as many sequences as ranks.
     """
     families = [list(members) for _, members in groupby(chosen, key=lambda info: group_of[info.sequence_id])]
 
@@ -144,13 +144,13 @@ def _largest(shares: Sequence[Sequence[RolloutInfo]], group_of: Mapping[int, int
 
 
 def _tokens(share: Sequence[RolloutInfo], group_of: Mapping[int, int]) -> int:
-    """What a worker computes for these sequences: each prompt once, and the responses."""
+    """Count the tokens a worker computes for a shard: each prompt once, and all responses."""
     prompts = {group_of[info.sequence_id]: info.num_prompt_tokens for info in share}
     return sum(prompts.values()) + sum(info.num_own_tokens for info in share)
 
 
 def visits(num_minibatches: int, *, epochs: int, seed: int, step: int) -> list[int]:
-    """Which minibatch each optimizer step of a batch trains on: every epoch visits all, in an order of its own."""
+    """Return the minibatch of each optimizer step of a batch. Every epoch visits all, in a new order."""
     order: list[int] = []
     for epoch in range(epochs):
         one = list(range(num_minibatches))

@@ -1,9 +1,9 @@
-"""Learning by advantages: every sampled token is weighed by how much better it went than expected (PPO, GRPO).
+"""Learn from advantages: weigh every sampled token by how much better it did than expected (PPO, GRPO).
 
 kept responses -> batch plan -> reference logprobs, values -> old logprobs -> advantages -> minibatches -> updates
 
-A response that is not kept (rollouts.keep_per_prompt, raft) is not computed on. One that is masked
-(algorithm.mask_truncated) is not computed on either, and its score still counts in the baseline of its group.
+Responses dropped by selection (rollouts.keep_per_prompt, raft) are not computed on. Masked responses
+(algorithm.mask_truncated) are not computed on either, but their scores count in the baseline of their group.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ KEPT_BY = {"spread": most_spread, "best": best}
 
 
 class AdvantageLearning:
-    """The tokens of all kept responses are trained on. `kl_coef` is the coefficient in force, and so is what `entropy`
-    gives."""
+    """Trains on the tokens of all kept responses.
+
+    `kl_coef` and `entropy.in_force` are the coefficients of the next step.
+    """
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -57,7 +59,7 @@ class AdvantageLearning:
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """The arrows of the module's docstring. Where nothing is kept there is no optimizer step: the weights stay."""
+        """Run the stages listed in the module's docstring. If no response is kept, the step makes no update."""
         record, roles = self.record, self.roles
         kept, self.steps = by_step(self._kept(groups), self.config.rewards, self.algorithm.step_terms)
         trained = self._not_masked(kept)
@@ -95,7 +97,7 @@ class AdvantageLearning:
         )
 
     def state(self) -> Mapping[str, Any]:
-        """Return the coefficients in force, and which reference it is."""
+        """Return the coefficients in force, and the step of the reference."""
         return {"kl_coef": self.kl_coef, "entropy": self.entropy.state(), **self.following.state()}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
@@ -105,9 +107,9 @@ class AdvantageLearning:
         await self.following.restore(state, step)
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """Return the groups with the responses that are kept, and with the scores that are trained on.
+        """Return the groups reduced to their kept responses, with the scores used for training.
 
-        Responses are chosen by the scores that are reported. Groups of which none is kept are left out.
+        The reported scores select the responses. Groups without a kept response are left out.
         """
         keep = self.rollouts.keep_per_prompt
         kept = []
@@ -122,7 +124,7 @@ class AdvantageLearning:
         return kept
 
     def _not_masked(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """Return the groups with the responses that are trained on, without the groups that have none."""
+        """Return the groups reduced to their unmasked responses. Groups without one are left out."""
         if not self.algorithm.config.mask_truncated:
             return list(groups)
         trained = []
@@ -133,7 +135,7 @@ class AdvantageLearning:
         return trained
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int, role: TrainedRole) -> BatchPlan:
-        """The step's minibatches, the same for all roles, dealt out to the ranks of one."""
+        """Return the step's minibatches, which are the same for all roles, distributed over the ranks of one role."""
         plan = plan_batch(
             groups,
             step=step,
@@ -148,9 +150,11 @@ class AdvantageLearning:
     async def _experience(
         self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
     ) -> tuple[PrepareReport, Mapping[int, float]]:
-        """Reference logprobs, values, old logprobs, advantages: what training reads besides the rollouts.
+        """Compute reference logprobs, values, old logprobs and advantages.
 
-        kept: whose scores are compared. trained: the same without the responses that are masked.
+        Args:
+            kept: the groups whose scores are compared.
+            trained: the same groups without masked responses.
         """
         roles, config = self.roles, self.algorithm.config
         rollouts = [scored.group.rollouts for scored in trained]
@@ -190,12 +194,15 @@ class AdvantageLearning:
         return report, advantages.mean_advantages
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
-        """Return what the algorithm compares of the groups; `scores`: by sequence id, in the groups' order."""
+        """Return the outcomes compared by the algorithm.
+
+        `scores` is keyed by sequence id, in the order of the groups.
+        """
         outcomes = outcomes_of(groups, list(scores.values()), self.config.rewards)
         return replace(outcomes, scores=self._shaped(outcomes.scores, outcomes.num_tokens))
 
     def _shaped(self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """The scores as the algorithm compares them, and how much it has taken off."""
+        """Return the scores after the algorithm's length penalty, and record its mean."""
         shaped = self.algorithm.shaped(scores, num_tokens, max_new_tokens=self.rollouts.max_response_tokens)
         if shaped is not scores:
             taken = float((scores - shaped).sum())
@@ -203,12 +210,12 @@ class AdvantageLearning:
         return shaped
 
     def _share_bundles(self) -> bool:
-        """Whether reference and critic compute on the same hardware."""
+        """Return whether reference and critic compute on the same hardware."""
         placed = self.config.cluster.roles
         return placed.reference.colocate_with == placed.critic.colocate_with == "policy"
 
     async def _update(self, minibatch: int, step: int) -> None:
-        """One optimizer step of each trained role; together where they have their own hardware."""
+        """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
         roles, config = self.roles, self.config
         critic = roles.critic
         warming = critic is not None and step <= self.algorithm.critic_warmup_steps

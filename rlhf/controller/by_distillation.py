@@ -1,6 +1,6 @@
-"""Learning from a teacher: it says how it would have gone on at every token that the student sampled.
+"""Learn from a teacher's prediction at every token sampled by the student.
 
-batch plan -> teacher's log-probabilities -> minibatches -> updates (of the sampled tokens alone), or
+batch plan -> teacher's logprobs -> minibatches -> updates (of the sampled tokens alone), or
 batch plan -> minibatches -> teacher's states -> updates (over the whole vocabulary)
 """
 
@@ -25,7 +25,10 @@ from rlhf.types import BatchPlan
 
 
 class DistillationLearning:
-    """All responses are learnt from. Rewards, if there are any, are measured, or added to the teacher's advantages."""
+    """Trains on all responses.
+
+    Rewards, if there are any, are only measured or are added to the teacher's advantages.
+    """
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -40,7 +43,7 @@ class DistillationLearning:
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """The arrows of the module's docstring."""
+        """Run the stages listed in the module's docstring."""
         config, record, policy = self.config, self.record, self.roles.policy
         groups = for_training(groups, config.rewards)
         rollouts = [scored.group.rollouts for scored in groups]
@@ -61,14 +64,14 @@ class DistillationLearning:
         return Signals(trained=trained, teacher_logprobs=means)
 
     def state(self) -> Mapping[str, Any]:
-        """Nothing: the teacher stays what it is."""
+        """Return an empty mapping, since the teacher never changes."""
         return {}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """There is nothing to take up."""
+        """Do nothing: no state is stored."""
 
     def _plan(self, groups: Sequence[ScoredGroup], step: int) -> BatchPlan:
-        """The step's minibatches; in place of scores stands what these add to the advantages of a response's tokens."""
+        """Return the step's minibatches. Their scores are the terms added to the advantages of a response's tokens."""
         plan = plan_batch(
             groups,
             step=step,
@@ -87,7 +90,7 @@ class DistillationLearning:
         return replace(plan, scores=dict(zip(ids, added.tolist(), strict=True)))
 
     async def _mean_logprobs(self, rollouts: Sequence[Any]) -> Mapping[int, float]:
-        """What the samples file says of responses."""
+        """Return the teacher's mean logprob of each response, by sequence id, for the samples file."""
         if not rollouts:
             return {}
         return await self.teacher.mean_logprobs(
@@ -99,8 +102,10 @@ class DistillationLearning:
             self.record.add(await self.roles.policy.update(minibatch, states))
 
     async def _update_all(self, order: Sequence[int], plan: BatchPlan, groups: Sequence[ScoredGroup]) -> None:
-        """Updates by states, asked for one minibatch at a time since they are large. A teacher with hardware of its own
-        is meanwhile asked for the next one's."""
+        """Update from the teacher's states, requested for one minibatch at a time because they are large.
+
+        A teacher with separate hardware computes the next minibatch during an update.
+        """
         answered = [scored.group for scored in groups]
 
         async def states_of(minibatch: int) -> StatesByRank:

@@ -1,8 +1,8 @@
-"""Learning by pairs: of a prompt's responses, one is preferred to another (online and iterative DPO).
+"""Learn from pairs: one of a prompt's responses is preferred to another (online and iterative DPO).
 
     pairs -> reference logprobs -> minibatches -> updates
 
-A group whose responses all scored alike has no pair. What is not in a pair is not computed on.
+A group whose responses all have the same score has no pair. Responses outside of pairs are not computed on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pair = tuple[RolloutInfo, RolloutInfo]  # chosen and rejected
 
 
 class PairLearning:
-    """One pair a prompt at most."""
+    """Trains on at most one pair per prompt."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         assert config.rollouts is not None
@@ -40,7 +40,7 @@ class PairLearning:
         self.num_minibatches = config.rollouts.prompts_per_step // config.train.sequences_per_update
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """The arrows of the module's docstring. Without a pair there is no optimizer step: the weights stay."""
+        """Run the stages listed in the module's docstring. Without a pair, the step makes no update."""
         record, config = self.record, self.config
         groups = for_training(groups, config.rewards)
         found = [(scored, pair) for scored in groups if (pair := self._pair(scored)) is not None]
@@ -63,15 +63,15 @@ class PairLearning:
         return Signals(trained=frozenset(preferred), preferred=preferred)
 
     def state(self) -> Mapping[str, Any]:
-        """Which reference it is."""
+        """Return the step of the reference."""
         return self.following.state()
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Give the reference back what it was."""
+        """Restore the reference of the checkpoint."""
         await self.following.restore(state, step)
 
     async def _prepare(self, found: Sequence[tuple[ScoredGroup, Pair]], step: int) -> int:
-        """Give the policy the pairs with what the reference says of them. Returns the number of minibatches."""
+        """Give the policy the pairs and their reference logprobs. Returns the number of minibatches."""
         pairs, policy, reference = [pair for _, pair in found], self.roles.policy, self.roles.reference
         plan = plan_pairs(
             pairs,

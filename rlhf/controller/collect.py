@@ -1,11 +1,11 @@
-"""Collecting a step's batch: which prompts are asked, whose groups are trained on, and what becomes of the others.
+"""Collect a step's batch: choose prompts, and keep, drop or filter their groups.
 
     prompts -> requests -> rollouts -> scored groups -> a whole batch, in the order of its prompts
 
-Prompts are asked in rounds until the batch is whole. A group whose reward failed, or that teaches nothing
-(rollouts.dynamic_sampling), is left out, and the next round asks another prompt in its place. With rollouts.oversample
-a round asks more than are needed, and the prompts that were not among the first to be answered come first in the next.
-Like the loop, this sees scalars, ids and references.
+Prompts are requested in rounds until the batch is whole. A group with a failed reward is dropped, and a group without a
+learning signal is filtered (rollouts.dynamic_sampling). The next round requests another prompt in its place. With
+rollouts.oversample, a round requests more prompts than needed; the unfinished ones come first in the next step. Like
+the loop, this module sees only scalars, ids and references.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
 
 
 def is_within(mean: float, rule: DynamicSampling) -> bool:
-    """Whether a group's mean score is within the rule's bounds."""
+    """Return whether a group's mean score is within the rule's bounds."""
     above = rule.min_mean is None or mean >= rule.min_mean
     below = rule.max_mean is None or mean <= rule.max_mean
     return above and below
@@ -45,7 +45,7 @@ def is_within(mean: float, rule: DynamicSampling) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """A step's whole batch."""
+    """A step's whole batch of groups."""
 
     groups: list[ScoredGroup]  # in plan order
     sampled_tokens: int  # of all responses, those of groups that were left out too
@@ -53,7 +53,7 @@ class Collected:
 
 @dataclass(slots=True)
 class _Batch:
-    """A step's groups so far, by what becomes of them. Only of those in `kept` the tokens are held on to."""
+    """The groups collected so far, by outcome. Only groups in `kept` hold references to their tokens."""
 
     kept: list[ScoredGroup] = field(default_factory=list)
     filtered: list[ScoredGroup] = field(default_factory=list)
@@ -66,12 +66,12 @@ class _Batch:
 
     @property
     def measured(self) -> list[ScoredGroup]:
-        """All that have a score, in plan order."""
+        """Return all groups with a score, in plan order."""
         return sorted(self.kept + self.filtered, key=lambda scored: scored.group.request.group_id)
 
 
 class Collector:
-    """The run's prompts in the order in which they are asked. Its state is that between two steps."""
+    """Requests the run's prompts in order. Its state is only consistent between two steps."""
 
     def __init__(
         self, config: Config, prompts: Stream[Prompt], answers: Answers, record: RunRecord, sampling: Sampling
@@ -94,7 +94,7 @@ class Collector:
         self.recent_drops: deque[bool] = deque(maxlen=asked_last)  # of the groups asked last: whether each was dropped
 
     async def collect(self, step: int) -> Collected:
-        """A whole batch, answered by version step - 1 of the weights. RunError if a bound is reached."""
+        """Return a whole batch, sampled by version step - 1 of the weights. Raise RunError if a bound is reached."""
         batch = _Batch()
         self.num_passed_over = 0
         count = self.rollouts.prompts_per_step
@@ -118,7 +118,7 @@ class Collector:
         return Collected(groups=batch.kept, sampled_tokens=tokens)
 
     async def _round(self, batch: _Batch, needed: int, step: int) -> list[ScoredGroup]:
-        """Ask prompts; the groups that are answered, in plan order."""
+        """Request prompts and return the answered groups in plan order."""
         turns = self._next(prompts_at_once(needed, self.rollouts))
         requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
         batch.num_asked += len(requests)
@@ -133,7 +133,7 @@ class Collector:
     async def _first(
         self, turns: Sequence[Turn], requests: Sequence[GroupRequest], needed: int, step: int
     ) -> list[ScoredGroup]:
-        """So many groups that can be trained on, with the others that came before them. What did not come waits."""
+        """Return `needed` trainable groups and all groups finished before them. Unfinished prompts go to `waiting`."""
         rule, left = self.rollouts.dynamic_sampling, needed
 
         def is_enough(scored: ScoredGroup) -> bool:
@@ -151,7 +151,7 @@ class Collector:
         return found
 
     def _teaches(self, scored: ScoredGroup) -> bool:
-        """Whether the group is trained on: the algorithm learns from it, and its mean score is within the bounds."""
+        """Return whether the group is trained on: its scores carry a signal, and their mean is within the bounds."""
         rule = self.rollouts.dynamic_sampling
         if rule is None:
             return True
@@ -161,7 +161,10 @@ class Collector:
         return not is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
     def _next(self, count: int) -> list[Turn]:
-        """The next prompts: those that wait, then the stream's, less what the curriculum passes over."""
+        """Return the next prompts: first the waiting ones, then the stream's.
+
+        The curriculum may skip some of the stream.
+        """
         turns, self.waiting = self.waiting[:count], self.waiting[count:]
         while len(turns) < count:
             ((epoch, prompt),) = self.prompts.next(1)
@@ -172,7 +175,7 @@ class Collector:
         return turns
 
     def _request(self, turn: Turn, place: int) -> GroupRequest:
-        """place: of the prompt among those asked in its step."""
+        """Return the request of a prompt. `place` counts the prompts requested in its step."""
         epoch, prompt = turn
         samples = self.rollouts.samples_per_prompt
         group = request_for(
@@ -188,7 +191,7 @@ class Collector:
         return group
 
     def _refuse_dropped(self, scored: ScoredGroup, step: int) -> None:
-        """RunError if the failure ends the run by its rule, or if too many groups were dropped."""
+        """Raise RunError if the failure ends the run by its rule, or if too many groups were dropped."""
         policy, window = self.config.reward_policy, self.recent_drops.maxlen
         assert window is not None
         rules = error_rules(self.config.rewards)
@@ -211,7 +214,7 @@ class Collector:
         raise RunError(f"rewards, step {step}: {describe(scored.scores.errors)}. {fix}")
 
     def _refuse_filtered(self, batch: _Batch, step: int) -> None:
-        """RunError if too many groups were filtered for a batch that is still not whole."""
+        """Raise RunError if too many groups were filtered while the batch is still incomplete."""
         rule, count = self.rollouts.dynamic_sampling, self.rollouts.prompts_per_step
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
             return
@@ -233,7 +236,7 @@ class Collector:
         )
 
     def _metrics(self, batch: _Batch) -> Mapping[str, Reduction]:
-        """Of what was not trained on. The batch's own are those of rlhf.controller.sampling."""
+        """Return the metrics of untrained groups. rlhf.controller.sampling has the metrics of the batch."""
         tokens = sum(info.num_tokens for info in _infos(batch.left_out))
         found: dict[str, Reduction] = {
             "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),
@@ -261,7 +264,7 @@ class Collector:
         return found
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the position in the prompts for a checkpoint."""
         return {
             "cursor": asdict(self.prompts.state()),
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.waiting],
@@ -271,7 +274,7 @@ class Collector:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """From the checkpoint. A curriculum that it knows nothing of begins anew."""
+        """Restore the position from a checkpoint. A curriculum without stored state starts afresh."""
         self.prompts.restore(Cursor(**state["cursor"]))
         self.waiting = [(epoch, self.prompts.at(prompt_id)) for epoch, prompt_id in state["waiting"]]
         self.next_group = state["next_group"]

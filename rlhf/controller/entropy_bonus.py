@@ -1,4 +1,4 @@
-"""The coefficient of the entropy bonus from step to step. It knows scalars alone; the loss is elsewhere."""
+"""Adapt the coefficient of the entropy bonus from step to step, from scalars alone. The loss is in rlhf.algorithms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.objectives.entropy import adaptive_entropy_coef
 
 
 class EntropyBonus:
-    """`in_force` is what the next step's losses weigh the entropy by. `entropy` is the last that was measured."""
+    """`in_force` is the entropy coefficient of the next step's losses. `entropy` is the last measured value."""
 
     def __init__(self, config: EntropyConfig) -> None:
         self.adaptive = config.adaptive
@@ -18,13 +18,13 @@ class EntropyBonus:
 
     @property
     def in_force(self) -> float:
-        """The coefficient; 0 while an adaptive one's entropy is above its target."""
+        """Return the coefficient. An adaptive one is 0 while the entropy is above its target."""
         if self.adaptive is not None and self.entropy is not None and self.entropy > self.adaptive.target:
             return 0.0
         return self.coef
 
     def adapt(self, entropy: float | None) -> None:
-        """Take a step's measured entropy in; None: the policy was not trained in it."""
+        """Adapt to a step's measured entropy; None if the step did not train the policy."""
         if self.adaptive is None or entropy is None:
             return
         self.entropy = entropy
@@ -37,11 +37,11 @@ class EntropyBonus:
         )
 
     def state(self) -> Mapping[str, float | None]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"coef": self.coef, "measured": self.entropy}
 
     def restore(self, state: Mapping[str, float | None]) -> None:
-        """From one."""
+        """Restore the state of a checkpoint."""
         coef = state["coef"]
         assert coef is not None
         self.coef, self.entropy = coef, state["measured"]

@@ -1,4 +1,4 @@
-"""Scores of held-out prompts under the current weights, with intervals and by source, and what a teacher says."""
+"""Score held-out prompts under the current weights, with intervals and by source, and compare them with a teacher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlhf.types import Prompt, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSet:
-    """Held-out prompts. `sources`: by prompt id where each comes from, of a set that is split so."""
+    """Held-out prompts. `sources` maps prompt ids to their source, if the set is split by source."""
 
     prompts: tuple[Prompt, ...]
     sources: Mapping[int, str]
@@ -44,10 +44,10 @@ async def evaluate(
     *,
     step: int,
 ) -> dict[str, list[ScoredGroup]]:
-    """Answer and score every set by the weights of a step. Returns what could be scored of each.
+    """Answer and score every set with the weights of a step. Returns the scored groups of each set.
 
-    The values stand in its row, the whole with its intervals in evals/, the responses in its samples. RunError if a
-    reward failed whose `on_error` is fail, or if a set has no score at all.
+    Writes the values to the step's row, intervals to evals/, and responses to the samples. Raises RunError if a reward
+    with `on_error: fail` failed, or if a set has no score at all.
     """
     assert config.rollouts is not None
     settings = config.eval
@@ -114,9 +114,9 @@ async def evaluate(
 async def compare_with_teacher(
     answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
 ) -> None:
-    """How much likelier each set's responses are to the student than to its teacher, a token.
+    """Record how much likelier each response is under the student than under its teacher, per token.
 
-    Greedy responses are held against both at temperature 1, since the engine says of them what they are there.
+    Greedy responses are compared at temperature 1, because the engine reports their logprobs at temperature 1.
     """
     settings = config.eval
     with record.stage("teacher", role="teacher"):
@@ -133,7 +133,7 @@ async def compare_with_teacher(
 
 
 async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: RewardRole) -> list[PromptScores]:
-    """Scores with the answers by which responses vote, where they do."""
+    """Return the scores, with the extracted answers if the responses vote."""
     form = marking.answers if marking.pass_score is not None else None
     votes: list[tuple[str | None, ...] | None] = [None] * len(groups)
     if form is not None:

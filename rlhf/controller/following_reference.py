@@ -1,9 +1,9 @@
-"""The reference of an online run, which may become the policy every so many steps (sync_ref_model in TRL).
+"""Renew the reference of an online run from the policy every few steps (sync_ref_model in TRL).
 
     policy -> model folder in references/ -> reference
 
-It goes through a folder so that a resumed run has the reference of its checkpoint. A folder stays while a checkpoint
-needs it.
+The weights go through a folder, so a resumed run has the reference of its checkpoint. A folder is kept as long as a
+checkpoint needs it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from rlhf.controller.record import RunRecord
 
 
 class FollowingReference:
-    """`step` is the step after which the reference last became the policy; 0: it is the model before training."""
+    """Renews the reference. `step` is the step of the last renewal; 0 means the model before training."""
 
     def __init__(self, every: int | None, roles: OnlineRoles, record: RunRecord) -> None:
-        """every: steps between two renewals; None: the reference stays as it is."""
+        """Keep the roles. `every` is the number of steps between two renewals; None keeps the first reference."""
         self.every = every
         self.roles = roles
         self.record = record
         self.step = 0
 
     async def renew(self, step: int) -> None:
-        """Let the reference become the policy as it is after this step, if it is time."""
+        """Replace the reference by the policy after this step, if a renewal is due."""
         if self.every is None or step % self.every:
             return
         folder = self.record.folder
@@ -38,11 +38,11 @@ class FollowingReference:
         self.step = step
 
     def state(self) -> Mapping[str, Any]:
-        """Return what a checkpoint must hold."""
+        """Return the step of the reference for a checkpoint."""
         return {"reference_step": self.step}
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Give the reference back what it was in the checkpoint of a step. UserError: its folder is damaged."""
+        """Restore the reference of a step's checkpoint. Raise UserError if its folder is damaged."""
         self.step = state["reference_step"]
         if self.step:
             self.record.folder.refuse_damaged_reference(self.step, checkpoint=step)

@@ -1,7 +1,7 @@
-"""Whether the configured correction of the sampler's mismatch ever acts: one warning if it seems that it never will.
+"""Warn once if the configured correction of the sampler's mismatch seems never to act.
 
-Reads the rows of the first steps alone. On one CPU in float32, engine and trainer agree to rounding, and no bound on
-their ratio is ever met.
+Reads only the rows of the first steps. On one CPU in float32, engine and trainer agree to rounding, and no bound on
+their ratio is ever reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEGLIGIBLE = 1e-3  # nats; the presets' tightest bound is a mean of that over a 
 
 
 class IdleCorrection:
-    """Counts tokens that a correction, or the clip that it feeds, has touched."""
+    """Counts the tokens changed by a correction, or by the clip after it."""
 
     def __init__(self, config: OnlineConfig, *, updates_per_step: int) -> None:
         correction = config.correction
@@ -35,11 +35,11 @@ class IdleCorrection:
 
     @property
     def watches(self) -> bool:
-        """Whether there is still something to be found out."""
+        """Return whether more steps must be observed."""
         return self.steps_left > 0
 
     def see(self, row: Mapping[str, float]) -> None:
-        """A step's metrics; those of a step that did not train the policy tell nothing."""
+        """Observe a step's metrics. Steps without a policy update do not count."""
         difference = row.get("experience/rollout_logprob_diff/max")
         if not self.watches or difference is None or self.acts[0] not in row:
             return

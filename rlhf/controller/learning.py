@@ -1,8 +1,8 @@
-"""How a step's responses become updates of the policy: by their advantages, by pairs of them, or by a teacher.
+"""Define how a step's responses become policy updates: by advantages, by pairs, or by a teacher.
 
     scored groups -> plan -> experience -> updates
 
-The loop that collects them is rlhf.controller.online. Like it, this computes on scalars alone.
+rlhf.controller.online collects the groups. Like it, this module computes on scalars alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.roles import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineRoles:
-    """Who takes part. None: the run has no such role."""
+    """The roles of an online run. None: the run has no such role."""
 
     policy: PolicyRole
     rollout: RolloutRole
@@ -37,7 +37,7 @@ class OnlineRoles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What training made of a step's responses, by sequence id where it made anything of one."""
+    """Training signals of a step's responses, by sequence id. Untrained responses are absent."""
 
     trained: frozenset[int] = frozenset()  # of whose tokens the policy knows more
     reports: Mapping[int, SequenceReport] = field(default_factory=dict)
@@ -47,16 +47,16 @@ class Signals:
 
 
 class Learning(Protocol):
-    """One way. Its metrics go to the run's record."""
+    """One learning method, such as advantages or pairs. Its metrics go to the run's record."""
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups have the scores that are reported."""
+        """Make all optimizer steps of a step. The groups carry the reported scores."""
         ...
 
     def state(self) -> Mapping[str, Any]:
-        """What of it a checkpoint must hold besides the trained roles' own."""
+        """Return the state for a checkpoint. The trained roles save theirs separately."""
         ...
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from the checkpoint of a step."""
+        """Restore the state of a step's checkpoint."""
         ...

@@ -1,6 +1,6 @@
-"""The notice that a run is to end soon: its loop keeps what is done, and ends by itself.
+"""Tell a loop to end soon: it saves its finished work and returns by itself.
 
-Who gives it, and how long the loop may take, is not known here.
+The module knows neither the sender of the notice nor the time limit of the loop.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ T = TypeVar("T")
 
 
 class Notice:
-    """Given once, in the loop's own thread; never taken back."""
+    """A flag set once, in the thread of the loop, and never cleared."""
 
     def __init__(self) -> None:
         self._given = asyncio.Event()
 
     @property
     def is_given(self) -> bool:
-        """Whether the run is to end."""
+        """Return whether the run is to end."""
         return self._given.is_set()
 
     def give(self) -> None:
-        """The run is to end."""
+        """Set the flag and wake the waiting loop."""
         self._given.set()
 
     async def unless_given(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The result of work that is of use later though it is cut off; None, with the work cancelled, if it is."""
+        """Return the result of the work, or None if the notice comes first.
+
+        The work is then cancelled, so it must be resumable.
+        """
         done, told = asyncio.ensure_future(work), asyncio.ensure_future(self._given.wait())
         try:
             await asyncio.wait({done, told}, return_when=asyncio.FIRST_COMPLETED)

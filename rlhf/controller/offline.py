@@ -1,10 +1,10 @@
-"""The loop of training on fixed data: examples, pairs of responses, or responses with labels.
+"""Train on fixed data: examples, pairs of responses, or responses with labels.
 
     rows -> reference logprobs or teacher's states -> minibatches -> update
 
-The data sets are handed to the trained role once, as columns; a step names rows. As online, a checkpoint is written
-aside, its row is logged, and only then is it made valid. A notice that the run is to end makes the step at work its
-last.
+The trained role gets the data sets once, as columns, and a step names rows. A step is kept in the order of the online
+loop: the checkpoint is written aside, its row is logged, and then the checkpoint becomes valid. A notice to end makes
+the current step the last one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REFERENCE_MICROBATCHES = 64  # of each rank, in one call
 
 
 class DataRow(Protocol):
-    """What the loop reads of a row."""
+    """The attributes of a data row read by the loop."""
 
     @property
     def example_id(self) -> int: ...
@@ -47,13 +47,13 @@ class DataRow(Protocol):
 
     @property
     def num_learnt(self) -> int:
-        """Tokens that a mean over tokens counts."""
+        """Count the tokens in the loss mask, the denominator of a mean over tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one optimizer step."""
+    """The rows of one optimizer step."""
 
     plan: MinibatchPlan
     states: StatesByRank  # what the teacher says of them; empty: there is none
@@ -62,7 +62,7 @@ class Batch:
 
 
 class OfflineController:
-    """One run. `step` is the last step that is done; a step is one optimizer step."""
+    """Runs the training loop. `step` is the last finished step; a step is one optimizer step."""
 
     def __init__(
         self,
@@ -93,8 +93,10 @@ class OfflineController:
         self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
-        Continues from `step` if a checkpoint has been restored."""
+        """Train until the last step, or until step `until`, and write a checkpoint there.
+
+        Returns whether the run is over. Continues from `step` if a checkpoint has been restored.
+        """
         train, record = self.config.train, self.record
         end = train.num_steps if until is None else until
         arithmetic = await self.role.arithmetic()
@@ -140,7 +142,7 @@ class OfflineController:
         return True
 
     async def _update(self, *, last: bool) -> None:
-        """One optimizer step. A teacher with hardware of its own is meanwhile asked for the next one's rows."""
+        """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
         batch = self.next_batch or await self._take_batch()
 
         async def update() -> None:
@@ -160,21 +162,21 @@ class OfflineController:
         return Batch(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """What the teacher says of the named rows of a data set."""
+        """Return the teacher's states for the planned rows of a data set."""
         if self.teacher is None:
             return ()
         with self.record.stage("teacher", role="teacher"):
             return await self.teacher.states(dataset, plan)
 
     async def _take_best(self) -> None:
-        """After an early stop, the weights of the best checkpoint: for the export."""
+        """After an early stop, load the weights of the best checkpoint for the export."""
         best = self.best.step
         if self.config.train.early_stopping is not None and best is not None and best != self.step:
             logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
             await self.role.load(self.record.folder.checkpoint(best) / "policy")
 
     async def provide_reference(self) -> None:
-        """Have the role know what the policy said before training. Called before `restore`."""
+        """Give the role the logprobs of the policy before training. Must be called before `restore`."""
         await provide_reference(
             self.role,
             [self.train_set, *self.eval_sets.values()],
@@ -185,7 +187,7 @@ class OfflineController:
         )
 
     def _plan(self, rows: Sequence[DataRow]) -> MinibatchPlan:
-        """Rows to ranks, by equal work."""
+        """Distribute rows over the ranks by equal work."""
         lengths = [len(row.token_ids) for row in rows]
         return MinibatchPlan(
             sequences_by_rank=tuple(
@@ -196,7 +198,7 @@ class OfflineController:
         )
 
     async def _evaluate(self) -> None:
-        """Loss and accuracy on the held-out sets, in pieces of one optimizer step's size."""
+        """Measure loss and accuracy on the held-out sets, in chunks of one optimizer step's size."""
         size = self.config.train.sequences_per_update
         with self.record.stage("eval", role="policy"):
             for index, (name, rows) in enumerate(self.eval_sets.items(), start=1):
@@ -208,7 +210,7 @@ class OfflineController:
                 self.record.add(merge(parts))
 
     async def _checkpoint(self, *, is_best: bool) -> None:
-        """Write the checkpoint aside, log the step, make the checkpoint valid."""
+        """Write the checkpoint aside, log the step, and make the checkpoint valid."""
         folder = self.record.folder
         with self.record.stage("checkpoint"):
             aside = folder.begin_checkpoint(self.step)
@@ -231,7 +233,7 @@ class OfflineController:
         }
 
     async def restore(self, step: int) -> None:
-        """Continue from the checkpoint of a step."""
+        """Restore the checkpoint of a step."""
         state = self.record.read_state(step)
         self.cursor = Cursor(**state["cursor"])
         self.rows.restore(self.cursor)

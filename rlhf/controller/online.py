@@ -1,12 +1,12 @@
-"""The loop of training on rollouts.
+"""Train on rollouts.
 
     prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
 
-Version v of the weights is what v steps of training have made. Step s answers its prompts with version s - 1 (rollouts
-and training take turns), trains, and syncs version s to the engines before it ends. A step is kept in this order: its
-checkpoint is written aside, its row is logged, the checkpoint is made valid; so a checkpoint always has its row.
-A notice that the run is to end puts a step's rollouts aside, whose finished ones a resumed run takes up, and keeps the
-step before; a later stage is finished first.
+Version v of the weights is the result of v training steps. Step s samples its responses with version s - 1 (rollouts
+and training alternate), trains, and syncs version s to the engines before it ends. A step is kept in this order: its
+checkpoint is written aside, its row is logged, the checkpoint becomes valid. So a checkpoint always has its row. A
+notice to end during the rollouts stores the finished ones for a resumed run and keeps the previous step. A later stage
+is finished first.
 
 The loop sees scalars, ids and references. It computes nothing on tokens and knows nothing of Ray.
 """
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class OnlineController:
-    """One run. `step` is the last step that is done."""
+    """Runs the training loop. `step` is the last finished step."""
 
     def __init__(
         self,
@@ -101,8 +101,10 @@ class OnlineController:
         self.sharing = shares_engines_gpus(config)
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Train until the last step, or stop after step `until`, with a checkpoint of it; whether the run is over.
-        Continues from `step` if a checkpoint has been restored."""
+        """Train until the last step, or until step `until`, and write a checkpoint there.
+
+        Returns whether the run is over. Continues from `step` if a checkpoint has been restored.
+        """
         train, record = self.config.train, self.record
         end = train.num_steps if until is None else until
         record.begin_step(self.step)
@@ -142,7 +144,7 @@ class OnlineController:
         return True
 
     async def _train_step(self, step: int) -> None:
-        """The arrows of the module's first line."""
+        """Run the stages listed in the module's docstring."""
         roles, record = self.roles, self.record
         with record.stage("rollouts", role="rollout"):
             batch = await self._collect(step)
@@ -160,7 +162,7 @@ class OnlineController:
             await roles.reward.write_samples(samples_path(record.folder.own, step), chosen, columns)
 
     async def _collect(self, step: int) -> Collected:
-        """The step's batch. Preempted, with the step before kept, if the run is to end."""
+        """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""
         if self.sharing:  # the policy, on the engines' GPUs, could not be saved while they answer
             return await self.collector.collect(step)
         batch = await self.notice.unless_given(self.collector.collect(step))
@@ -172,7 +174,7 @@ class OnlineController:
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _sync(self, version: int) -> None:
-        """Weights to the engines, proven; then the engines have the GPU."""
+        """Sync the weights to the engines, verify them, and hand the GPU to the engines."""
         roles, record = self.roles, self.record
         if self.sharing:  # engines map memory that torch's allocator must not keep: all leave that are not needed
             await self._offload("critic", "reference", "teacher")
@@ -198,20 +200,20 @@ class OnlineController:
         )
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
-        """Where they share GPUs: the engines sleep, and these roles take their states back."""
+        """On shared GPUs, put the engines to sleep and reload the named roles."""
         if self.sharing:
             await self.roles.rollout.sleep(keep_weights=keep_weights)
             await asyncio.gather(*(guest.reload() for guest in self._guests(names)))
 
     async def _to_engines(self) -> None:
-        """The policy leaves the GPUs that already hold the engines' new weights, whose caches take what is free."""
+        """Offload the policy once the engines have the new weights, and let the engines allocate their caches."""
         if self.sharing:
             await self._offload("policy")
             await self.roles.rollout.wake("cache")
 
     @asynccontextmanager
     async def _trainers_turn(self, *names: Role) -> AsyncIterator[None]:
-        """Have these roles on the GPUs that they share with engines, which sleep meanwhile and keep their weights."""
+        """Load the named roles on shared GPUs for the block. The engines sleep meanwhile and keep their weights."""
         if not self.sharing.intersection(names):
             yield
             return
@@ -225,7 +227,7 @@ class OnlineController:
         await asyncio.gather(*(guest.offload() for guest in self._guests(names)))
 
     def _guests(self, names: Sequence[Role]) -> list[GpuGuest]:
-        """Return those of the roles that share GPUs with the engines."""
+        """Return the named roles that share GPUs with the engines."""
         return [getattr(self.roles, name) for name in names if name in self.sharing]
 
     async def _evaluate(self, step: int) -> None:
@@ -237,7 +239,7 @@ class OnlineController:
             await self._compare(answered, roles.teacher)
 
     async def _compare(self, answered: Mapping[str, Sequence[ScoredGroup]], teacher: OnlineTeacherRole) -> None:
-        """Compare with what the teacher says of held-out responses."""
+        """Compare the held-out responses with the teacher's predictions."""
         async with self._trainers_turn("teacher"):
             await compare_with_teacher(answered, self.config, teacher, self.record)
 
@@ -274,7 +276,7 @@ class OnlineController:
         )
 
     async def _checkpoint(self, *, is_best: bool) -> None:
-        """Write the checkpoint aside, log the step, make the checkpoint valid."""
+        """Write the checkpoint aside, log the step, and make the checkpoint valid."""
         with self.record.stage("checkpoint"):
             async with self._trainers_turn("policy", "critic"):
                 await self._save_aside(self._state())
@@ -308,7 +310,7 @@ class OnlineController:
         }
 
     async def restore(self, step: int) -> None:
-        """Continue from the checkpoint of a step."""
+        """Restore the checkpoint of a step."""
         state = self.record.read_state(step)
         folder = self.record.folder.checkpoint(step)
         self.collector.restore(state)
@@ -322,7 +324,7 @@ class OnlineController:
 
 
 def _learning(config: Config, roles: OnlineRoles, record: RunRecord) -> Learning:
-    """The algorithm's way from responses to updates."""
+    """Return the learning method of the configured algorithm."""
     if distils_rollouts(config):
         return DistillationLearning(config, roles, record)
     return (PairLearning if pairs_rollouts(config) else AdvantageLearning)(config, roles, record)

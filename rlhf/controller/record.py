@@ -1,4 +1,4 @@
-"""What both loops write down of a run: stage times, the step's row, checkpoints, the best one."""
+"""Record a run for both loops: stage times, the step's row, checkpoints, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STATE_FILE = "controller.json"
 
 @dataclass(slots=True)
 class RunRecord:
-    """The run folder and its views, with the metrics of the step at work."""
+    """The run folder and its views, with the metrics of the current step."""
 
     folder: RunFolder
     tracker: Tracker
@@ -47,14 +47,14 @@ class RunRecord:
     began: float = 0.0
 
     def begin_step(self, step: int) -> None:
-        """Forget the last step's metrics and start the clock of this one. Step 0 is the evaluation before training."""
+        """Clear the last step's metrics and restart the clock. Step 0 is the evaluation before training."""
         set_step(step)
         self.progress.begin(step)
         self.parts = []
         self.began = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
-        """Metrics of the step at work."""
+        """Add metrics to the current step."""
         self.parts.append(metrics)
 
     @contextmanager
@@ -67,23 +67,23 @@ class RunRecord:
         self.add({f"time/{name}_s": Sum(total=time.perf_counter() - began)})
 
     def memory(self, role: str, report: MemoryReport) -> None:
-        """A role's peaks."""
+        """Add the memory peaks of a role."""
         found: dict[str, Reduction] = {f"memory/{role}_rss_gib": Max(value=report.rss_gib)}
         if report.gpu_gib is not None:
             found[f"memory/{role}_gpu_gib"] = Max(value=report.gpu_gib)
         self.add(found)
 
     async def system(self) -> None:
-        """What the nodes are busy with."""
+        """Add the `system/*` metrics of the nodes."""
         if self.nodes is not None:
             self.add(await self.nodes.use())
 
     def row(self) -> dict[str, float]:
-        """The step's numbers so far."""
+        """Return the metrics of the current step so far."""
         return results(merge(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
-        """Log the step. RunError, before anything is kept of it, if its loss is not finite."""
+        """Log the step. Raise RunError if its loss is not finite, before anything of it is kept."""
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
             raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
@@ -94,9 +94,10 @@ class RunRecord:
             self.progress.finding(one)
 
     async def prune(self, keep: int) -> None:
-        """Remove all but the newest checkpoints, and have the mirror become what the folder is now.
+        """Remove all but the newest checkpoints, and start the upload to the mirror.
 
-        An upload that still goes on is waited for, since it reads the checkpoints; if it hangs, none is removed.
+        First waits for an upload in progress, since it reads the checkpoints. If the upload hangs, no checkpoint is
+        removed.
         """
         if self.mirror is None:
             self.folder.prune(keep)
@@ -110,13 +111,13 @@ class RunRecord:
             self.mirror.begin(keep)
 
     def commit_checkpoint(self, step: int) -> None:
-        """Make the begun checkpoint valid, and tell the back ends."""
+        """Make the begun checkpoint valid, and notify the tracker's back ends."""
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
     def failed(self, error: Exception) -> None:
-        """Write the error that ends the run to errors.jsonl, and its traceback to traceback.txt.
+        """Write the run's fatal error to errors.jsonl, and its traceback to traceback.txt.
 
-        What is half written goes first: it may fill the disk.
+        Incomplete checkpoints are removed first, because they may fill the disk.
         """
         self.folder.discard_begun()
         self.tracker.log_error(
@@ -126,13 +127,13 @@ class RunRecord:
         write_atomic(self.folder.path / "traceback.txt", redact("".join(traceback.format_exception(error))))
 
     def write_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """The controller's own part of a checkpoint."""
+        """Write the controller's state into a checkpoint."""
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
-        """Restore the best evaluation of a checkpoint, and let `best` point at the checkpoint that it names.
+        """Restore the best evaluation of a checkpoint, and point `best` at its checkpoint.
 
-        If that one is gone, which an earlier checkpoint resumed by name can find, there is no best one yet.
+        Resuming from an older checkpoint by name may find it gone. Then the run starts without a best checkpoint.
         """
         best.restore(state)
         if best.step is None:
@@ -144,12 +145,12 @@ class RunRecord:
         best.value = best.step = None
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The controller's part of the checkpoint of a step. UserError if it is not there."""
+        """Return the controller's state in the checkpoint of a step. Raise UserError if it is missing."""
         return read_state(self.folder.checkpoint(step))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The controller's part of a checkpoint. UserError if it is not there."""
+    """Return the controller's state in a checkpoint. Raise UserError if it is missing."""
     path = checkpoint / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +165,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Best:
-    """The best evaluation so far, and for how long there has been no better one."""
+    """The best evaluation so far, and the number of evaluations since."""
 
     metric: str  # name; lower_is_better turns its sense
     lower_is_better: bool
@@ -175,7 +176,7 @@ class Best:
 
     @classmethod
     def of(cls, train: TrainConfig, default: str, *, default_lower: bool) -> Best:
-        """By the configured metric (a leading - means lower is better), or the run's usual one."""
+        """Create the tracker of the configured metric (a leading - means lower is better), or of the default."""
         setting = train.best_metric
         return cls(
             metric=default if setting is None else setting.removeprefix("-"),
@@ -184,7 +185,10 @@ class Best:
         )
 
     def improves(self, row: Mapping[str, float], step: int) -> bool:
-        """Whether this step's row is the best so far; remembers it then. UserError if the metric is not in it."""
+        """Return whether this step's row is the best so far, and remember it then.
+
+        Raise UserError if it lacks the metric.
+        """
         if self.metric not in row:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
@@ -204,13 +208,13 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has waited long enough for a better one."""
+        """Return whether the patience of early stopping is exhausted."""
         return self.stopping is not None and self.stale >= self.stopping.patience
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for a checkpoint."""
         return {"value": self.value, "step": self.step, "stale": self.stale}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the state of a checkpoint."""
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]

@@ -1,8 +1,8 @@
-"""The reference's log-probabilities of fixed data: taken from disk, or computed once before the first step.
+"""Provide reference logprobs of fixed data: read from disk, or computed once before the first step.
 
     data sets -> reference logprobs -> disk
 
-The reference is the policy before training, so the policy's own ranks compute them, before a checkpoint is restored.
+The reference is the policy before training. Its ranks compute the logprobs before a checkpoint is restored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ async def provide_reference(
     plan: Callable[[Sequence[Any]], MinibatchPlan],
     tokens_at_once: int,
 ) -> None:
-    """Give the role the reference's columns for every data set. `plan` deals rows out to the ranks."""
+    """Give the role the reference's columns for every data set. `plan` distributes rows over the ranks."""
     for index, rows in enumerate(sets):
         path = folder / f"{await role.reference_key(index)}.safetensors"
         if path.exists():
@@ -47,7 +47,7 @@ async def provide_reference(
 
 
 def _chunks(rows: Sequence[Any], tokens_at_once: int) -> Iterator[Sequence[Any]]:
-    """Neighbours of about so many tokens: each is one call, with its own deadline."""
+    """Yield adjacent rows with about `tokens_at_once` tokens. Each chunk is one call, with its own deadline."""
     start = size = 0
     for index, row in enumerate(rows):
         size += len(row.token_ids)

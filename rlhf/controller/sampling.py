@@ -1,4 +1,4 @@
-"""Metrics and sample records of scored groups: from scalars alone."""
+"""Compute metrics and sample records of scored groups, from scalars alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.types import RolloutInfo, StepReward
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
-    """`rollouts/*` and `rewards/*` of a batch that is trained on by weights of `version`."""
+    """Return `rollouts/*` and `rewards/*` of a batch trained on by weights of `version`."""
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
     lengths = [float(info.num_response_tokens) for info in infos]
@@ -53,7 +53,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
 
 
 def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepReward, ...]]]:
-    """The same of their steps, of rewards that are credited by them."""
+    """Return the step values of each reward credited by steps, one tuple per response."""
     found: dict[str, list[tuple[StepReward, ...]]] = {}
     for scored in groups:
         for name, responses in scored.scores.steps.items():
@@ -62,7 +62,7 @@ def steps_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[tuple[StepR
 
 
 def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
-    """Return what each reward says of the responses that it applies to; a reward that applies to none is not there."""
+    """Return each reward's values for the responses it applies to. Rewards without such a response are absent."""
     found: dict[str, list[float | None]] = {}
     for scored in groups:
         for name, values in scored.scores.by_name.items():
@@ -71,7 +71,7 @@ def values_by_reward(groups: Sequence[ScoredGroup]) -> dict[str, list[float | No
 
 
 def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
-    """Of conversations with an environment; nothing of single turns."""
+    """Return metrics of conversations with an environment; empty for single turns."""
     if infos[0].environment_reward is None:
         return {}
     turns = [float(info.num_turns) for info in infos]
@@ -83,7 +83,7 @@ def _conversation_metrics(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
 
 
 def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
-    """Of one group's environments, whatever becomes of the group; nothing of single turns."""
+    """Count the environment failures of one group, even if the group is dropped; empty for single turns."""
     kinds = [info.environment_error.kind for info in infos if info.environment_error is not None]
     if not kinds and infos[0].environment_reward is None:
         return {}
@@ -94,14 +94,14 @@ def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
 
 
 def _behind(info: RolloutInfo, steps: Sequence[StepReward]) -> tuple[StepReward, ...]:
-    """Steps whose ends count from the prompt's end, as a sample's tokens do."""
+    """Return the steps with ends counted from the prompt's end, as for a sample's tokens."""
     return tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in steps)
 
 
 def group_samples(
     groups: Sequence[ScoredGroup], signals: Signals, *, split: str, most: int | None
 ) -> list[SampleSelection]:
-    """Records of the first `most` responses (None: all), group by group, without their text."""
+    """Return records of the first `most` responses (None: all), group by group, without their text."""
     selections = []
     left = most
     for scored in groups:

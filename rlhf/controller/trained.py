@@ -1,4 +1,7 @@
-"""What the weights of a checkpoint are, in the keys of the configuration: written with it, compared before a resume."""
+"""Describe the weights of a checkpoint in the keys of the configuration.
+
+It is saved with them and compared on resume.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rlhf.config.schema.root import Config
 
 
 def trained_models(config: Config) -> dict[str, Any]:
-    """Of each trained role the model, the adapter's shape, the dtype, the ranks and how they share the weights."""
+    """Return each trained role's model, adapter shape, dtype, number of ranks and sharding."""
     models: dict[str, PolicyConfig | CriticConfig] = {"policy": config.policy}
     if has_critic(config):
         models["critic"] = critic_model(config)

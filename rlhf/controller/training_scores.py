@@ -1,5 +1,4 @@
-"""The scores that are trained on, where they are others than those that are reported, and what of them is credited by
-steps: from scalars alone."""
+"""Compute training scores, if they differ from the reported ones, and per-step credit, from scalars."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from rlhf.types import StepReward
 
 
 def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> list[ScoredGroup]:
-    """The same groups, their scores made of normalised rewards where the configuration says so."""
+    """Return the groups with scores computed from normalised rewards, if the configuration asks for them."""
     if all(reward.normalize == "none" for reward in rewards.values()):
         return list(groups)
     shares = _shares(rewards)
@@ -34,9 +33,9 @@ def for_training(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConf
 
 
 def by_reward(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]) -> dict[str, list[float | None]]:
-    """Return each reward behind its gate, one value a response of all groups.
+    """Return each reward after its gate, one value per response of all groups.
 
-    It is 0 in a group to which the reward does not apply, and None where the reward has no opinion.
+    The value is 0 in a group outside of the reward's scope, and None if the reward has no opinion.
     """
     shares = _shares(rewards)
     columns: dict[str, list[float | None]] = {name: [] for name in rewards}
@@ -50,10 +49,10 @@ def by_reward(groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig]
 def by_step(
     groups: Sequence[ScoredGroup], rewards: Mapping[str, RewardConfig], terms: Callable[[Tensor], Tensor]
 ) -> tuple[list[ScoredGroup], dict[int, tuple[StepReward, ...]]]:
-    """The groups with what of their scores is not credited by steps; and the steps, by sequence id.
+    """Return the groups without the score credited by steps, and the credited steps by sequence id.
 
-    terms: what the steps of a prompt's responses, by one reward behind its gate, are trained on as. The weight is a
-    factor of that. It is one of a score too, so what is left of it is the sum over the other rewards.
+    `terms` maps the step rewards of a prompt's responses, from one gated reward, to their training values. Each is then
+    multiplied by the reward's weight. The remaining score is the weighted sum over the other rewards.
     """
     shares = _shares(rewards)
     found: dict[int, tuple[StepReward, ...]] = {}
@@ -78,7 +77,7 @@ def by_step(
 def outcomes_of(
     groups: Sequence[ScoredGroup], scores: Sequence[float], rewards: Mapping[str, RewardConfig]
 ) -> SequenceOutcomes:
-    """Return what an algorithm compares of groups of one size. scores: of all responses, in the groups' order."""
+    """Return the outcomes of groups of one size. `scores` covers all responses, in the order of the groups."""
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     infos = [info for scored in groups for info in scored.group.infos]
     columns = by_reward(groups, rewards)
@@ -98,10 +97,9 @@ def outcomes_of(
 
 
 def is_flat(scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
-    """Whether training learns nothing from a group: neither its steps nor what the algorithm compares tell its
-    responses apart.
+    """Return whether a group carries no learning signal: all responses have equal steps and outcomes.
 
-    A run that compares no responses learns from any group. algorithm: None where none weighs responses by advantages.
+    A run without comparisons learns from any group. `algorithm` is None unless it weighs responses by advantages.
     """
     assert config.rollouts is not None
     if not compares_responses(config):

@@ -1,9 +1,11 @@
-"""Weight sync, and the proof that it happened.
+"""Sync the weights to the engines and verify the result.
 
-publish (trainer) -> send and receive, together -> probe. Three checks, each of which stops the run: the engines'
-version is the published one, the checksum of the bytes they read is that of the bytes written (both by the rollout
-role), and trainer and engine give the same log-probabilities to a fixed probe. Where they share a GPU it changes hands
-between the two probes: the trainer's needs its weights there, the engine's its cache.
+publish (trainer) -> send and receive, together -> probe
+
+Three checks can each stop the run. The engines' version must be the published one, and the checksum of the bytes they
+read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
+fixed probe. A shared GPU changes hands between the two probes, because
+the trainer's probe needs its weights there and the engine's probe its cache.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """One proven sync."""
+    """Report of one verified sync."""
 
     version: int
     seconds: float  # without the probe
@@ -41,9 +43,9 @@ async def sync_weights(
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
 ) -> SyncReport:
-    """Bring the policy's weights to the engines and prove it. RunError if the engines have others afterwards.
+    """Send the policy's weights to the engines and verify them. Raise RunError if the engines hold other weights.
 
-    hand_over: called when the policy no longer needs a GPU that it shares.
+    `hand_over` is called when the policy no longer needs a shared GPU.
     """
     began = time.perf_counter()
     manifest = await policy.publish(version)
@@ -63,7 +65,10 @@ async def sync_weights(
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:
-    """Largest |difference|, nats. RunError if the mean difference is beyond what kernels explain, or not finite."""
+    """Return the largest |difference| in nats.
+
+    Raise RunError if the mean exceeds numerical differences or is not finite.
+    """
     diffs = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(diffs) / len(diffs)
     if not mean <= PROBE_TOLERANCE[dtype]:
