@@ -1,7 +1,7 @@
-"""Protocols of the roles, as the controller sees them.
+"""Define the roles of a run as Protocols, for the controller.
 
-A `Ref` is a value that stays where it was made (an object reference under Ray, the object itself in one process):
-the controller hands it on and never opens it. Everything else that crosses here is scalars and ids.
+A `Ref` is a value in the process of its origin: an object reference under Ray, or the object itself in one process. The
+controller passes it on and never opens it. Everything else in these interfaces is scalars and ids.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Ref(Protocol[T_co]):
-    """A value in another process."""
+    """A value held by another process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class CompletedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A completed group with its scores: what training takes."""
+    """A completed group with its scores, the input of training."""
 
     group: CompletedGroup
     scores: GroupScores
@@ -59,7 +59,10 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSelection:
-    """Responses of one group for the samples file. Their records lack only the text, which the controller has not."""
+    """Responses of one group for the samples file.
+
+    Their records lack only the text, since the controller does not have it.
+    """
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` names the response within the group
@@ -86,7 +89,7 @@ class SequenceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """What the current weights say of a batch, over all ranks. No sequences: the first update will measure them."""
+    """The current weights' metrics of a batch, over all ranks. Empty `sequences`: the first update measures them."""
 
     sequences: tuple[SequenceReport, ...]
     metrics: Metrics
@@ -94,7 +97,7 @@ class PrepareReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantagesReport:
-    """Advantages of a batch, over all ranks; `returns` are the critic's targets, one column a rank."""
+    """Advantages of a batch, over all ranks. `returns` holds the critic's targets, one column per rank."""
 
     mean_advantages: Mapping[int, float]  # by sequence id
     metrics: Metrics
@@ -103,14 +106,14 @@ class AdvantagesReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """What a trained role's hardware could do, for the share of it that is used (`throughput/mfu`)."""
+    """Peak throughput of a trained role's hardware, the denominator of `throughput/mfu`."""
 
     flops_per_token: float  # of a forward and backward pass, attention apart
     flops_per_token_and_length: float  # more of it for each token of the mean sequence length
     peak_flops: float  # of all ranks, a second, in large matrix products
 
     def utilisation(self, *, tokens_per_s: float, mean_length: float) -> float:
-        """The share of the peak that this many trained tokens a second are."""
+        """Return the fraction of the peak used by training `tokens_per_s`."""
         return (self.flops_per_token + self.flops_per_token_and_length * mean_length) * tokens_per_s / self.peak_flops
 
 
@@ -118,58 +121,61 @@ EnginePart = Literal["weights", "cache"]
 
 
 class RolloutRole(Protocol):
-    """The engines. They refuse to generate until they have been given weights."""
+    """The inference engines. They refuse to generate until they have received weights."""
 
     def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests; groups come as they are completed."""
+        """Answer all requests, and yield groups as they are completed."""
         ...
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Drop requests of the `generate` at work: it yields none of them any more, and ends without them."""
+        """Cancel requests of the running `generate` call: it no longer yields them, and ends without them."""
         ...
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a published set of weights; RunError if version or checksum is not the manifest's afterwards."""
+        """Load a published set of weights.
+
+        Raise RunError if the version or checksum differs from the manifest afterwards.
+        """
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Each engine's log-probabilities of token_ids[1:]."""
+        """Return each engine's log-probabilities of token_ids[1:]."""
         ...
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPU to the trainers (nothing to do on a CPU). Weights that are not kept come with the next sync."""
+        """Free the GPU for the trainers (no effect on a CPU). Discarded weights are restored by the next sync."""
         ...
 
     async def wake(self, part: EnginePart) -> None:
-        """Take a part of the GPU's memory back: the weights', then the cache's, without which it does not generate."""
+        """Allocate a part of the GPU memory again: first the weights, then the cache. Generating needs both."""
         ...
 
     async def memory(self) -> MemoryReport: ...
 
 
 class RewardRole(Protocol):
-    """Scores responses and, having their text, writes the samples files."""
+    """Scores responses and, since it has their text, writes the samples files."""
 
     async def score(self, group: CompletedGroup) -> GroupScores: ...
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        """What each response answers, by which responses vote; None: nothing."""
+        """Return the answer of each response, used for voting; None if it has no answer."""
         ...
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
     ) -> None:
-        """Add the text and the tokens, with what training made of those that there are `signals` of; write the file."""
+        """Write the samples file with text and tokens. Tokens covered by `signals` also get their training signals."""
         ...
 
     async def memory(self) -> MemoryReport: ...
 
 
 class NodesRole(Protocol):
-    """The nodes that the run is on."""
+    """The nodes of the run."""
 
     async def use(self) -> Metrics:
-        """`system/*` of each since the last call; of one that does not answer, nothing."""
+        """Return `system/*` of each node since the last call. Unresponsive nodes are left out."""
         ...
 
 
@@ -177,22 +183,22 @@ StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel r
 
 
 class GpuGuest(Protocol):
-    """A role that can leave the GPU which it shares with an engine. Nothing to do on a CPU."""
+    """A role that can leave a GPU shared with an engine. Both methods have no effect on a CPU."""
 
     async def offload(self) -> None:
-        """Give the GPU to the engines."""
+        """Free the GPU for the engines."""
         ...
 
     async def reload(self) -> None:
-        """Take the GPU back."""
+        """Move the state back to the GPU."""
         ...
 
 
 class ReferenceRole(GpuGuest, Protocol):
-    """The frozen model."""
+    """The reference: a frozen language model."""
 
     async def become(self, folder: Path) -> None:
-        """Hold the model of a folder from now on."""
+        """Replace the model by the one in a folder."""
         ...
 
     async def logprobs(
@@ -202,9 +208,11 @@ class ReferenceRole(GpuGuest, Protocol):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
-        """One column for each given batch, in order; of these sequences only, at least one of each batch.
+        """Return one column for each given batch, in order.
 
-        temperatures: by sequence id, where it is not that of all; None: nowhere.
+        Args:
+            only: the sequences to compute, at least one in each batch; None computes all.
+            temperatures: by sequence id, for sequences with a temperature of their prompt.
         """
         ...
 
@@ -212,85 +220,90 @@ class ReferenceRole(GpuGuest, Protocol):
 
 
 class TeacherRole(Protocol):
-    """The frozen model that a student learns from."""
+    """The frozen teacher of a student trained on fixed data."""
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """Its states in which the tokens to be learnt of the named rows of a data set are predicted."""
+        """Return the last hidden states at the positions predicting loss-mask tokens, for the planned rows of a data
+        set.
+        """
         ...
 
     async def memory(self) -> MemoryReport: ...
 
 
 class OnlineTeacherRole(GpuGuest, Protocol):
-    """The frozen model that a student learns from on its own responses."""
+    """The frozen teacher of a student trained on its own responses."""
 
     async def logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperatures: Mapping[int, float]
     ) -> list[Ref[TokenValues]]:
-        """Log-probabilities of the sampled tokens, one column for each given batch, in order."""
+        """Return log-probabilities of the sampled tokens, one column for each given batch, in order."""
         ...
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
-        """Its states in which the sampled tokens of a minibatch's sequences are predicted."""
+        """Return the last hidden states at the positions predicting a minibatch's sampled tokens."""
         ...
 
     async def mean_logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
     ) -> Mapping[int, float]:
-        """By sequence id, over its sampled tokens."""
+        """Return the mean over the sampled tokens, by sequence id."""
         ...
 
     async def memory(self) -> MemoryReport: ...
 
 
 class TrainedRole(GpuGuest, Protocol):
-    """What the policy and the critic share."""
+    """Methods shared by the policy and the critic."""
 
     @property
     def num_ranks(self) -> int: ...
 
     async def save(self, folder: Path) -> None:
-        """Everything that an exact continuation needs."""
+        """Save the full training state, for an exact continuation."""
         ...
 
     async def load(self, folder: Path) -> None: ...
 
     async def export(self, folder: Path) -> None:
-        """A Hugging Face folder, or an adapter folder."""
+        """Write a Hugging Face folder, or an adapter folder."""
         ...
 
     async def arithmetic(self) -> Arithmetic:
-        """Measured now: nothing else should run."""
+        """Measure the hardware's throughput now. Nothing else should run meanwhile."""
         ...
 
     async def memory(self) -> MemoryReport: ...
 
 
 class PolicyRole(TrainedRole, Protocol):
-    """The trained language model."""
+    """The policy: the trained language model."""
 
     async def prepare(
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
     ) -> PrepareReport:
-        """Take a batch in, and measure what the current weights say of it."""
+        """Load a batch, and compute its metrics under the current weights."""
         ...
 
     async def set_advantages(
         self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
     ) -> AdvantagesReport:
-        """Give every sampled token its advantage: its sequence's, or (None) estimated from the critic's values."""
+        """Give every sampled token the advantage of its sequence, or if None one estimated from the critic's values."""
         ...
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """One optimizer step on the prepared batch's minibatch. `states`: what a teacher says of it, if it is asked."""
+        """Make one optimizer step on a minibatch of the prepared batch.
+
+        `states`: the teacher's states, if a teacher is used.
+        """
         ...
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        """What training made of the tokens of these sequences of the prepared batch, one column a rank."""
+        """Return the training signals of the tokens of these sequences in the prepared batch, one column per rank."""
         ...
 
     async def empty_cache(self) -> None:
-        """Return memory that torch keeps but no tensor uses, so that a process on the same GPU can have it."""
+        """Return memory cached by torch but used by no tensor, so that another process on the GPU can allocate it."""
         ...
 
     async def publish(self, version: int) -> WeightManifest:
@@ -298,29 +311,29 @@ class PolicyRole(TrainedRole, Protocol):
         ...
 
     async def send(self, manifest: WeightManifest) -> None:
-        """Send them where the transport needs it, while the engines receive."""
+        """Send the weights while the engines receive, if the transport needs it."""
         ...
 
     async def settle(self) -> None:
-        """The engines have loaded what was published: memory that only served its way may go."""
+        """Free the memory of the transfer, once the engines have loaded the weights."""
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1."""
+        """Return log-probabilities of token_ids[1:] at temperature 1."""
         ...
 
 
 class CriticRole(TrainedRole, Protocol):
-    """The value model."""
+    """The critic: the trained value model."""
 
     async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
-        """Values of the batch's tokens, one column a rank."""
+        """Return the values of the batch's tokens, one column per rank."""
         ...
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None: ...
 
     async def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on the prepared batch's minibatch."""
+        """Make one optimizer step on a minibatch of the prepared batch."""
         ...
 
 
@@ -328,29 +341,29 @@ class OfflineRole(TrainedRole, Protocol):
     """A model trained on fixed data. A plan's sequence ids are rows of a data set."""
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
-        """Train set first, then the evaluation sets."""
+        """Load the data sets: the training set first, then the evaluation sets."""
         ...
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """One optimizer step on rows of the training set. `states`: what a teacher says of them, if there is one."""
+        """Make one optimizer step on rows of the training set. `states`: the teacher's states, if a teacher is used."""
         ...
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """Loss and accuracy on the named rows of a data set, without an update."""
+        """Return loss and accuracy on the planned rows of a data set, without an update."""
         ...
 
     async def reference_key(self, dataset: int) -> str:
-        """Names what the weights, as they are now, say of a data set."""
+        """Return a key for the current weights' logprobs of a data set."""
         ...
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        """Log-probabilities of the named rows by the weights as they are now, one column a rank."""
+        """Return log-probabilities of the planned rows under the current weights, one column per rank."""
         ...
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
-        """Take up the columns of a whole data set as the reference's, and write them down."""
+        """Store the columns of a whole data set as the reference's, in memory and on disk."""
         ...
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
-        """Take up what was written down; False if it is damaged or not what these weights say."""
+        """Load stored columns. Return False if the file is damaged or belongs to other weights."""
         ...

@@ -1,8 +1,8 @@
-"""Signals that ask the work of this process to end, and the thread in which that work runs.
+"""Handle signals that end the work of this process, and run this work in a thread.
 
-The main thread only waits for signals, so a C call that never returns cannot keep a signal from being heard, and the
-work can start event loops although its caller runs one, as a notebook does. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are
-heard, unless they are ignored, as `nohup` ignores SIGHUP. Nothing here knows Ray.
+The main thread only waits for signals, so a C call that never returns cannot block them. The work can start event loops
+even if its caller runs one, as a notebook does. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled, unless they are
+ignored, as `nohup` ignores SIGHUP. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _PREFIX = "rlhf: "  # of the names of this module's threads
 
 
 class StopRequest:
-    """The request that the work of `run_stoppable` ends. The first signal is kept; later ones only make it urgent.
+    """The request to end the work of `run_stoppable`. The first signal is kept; later ones only make it urgent.
 
-    A training loop and a server set `ends_by_itself` while they run: they look at `came`, finish what is in progress
-    and end. The second signal interrupts them. All other work is interrupted by the first one.
+    A training loop and a server set `ends_by_itself` while they run: they look at `came`, finish the work in progress
+    and end. The second signal interrupts them. The first signal interrupts all other work.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class StopRequest:
             raise Preempted("nothing was in progress")
 
     def run(self, work: Coroutine[Any, Any, T], runner: asyncio.Runner) -> T:
-        """Run a coroutine that an interrupt cancels."""
+        """Run a coroutine, and cancel it on an interrupt."""
         loop = runner.get_loop()
 
         async def cancellable() -> T:
@@ -102,18 +102,18 @@ _LOCAL = threading.local()
 
 
 def current_request() -> StopRequest | None:
-    """Return the request of the work that this thread does; None outside of `run_stoppable`."""
+    """Return the request of the work in this thread; None outside of `run_stoppable`."""
     request: StopRequest | None = getattr(_LOCAL, "request", None)
     return request
 
 
 def run_stoppable(work: Callable[[StopRequest], T]) -> T:
-    """Run work in a thread until it is done or a signal ends it. Work inside of other such work is a part of it.
+    """Run work in a thread until it is done or a signal ends it. Nested calls join the outer one.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended it. The text says what is kept.
-        Preempted: another signal ended it. The text says what is kept.
-        RunError: its event loop hangs.
+        KeyboardInterrupt: Ctrl-C ended the work. The text names the results kept.
+        Preempted: another signal ended the work. The text names the results kept.
+        RunError: the event loop of the work hangs.
     """
     outer = current_request()
     if outer is not None:
@@ -144,9 +144,9 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
 
 
 def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:
-    """Run a coroutine as `asyncio.run` does, and cancel it where `run_stoppable` is interrupted.
+    """Run a coroutine as `asyncio.run` does, and cancel it if `run_stoppable` is interrupted.
 
-    Where the caller runs an event loop already, the coroutine gets a thread of its own.
+    If the caller runs an event loop already, the coroutine gets a separate thread.
     """
     request = current_request()
     if request is None and asyncio._get_running_loop() is not None:
@@ -157,7 +157,7 @@ def run_async(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None
 
 
 def start_thread(call: Callable[[], T], name: str) -> tuple[Future[T], threading.Thread]:
-    """Start a call that may never return, in a thread that keeps no process alive. See `leave_stuck_threads`."""
+    """Start a call that may never return, in a daemon thread. See `leave_stuck_threads`."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -175,7 +175,7 @@ def start_thread(call: Callable[[], T], name: str) -> tuple[Future[T], threading
 
 
 def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bool:
-    """Make a call that may never return, and wait for it. False: it has not returned within the limit."""
+    """Run a call that may never return, and wait for it. Return False if it exceeds the limit."""
     future, thread = start_thread(call, name)
     thread.join(limit_s)
     if thread.is_alive():
@@ -185,7 +185,7 @@ def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bo
 
 
 def leave_stuck_threads(code: int) -> None:
-    """Exit here and now if a call of this module has not returned: Python itself would wait for it."""
+    """Exit immediately if a call of this module has not returned, because Python itself would wait for it."""
     if has_stuck_threads():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -199,7 +199,7 @@ def has_stuck_threads() -> bool:
 
 @contextmanager
 def _listening(request: StopRequest) -> Iterator[None]:
-    """Handle the signals in the block. Only the main thread can."""
+    """Handle the signals in the block. Requires the main thread."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -228,7 +228,7 @@ def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
 
 
 def _result(outcome: Future[T], request: StopRequest) -> T:
-    """Return the work's result, or raise what its end means after the signal that came."""
+    """Return the work's result, or raise the exception for the signal received."""
     error: BaseException | None = KeyboardInterrupt() if not outcome.done() else outcome.exception()
     if error is None:
         return outcome.result()

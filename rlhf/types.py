@@ -1,9 +1,9 @@
-"""The nouns that stages exchange: frozen batches in flat (ragged) token columns, and the scalars beside them.
+"""Define the types exchanged between stages: frozen batches in flat (ragged) token columns, and their scalars.
 
-Layout: B sequences of unequal length stand one after the other in columns of N = sum(lengths) tokens, no padding.
-Every column is aligned to the token it speaks of: `logprobs[t]` is the log-probability of token t given the tokens
-before it in its sequence, `values[t]` the value of the state in which token t was chosen. Token 0 of a sequence
-has neither: it stands there as 0 and is never in `response_mask`.
+Layout: B sequences of unequal length follow each other in columns of N = sum(lengths) tokens, without padding. Every
+column is aligned to its token: `logprobs[t]` is the log-probability of token t given the preceding tokens of its
+sequence, and `values[t]` is the value of the state in which token t was chosen. Token 0 of a sequence has neither: both
+columns hold 0 there, and it is never in `response_mask`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ RewardErrorKind = Literal["raised", "timeout", "not_a_number", "no_opinion", "di
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ragged:
-    """B sequences in flat columns: every other field of a subclass has one entry (or row) a token.
+    """B sequences in flat columns. Every other field of a subclass has one entry (or row) per token.
 
     Example: sequences 4 and 7 of 2 and 3 tokens:
+
         sequence_ids = [4, 7]   lengths = [2, 3]   token_ids = [a0 a1 b0 b1 b2]
     """
 
@@ -45,12 +46,12 @@ class Ragged:
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """Names of the per-token fields."""
+        """Return the names of the per-token fields."""
         return tuple(f.name for f in fields(cls) if f.name not in ("sequence_ids", "lengths"))
 
     @classmethod
     def gather(cls, parts: Sequence[Self], sequence_ids: Sequence[int]) -> Self:
-        """The named sequences, in that order, out of several batches. KeyError names what is missing."""
+        """Return the named sequences, in this order, from several batches. KeyError names the missing sequences."""
         where: dict[int, tuple[int, int, int]] = {}
         for index, part in enumerate(parts):
             start = 0
@@ -72,7 +73,7 @@ class Ragged:
         )
 
     def take(self, places: Sequence[int]) -> Self:
-        """The sequences at these places, in that order."""
+        """Return the sequences at these positions, in this order."""
         at = torch.tensor(places, dtype=torch.int64)
         starts, lengths = (self.lengths.cumsum(0) - self.lengths)[at].tolist(), self.lengths[at]
         ranges = [torch.arange(s, s + n) for s, n in zip(starts, lengths.tolist(), strict=True)]
@@ -101,7 +102,7 @@ class Examples(Ragged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledExamples(Examples):
-    """Responses that the policy gave during the run: `loss_mask` is True where it sampled."""
+    """Responses sampled by the policy during the run. `loss_mask` is True on sampled tokens."""
 
     rollout_logprobs: Float[Tensor, " N"]  # by the sampler while sampling
     temperatures: Float[Tensor, " N"]  # at which the response was sampled
@@ -109,18 +110,18 @@ class SampledExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSteps(Examples):
-    """Responses in steps: `loss_mask` is True at the token that ends a step."""
+    """Responses divided into steps. `loss_mask` is True at the last token of a step."""
 
     step_labels: Bool[Tensor, " N"]  # whether the step that ends here is right; False elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """P rows of two or three sequences that begin with the same tokens: of pairs, row i is sequences 2i and 2i + 1.
+    """P rows of two or three sequences with a common prompt. In rows of two, row i is sequences 2i and 2i + 1.
 
-    Of preferences they are the chosen and the rejected response and, of triples, the gold one. Of unpaired feedback the
-    first is the response, and the second its prompt with the response of another row, by which the divergence from the
-    reference is estimated.
+    For preferences, the sequences are the chosen and the rejected response and, for triples, the gold response. For
+    unpaired feedback, the second sequence is the prompt with the response of another row, used to estimate the
+    divergence from the reference.
     """
 
     examples: Examples
@@ -130,20 +131,20 @@ class Pairs:
 
     @property
     def num_sides(self) -> int:
-        """Sequences of a row."""
+        """Return the number of sequences per row."""
         return len(self.examples.lengths) // len(self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues(Ragged):
-    """One number a token: reference logprobs, critic values or returns, as a worker hands them on."""
+    """One number per token, passed between workers: reference logprobs, critic values or returns."""
 
     values: Float[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSignals(Ragged):
-    """What training made of single tokens, for the samples file; nan where it made nothing of one."""
+    """Training signals of single tokens, for the samples file; nan where a token has none."""
 
     old_logprobs: Float[Tensor, " N"]  # by the weights that the step began with, as the trainer computes them
     ref_logprobs: Float[Tensor, " N"]
@@ -153,9 +154,10 @@ class TokenSignals(Ragged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearntStates(Ragged):
-    """A teacher's last hidden states, one for each token to be learnt: that in which it predicts the token.
+    """A teacher's last hidden states, one for each token in the loss mask: the state predicting this token.
 
-    `lengths` counts the learnt tokens alone. Made by the teacher in its own dtype, read by the student's ranks.
+    `lengths` counts loss-mask tokens only. The teacher computes the states in its own dtype; the student's ranks read
+    them.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -163,7 +165,7 @@ class LearntStates(Ragged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyHead:
-    """What makes a model's logits of its last hidden states: softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """The output head of a model: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None
@@ -171,14 +173,14 @@ class VocabularyHead:
     logit_scale: float
 
     def to(self, device: torch.device) -> Self:
-        """The same there."""
+        """Return a copy of the head on the device."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. temperature 0 is greedy."""
+    """Sampling parameters of responses. Temperature 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -193,7 +195,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenised once, with the columns of its data row that rewards read."""
+    """One prompt, tokenised once, with the columns of its data row for the rewards."""
 
     prompt_id: int  # row in the data
     token_ids: tuple[int, ...]
@@ -205,7 +207,10 @@ class Prompt:
 
     @property
     def beside_tokens(self) -> bytes:
-        """Its temperature alone: what the rewards read may be mended while a run is stopped."""
+        """Return the bytes of the temperature.
+
+        Reward columns are excluded, since a user may fix them before a resume.
+        """
         return b"" if self.temperature is None else str(self.temperature).encode()
 
 
@@ -220,13 +225,13 @@ class GroupRequest:
     temperature: float | None = None  # of this group; None: as the others
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
-        """How its responses are drawn among requests that are drawn by `sampling`."""
+        """Return the sampling parameters of this request, given the defaults."""
         return sampling if self.temperature is None else replace(sampling, temperature=self.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReward:
-    """What one step of a response is worth. A turn is a step of a conversation."""
+    """The reward of one step of a response. A turn is a step of a conversation."""
 
     end: int  # place in its sequence of the token that ends it, which was sampled
     value: float
@@ -234,7 +239,7 @@ class StepReward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
-    """Scalars of one response: what the controller sees in place of tokens."""
+    """Scalars of one response, seen by the controller in place of its tokens."""
 
     sequence_id: int
     num_prompt_tokens: int  # before the first sampled one
@@ -250,24 +255,24 @@ class RolloutInfo:
 
     @property
     def environment_reward(self) -> float | None:
-        """The sum over its turns."""
+        """Return the sum of the environment's rewards over the turns."""
         given = self.environment_rewards
         return None if given is None else sum((step.value for step in given), 0.0)
 
     @property
     def num_tokens(self) -> int:
-        """Of the whole sequence."""
+        """Return the length of the whole sequence."""
         return self.num_prompt_tokens + self.num_own_tokens
 
     @property
     def num_own_tokens(self) -> int:
-        """Behind the prompt, which it shares with its group."""
+        """Return the length after the prompt. The prompt is shared with the group."""
         return self.num_response_tokens + self.num_environment_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScores:
-    """Rewards of one group, or why it has none. Built by the reward role."""
+    """The rewards of one group, or the errors. Built by the reward role."""
 
     scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
     by_name: Mapping[str, tuple[float | None, ...]]
@@ -282,8 +287,10 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardError:
-    """One reward call that raised, hung, returned no finite number, or that a service did not answer; or a response on
-    which no reward has an opinion."""
+    """One failed reward call: it raised, hung, returned no finite number, or got no answer from its service.
+
+    A response on which no reward has an opinion is also an error.
+    """
 
     reward: str
     kind: RewardErrorKind
@@ -294,8 +301,11 @@ class RewardError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchPlan:
-    """One optimizer step, or a piece of an evaluation: whose sequences are whose, and the counts that its losses are
-    divided by: those of the step, or of the whole evaluation set."""
+    """One optimizer step, or one chunk of an evaluation: the sequences of each rank, and the counts dividing its
+    losses.
+
+    The counts cover the whole step, or the whole evaluation set.
+    """
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
     num_tokens: int  # sampled tokens, over all ranks; of pairs, the chosen responses'
@@ -304,9 +314,9 @@ class MinibatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """What trained roles need to know of one batch of rollouts besides its tokens. Made by the controller from scalars.
+    """The plan of one batch of rollouts for the trained roles. Made by the controller from scalars.
 
-    The minibatches' composition does not depend on the number of ranks; each epoch visits them in an order of its own.
+    The minibatches' composition does not depend on the number of ranks. Each epoch visits them in a new order.
     """
 
     step: int
@@ -318,9 +328,9 @@ class BatchPlan:
     steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, as they are trained on
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
-        """All sequences of a rank, in the order of the minibatches."""
+        """Return all sequences of a rank, in the order of the minibatches."""
         return tuple(i for minibatch in self.minibatches for i in minibatch.sequences_by_rank[rank])
 
     def some_sequence(self) -> tuple[int]:
-        """The first that any rank has: a rank without sequences has a token to pass in it, and learns nothing of it."""
+        """Return the first sequence of any rank. A rank without sequences runs it and learns nothing from it."""
         return (next(i for minibatch in self.minibatches for ids in minibatch.sequences_by_rank for i in ids),)

@@ -1,11 +1,11 @@
 """Sync the weights to the engines and verify the result.
 
-publish (trainer) -> send and receive, together -> probe
+    publish (trainer) -> send and receive, together -> probe
 
 Three checks can each stop the run. The engines' version must be the published one, and the checksum of the bytes they
 read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
-fixed probe. A shared GPU changes hands between the two probes, because
-the trainer's probe needs its weights there and the engine's probe its cache.
+fixed probe. A shared GPU changes hands between the two probes, because the trainer's probe needs its weights there and
+the engine's probe its cache.
 """
 
 from __future__ import annotations

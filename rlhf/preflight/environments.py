@@ -1,5 +1,7 @@
-"""The environment of a run or an evaluation, tried out before any actor starts: what it is, what it reads, and whether
-the model can play."""
+"""Load the environment of a run or an evaluation before any actor starts.
+
+Checks the environment's settings, its data columns, and whether the model can play it.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,18 @@ KEY = "rollouts.environment"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEnvironment:
-    """An environment that has been loaded once."""
+    """An environment loaded once to be checked."""
 
     spec: EnvironmentSpec
     description: Description
 
     @property
     def tools(self) -> list[Mapping[str, Any]]:
-        """That it offers."""
+        """Return the tools of the environment."""
         return list(self.description.tools)
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:
-        """UserError if a row lacks a column that `reset` needs, or offers a tool that the environment has not."""
+        """Raise UserError if a row lacks a column needed by `reset`, or offers a tool unknown to the environment."""
         ours, name = names(self.tools), self.spec.source.name
         mapping = "data.columns" if self.spec.key == KEY else "evaluate.columns"
         for row in rows:
@@ -56,7 +58,7 @@ class LoadedEnvironment:
                 )
 
     def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
-        """UserError if a conversation with this prompt cannot begin."""
+        """Raise UserError if a conversation with this prompt cannot begin."""
         if prompt.is_chat:
             ChatTurns(tokenizer, with_tools=bool(self.description.tools))
         try:
@@ -68,7 +70,9 @@ class LoadedEnvironment:
     def check_lengths(
         self, prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int
     ) -> None:
-        """UserError if the model has no room for a conversation, or a conversation none for a prompt with one turn."""
+        """Raise UserError if the model has no room for a conversation, or a conversation has none for a prompt and one
+        turn.
+        """
         most = self.spec.max_tokens
         if model.max_length is not None and most > model.max_length:
             raise UserError(
@@ -92,10 +96,14 @@ def load_environment(
     template: ChatTemplate,
     key: str = KEY,
 ) -> LoadedEnvironment | None:
-    """The environment of a section, loaded once in a process of its own. None: there is none.
+    """Load the environment of a section once, in a separate process. Return None if there is no section.
 
-    beside: the folder where its file is looked for before the current one. key: what messages call
-    the section. UserError if it cannot be used.
+    Args:
+        beside: the folder searched for the environment's file before the current one.
+        key: the section's name in messages.
+
+    Raises:
+        UserError: the environment cannot be used.
     """
     if section is None:
         return None

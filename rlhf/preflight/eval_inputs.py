@@ -1,4 +1,4 @@
-"""Everything an evaluation reads, loaded and checked before any actor starts: from a run's configuration or by name."""
+"""Load and check all inputs of an evaluation before any actor starts, from a run's configuration or by name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ MICROBATCH_TOKENS = 8192  # of likelihoods and reward models, where no configura
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One model with the sets in its own tokens: prompts for rewards to score, or examples to measure."""
+    """One model with the sets in its own tokens: prompts to be scored by rewards, or examples to be measured."""
 
     model: ModelOnDisk
     prompts: Mapping[str, tuple[Prompt, ...]]
@@ -75,11 +75,11 @@ class Candidate:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens; 0 without prompts."""
+        """Return the length of the longest prompt in tokens; 0 without prompts."""
         return max((len(prompt.token_ids) for one in self.prompts.values() for prompt in one), default=0)
 
     def longest_sequence(self, max_new_tokens: int) -> int:
-        """Most tokens of a prompt with its response, or of a conversation."""
+        """Return the most tokens of a prompt with its response, or of a conversation."""
         return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
 
 
@@ -88,7 +88,7 @@ EnvironmentFor = Callable[[ModelOnDisk], LoadedEnvironment | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalInputs:
-    """An evaluation, ready to start."""
+    """The checked inputs of an evaluation."""
 
     candidates: tuple[Candidate, ...]  # the model and, if there is one, the model that it is compared with
     decoding: Decoding
@@ -101,7 +101,10 @@ class EvalInputs:
 
 
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
-    """What a run (of a pipeline, its last stage that is no merge) says of evaluation, for its model or for `model`."""
+    """Return the inputs for evaluating a run's model, or `model`, on the held-out sets of the run.
+
+    For a pipeline, the last training stage is used.
+    """
     stages = [stage for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
     if not stages:
         raise UserError(f"{loaded.source} has only merges: evaluate their models on --data")
@@ -165,7 +168,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
 
 
 def _refuse_other_measures(config: Config, model: str) -> None:
-    """UserError if the run measures its held-out sets neither by responses nor by given completions."""
+    """Raise UserError if the run measures its held-out sets neither by responses nor by given completions."""
     if config.rewards or offline_kind(config) == "supervised":
         return
     others: Mapping[OfflineKind, str] = {
@@ -180,10 +183,10 @@ def _refuse_other_measures(config: Config, model: str) -> None:
 
 
 def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made | None = None) -> EvalInputs:
-    """What an evaluation says of itself.
+    """Return the inputs of an evaluation section.
 
-    made: what earlier stages will have made. Their models need not be there yet: those that they train stand in for
-    them, which have the same tokenizer and room, and what they will be is checked from their configuration.
+    `made` holds the results of earlier stages. Their models may not exist yet. The models they train stand in for them,
+    with the same tokenizer and context length, and the results are checked by their configuration.
     """
     config, made = stage.evaluate, made or Made()
     _refuse_unfit_results(stage, made)
@@ -250,7 +253,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
 def _environment(
     section: EnvironmentConfig | None, loaded: LoadedConfig, template: ChatTemplate, *, key: str = ENVIRONMENT_KEY
 ) -> EnvironmentFor:
-    """The environment of a section as each model plays it."""
+    """Return the section's environment, loaded for each model's tokenizer and template."""
     load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
     return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code, template=template)
 
@@ -261,7 +264,7 @@ def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
 
 
 def _refuse_unfit_results(stage: EvaluationStage, made: Made) -> None:
-    """UserError if the result of an earlier stage will not be what the evaluation makes of it."""
+    """Raise UserError if an earlier stage's result will not be of the kind expected by the evaluation."""
     config = stage.evaluate
     for key, model in (("model", config.model), ("against", config.against)):
         if model is None:
@@ -294,7 +297,10 @@ def inputs_of_model(
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
 ) -> EvalInputs:
-    """A model on data that the user names: with rewards, prompts whose responses they score; without, examples."""
+    """Return the inputs for evaluating a model on data named by the user.
+
+    Prompts whose responses are scored if there are rewards; examples otherwise.
+    """
     if not data:
         raise UserError(
             "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
@@ -358,9 +364,9 @@ def _candidate(
     template_key: str = "data",
     made: ChatTemplate = UNCHANGED,
 ) -> Candidate:
-    """The sets in a model's tokens. UserError names the set and the row that is wrong.
+    """Return the sets in a model's tokens. UserErrors name the set and the invalid row.
 
-    made: changes to the chat template that an earlier stage, which has not run, will have made.
+    `made` holds template changes made by an earlier stage, before the stage has run.
     """
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code, template=made)
     decoding.template.apply_checked(tokenizer, key=template_key)
@@ -405,7 +411,7 @@ def _candidate(
 def _examples(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, model: ModelOnDisk, *, key: str
 ) -> tuple[Example, ...]:
-    """A set's examples. UserError if the model has no room for one of them."""
+    """Return a set's examples. Raise UserError if one of them is too long for the model."""
     loaded = load_examples(rows, tokenizer, reading)
     if loaded.unusable:
         logger.warning("%s: %d of %d rows cannot be used and are left out", key, len(loaded.unusable), len(rows))
@@ -433,7 +439,7 @@ def _inputs(
     max_tokens_per_microbatch: int,
     cluster: ClusterConfig,
 ) -> EvalInputs:
-    """The whole, its reward model looked at if it `is_there` already, and its marks decided."""
+    """Return the inputs with decided marks. The reward model is checked if it `is_there` already."""
     if reward_model is not None and is_there:
         if not Path(reward_model.model).exists():
             use_cache_if_silent()
@@ -459,7 +465,7 @@ def _inputs(
 
 
 def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, marks: Marks) -> None:
-    """UserError for what only scores can be used for."""
+    """Raise UserError for options that need scores, if there are no rewards."""
     if not rewards and (against is not None or marks != Marks()):
         raise UserError(
             "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
@@ -467,7 +473,7 @@ def _refuse_without_rewards(rewards: Sequence[RewardSpec], against: str | None, 
 
 
 def _source(text: str) -> tuple[str, Source]:
-    """A set's name and where it comes from: TASK[:ROWS] makes rows of the task's split eval."""
+    """Return a set's name and its source. TASK[:ROWS] generates rows of the task's eval split."""
     task, _, rows = text.partition(":")
     if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
         if rows and not (rows.isdecimal() and int(rows) > 0):

@@ -1,4 +1,4 @@
-"""Everything a run reads, loaded and checked before any actor starts: models' folders, tokenizer, data, rewards."""
+"""Load and check all inputs of a run before any actor starts: model folders, tokenizer, data, rewards."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineInputs:
-    """What an online run reads."""
+    """The inputs of an online run."""
 
     prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
     unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
@@ -109,7 +109,7 @@ class OnlineInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineInputs:
-    """What a run without rollouts reads."""
+    """The inputs of a run without rollouts."""
 
     rows: tuple[OfflineRow, ...]  # of all training sets, one behind the other
     shares: tuple[Share, ...]
@@ -128,9 +128,12 @@ class StageInputs:
 
 
 def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | EvaluationStage]:
-    """The inputs of every run, and merges and evaluations as they are, since what they read may not be made yet.
+    """Return the inputs of every run.
 
-    UserError for the first thing that is wrong, whichever stage it is in.
+    Merges and evaluations are returned as they are, because their models may not exist yet.
+
+    Raises:
+        UserError: the first error found, in any stage.
     """
     made = Made()
     stages: list[StageInputs | MergeStage | EvaluationStage] = []
@@ -181,7 +184,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
 
 
 def _with_steps(config: Config, rows: int) -> Config:
-    """Return the configuration with steps in place of epochs. UserError if a check of steps then fails."""
+    """Return the configuration with epochs converted to steps. Raise UserError if a check of the steps then fails."""
     if config.train.epochs is None:
         return config
     found = with_steps(config, rows)
@@ -192,7 +195,7 @@ def _with_steps(config: Config, rows: int) -> Config:
 
 
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
-    """Whether a model or a data set may be a name on the hub."""
+    """Return whether a model or a data set may be a name on the hub."""
     models = [model.model for model in models_of(config).values() if model.model not in finals]
     sources = [*(one.source for one in train_sets(config).values()), *eval_sets(config).values()]
     data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
@@ -287,7 +290,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
 def _refuse_absent_metric(
     config: Config, specs: Sequence[RewardSpec], held_out: Mapping[str, Sequence[Prompt]]
 ) -> None:
-    """UserError if the metric that tells checkpoints apart is of a reward that applies to no row of its set."""
+    """Raise UserError if the metric for the best checkpoint belongs to a reward that applies to no row of its set."""
     best = (config.train.best_metric or "").removeprefix("-")
     for name, prompts in held_out.items():
         for spec in specs:
@@ -341,7 +344,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
 
 
 def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
-    """Rows of a data set as the workers of the algorithm take them."""
+    """Collate rows of a data set into the batch type of the algorithm's workers."""
     kind = offline_kind(config)
     if kind == "unpaired":
         return collate_labelled(rows, mismatched=compares_with_divergence(config))  # type: ignore[arg-type]

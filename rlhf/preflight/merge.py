@@ -1,6 +1,6 @@
-"""A merge as a stage of a pipeline: what can be refused before its models are there, and the merge itself.
+"""Check a merge stage of a pipeline, as far as possible before its models exist, and run it.
 
-The driver merges; no actor is started.
+The merge runs in the driver and starts no actor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf.preflight.sources import local_model
 
 
 def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
-    """The merge with tiny:llama as a folder."""
+    """Return the merge with tiny:llama replaced by a folder."""
     config, seed = stage.merge, stage.run.seed
     models = {
         name: one.model_copy(update={"model": local_model(one.model, pipeline, seed=seed)})
@@ -34,7 +34,7 @@ def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
 
 
 def foresee(config: MergeConfig, made: Made, *, final: str) -> None:
-    """UserError if it is known already that the merge will not work. Notes in `made` what it will make as `final`."""
+    """Raise UserError if the merge is already known to fail. Records the expected result as `final` in `made`."""
     require_tools(config)
     models = {name: one.model for name, one in config.models.items()}
     if config.base is not None:
@@ -61,12 +61,14 @@ def _key(name: str) -> str:
 
 
 def _stand_in(name: str, model: str, made: Made) -> Source:
-    """The model; for one that is not made yet, the one that its stage trains: alike in all but the values."""
+    """Return the model, or for a missing one the model its stage trains, which differs only in the values."""
     return find_source(_key(name), name, made.finals.get(model, model))
 
 
 def _refuse_other_kind(config: MergeConfig, key: str, folder: str, lora: LoraConfig | None) -> None:
-    """UserError if the result of a stage is an adapter where the method wants a model, or the other way round."""
+    """Raise UserError if a stage's result is an adapter where the method needs a model, or a model instead of an
+    adapter.
+    """
     if lora is None and config.output == "adapter":
         raise UserError(f"{key}: {folder} will be a whole model, and merge.output is adapter; set it to model.")
     if lora is None and config.method == "fold":
@@ -108,7 +110,7 @@ def _refuse_other_bases(sources: Mapping[str, Source]) -> None:
 def _note(
     config: MergeConfig, models: Mapping[str, str], sources: Mapping[str, Source], made: Made, final: str
 ) -> None:
-    """What later stages may expect of the result."""
+    """Record the properties of the result for later stages."""
     donor = config.tokenizer or next(iter(config.models))
     made.finals[final] = str(sources[donor].folder)
     made.templates[final] = made.templates.get(models[donor], UNCHANGED)

@@ -1,4 +1,4 @@
-"""The models of a run: which there are, that they can be loaded, and that they fit what it makes of them."""
+"""Check the models of a run: their existence, their loading, and their fit to each other and to the configuration."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from rlhf.types import Prompt
 
 
 def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
-    """UserError if a model is not there, is of another kind than its section holds, or has another vocabulary.
+    """Raise UserError if a model is missing, is of the wrong kind for its section, or has a different vocabulary.
 
-    made: what earlier stages will have made, which is checked by its configuration.
+    `made` holds the results of earlier stages. They are checked by their configuration.
     """
     if config.policy.tokenizer is not None and config.policy.model not in made.finals:
         _refuse_larger_vocabulary(config.policy)
@@ -64,7 +64,7 @@ def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
 def _refuse_unusable_model(
     section: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
 ) -> None:
-    """UserError if a section's model is not there, is of another kind than it must be, or has another vocabulary."""
+    """Raise UserError if a section's model is missing, is of the wrong kind, or has a different vocabulary."""
     remote = model.trust_remote_code
     is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
     with named(f"{section}.model"):
@@ -100,12 +100,12 @@ def _refuse_unusable_model(
 
 
 def _reads_as_policy(model: ModelConfig, config: Config) -> bool:
-    """Whether a model is the policy's, and reads the tokens of the tokenizer that replaces its own."""
+    """Return whether the policy's replacement tokenizer applies to a model because it is the policy's own model."""
     return config.policy.tokenizer is not None and model.model == config.policy.model
 
 
 def _refuse_larger_vocabulary(policy: PolicyConfig) -> None:
-    """UserError if the tokenizer that replaces a policy's own has tokens for which the model has no row."""
+    """Raise UserError if a policy's replacement tokenizer has token ids beyond the model's embedding rows."""
     remote = policy.trust_remote_code
     with named("policy.tokenizer"):
         most = max(load_tokenizer(policy.tokenizer_source, trust_remote_code=remote).get_vocab().values())
@@ -124,9 +124,9 @@ def _refuse_other_head(path: str, shape: Any) -> None:
 
 
 def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_code: bool) -> None:
-    """UserError if a model would take the policy's token ids for others. Without a tokenizer of its own it may do.
+    """Raise UserError if a model maps the policy's token ids to other tokens. A model without a tokenizer is accepted.
 
-    A teacher says something of every token, so it may have no others either.
+    A teacher predicts every token, so its vocabulary may not have additional ones.
     """
     if path == policy:
         return
@@ -149,7 +149,7 @@ def _refuse_other_vocabulary(section: str, path: str, policy: str, trust_remote_
 
 
 def _words(tokenizer: Any) -> dict[str, int]:
-    """Its tokens but one that only pads: that is often added for training, and no sequence has it."""
+    """Return the tokens without a token used only for padding. Training often adds one, and no sequence contains it."""
     words: dict[str, int] = tokenizer.get_vocab()
     if tokenizer.pad_token != tokenizer.eos_token:
         words.pop(tokenizer.pad_token, None)
@@ -157,7 +157,10 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 
 def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by: str | None) -> None:
-    """UserError if the result of an earlier stage is not what a section holds. trained_by: None: a language model."""
+    """Raise UserError if an earlier stage's result does not fit the section.
+
+    `trained_by` None means a language model.
+    """
     if section == "reward":
         fits, wanted = trained_by is not None, "a reward model"
     elif section == "critic" or (section == "policy" and has_scalar_head(config)):
@@ -170,7 +173,7 @@ def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by:
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
-    """UserError if a checkpoint is of other models than the run's policy and critic, or of another layout of them."""
+    """Raise UserError if a checkpoint's models or their sharding differ from the run's policy and critic."""
     policy = config.policy
     ours = architecture_fingerprint(load_config(policy.model, trust_remote_code=policy.trust_remote_code))
     if state["policy"] != ours:
@@ -192,9 +195,9 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
 
 
 def with_sources(config: Config, folder: Path) -> Config:
-    """The same run, each model by the name under which it is loaded.
+    """Return the run with each model named as it is loaded.
 
-    tiny:llama is a folder, made now if it is not there; a model of the hub has its revision in its name.
+    tiny:llama becomes a folder, created now if it is missing. A model of the hub has its revision in its name.
     """
     changed: dict[str, Any] = {}
     for name in ("policy", "reference", "teacher", "critic", "reward"):
@@ -207,7 +210,10 @@ def with_sources(config: Config, folder: Path) -> Config:
 
 
 def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
-    """The same run with the shape of each adapter that it goes on from. `ours`: shapes of folders yet to be made."""
+    """Return the run with the shape of each adapter it continues.
+
+    `ours` holds the shapes of folders not yet written.
+    """
     changed: dict[str, Any] = {}
     for name in ("policy", "critic"):
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
@@ -233,7 +239,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
 
 
 def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device: Literal["cpu", "cuda"]) -> None:
-    """UserError if the section's base is to be kept in 4 bits and cannot be, here."""
+    """Raise UserError if the section loads its base in 4 bits, and the model or this device does not support it."""
     if (
         isinstance(section, PolicyConfig | CriticConfig)
         and section.lora is not None
@@ -243,7 +249,7 @@ def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device
 
 
 def refuse_other_results(config: Config, made: Made) -> None:
-    """UserError if a stage's adapter is taken for a model, or its model for an adapter."""
+    """Raise UserError if a stage's adapter is used as a model, or its model as an adapter."""
     for name, section in models_of(config).items():
         if section.model in made.adapters and name != "reward":
             merge = "merge it into its base in a stage between (method fold)."
@@ -260,7 +266,7 @@ def refuse_other_results(config: Config, made: Made) -> None:
 
 
 def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *, scalar: bool) -> None:
-    """UserError if an adapter was trained on another model than the section's."""
+    """Raise UserError if an adapter was trained on a different model than the section's."""
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
             return
@@ -279,14 +285,14 @@ ANY_LENGTH = sys.maxsize  # of a prompt, where what the model takes with the res
 
 
 def found_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
-    """The model that a user names. Whether the hub answers is asked before anything is loaded from it."""
+    """Return the model named by the user. Checks that the hub answers before anything is loaded from it."""
     if may_ask_the_hub(name):
         use_cache_if_silent()
     return find_model(name, trust_remote_code=trust_remote_code)
 
 
 def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int) -> None:
-    """UserError if the model has no room for the longest prompt with the longest response."""
+    """Raise UserError if the model has no room for the longest prompt with the longest response."""
     if model.max_length is None:
         return
     for prompt, row in zip(prompts, rows, strict=True):
@@ -299,7 +305,7 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
 
 @dataclass(slots=True, kw_only=True)
 class Made:
-    """Results of earlier stages by their folder, which need not be there yet."""
+    """The results of earlier stages, by their folder. The folders may not exist yet."""
 
     finals: dict[str, str] = field(default_factory=dict)  # the model whose tokenizer and shape each will have
     tokenizers: dict[str, str] = field(default_factory=dict)  # where each one's tokenizer comes from, if not from there

@@ -1,6 +1,6 @@
-"""The prompts of a set that is answered, in training and in evaluations alike.
+"""Read the prompts of a set, for training and evaluations alike.
 
-They are read, and checked against the rewards and the environment that they meet, before any actor starts.
+They are checked against the set's rewards and environment before any actor starts.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def read_prompts(
     environment: LoadedEnvironment | None,
     first_id: int = 0,
 ) -> tuple[Loaded[Prompt], list[Row]]:
-    """Return a set's prompts with their rows. Rows that are left out are counted in the log. UserError names the set,
-    by its key, and the row that is wrong."""
+    """Return a set's prompts with their rows. Skipped rows are counted in the log.
+
+    UserErrors name the set, by its key, and the invalid row.
+    """
     with named(key):
         rows = read_rows(source, columns=columns)
     check_rewards(rewards, rows, key, key=reward_key)

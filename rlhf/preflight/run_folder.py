@@ -1,7 +1,7 @@
 """Check a run's folder and its mirror before anything starts: whether the run can begin there, or resume from it.
 
-It changes nothing, except that each of the two gets what the other alone has, and that a named checkpoint becomes the
-one to resume from.
+The checks copy missing files between folder and mirror, and select a named checkpoint as the one to resume from. They
+change nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def check_folders(stages: Iterable[Stage], *, resume: bool, from_step: int | None) -> None:
     """Check every stage's folder and mirror.
 
-    from_step: the first stage that is not finished resumes from this step's checkpoint; None: from its newest.
+    The first unfinished stage resumes from the checkpoint of `from_step`; None means its newest checkpoint.
     """
     for stage in stages:
         meet_mirror(stage, resume=resume, step=from_step)
@@ -41,9 +41,9 @@ def check_folders(stages: Iterable[Stage], *, resume: bool, from_step: int | Non
 
 
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """With `resume`, bring here what the mirror has and the folder lacks, or there a result that is here alone.
+    """If `resume`, download missing files from the mirror, or upload a result missing there.
 
-    step: of the checkpoint to bring, if it is not the newest. UserError if a new run would replace one.
+    `step` selects the checkpoint to download instead of the newest. Raises UserError if a new run would replace one.
     """
     if stage.run.mirror is None:
         return
@@ -63,7 +63,7 @@ def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
 
 
 def refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
-    """UserError if the run's folder cannot be written, is in use, or holds what this run would not go on from."""
+    """Raise UserError if the run's folder is not writable, is in use, or holds a run that cannot be continued."""
     path = run_folder(stage)
     if resume and result_of(stage).exists():
         _refuse_other_settings(stage)
@@ -80,7 +80,7 @@ def refuse_unusable_folder(stage: Stage, *, resume: bool) -> None:
 
 
 def _continue_from(stage: Stage, step: int) -> None:
-    """Let the stage resume from the checkpoint of this step. UserError if it has none, or a damaged one."""
+    """Select the checkpoint of this step to resume from. Raise UserError if it is missing or damaged."""
     with RunFolder.open(stage.run.dir, stage.run.name, resume=True) as folder:
         if not folder.checkpoint(step).is_dir():
             names = ", ".join(sorted(path.name for path in folder.checkpoints.glob("step_*"))) or "none"
@@ -92,7 +92,7 @@ def _continue_from(stage: Stage, step: int) -> None:
 
 
 def _refuse_other_settings(stage: Stage) -> None:
-    """UserError if a finished run was made with other settings than it has now."""
+    """Raise UserError if a finished run was made with different settings than it has now."""
     try:
         (made_with,) = load(run_folder(stage) / "config.resolved.yaml").stages.values()
     except UserError as error:
@@ -107,7 +107,7 @@ def _refuse_other_settings(stage: Stage) -> None:
 
 
 def refuse_other_checkpoint(stage: StageInputs) -> None:
-    """UserError if the newest checkpoint in the run's folder is of another model or other data, or of a later step."""
+    """Raise UserError if the newest checkpoint is of another model or other data, or of a later step than the last."""
     config = stage.config
     if result_of(stage.written).exists():
         return
@@ -135,17 +135,17 @@ def refuse_other_checkpoint(stage: StageInputs) -> None:
 
 
 def stream_of(stage: StageInputs) -> Stream[Any]:
-    """The training data in the run's order."""
+    """Return the training data in the run's order."""
     config, inputs = stage.config, stage.inputs
     items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares)
 
 
 def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
-    """Where the run's folder is copied to; None: nowhere."""
+    """Return the mirror of the run's folder; None if there is none."""
     return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
 
 
 def kept_checkpoints(stage: Stage) -> int:
-    """How many of the newest stay; a merge or an evaluation has none."""
+    """Return how many of the newest checkpoints are kept; 0 for a merge or an evaluation."""
     return stage.train.keep_checkpoints if isinstance(stage, Config) else 1

@@ -1,4 +1,4 @@
-"""What runs and evaluations read alike: data sources, rewards, the tiny model; and whose mistake it is."""
+"""Load data sources, rewards and the tiny model for runs and evaluations, and name the key of an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOST_SHOWN = 5  # values of a column, in a message
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Put the key of the config before what is wrong with its value."""
+    """Prefix errors with the key of the configuration."""
     try:
         yield
     except UserError as error:
@@ -52,7 +52,7 @@ _OPTIONS = (
 
 @contextmanager
 def in_options() -> Iterator[None]:
-    """Say the keys of a configuration, which messages about data name, as the options of a command."""
+    """Replace the configuration keys in messages about data by the options of a command."""
     try:
         yield
     except UserError as error:
@@ -63,14 +63,14 @@ def in_options() -> Iterator[None]:
 
 
 def local_model(name: str, folder: Path, *, seed: int) -> str:
-    """The name; tiny:llama as a folder of that seed, made now below `folder` if it is not there."""
+    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if it is missing."""
     if name != TINY:
         return name
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))
 
 
 def with_template(config: Config) -> Config:
-    """Return the same run with its chat template's text in the place of the file's name."""
+    """Return the run with the text of its chat template in place of the file's name."""
     if config.data.chat_template is None:
         return config
     text = read_template(config.data.chat_template, key="data.chat_template")
@@ -78,7 +78,7 @@ def with_template(config: Config) -> Config:
 
 
 def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:
-    """UserError if a token id is none of the tokenizer's."""
+    """Raise UserError if a token id is not in the tokenizer's vocabulary."""
     known = tokenizer.get_vocab().values() if token_ids else ()
     for token in token_ids:
         if token not in known:
@@ -89,7 +89,7 @@ def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) 
 
 
 def source_of(source: DataSource) -> Source:
-    """What the readers of data take."""
+    """Convert the section to the type used by the data readers."""
     if isinstance(source, str):
         return source
     return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
@@ -110,9 +110,11 @@ def reading_of(config: Config) -> Reading:
 def load_rewards(
     rewards: Mapping[str, RewardConfig], *, beside: Path, memory_gib: float, key: str = REWARD_KEY
 ) -> tuple[RewardSpec, ...]:
-    """The rewards, their functions imported once in a process of their own, the tokens of their services read.
+    """Load the rewards. Imports their functions once in a separate process, and reads the tokens of their services.
 
-    beside: the folder where files of rewards are looked for before the current one. key: what messages call a reward.
+    Args:
+        beside: the folder searched for the files of rewards before the current one.
+        key: the name of a reward in messages.
     """
     folders = (beside, Path.cwd())
     specs = []
@@ -144,12 +146,12 @@ def load_rewards(
 
 
 def _section(key: str, name: str) -> str:
-    """The reward's own key, from that of its function."""
+    """Return the key of a reward, given the key of its function."""
     return key.format(name).removesuffix(".function")
 
 
 def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
-    """The service, if it is one. UserError if the environment lacks its token."""
+    """Return the remote service of a reward, if it has one. Raise UserError if the environment lacks its token."""
     if reward.url is None:
         return None
     token = None if reward.token_env is None else os.environ.get(reward.token_env, "")
@@ -170,7 +172,7 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
 
 
 def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *, key: str = REWARD_KEY) -> None:
-    """UserError if a row has no reward, or a reward lacks something of a row that it applies to: a column, its gate."""
+    """Raise UserError if a row has no reward, or if a reward that applies to it lacks a column or its gate."""
     given = [{name: value for name, value in row.columns.items() if name != "prompt"} for row in rows]
     deep = next((row for row, columns in zip(rows, given, strict=True) if is_nested_too_deep(columns)), None)
     if deep is not None:
@@ -210,7 +212,7 @@ def _check_sent(
     key: str,
     data: str,
 ) -> None:
-    """UserError if what a service is sent of the rows is missing, or cannot be written as JSON."""
+    """Raise UserError if a service's request lacks data from the rows, or the data cannot be written as JSON."""
     wanted = None if remote.judge is None else remote.judge.columns
     missing = [name for name in wanted or () if name not in common]
     if missing:
@@ -229,7 +231,7 @@ def _check_sent(
 def refuse_unused_rewards(
     specs: Sequence[RewardSpec], rows: Iterable[Mapping[str, Any]], *, key: str = REWARD_KEY
 ) -> None:
-    """UserError for a reward that applies to no row that is trained on."""
+    """Raise UserError for a reward that applies to no training row."""
     idle = {spec.name: spec for spec in specs if spec.only}
     found: dict[str, dict[str, None]] = {name: {} for spec in idle.values() for name in spec.only}
     for columns in rows if idle else ():
