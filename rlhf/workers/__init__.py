@@ -1,1 +1,1 @@
-"""Plain classes that hold a model and do one role's work. No Ray here."""
+"""Workers are plain classes. Each holds a model and does the work of one role. They do not import Ray."""

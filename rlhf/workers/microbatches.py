@@ -1,4 +1,4 @@
-"""Cutting flat columns into micro-batches within a hard token budget, each prompt in it once where that is possible."""
+"""Split flat columns into micro-batches within a hard token budget. A shared prompt is computed once where possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf.types import Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A micro-batch: rows of a ragged batch, and where the tokens of its packed row stand in the batch's columns."""
+    """A micro-batch: its rows of a ragged batch, and the positions of its packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
     lengths: Int[Tensor, " b"]  # tokens that stand for each row; of a branch, without the prompt
@@ -28,19 +28,19 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrompts:
-    """Which rows of a batch begin with the same tokens."""
+    """Prompts of a batch's rows. Rows with equal keys begin with the same tokens."""
 
     keys: tuple[int, ...]  # by row; equal keys: equal prompts
     lengths: tuple[int, ...]  # tokens of each row's prompt
     together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
 
     def unshared(self) -> SharedPrompts | None:
-        """Return the same rows, each with its own prompt. None: nothing needs to keep them together."""
+        """Return the same rows, each with a separate prompt. None: the rows may be in different micro-batches."""
         return replace(self, lengths=(0,) * len(self.lengths)) if self.together else None
 
 
 def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPrompts:
-    """A prompt's responses, which are sequences side by side in their step's numbering."""
+    """Group the responses to each prompt. Their sequence ids are consecutive within a step."""
     masks = rollouts.response_mask.split(rollouts.lengths.tolist())
     return SharedPrompts(
         keys=tuple(i // samples_per_prompt for i in rollouts.sequence_ids.tolist()),
@@ -50,14 +50,14 @@ def shared_prompts(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedProm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Temperatures:
-    """At which the tokens of a batch were sampled."""
+    """Sampling temperatures of a batch's tokens."""
 
     common: float
     by_token: Float[Tensor, " N"] | None  # None: all at the common one
 
     @classmethod
     def of(cls, rollouts: Rollouts, own: Mapping[int, float], *, common: float) -> Temperatures:
-        """own: by sequence id, of the prompts that have their own."""
+        """Read the temperatures of a batch. `own` maps sequence ids to temperatures other than the common one."""
         if not own:
             return cls(common=common, by_token=None)
         per_sequence = torch.tensor([own.get(i, common) for i in rollouts.sequence_ids.tolist()])
@@ -66,7 +66,7 @@ class Temperatures:
         )
 
     def at(self, piece: Slice, device: torch.device) -> float | Float[Tensor, " n"]:
-        """As a forward pass of a micro-batch takes them."""
+        """Return the temperature of a micro-batch's tokens, as a forward pass takes it."""
         return self.common if self.by_token is None else self.by_token[piece.tokens].to(device)
 
 
@@ -78,10 +78,11 @@ def slices(
     prompts: SharedPrompts | None = None,
     layout: RowLayout = RowLayout.SHARED_PROMPTS,
 ) -> list[Slice]:
-    """The given rows of a batch in micro-batches of at most max_tokens tokens.
+    """Split the given rows of a batch into micro-batches of at most max_tokens tokens.
 
-    layout: of the model. If it computes sequences one by one, a micro-batch is one row, or the rows that must stay
-    together: the memory is that of one sequence, and ranks with shards of the weights run equally many passes.
+    `layout` is the model's. A model of layout ONE_BY_ONE gets one row per micro-batch, or one group of rows that
+    must stay together. It then needs the memory of one sequence, and ranks with shards of the weights run equally
+    many passes.
     """
     if prompts is not None and layout < RowLayout.SHARED_PROMPTS:
         prompts = prompts.unshared()
@@ -122,7 +123,7 @@ def slices(
 def _families(
     lengths: Sequence[int], rows: Sequence[int], prompts: SharedPrompts, *, max_tokens: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Rows that will share a prompt, as many as the budget holds, and the tokens of each family."""
+    """Group rows by shared prompt, as many as the budget allows, and return the groups with their token counts."""
     families: list[list[int]] = []
     sizes: list[int] = []
     open_family: dict[int, int] = {}
@@ -140,9 +141,9 @@ def _families(
 
 
 def padded(found: Sequence[Slice], count: int, *, sequences: int = 1) -> list[Slice]:
-    """As many micro-batches as the other ranks have: what is missing is one token that nothing is learnt from.
+    """Append empty micro-batches until there are `count`, the largest number on any rank.
 
-    sequences: how often this token stands in such a micro-batch, as a sequence each time.
+    An empty micro-batch holds a single token outside the loss mask, repeated as `sequences` sequences of length 1.
     """
     empty = Slice(
         rows=(),

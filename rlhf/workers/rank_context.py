@@ -1,4 +1,4 @@
-"""Where a rank stands in its gang."""
+"""The place of a rank in its gang of processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlace:
-    """One rank of a trained role, or one worker of a forward role (a gang of one)."""
+    """Identity and limits of one rank of a trained role, or of one worker of a forward role (a gang of one)."""
 
     rank: int
     world_size: int
@@ -20,10 +20,10 @@ class RankPlace:
     deadline_s: float
 
     def torch_device(self) -> torch.device:
-        """The device this process computes on."""
+        """Return the device used by this process."""
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a config's word."""
+    """Return the torch dtype named in a configuration."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

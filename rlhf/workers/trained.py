@@ -1,4 +1,4 @@
-"""What the policy's and the critic's ranks share: joining the gang, the engine, checkpoints, export, memory."""
+"""Base of the policy's and the critic's ranks: joining the gang, the engine, checkpoints, export, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlhf.workers.rank_context import RankPlace, torch_dtype
 class TrainedWorker(ABC):
     """One rank of a gang. `start` joins it; every other method is called on all ranks, in the same order.
 
-    Ranks that share micro-batches all return what one would return alone: callers keep the results of the first.
+    Ranks sharing micro-batches all return the result of a single rank, so callers keep the results of the first.
     """
 
     role: Role
@@ -59,7 +59,7 @@ class TrainedWorker(ABC):
         torch.manual_seed(config.run.seed + place.rank)
 
     def start(self, master_addr: str, master_port: int) -> str:
-        """Join the gang and load the model. Returns the architecture's fingerprint."""
+        """Join the gang and load the model. Return the architecture's fingerprint."""
         place = self.place
         init_distributed(
             rank=place.rank,
@@ -74,7 +74,7 @@ class TrainedWorker(ABC):
         return self.build()
 
     def build(self) -> str:
-        """Load the model and wrap it for training, in the gang that this process has joined."""
+        """Load the model and wrap it for training. The process must have joined its gang."""
         from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
 
         place = self.place
@@ -127,10 +127,10 @@ class TrainedWorker(ABC):
 
     @abstractmethod
     def load_module(self) -> Any:
-        """The model before any adapter."""
+        """Load the model without an adapter."""
 
     def loading_options(self) -> dict[str, Any]:
-        """Keywords of rlhf.models.loading that the role's section sets."""
+        """Return the keyword arguments for rlhf.models.loading, from the role's section of the configuration."""
         model = self.model_config
         return {
             "dtype": torch_dtype(model.dtype),
@@ -141,7 +141,7 @@ class TrainedWorker(ABC):
         }
 
     def _with_adapter(self, module: Any) -> Any:
-        """The model with a new adapter, or a trained one to go on from, if the role trains one."""
+        """Return the model with a new or a trained adapter. A role without an adapter gets the model unchanged."""
         model, lora = self.model_config, self.model_config.lora
         if lora is None:
             return module
@@ -153,7 +153,7 @@ class TrainedWorker(ABC):
         return add_lora(module, **adapter_options(lora))
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """What is saved: the adapter alone for LoRA, else all weights. Collective."""
+        """Yield the saved weights: the adapter alone for LoRA, otherwise all weights. Collective."""
         if self.model_config.lora is not None:
             return self.engine.named_adapter_weights(dtype)
         return self.engine.named_weights(dtype)
@@ -163,13 +163,14 @@ class TrainedWorker(ABC):
         self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint. Collective."""
+        """Continue from a checkpoint. All ranks call this together."""
         self.engine.load(folder)
 
     def export(self, folder: Path, merged: bool = False) -> None:
-        """Write a Hugging Face folder (an adapter folder for LoRA); rank 0 writes, all ranks gather. Collective.
+        """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective.
 
-        merged: with LoRA the whole model with the adapter in its weights, as engines get it that take no adapter.
+        merged: with LoRA, write the whole model with the adapter merged. Engines without adapter support need
+        it.
         """
         with explains_full(folder):
             self._export(folder, merged=merged)
@@ -194,7 +195,7 @@ class TrainedWorker(ABC):
             )
 
     def arithmetic(self) -> Arithmetic:
-        """Of this rank."""
+        """Return the model's FLOPs per token and the measured peak FLOPs of this rank."""
         config = self.engine.module.config
         fixed = flops_per_token(config, 0.0)
         side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second either way
@@ -209,7 +210,7 @@ class TrainedWorker(ABC):
         self.engine.offload_to_host()
 
     def reload(self) -> None:
-        """Take the GPU back."""
+        """Move the model back to the GPU after `offload`."""
         self.engine.reload_to_device()
 
     def empty_cache(self) -> None:
@@ -218,10 +219,10 @@ class TrainedWorker(ABC):
             torch.cuda.empty_cache()
 
     def memory(self) -> MemoryReport:
-        """Peaks of this process."""
+        """Return the peak memory of this process."""
         peak = peak_memory()
         return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 
     def stop(self) -> None:
-        """Leave the gang."""
+        """Leave the gang, so that the process can end or join another one."""
         leave_distributed()

@@ -1,4 +1,4 @@
-"""A worker that says how likely examples are to a model: the forward pass of supervised training, and nothing else."""
+"""A worker measuring the likelihood of examples: the forward pass of supervised training, without an update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.workers.rank_context import RankPlace
 
 
 class LikelihoodWorker:
-    """Holds the whole model; examples are dealt out among the workers."""
+    """Holds the whole model. Examples are distributed over the workers."""
 
     def __init__(self, model: ModelOnDisk, place: RankPlace, *, max_tokens_per_microbatch: int) -> None:
         self.source = model
@@ -41,7 +41,7 @@ class LikelihoodWorker:
             check_rows(self.model, self.device)
 
     def measure(self, examples: Examples) -> tuple[ExampleResult, ...]:
-        """One result for each example, in order."""
+        """Return one result for each example, in order."""
         lengths = examples.lengths.tolist()
         found: list[ExampleResult | None] = [None] * len(lengths)
         layout = row_layout(self.model)

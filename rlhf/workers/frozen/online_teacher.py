@@ -1,7 +1,7 @@
-"""A worker of the frozen teacher of a student that learns on its own responses.
+"""A worker of the frozen teacher in on-policy distillation.
 
-It says how likely the sampled tokens are to it, or gives the hidden states in which it predicts them; from these and
-its vocabulary head the student's ranks make its distributions. No logits leave the process.
+It computes log-probabilities of the sampled tokens, or the hidden states predicting them. The student's ranks turn
+hidden states into distributions with the teacher's vocabulary head. Logits never leave the process.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from rlhf.workers.microbatches import shared_prompts, slices
 
 
 class OnlineTeacherWorker(ReferenceWorker):
-    """A reference that has states and a head too; a prompt is computed once for its responses."""
+    """A reference model that also returns hidden states and its head.
+
+    Responses share the computation of their prompt.
+    """
 
     role: Role = "teacher"
 
     def head(self) -> tuple[VocabularyHead, int]:
-        """What makes logits of the states, and the tokens of its vocabulary."""
+        """Return the vocabulary head and the size of its vocabulary."""
         return vocabulary_head(self.model)
 
     def states(self, shares: Sequence[Sequence[int]], *given: Rollouts) -> tuple[LearntStates | int, ...]:
-        """Of each share of the batch's sequences one column, computed packed together; last, the states in all."""
+        """Return one column of hidden states for each share of the sequences and, last, the total number of states.
+
+        All shares are packed together.
+        """
         rollouts = Rollouts.gather(given, [i for share in shares for i in share])
         lengths = rollouts.lengths.tolist()
         prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
@@ -42,7 +48,7 @@ class OnlineTeacherWorker(ReferenceWorker):
         return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
 
     def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:
-        """Of each sequence, over its sampled tokens."""
+        """Return the mean log-probability of each sequence's sampled tokens, by sequence id."""
         values = self.values_of(given, temperature=temperature, temperatures={}, samples_per_prompt=samples_per_prompt)
         rollouts = Rollouts.gather(given, [i for part in given for i in part.sequence_ids.tolist()])
         means = sequence_means(values, rollouts.response_mask, rollouts.lengths)

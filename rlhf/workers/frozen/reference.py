@@ -1,4 +1,4 @@
-"""A worker of the frozen reference model: log-probabilities of what the policy sampled."""
+"""A worker of the frozen reference model. It computes log-probabilities of the policy's samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlhf.workers.rank_context import RankPlace, torch_dtype
 
 
 class ReferenceWorker:
-    """Holds the whole model; batches are dealt out among the workers."""
+    """Holds the whole model. Batches are distributed over the workers."""
 
     role: Role = "reference"
 
@@ -44,11 +44,11 @@ class ReferenceWorker:
         torch.set_num_threads(place.threads)
 
     def start(self) -> None:
-        """Load the model."""
+        """Load the model named in the configuration."""
         self.become(self.model_config.model)
 
     def become(self, model: str) -> None:
-        """Hold this model, whatever was held before."""
+        """Load `model` in place of the current one."""
         config = self.model_config
         self.model: Any = None  # never two at once
         self.host_weights: list[Tensor] = []
@@ -64,27 +64,28 @@ class ReferenceWorker:
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Take the GPU back."""
+        """Move the model back to the GPU after `offload`."""
         for tensor in self._tensors():
             tensor.data = tensor.data.to(self.device)
 
     def put_aside(self) -> None:
-        """Hold the model in host memory. It never changes, so one copy there serves for the whole run."""
+        """Move the model to host memory. The weights never change, so one host copy lasts for the whole run."""
         if not self.host_weights:
             self.host_weights = [tensor.data.cpu() for tensor in self._tensors()]
         for tensor, copy in zip(self._tensors(), self.host_weights, strict=True):
             tensor.data = copy
 
     def _tensors(self) -> list[Tensor]:
-        """Return the parameters and buffers of the model, a shared one once."""
+        """Return the parameters and buffers of the model, each shared tensor once."""
         return [*self.model.parameters(), *self.model.buffers()]
 
     def logprobs(
         self, only: frozenset[int] | None, temperatures: Mapping[int, float], *given: Rollouts
     ) -> tuple[TokenValues | int, ...]:
-        """One column for each batch, computed packed together over the batches; last, the tokens in all.
+        """Return one column of log-probabilities for each batch and, last, the total number of tokens.
 
-        only: the sequences that are wanted; None: all. temperatures: by sequence id, of those that have their own.
+        All batches are packed together. `only`: ids of the wanted sequences; None: all. `temperatures`: by
+        sequence id, for sequences sampled at another temperature than the common one.
         """
         parts = given if only is None else [part.take(_places(part, only)) for part in given]
         values = self.values_of(
@@ -107,8 +108,10 @@ class ReferenceWorker:
         temperatures: Mapping[int, float],
         samples_per_prompt: int,
     ) -> Float[Tensor, " N"]:
-        """Log-probabilities of the sampled tokens of all batches, one behind the other. temperatures: by sequence
-        id, of those that have their own."""
+        """Return the log-probabilities of the sampled tokens of all batches, concatenated.
+
+        `temperatures`: by sequence id, for sequences sampled at another temperature than the common one.
+        """
         rollouts = Rollouts.gather(parts, [i for part in parts for i in part.sequence_ids.tolist()])
         lengths = rollouts.lengths.tolist()
         values = torch.zeros(len(rollouts.token_ids))
@@ -135,7 +138,7 @@ class ReferenceWorker:
         return values
 
     def memory(self) -> MemoryReport:
-        """Peaks of this process."""
+        """Return the peak memory of this process."""
         peak = peak_memory()
         return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 

@@ -1,7 +1,7 @@
-"""A worker of the reward role: turns responses into scores, and into text for the samples file.
+"""A worker of the reward role: it scores responses and decodes them for the samples file.
 
-Functions run in processes of their own and services are asked (rlhf.rewards); the reward model, if the run has one, is
-held here. The only role besides the engines that knows the tokenizer's text.
+Reward functions run in separate processes, and services are called over the network (rlhf.rewards). The reward model,
+if the run has one, is held here. Besides the engines only this role decodes tokens to text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlhf.workers.rank_context import RankPlace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSettings:
-    """What a reward worker is made of."""
+    """Settings of a reward worker, with the specifications of all rewards."""
 
     specs: tuple[RewardSpec, ...]
     tokenizer: str  # folder or name of the policy's
@@ -47,12 +47,12 @@ class RewardSettings:
 
     @property
     def concurrency(self) -> int:
-        """Calls that one worker takes at once: groups to score, groups to ask services about, and one for a ping."""
+        """Return the number of concurrent calls of one worker: groups in scoring, groups at services, and one ping."""
         return self.processes + asks_in_flight(self.specs) + 1
 
 
 class RewardWorker:
-    """Scores groups, several at once; groups are dealt out among the workers."""
+    """Scores several groups concurrently. Groups are distributed over the workers."""
 
     def __init__(self, settings: RewardSettings, place: RankPlace) -> None:
         self.settings = settings
@@ -60,7 +60,7 @@ class RewardWorker:
         torch.set_num_threads(place.threads)
 
     def ping(self) -> None:
-        """Show that the process answers."""
+        """Return at once, as proof of life."""
 
     def start(self) -> None:
         """Start the reward processes and load the model, if any."""
@@ -85,7 +85,7 @@ class RewardWorker:
             )
 
     def ask(self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool]) -> dict[str, Outcome]:
-        """What the services say of one group's responses; to be given to `score`."""
+        """Request the services' scores of one group's responses. Pass the result to `score`."""
         return self.rewards.ask(self._as_read(prompt, rollouts), self.texts(rollouts), truncated=truncated)
 
     def score(
@@ -96,8 +96,10 @@ class RewardWorker:
         asked: dict[str, Outcome],
         environment_rewards: Sequence[tuple[StepReward, ...] | None] = (),
     ) -> GroupScores:
-        """Scores of one group's responses, of which some may have been cut. asked: what `ask` gave.
-        environment_rewards: where there is an environment, the rewards that it gave, turn by turn."""
+        """Score one group's responses, including truncated ones.
+
+        `asked` is the result of `ask`. `environment_rewards` holds the rewards of an environment, turn by turn.
+        """
         specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
         given = [rewards for rewards in environment_rewards if rewards is not None]
         scores = {
@@ -121,12 +123,12 @@ class RewardWorker:
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
-        """What the reward model says of each response."""
+        """Return the reward model's score of each response."""
         ends = None if self.model.steps is None else self._step_ends(rollouts)
         return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
 
     def _model_steps(self, rollouts: Rollouts) -> list[tuple[StepReward, ...]]:
-        """What it says of the steps of each response."""
+        """Return the reward model's step rewards of each response."""
         return self.model.step_rewards(rollouts.token_ids, rollouts.lengths, self._step_ends(rollouts))
 
     def _step_ends(self, rollouts: Rollouts) -> Bool[Tensor, " N"]:
@@ -135,28 +137,31 @@ class RewardWorker:
         return step_ends(*columns, self.tokenizer, separator=self.model.steps.separator)
 
     def _as_read(self, prompt: Prompt, rollouts: Rollouts) -> Prompt:
-        """The prompt with what an environment began the conversation with."""
+        """Return the prompt with the first turn written by the environment, if it has a placeholder for it."""
         if PLACEHOLDER not in prompt.text:
             return prompt
         return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
-        """Each response as text, without the special tokens that end it."""
+        """Decode each response without its closing special tokens."""
         return response_texts(rollouts, self.tokenizer, turn_end=self.turn_end)
 
     def transcripts(self, rollouts: Rollouts) -> list[Transcript]:
-        """Each response turn by turn and token by token."""
+        """Decode each response turn by turn and token by token."""
         return transcripts(rollouts, range(len(rollouts.lengths)), self.tokenizer, turn_end=self.turn_end)
 
     def answers(self, rollouts: Rollouts, form: AnswerForm) -> tuple[str | None, ...]:
-        """What each response answers, by which responses vote; None: nothing."""
+        """Return the answer extracted from each response, for voting. None: the response has no answer."""
         return tuple(answer_of(text, form) for text in self.texts(rollouts))
 
     def write_samples(
         self, path: Path, records: Sequence[tuple[SampleRecord, ...]], *parts: Rollouts | TokenSignals
     ) -> None:
-        """Give each group's records their responses and tokens, of conversations also the turns, and write the step's
-        file. `parts`: a group's rollouts for each of the records, then what training made of the tokens."""
+        """Complete the records of each group with responses, tokens and conversation turns, and write the step's file.
+
+        `parts` holds one rollout batch for each group of records, followed by the training signals of their
+        tokens.
+        """
         whole = []
         signals = [part for part in parts if isinstance(part, TokenSignals)]
         for group, columns in zip(records, (part for part in parts if isinstance(part, Rollouts)), strict=True):
@@ -170,17 +175,17 @@ class RewardWorker:
         write_samples(path, whole)
 
     def memory(self) -> MemoryReport:
-        """Peaks of this process; the reward processes are not in it."""
+        """Return the peak memory of this process, without the reward processes."""
         peak = peak_memory()
         return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 
     def stop(self) -> None:
-        """End the reward processes."""
+        """End the reward processes, so that the worker can end."""
         self.rewards.close()
 
 
 def _with_token_means(record: SampleRecord, tokens: SampleTokens) -> SampleRecord:
-    """Return the record with the mean log-probabilities of its tokens, where the controller had none.
+    """Return the record with the mean log-probabilities of its tokens, unless the controller set them already.
 
     A run with one update per batch measures them in that update, after the controller has made the record.
     """

@@ -1,4 +1,4 @@
-"""The reward model, as whoever scores responses holds it. It sees tokens and gives numbers; it knows no rewards."""
+"""The reward model of a process that scores responses. It maps tokens to numbers and knows no reward functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlhf.workers.rank_context import torch_dtype
 
 
 class RewardModel:
-    """A frozen sequence-classification model with one label. Thread-safe: one pass at a time."""
+    """A frozen sequence-classification model with one label. It is thread-safe and runs one pass at a time."""
 
     def __init__(
         self, config: RewardModelConfig, device: torch.device, *, max_tokens_per_microbatch: int, rank: int = 0
@@ -42,8 +42,11 @@ class RewardModel:
     def scores(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
     ) -> list[float]:
-        """One number a sequence: the head's value at its last token, or what it says of the steps that end where told,
-        as `config.steps` combines it."""
+        """Return one score per sequence.
+
+        Without `step_ends` it is the head's value at the last token. With `step_ends` the values at the marked
+        tokens are combined as `config.steps` says.
+        """
         scores = [0.0] * len(lengths)
         function = sequence_scores if step_ends is None else token_scores
         for piece, said in self._passes(function, token_ids, lengths):
@@ -58,7 +61,10 @@ class RewardModel:
     def step_rewards(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
     ) -> list[tuple[StepReward, ...]]:
-        """Of each sequence, the probabilities that the steps that end where told are right."""
+        """Return the probability that each step is right, for each sequence.
+
+        `step_ends` marks the last token of each step.
+        """
         found: list[tuple[StepReward, ...]] = [()] * len(lengths)
         for piece, said in self._passes(token_scores, token_ids, lengths):
             sizes = piece.lengths.tolist()
@@ -71,7 +77,7 @@ class RewardModel:
     def _passes(
         self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
     ) -> Iterator[tuple[Slice, Tensor]]:
-        """The sequences in micro-batches, with what one of rlhf.models.heads gives for each."""
+        """Yield the micro-batches of the sequences, each with the output of `function` (from rlhf.models.heads)."""
         sizes = lengths.tolist()
         with self.lock, torch.no_grad():
             layout = row_layout(self.model)

@@ -1,6 +1,6 @@
-"""A worker of the frozen teacher: its hidden states where the student learns, and once its vocabulary head.
+"""A worker of the frozen teacher. It computes hidden states at the tokens in the loss mask, and ships its head once.
 
-From both the student's ranks make the teacher's logits, some rows at a time; no logits leave a process.
+The student's ranks compute the teacher's logits from both, some rows at a time. Logits never leave the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.workers.rank_context import RankPlace, torch_dtype
 
 
 class TeacherWorker:
-    """Holds the whole model; rows are dealt out among the workers."""
+    """Holds the whole model. Rows are distributed over the workers."""
 
     def __init__(self, model: TeacherConfig, place: RankPlace, *, max_tokens_per_microbatch: int) -> None:
         self.model_config = model
@@ -35,7 +35,7 @@ class TeacherWorker:
         torch.set_num_threads(place.threads)
 
     def start(self) -> None:
-        """Load the model."""
+        """Load the model named in the configuration."""
         config = self.model_config
         with explains_out_of_memory(role="teacher", stage="start", rank=self.place.rank):
             model = load_causal_lm(
@@ -45,15 +45,18 @@ class TeacherWorker:
             check_rows(self.model, self.device)
 
     def load_data(self, *sets: Examples) -> None:
-        """The data sets, as the student has them."""
+        """Keep the student's data sets, in the student's order."""
         self.sets = sets
 
     def head(self) -> tuple[VocabularyHead, int]:
-        """What makes logits of the states, and the tokens of its vocabulary."""
+        """Return the vocabulary head and the size of its vocabulary."""
         return vocabulary_head(self.model)
 
     def states(self, dataset: int, shares: Sequence[Sequence[int]]) -> tuple[LearntStates | int, ...]:
-        """Of each share of rows one column, computed packed together over the shares; last, the states in all."""
+        """Return one column of hidden states for each share of the rows and, last, the total number of states.
+
+        All shares are packed together.
+        """
         examples = self.sets[dataset].take([row for share in shares for row in share])
         lengths = examples.lengths.tolist()
         cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model))
@@ -61,13 +64,13 @@ class TeacherWorker:
         return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
 
     def memory(self) -> MemoryReport:
-        """Peaks of this process."""
+        """Return the peak memory of this process."""
         peak = peak_memory()
         return MemoryReport(rss_gib=peak.rss_gib, gpu_gib=peak.gpu_gib)
 
 
 def vocabulary_head(model: Any) -> tuple[VocabularyHead, int]:
-    """What makes logits of a model's states, and the tokens of its vocabulary."""
+    """Return a model's vocabulary head on the host, and the size of its vocabulary."""
     settings = lm_head_settings(model)
     weight, bias = lm_head_weight(model).detach(), settings["bias"]
     settings["bias"] = bias if bias is None else bias.detach().cpu()
@@ -75,7 +78,10 @@ def vocabulary_head(model: Any) -> tuple[VocabularyHead, int]:
 
 
 def states_of(model: Any, examples: Examples, cut: Sequence[Slice], *, place: RankPlace) -> Float[Tensor, "n H"]:
-    """The states in which the tokens to be learnt are predicted, in the tokens' order; `cut` are all micro-batches."""
+    """Return the hidden states predicting the tokens in the loss mask, in token order.
+
+    `cut` holds all micro-batches.
+    """
     device = place.torch_device()
     places = examples.loss_mask.cumsum(0) - 1
     weight = lm_head_weight(model)
@@ -98,7 +104,7 @@ def states_of(model: Any, examples: Examples, cut: Sequence[Slice], *, place: Ra
 
 
 def in_shares(examples: Examples, hidden: Float[Tensor, "n H"], sizes: Sequence[int]) -> list[LearntStates]:
-    """One column for each share of so many sequences."""
+    """Split hidden states into one column for each share. `sizes` gives the number of sequences in each share."""
     counts = torch.stack([mask.sum() for mask in examples.loss_mask.split(examples.lengths.tolist())]).split(sizes)
     parts = (examples.sequence_ids.split(sizes), counts, hidden.split([int(of_rows.sum()) for of_rows in counts]))
     return [

@@ -1,4 +1,4 @@
-"""What the ranks that train on fixed data share: the data sets, and an optimizer step's rows in micro-batches."""
+"""Base of the ranks training on fixed data: the data sets, and the micro-batches of an optimizer step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ E = TypeVar("E", bound=Examples)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A rank's rows of one optimizer step: one sequence a row for each side that was asked for."""
+    """A rank's rows of one optimizer step. Each row has one sequence for each requested side."""
 
     rows: tuple[int, ...]  # of the data set
     pairs: Pairs  # of these rows, in this order; of their sequences, those of the sides
@@ -32,7 +32,7 @@ class Batch:
     reference: TokenValues | None  # aligned to them; None: there is none
 
     def places(self, piece: Slice) -> list[int]:
-        """Which of `rows` a micro-batch holds."""
+        """Return the positions of a micro-batch's rows in `rows`."""
         return [place // self.num_sides for place in piece.rows[:: self.num_sides]]
 
 
@@ -52,21 +52,21 @@ class OfflineWorker(TrainedWorker):
         )
 
     def step_metrics(self, report: StepReport) -> Metrics:
-        """Of the optimizer step itself, told by the first rank alone."""
+        """Return the gradient norm and learning rate of an optimizer step, on the first rank only."""
         if self.place.rank != 0:
             return {}
         return {"update/grad_norm": Mean.of([report.grad_norm]), "update/lr": Last(value=report.lr)}
 
 
 class ExamplesWorker(OfflineWorker, Generic[E]):
-    """One whose data are single sequences."""
+    """A worker on data sets of single sequences."""
 
     def load_data(self, *sets: E) -> None:
-        """The data sets: the training set first."""
+        """Keep the data sets. The training set is the first."""
         self.sets = sets
 
     def cut(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Slice]]:
-        """This rank's examples of a plan, and their micro-batches. Collective."""
+        """Return this rank's examples of a plan, and their micro-batches. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
         examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
         lengths = examples.lengths.tolist()
@@ -76,17 +76,17 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
 
 
 class PairsWorker(OfflineWorker):
-    """One whose data are rows of several sequences."""
+    """A worker on data sets with several sequences per row."""
 
     references: dict[int, TokenValues]  # by data set; empty: the losses read none
 
     def load_data(self, *sets: Pairs) -> None:
-        """The data sets: the training set first."""
+        """Keep the data sets. The training set is the first."""
         self.sets = sets
         self.references = {}
 
     def batch(self, dataset: int, plan: MinibatchPlan, *, sides: Sequence[int] | None = None) -> Batch:
-        """This rank's rows of a plan, of each these of its sequences; None: all. Collective."""
+        """Return this rank's rows of a plan with the given sides of each row. None: all sides. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
         some = torch.tensor(rows or (0,))  # without rows a token to pass, of which nothing is learnt
         whole = self.sets[dataset]

@@ -1,4 +1,4 @@
-"""One rank of a student that learns a frozen teacher's distributions on fixed examples."""
+"""One rank of a student learning a frozen teacher's distributions on fixed examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf.workers.rank_context import RankPlace
 
 
 class DistillationWorker(ExamplesWorker[Examples]):
-    """Divergence from the teacher at the tokens to be learnt, as a mean over those of the whole optimizer step."""
+    """Divergence from the teacher at the tokens in the loss mask, averaged over the whole optimizer step."""
 
     def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
         assert isinstance(config.algorithm, DistillationConfig)
@@ -32,15 +32,15 @@ class DistillationWorker(ExamplesWorker[Examples]):
         self.algorithm = Distillation(config.algorithm)
 
     def load_module(self) -> Any:
-        """The language model."""
+        """Load the language model without an adapter."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def take_teacher(self, head: VocabularyHead) -> None:
-        """What makes logits of the teacher's states. Called once, before the first step."""
+        """Keep the teacher's vocabulary head. Called once, before the first step."""
         self.teacher = head.to(self.device)
 
     def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """One optimizer step on the named rows of the training set, of which the teacher says `states`. Collective."""
+        """Run one optimizer step on the plan's training rows. `states` are the teacher's hidden states. Collective."""
         parts: list[Metrics] = []
         examples, cut = self.cut(0, plan)
         hidden = self._hidden(plan, states)
@@ -62,7 +62,7 @@ class DistillationWorker(ExamplesWorker[Examples]):
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Divergence, likelihood and accuracy on the named rows of a data set. Collective."""
+        """Measure divergence, likelihood and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
         examples, cut = self.cut(dataset, plan)
         hidden = self._hidden(plan, states)
@@ -83,14 +83,14 @@ class DistillationWorker(ExamplesWorker[Examples]):
         return merge(parts)
 
     def _hidden(self, plan: MinibatchPlan, states: tuple[LearntStates, ...]) -> Float[Tensor, "n K"]:
-        """The teacher's states of this rank's rows, one behind the other."""
+        """Concatenate the teacher's states of this rank's rows."""
         rows = plan.sequences_by_rank[self.data_rank]
         return LearntStates.gather(states, rows).hidden if rows else states[0].hidden[:0]
 
     def _forward(
         self, examples: Examples, piece: Slice, hidden: Float[Tensor, "n K"], *, token_weight: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-        """(weighted loss, divergences, log-probabilities, whether the likeliest) of a micro-batch."""
+        """Return a micro-batch's weighted loss, divergences, log-probabilities, and top-1 hits."""
         config = self.algorithm.config
         mask = examples.loss_mask[piece.tokens]
         places = examples.loss_mask.cumsum(0)[piece.tokens[mask]] - 1
@@ -109,6 +109,6 @@ class DistillationWorker(ExamplesWorker[Examples]):
 
 
 def _totals(columns: Sequence[Tensor]) -> list[float]:
-    """Sums over the tokens; one wait for the device."""
+    """Sum each column over the tokens. The device is synchronized once."""
     totals: list[float] = torch.stack([column.sum() for column in columns]).tolist()
     return totals

@@ -1,7 +1,7 @@
-"""One rank of a model that is trained on pairs of responses: a policy by preferences, or a reward model.
+"""One rank of a model trained on pairs of responses: a policy with preferences, or a reward model.
 
-A pair is one row, with or without a gold response: its sequences are always in the same micro-batch, and compute the
-prompt that they share once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+A pair is one row, with or without a gold response. Its sequences are always in the same micro-batch and compute their
+shared prompt once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slopes:
-    """The step's losses and their derivatives, one entry a pair: what a coupled loss is to each of its pairs."""
+    """The step's coupled losses and their derivatives with respect to each pair, one entry a pair."""
 
     first: int  # entry of this rank's first pair; its others follow
     losses: Float[Tensor, " P"]
@@ -56,14 +56,14 @@ class _Slopes:
     rejected: Float[Tensor, " P"]
 
     def losses_of(self, scores: PairScores, places: Sequence[int]) -> Float[Tensor, " B"]:
-        """The losses of the rank's pairs at these places, with the gradient that the coupled loss has in them."""
+        """Return the losses of the rank's pairs at these positions, with the gradient of the coupled loss."""
         at = self.first + torch.tensor(places, device=self.losses.device)
         linear = self.chosen[at] * scores.chosen + self.rejected[at] * scores.rejected
         return self.losses[at] + linear - linear.detach()
 
 
 class PairWorker(PairsWorker):
-    """Rows to numbers, numbers to losses, losses to updates and metrics."""
+    """Turns rows into scores, scores into losses, and losses into updates and metrics."""
 
     algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
 
@@ -73,10 +73,10 @@ class PairWorker(PairsWorker):
 
     @abstractmethod
     def numbers(self, batch: Batch, piece: Slice) -> Numbers:
-        """Of a micro-batch. Collective."""
+        """Return the numbers of a micro-batch's sequences. Collective."""
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step on the named pairs of the training set. Collective."""
+        """Run one optimizer step on the plan's pairs of the training set. Collective."""
         parts: list[Metrics] = []
         batch = self.batch(0, plan)
         slopes = self._slopes(batch, plan) if self.algorithm.couples else None
@@ -96,7 +96,7 @@ class PairWorker(PairsWorker):
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
-        """Loss and accuracy on the named pairs of a data set; losses that couple pairs, over these. Collective."""
+        """Measure loss and accuracy on the plan's pairs. Losses couple only the plan's pairs. Collective."""
         parts: list[Metrics] = []
         with torch.no_grad():
             batch = self.batch(dataset, plan)
@@ -112,7 +112,10 @@ class PairWorker(PairsWorker):
         return merge(parts)
 
     def _scores(self, batch: Batch, piece: Slice) -> PairScores:
-        """A micro-batch's pairs as numbers. One without rows has one pair of zeros, with a gradient of zeros."""
+        """Return a micro-batch's pairs as numbers.
+
+        An empty micro-batch has one pair of zeros, with a gradient of zeros.
+        """
         numbers = self.numbers(batch, piece)
         counts = sequence_counts(batch.pairs.examples.loss_mask[piece.tokens], piece.lengths).to(self.device).float()
         margins = batch.pairs.margins[batch.places(piece)].to(self.device)
@@ -142,7 +145,7 @@ class PairWorker(PairsWorker):
     def _loss(
         self, batch: Batch, piece: Slice, plan: MinibatchPlan, slopes: _Slopes | None
     ) -> tuple[PairScores, Float[Tensor, ""]]:
-        """A micro-batch's numbers, and its share of the step's loss."""
+        """Return a micro-batch's numbers, and its share of the step's loss."""
         scores = self._scores(batch, piece)
         if not piece.rows:
             return scores, (scores.chosen + scores.rejected).sum()
@@ -156,7 +159,7 @@ class PairWorker(PairsWorker):
         return scores, loss
 
     def _slopes(self, batch: Batch, plan: MinibatchPlan) -> _Slopes:
-        """Look at all pairs of the step, on all ranks, and derive their coupled loss. Collective."""
+        """Gather all pairs of the step from all ranks and differentiate their coupled loss. Collective."""
         counts = [len(rows) for rows in plan.sequences_by_rank]  # a row that a step holds twice has two entries
         first = sum(counts[: self.data_rank])
         names = [field.name for field in fields(PairScores)]
@@ -183,7 +186,7 @@ class PairWorker(PairsWorker):
         return _Slopes(first=first, losses=losses.detach(), chosen=chosen, rejected=rejected)
 
     def _metrics(self, scores: PairScores, name: str) -> Metrics:
-        """How the pairs of a micro-batch compare. `name` has a place for the quantity's."""
+        """Compare the pairs of a micro-batch. `name` has a placeholder for the name of the quantity."""
         with torch.no_grad():
             chosen, rejected = self.algorithm.rewards(scores)
             sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
@@ -197,10 +200,10 @@ class PairWorker(PairsWorker):
 
 
 class PreferenceWorker(PairWorker, ReferencedPolicy):
-    """A policy that learns which of two responses is preferred: pairs are compared by their log-probabilities."""
+    """A policy trained on preferences. Pairs are compared by their log-probabilities."""
 
     def numbers(self, batch: Batch, piece: Slice) -> Numbers:
-        """Summed log-probabilities of each sequence's learnt tokens."""
+        """Sum the log-probabilities of each sequence's tokens in the loss mask."""
         examples, reference, weights = batch.pairs.examples, None, None
         mask, lengths = examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
         if self.algorithm.wpo:
@@ -216,7 +219,7 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
         return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
 
     def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
-        """What may be measured of a micro-batch on its way to the loss: of fixed data nothing."""
+        """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
 
     def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
         alpha = self.algorithm.length_alpha
@@ -227,14 +230,14 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
 
 
 class RewardModelWorker(PairWorker):
-    """A language model's body with a scalar head, which learns to score the chosen response higher."""
+    """A language model's body with a scalar head, trained to score the chosen response higher."""
 
     def load_module(self) -> Any:
-        """The language model with a head of zeros, or a checkpoint that has a head already."""
+        """Load the language model with a head of zeros. A checkpoint with a head keeps it."""
         return load_critic(self.model_config.model, **self.loading_options())
 
     def numbers(self, batch: Batch, piece: Slice) -> Numbers:
-        """The head's score at each sequence's last token."""
+        """Return the head's score at each sequence's last token."""
         scores = self.engine.forward(
             sequence_scores,
             batch.pairs.examples.token_ids[piece.tokens].to(self.device),
@@ -244,7 +247,7 @@ class RewardModelWorker(PairWorker):
         return Numbers(ours=scores, reference=None)
 
     def _metrics(self, scores: PairScores, name: str) -> Metrics:
-        """With how well a margin tells the chance that the pair is ranked right."""
+        """Add the calibration error of the margins to the metrics of a pair."""
         margins = (scores.chosen - scores.rejected).detach()
         bins = calibration_bins(margins[margins.isfinite()], num_bins=CALIBRATION_BINS).tolist()
         key = name.format("calibration_error").removesuffix("/mean")

@@ -1,6 +1,6 @@
-"""What a reference says of a data set, on disk: computed once, taken up by every later run of the same two.
+"""Cache of a reference's log-probabilities on disk. Later runs with the same model and data reuse it.
 
-A file is named by its content: the reference's weights, and the tokens with their masks. It holds one number a token.
+A file is named by a hash of the reference's weights, the tokens and the masks. It holds one number per token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf.types import Examples, TokenValues
 
 
 def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]], examples: Examples) -> str:
-    """The name: a hash of the model and of the data. Iterating the weights may be a collective."""
+    """Return the file's name: a hash of the model and of the data. Iterating over the weights may be collective."""
     digest = xxhash.xxh3_128(architecture.encode())
     for name, weight in named_weights:
         digest.update(name.encode())
@@ -30,7 +30,7 @@ def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]]
 
 
 def write_columns(path: Path, columns: TokenValues) -> None:
-    """Write the file aside and rename it: it is there whole or not at all."""
+    """Write a temporary file and rename it. Readers see the complete file or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # another run may write the same one, on another host
     save_file({"logprobs": columns.values}, aside, metadata={"checksum": _checksum(columns.values)})
@@ -38,7 +38,7 @@ def write_columns(path: Path, columns: TokenValues) -> None:
 
 
 def read_columns(path: Path, examples: Examples) -> TokenValues | None:
-    """The columns for these examples; None if the file is missing, cut or altered."""
+    """Return the columns of the examples. None: the file is missing, truncated or altered."""
     try:
         with safe_open(path, framework="pt") as file:
             values, checksum = file.get_tensor("logprobs"), file.metadata()["checksum"]

@@ -1,4 +1,4 @@
-"""A policy that is trained on pairs of sequences against what it said of them before training."""
+"""A policy trained on pairs of sequences against a reference, its own log-probabilities before training."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
 class ReferencedPolicy(PairsWorker):
-    """The language model, its log-probabilities of the data, and the reference's."""
+    """The language model, with the log-probabilities of its reference."""
 
     def load_module(self) -> Any:
-        """The language model."""
+        """Load the language model without an adapter."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def reference_key(self, dataset: int) -> str:
-        """Names what the weights, as they are now, say of a data set: by both. Collective."""
+        """Return the cache key of a data set under the current weights. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
         return reference_key(self.fingerprint, self.engine.named_weights(dtype), self.sets[dataset].examples)
 
     def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> tuple[TokenValues, int]:
-        """Log-probabilities of the rows' tokens by the weights as they are now, and how many. Collective."""
+        """Return the log-probabilities of the rows' tokens under the current weights, and their number. Collective."""
         batch = self.batch(dataset, plan)
         values = torch.zeros(len(batch.pairs.examples.token_ids))
         with torch.no_grad():
@@ -55,14 +55,17 @@ class ReferencedPolicy(PairsWorker):
         return TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=values), len(values)
 
     def keep_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
-        """Take up what all ranks computed; the first one writes it down."""
+        """Keep the columns computed by all ranks. The first rank writes them to the cache."""
         examples = self.sets[dataset].examples
         self.references[dataset] = TokenValues.gather(columns, examples.sequence_ids.tolist())
         if self.place.rank == 0:
             write_columns(path, self.references[dataset])
 
     def read_reference(self, dataset: int, path: Path) -> bool:
-        """Take up what an earlier run wrote down, unless it is damaged or these weights do not say it. Collective."""
+        """Read the columns cached by an earlier run. Return False if they are damaged or disagree with the weights.
+
+        Collective.
+        """
         examples = self.sets[dataset].examples
         found = read_columns(path, examples)
         lengths = examples.lengths.tolist()
@@ -80,11 +83,11 @@ class ReferencedPolicy(PairsWorker):
         return True
 
     def logprobs(self, examples: Examples, piece: Slice) -> Float[Tensor, " n"]:
-        """Of the learnt tokens, 0 elsewhere."""
+        """Return the log-probabilities of the tokens in the loss mask, 0 elsewhere."""
         return self.forward(policy_logprobs_only, examples, piece)
 
     def forward(self, function: Callable[..., T], examples: Examples, piece: Slice) -> T:
-        """A forward pass of rlhf.models.packed. Collective."""
+        """Run a forward pass of rlhf.models.packed. Collective."""
         return self.engine.forward(
             function,
             examples.token_ids[piece.tokens].to(self.device),
@@ -95,5 +98,5 @@ class ReferencedPolicy(PairsWorker):
         )
 
     def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
-        """At which log-probabilities are taken."""
+        """Return the temperature of the log-probabilities, 1 for fixed data."""
         return 1.0

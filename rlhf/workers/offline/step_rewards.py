@@ -1,4 +1,4 @@
-"""One rank of a process reward model: a scalar head, read where a step ends, learns whether the step is right."""
+"""One rank of a process reward model. A scalar head, read at the end of each step, learns whether the step is right."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlhf.workers.offline.base import ExamplesWorker
 
 
 class StepRewardWorker(ExamplesWorker[LabelledSteps]):
-    """Cross-entropy of the steps' labels, as a mean over the steps of the whole optimizer step."""
+    """Cross-entropy of the steps' labels, averaged over the steps of the whole optimizer step."""
 
     def load_module(self) -> Any:
-        """The language model with a head of zeros, or a checkpoint that has a head already."""
+        """Load the language model with a head of zeros. A checkpoint with a head keeps it."""
         return load_critic(self.model_config.model, **self.loading_options())
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step on the named rows of the training set. Collective."""
+        """Run one optimizer step on the plan's rows of the training set. Collective."""
         parts: list[Metrics] = []
         steps, cut = self.cut(0, plan)
         for index, piece in enumerate(cut):
@@ -43,7 +43,7 @@ class StepRewardWorker(ExamplesWorker[LabelledSteps]):
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
-        """Loss and accuracy on the named rows of a data set. Collective."""
+        """Measure loss and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
         steps, cut = self.cut(dataset, plan)
         for piece in cut:
@@ -58,7 +58,7 @@ class StepRewardWorker(ExamplesWorker[LabelledSteps]):
         return merge(parts)
 
     def _loss(self, steps: LabelledSteps, piece: Slice) -> tuple[Float[Tensor, ""], float]:
-        """(summed cross-entropy of a micro-batch's steps, of how many the score is on the label's side of 0)."""
+        """Return the summed cross-entropy of a micro-batch's steps, and the number of correctly classified steps."""
         scores = self.engine.forward(
             token_scores, steps.token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
         )

@@ -1,4 +1,4 @@
-"""One rank of a model that is trained on fixed examples."""
+"""One rank of a model trained on fixed examples with cross-entropy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlhf.workers.offline.base import ExamplesWorker
 
 
 class SupervisedWorker(ExamplesWorker[Examples]):
-    """Cross-entropy on the tokens to be learnt, as a mean over those of the whole optimizer step."""
+    """Cross-entropy on the tokens in the loss mask, averaged over the whole optimizer step."""
 
     def load_module(self) -> Any:
-        """The language model."""
+        """Load the language model without an adapter."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step on the named rows of the training set. Collective."""
+        """Run one optimizer step on the plan's rows of the training set. Collective."""
         parts: list[Metrics] = []
         examples, cut = self.cut(0, plan)
         for index, piece in enumerate(cut):
@@ -46,7 +46,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
-        """Loss and accuracy on the named rows of a data set. Collective."""
+        """Measure loss and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
         examples, cut = self.cut(dataset, plan)
         for piece in cut:
@@ -67,7 +67,7 @@ class SupervisedWorker(ExamplesWorker[Examples]):
     def _forward(
         self, examples: Examples, piece: Slice, *, token_weight: float, trains: bool = False
     ) -> tuple[Float[Tensor, ""], float, float]:
-        """(weighted loss, sum of log-probabilities, how many are the likeliest) of the tokens to be learnt."""
+        """Return the weighted loss, the summed log-probabilities and the number of top-1 hits in the loss mask."""
         config = self.config.algorithm
         assert isinstance(config, SFTConfig)
         loss, logprobs, is_top1 = self.engine.forward(

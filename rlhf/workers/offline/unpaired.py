@@ -1,7 +1,8 @@
-"""One rank of a policy that learns from single responses, each labelled desirable or not.
+"""One rank of a policy learning from single responses, each labelled desirable or undesirable.
 
-The second sequence of a row is its prompt with another row's response: passed without a gradient, before the update,
-it tells how far the policy is from the reference. Losses are sums over rows, divided by the rows of the whole step.
+The second sequence of a row is its prompt with another row's response. It runs without a gradient before the update and
+measures the divergence of the policy from the reference. Losses are sums over rows, divided by the rows of the whole
+step.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row
 
 
 class UnpairedWorker(ReferencedPolicy):
-    """Rows to log-ratios, log-ratios to losses, losses to updates and metrics."""
+    """Turns rows into log-ratios, log-ratios into losses, and losses into updates and metrics."""
 
     def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = UNPAIRED_ALGORITHMS[config.algorithm.name](config.algorithm)
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
-        """One optimizer step on the named rows of the training set. Collective."""
+        """Run one optimizer step on the plan's rows of the training set. Collective."""
         compared = self._compared(0, plan)
         parts: list[Metrics] = []
         batch = self.batch(0, plan, sides=RESPONSE)
@@ -52,7 +53,7 @@ class UnpairedWorker(ReferencedPolicy):
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
-        """Loss and accuracy on the named rows of a data set, compared with the divergence on these. Collective."""
+        """Measure loss and accuracy on the plan's rows, with the divergence of the same rows. Collective."""
         parts: list[Metrics] = []
         with torch.no_grad():
             compared = self._compared(dataset, plan)
@@ -77,7 +78,7 @@ class UnpairedWorker(ReferencedPolicy):
         )
 
     def _compared(self, dataset: int, plan: MinibatchPlan) -> float:
-        """What log-ratios are held against, over all rows that the plan names. Collective."""
+        """Return the reference point of the log-ratios, over all rows of the plan. Collective."""
         of = self.algorithm.compares_with
         if of == "zero":
             return 0.0
@@ -95,7 +96,7 @@ class UnpairedWorker(ReferencedPolicy):
     def _loss(
         self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, compared: float, name: str
     ) -> tuple[Float[Tensor, ""], Metrics]:
-        """A micro-batch's share of the step's loss, and how its rewards compare with their labels."""
+        """Return a micro-batch's share of the step's loss, and metrics of its rewards against their labels."""
         log_ratios = self._log_ratios(batch, piece)
         if not piece.rows:
             return log_ratios.sum() * 0.0, {}

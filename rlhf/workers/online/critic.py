@@ -1,4 +1,4 @@
-"""One rank of the critic: values of a batch before its update, then regression on the returns."""
+"""One rank of the critic. It values a batch before its update, then regresses on the returns."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class CriticWorker(TrainedWorker):
         self.samples_per_prompt = config.rollouts.samples_per_prompt
 
     def load_module(self) -> Any:
-        """A language model's body with a scalar head."""
+        """Load a language model's body with a scalar head."""
         return load_critic(self.model_config.model, **self.loading_options())
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
-        """Take this rank's share of a batch in and value its tokens: the column, and its size. Collective."""
+        """Receive this rank's share of a batch and value its tokens. Return the column and its size. Collective."""
         ids = plan.sequences_of(self.data_rank)
         self.plan = plan
         self.rollouts = Rollouts.gather(parts, ids)
@@ -85,11 +85,11 @@ class CriticWorker(TrainedWorker):
         return column, len(self.old_values)
 
     def prepare(self, *returns: TokenValues) -> None:
-        """Take the targets of this rank's share in."""
+        """Receive the regression targets of this rank's share."""
         self.returns: Float[Tensor, " N"] = TokenValues.gather(returns, self.rollouts.sequence_ids.tolist()).values
 
     def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on a minibatch of the batch. Collective."""
+        """Run one optimizer step on a minibatch of the batch. Collective."""
         plan = self.plan.minibatches[minibatch]
         counts = StepCounts(
             num_tokens=plan.num_tokens, num_sequences=plan.num_sequences, max_new_tokens=self.max_new_tokens

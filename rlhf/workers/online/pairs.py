@@ -1,6 +1,6 @@
-"""One rank of a policy that learns from pairs of its own responses: the step's pairs are its training set.
+"""One rank of an online preference policy. The step's pairs of its own responses are the training set.
 
-Token columns come as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of its
+Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of its
 share of the batch, in the order of the plan.
 """
 
@@ -30,7 +30,7 @@ from rlhf.workers.rank_context import RankPlace
 
 
 class OnlinePreferenceWorker(PreferenceWorker):
-    """Takes a batch of rollouts in, learns from their pairs as from given ones, and publishes."""
+    """Receives a batch of rollouts, learns from its pairs as from a fixed data set, and publishes the weights."""
 
     algorithms = ONLINE_PAIR_ALGORITHMS
 
@@ -45,9 +45,10 @@ class OnlinePreferenceWorker(PreferenceWorker):
     def prepare(
         self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
     ) -> tuple[tuple[SequenceReport, ...], Metrics]:
-        """Take this rank's pairs of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
+        """Receive this rank's pairs of a batch. `parts`: the rollouts, then the reference's columns. Collective.
 
-        Nothing is computed but the reference of an adapter: the first update measures what the weights say.
+        Only the reference of an adapter is computed here. The first update measures the current
+        log-probabilities.
         """
         own = plan.sequences_of(self.data_rank)
         ids = own or _some_pair(plan)  # without pairs a token to pass, of which nothing is learnt
@@ -95,14 +96,13 @@ class OnlinePreferenceWorker(PreferenceWorker):
         return (), {}
 
     def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on a minibatch of the prepared batch. Collective."""
+        """Run one optimizer step on a minibatch of the prepared batch. Collective."""
         metrics = self.update_on(self.plans[minibatch])
         observed, self.observed, self.observes = self.observed, [], False
         return merge([metrics, *observed])
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
-        """What the first update saw of the tokens of those of these sequences that this rank has: the columns, their
-        size."""
+        """Return the signals of the first update for this rank's tokens of `sequences`, and the number of tokens."""
         reference = self.references.get(0)
         found = signals_of(
             self.positions,
@@ -113,17 +113,20 @@ class OnlinePreferenceWorker(PreferenceWorker):
         return found, len(found.old_logprobs)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
+
+        Collective.
+        """
         return probe_logprobs(self.engine, token_ids)
 
     def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
-        """That of the responses."""
+        """Return the sampling temperature of the responses."""
         if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
             return self.rollouts_config.temperature
         return examples.temperatures[piece.tokens].to(self.device)
 
     def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
-        """How far apart sampler, trainer and reference are, in the first update after the responses were sampled."""
+        """Record the gaps between sampler, trainer and reference, in the first update after sampling."""
         examples = batch.pairs.examples
         if not self.observes or not isinstance(examples, SampledExamples):
             return
@@ -137,7 +140,10 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observed.append(found)
 
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
-        """The minibatches as rows of this rank's pairs. Of other ranks only the number of rows is read."""
+        """Express the plan's minibatches as rows of this rank's pairs.
+
+        For other ranks only the number of rows is read.
+        """
         plans, first = [], 0
         for minibatch in plan.minibatches:
             counts = [len(ids) // 2 for ids in minibatch.sequences_by_rank]

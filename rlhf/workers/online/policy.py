@@ -1,7 +1,7 @@
-"""One rank of the policy: takes a batch of rollouts in, gives tokens their advantages, updates, publishes.
+"""One rank of the policy. It receives a batch of rollouts, assigns advantages to tokens, updates, and publishes.
 
-Token columns come as arguments and leave as results; the controller never sees inside them. Between `prepare` and the
-last `update` a rank holds the sequences of its share of the batch, in the order of the plan.
+Token columns arrive as arguments and leave as results; the controller never reads them. Between `prepare` and the last
+`update` a rank holds the sequences of its share of the batch, in the order of the plan.
 """
 
 from __future__ import annotations
@@ -91,18 +91,19 @@ class PolicyWorker(TrainedWorker):
         self.reference_is_adapter_off = reference_is_adapter_off
 
     def load_module(self) -> Any:
-        """The language model."""
+        """Load the language model without an adapter."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def prepare(
         self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
     ) -> tuple[tuple[SequenceReport, ...], Metrics]:
-        """Take this rank's share of a batch in. `parts`: the rollouts, then the reference's columns. Collective.
+        """Receive this rank's share of a batch. `parts`: the rollouts, then the reference's columns. Collective.
 
-        Old log-probabilities are computed only where something needs them before the first update: a batch of several
-        updates, a KL penalty in the reward, a baseline by step, or tokens that are told apart by the whole step's. They
-        are computed in the micro-batches of the update, so that the ratio of the first update is exactly 1. Where the
-        rollout's own stand for them, nothing is computed, but for a baseline by step or a choice by entropy.
+        Old log-probabilities are computed only if something reads them before the first update: several updates
+        per batch, a KL penalty in the reward, a baseline by step, or a token selection over the whole step.
+        They are computed in the micro-batches of the update, so the ratio of the first update is exactly 1.
+        Where the rollout's log-probabilities replace them, only a baseline by step or a selection by entropy
+        needs a pass.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -157,7 +158,10 @@ class PolicyWorker(TrainedWorker):
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
-        """Every sampled token's advantage; with a critic, the returns of this rank's sequences too. Collective."""
+        """Set every sampled token's advantage. With a critic, also return the returns of this rank's sequences.
+
+        Collective.
+        """
         share = self.share
         rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
         metrics: dict[str, Reduction] = {}
@@ -200,7 +204,7 @@ class PolicyWorker(TrainedWorker):
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
-        """What training made of the tokens of those of these sequences that this rank has: the columns, their size."""
+        """Return per-token training signals for this rank's subset of `sequences`, and the number of tokens."""
         share = self.share
         found = signals_of(
             share.rollouts,
@@ -212,7 +216,7 @@ class PolicyWorker(TrainedWorker):
         return found, len(found.advantages)
 
     def update(self, minibatch: int) -> Metrics:
-        """One optimizer step on a minibatch of the prepared batch. Collective."""
+        """Run one optimizer step on a minibatch of the prepared batch. Collective."""
         share, plan = self.share, self.share.plan.minibatches[minibatch]
         counts = StepCounts(
             num_tokens=plan.num_tokens,
@@ -234,7 +238,10 @@ class PolicyWorker(TrainedWorker):
         return merge(parts)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
+
+        Collective.
+        """
         return probe_logprobs(self.engine, token_ids)
 
     def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
@@ -257,7 +264,10 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _compute(self, stage: str, function: Callable[..., tuple[Tensor, ...]]) -> tuple[Float[Tensor, " N"], ...]:
-        """Columns that one of rlhf.models.packed gives for all sampled tokens of the share, without a gradient."""
+        """Run `function` (from rlhf.models.packed) over the share without a gradient.
+
+        Return its columns of all sampled tokens.
+        """
         results: tuple[Tensor, ...] = ()
         for cut in self.share.microbatches:
             for piece in cut:
@@ -280,7 +290,7 @@ class PolicyWorker(TrainedWorker):
         return results
 
     def _with_old_columns(self) -> _Share:
-        """The share with what the weights that sampled say of its tokens, as far as it is read."""
+        """Return the share with the columns of the sampling weights: old log-probabilities, entropies, collisions."""
         share = self.share
         by_step, by_entropy = self.algorithm.has_step_baseline, self.algorithm.config.top_entropy_fraction is not None
         if by_step:
@@ -296,7 +306,7 @@ class PolicyWorker(TrainedWorker):
         return share
 
     def _select(self) -> Selections:
-        """Tokens that are told apart by what the whole optimizer step's are like. Collective."""
+        """Select tokens by statistics of the whole optimizer step. Collective."""
         share = self.share
         if not reads_whole_step(self.algorithm):
             return Selections(high_entropy=None, selected=None)
@@ -317,8 +327,11 @@ class PolicyWorker(TrainedWorker):
         return select_tokens(self.algorithm, share.plan, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self) -> Float[Tensor, " N"]:
-        """The score on each sequence's last sampled token, less the KL penalty if it is placed in the reward, and what
-        is credited by steps."""
+        """Return the reward of each token.
+
+        It is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
+        the step rewards.
+        """
         share, config = self.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
@@ -332,7 +345,7 @@ class PolicyWorker(TrainedWorker):
         return rewards + self._step_rewards() if share.plan.steps else rewards
 
     def _step_rewards(self) -> Float[Tensor, " N"]:
-        """What is credited by steps, each step's where it ends."""
+        """Return the step rewards, each at the last token of its step."""
         share = self.share
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
@@ -345,7 +358,7 @@ class PolicyWorker(TrainedWorker):
         return step_rewards(ends, values, share.rollouts.response_mask)
 
     def _less_step_baseline(self, returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Returns less their groups' baselines, whichever ranks a group's sequences are on."""
+        """Subtract the baseline of each group from its returns. The sequences of a group may be on several ranks."""
         share = self.share
         rollouts, mask, lengths = share.rollouts, share.rollouts.response_mask, share.rollouts.lengths
         assert share.old_logprobs is not None
@@ -363,7 +376,7 @@ class PolicyWorker(TrainedWorker):
         return torch.where(alone, returns, returns - baseline.to(returns.dtype))
 
     def _moments_over_ranks(self, own: Moments) -> Moments:
-        """Moments of all ranks' values together, the same on every rank."""
+        """Merge the moments of all ranks' values. Every rank gets the same result."""
         table = torch.zeros(self.place.world_size, 3, dtype=torch.float64)
         if self.place.rank % self.resources.sequence_parallel == 0:  # of those with the same sequences, one
             table[self.data_rank] = torch.tensor([own.count, own.mean, own.squared_deviation], dtype=torch.float64)
@@ -373,7 +386,7 @@ class PolicyWorker(TrainedWorker):
         )
 
     def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
-        """The loss of one micro-batch and, in the first update, the experience metrics that `prepare` has not."""
+        """Return the loss of a micro-batch and, in the first update, the experience metrics missing after `prepare`."""
         share, config = self.share, self.algorithm.config
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(

@@ -1,4 +1,4 @@
-"""What the trainer says of the probe, by which every weight sync is proven."""
+"""The trainer's log-probabilities of a probe sequence. Every weight sync is verified with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.models.packed import policy_logprobs_only
 
 
 def probe_logprobs(engine: TrainingEngine, token_ids: Sequence[int]) -> list[float]:
-    """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+    """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published. Collective."""
     ids = torch.tensor(list(token_ids), device=engine.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0] = False

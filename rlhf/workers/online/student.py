@@ -1,7 +1,7 @@
-"""One rank of a student that learns from a frozen teacher on its own responses.
+"""One rank of a student in on-policy distillation: it learns from a frozen teacher on its own responses.
 
-Token columns come as arguments and stay here. Between `prepare` and the last `update` a rank holds the sequences of its
-share of the batch, in the order of the plan.
+Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the sequences of
+its share of the batch, in the order of the plan.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rlhf.workers.rank_context import RankPlace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """Of the share's tokens; nan where nothing was seen."""
+    """Token columns measured before training. Entries are nan until they are measured."""
 
     old_logprobs: Float[Tensor, " N"]
     teacher_logprobs: Float[Tensor, " N"]
@@ -44,13 +44,13 @@ class Seen:
 
     @classmethod
     def of(cls, num_tokens: int) -> Seen:
-        """Before anything is."""
+        """Return columns of nan for a share of `num_tokens` tokens."""
         old, teacher, advantages = (unknown(num_tokens) for _ in range(3))
         return cls(old_logprobs=old, teacher_logprobs=teacher, advantages=advantages)
 
 
 class StudentWorker(OfflineWorker):
-    """Takes a batch of rollouts in, learns what the teacher says of them, and publishes."""
+    """Receives a batch of rollouts, learns the teacher's predictions on them, and publishes the weights."""
 
     def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
         assert isinstance(config.algorithm, OnPolicyDistillationConfig)
@@ -60,21 +60,21 @@ class StudentWorker(OfflineWorker):
         self.rollouts_config = config.rollouts
 
     def load_module(self) -> Any:
-        """The language model."""
+        """Load the language model without an adapter."""
         return load_causal_lm(self.model_config.model, **self.loading_options())
 
     def take_teacher(self, head: VocabularyHead) -> None:
-        """What makes logits of the teacher's states. Called once, before the first step, if the run has states."""
+        """Keep the teacher's vocabulary head. Called once before the first step, if the run uses hidden states."""
         self.teacher = head.to(self.device)
 
     def prepare(
         self, plan: BatchPlan, num_rollouts: int, *parts: Rollouts | TokenValues
     ) -> tuple[tuple[SequenceReport, ...], Metrics]:
-        """Take this rank's share of a batch in. `parts`: the rollouts, then the teacher's log-probabilities of the
-        sampled tokens, if these are what it is asked for. Collective.
+        """Receive this rank's share of a batch. Collective.
 
-        plan.scores: what the rewards add to the advantage of each of a sequence's tokens. The student's own
-        log-probabilities are computed here only where several updates will read them.
+        `parts` holds the rollouts, followed by the teacher's log-probabilities of the sampled tokens if the run
+        uses them. plan.scores is the rewards' contribution to the advantage of each token of a sequence. The
+        student's log-probabilities are computed here only if several updates read them.
         """
         ids = plan.sequences_of(self.data_rank)
         rollouts = Rollouts.gather([p for p in parts[:num_rollouts] if isinstance(p, Rollouts)], ids)
@@ -98,8 +98,10 @@ class StudentWorker(OfflineWorker):
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
-        """One optimizer step on a minibatch of the prepared batch; `states`: the teacher's, if it is asked for them.
-        Collective."""
+        """Run one optimizer step on a minibatch of the prepared batch. Collective.
+
+        `states` are the teacher's hidden states, if the run uses them.
+        """
         plan, cut = self.plan.minibatches[minibatch], self.microbatches[minibatch]
         # what is measured before training: later updates of a batch know it only of the log-probabilities they keep
         self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
@@ -116,8 +118,7 @@ class StudentWorker(OfflineWorker):
         return merge(parts)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
-        """What was seen before training of the tokens of those of these sequences that this rank has: the columns,
-        their size."""
+        """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""
         held, seen = self.plan.sequences_of(self.data_rank), self.seen
         found = signals_of(
             self.rollouts,
@@ -129,11 +130,14 @@ class StudentWorker(OfflineWorker):
         return found, len(found.advantages)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1, by the weights as the engines get them. Collective."""
+        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
+
+        Collective.
+        """
         return probe_logprobs(self.engine, token_ids)
 
     def _sampled(self, piece: Slice, plan: MinibatchPlan) -> tuple[Tensor, Metrics, Metrics]:
-        """Loss of a micro-batch by advantages, what its update is, and what there was before training."""
+        """Return a micro-batch's loss from advantages, its update metrics, and its metrics before training."""
         token_ids, lengths, mask = self._columns(piece)
         logprobs, entropy = self.engine.forward(
             policy_logprobs,
@@ -185,7 +189,10 @@ class StudentWorker(OfflineWorker):
     def _whole(
         self, piece: Slice, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Metrics, Metrics]:
-        """The same by a divergence over the vocabulary, with the teacher's states of the minibatch's tokens."""
+        """Do the same with a divergence over the vocabulary.
+
+        `hidden` holds the teacher's states of the minibatch.
+        """
         token_ids, lengths, mask = self._columns(piece)
         loss, logprobs, told, entropy = self.engine.forward(
             sampled_distillation_loss,
@@ -212,7 +219,7 @@ class StudentWorker(OfflineWorker):
     def _keep(
         self, piece: Slice, old: Float[Tensor, " n"], told: Float[Tensor, " n"], advantages: Float[Tensor, " n"] | None
     ) -> None:
-        """What there was of a micro-batch before training, for its samples."""
+        """Store a micro-batch's columns for the samples file, before training changes them."""
         if not self.observes or not piece.rows:
             return
         self.seen.old_logprobs[piece.tokens] = old.detach().float().cpu()
@@ -221,13 +228,16 @@ class StudentWorker(OfflineWorker):
             self.seen.advantages[piece.tokens] = advantages.float().cpu()
 
     def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
-        """The teacher's states of this rank's sequences of a minibatch, one behind the other; None: it gave none."""
+        """Concatenate the teacher's states of this rank's sequences of a minibatch.
+
+        None: the teacher returned no states.
+        """
         if not states:
             return None
         return LearntStates.gather(states, self.plan.minibatches[minibatch].sequences_by_rank[self.data_rank]).hidden
 
     def _places(self, piece: Slice, plan: MinibatchPlan) -> Int[Tensor, " n"]:
-        """Which of the minibatch's sampled tokens those of a micro-batch are."""
+        """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
         mask = self.rollouts.response_mask
         own = plan.sequences_by_rank[self.data_rank]
         first = self.plan.sequences_of(self.data_rank).index(own[0])
@@ -246,7 +256,10 @@ class StudentWorker(OfflineWorker):
         )
 
     def _compute_logprobs(self) -> Float[Tensor, " N"]:
-        """Log-probabilities of all sampled tokens of the share, without a gradient, in the updates' micro-batches."""
+        """Return the log-probabilities of all sampled tokens of the share, without a gradient.
+
+        The micro-batches are the same as in the updates.
+        """
         result = torch.zeros(len(self.rollouts.token_ids))
         for piece in (piece for cut in self.microbatches for piece in cut):
             token_ids, lengths, mask = self._columns(piece)
@@ -275,7 +288,10 @@ def _observed(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Metrics:
-    """How far student, sampler and teacher are apart on the sampled tokens, by the weights that sampled them."""
+    """Measure the gaps between student, sampler and teacher on the sampled tokens.
+
+    `logprobs`: under the sampling weights.
+    """
     gap = masked_sum(logprobs - teacher_logprobs, mask)
     return {
         **sampler_metrics(logprobs, rollout_logprobs, mask, lengths),

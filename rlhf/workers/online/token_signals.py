@@ -1,4 +1,4 @@
-"""What training made of single tokens: taken from a rank's columns after its updates, for the samples file alone."""
+"""Training signals of single tokens, read from a rank's columns after its updates. Only the samples file uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Column = Float[Tensor, " N"] | None
 
 
 def unknown(num_tokens: int) -> Float[Tensor, " N"]:
-    """A column of which nothing is known yet."""
+    """Return a column of nan, meaning not measured."""
     return torch.full((num_tokens,), torch.nan)
 
 
@@ -27,7 +27,7 @@ def signals_of(
     teacher_logprobs: Column = None,
     advantages: Column = None,
 ) -> TokenSignals:
-    """Of the wanted sequences of a batch, from its columns; None: it has no such column."""
+    """Return the signals of the wanted sequences of a batch. A column of None becomes a column of nan."""
     num_tokens = int(batch.lengths.sum())
     columns = (old_logprobs, ref_logprobs, teacher_logprobs, advantages)
     old, ref, teacher, advantage = (unknown(num_tokens) if one is None else one.float() for one in columns)

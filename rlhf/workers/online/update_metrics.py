@@ -1,4 +1,4 @@
-"""Metrics of a micro-batch, as sums and counts that merge over micro-batches, ranks and minibatches."""
+"""Metrics of a micro-batch, as sums and counts. They merge over micro-batches, ranks and minibatches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sampler_metrics(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> dict[str, Reduction]:
-    """How far trainer and sampler are apart on the sampled tokens; `logprobs` by the weights that sampled them."""
+    """Measure the gap between trainer and sampler on the sampled tokens. `logprobs`: under the sampling weights."""
     old, rollout = (torch.where(mask, column, 0.0).double() for column in (logprobs, rollout_logprobs))
     gap = old - rollout
     ratio, products = gap.exp(), sequence_sums(gap, lengths).exp()  # outside the mask 1
@@ -68,7 +68,7 @@ def reference_metrics(
     ref_logprobs: Float[Tensor, " N"] | None,
     mask: Bool[Tensor, " N"],
 ) -> dict[str, Reduction]:
-    """How far the policy is from its reference on the sampled tokens, before they are trained on."""
+    """Measure the divergence of the policy from its reference on the sampled tokens, before training on them."""
     if ref_logprobs is None:
         return {}
     divergence = reference_kl(config, logprobs, ref_logprobs, mask)
@@ -76,7 +76,7 @@ def reference_metrics(
 
 
 def correction_metrics(found: Correction, *, sampled: int) -> dict[str, Reduction]:
-    """What a correction did to a micro-batch with `sampled` tokens in its mask."""
+    """Measure the effect of a correction on a micro-batch with `sampled` tokens in its mask."""
     weights = found.weights.double()
     sums = (weights, weights.square(), found.truncated, found.masked, found.rejected)
     total, squares, truncated, masked, rejected = torch.stack([column.sum().double() for column in sums]).tolist()
@@ -90,10 +90,10 @@ def correction_metrics(found: Correction, *, sampled: int) -> dict[str, Reductio
 
 
 def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: int, has_kl_loss: bool) -> Metrics:
-    """Of a policy micro-batch with `sampled` tokens in its mask and `passed` tokens in all.
+    """Return the metrics of a policy micro-batch with `sampled` tokens in its mask and `passed` tokens in all.
 
-    A loss term is this micro-batch's share of the step's loss; times the step's tokens it becomes a total whose count
-    is the sampled tokens, so that shares merge to the loss of the step and steps to their token-weighted mean.
+    A loss term is this micro-batch's share of the step's loss. Times the step's tokens it becomes a total, counted
+    in sampled tokens. Shares then merge to the loss of the step, and steps to their token-weighted mean.
     """
     values = torch.stack(
         [
@@ -128,7 +128,7 @@ def update_metrics(terms: LossTerms, *, sampled: int, passed: int, step_tokens: 
 
 
 def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, clips: bool) -> Metrics:
-    """Of a critic micro-batch; losses add up as the policy's do."""
+    """Return the metrics of a critic micro-batch. Losses merge as in `update_metrics`."""
     loss, clipped = torch.stack([terms.loss.detach(), terms.clipped_tokens]).tolist()
     found: dict[str, Reduction] = {"update/value_loss/mean": Mean(total=loss * step_tokens, count=sampled)}
     if clips:
@@ -137,13 +137,13 @@ def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, cli
 
 
 def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
-    """Of the sampled tokens."""
+    """Count the advantages of the sampled tokens per bin."""
     counts = bin_counts(advantages, mask, edges=ADVANTAGE_EDGES)
     return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
 
 
 def as_std(found: Moments) -> Std:
-    """Moments as a metric."""
+    """Convert moments to a metric of the standard deviation."""
     return Std(count=found.count, mean=found.mean, m2=found.squared_deviation)
 
 
@@ -154,7 +154,7 @@ def sequence_reports(
     logprobs: Float[Tensor, " N"],
     ref: Float[Tensor, " N"] | None,
 ) -> tuple[SequenceReport, ...]:
-    """What the policy and the reference say of each sequence of a share; of none if it holds another rank's."""
+    """Report each sequence of a share, as seen by the policy and the reference. Empty for a rank without a share."""
     if not ids:
         return ()
     mask, lengths = rollouts.response_mask, rollouts.lengths

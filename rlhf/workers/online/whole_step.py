@@ -1,7 +1,7 @@
-"""Tokens of one optimizer step that are told apart by what all of its tokens are like, on whatever rank they are.
+"""Token selection over a whole optimizer step, across ranks.
 
-Ranks exchange one number a column and sampled token. All see the same columns in the same order, that of the sequences'
-ids, so that what is chosen depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
+Ranks exchange one number per column and sampled token. All of them see the same columns in the order of sequence ids.
+The selection therefore depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ShareColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """How a rank exchanges columns with the others. `contributes`: of those with the same sequences, it is the one."""
+    """The rank's means of exchanging columns. Among ranks with the same sequences only one has `contributes` set."""
 
     rank: int  # whose share of a plan it has
     contributes: bool
@@ -45,21 +45,21 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selections:
-    """Columns of the share. None: the configuration asks for none."""
+    """Masks over the share's tokens. None: the configuration does not use the selection."""
 
     high_entropy: Bool[Tensor, " N"] | None
     selected: Bool[Tensor, " N"] | None
 
 
 def reads_whole_step(algorithm: OnlineAlgorithm) -> bool:
-    """Whether old log-probabilities of the whole step must be known before its update."""
+    """Return whether the update needs old log-probabilities of the whole step in advance."""
     return algorithm.selects_tokens or algorithm.config.top_entropy_fraction is not None
 
 
 def select_tokens(
     algorithm: OnlineAlgorithm, plan: BatchPlan, share: ShareColumns, ranks: Ranks, *, seed: int
 ) -> Selections:
-    """What the configuration selects among the tokens of each minibatch. Collective."""
+    """Select tokens of each minibatch as the configuration says. Collective."""
     fraction = algorithm.config.top_entropy_fraction
     high = None if fraction is None else torch.zeros_like(share.response_mask)
     selected = torch.zeros_like(share.response_mask) if algorithm.selects_tokens else None
@@ -86,9 +86,10 @@ def select_tokens(
 def gathered(
     columns: Float[Tensor, "K n"], counts: Mapping[int, int], minibatch: MinibatchPlan, ranks: Ranks
 ) -> tuple[Float[Tensor, "K N"], Int[Tensor, " n"]]:
-    """(columns of the sampled tokens of all ranks' sequences, where this rank's stand in them). Collective.
+    """Gather the columns of all ranks' sampled tokens. Collective.
 
-    `columns` are of this rank's sequences, in the order of `counts`, which says how many sampled tokens each has.
+    `columns` belong to this rank's sequences in the order of `counts`, the number of sampled tokens by sequence.
+    Returns the gathered columns and the positions of this rank's tokens in them.
     """
     row = {i: place for place, i in enumerate(sorted(chain.from_iterable(minibatch.sequences_by_rank)))}
     lengths = torch.zeros(len(row), dtype=torch.int64)
@@ -105,6 +106,6 @@ def gathered(
 
 
 def _positions(share: ShareColumns) -> dict[int, Int[Tensor, " m"]]:
-    """Where each sequence's sampled tokens stand."""
+    """Return the positions of each sequence's sampled tokens."""
     counts = sequence_counts(share.response_mask, share.lengths).tolist()
     return dict(zip(share.ids, share.response_mask.nonzero().flatten().split(counts), strict=True))
