@@ -1,4 +1,4 @@
-"""One file per algorithm. The tables below are the only list of them."""
+"""Define the policy-training algorithms, one file each. The tables below are the only list of algorithms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CISPO (MiniMax-M1, arXiv:2506.13585): the importance weight is held, and no token loses its gradient."""
+"""CISPO (MiniMax-M1, arXiv:2506.13585) clips the importance weight, so that no token loses its gradient."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class CISPOConfig(OnlineConfig):
-    """REINFORCE with bounded importance weights that carry no gradient."""
+    """CISPO is REINFORCE with bounded importance weights. The weights carry no gradient."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("min_ratio", "max_ratio")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("min_ratio", "max_ratio")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["cispo"]
     """The algorithm."""
@@ -27,12 +27,12 @@ class CISPOConfig(OnlineConfig):
 
 
 class CISPO(GroupRelative):
-    """Weights times log-probabilities, aggregated over the tokens of the whole optimizer step (eq. 4)."""
+    """The loss is weight times log-probability, aggregated over the tokens of the whole optimizer step (eq. 4)."""
 
     config: CISPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import composed_loss
         from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.policy_loss import importance_ratio

@@ -1,4 +1,4 @@
-"""Clip-Cov (arXiv:2505.22617): some of the tokens that would lower the entropy most get no gradient."""
+"""Clip-Cov (arXiv:2505.22617) removes the gradient of some tokens that would lower the entropy most."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class ClipCovConfig(ClippedConfig):
-    """GRPO without a few tokens whose log-probability and advantage move together."""
+    """Clip-Cov is GRPO without a few tokens whose log-probability and advantage move together."""
 
-    felt_by_selection: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
+    token_selection_keys: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["clip_cov"]
     """The algorithm."""
@@ -39,17 +39,17 @@ class ClipCovConfig(ClippedConfig):
 
 
 class ClipCov(GroupRelative):
-    """The covariance is that of a token with the mean token of its whole optimizer step.
+    """A token's covariance compares it with the mean token of the whole optimizer step.
 
-    Deviations from the paper: 1. covariances are of the log-probabilities before the update, so that every rank and
-    micro-batch agrees on them; 2. PPO's clip stays, as in verl. Raise clip_high and clip_low for the paper's.
+    Deviations from the paper: 1. covariances use the log-probabilities before the update, so that every rank and
+    micro-batch agrees on them; 2. PPO's clip stays, as in verl. Raise clip_high and clip_low to match the paper.
     """
 
     config: ClipCovConfig
     selects_tokens = True
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
-        """Tokens without a gradient."""
+        """Return True for the tokens without a gradient."""
         import torch
 
         from rlhf.objectives.entropy import advantage_covariance, drawn_covariance_tokens
@@ -65,7 +65,7 @@ class ClipCov(GroupRelative):
         )
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import clipped, composed_loss

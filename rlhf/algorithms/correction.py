@@ -1,6 +1,6 @@
-"""What is done about tokens whose sampler was not the policy that is trained: other kernels, or older weights.
+"""Configure the correction of tokens sampled by other kernels or by older weights than the trained policy.
 
-Read without torch, as all of the configuration; rlhf.algorithms.correction_weights does what it says.
+This module does not import torch. rlhf.algorithms.correction_weights computes the correction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Preset = Literal[
 def _around(equal: float, bounds: Bounds) -> Bounds:
     low, high = bounds
     if low is None and high is None:
-        raise ValueError("both bounds are null, so nothing is rejected; give one, or write null for the pair")
+        raise ValueError("both bounds are null, so nothing is rejected; give one bound, or write null for the pair")
     if (low is not None and low >= equal) or (high is not None and high <= equal):
         raise ValueError(
             f"got {list(bounds)}, expected [low, high] with low < {equal:g} < high: {equal:g} is where sampler and "
@@ -49,9 +49,9 @@ UpperBound = Annotated[float, Field(gt=0.0)]
 
 
 class RejectConfig(Section):
-    """Bounds outside of which a token, or each token of a response, is left out of the policy loss. Several may be set:
-    all of them must hold. With r = exp(logp_old - logp_rollout), or exp(logp - logp_rollout) where the mode is not
-    decoupled: k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. A bound of null is none."""
+    """Bounds outside of which a token, or each token of a response, is left out of the policy loss. If several are set,
+    a token must satisfy all of them. r is exp(logp_old - logp_rollout), or exp(logp - logp_rollout) unless the mode is
+    decoupled. k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. A null bound disables the test."""
 
     token_ratio: RatioBounds | None = None
     """[low, high] of r; rejects the token."""
@@ -60,7 +60,7 @@ class RejectConfig(Section):
     sequence_ratio: RatioBounds | None = None
     """[low, high] of the product of a response's r."""
     sequence_max_ratio: RatioBounds | None = None
-    """[low, high] that each r of a response must keep to."""
+    """[low, high] for each r of a response."""
     token_k1: LogBounds | None = None
     """[low, high] of k1 in nats; rejects the token."""
     sequence_mean_k1: LogBounds | None = None
@@ -68,7 +68,7 @@ class RejectConfig(Section):
     sequence_sum_k1: LogBounds | None = None
     """[low, high] of a response's summed k1."""
     sequence_max_k1: LogBounds | None = None
-    """[low, high] that each k1 of a response must keep to."""
+    """[low, high] for each k1 of a response."""
     token_k2: UpperBound | None = None
     """Largest k2 in nats; rejects the token."""
     sequence_mean_k2: UpperBound | None = None
@@ -76,7 +76,7 @@ class RejectConfig(Section):
     sequence_sum_k2: UpperBound | None = None
     """Largest sum of a response's k2."""
     sequence_max_k2: UpperBound | None = None
-    """Largest k2 that a token of a response may have."""
+    """Largest k2 of any token of a response."""
     token_k3: UpperBound | None = None
     """Largest k3 in nats; rejects the token."""
     sequence_mean_k3: UpperBound | None = None
@@ -84,11 +84,11 @@ class RejectConfig(Section):
     sequence_sum_k3: UpperBound | None = None
     """Largest sum of a response's k3."""
     sequence_max_k3: UpperBound | None = None
-    """Largest k3 that a token of a response may have."""
+    """Largest k3 of any token of a response."""
 
     @property
     def bounds(self) -> Mapping[str, Bounds]:
-        """Those that are set."""
+        """Return the bounds that are set, by key."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {
             name: value if isinstance(value, tuple) else (None, value)
@@ -101,28 +101,28 @@ class CorrectionConfig(Section):
     """Correction of the gap between rollout engine and trainer."""
 
     preset: Preset | None = None
-    """A named combination of the keys below (docs/algorithms.md has the table). A key that is written beside it wins.
-    The resolved configuration shows all values in effect."""
+    """A named combination of the keys below (docs/algorithms.md has the table). Explicit keys override it. The resolved
+    configuration shows all values in effect."""
     mode: Literal["decoupled", "bypass", "policy_gradient"] = "decoupled"
     """decoupled: the trainer computes old_logprobs, the clip acts on exp(logp - logp_old), weights and rejections on
-    exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities stand for the old ones, so that the clip acts
-    on exp(logp - logp_rollout). policy_gradient: the same without clip: the loss is -weight * advantage * logp."""
+    exp(logp_old - logp_rollout). bypass: the rollout's log-probabilities replace the old ones, so that the clip acts on
+    exp(logp - logp_rollout). policy_gradient: as bypass, without the clip: the loss is -weight * advantage * logp."""
     weights: Literal["token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] | None = None
-    """What multiplies a token's policy loss: its own ratio, or the product of its response's, held within the bounds
-    (truncated importance sampling), or 0 outside of them (IcePop). null: 1."""
+    """Weight of a token's policy loss: the token's ratio, or the product of its response's ratios. truncated: clipped
+    to the bounds (truncated importance sampling). masked: 0 outside of the bounds (IcePop). null: 1."""
     max_ratio: float = Field(default=2.0, gt=1.0)
     """Upper bound of the weight."""
     min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Lower bound of the weight."""
     reject: RejectConfig = RejectConfig()
-    """Tokens and responses that the policy does not learn from."""
+    """Rules that remove tokens and responses from the policy loss."""
     off_policy_mask: float | None = Field(default=None, gt=0.0)
-    """Rejects tokens of negative advantage in responses whose mean of logp_rollout - logp is above so many nats
-    (arXiv:2512.02556, eq. 9); null: none."""
+    """Rejects tokens of negative advantage in responses with a mean of logp_rollout - logp above this value, in nats
+    (arXiv:2512.02556, eq. 9); null: no such rejection."""
 
     @model_validator(mode="after")
     def _filled(self) -> Self:
-        """Take what is not written from the preset."""
+        """Take missing keys from the preset."""
         if self.preset is not None:
             for key, value in PRESETS[self.preset].items():
                 if key not in self.model_fields_set:
@@ -132,7 +132,7 @@ class CorrectionConfig(Section):
 
     @property
     def rejects(self) -> bool:
-        """Whether tokens may be left out besides those that the weights mask."""
+        """Whether a rejection rule or the off-policy mask can remove tokens from the loss."""
         return bool(self.reject.bounds) or self.off_policy_mask is not None
 
 

@@ -1,8 +1,8 @@
-"""What a correction makes of one micro-batch: a factor for each token's policy loss, and what the metrics say of it.
+"""Compute the correction of one micro-batch: a factor for each token's policy loss, and the columns for its metrics.
 
-Composed from rlhf.objectives; no mathematics here. A token that is rejected or masked has factor 0 and still counts in
-what the step's loss is divided by: which tokens these are may be known only while the step is computed, and a
-denominator of what is at hand would depend on micro-batches and ranks.
+The mathematics is in rlhf.objectives. A rejected or masked token has factor 0 and still counts in the denominator of
+the step's loss. The number of such tokens may be known only during the step. A denominator of local tokens would depend
+on micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _LEVELS: dict[str, corrections.Level] = {"geometric_mean": "sequence_mean", "seq
 
 
 def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surrogate) -> tuple[Surrogate, Correction]:
-    """The surrogate that is learnt from: the algorithm's own, or the policy gradient's, times the weights."""
-    found = correction(config, batch)
+    """Return the surrogate multiplied by the correction weights, and the correction.
+
+    In mode policy_gradient the surrogate is the plain policy gradient instead of the algorithm's own.
+    """
+    result = correction(config, batch)
     if config.mode == "policy_gradient":
         mask = batch.response_mask
         surrogate = replace(
@@ -38,11 +41,11 @@ def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surr
             clipped=torch.zeros_like(mask),
             capped=None,
         )
-    return replace(surrogate, per_token=surrogate.per_token * found.weights), found
+    return replace(surrogate, per_token=surrogate.per_token * result.weights), result
 
 
 def correction(config: CorrectionConfig, batch: PolicyMicrobatch) -> Correction:
-    """What the configuration says of each token."""
+    """Return the configured correction of each token."""
     mask, lengths = batch.response_mask, batch.lengths
     trained = batch.old_logprobs if config.mode == "decoupled" else batch.logprobs.detach()
     gap = (trained, batch.rollout_logprobs, mask)
@@ -73,7 +76,7 @@ def correction(config: CorrectionConfig, batch: PolicyMicrobatch) -> Correction:
 
 
 def _kept(config: CorrectionConfig, batch: PolicyMicrobatch, gap: tuple[Tensor, Tensor, Tensor]) -> Bool[Tensor, " N"]:
-    """The tokens within all of the configured bounds."""
+    """Return True for the tokens within all configured bounds."""
     mask, lengths = batch.response_mask, batch.lengths
     keep = mask
     for name, (low, high) in config.reject.bounds.items():

@@ -1,4 +1,4 @@
-"""CPO (arXiv:2401.08417): DPO's loss with a uniform reference, and a supervised term that keeps the chosen likely."""
+"""CPO (arXiv:2401.08417) is DPO's loss with a uniform reference and a supervised term on the chosen response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CPOConfig(PreferenceConfig):
-    """Contrastive preference optimisation."""
+    """Contrastive preference optimisation, without a reference model."""
 
     name: Literal["cpo"]
     """The algorithm."""
@@ -29,7 +29,7 @@ class CPOConfig(PreferenceConfig):
 
 
 class CPO:
-    """A loss of summed log-probabilities (`ipo`: averaged ones, as in TRL)."""
+    """The losses read summed log-probabilities (`ipo` reads averaged ones, as in TRL)."""
 
     needs_reference = False
     needs_gold = False
@@ -42,7 +42,7 @@ class CPO:
         self.wpo = config.wpo
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """One a pair."""
+        """Return one loss per pair."""
         from rlhf.objectives import preference_loss as of
 
         beta = self.config.beta
@@ -54,5 +54,5 @@ class CPO:
         return of.dpo(scores.chosen, scores.rejected, beta=beta, label_smoothing=self.config.label_smoothing)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """beta times the log-probabilities."""
+        """Return beta times the log-probabilities."""
         return self.config.beta * scores.chosen, self.config.beta * scores.rejected

@@ -1,4 +1,4 @@
-"""DAPO (arXiv:2503.14476): a higher upper clip, losses averaged over tokens, and a soft limit on length."""
+"""DAPO (arXiv:2503.14476) has a higher upper clip, losses averaged over tokens, and a soft limit on length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class OverlongConfig(Section):
-    """Long responses lose score before they are cut (arXiv:2503.14476, eq. 13)."""
+    """Long responses lose score before they reach the token limit (arXiv:2503.14476, eq. 13)."""
 
     buffer: int = Field(ge=1)
     """Last tokens before rollouts.max_new_tokens over which the loss grows, from 0 to factor. The paper's is a fifth of
@@ -40,14 +40,14 @@ class DAPOConfig(ClippedConfig):
 
 
 class DAPO(GroupRelative):
-    """GRPO's advantages, with scores that have lost what their responses' length costs."""
+    """The advantages are GRPO's, computed from scores minus the overlong penalty."""
 
     config: DAPOConfig
 
     def shaped(
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
     ) -> Float[Tensor, " B"]:
-        """Scores less the overlong penalty."""
+        """Return the scores minus the overlong penalty."""
         from rlhf.objectives.rewards import overlong_penalty
 
         overlong = self.config.overlong
@@ -58,7 +58,7 @@ class DAPO(GroupRelative):
         )
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

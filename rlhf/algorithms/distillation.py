@@ -1,5 +1,7 @@
-"""Distillation: a student learns the next-token distributions of a frozen teacher on given responses (GKD,
-arXiv:2306.13649, with fixed data)."""
+"""Distillation trains a student to match a frozen teacher's next-token distributions on given responses.
+
+The method is GKD (arXiv:2306.13649) with fixed data.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class DistillationConfig(Section):
-    """Distillation of the model of `teacher`: the loss is the mean over all learnt tokens of the optimizer step."""
+    """Distillation from the model of `teacher`. The loss is the mean over all tokens under the loss mask in the
+    optimizer step."""
 
     name: Literal["distillation"]
     """The algorithm."""
@@ -31,19 +34,19 @@ class DistillationConfig(Section):
 
 
 class Distillation:
-    """A divergence over the whole vocabulary, and a supervised term."""
+    """The loss is a divergence over the whole vocabulary plus a supervised term."""
 
     def __init__(self, config: DistillationConfig) -> None:
         self.config = config
 
     @property
     def divergence(self) -> Divergence:
-        """Of two distributions."""
+        """Return the divergence of two distributions."""
         return divergence_of(self.config.divergence, beta=self.config.beta)
 
 
 def divergence_of(name: str, *, beta: float) -> Divergence:
-    """The divergence that a configuration names; beta: of `jsd`."""
+    """Return the configured divergence. Only `jsd` uses beta."""
     from rlhf.objectives import distillation as of
 
     by_name: dict[str, Divergence] = {

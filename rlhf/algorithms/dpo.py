@@ -1,4 +1,4 @@
-"""DPO (arXiv:2305.18290) and its family: losses of the log-ratios of a chosen and a rejected response to a reference.
+"""DPO (arXiv:2305.18290) and its variants train on the log-ratios of a chosen and a rejected response.
 
 The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
 """
@@ -43,7 +43,7 @@ OF_MARGINS = frozenset(
 
 
 class LogRatioConfig(PreferenceConfig):
-    """Which losses of the log-ratios, and what they are told."""
+    """Losses of the log-ratios, with their weights and parameters."""
 
     loss: DPOLoss | dict[str, float] = "sigmoid"
     """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
@@ -62,7 +62,7 @@ class LogRatioConfig(PreferenceConfig):
 
     @property
     def losses(self) -> Mapping[str, float]:
-        """Each loss with its weight."""
+        """Return each loss with its weight."""
         return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
 
     @model_validator(mode="after")
@@ -89,14 +89,14 @@ class LogRatioConfig(PreferenceConfig):
 
 
 class DPOConfig(LogRatioConfig):
-    """Direct preference optimisation."""
+    """Direct preference optimisation, with a reference model."""
 
     name: Literal["dpo"]
     """The algorithm."""
 
 
 class DPO:
-    """Weighted losses of a pair's log-ratios.
+    """The loss is a weighted sum of losses of a pair's log-ratios.
 
     Deviation from BCO's paper: its delta is the mean reward of the optimizer step, not a running one.
     """
@@ -112,11 +112,11 @@ class DPO:
 
     @property
     def couples(self) -> bool:
-        """Whether a loss looks at all pairs of a step."""
+        """Whether a loss depends on all pairs of a step."""
         return bool(COUPLED & set(self.config.losses))
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """One a pair."""
+        """Return one loss per pair."""
         chosen, rejected = self._log_ratios(scores)
         functions = self._functions(scores)
         total = chosen.new_zeros(len(chosen))
@@ -125,7 +125,7 @@ class DPO:
         return total
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """beta times the log-ratios."""
+        """Return beta times the log-ratios."""
         chosen, rejected = self._log_ratios(scores)
         return self.config.beta * chosen, self.config.beta * rejected
 
@@ -169,7 +169,7 @@ class DPO:
         return chosen, rejected
 
     def _margins(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """log pi(chosen) - log pi(rejected), and the reference's."""
+        """Return log pi(chosen) - log pi(rejected) for the policy and for the reference."""
         assert scores.ref_chosen is not None
         assert scores.ref_rejected is not None
         c, r = (scores.chosen_tokens, scores.rejected_tokens) if self.config.length_normalize else (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""DPPO (arXiv:2602.04879): a token is left out once its probability, not its ratio, has moved too far."""
+"""DPPO (arXiv:2602.04879) leaves a token out once its probability, not its ratio, has moved too far."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class DPPOConfig(OnlineConfig):
-    """Divergence proximal policy optimisation, with the divergences of {token, rest} (the paper's binary ones)."""
+    """Divergence proximal policy optimisation, with the paper's binary divergences of {token, rest}."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("divergence", "max_decrease", "max_increase", "max_ratio")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("divergence", "max_decrease", "max_increase", "max_ratio")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dppo"]
     """The algorithm."""
@@ -31,16 +31,16 @@ class DPPOConfig(OnlineConfig):
 
 
 class DPPO(GroupRelative):
-    """CISPO's weighted log-probabilities over the tokens inside the trust region.
+    """The loss is CISPO's, over the tokens inside the trust region.
 
-    The paper's old policy is the sampler; here it is the trainer's at the start of the update, unless correction.mode
-    is bypass.
+    The paper's old policy is the sampler. Here it is the trainer's policy at the start of the update, unless
+    correction.mode is bypass.
     """
 
     config: DPPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import composed_loss
         from rlhf.algorithms.microbatch import Surrogate
         from rlhf.objectives.policy_loss import importance_ratio

@@ -1,4 +1,4 @@
-"""Dr. GRPO (arXiv:2503.20783): GRPO without its biases of response length and of question difficulty."""
+"""Dr. GRPO (arXiv:2503.20783) is GRPO without its biases of response length and of question difficulty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DrGRPOConfig(ClippedConfig):
-    """GRPO done right: no division by the group's standard deviation, nor by a response's length."""
+    """GRPO done right: it divides neither by the group's standard deviation nor by a response's length."""
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dr_grpo"]
@@ -24,25 +24,26 @@ class DrGRPOConfig(ClippedConfig):
 
 
 class DrGRPO(WithoutCritic):
-    """Centred scores; token losses are summed and divided by a constant, so that no length weighs more than another."""
+    """Scores are centred. Token losses are summed and divided by a constant, so that every length has the same
+    weight."""
 
     def __init__(self, config: DrGRPOConfig) -> None:
         self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Each score less its group's mean."""
+        """Return each score minus its group's mean."""
         from rlhf.objectives.advantages import group_centered
 
         return group_centered(outcomes.scores, group_size=outcomes.group_size)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Each less the mean of its group's."""
+        """Return each step reward minus the mean of its group."""
         from rlhf.objectives.advantages import steps_centered
 
         return steps_centered(rewards)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""DRO (arXiv:2405.19107): REINFORCE with a quadratic penalty on the distance from the policy that sampled."""
+"""DRO (arXiv:2405.19107) is REINFORCE with a quadratic penalty on the distance from the policy that sampled."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class DROConfig(OnlineConfig):
-    """Direct reward optimisation."""
+    """Direct reward optimisation with a quadratic penalty."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("beta",)
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("beta",)
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dro"]
     """The algorithm."""
@@ -25,16 +25,16 @@ class DROConfig(OnlineConfig):
 
 
 class DRO(GroupRelative):
-    """No ratio weighs the gradient, and nothing is clipped: the penalty alone holds the policy.
+    """The gradient has no ratio and no clip. The penalty alone keeps the policy near the sampler.
 
     Deviations from the paper: 1. the penalty is towards the weights at the start of the update, not a fixed reference;
-    2. it is of each token, not of the whole response; 3. the baseline is GRPO's, not a learnt value.
+    2. it applies to each token, not to the whole response; 3. the baseline is GRPO's, not a trained value function.
     """
 
     config: DROConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

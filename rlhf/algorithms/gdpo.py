@@ -1,4 +1,4 @@
-"""GDPO (arXiv:2601.05242): of several rewards each is compared within the group by itself, before they are summed."""
+"""GDPO (arXiv:2601.05242) normalises each reward within the group before it sums them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class GDPOConfig(ClippedConfig):
 
 
 class GDPO(GroupRelative):
-    """A reward counts by its weight, whatever its scale, and rewards of (1, 0) differ from (0, 1) in a group.
+    """A reward counts by its weight, independent of its scale. Rewards of (1, 0) differ from (0, 1) in a group.
 
-    Deviations from the paper: those of GRPO.
+    Deviations from the paper: the same as GRPO's.
     """
 
     config: GDPOConfig
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """The weighted sum of each reward against its group, normalised over the batch."""
+        """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch."""
         from rlhf.objectives.advantages import group_decoupled
 
         return group_decoupled(
@@ -44,7 +44,8 @@ class GDPO(GroupRelative):
         )
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
-        """Whether the normalised rewards of every response add up to 0, whatever the sums of the plain ones are."""
+        """Whether the weighted sum of normalised rewards is 0 for every response. The sums of the plain rewards may
+        differ."""
         from rlhf.objectives.advantages import group_normalized_sum
 
         sums = group_normalized_sum(
@@ -57,7 +58,7 @@ class GDPO(GroupRelative):
         return bool((sums.abs() < FLAT_BELOW).all())
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""GMPO (arXiv:2507.20673): the geometric mean of token ratios, each clipped before it is taken."""
+"""GMPO (arXiv:2507.20673) uses the geometric mean of token ratios, clipped one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class GMPOConfig(OnlineConfig):
     """Geometric-mean policy optimisation: outliers among token ratios count little, so that the clip can be wide."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     name: Literal["gmpo"]
     """The algorithm."""
     clip_low: float = Field(default=0.4, gt=0.0)
@@ -28,12 +28,12 @@ class GMPOConfig(OnlineConfig):
 
 
 class GMPO(GroupRelative):
-    """-ratio * advantage, with one ratio for all tokens of a response."""
+    """The loss is -ratio * advantage, with one ratio for all tokens of a response."""
 
     config: GMPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

@@ -1,4 +1,4 @@
-"""GPG (arXiv:2504.02546): the policy gradient with a group baseline, and nothing else."""
+"""GPG (arXiv:2504.02546) is the policy gradient with a group baseline."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class GPGConfig(OnlineConfig):
 
 
 class GPG(WithoutCritic):
-    """Centred scores, times prompts over prompts whose responses differ in score: flat groups dilute no gradient.
+    """Centred scores are multiplied by num_groups / num_groups_with_unequal_scores, so that flat groups dilute no
+    gradient.
 
-    Deviation from the paper: that factor is of the step's whole batch, not of one minibatch.
+    Deviation from the paper: the factor is computed over the step's whole batch, not over one minibatch.
     """
 
     def __init__(self, config: GPGConfig) -> None:
         self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Scores less their group's mean, scaled."""
+        """Return the scores minus their group's mean, scaled."""
         from rlhf.objectives.advantages import group_centered, group_normalized, uneven_group_scale
 
         scores, group_size = outcomes.scores, outcomes.group_size
@@ -43,7 +44,7 @@ class GPG(WithoutCritic):
         return scale * group_centered(scores, group_size=group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import composed_loss, unweighted
 
         return composed_loss(self.config, batch, counts, unweighted(batch), kl_coef=kl_coef)

@@ -1,4 +1,5 @@
-"""GRPO (arXiv:2402.03300): advantages from a prompt's group of responses, clipped surrogate, no critic."""
+"""GRPO (arXiv:2402.03300) takes advantages from a prompt's group of responses, with a clipped surrogate and no
+critic."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 an
 
 
 class GRPOConfig(ClippedConfig):
-    """Group-relative policy optimisation."""
+    """Group-relative policy optimisation, without a critic."""
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["grpo"]
@@ -27,19 +28,19 @@ class GRPOConfig(ClippedConfig):
 
 
 class GroupRelative(WithoutCritic):
-    """Every token of a response has the response's advantage: its score against its group."""
+    """Every token of a response has the response's advantage: its score compared with its group."""
 
     def __init__(self, config: OnlineConfig) -> None:
         self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Scores less their group's mean, over its standard deviation."""
+        """Return the scores minus their group's mean, divided by its standard deviation."""
         from rlhf.objectives.advantages import group_normalized
 
         return group_normalized(outcomes.scores, group_size=outcomes.group_size, eps=GROUP_STD_EPS)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Rewards less their mean, over their standard deviation."""
+        """Return the rewards minus their mean, divided by their standard deviation."""
         from rlhf.objectives.advantages import steps_normalized
 
         return steps_normalized(rewards, eps=GROUP_STD_EPS)
@@ -48,14 +49,14 @@ class GroupRelative(WithoutCritic):
 class GRPO(GroupRelative):
     """Group-relative policy optimisation.
 
-    Deviations from the paper: 1. the loss is aggregated over the tokens of the whole optimizer step
-    (aggregation: token_mean), set sequence_mean_token_mean for the paper's; 2. no KL penalty by default.
+    Deviations from the paper: 1. the loss is aggregated over the tokens of the whole optimizer step (aggregation:
+    token_mean), set sequence_mean_token_mean to match the paper; 2. there is no KL penalty by default.
     """
 
     config: GRPOConfig
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Each score against its group."""
+        """Return each score compared with its group."""
         from rlhf.objectives.advantages import group_centered
 
         if not self.config.std_normalize:
@@ -63,13 +64,13 @@ class GRPO(GroupRelative):
         return super().sequence_advantages(outcomes)
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Each against all of its group."""
+        """Return each step reward compared with all step rewards of its group."""
         from rlhf.objectives.advantages import steps_centered
 
         return super().step_terms(rewards) if self.config.std_normalize else steps_centered(rewards)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

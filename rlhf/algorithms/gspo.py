@@ -1,4 +1,4 @@
-"""GSPO (arXiv:2507.18071): the importance ratio is that of the whole response, and so is the clip."""
+"""GSPO (arXiv:2507.18071) uses the importance ratio of the whole response, and clips that ratio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SequenceClipConfig(ClippedConfig):
 
 
 class GSPOConfig(SequenceClipConfig):
-    """Group sequence policy optimisation."""
+    """Group sequence policy optimisation, with ratios of whole responses."""
 
     name: Literal["gspo"]
     """The algorithm."""
@@ -33,17 +33,17 @@ class GSPOConfig(SequenceClipConfig):
 
 
 class GSPO(GroupRelative):
-    """The geometric mean of a response's token ratios stands for each of them.
+    """Each token's ratio is the geometric mean of the response's token ratios.
 
-    It is written in the paper's token form (eq. 14), whose gradient is that of the sequence form (eq. 5) where all
-    tokens of a response have one advantage and one weight. Where they have not, because tokens are corrected, chosen
-    or credited with their steps one by one, the token form is the one in which a token's weight meets its own gradient.
+    The loss is the paper's token form (eq. 14). Its gradient equals that of the sequence form (eq. 5) if all tokens of
+    a response have one advantage and one weight. Corrections, token selection or step credit give tokens unequal
+    weights. In the token form each weight then multiplies its token's gradient.
     """
 
     config: SequenceClipConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
         from rlhf.objectives.sequence_ratios import sequence_token_ratio
 

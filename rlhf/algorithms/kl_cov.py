@@ -1,4 +1,4 @@
-"""KL-Cov (arXiv:2505.22617): the tokens that would lower the entropy most are held near where they were."""
+"""KL-Cov (arXiv:2505.22617) penalises movement of the tokens that would lower the entropy most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class KLCovConfig(OnlineConfig):
     """The unclipped policy gradient with a penalty on a few tokens."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("fraction", "penalty")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("fraction", "penalty")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["kl_cov"]
     """The algorithm."""
@@ -30,17 +30,17 @@ class KLCovConfig(OnlineConfig):
 
 
 class KLCov(GroupRelative):
-    """The covariance is that of a token with the mean token of its whole optimizer step.
+    """A token's covariance compares it with the mean token of the whole optimizer step.
 
-    Deviation from the paper: covariances are of the log-probabilities before the update, so that every rank and
-    micro-batch agrees on them. Nothing is clipped: the clip fraction is 0.
+    Deviation from the paper: covariances use the log-probabilities before the update, so that every rank and
+    micro-batch agrees on them. Nothing is clipped, so the clip fraction is 0.
     """
 
     config: KLCovConfig
     selects_tokens = True
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
-        """Tokens with a penalty."""
+        """Return True for the tokens with a penalty."""
         import torch
 
         from rlhf.objectives.entropy import advantage_covariance, top_covariance_tokens
@@ -50,7 +50,7 @@ class KLCov(GroupRelative):
         return top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

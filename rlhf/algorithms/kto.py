@@ -1,4 +1,4 @@
-"""KTO (arXiv:2402.01306) and its like: single responses with a label instead of pairs.
+"""KTO (arXiv:2402.01306) and related methods train on single labelled responses instead of pairs.
 
 The reference is the policy before training. Its log-probabilities are computed once and kept on disk.
 """
@@ -21,7 +21,7 @@ _COMPARED: Mapping[str, Comparison] = {"kto": "divergence", "bco": "mean", "apo_
 
 
 class KTOConfig(Section):
-    """Kahneman-Tversky optimisation."""
+    """Kahneman-Tversky optimisation on labelled responses."""
 
     name: Literal["kto"]
     """The algorithm."""
@@ -37,10 +37,10 @@ class KTOConfig(Section):
 
 
 class KTO:
-    """Losses of log-ratios with labels.
+    """The losses read log-ratios and labels.
 
     Deviations from the papers: 1. KTO's divergence is estimated over the whole optimizer step, from each row's prompt
-    with the response of the row after it in the data; 2. BCO's mean reward is that of the step, not a running one.
+    with the response of the next row in the data; 2. BCO's mean reward is taken over the step, without a running mean.
     """
 
     def __init__(self, config: KTOConfig) -> None:
@@ -48,13 +48,13 @@ class KTO:
 
     @property
     def compares_with(self) -> Comparison:
-        """What the losses hold log-ratios against: KTO's mismatched ones, the mean of these, or nothing."""
+        """Return the kind of baseline: mismatched log-ratios for KTO, the mean log-ratio for BCO, none for APO."""
         return _COMPARED[self.config.loss]
 
     def losses(
         self, log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, compared: float
     ) -> Float[Tensor, " B"]:
-        """One a response, weighed by its label."""
+        """Return one loss per response, weighted by its label."""
         from rlhf.objectives import unpaired_loss as of
 
         config = self.config

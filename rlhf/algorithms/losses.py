@@ -1,4 +1,4 @@
-"""The loss of one micro-batch, composed from rlhf.objectives by an algorithm's configuration. No mathematics here."""
+"""Compose the loss of one micro-batch from rlhf.objectives. The mathematics is there, not here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ KL_ESTIMATORS: Mapping[Estimator, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:
-    """PPO's clipped surrogate with the configured bounds, of each token's own importance ratio unless one is given."""
+    """Return PPO's clipped surrogate with the configured bounds.
+
+    ratio: replaces each token's importance ratio, if given.
+    """
     mask, advantages = batch.response_mask, batch.advantages
     if ratio is None:
         ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)
@@ -49,7 +52,7 @@ def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor,
 
 
 def unweighted(batch: PolicyMicrobatch) -> Surrogate:
-    """The plain policy gradient: no ratio weighs it, and nothing is clipped."""
+    """Return the plain policy gradient, without a ratio and without a clip."""
     mask = batch.response_mask
     return Surrogate(
         per_token=policy_loss.reinforce(batch.logprobs, batch.advantages, mask),
@@ -61,10 +64,10 @@ def unweighted(batch: PolicyMicrobatch) -> Surrogate:
 def composed_loss(
     config: OnlineConfig, batch: PolicyMicrobatch, counts: StepCounts, surrogate: Surrogate, *, kl_coef: float
 ) -> LossTerms:
-    """The surrogate with the configured correction, KL penalty and entropy bonus.
+    """Return the loss: the surrogate with the configured correction, KL penalty and entropy bonus.
 
-    The correction weighs the surrogate alone, and tokens that are not trained on are left out of it alone; what it is
-    divided by is the same. The KL penalty and the bonus are aggregated as the surrogate is.
+    The correction multiplies only the surrogate. Unselected tokens are masked from the surrogate alone; the denominator
+    is unchanged. The KL penalty and the bonus are aggregated like the surrogate.
     """
     mask = batch.response_mask
     weights = token_weights(
@@ -110,14 +113,17 @@ def reference_kl(
     ref_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
-    """KL(policy || reference) of each token by the configured estimator, zero outside mask."""
+    """Return KL(policy || reference) of each token by the configured estimator, zero outside mask."""
     return KL_ESTIMATORS[config.kl.estimator](torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
 
 
 def clipped_critic_loss(
     batch: ValueMicrobatch, counts: StepCounts, *, config: OnlineConfig, value_clip: float | None
 ) -> ValueLossTerms:
-    """Squared error of the values, held near the old ones if value_clip is given; aggregated as the policy's loss."""
+    """Return the squared error of the values, aggregated like the policy loss.
+
+    value_clip: keeps each value within this distance of the old one; None disables the clip.
+    """
     mask = batch.response_mask
     weights = token_weights(
         mask,

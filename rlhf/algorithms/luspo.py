@@ -1,4 +1,4 @@
-"""LUSPO (arXiv:2602.05261): GSPO with each response's loss times its length, so that long ones do not count less."""
+"""LUSPO (arXiv:2602.05261) is GSPO with each response's loss multiplied by its length."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ class LUSPOConfig(SequenceClipConfig):
 
 
 class LUSPO(GSPO):
-    """A response's loss is one number on each of its tokens; their sum is that number times the length."""
+    """A response's loss is one number on each of its tokens. Their sum is this number times the length."""

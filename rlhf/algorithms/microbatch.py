@@ -1,4 +1,4 @@
-"""Micro-batches of an update, what a loss reads of them, and what it returns. Data only."""
+"""Define the micro-batches that a loss reads, and the terms that it returns. Data only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """What the losses of one optimizer step are divided by: over all its ranks and micro-batches."""
+    """Denominators of one optimizer step's losses, counted over all ranks and micro-batches."""
 
     num_tokens: int
     num_sequences: int
@@ -19,14 +19,14 @@ class StepCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """All sampled tokens of one optimizer step, over its ranks and micro-batches, before its update. No gradient.
+    """All sampled tokens of one optimizer step, over its ranks and micro-batches, before the update. No gradient.
 
-    They stand in the order of their sequences' ids, so that nothing depends on the ranks that hold them.
+    Tokens are ordered by the ids of their sequences, so that results do not depend on their distribution over ranks.
     """
 
     old_logprobs: Float[Tensor, " N"]
     advantages: Float[Tensor, " N"]
-    order: Float[Tensor, " N"]  # a random number for each, the same whenever the step is repeated
+    order: Float[Tensor, " N"]  # one random number per token, equal whenever the step is repeated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +41,9 @@ class PolicyMicrobatch:
     rollout_logprobs: Float[Tensor, " N"]
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
     advantages: Float[Tensor, " N"]
-    high_entropy: Bool[Tensor, " N"] | None = None  # tokens that are trained on; None: all
-    selected: Bool[Tensor, " N"] | None = None  # what the algorithm treats apart; None: nothing
-    entropy_coef: float = 0.0  # of the bonus, in force
+    high_entropy: Bool[Tensor, " N"] | None = None  # tokens to train on; None: all
+    selected: Bool[Tensor, " N"] | None = None  # tokens with a different treatment in the loss; None: no tokens
+    entropy_coef: float = 0.0  # current coefficient of the bonus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +59,12 @@ class ValueMicrobatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrogate:
-    """The policy's term of each token, zero where it was not sampled, and what the metrics say of it."""
+    """The policy loss of each token, zero for tokens that were not sampled, with columns for the metrics."""
 
     per_token: Float[Tensor, " N"]  # with its graph
-    ratio: Float[Tensor, " N"]  # the importance ratio that it reads
-    clipped: Bool[Tensor, " N"]  # where the algorithm holds the ratio back
-    capped: Bool[Tensor, " N"] | None = None  # where the dual clip does; None: the algorithm has none set
+    ratio: Float[Tensor, " N"]  # the importance ratio in the loss
+    clipped: Bool[Tensor, " N"]  # True where the algorithm clips the ratio
+    capped: Bool[Tensor, " N"] | None = None  # True where the dual clip acts; None: no dual clip is set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueLossTerms:
-    """The same for a critic."""
+    """This micro-batch's share of the critic's loss, and sums over its tokens for the metrics."""
 
     loss: Float[Tensor, ""]  # with its graph
     clipped_tokens: Float[Tensor, ""]
@@ -93,9 +93,9 @@ class ValueLossTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """The factors, zero outside response_mask, and where they are not the ratio itself."""
+    """Correction factors, zero outside response_mask, and masks of the tokens with a factor other than the ratio."""
 
     weights: Float[Tensor, " N"]
-    truncated: Bool[Tensor, " N"]  # held at a bound
+    truncated: Bool[Tensor, " N"]  # clipped to a bound
     masked: Bool[Tensor, " N"]  # zero because the ratio is out of bounds
     rejected: Bool[Tensor, " N"]

@@ -1,4 +1,4 @@
-"""On-policy distillation: a student learns from a frozen teacher on responses of its own (GKD, arXiv:2306.13649)."""
+"""On-policy distillation trains a student on its own responses, with a frozen teacher (GKD, arXiv:2306.13649)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class OnPolicyDistillationConfig(Section):
-    """Distillation of the model of `teacher` on sampled responses: the loss is the mean over the sampled tokens of the
-    optimizer step. Both models' logits are divided by rollouts.temperature."""
+    """Distillation from the model of `teacher` on sampled responses. The loss is the mean over the sampled tokens of
+    the optimizer step. Both models' logits are divided by rollouts.temperature."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
 
     name: Literal["on_policy_distillation"]
     """The algorithm."""
@@ -42,15 +42,15 @@ class OnPolicyDistillationConfig(Section):
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the teacher is asked for the sampled tokens alone."""
+        """Whether the loss reads the teacher's log-probabilities of the sampled tokens alone."""
         return self.divergence == "sampled_reverse_kl"
 
 
 class OnPolicyDistillation:
-    """Two forms. Over the whole vocabulary it is GKD's loss; from the sampled tokens alone it is PPO's surrogate.
+    """The loss over the whole vocabulary is GKD's. The loss of the sampled tokens alone is PPO's surrogate.
 
-    Deviations from GKD: 1. all responses are the student's, none is given by the data; 2. several optimizer steps may
-    learn from one batch.
+    Deviations from GKD: 1. all responses are the student's, and the data gives none; 2. several optimizer steps may
+    train on one batch.
     """
 
     def __init__(self, config: OnPolicyDistillationConfig) -> None:
@@ -58,19 +58,19 @@ class OnPolicyDistillation:
 
     @property
     def divergence(self) -> Divergence:
-        """Over the vocabulary."""
+        """Return the divergence over the vocabulary."""
         from rlhf.algorithms.distillation import divergence_of
 
         return divergence_of(self.config.divergence, beta=self.config.beta)
 
     def reward_advantages(self, scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-        """What the rewards add to the advantages of each response's tokens; scores are prompt-major."""
+        """Return the rewards' contribution to the advantages of each response's tokens. Scores are prompt-major."""
         from rlhf.objectives.advantages import group_normalized
 
         return self.config.reward_coef * group_normalized(scores, group_size=group_size, eps=GROUP_STD_EPS)
 
     def sampled_loss(self, batch: PolicyMicrobatch, counts: StepCounts) -> LossTerms:
-        """This micro-batch's share of the loss of `sampled_reverse_kl`."""
+        """Return this micro-batch's share of the loss of `sampled_reverse_kl`."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         surrogate = ClippedConfig(clip_low=self.config.clip_low, clip_high=self.config.clip_high)

@@ -1,4 +1,4 @@
-"""Online DPO (arXiv:2402.04792) and iterative DPO (arXiv:2312.11456): DPO on pairs of the policy's own responses."""
+"""Online DPO (arXiv:2402.04792) and iterative DPO (arXiv:2312.11456) run DPO on pairs of the policy's own responses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class OnlineDPOConfig(LogRatioConfig, FollowedReferenceConfig):
 
 
 class OnlineDPO(DPO):
-    """DPO's losses; the responses are the policy's, and the rewards say which of a prompt's two is preferred.
+    """The losses are DPO's. The policy samples the responses, and the rewards decide the preference in each pair.
 
     Deviations from the papers: 1. of more than two responses the best and the worst are a pair, as in arXiv:2312.11456;
-    2. log-probabilities are taken at rollouts.temperature, those of the distribution that was sampled.
+    2. log-probabilities are taken at rollouts.temperature, as in sampling.
     """
 
     def __init__(self, config: OnlineDPOConfig) -> None:
@@ -28,6 +28,6 @@ class OnlineDPO(DPO):
         self.reference_every = config.reference_every
 
     def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
-        """Best and worst response of a prompt, the first of equals; None: all scored alike, nothing is preferred."""
+        """Return the best and the worst response of a prompt, or None if all scores are equal. Ties take the first."""
         best, worst = max(scores), min(scores)
         return None if best == worst else (scores.index(best), scores.index(worst))

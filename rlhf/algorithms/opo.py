@@ -1,4 +1,4 @@
-"""OPO (arXiv:2505.23585): on-policy REINFORCE with the baseline of least variance."""
+"""OPO (arXiv:2505.23585) is on-policy REINFORCE with the baseline of least variance."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ class OPOConfig(ClippedConfig):
 
 
 class OPO(WithoutCritic):
-    """The baseline weighs a group's scores by their responses' lengths; no penalty, no entropy bonus.
+    """The baseline weights a group's scores by their responses' lengths. There is no penalty and no entropy bonus.
 
-    Deviation from the paper: where a batch is trained on in several optimizer steps, token ratios are clipped as PPO's
-    are.
+    Deviation from the paper: if a batch takes several optimizer steps, token ratios are clipped as in PPO.
     """
 
     def __init__(self, config: OPOConfig) -> None:
         self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Each score less its group's mean, weighted by length."""
+        """Return each score minus its group's length-weighted mean."""
         from rlhf.objectives.advantages import length_weighted_centered
 
         return length_weighted_centered(outcomes.scores, outcomes.num_tokens, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,5 @@
-"""ORPO (arXiv:2403.07691): supervised fine-tuning on the chosen response with an odds-ratio penalty on the rejected."""
+"""ORPO (arXiv:2403.07691) is supervised fine-tuning on the chosen response with an odds-ratio penalty on the
+rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ORPOConfig(Section):
-    """Odds-ratio preference optimisation."""
+    """Odds-ratio preference optimisation, without a reference model."""
 
     name: Literal["orpo"]
     """The algorithm."""
@@ -24,7 +25,7 @@ class ORPOConfig(Section):
 
 
 class ORPO:
-    """Deviation from the paper: the supervised term is over the chosen response's tokens alone, not the prompt's."""
+    """Deviation from the paper: the supervised term covers the chosen response's tokens alone, not the prompt's."""
 
     needs_reference = False
     needs_gold = False
@@ -37,13 +38,13 @@ class ORPO:
         self.config = config
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """The odds-ratio term of each pair."""
+        """Return the odds-ratio term of each pair."""
         from rlhf.objectives.preference_loss import odds_ratio
 
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
         return self.config.beta * odds_ratio(chosen, rejected)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """beta times the average log-probabilities."""
+        """Return beta times the average log-probabilities."""
         beta = self.config.beta
         return beta * scores.chosen / scores.chosen_tokens, beta * scores.rejected / scores.rejected_tokens

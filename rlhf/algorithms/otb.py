@@ -1,4 +1,4 @@
-"""OTB (arXiv:2602.07078): a token's baseline is the mean return of its group at the same step, weighted by energy."""
+"""OTB (arXiv:2602.07078) uses the energy-weighted mean return of the group at the same step as a token's baseline."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class OTBConfig(ClippedConfig):
 
 
 class OTB(RewardsToGo):
-    """The return from a token on, less the baseline of its group's tokens at that step.
+    """A token's advantage is its return minus the baseline of its group's tokens at the same step.
 
-    A response's weight in it is its energy so far, which stands for its squared gradient: a wandering response counts
-    for more than a certain one. The policy worker computes it, since a group's responses may lie on several ranks.
+    A response's weight in the baseline is its energy so far, a proxy of its squared gradient: uncertain responses count
+    for more than certain ones. The policy worker computes it, since a group's responses may be on several ranks.
 
     Deviations from the paper: 1. tokens beyond the end of all other responses of the group have no baseline, as in
-    verl; 2. the weights of algorithm.correction do not enter the energy; 3. where a batch is trained on in several
-    optimizer steps, token ratios are clipped as PPO's are.
+    verl; 2. the weights of algorithm.correction do not enter the energy; 3. if a batch takes several optimizer steps,
+    token ratios are clipped as in PPO.
     """
 
     has_step_baseline = True
@@ -37,7 +37,7 @@ class OTB(RewardsToGo):
         self.config = config
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

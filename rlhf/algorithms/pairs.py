@@ -1,6 +1,6 @@
-"""What the algorithms on pairs of responses share: the numbers they read, their knobs, and what a worker asks of them.
+"""Define the interface and the shared keys of algorithms on pairs of responses.
 
-A pair's numbers are sums of log-probabilities over the learnt tokens (a policy) or the head's scores (a reward model).
+A policy's scores are sums of log-probabilities under the loss mask. A reward model's scores come from its head.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ class PairScores:
 
     chosen: Float[Tensor, " B"]
     rejected: Float[Tensor, " B"]
-    chosen_tokens: Float[Tensor, " B"]  # learnt tokens of each response
+    chosen_tokens: Float[Tensor, " B"]  # tokens of each response under the loss mask
     rejected_tokens: Float[Tensor, " B"]
-    ref_chosen: Float[Tensor, " B"] | None  # the reference's; None: the algorithm has none
+    ref_chosen: Float[Tensor, " B"] | None  # scores by the reference; None: the algorithm has no reference
     ref_rejected: Float[Tensor, " B"] | None
-    margins: Float[Tensor, " B"]  # of the data; 0 where it names none
+    margins: Float[Tensor, " B"]  # from the data; 0 where the data has none
     gold: Float[Tensor, " B"] | None = None  # None: the algorithm imitates the chosen response, if any
     weights: Float[Tensor, " B"] | None = None  # of the pairs' losses; None: all 1
 
 
 class PreferenceConfig(Section):
-    """What every algorithm that trains a policy on pairs has."""
+    """Keys of every algorithm that trains a policy on pairs."""
 
     sft_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens (RPO, arXiv:2404.19733)."""
     wpo: bool = False
-    """Each pair's loss (not the supervised term) times how likely both responses are to come from the policy as it is
-    (WPO, arXiv:2406.11827)."""
+    """Whether to multiply each pair's loss (not the supervised term) by the probability of both responses under the
+    current policy (WPO, arXiv:2406.11827)."""
 
 
 class PairAlgorithm(Protocol):
-    """What differs between the algorithms on pairs."""
+    """Interface of the algorithms on pairs."""
 
     @property
     def needs_reference(self) -> bool:
@@ -53,7 +53,7 @@ class PairAlgorithm(Protocol):
 
     @property
     def needs_gold(self) -> bool:
-        """Whether a row has a third, gold response, which takes the chosen one's place in the supervised term."""
+        """Whether a row has a third, gold response, used by the supervised term instead of the chosen one."""
         ...
 
     @property
@@ -63,7 +63,8 @@ class PairAlgorithm(Protocol):
 
     @property
     def couples(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its optimizer step: they are then all looked at first."""
+        """Whether a pair's loss depends on the other pairs of its optimizer step. All pairs then get a forward pass
+        first."""
         ...
 
     @property
@@ -73,26 +74,26 @@ class PairAlgorithm(Protocol):
 
     @property
     def length_alpha(self) -> float:
-        """Weight of the tokens by which the longer response of a pair exceeds the shorter; 1: as all others."""
+        """Weight of the longer response's surplus tokens in a pair. 1 treats all tokens alike."""
         ...
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """One loss a pair; of an algorithm that couples them, over all pairs of the step."""
+        """Return one loss per pair. If `couples` is set, `scores` holds all pairs of the step."""
         ...
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """What the model makes of the chosen and of the rejected responses, for the metrics."""
+        """Return the implicit rewards of the chosen and of the rejected responses, for the metrics."""
         ...
 
 
 class OnlinePairAlgorithm(PairAlgorithm, Protocol):
-    """One whose pairs are responses that the policy gave during the run."""
+    """Interface of the algorithms on pairs of responses sampled by the policy during the run."""
 
     @property
     def reference_every(self) -> int | None:
-        """Steps after which the reference becomes the policy as it is then; None: never."""
+        """Number of steps after which the current policy becomes the reference. None: never."""
         ...
 
     def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
-        """Which of a prompt's responses are chosen and rejected; None: it has no pair."""
+        """Return the indices of a prompt's chosen and rejected responses, or None if the prompt yields no pair."""
         ...

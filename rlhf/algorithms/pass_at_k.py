@@ -1,4 +1,4 @@
-"""Pass@k: GRPO that is rewarded for the best of k responses, so that they need not all be alike."""
+"""Pass@k is GRPO with a reward for the best of k responses, so that the responses may stay diverse."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class PassAtKConfig(ClippedConfig):
 
 
 class PassAtK(GroupRelative):
-    """Every token of a response has the response's advantage: what it does for the best of k of its group.
+    """Every token of a response has the response's advantage: its contribution to the best of k in its group.
 
-    Deviations from the papers: scores may be any numbers, where arXiv:2508.10751 has right and wrong; those of GRPO.
+    Deviations from the papers: scores may be any numbers, unlike the binary ones of arXiv:2508.10751; and the same as
+    GRPO's.
     """
 
     config: PassAtKConfig
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Exact means over all sets of k."""
+        """Return advantages from exact means over all sets of k responses."""
         from rlhf.objectives.advantages import group_best_margin, group_best_normalized
 
         scores, size, k = outcomes.scores, outcomes.group_size, self.config.k
@@ -46,11 +47,11 @@ class PassAtK(GroupRelative):
         return group_best_normalized(scores, group_size=size, k=k, eps=GROUP_STD_EPS)
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
-        """Whether all sets of k are equally good, as they are also where most responses have the best score."""
+        """Whether all sets of k are equally good. This also holds if most responses have the best score."""
         return bool((self.sequence_advantages(outcomes).abs() < FLAT_BELOW).all())
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""PPO (arXiv:1707.06347): critic, generalised advantages, clipped surrogate."""
+"""PPO (arXiv:1707.06347) has a critic, generalised advantages and a clipped surrogate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class PPOConfig(ClippedConfig):
-    """PPO with a critic of its own."""
+    """PPO with a separate critic."""
 
-    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ("value_clip",)
+    critic_reuse_keys: ClassVar[tuple[str, ...]] = ("value_clip",)
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["ppo"]
     """The algorithm."""
@@ -39,9 +39,10 @@ class PPOConfig(ClippedConfig):
 
 
 class PPO(OnlineDefaults):
-    """Token rewards (the score on the last sampled token, less the KL penalty), GAE, clipped losses.
+    """Token rewards are the score on the last sampled token minus the KL penalty. Advantages are GAE; losses are
+    clipped.
 
-    Deviations from the paper: 1. the penalty towards the reference is that of arXiv:1909.08593; 2. advantages are
+    Deviations from the paper: 1. the penalty towards the reference is the one of arXiv:1909.08593; 2. advantages are
     whitened over the whole batch before it is split into minibatches; 3. policy and critic share no parameters.
     """
 
@@ -58,7 +59,7 @@ class PPO(OnlineDefaults):
         return self.config.whiten_advantages
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
-        """None: PPO's advantages are per token."""
+        """Return None: PPO's advantages are per token."""
         return None
 
     def token_advantages(
@@ -68,20 +69,20 @@ class PPO(OnlineDefaults):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Generalised advantages and the critic's targets."""
+        """Return generalised advantages and the critic's targets."""
         from rlhf.objectives.advantages import gae
 
         assert values is not None, "PPO has a critic"
         return gae(rewards, values, response_mask, lengths, gamma=self.config.gamma, lam=self.config.lam)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
-        """This micro-batch's share of the critic's loss."""
+        """Return this micro-batch's share of the critic's loss."""
         from rlhf.algorithms.losses import clipped_critic_loss
 
         return clipped_critic_loss(batch, counts, config=self.config, value_clip=self.config.value_clip)

@@ -1,4 +1,4 @@
-"""Process reward models: a scalar head says of each step of a response whether it is right (arXiv:2305.20050)."""
+"""Process reward models predict with a scalar head whether each step of a response is right (arXiv:2305.20050)."""
 
 from __future__ import annotations
 

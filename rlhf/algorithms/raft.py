@@ -1,4 +1,4 @@
-"""RAFT (arXiv:2304.06767): imitation of the best of the policy's own responses."""
+"""RAFT (arXiv:2304.06767) imitates the best of the policy's own responses."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class RAFTConfig(OnlineConfig):
 
 
 class RAFT(WithoutCritic):
-    """The supervised loss of the responses that are kept; the others are not computed on.
+    """The loss is the supervised loss of the selected responses. The other responses are not computed.
 
-    Deviations from the paper: 1. the policy is updated after each batch of prompts, where the paper fine-tunes on what
-    it has gathered; 2. the penalty towards the reference is a term of the loss, not of the score.
+    Deviations from the paper: 1. the policy is updated after each batch of prompts, whereas the paper first gathers a
+    data set; 2. the penalty towards the reference is a term of the loss, not of the score.
     """
 
     def __init__(self, config: RAFTConfig) -> None:
@@ -42,12 +42,12 @@ class RAFT(WithoutCritic):
         self.most_kept = config.keep
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
-        """The best, as far as they are good enough."""
+        """Return the indices of the best responses with a score at or above the threshold."""
         least = self.config.min_score
         return [place for place in best(scores, self.config.keep) if least is None or scores[place] >= least]
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> None:
-        """None: what is kept is imitated, all of it alike."""
+        """Return None: all selected responses are imitated with equal weight."""
         return None
 
     def token_advantages(
@@ -57,12 +57,12 @@ class RAFT(WithoutCritic):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """1 for every sampled token: the loss does not read them."""
+        """Return 1 for every sampled token. The loss does not read them."""
         ones = response_mask.to(rewards.dtype)
         return ones, ones
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992): log-probabilities weighed by the rewards to come."""
+"""REINFORCE (Williams 1992) weights log-probabilities by the rewards to come."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ReinforceConfig(OnlineConfig):
-    """The plain policy gradient. Right for one optimizer step a batch: no ratio says how old a sample is."""
+    """The plain policy gradient. It needs one optimizer step per batch, because no ratio corrects for older weights."""
 
     takes_steps: ClassVar[StepUse] = "rewards"
     name: Literal["reinforce"]
@@ -27,7 +27,7 @@ class ReinforceConfig(OnlineConfig):
 
 
 class Reinforce(RewardsToGo):
-    """A token's advantage is the discounted score less the KL penalties from it on, less the baseline."""
+    """A token's advantage is the discounted score minus the KL penalties from the token on, minus the baseline."""
 
     compares_responses = False
 
@@ -37,11 +37,11 @@ class Reinforce(RewardsToGo):
 
     @property
     def centers(self) -> bool:
-        """With the batch's mean as the baseline."""
+        """Whether to subtract the batch mean as the baseline."""
         return self.config.baseline == "batch_mean"
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import composed_loss, unweighted
 
         return composed_loss(self.config, batch, counts, unweighted(batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""REINFORCE++ (arXiv:2501.03262): rewards to come, whitened over the whole batch, without a critic."""
+"""REINFORCE++ (arXiv:2501.03262) whitens the rewards to come over the whole batch, without a critic."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ReinforcePlusPlusConfig(ClippedConfig):
 
 
 class ReinforcePlusPlus(RewardsToGo):
-    """A token's advantage is the score less the KL penalties from it on, whitened over the batch's sampled tokens.
+    """A token's advantage is the score minus the KL penalties from it on, whitened over the batch's sampled tokens.
 
     With group_baseline all tokens of a response have one advantage. Deviation from the paper's baseline form: its KL
-    penalty is that of the configuration, not always a k2 term of the loss; set kl.place and kl.estimator for that.
+    penalty is the configured one, not always a k2 term of the loss. Set kl.place and kl.estimator to match the paper.
     """
 
     whitens = True
@@ -39,17 +39,17 @@ class ReinforcePlusPlus(RewardsToGo):
 
     @property
     def compares_responses(self) -> bool:
-        """With a group baseline."""
+        """Whether there is a group baseline."""
         return self.config.group_baseline
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
-        """Each score less its group's mean, or None: advantages are per token."""
+        """Return each score minus its group's mean, or None if advantages are per token."""
         from rlhf.objectives.advantages import group_centered
 
         return group_centered(outcomes.scores, group_size=outcomes.group_size) if self.config.group_baseline else None
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

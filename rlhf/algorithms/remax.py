@@ -1,4 +1,4 @@
-"""ReMax (arXiv:2310.10505): REINFORCE whose baseline is the score of the greedy response to the same prompt."""
+"""ReMax (arXiv:2310.10505) is REINFORCE with the score of the prompt's greedy response as the baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ReMaxConfig(ClippedConfig):
-    """REINFORCE against the greedy response."""
+    """REINFORCE with a greedy baseline."""
 
     name: Literal["remax"]
     """The algorithm."""
@@ -25,11 +25,11 @@ class ReMaxConfig(ClippedConfig):
 
 
 class ReMax(WithoutCritic):
-    """One response to a prompt is enough. The greedy one is scored by the same rewards and never trained on.
+    """One response to a prompt is enough. The greedy response is scored by the same rewards and never trained on.
 
-    Deviations from the paper: 1. a KL penalty in the reward is subtracted from the score as a whole, where the paper
-    gives each token the penalties from it on; 2. where a batch is trained on in several optimizer steps, token ratios
-    are clipped as PPO's are.
+    Deviations from the paper: 1. a KL penalty in the reward is subtracted from the whole score, whereas the paper gives
+    each token the penalties from it on; 2. if a batch takes several optimizer steps, token ratios are clipped as in
+    PPO.
     """
 
     wants_greedy = True
@@ -39,18 +39,18 @@ class ReMax(WithoutCritic):
 
     @property
     def compares_responses(self) -> bool:
-        """With the greedy one alone."""
+        """Return False: a response is compared only with the greedy one."""
         return False
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Each score less that of the greedy response."""
+        """Return each score minus the score of the greedy response."""
         from rlhf.objectives.advantages import greedy_centered
 
         assert outcomes.greedy_scores is not None, "ReMax asks for greedy responses"
         return greedy_centered(outcomes.scores, outcomes.greedy_scores, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""Reward models: a scalar head learns which of two responses is preferred (Bradley-Terry, arXiv:2203.02155, eq. 1)."""
+"""Reward models learn a scalar head on pairs of responses (Bradley-Terry, arXiv:2203.02155, eq. 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RewardModelingConfig(Section):
-    """A model of `policy` with a scalar head; its result is what `reward.model` names."""
+    """A model of `policy` with a scalar head. A later run loads the result by `reward.model`."""
 
     name: Literal["reward_model"]
     """The algorithm."""
@@ -24,7 +24,7 @@ class RewardModelingConfig(Section):
 
 
 class RewardModeling:
-    """Bradley-Terry on the scores, with the data's margins and the centring term."""
+    """The loss is Bradley-Terry on the scores, with the data's margins and the centring term."""
 
     needs_reference = False
     needs_gold = False
@@ -37,7 +37,7 @@ class RewardModeling:
         self.config = config
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """One a pair."""
+        """Return one loss per pair."""
         from rlhf.objectives.reward_model_loss import bradley_terry, centering
 
         losses = bradley_terry(scores.chosen, scores.rejected, margin=scores.margins)
@@ -46,5 +46,5 @@ class RewardModeling:
         return losses
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """The scores themselves."""
+        """Return the head's scores unchanged."""
         return scores.chosen, scores.rejected

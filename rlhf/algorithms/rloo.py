@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740): REINFORCE whose baseline is the mean score of a prompt's other responses."""
+"""RLOO (arXiv:2402.14740) is REINFORCE with the mean score of a prompt's other responses as the baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RLOOConfig(ClippedConfig):
-    """REINFORCE leave-one-out."""
+    """REINFORCE with a leave-one-out baseline."""
 
     name: Literal["rloo"]
     """The algorithm."""
@@ -27,21 +27,21 @@ class RLOOConfig(ClippedConfig):
 class RLOO(WithoutCritic):
     """A response is one action: its tokens' losses are summed.
 
-    Deviation from the paper: where a batch is trained on in several optimizer steps, token ratios are clipped as PPO's
-    are. In the first of them every ratio is 1 and the gradient is that of REINFORCE.
+    Deviation from the paper: if a batch takes several optimizer steps, token ratios are clipped as in PPO. In the first
+    of them every ratio is 1, and the gradient equals REINFORCE's.
     """
 
     def __init__(self, config: RLOOConfig) -> None:
         self.config = config
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"]:
-        """Each score less the mean of its group's other scores."""
+        """Return each score minus the mean of its group's other scores."""
         from rlhf.objectives.advantages import leave_one_out
 
         return leave_one_out(outcomes.scores, group_size=outcomes.group_size)
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         from rlhf.algorithms.losses import clipped, composed_loss
 
         return composed_loss(self.config, batch, counts, clipped(self.config, batch), kl_coef=kl_coef)

@@ -1,4 +1,4 @@
-"""SAPO (arXiv:2511.20347): a smooth gate in the place of the clip."""
+"""SAPO (arXiv:2511.20347) replaces the clip by a smooth gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SAPOConfig(OnlineConfig):
     """Soft adaptive policy optimisation: a token's gradient fades with the distance of its ratio from 1."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("temperature_positive", "temperature_negative")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("temperature_positive", "temperature_negative")
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["sapo"]
     """The algorithm."""
@@ -29,12 +29,12 @@ class SAPOConfig(OnlineConfig):
 
 
 class SAPO(GroupRelative):
-    """4 / t * sigmoid(t * (ratio - 1)) takes the ratio's place. Nothing is clipped: the clip fraction is 0."""
+    """4 / t * sigmoid(t * (ratio - 1)) replaces the ratio. Nothing is clipped, so the clip fraction is 0."""
 
     config: SAPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares. Sections hold values; nothing here opens a file."""
+"""Define the base class of all configuration sections. Sections hold values and open no files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Frozen, keyword-only, no unknown keys; the string under a field is its documentation."""
+    """Sections are frozen and keyword-only, and refuse unknown keys. The string under a field is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)

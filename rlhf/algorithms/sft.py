@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the tokens to be learnt."""
+"""Supervised fine-tuning is cross-entropy on the tokens under the loss mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf.algorithms.section import Section
 
 
 class SFTConfig(Section):
-    """Supervised fine-tuning; the loss is the mean over all learnt tokens of the optimizer step."""
+    """Supervised fine-tuning. The loss is the mean over all tokens under the loss mask in the optimizer step."""
 
     name: Literal["sft"]
     """The algorithm."""

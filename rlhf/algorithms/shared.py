@@ -1,6 +1,6 @@
-"""Knobs that several algorithms share, and what the controller and the workers ask of an algorithm.
+"""Define the shared configuration keys and the interface of algorithms on rollouts.
 
-`rlhf plan` reads these modules without torch: what computes is imported where it is called.
+`rlhf plan` imports these modules without torch, so functions import torch where they use it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class KLConfig(Section):
     coef: float = Field(default=0.0, ge=0.0)
     """Weight of the penalty (its initial value if adaptive)."""
     estimator: Estimator = "k3"
-    """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss only k2 and the straight-through ones,
-    which have its gradient, lower the KL as such; k3 lowers that of reference to policy, and k1 nothing."""
+    """Per-token estimator (http://joschu.net/blog/kl-approx.html). In the loss, k2 and the straight-through estimators
+    lower KL(policy || reference). k3 lowers KL(reference || policy). k1 has no effect there."""
     place: Literal["reward", "loss"] = "loss"
     """reward: subtracted from the rewards; loss: added to the loss."""
     adaptive: AdaptiveKL | None = None
@@ -56,7 +56,7 @@ class KLConfig(Section):
 
 
 class RewardKLConfig(KLConfig):
-    """The penalty of algorithms that subtract it from the reward unless told otherwise."""
+    """The penalty of algorithms that subtract it from the reward by default."""
 
     coef: float = Field(default=0.01, ge=0.0)
     """Weight of the penalty (its initial value if adaptive)."""
@@ -67,7 +67,7 @@ class RewardKLConfig(KLConfig):
 
 
 class LossKLConfig(KLConfig):
-    """The penalty of algorithms whose advantages do not come from the sum of the rewards."""
+    """The penalty of algorithms with advantages not derived from the sum of the rewards."""
 
     place: Literal["loss"] = "loss"
     """It is added to the loss."""
@@ -97,70 +97,71 @@ class FollowedReferenceConfig(Section):
     """The key of every online algorithm that may have a reference."""
 
     reference_every: int | None = Field(default=None, ge=1)
-    """Steps after which the reference becomes the policy as it is then, again and again (arXiv:2404.09656). null: it
+    """Number of steps between updates of the reference to the current policy (arXiv:2404.09656). null: the reference
     stays the policy before training. Not with policy.lora."""
 
 
 class OnlineConfig(FollowedReferenceConfig):
-    """What every algorithm on rollouts has."""
+    """Keys of every algorithm on rollouts."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
-    felt_by_selection: ClassVar[tuple[str, ...]] = ()  # the others that say which tokens the loss treats apart
-    felt_by_moved_critic: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
-    takes_steps: ClassVar[StepUse] = None  # what rewards of single steps become:
-    # rewards of the tokens that end them, or advantages of all tokens up to there; None: it has no use for them
+    off_policy_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect while every importance ratio is 1
+    token_selection_keys: ClassVar[tuple[str, ...]] = ()  # further keys without effect if no tokens are selected
+    critic_reuse_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
+    takes_steps: ClassVar[StepUse] = None  # use of step rewards: as rewards of the last token of each step, or as
+    # advantages of all tokens up to it; None: step rewards are not supported
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy: EntropyConfig = EntropyConfig()
     """Bonus on the policy's entropy."""
     top_entropy_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Train on this share of an optimizer step's tokens alone, those of highest entropy before the update
-    (arXiv:2506.01939 takes 0.2). The loss is still divided by all tokens. null: on all."""
+    """Share of an optimizer step's tokens to train on: the tokens of highest entropy before the update
+    (arXiv:2506.01939 takes 0.2). The loss is still divided by the number of all tokens. null: train on all tokens."""
     advantage_clip: float | None = Field(default=None, gt=0.0)
-    """Advantages are held in [-advantage_clip, advantage_clip], after whitening; null: not held."""
+    """Advantages are clipped to [-advantage_clip, advantage_clip] after whitening; null: no clip."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses are weighted over the whole optimizer step."""
     mask_truncated: bool = False
-    """Leave responses that were cut at rollouts.max_new_tokens (a conversation: that met a limit of its environment)
-    out of all losses and of what these are divided by (overlong filtering, arXiv:2503.14476, section 3.4). Their scores
-    still count in the baseline of their group."""
+    """Exclude truncated responses from all losses and their denominators (overlong filtering, arXiv:2503.14476, section
+    3.4). A response is truncated at rollouts.max_new_tokens, a conversation at a limit of its environment. Its score
+    still counts in the baseline of its group."""
     correction: CorrectionConfig | None = None
-    """What is done about the mismatch of rollout engine and trainer; null: nothing."""
+    """Correction of the mismatch between rollout engine and trainer; null: no correction."""
 
     @property
     def bypasses_old_logprobs(self) -> bool:
-        """Whether the rollout's log-probabilities stand for the old ones."""
+        """Whether the rollout's log-probabilities replace the old ones."""
         return self.correction is not None and self.correction.mode != "decoupled"
 
 
 class ClippedConfig(OnlineConfig):
-    """What every algorithm has that clips importance ratios as PPO does."""
+    """Keys of every algorithm that clips importance ratios as PPO does."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "dual_clip")
+    off_policy_keys: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high", "dual_clip")
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0.0)
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1.0)
-    """Bound on the loss of a token with negative advantage, as a multiple of it (arXiv:1912.09729); null: none."""
+    """Largest loss of a token with negative advantage, as a multiple of the advantage (arXiv:1912.09729); null: no
+    limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutcomes:
-    """What is known of B responses without their tokens, prompt-major: group_size of them answer one prompt."""
+    """Results of B responses without their tokens, prompt-major: each prompt has group_size consecutive responses."""
 
     scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
-    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward before its weight, behind its gate; 0 where none applies
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward after its gate, before its weight; 0 if not applicable
     weights: Mapping[str, float]
     num_tokens: Int[Tensor, " B"]  # sampled ones
     group_size: int
-    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response a prompt; None: the algorithm wants none
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response per prompt; None: the algorithm needs none
     has_opinion: Mapping[str, Bool[Tensor, " B"]] = field(default_factory=dict)
-    # where a reward has a value for the response; a reward that is not named has one everywhere
+    # True where a reward has a value for the response; a reward without an entry has values for all responses
 
 
 class OnlineAlgorithm(Protocol):
-    """What differs between the algorithms on rollouts."""
+    """Interface of the algorithms on rollouts."""
 
     @property
     def config(self) -> OnlineConfig: ...
@@ -170,12 +171,12 @@ class OnlineAlgorithm(Protocol):
 
     @property
     def critic_warmup_steps(self) -> int:
-        """First steps in which the critic alone is trained."""
+        """Number of first steps that train the critic alone."""
         ...
 
     @property
     def compares_responses(self) -> bool:
-        """Whether a response's advantage depends on the others to its prompt."""
+        """Whether a response's advantage depends on the other responses to its prompt."""
         ...
 
     @property
@@ -185,53 +186,56 @@ class OnlineAlgorithm(Protocol):
 
     @property
     def centers(self) -> bool:
-        """Whether they get mean 0 alone."""
+        """Whether advantages get mean 0 alone."""
         ...
 
     @property
     def selects_tokens(self) -> bool:
-        """Whether the loss treats some tokens apart that `selected` names."""
+        """Whether the loss treats the tokens of `selected` differently."""
         ...
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
-        """Those of one optimizer step."""
+        """Return True for the tokens of one optimizer step with a different treatment in the loss."""
         ...
 
     def shaped(
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
     ) -> Float[Tensor, " B"]:
-        """The scores that `sequence_advantages` gets: less what the algorithm takes off them for their lengths."""
+        """Return the scores for `sequence_advantages`: `scores` minus the algorithm's length penalty."""
         ...
 
     @property
     def wants_greedy(self) -> bool:
-        """Whether a response is compared with the greedy one to its prompt."""
+        """Whether a response is compared with the greedy response to its prompt."""
         ...
 
     @property
     def has_step_baseline(self) -> bool:
-        """Whether a token's return is compared with those of its group's tokens at the same step, over all ranks."""
+        """Whether a token's baseline is the mean return of its group's tokens at the same step, over all ranks."""
         ...
 
     @property
     def most_kept(self) -> int | None:
-        """Of each prompt's responses at most so many are trained on; None: all."""
+        """Largest number of responses per prompt to train on. None: all."""
         ...
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
-        """Places of those of a prompt's responses that are trained on, ascending; there may be none."""
+        """Return the indices of a prompt's responses to train on, ascending and possibly empty."""
         ...
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
-        """Whether it gives all responses of one group an advantage of 0. Asked where it compares responses."""
+        """Whether all responses of one group get an advantage of 0. Called only if `compares_responses` is True."""
         ...
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
-        """Advantages that whole responses have, in the outcomes' order; None if they are per token."""
+        """Return one advantage per response in the order of `outcomes`, or None if advantages are per token."""
         ...
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """What is summed over the steps that end at or after a token, of all steps of one prompt's responses."""
+        """Return the credit of each step, for all steps of one prompt's responses.
+
+        A token's advantage is the sum of the credits of the steps that end at or after it.
+        """
         ...
 
     def token_advantages(
@@ -241,7 +245,10 @@ class OnlineAlgorithm(Protocol):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """(advantages, returns), where `sequence_advantages` has none; values: None without a critic."""
+        """Return (advantages, returns) per token. Called only if `sequence_advantages` returns None.
+
+        values: None without a critic.
+        """
         ...
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms: ...
@@ -250,7 +257,7 @@ class OnlineAlgorithm(Protocol):
 
 
 class OnlineDefaults:
-    """What an algorithm on rollouts does unless it says otherwise: it trains on all responses and all tokens alike."""
+    """Defaults of an algorithm on rollouts: it trains on all responses, and treats all tokens alike."""
 
     wants_greedy = False
     has_step_baseline = False
@@ -259,11 +266,11 @@ class OnlineDefaults:
 
     @property
     def centers(self) -> bool:
-        """No."""
+        """Whether to subtract the batch mean (default: False)."""
         return False
 
     def kept(self, scores: Sequence[float]) -> Sequence[int]:
-        """All of them."""
+        """Return the indices of all responses."""
         return range(len(scores))
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
@@ -271,22 +278,22 @@ class OnlineDefaults:
         return len(set(outcomes.scores.tolist())) == 1
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
-        """TypeError: there are none."""
+        """Raise TypeError: the algorithm does not select tokens."""
         raise TypeError(f"{type(self).__name__} treats all tokens alike")
 
     def step_terms(self, rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Their rewards as they are."""
+        """Return the step rewards unchanged."""
         return rewards
 
     def shaped(
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
     ) -> Float[Tensor, " B"]:
-        """As they are."""
+        """Return the scores without a length penalty."""
         return scores
 
 
 class WithoutCritic(OnlineDefaults):
-    """What algorithms that compare a prompt's responses with each other have in common."""
+    """Defaults of an algorithm that compares a prompt's responses with each other instead of using a critic."""
 
     has_critic = False
     critic_warmup_steps = 0
@@ -294,7 +301,7 @@ class WithoutCritic(OnlineDefaults):
 
     @property
     def compares_responses(self) -> bool:
-        """Unless one says otherwise."""
+        """Whether responses are compared with each other (default: True)."""
         return True
 
     def token_advantages(
@@ -304,21 +311,21 @@ class WithoutCritic(OnlineDefaults):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """TypeError: there are none."""
+        """Raise TypeError: advantages are per response."""
         raise TypeError(f"{type(self).__name__} has advantages per sequence, not per token")
 
     def critic_loss(self, batch: ValueMicrobatch, counts: StepCounts) -> ValueLossTerms:
-        """TypeError: there is no critic."""
+        """Raise TypeError: the algorithm has no critic."""
         raise TypeError(f"{type(self).__name__} has no critic")
 
 
 class RewardsToGo(WithoutCritic):
-    """What algorithms without a critic that weigh a token by the rewards to come have in common."""
+    """Defaults of an algorithm without a critic that weights a token by the rewards to come."""
 
     discount = 1.0  # per sampled token
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
-        """None: advantages are per token."""
+        """Return None: advantages are per token."""
         return None
 
     def token_advantages(
@@ -328,7 +335,7 @@ class RewardsToGo(WithoutCritic):
         response_mask: Bool[Tensor, " N"],
         lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """The rewards to come, twice: no baseline is taken off them yet."""
+        """Return the rewards to come as advantages and as returns. No baseline is subtracted yet."""
         from rlhf.objectives.advantages import reward_to_go
 
         returns = reward_to_go(rewards, response_mask, lengths, gamma=self.discount)

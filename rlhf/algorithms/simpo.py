@@ -1,4 +1,4 @@
-"""SimPO (arXiv:2405.14734): the average log-probability of a response is its reward, and no reference is needed."""
+"""SimPO (arXiv:2405.14734) uses the average log-probability of a response as its reward, without a reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MarginConfig(PreferenceConfig):
-    """A margin between two rewards, which are made without a reference."""
+    """A margin between two rewards computed without a reference."""
 
     beta: float = Field(default=2.0, gt=0.0)
     """Factor of the reward."""
@@ -26,7 +26,7 @@ class MarginConfig(PreferenceConfig):
 
 
 class SimPOConfig(MarginConfig):
-    """Simple preference optimisation."""
+    """Simple preference optimisation, without a reference model."""
 
     name: Literal["simpo"]
     """The algorithm."""
@@ -36,7 +36,7 @@ class SimPOConfig(MarginConfig):
 
 
 class RewardMargin(ABC):
-    """The loss of a margin between rewards; a subclass says what a reward is before beta."""
+    """The loss reads the margin between two rewards. A subclass defines the reward before beta."""
 
     needs_reference = False
     needs_gold = False
@@ -51,28 +51,28 @@ class RewardMargin(ABC):
 
     @abstractmethod
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """Rewards of the chosen and of the rejected responses, before beta."""
+        """Return the rewards of the chosen and of the rejected responses, before beta."""
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        """One a pair."""
+        """Return one loss per pair."""
         from rlhf.objectives.preference_loss import simpo
 
         config = self.config
         return simpo(*self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """beta times those of `scores`."""
+        """Return beta times the results of `scores`."""
         chosen, rejected = self.scores(scores)
         return self.config.beta * chosen, self.config.beta * rejected
 
 
 class SimPO(RewardMargin):
-    """Average log-probabilities, shaped."""
+    """Rewards are average log-probabilities, shaped by alpha."""
 
     config: SimPOConfig
 
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """(1 - p^-alpha) / alpha of the averages."""
+        """Return (1 - p^-alpha) / alpha of the averages."""
         from rlhf.objectives.divergences import alphapo_scores
 
         chosen, rejected = scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens

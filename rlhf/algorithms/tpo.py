@@ -1,4 +1,4 @@
-"""TPO (arXiv:2405.16681): preferences without a reference model, and imitation of a third, gold response."""
+"""TPO (arXiv:2405.16681) learns preferences without a reference model, and imitates a third, gold response."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class TPOConfig(MarginConfig):
 
 
 class TPO(RewardMargin):
-    """Summed log-probabilities, as CPO's; what is imitated is the gold response, not the chosen one."""
+    """Rewards are summed log-probabilities, as in CPO. The supervised term uses the gold response, not the chosen
+    one."""
 
     needs_gold = True
     config: TPOConfig
 
     def scores(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """Log-probabilities, summed or averaged over a response."""
+        """Return log-probabilities, summed or averaged over a response."""
         if self.config.length_normalize:
             return scores.chosen / scores.chosen_tokens, scores.rejected / scores.rejected_tokens
         return scores.chosen, scores.rejected

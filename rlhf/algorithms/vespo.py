@@ -1,4 +1,4 @@
-"""VESPO (arXiv:2602.10693): a smooth weight of the whole response's ratio, derived for stale samples."""
+"""VESPO (arXiv:2602.10693) uses a smooth weight of the whole response's ratio, derived for stale samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class VESPOConfig(OnlineConfig):
     """Variational sequence-level soft policy optimisation: w^power * exp(decay * (1 - w)) of the response's ratio w."""
 
-    felt_off_policy: ClassVar[tuple[str, ...]] = (
+    off_policy_keys: ClassVar[tuple[str, ...]] = (
         "power_positive",
         "decay_positive",
         "power_negative",
@@ -35,15 +35,15 @@ class VESPOConfig(OnlineConfig):
 
 
 class VESPO(GroupRelative):
-    """REINFORCE with a weight that carries no gradient; nothing is clipped, so the clip fraction is 0.
+    """The loss is REINFORCE with a weight that carries no gradient. Nothing is clipped, so the clip fraction is 0.
 
-    Deviation from TRL's: the sampler's mismatch is weighed by `correction`, not inside the weight.
+    Deviation from TRL: `correction` corrects the sampler's mismatch; the weight does not.
     """
 
     config: VESPOConfig
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
-        """This micro-batch's share of the policy's loss."""
+        """Return this micro-batch's share of the policy loss."""
         import torch
 
         from rlhf.algorithms.losses import composed_loss

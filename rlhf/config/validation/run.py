@@ -217,7 +217,7 @@ def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionC
     if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
         text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
         yield _problem("algorithm.correction", text)
-    if correction.mode == "bypass" and not algorithm.felt_off_policy and not correction.rejects:
+    if correction.mode == "bypass" and not algorithm.off_policy_keys and not correction.rejects:
         text = (
             f"is bypass, but algorithm {config.algorithm.name} has no importance ratio that it would act on; set "
             "policy_gradient and choose weights, or reject"

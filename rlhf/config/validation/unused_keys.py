@@ -159,20 +159,20 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
         yield from _all("algorithm.advantage_clip", why, "choose an algorithm with advantages")
         why = f"algorithm {algorithm.name} has no tokens of negative advantage"
         yield from _all("algorithm.correction.off_policy_mask", why, "bound the ratios by reject")
-    correction, clips = algorithm.correction, algorithm.felt_off_policy
+    correction, clips = algorithm.correction, algorithm.off_policy_keys
     if correction is not None and correction.weights is None:
         keys = "algorithm.correction.max_ratio algorithm.correction.min_ratio"
         yield from _all(keys, "algorithm.correction.weights is null", "choose weights")
     if correction is not None and correction.mode == "policy_gradient":
         why = "algorithm.correction.mode is policy_gradient, whose loss has no importance ratio of its own"
         fix = "set algorithm.correction.mode to bypass or decoupled"
-        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.felt_by_selection))
+        keys = " ".join(f"algorithm.{key}" for key in (*clips, *algorithm.token_selection_keys))
         yield from _all(keys, why, fix)
     if not algorithm.bypasses_old_logprobs:
         yield from _of_ratios(config, clips, or_else=", or set algorithm.correction.mode to bypass")
     if config.rollouts is not None and derive.updates_per_step(config) == 1:
         why = "each batch is trained on in one optimizer step, from the values it was computed with: none has moved yet"
-        keys = " ".join(f"algorithm.{key}" for key in algorithm.felt_by_moved_critic)
+        keys = " ".join(f"algorithm.{key}" for key in algorithm.critic_reuse_keys)
         yield from _all(keys, why, MORE_UPDATES)
 
 
@@ -208,7 +208,7 @@ def _of_distillation(config: Config) -> Iterator[Inert]:
         yield from _all("algorithm.beta", why, "set algorithm.divergence to jsd")
     if isinstance(algorithm, OnPolicyDistillationConfig):
         if algorithm.is_sampled:
-            yield from _of_ratios(config, algorithm.felt_off_policy)
+            yield from _of_ratios(config, algorithm.off_policy_keys)
         else:
             keys = "algorithm.clip_low algorithm.clip_high algorithm.reward_coef"
             yield from _all(keys, why, "set algorithm.divergence to sampled_reverse_kl")
