@@ -1,7 +1,7 @@
-"""Conversations as text: messages are read and checked here, and the chat template writes them.
+"""Read and check conversations, and render them as text with the chat template.
 
-Prompts, examples and environments all render through this module. A rendered text holds every special token that it
-wants. `rlhf.data.tokenization` makes token ids of it.
+Prompts, examples and environments all render through this module. A rendered text holds every special token it needs.
+`rlhf.data.tokenization` turns it into token ids.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _USER, _SENTINEL = {"role": "user", "content": "Hello."}, "qzsentinelzq"
 def read_messages(
     row: Row, *, system_prompt: str | None, column: str = "messages", alternative: str = "prompt"
 ) -> list[Message]:
-    """A column's conversation, with the system prompt first. UserError names the message that is not one.
+    """Return a column's conversation, with the system prompt first. UserError names the invalid message.
 
-    A message has strings `role` and `content`. An assistant's may have `tool_calls` in place of content, and a tool's
-    content may be empty. Other fields go on to the template; those that are null (Parquet fills them in) do not.
-    `arguments` of a tool call that are JSON text become the object, as the engine's own server makes them.
-    NotUsable if an assistant's message is empty.
+    A message has the strings `role` and `content`. An assistant's message may have `tool_calls` in place of content,
+    and a tool's content may be empty. Other fields go to the template unless they are null (Parquet fills nulls in).
+    `arguments` of a tool call given as JSON text become an object, as in the engine's server. Raise NotUsable if an
+    assistant's message is empty.
     """
     messages = row.value(column, alternative=alternative)
     if not isinstance(messages, list) or not messages:
@@ -99,7 +99,7 @@ def _tool_calls(row: Row, where: str, calls: object) -> list[Message]:
 
 
 def _json(text: str) -> Any:
-    """The value that a text is, or None."""
+    """Return the parsed JSON value, or None if the text cannot be parsed."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # no JSON, or more digits or deeper than Python takes
@@ -107,9 +107,9 @@ def _json(text: str) -> Any:
 
 
 def read_tools(row: Row) -> list[Message] | None:
-    """Column `tools`: the tools that the conversation may call, as objects or as JSON text of their list (Parquet).
+    """Return the tools of column `tools`, as objects or as JSON text of their list (Parquet).
 
-    None: the row has none. UserError if it is anything else.
+    Return None if the row has no tools. UserError for any other value.
     """
     value = row.columns.get("tools")
     tools = _json(value) if isinstance(value, str) else value
@@ -124,19 +124,19 @@ def read_tools(row: Row) -> list[Message] | None:
 
 
 def _name(tool: Message) -> str:
-    """The name of a tool or of a call to it; empty: it has none."""
+    """Return the name of a tool or of a tool call, or an empty string if there is no name."""
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
 def names(tools: Sequence[Message]) -> list[str]:
-    """The names of tools, or of calls to them, in order."""
+    """Return the names of tools or of tool calls, in order."""
     return [_name(tool) for tool in tools]
 
 
 def refuse_untold_tools(tools: Sequence[Message] | None, text: str, tokenizer: Any, place: str) -> None:
-    """UserError if the text before a turn of the assistant, as the template writes it, lacks the name of a tool."""
+    """Raise UserError if the rendered text before an assistant's turn lacks the name of a tool."""
     missing = [name for name in names(tools or ()) if name not in text]
     if missing:
         raise UserError(
@@ -147,13 +147,13 @@ def refuse_untold_tools(tools: Sequence[Message] | None, text: str, tokenizer: A
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation with the system prompt, if there is one, before it."""
+    """Return the conversation with the system prompt, if there is one, in front."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [*system, *messages]
 
 
 def require_template(tokenizer: Any, place: str) -> None:
-    """UserError if the tokenizer has no chat template."""
+    """Raise UserError if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{place}: the tokenizer of {tokenizer.name_or_path} has no chat template. Use a chat model, or string "
@@ -169,7 +169,7 @@ def render(
     place: str,
     tools: Sequence[Message] | None = None,
 ) -> str:
-    """The conversation as text, special tokens written out. UserError if the template refuses it."""
+    """Return the conversation as text, special tokens written out. UserError if the template refuses it."""
     shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     try:
         text = tokenizer.apply_chat_template(
@@ -188,8 +188,9 @@ def render(
 
 
 def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: str) -> str:
-    """Return a text as it goes to the model without a template, behind `beginning`. UserError if a system prompt would
-    be lost."""
+    """Return a text for the model without a template, prefixed with `beginning`. UserError if a system prompt would be
+    lost.
+    """
     if system_prompt is not None:
         raise UserError(
             f"{place}: data.system_prompt has no effect on a string that no chat template is applied to. Remove it, "
@@ -199,8 +200,11 @@ def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: s
 
 
 def behind_turn(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str) -> str | None:
-    """Return what the template writes behind an assistant's turn that `messages` follow. None: it does not write the
-    turn once, as it stands. UserError if it refuses the conversation."""
+    """Return the template's text after an assistant's turn followed by `messages`.
+
+    Return None if the template does not write the turn exactly once and unchanged. UserError if it refuses the
+    conversation.
+    """
     conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
     text = render(conversation, tokenizer, add_generation_prompt=add_generation_prompt, place=place)
     _, sentinel, behind = text.partition(_SENTINEL)
@@ -208,7 +212,7 @@ def behind_turn(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """Return the special token with which the chat template ends an assistant's turn. None: it ends it with none."""
+    """Return the special token the chat template ends an assistant's turn with, or None if there is none."""
     if tokenizer.chat_template is None:
         return None
     try:

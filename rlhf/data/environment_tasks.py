@@ -1,7 +1,7 @@
-"""Rows for the environments that come with the library: prompts to play, and conversations to learn the form from.
+"""Make rows for the built-in environments: prompts to play, and conversations to learn the format from.
 
-A part of `rlhf.data.tasks`, which says what the splits are. It knows no environment's code: what a game answers is
-written out here as a player would hear it.
+This module is a part of `rlhf.data.tasks`, where the splits are defined. It imports no environment code, so it repeats
+the answers of each game.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ CALCULATOR = "calculator"
 
 
 def guessing_game(split: str, size: int, seed: int, args: Mapping[str, Any]) -> list[Columns]:
-    """Prompts `LOW-HIGH?`, each with a `secret`, in turn every one; of split sft whole games, each until it is won.
+    """Return prompts `LOW-HIGH?`, cycling through every `secret`. Split sft has whole games, each played until it is
+    won.
 
-    The player of those games heeds what he is told every other time: half of his guesses are drawn from all numbers.
+    The player of these games uses the hints only every other time: half of the guesses are drawn from all numbers.
     """
     low, high = _whole_numbers(GUESSING_GAME, args, low=1, high=7)
     if low >= high:
@@ -62,8 +63,10 @@ _INSTRUCTIONS = (
 
 
 def calculator(split: str, size: int, seed: int, args: Mapping[str, Any]) -> list[Columns]:
-    """Products of two numbers plus a third, of up to `max_value`, with the way to call the tool in the system prompt;
-    of split sft whole conversations, with the call."""
+    """Return products of two numbers plus a third, all up to `max_value`. The system prompt explains the tool call.
+
+    Split sft has whole conversations with the call.
+    """
     (most,) = _whole_numbers(CALCULATOR, args, max_value=99)
     if most < 9:  # so that every split has questions
         raise UserError(f"Task {CALCULATOR}: args.max_value is {most}, expected 9 or more.")
@@ -90,12 +93,14 @@ def calculator(split: str, size: int, seed: int, args: Mapping[str, Any]) -> lis
 
 
 def _split_of(total: int) -> str:
-    """No question is in two splits: an eighth is held out, a quarter is for SFT."""
+    """Return the only split a question belongs to: an eighth is held out, and a quarter is for SFT."""
     return "eval" if total % 8 == 0 else "sft" if total % 8 <= 2 else "train"
 
 
 def _whole_numbers(task: str, args: Mapping[str, Any], **defaults: int) -> list[int]:
-    """The task's args in the order of their defaults. UserError for another one, or one that is no whole number."""
+    """Return the task's args in the order of their defaults. UserError for an unknown arg and for a value other than a
+    whole number.
+    """
     unknown = [name for name in args if name not in defaults]
     if unknown:
         raise UserError(f"Task {task} takes the args {', '.join(defaults)}; found {', '.join(unknown)}.")

@@ -1,7 +1,7 @@
-"""Supervised examples: rows tokenised once, with the tokens to be learnt marked.
+"""Load supervised examples: rows tokenised once, with the learned tokens marked.
 
-First arrow of the offline flow, and the way from rows to sequences that every form of offline data shares. The prompt
-of an example is tokenised just as `rlhf.data.prompts` does it, so that what is learnt is what will be sampled after it.
+This is the first arrow of the offline flow, and every form of offline data goes through `load_sequences`. The prompt of
+an example is tokenised exactly as in `rlhf.data.prompts`, so training and sampling see the same tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TooLong = Literal["error", "skip", "cut"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How a run reads its data."""
+    """Settings for reading the data of a run."""
 
     system_prompt: str | None
     apply_chat_template: bool
@@ -41,8 +41,8 @@ class Reading:
 class Example:
     """One sequence to learn from.
 
-    Example: prompt `ab`, completion `c`, one token a letter:
-        token_ids = (a, b, c, eos)   loss_mask = (False, False, True, True)
+    Example: prompt `ab`, completion `c`, one token a letter: `token_ids = (a, b, c, eos)` and `loss_mask = (False,
+    False, True, True)`.
     """
 
     example_id: int  # its place among what was loaded
@@ -51,17 +51,17 @@ class Example:
 
     @property
     def beside_tokens(self) -> bytes:
-        """Which tokens are learnt."""
+        """Return the loss mask as bytes, for the fingerprint of the data."""
         return bytes(self.loss_mask)
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
+        """Return the number of tokens of the sequence."""
         return len(self.token_ids)
 
     @property
     def num_learnt(self) -> int:
-        """Tokens to be learnt."""
+        """Return the number of learned tokens."""
         return sum(self.loss_mask)
 
 
@@ -69,12 +69,14 @@ ExampleSource: TypeAlias = Stream[Example]
 
 
 def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Example]:
-    """One example a row; `example_id` counts from `first_id` through the rows that can be used.
+    """Return one example per row. `example_id` counts the usable rows from `first_id`.
 
     A row has the first of these forms whose columns it holds: `messages`; `prompt` and `completion`, both strings or
-    both messages; Alpaca's `instruction`, `input`, `output`; `text`. Learnt are the assistant's turns (of a completion
-    alone, if there is one), each with the token that ends it; without the chat template the completion or output, and
-    the end-of-sequence token; of `text` every token that has one before it. UserError names the row that is wrong.
+    both messages; Alpaca's `instruction`, `input`, `output`; `text`.
+
+    The learned tokens are the assistant's turns (in the completion only, if there is one), each with its end token.
+    Without the chat template they are the completion or output and the end-of-sequence token. In `text` every token
+    except the first is learned. UserError names the invalid row.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -98,9 +100,10 @@ def load_sequences(
     build: Callable[[int, Row, Sequence[Sequence[Tokens]]], T],
     max_unusable_fraction: float,
 ) -> Loaded[T]:
-    """What `build` makes of each row's tokenised sequences (`write`), numbered from 0, and the rows left out.
+    """Return the result of `build` for each row, numbered from 0, and the rows left out.
 
-    Both may raise NotUsable, which leaves the row out. UserError if more rows are left out than may be.
+    `write` splits a row into sequences, which are tokenised and passed to `build`. Both may raise NotUsable to leave a
+    row out. UserError if more rows are left out than allowed.
     """
     unusable: dict[int, Unusable] = {}
     written: dict[int, Sequence[Sequence[Piece]]] = {}
@@ -123,7 +126,7 @@ def load_sequences(
 
 
 def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
-    """The pieces' tokens in a row. UserError if the prompt has none."""
+    """Join the tokens of the segments into an example. UserError if the prompt has no tokens."""
     if not pieces[0].ids:
         raise UserError(f"{place}: the prompt has no tokens.")
     loss_mask = [piece.learn for piece in pieces for _ in piece.ids]
@@ -135,9 +138,10 @@ def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
 
 
 def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[int] | None = None) -> Example:
-    """The example within the limit, cut if that is wished, or NotUsable. UserError if a long one is an error.
+    """Return the example within the token limit, truncated if `reading.too_long` allows it.
 
-    step_ends: numbers of tokens after which it may be cut, ascending; None: after any learnt token.
+    Raise NotUsable if the row is skipped, and UserError if a long example is an error. `step_ends` are the ascending
+    numbers of tokens after which the example may be truncated. With None it may be truncated after any learned token.
     """
     length, limit = len(example.token_ids), reading.max_tokens
     if length <= limit:
@@ -161,12 +165,12 @@ def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[i
 
 
 def num_prompt_tokens(example: Example) -> int:
-    """Tokens before the first learnt one."""
+    """Return the number of tokens before the first learned token."""
     return example.loss_mask.index(True)
 
 
 def collate(examples: Sequence[Example]) -> Examples:
-    """Flat columns of several examples; sequence ids are their places here, 0, 1, ..."""
+    """Return flat columns of several examples. The sequence ids are the positions 0, 1, ... in this batch."""
     return Examples(
         sequence_ids=torch.arange(len(examples)),
         lengths=torch.tensor([len(example.token_ids) for example in examples], dtype=torch.int64),
@@ -196,7 +200,7 @@ def _pieces(row: Row, writer: Writer) -> list[Piece]:
 
 
 def _alpaca_prompt(row: Row, writer: Writer) -> str:
-    """Instruction and input, a blank line between them; without a chat template under Alpaca's headings."""
+    """Return instruction and input with a blank line between them, or Alpaca's headings if there is no chat template."""
     instruction = row.text("instruction")
     given = "" if row.columns.get("input") in (None, "") else row.text("input")
     if writer.apply_chat_template:

@@ -1,4 +1,4 @@
-"""Unpaired feedback: one answer to a prompt, and whether it is a good one. Tokenised once."""
+"""Load unpaired feedback: an answer to a prompt with a label, true for a good answer. Each row is tokenised once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rlhf.types import Pairs
 class Labelled:
     """An answer with a label.
 
-    Example: prompt `ab`, completion `c`, one token a letter:
-        example.token_ids = (a, b, c, eos)   prompt_tokens = 2   label = True
+    Example: prompt `ab`, completion `c`, one token a letter: `example.token_ids = (a, b, c, eos)`, `prompt_tokens = 2`,
+    `label = True`.
     """
 
     example_id: int  # its place among what was loaded, and that of its row in `collate_labelled`
@@ -29,35 +29,35 @@ class Labelled:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Prompt and answer."""
+        """Return the tokens of prompt and answer."""
         return self.example.token_ids
 
     @property
     def beside_tokens(self) -> bytes:
-        """Which tokens are learnt, and the label."""
+        """Return the loss mask and the label as bytes, for the fingerprint of the data."""
         return self.example.beside_tokens + bytes([self.label])
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
+        """Return the number of tokens of the sequence."""
         return len(self.token_ids)
 
     @property
     def num_learnt(self) -> int:
-        """Learnt tokens of the answer."""
+        """Return the number of learned tokens of the answer."""
         return self.example.num_learnt
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens before the first learnt one."""
+        """Return the number of tokens before the first learned token."""
         return num_prompt_tokens(self.example)
 
 
 def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> Loaded[Labelled]:
-    """One labelled answer a row; `example_id` counts from `first_id` through the rows that can be used.
+    """Return one labelled answer per row. `example_id` counts the usable rows from `first_id`.
 
-    Columns `prompt` and `completion`, both strings or both lists of messages, and `label`: true or false, in CSV the
-    words. UserError for any other label.
+    The columns are `prompt` and `completion`, both strings or both lists of messages, and `label`. A label is true or
+    false, written as a word in CSV. UserError for any other label.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -76,11 +76,11 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
 
 
 def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs:
-    """Flat columns of several answers: with mismatched, answer i is sequence 2i, and 2i + 1 is its prompt with another
-    one's answer; without, it is sequence i.
+    """Return flat columns of several answers.
 
-    That other is the next answer to another prompt. It loses its end where the sequence would be longer than the
-    longest of the data. ValueError if it is asked for and there is one prompt only.
+    Without `mismatched`, answer i is sequence i. With it, answer i is sequence 2i, and sequence 2i + 1 joins its prompt
+    with the next answer to another prompt. This answer is truncated if the sequence would be longer than the longest of
+    the batch. Raise ValueError if a mismatch is wanted and there is only one prompt.
     """
     sequences = _beside_mismatched(labelled) if mismatched else [one.example for one in labelled]
     return Pairs(

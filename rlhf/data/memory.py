@@ -1,6 +1,6 @@
-"""A bound on the memory that the rows of one data set may take: a small file can hold very many.
+"""Limit the memory used by the rows of one data set, since a small file can hold very many rows.
 
-A run keeps all rows in memory, with what it makes of them. Reading stops with an error before the machine runs out.
+A run keeps all rows and their tokens in memory. Reading stops with an error before the machine runs out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def within_memory(rows: Iterable[T], source: str) -> Iterator[T]:
 
 
 def free_bytes() -> int:
-    """Return the free memory of this machine, or of its container if that has less."""
+    """Return the free bytes of this machine, or of its container if the container has less."""
     free: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

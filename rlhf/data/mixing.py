@@ -1,6 +1,6 @@
-"""Which of several data sets has its turn: weighted interleaving, as even as whole items allow.
+"""Choose the data set of each turn: weighted interleaving, as even as whole items allow.
 
-Used by the stream. Pure arithmetic on weights: it knows no item, and draws nothing.
+The stream uses this module. It is pure arithmetic on weights, without items or random numbers.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from fractions import Fraction
 
 
 class Turns:
-    """The endless order in which sets take turns.
+    """The endless order of turns of several sets.
 
-    Of any first n turns, a set with share w (its weight among all weights) has n * w, by less than one turn more or
-    less. Turn j of a set is due by (j + 1) / w and not given before j / w; the one that is due first goes first, and
-    of equals the earlier set. That is earliest deadline first, which meets all deadlines of unit jobs on one processor
-    (Liu and Layland, 1973).
+    After any n turns, a set with share w (its weight among all weights) has had n * w turns, within less than one turn.
+    Turn j of a set is due by (j + 1) / w and not given before j / w. The earliest deadline goes first, and the earlier
+    set wins a tie. This is earliest deadline first, which meets all deadlines of unit jobs on one processor (Liu and
+    Layland, 1973).
 
     Example: weights 2 and 1 give 0 0 1, 0 0 1, ...
     """
@@ -31,7 +31,7 @@ class Turns:
         self.counts = [0] * len(whole)  # turns that each set has had
 
     def next(self) -> int:
-        """The set whose turn it is; counts it."""
+        """Return the set of the next turn, and count the turn."""
         turn = sum(self.counts)
         ready = (i for i, weight in enumerate(self._weights) if self.counts[i] * self._period < weight * (turn + 1))
         chosen = min(ready, key=lambda i: Fraction(self.counts[i] + 1, self._weights[i]))
@@ -39,7 +39,7 @@ class Turns:
         return chosen
 
     def go_to(self, turn: int) -> None:
-        """Stand where `turn` turns have been given. After whole periods each set has had exactly its share."""
+        """Move to the state after `turn` turns. After whole periods each set has had exactly its share."""
         periods, rest = divmod(turn, self._period)
         self.counts = [weight * periods for weight in self._weights]
         for _ in range(rest):

@@ -1,7 +1,7 @@
-"""Which sequences share a micro-batch, and which rank trains which: pure arithmetic on lengths.
+"""Assign sequences to micro-batches and ranks: pure arithmetic on lengths.
 
-Called by the controller (ranks) and the workers (micro-batches). It sees no token, and its result depends on its
-arguments alone.
+The controller assigns ranks and the workers assign micro-batches. The functions see no tokens, and their results depend
+only on their arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Indices in bins of at most `max_tokens` tokens each, few bins: best fit, longest first.
+    """Return indices in few bins of at most `max_tokens` tokens each: best fit, longest first.
 
     The number of bins is at most 11/9 of the least possible, up to a constant (Johnson, 1973). Indices ascend within a
     bin. ValueError for a sequence longer than a bin.
@@ -35,8 +35,10 @@ def pack(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """As many bins as `pack` makes, about equally full where the longest-first rule of `balance` finds how; else its
-    bins. Full bins and a last small one would take more memory, and smaller products."""
+    """Return as many bins as `pack`, about equally full if `balance` can fit them, and otherwise the bins of `pack`.
+
+    Full bins and a small last bin would take more memory and use smaller matrix products.
+    """
     bins = pack(lengths, max_tokens=max_tokens)
     if len(bins) < 2:
         return bins
@@ -45,10 +47,10 @@ def pack_evenly(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
 
 
 def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Indices for each rank with the costs about equal: the costliest next goes to the rank with least so far.
+    """Return the indices for each rank with about equal costs: the next costliest goes to the least loaded rank.
 
-    The greatest rank cost is at most 4/3 of the least possible (Graham, 1969). Every rank gets something if there are
-    as many indices as ranks. Indices ascend within a rank.
+    The greatest rank cost is at most 4/3 of the least possible (Graham, 1969). Every rank gets an index if there are as
+    many indices as ranks. Indices ascend within a rank.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks is {num_ranks}, expected at least 1")

@@ -1,7 +1,8 @@
-"""A row's text in stretches, each tokenised on its own, with those marked that are learnt.
+"""Split a row's text into segments, each tokenised separately, and mark the learned segments.
 
-Between rows and examples: what a prompt is, what its completion, and where each turn of the assistant begins and ends.
-A boundary between two stretches is a boundary between two tokens, as it is when a response is sampled after a prompt.
+This module stands between rows and examples. It finds the prompt, the completion, and the beginning and end of each
+assistant's turn. A boundary between two segments is always a boundary between two tokens, as when a response is sampled
+after a prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text that is tokenised as the continuation of the stretches before it."""
+    """A segment of text, tokenised as the continuation of the segments before it."""
 
     text: str
     learn: bool
@@ -41,14 +42,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A piece as token ids."""
+    """A segment as token ids."""
 
     ids: tuple[int, ...]
     learn: bool
 
 
 class Writer:
-    """Columns of a row as the text that the model is given, in pieces: the prompt first, and what is learnt."""
+    """Render the columns of a row as segments of text: the prompt first, then learned and other segments."""
 
     def __init__(self, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool) -> None:
         if tokenizer.eos_token_id is None:
@@ -60,9 +61,9 @@ class Writer:
         self._special = special_tokens(tokenizer)
 
     def answer(self, row: Row, column: str) -> list[Piece]:
-        """Column `prompt` and its answer in `column`: two strings, or two lists of messages.
+        """Return column `prompt` and its answer in `column`: two strings, or two lists of messages.
 
-        NotUsable if the answer is empty. UserError if the columns are of different kinds.
+        Raise NotUsable if the answer is empty, and UserError if only one of the columns is a list.
         """
         prompt, answer = row.value("prompt"), row.value(column)
         if not isinstance(prompt, list) and not isinstance(answer, list):
@@ -86,7 +87,7 @@ class Writer:
         return self.conversation(row, [*asked, *answered], first=len(asked))
 
     def strings(self, row: Row, prompt: str, answer: str) -> list[Piece]:
-        """A prompt and its answer, as two turns of a conversation or as they stand."""
+        """Return a prompt and its answer, as two turns of a conversation or unchanged without the chat template."""
         if self.apply_chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
             messages = with_system_prompt(turns, self.system_prompt)
@@ -95,17 +96,20 @@ class Writer:
         return [Piece(prompt, False, is_raw=True), Piece(self._ended(answer), True)]
 
     def text(self, row: Row, text: str) -> list[Piece]:
-        """A text to be learnt as it stands, and its end."""
+        """Return a text to be learned unchanged, with the end-of-sequence token."""
         text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
         return [Piece(self._ended(text), True, is_raw=True)]
 
     def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Piece]:
-        """A conversation up to its last learnt turn: the assistant's from message `first` on, but for `train: false`.
+        """Return a conversation up to its last learned turn.
 
-        A turn begins where the generation prompt ends, which is where sampling would begin, and ends with the last
-        special token that the template writes for it, whatever follows. Both are exact only if a longer rendering
-        begins with the shorter one up to there, so a template that rewrites a learnt turn, or what comes before it, is
-        refused, and so is one that leaves out a part of it. NotUsable if no turn is learnt, or nothing comes before it.
+        The learned turns are the assistant's from message `first` on, except with `train: false`. A turn begins at the
+        end of the generation prompt, where sampling would begin. It ends with the last special token the template
+        writes for it in any context.
+
+        Both positions are exact only if a longer rendering begins with the shorter rendering. UserError therefore
+        refuses a template if it rewrites a learned turn or the text before it, or omits a part of the turn. Raise
+        NotUsable if no turn is learned, or if nothing comes before it.
         """
         require_template(self.tokenizer, row.place)
         tools = read_tools(row)
@@ -133,9 +137,10 @@ class Writer:
         return pieces
 
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
-        """Where the last special token of a turn ends that stands there too when the next learnt turn follows.
+        """Return the end of the turn's last special token still in place when the next learned turn follows.
 
-        before, after: the text without and with the turn; later: the text before the turn `following`, or `after`.
+        `before` and `after` are the texts without and with the turn. `later` is the text before turn `following`, or
+        `after`.
         """
         if not after.startswith(before):
             raise self._refusal(
@@ -178,7 +183,7 @@ class Writer:
 
 
 def answer_text(row: Row, column: str) -> str:
-    """A string that the model would answer. NotUsable if it is empty; UserError if it is no string."""
+    """Return the text of an answer column. NotUsable if it is empty, and UserError if it is not a string."""
     value = row.value(column)
     if isinstance(value, str) and not value.strip():
         raise NotUsable(row.place, f"column `{column}` is the string {value!r:.40}, which is empty")
@@ -186,7 +191,7 @@ def answer_text(row: Row, column: str) -> str:
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters at the beginning that both have."""
+    """Return the length of the common prefix."""
     if other.startswith(one):
         return len(one)
     pairs = enumerate(zip(one, other, strict=False))
@@ -194,7 +199,9 @@ def _shared(one: str, other: str) -> int:
 
 
 def _lost(message: Message, turn: str) -> str:
-    """What of an assistant's message the template has not written, white space apart; empty: nothing."""
+    """Return the part of an assistant's message missing from the rendered turn, ignoring white space, or an empty
+    string.
+    """
     written = "".join(turn.split())
     for field in ("content", "reasoning_content"):
         if "".join((message.get(field) or "").split()) not in written:
@@ -203,7 +210,7 @@ def _lost(message: Message, turn: str) -> str:
 
 
 def encode_pieces(sequences: Sequence[Sequence[Piece]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
-    """Return the token ids of every piece of every sequence, each as the continuation of the pieces before it.
+    """Yield the token ids of every segment of every sequence, each as the continuation of the segments before it.
 
     UserError if the tokenizer cannot continue a text.
     """

@@ -1,8 +1,8 @@
-"""Preferences: two answers to one prompt, one of them preferred, and a third, gold one if that is wanted.
+"""Load preferences: a preferred and a rejected answer to a prompt, and optionally a third, gold answer.
 
-    preferences -> reference logprobs -> minibatches -> update
+preferences -> reference logprobs -> minibatches -> update
 
-All sequences of a row begin with the same tokens, those of the prompt, so that a trainer may compute them once.
+All sequences of a row begin with the tokens of the prompt, so a trainer may compute them once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ GOLD = "reference"  # the column, as public data sets of triples have it; the re
 class Pair:
     """A preferred and a rejected answer to one prompt.
 
-    Example: prompt `ab`, chosen `c`, rejected `de`, one token a letter:
-        chosen.token_ids = (a, b, c, eos)   rejected.token_ids = (a, b, d, e, eos)   prompt_tokens = 2
+    Example: prompt `ab`, chosen `c`, rejected `de`, one token a letter: `chosen.token_ids = (a, b, c, eos)`,
+    `rejected.token_ids = (a, b, d, e, eos)`, `prompt_tokens = 2`.
     """
 
     example_id: int  # its place among what was loaded
@@ -42,42 +42,43 @@ class Pair:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """Chosen, rejected and, if there is one, gold."""
+        """Return the chosen, the rejected and, if there is one, the gold example."""
         return (self.chosen, self.rejected) if self.gold is None else (self.chosen, self.rejected, self.gold)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """One behind the other: what a stream tells data apart by."""
+        """Return the tokens of all examples joined, for the fingerprint of the data."""
         return tuple(itertools.chain.from_iterable(example.token_ids for example in self.examples))
 
     @property
     def beside_tokens(self) -> bytes:
-        """Where the sequences part, which tokens are learnt, and the margin."""
+        """Return the lengths, the loss masks and the margin as bytes, for the fingerprint of the data."""
         masks = b"".join(example.beside_tokens for example in self.examples)
         lengths = (len(example.token_ids) for example in self.examples[:-1])
         return masks + repr((*lengths, self.margin)).encode()
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
+        """Return the number of tokens of the longest sequence."""
         return max(example.longest for example in self.examples)
 
     @property
     def num_learnt(self) -> int:
-        """Learnt tokens of the gold or else the chosen answer: what a supervised term is a mean over."""
+        """Return the number of learned tokens of the gold or else the chosen answer, the divisor of a supervised term."""
         return (self.gold or self.chosen).num_learnt
 
 
 def load_pairs(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0, with_gold: bool = False
 ) -> Loaded[Pair]:
-    """One pair a row; `example_id` counts from `first_id` through the rows that can be used.
+    """Return one pair per row. `example_id` counts the usable rows from `first_id`.
 
-    Columns `prompt`, `chosen` and `rejected`, all strings or all lists of messages; without `prompt`, chosen and
-    rejected are conversations, and the messages at the beginning that are equal in both are the prompt. `margin` is a
-    number, if it is there. with_gold: the gold answer is column `reference`, of the same form, with the same prompt.
-    The limit of tokens holds for each sequence. Left out are rows whose chosen and rejected answers are equal (also
-    once cut), and those with an answer that is empty or too long.
+    The columns are `prompt`, `chosen` and `rejected`, all strings or all lists of messages. Without `prompt`, chosen
+    and rejected are conversations, and their equal first messages are the prompt. `margin` is an optional number. With
+    `with_gold`, column `reference` holds the gold answer to the same prompt in the same form.
+
+    The token limit holds for each sequence. A row is left out if its chosen and rejected answers are equal (also once
+    truncated), or if an answer is empty or too long.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
     columns = ("chosen", "rejected", GOLD) if with_gold else ("chosen", "rejected")
@@ -111,7 +112,10 @@ def load_pairs(
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> Pairs:
-    """Flat columns of several pairs: pair i is sequences 2i, the chosen one, and 2i + 1; with gold ones 3i to 3i+2."""
+    """Return flat columns of several pairs.
+
+    Pair i is sequences 2i (chosen) and 2i + 1 (rejected). With gold answers it is sequences 3i to 3i + 2.
+    """
     return Pairs(
         examples=collate([example for pair in pairs for example in pair.examples]),
         prompt_tokens=torch.tensor([pair.prompt_tokens for pair in pairs], dtype=torch.int64),
@@ -156,7 +160,7 @@ def _equal(messages: tuple[Message, Message]) -> bool:
 
 
 def _shared(examples: Sequence[Example]) -> int:
-    """Tokens at the beginning that are equal in all and learnt in none."""
+    """Return the number of equal first tokens in all examples, before any learned token."""
     limit = min(map(num_prompt_tokens, examples))
     places = zip(*(example.token_ids[:limit] for example in examples), strict=True)
     return next((i for i, tokens in enumerate(places) if len(set(tokens)) > 1), limit)

@@ -1,7 +1,7 @@
-"""Prompts for rollouts: rows rendered, tokenised once, and given out by a resumable source.
+"""Load prompts for rollouts: rows are rendered and tokenised once.
 
-First arrow of the online flow, prompts -> rollouts. It never looks at an answer: other columns go through to the
-rewards untouched.
+This is the first arrow of the online flow, prompts -> rollouts. It never looks at an answer: other columns go to the
+rewards unchanged.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def load_prompts(
     first_id: int = 0,
     tools: Sequence[Message] | None = None,
 ) -> Loaded[Prompt]:
-    """Return one prompt a row, from column `messages` or `prompt`; `prompt_id` counts from `first_id` through them.
+    """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the prompts from `first_id`.
 
-    Conversations always go through the chat template, string prompts if the reading says so, with the tools of column
-    `tools` or, where a row has none, with `tools`; either ends where the assistant's turn begins. All columns but
-    `prompt` go on to the rewards, `temperature` too, which is the prompt's own. A prompt that is too long is an error,
-    is left out, or is cut at its beginning, as the reading says. UserError names the row that is wrong.
+    Conversations always go through the chat template, and string prompts if the reading asks for it. Tools come from
+    column `tools`, or else from the argument `tools`. A prompt ends where the assistant's turn begins.
+
+    All columns except `prompt` go to the rewards. `temperature` also sets the sampling temperature of the prompt. The
+    reading decides whether a long prompt is an error, is left out, or loses its beginning. UserError names the invalid
+    row.
     """
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
@@ -87,7 +89,7 @@ def load_prompts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draft:
-    """A row's prompt as text."""
+    """The prompt of a row as text."""
 
     row: Row
     text: str
@@ -120,7 +122,7 @@ def _turn_end(tokenizer: Any) -> int | None:
 
 
 def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[str, list[int]]:
-    """Return the text and its tokens within the limit. NotUsable if they cannot be cut, or are not to be."""
+    """Return the text and its tokens within the limit. NotUsable if they cannot or should not be truncated."""
     place, limit = draft.row.place, reading.max_tokens
     if len(token_ids) <= limit:
         return draft.text, token_ids
@@ -144,7 +146,9 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
 
 
 def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return a conversation without its oldest user's turn and the answers to it. Empty: there is no later one."""
+    """Return a conversation without its oldest user's turn and the answers to it. Return an empty list if there is no
+    later turn.
+    """
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2:
         return []
@@ -152,7 +156,7 @@ def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _temperature(row: Row) -> float | None:
-    """Column `temperature`; None or no column: none of its own."""
+    """Return the value of column `temperature`, or None if it is null or missing."""
     value = row.columns.get("temperature")
     if value is None:
         return None
@@ -170,7 +174,7 @@ def _is_sampled_at(temperature: float) -> bool:
 
 
 def _messages(row: Row, reading: Reading) -> list[Message] | None:
-    """Return the conversation of a row's prompt. None: a string that goes to the model as it is."""
+    """Return the conversation of a row's prompt, or None for a string sent to the model unchanged."""
     for name in _GIVEN_TO_REWARDS:
         if name in row.columns:
             raise UserError(
@@ -194,6 +198,9 @@ def _messages(row: Row, reading: Reading) -> list[Message] | None:
 
 
 def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:
-    """The sampling seed of one response, 1 to 2**31 - 1: the same for the same sample, whatever the scheduling."""
+    """Return the sampling seed of a response, from 1 to 2**31 - 1.
+
+    The seed of a sample does not depend on scheduling.
+    """
     key = f"{run_seed}/{epoch}/{prompt_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % (2**31 - 1) + 1

@@ -1,7 +1,7 @@
-"""Rows of a dataset, each knowing the file and line it came from.
+"""Read the rows of a dataset, each with its file and line.
 
-First stage of the data flow: rows -> prompts or examples. Everything that can be wrong with a user's file is said here
-or through `Row`, with its place. Nothing here knows a tokenizer.
+This is the first stage of the data flow: rows -> prompts or examples. Every error in a user's file is reported here or
+through `Row`, with its place. This module does not use a tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST = 3.4e38  # that float32 holds, rounded down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row: what is in it and where it stands."""
+    """One row: its columns and its place."""
 
     file: str  # path, dataset name or task
     line: int  # counted from 1: a line of the file, or a row where the format has no lines
@@ -38,11 +38,11 @@ class Row:
 
     @property
     def place(self) -> str:
-        """`file:line`, as error messages begin."""
+        """Return `file:line`, the beginning of error messages."""
         return f"{self.file}:{self.line}"
 
     def text(self, column: str, *, alternative: str = "") -> str:
-        """The column's value. UserError if it is missing, not a string, or blank."""
+        """Return the column's text. UserError if it is missing, blank or not a string."""
         value = self.value(column, alternative=alternative)
         if not isinstance(value, str):
             hint = ""
@@ -55,7 +55,7 @@ class Row:
         return value
 
     def truth(self, column: str) -> bool:
-        """A boolean, or the word `true` or `false` in any case, as CSV has it. UserError if it is anything else."""
+        """Return a boolean column, or the word `true` or `false` in any case, as in CSV. UserError for any other value."""
         value = self.value(column)
         words = {"true": True, "false": False}
         found = words.get(value.strip().lower()) if isinstance(value, str) else value
@@ -64,7 +64,7 @@ class Row:
         return found
 
     def number(self, column: str) -> float:
-        """A number that float32 holds, or its digits as text, as CSV has it. UserError if it is anything else."""
+        """Return a number within float32, also from digits as text, as in CSV. UserError for any other value."""
         value = self.value(column)
         try:
             found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
@@ -78,7 +78,9 @@ class Row:
         return found
 
     def value(self, column: str, *, alternative: str = "") -> Any:
-        """The column's value, whatever it is. UserError if it is missing; `alternative` is what would do as well."""
+        """Return the column's value unchecked. UserError if it is missing; the message also names the `alternative`
+        column.
+        """
         if column not in self.columns:
             also = f" (or `{alternative}`)" if alternative else ""
             found = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
@@ -90,18 +92,21 @@ class Row:
         return self.columns[column]
 
     def renamed_away(self, *columns: str) -> str:
-        """Return a sentence on the column that data.columns has renamed. Empty: it renamed none of these columns."""
+        """Return a sentence about a column renamed by data.columns. Return an empty string if it renamed none of
+        `columns`.
+        """
         names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
         return next((f"data.columns has renamed `{theirs}` to `{ours}`." for theirs, ours in names), "")
 
 
 def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """All rows of a file, a saved or named dataset, or a task. `columns` maps our column name to the dataset's.
+    """Return all rows of a file, a saved or named dataset, or a task. `columns` maps our column name to the dataset's.
 
-    A string that ends in .jsonl, .json, .csv or .parquet is a file, an existing folder is a saved dataset, anything
-    else a Hugging Face dataset; the last two take `:SPLIT` behind the name. CSV values stay text.
-    UserError for whatever cannot be read, a renamed column that is not there, a dataset without rows, and one that this
-    machine's memory does not hold.
+    A string with the ending .jsonl, .json, .csv or .parquet is a file. An existing folder is a saved dataset, and any
+    other string is a Hugging Face dataset. Both kinds of dataset take `:SPLIT` after the name. CSV values stay text.
+
+    UserError for an unreadable source, a missing renamed column, a dataset without rows, and a dataset too large for
+    the memory of this machine.
     """
     name = source.name if isinstance(source, TaskSource) else source
     found: Iterable[Row]
@@ -121,7 +126,7 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
 
 def refuse_half_characters(text: str, what: str) -> None:
-    """UserError for a lone surrogate, which JSON can write (`\\ud800`) and which is no character of any text."""
+    """Raise UserError for a lone surrogate. JSON can contain one (`\\ud800`), but it is not a valid character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -183,7 +188,9 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _items(text: str, path: Path) -> Iterator[Any]:
-    """The items of a JSON list, one by one. UserError if it is no list; errors of JSON as `json.loads` has them."""
+    """Yield the items of a JSON list. UserError if the text is not a list; JSON errors are the same as from
+    `json.loads`.
+    """
     at = _behind_space(text, 0)
     if not text.startswith("[", at):
         value = _JSON.decode(text)
@@ -210,7 +217,7 @@ def _behind_space(text: str, at: int) -> int:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values. _KeyTwice if two keys are equal."""
+    """Return the object of these keys and values. _KeyTwice if two keys are equal."""
     found = {sys.intern(key): value for key, value in pairs}  # the rows of a file share their keys
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -219,7 +226,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _KeyTwice(ValueError):
-    """A JSON object has this key twice."""
+    """Raised for a JSON object with a duplicate key."""
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_each_once)
@@ -227,7 +234,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _not_held(path: Path, number: int, error: ValueError | RecursionError) -> UserError:
-    """JSON that is none of Python's values."""
+    """Return the error for valid JSON without a Python value."""
     if isinstance(error, RecursionError):
         return UserError(f"{path}:{number}: lists or objects are nested too deeply.")
     if isinstance(error, _KeyTwice):
@@ -236,7 +243,7 @@ def _not_held(path: Path, number: int, error: ValueError | RecursionError) -> Us
 
 
 def _one_line(message: object) -> str:
-    """What a library says, on one line and without the full stop."""
+    """Return a library's message on one line and without the full stop."""
     return " ".join(str(message).split())[:300].rstrip(".")
 
 
@@ -325,7 +332,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
 
 
 def _one_split(name: str, split: str, loaded: Any) -> Any:
-    """The rows of the wanted split. Without a wish: of the only one, or of `train`."""
+    """Return the rows of the requested split. Without a request, return the only split or `train`."""
     if not isinstance(loaded, dict):  # saved without splits
         if split:
             raise UserError(f"Dataset {name} has no splits; leave out `:{split}`.")
@@ -337,7 +344,7 @@ def _one_split(name: str, split: str, loaded: Any) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value from a file as error messages write it."""
+    """Format a value from a file for an error message."""
     kinds = {str: "the string", int: "the number", float: "the number", bool: "the truth value", list: "a list"}
     if value is None:
         return "null"

@@ -1,4 +1,4 @@
-"""Answers in steps, each step right or wrong: what a process reward model learns from. Tokenised once."""
+"""Load answers in steps, each step right or wrong, for a process reward model. Each row is tokenised once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rlhf.types import LabelledSteps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLabelled:
-    """An answer whose steps have labels.
+    """An answer with a label for each step.
 
-    Example: prompt `ab`, steps `c` and `de`, one token a letter, separated by a line end:
-        token_ids = (a, b, c, \\n, d, e, eos)   step_ends = (3, 6)   labels = (True, False)
+    Example: prompt `ab`, steps `c` and `de`, one token a letter, separated by a newline: `token_ids = (a, b, c,
+    newline, d, e, eos)`, `step_ends = (3, 6)`, `labels = (True, False)`.
     """
 
     example_id: int  # its place among what was loaded, and that of its sequence in `collate_steps`
@@ -33,28 +33,28 @@ class StepLabelled:
 
     @property
     def beside_tokens(self) -> bytes:
-        """Where steps end, and their labels."""
+        """Return the step ends and their labels as bytes, for the fingerprint of the data."""
         return repr((self.step_ends, self.labels)).encode()
 
     @property
     def longest(self) -> int:
-        """Tokens of its sequence."""
+        """Return the number of tokens of the sequence."""
         return len(self.token_ids)
 
     @property
     def num_learnt(self) -> int:
-        """Its steps, at whose ends labels are learnt."""
+        """Return the number of steps, since a label is learned at each step's end."""
         return len(self.step_ends)
 
 
 def load_step_labelled(
     rows: Sequence[Row], tokenizer: Any, reading: Reading, *, step_separator: str = "\n", first_id: int = 0
 ) -> Loaded[StepLabelled]:
-    """One answer in steps a row; `example_id` counts from `first_id` through the rows that can be used.
+    """Return one answer in steps per row. `example_id` counts the usable rows from `first_id`.
 
-    Columns `prompt` (a string or messages), `completions` (strings, one a step) and `labels` (true or false, one a
-    step). A step ends with the separator's last token, which is added where it is missing, and the last step with the
-    token that ends the answer. Too long an answer, where that is cut, loses whole steps from its end.
+    The columns are `prompt` (a string or messages), `completions` (a string for each step) and `labels` (true or false
+    for each step). A step ends with the last token of the separator, which is added if missing. The last step ends with
+    the end token of the answer. Truncation removes whole steps from the end of a long answer.
     """
     writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
@@ -78,7 +78,7 @@ def load_step_labelled(
 
 
 def collate_steps(items: Sequence[StepLabelled]) -> LabelledSteps:
-    """Flat columns of several answers: answer i is sequence i."""
+    """Return flat columns of several answers: answer i is sequence i."""
     examples = collate(
         [
             Example(
@@ -132,7 +132,7 @@ def _labels(row: Row) -> list[bool]:
 
 
 def _pieces(row: Row, writer: Writer, separator: str) -> list[Piece]:
-    """The prompt, then each step with its separator; the last has the end of the answer."""
+    """Return the prompt, then each step with its separator. The last step includes the end of the answer."""
     steps = _steps(row)
     steps = [step if step.endswith(separator) else step + separator for step in steps[:-1]] + steps[-1:]
     in_turns = isinstance(row.value("prompt"), list)

@@ -1,7 +1,7 @@
-"""An endless, shuffled, resumable stream over one data set or several: the one order in which data is used.
+"""Give out data in an endless, shuffled, resumable order, over a single data set or several.
 
-Feeds the controllers with prompts or examples. The order depends on (seed, epoch) alone, and the cursor is all its
-state, so a resumed run continues with the next item. It holds no tensor and reads no file.
+The stream feeds the controllers with prompts or examples. The order depends on (seed, epoch) alone, and the cursor is
+the complete state, so a resumed run continues with the next item. The module holds no tensor and reads no file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rlhf.errors import UserError
 
 
 class Tokenized(Protocol):
-    """What a stream can hold."""
+    """An item of a stream."""
 
     @property
     def token_ids(self) -> Sequence[int]: ...
 
     @property
     def beside_tokens(self) -> bytes:
-        """Whatever else it is trained with: masks, labels, margins."""
+        """Return the other training data of the item as bytes: masks, labels, margins."""
         ...
 
 
@@ -34,7 +34,7 @@ T = TypeVar("T", bound=Tokenized)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where a stream stands; belongs in a checkpoint. Of several sets, as if their items together made an epoch."""
+    """The position of a stream, stored in a checkpoint. Several sets count as if all their items made an epoch."""
 
     epoch: int  # from 0
     position: int  # items of this epoch already given out
@@ -43,7 +43,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One of several data sets that are mixed."""
+    """The share of a data set in a mixture."""
 
     name: str
     weight: float  # its share of the stream is this among all weights, whatever its size
@@ -51,10 +51,10 @@ class Share:
 
 
 class Stream(Generic[T]):
-    """Items over and over, in a new order each epoch. An item comes once an epoch, whatever the sizes asked for.
+    """Items over and over, in a new order each epoch. An item comes once an epoch, for any batch size.
 
-    Of several data sets (`shares`), each is gone through in epochs of its own, in an order of its own; they take turns
-    by weight (`rlhf.data.mixing`), so that a small set with a large weight begins anew before a large one is through.
+    Several data sets (`shares`) have separate epochs and separate orders. They take turns by weight
+    (`rlhf.data.mixing`), so a small set with a large weight starts again before a large set is finished.
     """
 
     def __init__(self, items: Sequence[T], *, seed: int, shuffle: bool, shares: Sequence[Share] = ()) -> None:
@@ -76,24 +76,24 @@ class Stream(Generic[T]):
         self._epochs = [0] * len(sizes)  # those that the orders are of
 
     def __len__(self) -> int:
-        """Items of one epoch; of several sets, of all together."""
+        """Return the number of items of an epoch, for several sets of all together."""
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
-        """The next `count` items, each with its (set's) epoch; goes on into later epochs as needed."""
+        """Return the next `count` items, each with the epoch of its set. Continue into later epochs as needed."""
         return tuple(self._next() for _ in range(count))
 
     def at(self, place: int) -> T:
-        """The item at a place in the data, whatever its turn."""
+        """Return the item at a position of the data, independent of the order."""
         return self._items[place]
 
     def state(self) -> Cursor:
-        """Where the next item stands."""
+        """Return the cursor of the next item."""
         epoch, position = divmod(self._given, len(self._items))
         return Cursor(epoch=epoch, position=position, fingerprint=self._fingerprint)
 
     def restore(self, cursor: Cursor) -> None:
-        """Continue where `cursor` was taken. UserError if that was another data set, seed or order."""
+        """Continue from `cursor`. UserError if it was taken with another data set, seed or order."""
         if cursor.fingerprint != self._fingerprint:
             raise UserError(
                 "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, the weights of data sets,"

@@ -1,7 +1,7 @@
-"""Rows made on the spot: tasks whose answers a program can check.
+"""Generate rows: tasks with answers a program can check.
 
-Beside the files of `rlhf.data.sources`, the other beginning of the data flow. The splits of a task are disjoint by
-construction: which split a question belongs to depends on the question alone, never on a seed or a size.
+Tasks and the files of `rlhf.data.sources` are the two beginnings of the data flow. The splits of a task are disjoint by
+construction: the split of a question depends on the question alone, never on a seed or a size.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ REASONING_GYM = "reasoning_gym/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSource:
-    """Rows of `running_totals`, of `reasoning_gym/NAME`, of a task for an environment, or of several of them in turn,
-    joined by commas."""
+    """Rows of `running_totals`, of `reasoning_gym/NAME`, of a task for an environment, or of several tasks in turn,
+    joined by commas.
+    """
 
     task: str
     split: Split  # sft, pairs, labelled, steps: rows with responses; train, eval: prompts with an answer
@@ -36,19 +37,20 @@ class TaskSource:
 
     @property
     def name(self) -> str:
-        """What stands for a file name in messages."""
+        """Return the name used in messages in place of a file name."""
         return f"{self.task}[{self.split}]"
 
 
 def make_rows(source: TaskSource) -> list[Columns]:
-    """`size` distinct rows, the same for the same source. UserError if the task does not have so many. Those of
-    environments (rlhf.data.environment_tasks) may repeat: what is drawn is how they are played.
+    """Return `size` distinct rows, the same for the same source. UserError if the task does not have so many.
 
-    Every row has `answer` and `task`. running_totals has a string `prompt`; reasoning_gym has `messages`, in split sft
-    up to the assistant's answer, and the columns that its own scorer reads: `question`, `answer`, `metadata`. Splits
-    with responses have them as `completion` (sft), `chosen`, `rejected` and `reference`, which is the chosen one again
-    (pairs), or `completion` and `label` (labelled: every other one is right), of the same questions. Of running_totals
-    there are also `completions` and `labels`, a total each (steps).
+    Rows of environments (rlhf.data.environment_tasks) may repeat, since only their games are drawn at random. Every row
+    has `answer` and `task`. running_totals has a string `prompt`. reasoning_gym has `messages`, in split sft up to the
+    assistant's answer, and the columns its scorer reads: `question`, `answer`, `metadata`.
+
+    Splits with responses have the same questions. Split sft has `completion`. Split pairs has `chosen`, `rejected` and
+    `reference`, a copy of the chosen answer. Split labelled has `completion` and `label`, with every other answer
+    right. Split steps (running_totals only) has `completions` and `labels`, a total each.
     """
     names = [name.strip() for name in source.task.split(",")]
     if len(set(names)) < len(names):
@@ -133,14 +135,17 @@ def _running_totals(source: TaskSource) -> list[Columns]:
 
 
 def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
-    """The columns of a row with responses."""
+    """Return the response columns of a row."""
     if split == "pairs":
         return {"chosen": right, "rejected": wrong, "reference": right}
     return {"completion": wrong if index % 2 else right, "label": index % 2 == 0}
 
 
 def _wrong_totals(digits: tuple[int, ...], *, careless: bool) -> str:
-    """By someone who never carries or, where that is right or not asked for, with one total off by a little."""
+    """Return totals without carrying, or otherwise right totals with a small error in a single total.
+
+    The second form is used if `careless` is false or the totals without carrying are right.
+    """
     right, wrong = running_totals(digits), careless_totals(digits)
     if careless and wrong != right:
         return wrong
@@ -152,12 +157,12 @@ def _wrong_totals(digits: tuple[int, ...], *, careless: bool) -> str:
 
 
 def running_totals(digits: tuple[int, ...]) -> str:
-    """(8, 3, 8, 4) -> `11,19,23`: the totals after the second digit and each later one."""
+    """Return the totals after the second digit and each later digit: (8, 3, 8, 4) -> `11,19,23`."""
     return ",".join(map(str, list(itertools.accumulate(digits))[1:]))
 
 
 def careless_totals(digits: tuple[int, ...]) -> str:
-    """The same by someone who never carries: (8, 3, 8, 4) -> `1,9,3`. Right only where no sum reaches 10."""
+    """Return the totals without carrying: (8, 3, 8, 4) -> `1,9,3`. They are right only if no sum reaches 10."""
     totals = itertools.accumulate(digits, lambda total, digit: total // 10 * 10 + (total % 10 + digit) % 10)
     return ",".join(map(str, list(totals)[1:]))
 
@@ -169,7 +174,7 @@ _SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbo
 
 
 def _reasoning_gym(source: TaskSource) -> list[Columns]:
-    """Few-shot chat rows. `args.shots` worked examples come first; the other args configure the generator."""
+    """Return few-shot chat rows. `args.shots` worked examples come first; the other args configure the generator."""
     if source.split == "steps":
         raise UserError(f"{source.name}: its answers have no steps; {RUNNING_TOTALS} has that split.")
     shots = source.args.get("shots", _DEFAULT_SHOTS)
@@ -212,7 +217,7 @@ def _reasoning_gym(source: TaskSource) -> list[Columns]:
 
 
 def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
-    """The same prompts with right and wrong responses: the wrong one is the answer to another question."""
+    """Return the same prompts with right and wrong responses. A wrong response is the answer to another question."""
     answers = [str(row["answer"]) for row in rows]
     others = sorted(set(answers))
     if len(others) < 2:
@@ -235,7 +240,7 @@ def _turns(entry: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _split_of(question: str) -> Split:
-    """An eighth of all questions is held out, a quarter is for SFT, the rest for RL."""
+    """Return the split of a question: an eighth is held out, a quarter is for SFT, the rest for RL."""
     bucket = hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 8
     return "eval" if bucket == 0 else "sft" if bucket <= 2 else "train"
 

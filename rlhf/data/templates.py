@@ -1,6 +1,6 @@
-"""What a run changes about a tokenizer's chat template: another text, and values of the template's own variables.
+"""Change a tokenizer's chat template: replace its text, and set values of its variables.
 
-Both become part of the tokenizer, so that everything that renders with it agrees, and travel into `final/` with it.
+Both become part of the tokenizer, so every renderer agrees, and both are saved into `final/` with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ChatTemplate:
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables that a call may still set to something else
 
     def apply(self, tokenizer: Any) -> None:
-        """Make the changes to a tokenizer, once: a second time changes nothing."""
+        """Apply the changes to a tokenizer. Applying them again changes nothing."""
         if self.text is not None:
             tokenizer.chat_template = self.text
         template, defaults = tokenizer.chat_template, self._defaults()
@@ -35,13 +35,13 @@ class ChatTemplate:
             tokenizer.chat_template = _behind(defaults, template)
 
     def then(self, later: ChatTemplate) -> ChatTemplate:
-        """Return these changes followed by later ones, which win."""
+        """Return these changes merged with later ones; the later changes win."""
         return later if later.text is not None else replace(self, kwargs={**self.kwargs, **later.kwargs})
 
     def apply_checked(self, tokenizer: Any, *, key: str) -> None:
-        """Make the changes to a tokenizer that has not seen them. UserError if they would have no effect.
+        """Apply the changes to an unchanged tokenizer. UserError if they would have no effect.
 
-        key: of the section, in messages.
+        `key` is the section named in messages.
         """
         self._check(tokenizer, key=key)
         self.apply(tokenizer)
@@ -67,7 +67,7 @@ class ChatTemplate:
                 )
 
     def _defaults(self) -> str:
-        """Return the Jinja that sets the variables that are not given."""
+        """Return the Jinja text for the default values of the variables."""
         lines = [
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
             for name, value in self.kwargs.items()

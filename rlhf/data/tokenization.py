@@ -1,8 +1,8 @@
-"""Text as token ids: whole texts, raw texts with a beginning-of-sequence token, and texts that continue another one.
+"""Turn text into token ids: whole texts, raw texts with a beginning-of-sequence token, and continuations of a text.
 
-Prompts, examples and conversations all go through here. SentencePiece's kinds of tokenizers write a space before the
-first word of a text, some before the first word behind each special token too. A text that continues another one is
-therefore tokenised behind a context, whose ids are taken off again.
+Prompts, examples and conversations all go through this module. SentencePiece tokenizers write a space before the first
+word of a text, and some also after each special token. A continuation is therefore tokenised after a context, and the
+ids of the context are removed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _TAIL = 256  # characters of the text before, among which its last special token
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each text as it stands, without special tokens.
+    """Return the token ids of each text unchanged, without special tokens.
 
-    Few texts go to the tokenizer at once, since its own records of a text take ten times the memory of the ids.
+    Texts are encoded in small batches, since the tokenizer's intermediate records take ten times the memory of the ids.
     """
     ids: list[list[int]] = []
     for start in range(0, len(texts), _AT_ONCE):
@@ -31,8 +31,11 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def encode_raw(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of texts that no template wrote: the beginning-of-sequence token, if the tokenizer uses
-    one, and those of the text alone. A text that begins with that token gets no second one."""
+    """Return the token ids of texts not written by a template.
+
+    The ids begin with the beginning-of-sequence token, if the tokenizer uses one. A text already beginning with this
+    token gets no second one.
+    """
     bos = raw_beginning(tokenizer)
     if not bos:
         return encode(texts, tokenizer)
@@ -41,13 +44,13 @@ def encode_raw(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def raw_beginning(tokenizer: Any) -> str:
-    """Return the beginning-of-sequence token that the tokenizer puts before a raw text; empty: it puts none there."""
+    """Return the beginning-of-sequence token the tokenizer puts before a raw text, or an empty string."""
     bos = tokenizer.bos_token_id
     return tokenizer.bos_token if bos is not None and tokenizer("a").input_ids[0] == bos else ""
 
 
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that matches each special or added token, longer ones first."""
+    """Return a pattern for every special or added token, longer tokens first."""
     names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
 
@@ -55,7 +58,7 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
 class Continuation:
     """Tokenises texts as continuations of other texts. No token spans the boundary between the two.
 
-    The ids are those that the text has within the whole text, wherever the tokenizer puts a boundary there too.
+    The ids are the same as within the whole text if the tokenizer puts a boundary there too.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -67,8 +70,9 @@ class Continuation:
         self._marks_beginning = behind_anchor[-len(alone) :] != alone
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Return the token ids of each pair's second text behind its first. UserError if the tokenizer always joins
-        the two."""
+        """Return the token ids of each pair's second text after its first. UserError if the tokenizer always joins the
+        two.
+        """
         contexts = [self._context(before) for before, _ in pairs]
         found: dict[int, list[int]] = {}
         for anchor in _ANCHORS:
@@ -92,8 +96,11 @@ class Continuation:
         return [found[index] for index in range(len(pairs))]
 
     def _context(self, before: str) -> str | None:
-        """Return what the tokenizer must see before a continuation: the special token that ends the text before, or
-        nothing. None: an ordinary text, whichever."""
+        """Return the context the tokenizer must see before a continuation.
+
+        The context is the special token at the end of the text before, or an empty string. None stands for any ordinary
+        text.
+        """
         tail = before[-_TAIL:]
         last = None
         for match in self._special.finditer(tail):

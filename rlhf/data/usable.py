@@ -1,7 +1,7 @@
-"""Rows that are well formed and yet cannot be used, and what a loader returns of them: left out, never in silence.
+"""Count well-formed rows a loader cannot use; they are left out and reported.
 
-Beside the loaders of offline data. A fault of structure (a missing column, a wrong type, a bad line) is not among them:
-it stops the run at once, as a plain UserError.
+The loaders of offline data use this module. A structural error (a missing column, a wrong type, a bad line) is not a
+row to leave out: it stops the run at once, as a plain UserError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHOWN = 3  # rows that an error names
 
 
 class NotUsable(UserError):
-    """One row cannot be used. Loaders catch it and count it; anywhere else it is the user's error that it says."""
+    """Raised for a row a loader cannot use. Loaders catch and count it; anywhere else it is a user error."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}.")
@@ -27,7 +27,7 @@ class NotUsable(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unusable:
-    """A row that was left out."""
+    """A row left out of the data, with the reason."""
 
     place: str  # file:line
     reason: str
@@ -35,14 +35,14 @@ class Unusable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded(Generic[T]):
-    """What a loader made of its rows, both in the order of the data."""
+    """The result of a loader: usable items and rows left out, both in the order of the data."""
 
     items: tuple[T, ...]
     unusable: tuple[Unusable, ...]
 
 
 def refuse_too_many(unusable: Sequence[Unusable], *, num_rows: int, max_unusable_fraction: float) -> None:
-    """UserError, naming the first few, if more than that share of the rows, or all of them, would be left out."""
+    """Raise UserError if too many rows, or all of them, would be left out. The message names the first few."""
     allowed = int(max_unusable_fraction * num_rows + 1e-9)  # 0.29 * 100 is a little less than 29
     if not unusable or (len(unusable) <= allowed and len(unusable) < num_rows):
         return
