@@ -200,7 +200,7 @@ def _pieces(row: Row, writer: Writer) -> list[Piece]:
 
 
 def _alpaca_prompt(row: Row, writer: Writer) -> str:
-    """Return instruction and input with a blank line between them, or Alpaca's headings if there is no chat template."""
+    """Return instruction and input with a blank line between them, or Alpaca's headings without a chat template."""
     instruction = row.text("instruction")
     given = "" if row.columns.get("input") in (None, "") else row.text("input")
     if writer.apply_chat_template:

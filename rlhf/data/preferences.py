@@ -64,7 +64,7 @@ class Pair:
 
     @property
     def num_learnt(self) -> int:
-        """Return the number of learned tokens of the gold or else the chosen answer, the divisor of a supervised term."""
+        """Return the number of learned tokens of the gold or else the chosen answer, for a supervised term."""
         return (self.gold or self.chosen).num_learnt
 
 

@@ -55,7 +55,7 @@ class Row:
         return value
 
     def truth(self, column: str) -> bool:
-        """Return a boolean column, or the word `true` or `false` in any case, as in CSV. UserError for any other value."""
+        """Return a boolean column, or the word `true` or `false` in any case, as in CSV. UserError for other values."""
         value = self.value(column)
         words = {"true": True, "false": False}
         found = words.get(value.strip().lower()) if isinstance(value, str) else value

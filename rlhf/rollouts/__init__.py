@@ -1,1 +1,1 @@
-"""What the controller keeps of rollouts besides their tokens."""
+"""Rollouts: multi-turn environments, and the records a controller keeps of conversations."""

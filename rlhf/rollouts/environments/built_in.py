@@ -1,6 +1,6 @@
-"""Environments that come with the library, by name: where each one's class is.
+"""Names of the built-in environments with the import path of each class.
 
-Names alone, so that a configuration is checked without loading any of them.
+The table holds only names, so a configuration is checked without importing an environment.
 """
 
 from __future__ import annotations

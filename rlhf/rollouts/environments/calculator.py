@@ -1,6 +1,6 @@
-"""A calculator as a tool, for questions whose answer is a number.
+"""A calculator as a tool, for questions with a number as the answer.
 
-The policy may call it as often as the turns allow; its first turn without a call is its answer.
+The policy may call it as often as the turns allow. Its first turn without a call is its answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 class Calculator:
-    """Offers the tool `calculate`. The answer is right if its last number is that of the column `answer`: reward 1.
+    """Offers the tool `calculate`.
 
-    tool_bonus: reward of a conversation in which a calculation succeeded, whatever the answer.
+    The reward is 1 if the last number of the answer equals the column `answer`. `tool_bonus` is a reward for a
+    conversation with a successful calculation, also if the answer is wrong.
     """
 
     tools = (
@@ -49,12 +50,12 @@ class Calculator:
         self.tool_bonus = tool_bonus
 
     def reset(self, seed: int, answer: object) -> None:
-        """The prompt asks the question."""
+        """Store the expected answer. The prompt already asks the question."""
         self.answer = _number(str(answer))
         self.bonus = self.tool_bonus
 
     def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[str | list[str], float, bool]:
-        """Calculate what is asked for, or judge the answer."""
+        """Calculate the calls of a turn, or judge the answer."""
         if not tool_calls:
             found = _number(response)
             right = found is not None and self.answer is not None and math.isclose(found, self.answer, rel_tol=1e-6)
@@ -71,7 +72,10 @@ class Calculator:
 
 
 def evaluate(expression: str) -> int | float:
-    """The value of numbers joined by + - * / // % and brackets. ValueError or ArithmeticError says what is wrong."""
+    """Return the value of numbers joined by + - * / // % and brackets.
+
+    ValueError or ArithmeticError describes an invalid expression.
+    """
     try:
         tree = ast.parse(expression[:1000].strip(), mode="eval")
     except (SyntaxError, RecursionError, MemoryError) as error:

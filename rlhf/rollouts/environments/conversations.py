@@ -1,10 +1,10 @@
-"""Environments: what a policy converses with over several turns, and how a group of conversations is played.
+"""Play groups of multi-turn conversations with an environment.
 
-    prompt -> turn of the policy -> step of the environment -> next turn -> ... -> one sequence with its reward
+prompt -> turn of the policy -> step of the environment -> next turn -> ... -> one sequence with its reward
 
-An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol.
-It runs in processes of its own (rlhf.rollouts.environments.host). Conversations go on independently of each other: one
-whose environment is slow waits alone. A failure of the environment is recorded and never counted as a reward of 0.
+An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol. It
+runs in separate processes (rlhf.rollouts.environments.host). Conversations are independent, so a slow environment
+delays only its conversation. A failure of the environment is recorded, and never counts as a reward of 0.
 """
 
 from __future__ import annotations
@@ -32,23 +32,31 @@ ENVIRONMENT = "environment"  # what an environment's failure is called where a r
 
 
 class Environment(Protocol):
-    """What a user writes. `tools`, and `close()`, may be there beside these; neither method is ever called twice at a
-    time, and each conversation has an object of its own."""
+    """The interface of a user's environment.
+
+    The class may also have `tools` and `close()`. Each conversation has a separate object, and its methods are never
+    called concurrently.
+    """
 
     def reset(self, seed: int, **columns: Any) -> str | None:
-        """Begin a conversation; the first observation, or None where the prompt says all. All conversations of a group
-        have the same seed and columns, and must begin alike."""
+        """Begin a conversation and return the first observation, or None if the prompt is complete.
+
+        All conversations of a group have the same seed and columns, and must begin with the same observation.
+        """
         ...
 
     def step(self, response: str) -> tuple[str | list[str], float, bool]:
-        """Take a turn of the policy's: (observation, reward, done). With tools also `tool_calls`, a list of
-        `{name, arguments}`; the observation may then be a list with a result for each."""
+        """Take a turn of the policy and return (observation, reward, done).
+
+        With tools it also takes `tool_calls`, a list of `{name, arguments}`. The observation may then be a list with a
+        result for each call.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSpec:
-    """An environment and its limits, as an engine plays it."""
+    """An environment and its limits, as used by an engine."""
 
     source: Source
     max_turns: int  # of the policy
@@ -63,7 +71,10 @@ class EnvironmentSpec:
     key: str = "rollouts.environment"  # of its section, for messages
 
     def fingerprint(self) -> str:
-        """Of all that a conversation's tokens depend on beside the request, as far as one file of code says it."""
+        """Return a digest of the environment settings the tokens of a conversation depend on.
+
+        It includes the environment's file, but not other files the file imports.
+        """
         digest = hashlib.blake2b(digest_size=16)
         known = (self.source, self.max_turns, self.max_tokens, self.tool_parser, self.template)
         digest.update(repr(known).encode())
@@ -73,7 +84,7 @@ class EnvironmentSpec:
 
 
 def resolve(name: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
-    """Where an environment comes from, its code unread. UserError for an unknown one or a file that is not there."""
+    """Return the source of an environment without reading its code. UserError for an unknown name or a missing file."""
     path, colon, found = name.rpartition(":")
     if not colon:
         if name in BUILT_INS:
@@ -96,9 +107,10 @@ Draw = Callable[[int, tuple[int, ...], int, Sampling, int | None], Awaitable[Sam
 
 
 class Conversations:
-    """Plays groups of conversations, as many at once as there are `processes`.
+    """Plays groups of conversations, at most `processes` at once.
 
-    draw: one turn of the policy's, of (group id, tokens so far, seed, sampling, token that ends a turn).
+    `draw` samples a turn of the policy. Its arguments are the group id, the tokens so far, the seed, the sampling
+    settings and the token at the end of a turn.
     """
 
     def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw) -> None:
@@ -121,7 +133,7 @@ class Conversations:
         await self.host.stop()
 
     async def play(self, request: GroupRequest, sampling: Sampling) -> list[Played]:
-        """One conversation a seed, with the same beginning."""
+        """Play a conversation for each seed, all with the same beginning."""
         self.host.new_log_budget()
         game = _Game(request=request, sampling=sampling)
         tasks = [asyncio.create_task(self._conversation(game, sample)) for sample in range(len(request.seeds))]
@@ -133,7 +145,7 @@ class Conversations:
             await asyncio.gather(*tasks, return_exceptions=True)  # until their processes are ended
 
     async def _conversation(self, game: _Game, sample: int) -> Played:
-        """A conversation from its reset to its end; with an error if its environment failed."""
+        """Play a conversation from reset to end. The result has an error if its environment failed."""
         played = Played(prompt_token_ids=game.request.prompt.token_ids, spans=(), finish_reason="length")
         async with self.places:
             conversation = await self.host.open()
@@ -153,7 +165,7 @@ class Conversations:
                 await conversation.end()
 
     async def _begin(self, conversation: Conversation, game: _Game) -> tuple[int, ...]:
-        """Reset; the prompt's tokens, the same for the whole group."""
+        """Reset the environment, and return the prompt's tokens, the same for the whole group."""
         prompt = game.request.prompt
         observation = await conversation.reset(game.seed, self.description.select(prompt.columns))
         if game.observation is None:
@@ -177,7 +189,7 @@ class Conversations:
         return token_ids
 
     async def _go_on(self, conversation: Conversation, game: _Game, sample: int, played: Played) -> Played:
-        """Turn after turn until the environment is done or a limit is met. What follows the last turn is left out."""
+        """Play turns until the environment is done or a limit is reached. The text after the last turn is left out."""
         writer = self._writer(game.request.prompt)
         tokens = played.prompt_token_ids
         spans: list[Sampled | Told] = []
@@ -200,7 +212,7 @@ class Conversations:
         return replace(played, spans=tuple(spans), finish_reason="length", rewards=tuple(rewards))
 
     async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:
-        """What the environment says; of a tool call that cannot be made, what is wrong with it."""
+        """Return the environment's step, or the errors of invalid tool calls as the observation."""
 
         def text(*, skip_special_tokens: bool) -> str:
             return turn_text(
@@ -227,7 +239,9 @@ class Conversations:
 
 @dataclass(slots=True, kw_only=True)
 class _Game:
-    """What the conversations of a group have in common. observation: the first one, once a reset has returned it."""
+    """The common state of a group's conversations. `observation` is the first observation, once a reset has returned
+    it.
+    """
 
     request: GroupRequest
     sampling: Sampling
@@ -235,12 +249,12 @@ class _Game:
 
     @property
     def seed(self) -> int:
-        """Of the environment: one prompt is one game, whoever plays it."""
+        """Return the environment's seed, the same for all conversations of a group."""
         return self.request.seeds[0]
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """The sampling seed of a turn, 1 to 2**31 - 1: of the first one the sample's own."""
+    """Return the sampling seed of a turn, from 1 to 2**31 - 1. The first turn uses the seed of the sample."""
     if turn == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()

@@ -1,6 +1,6 @@
-"""Guess the number: the policy names one, and is told whether the secret is higher or lower.
+"""Guess the number: the policy names a number, and reads whether the secret is higher or lower.
 
-The smallest environment of several turns, and the one to copy from.
+This is the smallest multi-turn environment. Copy it to write another.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 class GuessNumber:
-    """The secret is the column `secret` or, without one, a number from low to high that the seed decides.
+    """The secret is the column `secret` or, without the column, a random number from low to high.
 
-    Rewards 1 for the right number, on which the game is over. What holds no number, or one out of range, is an attempt.
+    The reward is 1 for the right number, and ends the game. A response without a number, or with a number out of range,
+    also counts as an attempt.
     """
 
     def __init__(self, low: int = 1, high: int = 100) -> None:
@@ -24,11 +25,11 @@ class GuessNumber:
         self.high = high
 
     def reset(self, seed: int, secret: int | None = None) -> None:
-        """The prompt says what the game is, so there is nothing to observe yet."""
+        """Choose the secret. There is no observation, since the prompt explains the game."""
         self.secret = random.Random(seed).randint(self.low, self.high) if secret is None else int(secret)
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """The last number of the response is the guess."""
+        """Take the last number of the response as the guess."""
         found = _NUMBER.findall(response)
         guess = int(found[-1][:20]) if found else None
         if guess is None or not self.low <= guess <= self.high:

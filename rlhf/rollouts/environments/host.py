@@ -1,7 +1,7 @@
-"""The asking side of an environment's processes: start them, open conversations, ask, find out where one hangs, kill.
+"""Control an environment's processes: start them, open conversations, send calls, locate a hang, and kill.
 
-Every wait has a deadline. What ends a conversation other than well is an `EnvironmentFailure`, of that conversation
-alone. It holds no policy: what a failure does to the run is decided where failed rewards are.
+Every wait has a deadline. A conversation with a failure ends with an `EnvironmentFailure`, without effect on other
+conversations. The rule for failed rewards decides the consequence for the run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BOOT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What an environment made of a turn of the policy's."""
+    """The environment's answer to a turn of the policy."""
 
     observation: str | tuple[str, ...]  # several: the results of tool calls, one each
     reward: float
@@ -47,7 +47,9 @@ class Step:
 
 
 class EnvironmentFailure(Exception):
-    """A conversation's environment raised, hung, died or gave no number. It has no reward."""
+    """Raised if a conversation's environment raises, hangs, dies or returns an invalid number. The conversation has no
+    reward.
+    """
 
     def __init__(self, kind: Literal["raised", "timeout", "not_a_number", "died"], message: str) -> None:
         super().__init__(message)
@@ -55,7 +57,7 @@ class EnvironmentFailure(Exception):
 
 
 class EnvironmentHost:
-    """One environment, loaded once, of which each conversation has a copy in a process of its own."""
+    """An environment, loaded once and forked into a separate process for each conversation."""
 
     def __init__(self, source: Source, *, step_timeout_s: float, memory_gib: float) -> None:
         self.source = source
@@ -110,7 +112,7 @@ class EnvironmentHost:
         return found
 
     async def open(self) -> Conversation:
-        """A fresh copy of the environment. RunError if no process can be made."""
+        """Open a conversation with a fresh copy of the environment. RunError if no process can be created."""
         opening = asyncio.ensure_future(self._open())
         try:
             return await asyncio.shield(opening)
@@ -143,7 +145,10 @@ class EnvironmentHost:
         self._faults.close()
 
     async def end(self, pid: int, *, is_closed: bool = False) -> str:
-        """Kill a conversation's processes; how it had ended before, if it had. is_closed: its end of the connection."""
+        """Kill a conversation's processes, and return how it had ended before, or an empty string.
+
+        `is_closed` says whether the process has closed its end of the connection.
+        """
         asking = asyncio.ensure_future(self._ask(-pid if is_closed else pid, None))
         status = await asyncio.shield(asking)  # an answer must not be left unread
         if status < 0:
@@ -157,7 +162,7 @@ class EnvironmentHost:
         return f"{how}{place and ', at ' + place}{last}"
 
     async def _ask(self, pid: int, fd: int | None) -> int:
-        """Fork a conversation on `fd`, or end one."""
+        """Fork a conversation on `fd`, or end a conversation."""
         assert self._control is not None, "the environment has not been started"
         async with self._asking:
             try:
@@ -186,7 +191,7 @@ class EnvironmentHost:
         return bytes(data)
 
     async def where(self, pid: int) -> str:
-        """Where a process is now: `, at file:line in function`, or nothing if it does not say."""
+        """Return the place of a process, `, at file:line in function`, or an empty string if it is unknown."""
         async with self._looking:
             return await self._where(pid)
 
@@ -211,7 +216,7 @@ class EnvironmentHost:
             asyncio.get_running_loop().remove_reader(self._output)
 
     def new_log_budget(self) -> None:
-        """Let so many lines of output through again."""
+        """Reset the number of output lines that may be logged."""
         self._log.lines_left = MAX_LOG_LINES
 
 
@@ -225,7 +230,7 @@ _ending: set[asyncio.Future[None]] = set()  # the event loop itself keeps no tas
 
 
 class Conversation:
-    """One copy of the environment. For one caller at a time; `end` must be called, whatever happened."""
+    """A copy of the environment for a single caller. The caller must always call `end`."""
 
     def __init__(
         self, host: EnvironmentHost, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -237,11 +242,11 @@ class Conversation:
         self._dead = False
 
     async def reset(self, seed: int, columns: Mapping[str, Any]) -> str:
-        """The first observation, empty if there is none."""
+        """Return the first observation, or an empty string."""
         return (await self._call("reset", seed=seed, columns=dict(columns)))["observation"]  # type: ignore[no-any-return]
 
     async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
-        """What comes of a turn of the policy's. tool_calls None: the environment takes none."""
+        """Send a turn of the policy. `tool_calls` is None if the environment has no tools."""
         said: dict[str, Any] = {"response": response}
         if tool_calls is not None:
             said["tool_calls"] = [dict(call) for call in tool_calls]
@@ -252,7 +257,7 @@ class Conversation:
         )
 
     async def end(self) -> None:
-        """Let the environment close what it holds, then end its processes."""
+        """Call the environment's `close`, then end its processes."""
         description = self._host.description
         try:
             if description is not None and description.has_close and not self._dead:

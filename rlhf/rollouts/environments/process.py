@@ -1,8 +1,8 @@
-"""The program of an environment's process: loads the environment once and forks a copy of itself for each conversation.
+"""The program of an environment's process: load the environment once, and fork a copy for each conversation.
 
-Started by `rlhf.rollouts.environments.host`, which shares the message types below. A conversation so has a process of
-its own at the price of a fork: what it does, and how it ends, is no other's business. It uses the standard library
-alone, so that it is up in a twentieth of a second: never import torch here, nor a module that does.
+`rlhf.rollouts.environments.host` starts it and shares the message types below. A fork isolates each conversation in a
+separate process at little cost. It uses only the standard library, and starts in a twentieth of a second: never import
+torch here, directly or through another module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GONE_WITHIN_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What an environment is, as far as a run must know it before it starts."""
+    """Properties of an environment the run needs before it starts."""
 
     required: tuple[str, ...]  # columns that reset needs
     optional: tuple[str, ...]  # columns that it takes if the row has them
@@ -46,13 +46,13 @@ class Description:
     has_close: bool
 
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a row's columns, those that reset is called with. KeyError if it needs one that the row lacks."""
+        """Return the columns of a row for reset. KeyError if a required column is missing."""
         wanted = [*self.required, *(name for name in self.optional if name in columns)]
         return {name: columns[name] for name in (dict.fromkeys([*wanted, *columns]) if self.takes_all else wanted)}
 
 
 def load_environment(source: Source) -> Any:
-    """The environment, constructed. LoadError if it cannot be used."""
+    """Import and construct the environment. LoadError if it cannot be used."""
     if source.path is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
         module, _, name = environments[source.name].partition(":")
@@ -75,7 +75,7 @@ def load_environment(source: Source) -> Any:
 
 
 def describe(environment: Any) -> Description:
-    """What reset and step take, and the tools. LoadError if they are not those of an environment."""
+    """Return the parameters of reset and step, and the tools. LoadError if the methods do not match the protocol."""
     name = type(environment).__name__
     reset, step = (_parameters(environment, method, name) for method in ("reset", "step"))
     if "seed" not in reset:
@@ -112,7 +112,7 @@ def _parameters(environment: Any, method: str, name: str) -> dict[str, inspect.P
 
 
 class _NotUsable(Exception):
-    """What the environment returned is not what the protocol asks for."""
+    """Raised if a return value of the environment violates the protocol."""
 
 
 def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
 
 
 def _whole(text: str) -> str:
-    """The text, which a tokenizer takes. UnicodeEncodeError if it holds half a character."""
+    """Return the text unchanged. UnicodeEncodeError if it holds half a character."""
     text.encode()
     return text
 
@@ -172,8 +172,10 @@ def _answer(environment: Any, message: Mapping[str, Any], path: str | None) -> d
 
 
 def _serve(environment: Any, connection: socket.socket, path: str | None) -> None:
-    """One conversation, until the parent closes the connection. Messages come pickled, and go back as JSON: what an
-    environment was talked into writing is never unpickled."""
+    """Serve a conversation until the parent closes the connection.
+
+    Requests are pickled, and replies are JSON. The parent therefore never unpickles data an environment may control.
+    """
     while header := connection.recv(SIZE.size, socket.MSG_WAITALL):
         data = connection.recv(SIZE.unpack(header)[0], socket.MSG_WAITALL)
         reply = json.dumps(_answer(environment, pickle.loads(data), path)).encode()
@@ -181,7 +183,7 @@ def _serve(environment: Any, connection: socket.socket, path: str | None) -> Non
 
 
 def _fork(environment: Any, session: int, control: socket.socket, lifeline: int, path: str | None) -> int:
-    """The process id of a conversation, which leads a group of its own: it is killed with all that it starts."""
+    """Return the process id of a conversation. It leads a process group, so it can be killed with all its children."""
     pid = os.fork()
     if pid:
         os.close(session)
@@ -201,10 +203,11 @@ def _fork(environment: Any, session: int, control: socket.socket, lifeline: int,
 
 
 def _end(number: int) -> int:
-    """Kill a conversation with all that it started; how it had ended before (a wait status), or -1 if it had not.
+    """Kill a conversation with all its children. Return its earlier wait status, or -1 if it was still running.
 
-    number: its process, negative if its connection is closed: then it has a moment to be gone by itself, since a
-    process closes its files before it ends. It is reaped here and nowhere else, so that the id is its own until then.
+    `number` is the process id, negative if its connection is closed. A process closes its files before it ends, so a
+    closed connection allows it a moment to end by itself. Only this function reaps the process, so the id cannot be
+    reused before.
     """
     pid = abs(number)
     until = time.monotonic() + (GONE_WITHIN_S if number < 0 else 0.0)

@@ -1,7 +1,6 @@
-"""Tool calls as the policy made them, and what is wrong with one.
+"""Read the policy's tool calls, and describe invalid calls.
 
-What a model wrote is never an error of the run: a call that cannot be read or does not fit its tool is answered with a
-text that says so.
+A model's output is never an error of the run. An unreadable or invalid call is answered with an error text.
 """
 
 from __future__ import annotations
@@ -31,24 +30,27 @@ _NOT_MADE = "error: not called, since another call of this turn is wrong"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """One call. arguments: as JSON text, which may be no object at all."""
+    """A tool call. `arguments` is JSON text, but may not be a JSON object."""
 
     name: str
     arguments: str
 
 
 class ToolCallParser(Protocol):
-    """Reads the calls of a turn in the model's own format."""
+    """Parser of the model's tool call format."""
 
     def parse(self, text: str) -> tuple[ToolCall, ...] | None:
-        """The calls, none if the turn makes none. None: it tries to make one that cannot be read."""
+        """Return the calls, or None if the turn contains an unreadable call."""
         ...
 
 
 def read_calls(
     calls: tuple[ToolCall, ...] | None, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The calls as `{name, arguments}`, and what to answer in place of making them, a text each; none: all is well."""
+    """Return the calls as `{name, arguments}`, and a list of error texts, empty if all calls are valid.
+
+    With errors there is a text for each call, and no call is made.
+    """
     if calls is None:
         return [], ("error: the tool call could not be read",)
     read: list[dict[str, Any]] = []
@@ -66,7 +68,7 @@ def read_calls(
 
 
 def _problem(name: str, arguments: object, tools: Sequence[Mapping[str, Any]]) -> str:
-    """Why a call does not fit its tool; empty if it does."""
+    """Return why a call does not fit its tool, or an empty string if it does."""
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     if name not in functions:
         return f"there is no tool {name!r:.60}; there is {', '.join(functions)}"

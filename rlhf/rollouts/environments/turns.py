@@ -1,8 +1,8 @@
-"""How a conversation goes on: the environment's words as the tokens between two turns of the policy.
+"""Continue a conversation: turn the environment's text into the tokens between two turns of the policy.
 
-The tokens of a turn are never rendered again. What follows it is made of the chat template: a conversation with a
-sentinel in the place of the policy's turn is rendered, and what stands behind the turn's end is kept. Templates for
-which that does not work are refused before a run starts.
+The tokens of a turn are never rendered again. The tokens after it come from the chat template: a conversation with a
+sentinel in place of the policy's turn is rendered, and the text after the turn's end is kept. Unsuitable templates are
+refused before a run starts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ _KEY = "rollouts.environment"
 
 
 class TurnWriter(Protocol):
-    """Writes what the policy is given between its turns. `stop_token` ends a turn; None: the model's own do."""
+    """Writes the tokens between the policy's turns.
+
+    `stop_token` ends a turn. None leaves the end to the model's end-of-sequence tokens.
+    """
 
     stop_token: int | None
 
     def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
-        """What follows a sampled turn. Several observations are the results of tool calls."""
+        """Return the tokens after a sampled turn. Several observations are the results of tool calls."""
         ...
 
 
 def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
-    """Return the prompt with the first observation in its place. ValueError if one of the two is missing."""
+    """Return the prompt's tokens with the first observation inserted.
+
+    ValueError if only the observation or only its placeholder is there.
+    """
     if PLACEHOLDER not in prompt.text:
         if observation:
             raise ValueError(f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to put it at")
@@ -44,7 +50,7 @@ def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int,
 
 
 class RawTurns:
-    """For prompts without a chat template: the observation's tokens follow right behind what was sampled."""
+    """Turns of prompts without a chat template: the observation's tokens follow directly after the sampled tokens."""
 
     stop_token: int | None = None
 
@@ -60,7 +66,7 @@ class RawTurns:
 
 
 class ChatTurns:
-    """For chat models. UserError if the template does not let a turn be continued."""
+    """Turns of chat models. UserError if the template does not let a turn be continued."""
 
     stop_token: int | None
 
@@ -93,7 +99,7 @@ class ChatTurns:
         return self.stop_token
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return what the template writes from behind the end of a turn up to the beginning of the next."""
+        """Return the template's tokens from the end of a turn to the beginning of the next."""
         text = self._behind_turn(messages, add_generation_prompt=True).removeprefix(self._end)
         (token_ids,) = self._continuation.encode([(self._end, text)])
         return tuple(token_ids)
@@ -105,7 +111,7 @@ class ChatTurns:
         return behind
 
     def _check(self, messages: Sequence[Message]) -> None:
-        """The words must be in what is written, and its tokens must be those that it has within a conversation."""
+        """Check that the template writes the observation once, with the same tokens as in a whole conversation."""
         role = messages[0]["role"]
         behind = self._behind_turn(messages, add_generation_prompt=True)
         if behind.count(_OBSERVATION) != 1 or not behind.startswith(self._end):
@@ -124,7 +130,7 @@ class ChatTurns:
 
 
 def turn_text(sampled: Sequence[int], tokenizer: Any, *, stop_token: int | None, skip_special_tokens: bool) -> str:
-    """A sampled turn as text, without the token that ends it."""
+    """Return a sampled turn as text, without its end token."""
     ends = sampled and sampled[-1] in (stop_token, tokenizer.eos_token_id)
     text: str = tokenizer.decode(list(sampled[:-1] if ends else sampled), skip_special_tokens=skip_special_tokens)
     return text

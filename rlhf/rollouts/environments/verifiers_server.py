@@ -1,12 +1,12 @@
-"""Serves an environment of verifiers to the environment `http`; a program for verifiers' own Python environment.
+"""Serve an environment of verifiers to the environment `http`; a program for verifiers' separate Python environment.
 
-    rlhf, environment `http`  <- this protocol ->  Bridge  <- Conversation ->  a model's endpoint  <-  verifiers
+rlhf, environment `http` <- this protocol -> Bridge <- Conversation -> a model's endpoint <- verifiers
 
-verifiers plays an episode itself and asks a model for each turn. The model is an endpoint in this process: it hands out
-the messages that are new, as the observation, and answers with what comes back. The program of the agent's seat is a
-plain loop in this process too, without tools. Written against verifiers 0.4.0 (its v1; there is no other API in it).
+verifiers plays an episode itself and asks a model for each turn. The model is an endpoint in this process: it passes
+the new messages on as the observation, and returns the response. The agent's program is a plain loop without tools,
+also in this process. Written for verifiers 0.4.0 (its v1, the only API in it).
 
-Must not import anything of rlhf, which is not there: verifiers, what verifiers brings, and the standard library alone.
+Never import rlhf here, since it is not installed there. Use only verifiers, its dependencies and the standard library.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Message = Mapping[str, Any]
 
 
 class Refusal(Exception):
-    """A call that is answered with this status and reason."""
+    """Answers a call with this status and reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -52,7 +52,7 @@ class Refusal(Exception):
 
 
 def text_of(message: Message) -> str:
-    """What a message of the chat completions API says. ValueError if that is not text alone."""
+    """Return the text of a chat completions message. ValueError if the message has other content."""
     content = message.get("content") or ""
     if message.get("tool_calls") or message["role"] == "tool":
         raise ValueError("the environment calls tools, which a policy that answers in text cannot")
@@ -64,7 +64,7 @@ def text_of(message: Message) -> str:
 
 
 def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
-    """What stands in `messages` behind `seen`. ValueError where they do not begin alike: what was said is said."""
+    """Return the new messages after `seen` as text. ValueError if the earlier messages have changed."""
     known = [(message["role"], text_of(message)) for message in seen]
     told = [(message["role"], text_of(message)) for message in messages]
     if told[: len(known)] != known:
@@ -76,7 +76,7 @@ def news(seen: Sequence[Message], messages: Sequence[Message]) -> str:
 
 
 class Conversation:
-    """A session: an episode that runs, and the turn that it waits for. At most one is awaited at a time."""
+    """A session: a running episode and the turn it waits for. At most one turn is awaited at a time."""
 
     def __init__(self) -> None:
         self.told: asyncio.Queue[str] = asyncio.Queue()
@@ -87,7 +87,7 @@ class Conversation:
         self.used = time.monotonic()
 
     async def ask(self, messages: Sequence[Message]) -> str:
-        """The policy's turn, of all messages so far."""
+        """Return the policy's turn for all messages so far."""
         if self.said is not None:
             raise ValueError("the environment asks for two turns at once; one conversation is one agent")
         observation = news(self.seen, messages)
@@ -107,7 +107,7 @@ Play = Callable[
 
 
 class Bridge:
-    """The sessions. A call that fails, or takes longer than `timeout_s`, ends its session."""
+    """The open sessions. A failed call ends its session, and so does a call longer than `timeout_s`."""
 
     def __init__(self, play: Play, *, timeout_s: float, idle_s: float, most: int, token: str | None) -> None:
         self.play = play
@@ -118,14 +118,14 @@ class Bridge:
         self.sessions: dict[str, Conversation] = {}
 
     def app(self) -> web.Application:
-        """The three calls."""
+        """Return the application with the three calls of the protocol."""
         app = web.Application(client_max_size=MOST_BYTES)
         for path, call in (("/reset", self.reset), ("/step", self.step), ("/close", self.close)):
             app.router.add_post(path, self._answering(call))
         return app
 
     async def reset(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin an episode; answered when it asks for the first turn."""
+        """Begin an episode, and answer when it asks for the first turn."""
         if len(self.sessions) >= self.most:
             raise Refusal(503, f"{self.most} sessions are open, which is the most (--sessions)")
         session, conversation = uuid.uuid4().hex, Conversation()
@@ -137,7 +137,7 @@ class Bridge:
         return {"session": session, "observation": told}
 
     async def step(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Give it the turn that it waits for; the reward is the episode's, at its end."""
+        """Give the episode its next turn. The reward comes at the episode's end."""
         session, response = sent["session"], sent["response"]
         if session not in self.sessions:
             raise Refusal(404, "there is no such session: it ended, failed or was idle for too long (--idle-s)")
@@ -153,12 +153,12 @@ class Bridge:
         return {"observation": told, "reward": 0.0, "done": False}
 
     async def close(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Stop the episode, if it runs."""
+        """Stop the episode if it is running."""
         await self._drop(sent["session"])
         return {}
 
     async def watch(self) -> None:
-        """Drop sessions that nobody calls, for ever."""
+        """Close idle sessions until cancelled."""
         while True:
             await asyncio.sleep(min(self.idle_s / 4, 10.0))
             since = time.monotonic() - self.idle_s
@@ -178,7 +178,7 @@ class Bridge:
         return reward
 
     async def _next(self, session: str) -> str | float:
-        """The next observation, or the reward at the end. The session is over unless it is an observation."""
+        """Return the next observation, or the reward at the end. Only an observation keeps the session open."""
         conversation = self.sessions[session]
         heard = asyncio.ensure_future(conversation.told.get())
         conversation.called = True
@@ -234,14 +234,14 @@ class Bridge:
 
 
 class Model:
-    """The endpoint that verifiers takes for a model: each turn is asked of the conversation of its trace."""
+    """The endpoint verifiers uses as a model: it sends each turn to the conversation of its trace."""
 
     def __init__(self) -> None:
         self.key = secrets.token_urlsafe(32)
         self.traces: dict[str, Conversation] = {}
 
     def app(self) -> web.Application:
-        """What is asked of it: chat completions, whole."""
+        """Return the application for chat completions without streaming."""
         app = web.Application(client_max_size=MOST_BYTES)
         app.router.add_post("/v1/chat/completions", self._complete)
         return app
@@ -270,7 +270,7 @@ class Model:
 
 
 def add_harness() -> None:
-    """Make the program of the seat known to verifiers: a loop in this process, of which a segment is one turn."""
+    """Register the agent's program with verifiers: a loop in this process, with a turn for each segment."""
     import httpx
     import verifiers.v1 as vf
     from verifiers.v1.dialects.chat import message_to_wire
@@ -305,7 +305,7 @@ def add_harness() -> None:
 
 
 class Episodes:
-    """A verifiers environment's tasks, and the play of one."""
+    """The tasks of a verifiers environment, and the play of an episode."""
 
     def __init__(self, name: str, config: Mapping[str, Any], model: Model, most_tasks: int) -> None:
         import verifiers.v1 as vf
@@ -329,7 +329,7 @@ class Episodes:
         self.endpoint = ""  # of the model, when it is served
 
     def task(self, seed: int, columns: Mapping[str, Any]) -> Any:
-        """The one that the column `task` names, by its position or its id; without the column, one by the seed."""
+        """Return the task named by column `task`, by position or id. Without the column, the seed selects the task."""
         named = columns.get("task")
         if named is None:
             return self.tasks[seed % len(self.tasks)]
@@ -340,7 +340,7 @@ class Episodes:
         raise ValueError(f"the column task is {named!r:.80}, neither an id nor a position below {len(self.tasks)}")
 
     async def play(self, conversation: Conversation, seed: int, columns: Mapping[str, Any]) -> float:
-        """One episode. RuntimeError if anything in it failed, or nothing was scored."""
+        """Play an episode and return its reward. RuntimeError if any part failed or nothing was scored."""
         client = self.vf.EvalClientConfig(base_url=self.endpoint, api_key_var=KEY)
         traces: list[str] = []
 
@@ -367,7 +367,7 @@ class Episodes:
 
 
 async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
-    """Serve it; the port."""
+    """Serve an application, and return its runner and port."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
@@ -375,7 +375,7 @@ async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRun
 
 
 async def serve(args: argparse.Namespace, token: str | None) -> None:
-    """Until a signal."""
+    """Serve until a signal."""
     model = Model()
     os.environ[KEY] = model.key
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
@@ -403,14 +403,14 @@ async def serve(args: argparse.Namespace, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return whether the address is reachable only from this machine."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 def parsed(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, str | None]:
-    """The command line and the token. What cannot be used ends the program."""
+    """Return the arguments and the token. An invalid argument ends the program."""
     parser = argparse.ArgumentParser(description="An environment of verifiers for the environment `http`.")
     parser.add_argument("environment", help="the taskset's id: a package or module that can be imported")
     parser.add_argument("--port", type=int, required=True)
@@ -437,7 +437,7 @@ def parsed(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, 
 
 
 def main() -> None:
-    """The program. The folder it lies in is not one to find environments in."""
+    """Run the program. Its folder is removed from the import path, so no environment is imported from there."""
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [folder for folder in sys.path if str(Path(folder).resolve()) != here]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -1,7 +1,7 @@
-"""Which of many requests were answered first, written down before they are trained on.
+"""Record the first finished requests of a step before training on them.
 
-Where more prompts are asked than are needed, chance decides of which a batch is made. A resumed run must not draw lots
-again: it takes the groups that stand here. Their tokens are spooled, their scores are in the score ledger.
+If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not repeat the race,
+so it takes the groups recorded here. Their tokens are in the spool, and their scores in the score ledger.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def race_identity(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
-    """Digest of all that was asked at once, of the weights, and of what was enough."""
+    """Return a digest of all requests of a race, of the weights, and of the stopping rule."""
     told = [(request.group_id, request_identity(request, sampling)) for request in requests]
     return hashlib.blake2b(repr((told, version, rule)).encode(), digest_size=16).hexdigest()
 
 
 class FirstsLedger:
-    """An append-only file in the run's spool folder. `rewards` is a fingerprint: other scores make other batches."""
+    """An append-only file in the run's spool folder. `rewards` is a fingerprint of the rewards, since other scores make
+    other batches.
+    """
 
     def __init__(self, folder: Path, *, rewards: str) -> None:
         self.rewards = rewards
@@ -36,7 +38,7 @@ class FirstsLedger:
             self._read()
 
     def _read(self) -> None:
-        """Take up what can be read. A line that a kill has cut was of a batch that was not trained on."""
+        """Read all valid lines. A line truncated by a kill belongs to a batch not trained on."""
         lines = [line for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
         sound = []
         for line in lines:
@@ -51,14 +53,14 @@ class FirstsLedger:
         write_atomic(self.path, "".join(sound))
 
     def get(self, race: str) -> frozenset[int] | None:
-        """The groups that were first. None: the run was cut off before that was known."""
+        """Return the first finished groups, or None if the run was interrupted before they were known."""
         return self.known.get(race)
 
     def put(self, race: str, group_ids: Sequence[int]) -> None:
-        """Write down who was first. It is on the disk when this returns."""
+        """Record the first finished groups. They are on disk when this returns."""
         append_line(self.path, {"race": race, "group_ids": sorted(group_ids), "rewards": self.rewards})
 
     def clear(self) -> None:
-        """Nothing rests on it any more."""
+        """Drop all records once they are no longer needed."""
         self.known = {}
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What makes an answered request the same one after a resume: spooled tokens and written scores speak for no other."""
+"""Digests of requests: they tell after a resume whether spooled tokens and stored scores belong to a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.types import GroupRequest, RolloutInfo, Sampling
 
 
 def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str]:
-    """All that its tokens depend on besides the weights."""
+    """Return the inputs of a request its tokens depend on, except the weights."""
     return {
         "sampling": json.dumps(asdict(request.drawn_by(sampling))),
         "prompt_token_ids": json.dumps(request.prompt.token_ids),
@@ -22,7 +22,10 @@ def request_identity(request: GroupRequest, sampling: Sampling) -> dict[str, str
 
 
 def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
-    """Digest of all that its scores depend on besides weights and rewards: also the row, and the responses drawn."""
+    """Return a digest of the inputs of a group's scores, except weights and rewards.
+
+    It includes the row and the sampled responses.
+    """
     prompt = request.prompt
     told = (request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos))
     return hashlib.blake2b(repr(told).encode(errors="surrogatepass"), digest_size=16).hexdigest()

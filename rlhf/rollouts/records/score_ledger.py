@@ -1,8 +1,8 @@
-"""Scores of finished groups, written down as they come, so that a resumed step trains on the very same ones.
+"""Store the scores of finished groups, so a resumed step trains on exactly the same scores.
 
-Their tokens are spooled by the engines. The key is (group, weight version, request): a group that was answered by other
-weights, or to another request (rlhf.rollouts.records.request_digest), is another group. Entries count for the rewards
-that gave them alone, and are dropped once a checkpoint covers their step.
+The engines spool the tokens. The key is (group, weight version, request): a group from other weights, or for another
+request (rlhf.rollouts.records.request_digest), is a different group. Entries are valid only for the same rewards, and
+are dropped once a checkpoint covers their step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ScoreLedger:
             self._read()
 
     def _read(self) -> None:
-        """Take up what can be read. The rest goes, as does a last line that a kill has cut: it is scored again."""
+        """Read all valid lines and drop the others. A line truncated by a kill is scored again."""
         text = self.path.read_text(encoding="utf-8", errors="replace")
         lines, sound = [line for line in text.split("\n") if line], []
         for line in lines:
@@ -50,22 +50,25 @@ class ScoreLedger:
         write_atomic(self.path, "".join(sound))
 
     def get(self, group_id: int, version: int, request: str) -> GroupScores | None:
-        """The scores that the group was given before the run was cut off. request: its `scored_identity`."""
+        """Return the scores the group received before the interruption. `request` is its `scored_identity`."""
         return self.known.get((group_id, version, request))
 
     def put(self, group_id: int, version: int, request: str, scores: GroupScores) -> None:
-        """Write a group's scores down. Not synced to the disk: it has to outlive the process, not the machine."""
+        """Store a group's scores. They are not synced to disk, since only the process may end, not the machine."""
         key = {"group_id": group_id, "version": version, "request": request, "rewards": self.rewards}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_line({**key, **asdict(scores)}))
 
     def forget_failures(self) -> None:
-        """The run ends because of them: whoever resumes it has mended the reward, and wants it asked again."""
+        """Drop failed groups when the run ends because of them.
+
+        A resumed run then asks the repaired reward again.
+        """
         self.known = {key: scores for key, scores in self.known.items() if not scores.errors}
         keep_lines(self.path, lambda row: not row["errors"])
 
     def clear(self) -> None:
-        """A checkpoint covers all that was written."""
+        """Drop all entries. A checkpoint covers them."""
         self.known = {}
         for path in self.path.parent.iterdir():
             path.unlink(missing_ok=True)

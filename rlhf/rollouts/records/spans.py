@@ -1,7 +1,7 @@
-"""A conversation as spans of tokens, and a group of them as the columns that trainers read.
+"""Store a conversation as spans of tokens, and a group of conversations as the columns for trainers.
 
-What the policy sampled and what was put between its turns stand in the order in which they came, each token as it was
-sampled or written: nothing is ever rendered or tokenised again.
+The policy's turns and the environment's texts keep their order. Each token stays as it was sampled or written: nothing
+is rendered or tokenised again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.types import FinishReason, GroupRequest, RewardError, RolloutInfo, Rol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One turn of the policy."""
+    """A turn of the policy."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # by the sampler
@@ -35,14 +35,16 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What was put behind a turn: the environment's words, with what the chat template writes around them."""
+    """Tokens inserted after a turn: the environment's text and the chat template around it."""
 
     token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """One conversation: a prompt and spans, the last of which is sampled. No spans: it failed before its first turn."""
+    """A conversation: a prompt and spans, with a sampled span at the end. It has no spans if it failed before its first
+    turn.
+    """
 
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | Told, ...]
@@ -52,7 +54,7 @@ class Played:
 
 
 def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-    """One group's columns and scalars, one conversation a seed."""
+    """Return the columns and scalars of a group, with a conversation for each seed."""
     ids: list[int] = []
     masks: list[bool] = []
     logprobs: list[float] = []
@@ -101,7 +103,10 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
 
 
 def pieces(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
-    """Of each sequence its spans in order, the prompt first: whether the policy sampled it, and its tokens."""
+    """Return the spans of each sequence in order, the prompt first.
+
+    A span is a pair: whether the policy sampled it, and its tokens.
+    """
     found = []
     sizes = rollouts.lengths.tolist()
     for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):

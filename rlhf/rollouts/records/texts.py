@@ -1,4 +1,4 @@
-"""Sampled tokens as text: for rewards, samples and people. Never for training, which takes the tokens as they are."""
+"""Decode sampled tokens to text for rewards, samples and people. Training uses the tokens and never this text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the fir
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """One response as people read it."""
+    """A response in readable form."""
 
     response: str
     turns: tuple[SampleTurn, ...]
@@ -32,8 +32,10 @@ class Transcript:
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
-    """Return each response as text, without the tokens that end its turns. The turns of a conversation's policy are
-    joined by line breaks."""
+    """Return each response as text, without the end tokens of its turns.
+
+    The turns of a conversation's policy are joined by newlines.
+    """
     spans = [[without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in pieces(rollouts)]
     decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
     texts = iter(decoded)
@@ -41,14 +43,15 @@ def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
 
 
 def without_turn_end(ids: list[int], turn_end: int | None) -> list[int]:
-    """Return a turn's tokens without the one with which the chat template ends it, which need not be special."""
+    """Return a turn's tokens without the end token of the chat template. This token may be an ordinary token."""
     return ids[:-1] if turn_end is not None and ids[-1:] == [turn_end] else ids
 
 
 def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
-    """Return a response's text before the first string that stops it, without special tokens.
+    """Return a response's text before its first stop string, without special tokens.
 
-    A string in which a special token stands is looked for among the special tokens, any other in the text without them.
+    A stop string with a special token is searched in the text with special tokens, and any other string in the text
+    without them.
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     special = special_tokens(tokenizer)
@@ -66,8 +69,11 @@ def text_before_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) ->
 
 
 def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[tuple[int, ...]]:
-    """Of each response, as `response_texts` has it, for n from 0 to its length the place in its sequence of the token
-    that ends its first n characters. All of it ends with the last sampled token, also if that has no text."""
+    """Return the end positions of all prefixes of each response from `response_texts`.
+
+    Entry n is the position in the sequence of the last token of the first n characters. The last entry is the last
+    sampled token, even if it has no text.
+    """
     found = []
     for sequence in pieces(rollouts):
         ends: list[int] = []
@@ -93,8 +99,10 @@ def transcripts(
     turn_end: int | None,
     signals: Sequence[TokenSignals] = (),
 ) -> list[Transcript]:
-    """What the samples files show of the sequences at these places, with what training made of those of which there are
-    signals."""
+    """Return the transcripts of the sequences at `places` for the samples files.
+
+    A sequence with `signals` also has the training signals of its tokens.
+    """
     texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
     tokens = tokens_of(rollouts, places, signals, tokenizer)
     return [
@@ -111,9 +119,9 @@ def step_ends(
     *,
     separator: str,
 ) -> Bool[Tensor, " N"]:
-    """True at the tokens that end a response's steps: those that complete a separator, and the last sampled one.
+    """Return True at the last token of each step: the tokens at the end of a separator, and the last sampled token.
 
-    A step of nothing but white space is none; a response of nothing else is one step.
+    A step of white space does not count. A response of white space is a single step.
     """
     ends = torch.zeros_like(response_mask)
     special = set(tokenizer.all_special_ids)
@@ -133,7 +141,9 @@ def step_ends(
 
 
 def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]:
-    """Each sequence turn by turn, special tokens written out: the prompt, then policy and environment in turn."""
+    """Return the turns of each sequence, special tokens written out: the prompt, then policy and environment
+    alternating.
+    """
     return [
         tuple(
             SampleTurn(
@@ -149,9 +159,10 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool = False) -> list[str]:
-    """A text for each token, special ones written out or empty, which joined are the text of all.
+    """Return a text for each token, special tokens written out or empty. The texts joined are the text of all tokens.
 
-    A token that ends within a character is "", and the one that completes it has it whole: only the last can end so.
+    A token ending within a character is an empty string. The token completing the character has all of it, unless the
+    sequence ends within the character.
     """
 
     def text(start: int, end: int) -> str:
@@ -176,8 +187,7 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
 def tokens_of(
     rollouts: Rollouts, places: Sequence[int], signals: Sequence[TokenSignals], tokenizer: Any
 ) -> list[SampleTokens]:
-    """What stands behind the prompts of the sequences at these places, token by token, with what training made of
-    those of which there are signals."""
+    """Return the tokens after the prompts of the sequences at `places`, with their training signals, if any."""
     known = {sequence_id for part in signals for sequence_id in part.sequence_ids.tolist()}
     found = []
     for place in places:
@@ -189,7 +199,7 @@ def tokens_of(
 
 
 def _tokens(one: Rollouts, learnt: TokenSignals | None, tokenizer: Any) -> SampleTokens:
-    """Of a single sequence."""
+    """Return the tokens of a single sequence."""
     first = int(one.response_mask.int().argmax())
     ids, mask = one.token_ids[first:].tolist(), one.response_mask[first:].tolist()
 

@@ -1,6 +1,7 @@
-"""An environment behind HTTP, for those that cannot be installed beside the run. docs/environments.md has the protocol.
+"""Play an environment over HTTP if it cannot be installed with the run.
 
-A call that fails is the environment's failure. None is made twice: the server may have taken the turn.
+The protocol is in docs/environments.md. A failed call is a failure of the environment. It is never repeated, since the
+server may have taken the turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 
 class HttpEnvironment:
-    """Posts JSON to `url`/reset, /step and /close. token_env: variable with a bearer token; None: none is sent."""
+    """Posts JSON to `url`/reset, /step and /close.
+
+    `token_env` is the environment variable with a bearer token. None sends no token.
+    """
 
     def __init__(self, url: str, token_env: str | None = None, timeout_s: float = 60.0) -> None:
         if not url.startswith(("http://", "https://")):
@@ -35,12 +39,12 @@ class HttpEnvironment:
         return told["observation"]  # type: ignore[no-any-return]
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """One turn."""
+        """Send a turn of the policy, and return the server's answer."""
         told = self._post("step", {"session": self.session, "response": response})
         return told["observation"], told["reward"], told["done"]
 
     def close(self) -> None:
-        """Let the server forget the session."""
+        """End the session on the server."""
         if self.session is not None:
             self._post("close", {"session": self.session})
 

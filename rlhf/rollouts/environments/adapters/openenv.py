@@ -1,6 +1,6 @@
-"""An environment that an OpenEnv server holds, over its WebSocket: one connection is one session of its own.
+"""Play an environment of an OpenEnv server over its WebSocket: each connection is a separate session.
 
-Written against openenv-core 0.3.0. A call that fails is the environment's failure, and none is made twice.
+Written for openenv-core 0.3.0. A failed call is a failure of the environment, and is never repeated.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MOST_BYTES = 16 * 2**20  # of one message
 class OpenEnv:
     """The environment at `url`.
 
-    action: what is sent as a turn, with `{response}` in at least one of its texts. observation: the field of the
-    environment's observations that the policy is told; None: all of them, as JSON. token_env: variable with a bearer
-    token; None: none is sent.
+    `action` is the message of a turn, with `{response}` in at least one of its texts. `observation` is the field of an
+    observation the policy reads; None sends all fields as JSON. `token_env` is the environment variable with a bearer
+    token; None sends no token.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class OpenEnv:
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
 
     def reset(self, seed: int, **columns: Any) -> str | None:
-        """Open a session; the server passes on what its environment's reset takes of the columns."""
+        """Open a session. The server passes the columns its environment accepts to its reset."""
         self.session = self.connect(
             self.url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=MOST_BYTES
         )
         return self._told(self._ask("reset", {"seed": seed, **columns})) or None
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """One turn."""
+        """Send a turn of the policy, and return the observation, the reward and the end."""
         told = self._ask("step", _filled(self.action, response))
         return self._told(told), float(told["reward"] or 0.0), bool(told["done"])
 
@@ -85,7 +85,7 @@ class OpenEnv:
         return told
 
     def _told(self, told: Mapping[str, Any]) -> str:
-        """Of an answer, what the policy reads."""
+        """Return the text the policy reads of an answer."""
         found = told["observation"]
         if self.observation is not None:
             if self.observation not in found:
@@ -97,7 +97,7 @@ class OpenEnv:
 
 
 def _filled(action: Any, response: str) -> Any:
-    """The action with the response in its place, at any depth."""
+    """Return the action with the response inserted, at any depth."""
     if isinstance(action, str):
         return action.replace(RESPONSE, response)
     if isinstance(action, Mapping):

@@ -1,4 +1,4 @@
-"""Environments of skyrl-gym: text in, text out, rewarded by the step."""
+"""Play environments of skyrl-gym: text in, text out, with a reward at each step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class SkyRLGym:
-    """The environment registered as `env`, made for each row with its columns as `extras`.
+    """The environment registered as `env`, created for each row with its columns as `extras`.
 
-    config: what the environment's class takes as `env_config`. extras: more of them, the same for every row
-    (`max_turns`, for example). The prompt is the data's own: an environment that would begin with another is refused.
+    `config` becomes `env_config` of the environment's class. `extras` are the same for every row (`max_turns`, for
+    example). The data supplies the prompt, and an environment with another first prompt is refused.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class SkyRLGym:
         self.extras = dict(extras or {})
 
     def reset(self, seed: int, **columns: Any) -> None:
-        """Make it for this row."""
+        """Create the environment for a row."""
         prompt = columns.pop("messages", [])
         self.made = self.gym.make(self.env, env_config=self.config, extras={"extra_info": {}, **columns, **self.extras})
         begun, _ = self.made.init(prompt)
@@ -37,11 +37,11 @@ class SkyRLGym:
             raise ValueError(f"{self.env} begins with {begun!r:.200} and not with the prompt of the data")
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """Its observations are joined."""
+        """Play a turn. Several observations are joined by newlines."""
         told = self.made.step(response)
         observation = "\n".join(str(message["content"]) for message in told["observations"])
         return observation, float(told["reward"]), bool(told["done"])
 
     def close(self) -> None:
-        """End what it holds."""
+        """Close the environment and its resources."""
         self.made.close()

@@ -1,4 +1,4 @@
-"""Games of TextArena for one player."""
+"""Play single-player games of TextArena."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class TextArena:
-    """The game of that id (`GuessTheNumber-v0`, ...), with `args` for its class. Its rules are the first observation.
+    """The game with an id (`GuessTheNumber-v0`, ...), with `args` for its class. Its rules are the first observation.
 
-    The reward is the game's own, at its end; a conversation that is cut before has none of it.
+    The reward is the game's reward at its end. A conversation truncated before the end has no reward.
     """
 
     def __init__(self, game: str, args: dict[str, Any] | None = None) -> None:
@@ -22,12 +22,12 @@ class TextArena:
         self.game = textarena.make(f"{game}-raw", **(args or {}))
 
     def reset(self, seed: int) -> str:
-        """Begin; its rules."""
+        """Begin a game, and return its rules."""
         self.game.reset(num_players=1, seed=seed)
         return self._told()
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """One move."""
+        """Play a move."""
         done, _ = self.game.step(response)
         if not done:
             return self._told(), 0.0, False
@@ -35,6 +35,6 @@ class TextArena:
         return "", float(rewards[0]), True
 
     def _told(self) -> str:
-        """What the game, and not the player, has said since."""
+        """Return the game's messages since the last call, without the player's."""
         player, messages = self.game.get_observation()
         return "\n".join(text for sender, text, _ in messages if sender != player)
