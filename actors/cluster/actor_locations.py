@@ -1,7 +1,7 @@
-"""Remembers the nodes of a run's actors, so that a failure can name them.
+"""Remember the nodes of a run's actors, so that an error message can name them.
 
-A node is asked directly whether it is still there: Ray notices a lost link only after its health checks, and the head
-may be lost itself.
+Nodes are probed directly: Ray notices a lost connection only after its health checks, and the head node may be lost
+itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWERS_WITHIN_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """The place of an actor's process."""
+    """The node and process of an actor."""
 
     who: str  # such as `policy rank 1`
     node: str  # Ray's id
@@ -32,7 +32,7 @@ class Standing:
     pid: int
 
     def loss(self) -> str | None:
-        """Return what has happened to the node; None: it answers."""
+        """Return a description of the node's failure; None if it responds."""
         try:
             socket.create_connection((self.address, self.port), timeout=ANSWERS_WITHIN_S).close()
         except ConnectionRefusedError:
@@ -46,13 +46,13 @@ _STANDING: dict[str, Standing] = {}  # by actor id, which is never used twice
 
 
 def own_standing(actor: object) -> tuple[str, str, int]:
-    """Return id, node and process of the actor in which this is called."""
+    """Return id, node and process of the calling actor."""
     context = ray.get_runtime_context()
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
 
 
 def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
-    """Remember the places of a role's workers, in rank order."""
+    """Remember the locations of a role's workers, in rank order."""
     nodes = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
     for rank, (actor, node, pid) in enumerate(found):
         if node in nodes:
@@ -67,14 +67,14 @@ def forget(actors: Iterable[str]) -> None:
 
 
 def standing(actor: str | None) -> Standing | None:
-    """Return the place of an actor; None: it is not known, or the actor has been ended."""
+    """Return the location of an actor; None if it is unknown or the actor has been ended."""
     return _STANDING.get(actor or "")
 
 
 def losses() -> str:
-    """Return a sentence on the nodes that the run has lost; empty if all of them answer.
+    """Return a sentence on the run's lost nodes; empty if all of them respond.
 
-    Ranks on other nodes fail too when a peer or their arguments are gone.
+    Ranks on other nodes also fail when a peer or their arguments are lost.
     """
     places = {place.node: place for place in _STANDING.values()}
     if not places:
@@ -89,10 +89,10 @@ def losses() -> str:
 
 
 async def going_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
-    """Return the address of one of these nodes that is about to go, and the time when it goes if that is known.
+    """Return the address of a draining node among `nodes`, and its end time if known.
 
-    An autoscaler or `ray drain-node` has told Ray so. Does not return while the head does not answer; the thread that
-    waits keeps no event loop and no process alive.
+    An autoscaler or `ray drain-node` reports it to Ray. The call blocks while the head does not respond, in a thread
+    that keeps no event loop and no process alive.
     """
     from ray._private.state import state  # where Ray's own trainer looks
 

@@ -1,4 +1,4 @@
-"""Which Ray a run belongs to. Imports no Ray, so that `rlhf doctor` can ask where Ray is broken."""
+"""Find the Ray cluster of a run. Imports no Ray, so `rlhf doctor` can use it when Ray is broken."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from rlhf.errors import UserError
 
 
 def cluster_to_join(configured: str | None) -> str | None:
-    """The address of the cluster to join, `auto` looked up; None: the run starts a Ray of its own.
+    """Return the address of the cluster to join, with `auto` resolved. Return None if the run starts a local Ray.
 
-    `auto` is the cluster of RAY_ADDRESS, which `ray job submit` sets, or else the one that `ray start` left word of on
-    this machine. Ray would go on to any Ray that it finds among the processes, also one that another run has started
-    for itself.
+    `auto` means the cluster of RAY_ADDRESS (set by `ray job submit`), or else the cluster recorded by `ray start` on
+    this machine. Ray's own lookup would also join any running Ray process, even a local one started by another run.
     """
     named = os.environ.get("RAY_ADDRESS") or None
     address = configured or named
@@ -36,7 +35,10 @@ def cluster_to_join(configured: str | None) -> str | None:
 
 
 def started_here() -> str | None:
-    """The address of the cluster that `ray start` last began or joined on this machine; it may have ended since."""
+    """Return the address of the cluster last started or joined by `ray start` on this machine.
+
+    It may have ended since.
+    """
     try:
         return word_of_cluster().read_text(encoding="utf-8").strip() or None
     except OSError:
@@ -44,6 +46,6 @@ def started_here() -> str | None:
 
 
 def word_of_cluster() -> Path:
-    """The file in which `ray start` leaves it."""
+    """Return the file in which `ray start` records the address."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
     return Path(folder) / "ray" / "ray_current_cluster"

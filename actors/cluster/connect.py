@@ -1,7 +1,7 @@
-"""Connecting to Ray: a local one with bounded memory, or the cluster that the run was given.
+"""Connect to Ray: start a local one with bounded memory, or join the configured cluster.
 
-A signal to all processes of a run ends the daemons of its own Ray too. A driver that then calls Ray waits for a minute
-and is aborted, so an interrupt kills these daemons and nothing calls Ray any more.
+A signal to all processes of a run also ends the daemons of its local Ray. A driver calling Ray then would wait for a
+minute and be aborted. So an interrupt kills these daemons, and nothing calls Ray any more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEPT_FROM_RAY = {signal.SIGHUP, signal.SIGUSR1}  # a terminal or Slurm sends the
 
 
 class OwnRay:
-    """The local Ray that this process has started, if any."""
+    """The local Ray started by this process, if any."""
 
     def __init__(self) -> None:
         self.daemons: list[psutil.Process] = []
@@ -50,11 +50,11 @@ class OwnRay:
 
     @property
     def is_ending(self) -> bool:
-        """Whether a daemon has ended, as one does that is told to besides this process."""
+        """Return whether a daemon has ended, for example by a signal sent to all processes."""
         return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self.daemons)
 
     def kill(self) -> None:
-        """Kill the daemons and all that they have started. Nothing where there is no Ray of our own."""
+        """Kill the daemons and all their child processes. Has no effect without a local Ray."""
         self.killed = bool(self.daemons)
         below = list(self.daemons)
         for daemon in self.daemons:
@@ -71,10 +71,10 @@ OWN_RAY = OwnRay()
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Ray for the length of the block.
+    """Connect to Ray for the length of the block.
 
-    cluster.address null means the cluster of RAY_ADDRESS (which `ray job submit` sets), or else a Ray of our own that
-    ends with the block and that no one else can join.
+    If cluster.address is null, join the cluster of RAY_ADDRESS (set by `ray job submit`). Without it, start a local Ray
+    that ends with the block and accepts no other process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that our thread handles no signals
@@ -99,7 +99,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def _start_local(config: ClusterConfig) -> None:
-    """Start a Ray that ends with this process and that no other process can join."""
+    """Start a Ray that ends with this process and accepts no other process."""
     memory_gib = psutil.virtual_memory().total / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(
@@ -141,7 +141,7 @@ def _start_local(config: ClusterConfig) -> None:
 
 
 def _refuse_few_open_files() -> None:
-    """Raise UserError if processes may open too few files: Ray then dies without a message that says so."""
+    """Raise UserError if the limit of open files is too low: Ray would then die without a clear message."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit < MIN_OPEN_FILES:
         raise UserError(
@@ -151,7 +151,7 @@ def _refuse_few_open_files() -> None:
 
 
 def _private_temp() -> Path:
-    """Return the folder for Ray's files, which no other user can enter. Ray itself lets everyone write there."""
+    """Return the folder for Ray's files, private to this user. Ray's default folder is writable for everyone."""
     parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     temp = parent / f"ray-{os.getuid()}"
     if len(str(temp / SOCKET_IN_TEMP)) > LONGEST_SOCKET:
@@ -174,7 +174,7 @@ def _private_temp() -> Path:
 
 
 def _join(address: str) -> None:
-    """Join a running cluster. UserError if none answers."""
+    """Join a running cluster. Raise UserError if none responds."""
     _refuse_dead(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
@@ -184,7 +184,7 @@ def _join(address: str) -> None:
 
 
 def _refuse_dead(address: str) -> None:
-    """UserError within seconds if no Ray answers at `[ray://]HOST:PORT`. Other forms are Ray's to look up."""
+    """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`. Ray resolves other address forms."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return

@@ -1,7 +1,7 @@
-"""What the nodes of a run are busy with: the driver's own is looked at from here, each other one by a small actor.
+"""Measure the load of a run's nodes. The driver measures its node, and a small actor measures each other node.
 
-It takes no CPU of Ray's. A node that does not answer is left out with one warning: what matters of its death, the roles
-on it say.
+The actors reserve no CPU in Ray. An unresponsive node is left out with one warning; if it is dead, the roles on it
+report the failure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ANSWER_WITHIN_S = 5.0
 
 
 class Nodes:
-    """All nodes that have workers of the run, and the driver's."""
+    """All nodes with workers of the run, and the driver's node."""
 
     def __init__(self, placement: Placement) -> None:
         here = ray.get_runtime_context().get_node_id()
@@ -43,17 +43,17 @@ class Nodes:
         }
 
     async def use(self) -> Metrics:
-        """`system/*` of each node since the last call."""
+        """Return `system/*` of each node since the last call."""
         found = _named(self.here, self.own.take())
         for told in await asyncio.gather(*map(self._asked, list(self.others))):
             found |= told
         return found
 
     async def stop(self) -> None:
-        """Look no more."""
+        """Do nothing: the actors hold no state, and `end` kills them."""
 
     def end(self) -> None:
-        """End the actors."""
+        """End the actors at once."""
         self.own.stop()
         for handle in self.others.values():
             ray.kill(handle)

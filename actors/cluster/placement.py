@@ -1,4 +1,4 @@
-"""Where each role's workers go: one placement group for the whole run, reserved at once or not at all."""
+"""Place each role's workers in one placement group for the whole run, reserved at once or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Placement:
     seating: Seating
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
-        """Ray options of one worker: its seat, its environment, and no retries of any kind."""
+        """Return the Ray options of one worker: its seat, its environment, and no retries of any kind."""
         place = self.seating.seats[role][rank]
         return {
             "num_cpus": place.cpus,
@@ -49,33 +49,33 @@ class Placement:
         }
 
     def nodes_of(self, role: Role) -> list[str]:
-        """The node of each of a role's workers."""
+        """Return the node of each worker of a role."""
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return [nodes[place.bundle] for place in self.seating.seats[role]]
 
     def addresses_of(self, role: Role) -> list[str]:
-        """The address of the node of each of a role's workers."""
+        """Return the node address of each worker of a role."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         return [addresses[node] for node in self.nodes_of(role)]
 
     def describe(self) -> str:
-        """The node addresses of each role's workers, in rank order."""
+        """Return the node addresses of each role's workers, in rank order."""
         return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.seating.seats)
 
     def nodes(self) -> set[str]:
-        """All nodes of the run."""
+        """Return all nodes of the run."""
         return set(placement_group_table(self.group)["bundles_to_node_id"].values())
 
     def on_one_host(self) -> bool:
-        """Whether all workers of the run are on one node."""
+        """Return whether all workers of the run are on one node."""
         return len(self.nodes()) == 1
 
     def cores(self, node: str) -> int:
-        """CPUs of a node, as Ray counts them."""
+        """Return the CPUs of a node, as counted by Ray."""
         return next(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node)
 
     def release(self) -> None:
-        """Give the resources back; to a Ray of our own that is killed, nothing."""
+        """Release the resources. Has no effect after a local Ray has been killed."""
         if OWN_RAY.killed:  # at once: a driver that outlives its Ray by a minute is aborted
             finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
         elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
@@ -83,14 +83,14 @@ class Placement:
 
 
 async def reserve(config: Config) -> Placement:
-    """Reserve what the run needs: `reserve_seats` of its roles."""
+    """Reserve the resources of all roles of a run."""
     return await reserve_seats(seat(config), limit_s=config.cluster.start_timeout_s)
 
 
 async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
-    """Reserve all bundles, or fail at the deadline with a table of what is wanted and what there is.
+    """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
-    UserError if the cluster could not hold them even if it were empty, and has lost no node that may come back.
+    Raises UserError if even the empty cluster could not hold them, unless a lost node may return.
     """
     nodes = ray.nodes()
     missing = _missing(seating, [node for node in nodes if node["Alive"]])
@@ -131,7 +131,7 @@ async def reserve_seats(seating: Seating, *, limit_s: float) -> Placement:
 
 
 def _missing(seating: Seating, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """What an empty cluster of these nodes lacks; None: nothing."""
+    """Return the resources missing in an empty cluster of these nodes; None if it has enough."""
     for wanted in seating.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             said = ", ".join(f"{name}={value}" for name, value in wanted.items())

@@ -1,7 +1,7 @@
-"""A training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
+"""Run a training loop under a stop request: it finishes its step, writes a checkpoint and ends, in a limited time.
 
-The request comes from a signal (rlhf.stopping) or from a node that is about to go. A signal may go to all processes of
-the run at once, as `timeout`, Slurm and systemd send it: then Ray's own daemons end too, and nothing can be kept.
+The request comes from a signal (rlhf.stopping) or from a draining node. `timeout`, Slurm and systemd may send a signal
+to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ async def run_loop(
     """Return the result of a loop that ends by itself once it has been given notice.
 
     Args:
-        grace_s: how long after the request the loop may take. Ctrl-C has no limit, since a second one ends the loop.
-        call_timeout_s: how long a call may block the event loop, as calls of a Ray do that stands still.
-        going_node: returns the address of a node of the run that is about to go, and the time when it goes if known.
+        grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second one ends the loop.
+        call_timeout_s: the longest time a call may block the event loop, as a call of a hanging Ray does.
+        going_node: returns the address of a draining node of the run, and its end time if known.
     """
     task = asyncio.ensure_future(work)
     request.ends_by_itself = True
@@ -83,7 +83,7 @@ async def run_loop(
 
 
 def _say_what_follows(request: StopRequest, limit_s: float | None) -> None:
-    """Log what the request leads to."""
+    """Log the consequences of the request."""
     if limit_s is None:
         logger.warning("Ctrl-C: the run finishes its step, writes a checkpoint and ends. A second Ctrl-C ends it now.")
         return

@@ -1,7 +1,7 @@
-"""The processes of a group's actors, which are gone when the group has been ended.
+"""Track the processes of a group's actors, and end them with the group.
 
-ray.kill only asks. A stopped process keeps its memory and ports for seconds, or for ever if Ray ends meanwhile, so
-processes on the driver's host are killed directly.
+ray.kill only sends a request. A stopped process keeps its memory and ports for seconds, or forever if Ray ends
+meanwhile. So processes on the driver's host are killed directly.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 def hub_environment() -> dict[str, str]:
-    """Return the driver's settings of the model hub, which all workers need to find the same models.
+    """Return the driver's settings of the model hub. All workers need them to find the same models.
 
-    A token is not among them: every node logs the environment of its workers.
+    They include no token, because every node logs the environment of its workers.
     """
     return {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ}
 
@@ -51,7 +51,7 @@ class Processes:
         self.ended = False
 
     async def found(self, *, deadline_s: float) -> None:
-        """Wait until all actors are made, and remember the processes of those on this host."""
+        """Wait until all actors are created, and remember the processes on this host."""
         asked = [handle.__ray_call__.remote(own_standing) for handle in self.handles]
         node = ray.get_runtime_context().get_node_id()
         found = await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s)
@@ -67,7 +67,7 @@ class Processes:
             ray.kill(handle)
 
     def end(self) -> None:
-        """End all processes at once, and wait up to GONE_WITHIN_S until those of this host are gone."""
+        """End all processes at once, and wait up to GONE_WITHIN_S for the ones on this host to exit."""
         if self.ended:
             return
         self.ended = True

@@ -1,7 +1,7 @@
-"""Prometheus as a tracker back end, by Ray's metrics: every node of a Ray cluster already serves them to it.
+"""Export metrics to Prometheus through Ray: every node of a Ray cluster already serves them.
 
-Every run exports, with its name as the label `run`; who does not scrape pays nothing. Histograms are left out: Ray
-makes their sums of the middles of its buckets, and the means are metrics already.
+Every run exports, with its name as the label `run`; the cost without a scraper is negligible. Histograms are left out:
+Ray computes their sums from the centers of its buckets, and the means are metrics already.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf.tracking.sinks.prometheus_names import PREFIX, RUN_LABEL, STEP, Export
 
 
 class PrometheusBackend:
-    """The metrics of one run, as far as they have been seen."""
+    """Exports the metrics of one run, as gauges and counters created at first use."""
 
     name = "Prometheus"
 
@@ -27,7 +27,7 @@ class PrometheusBackend:
         self._step = Gauge(PREFIX + STEP, description="The last step that is done", tag_keys=(RUN_LABEL,))
 
     def log(self, step: TrackedStep) -> None:
-        """The newest values."""
+        """Export the newest values."""
         for key, value in step.metrics.items():
             if value is None:
                 continue
@@ -40,13 +40,13 @@ class PrometheusBackend:
         self._step.set(step.step, tags=self._run)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Alerts are Prometheus's own business."""
+        """Do nothing: alerts are configured in Prometheus."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """It keeps none."""
+        """Do nothing: checkpoints are not exported."""
 
     def close(self, *, failed: bool) -> None:
-        """Ray drops the values with the process that gave them."""
+        """Do nothing: Ray drops the values when this process ends."""
 
     def _gauge(self, found: Exported) -> Gauge:
         if found.name not in self._gauges:

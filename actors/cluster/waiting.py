@@ -1,4 +1,4 @@
-"""Waiting for workers: every wait has a deadline, and every failure names stage, role, rank and cause."""
+"""Wait for workers. Every wait has a deadline, and every error names stage, role, rank and cause."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ MOST_TOLD = 600  # characters of a cause
 
 
 async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, deadline_s: float) -> list[Any]:
-    """The results, in order. The first failure is raised at once, whatever the others still do; of a rank that died
-    and the peers that it took along, the rank is named."""
+    """Return the results, in order. The first failure is raised at once.
+
+    If a dead rank made its peers fail too, the error names the dead rank.
+    """
     began = time.monotonic()
     futures = [asyncio.ensure_future(asyncio.wrap_future(ref.future())) for ref in refs]
     try:
@@ -51,7 +53,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
 async def wait_one(
     ref: ObjectRef[Any], *, role: str, rank: int, stage: str, deadline_s: float, limit: str = "cluster.call_timeout_s"
 ) -> Any:
-    """Return one worker's result. `limit` names the keys that the deadline follows from."""
+    """Return one worker's result. `limit` names the configuration keys that determine the deadline."""
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout=deadline_s)
     except TimeoutError as error:
@@ -64,7 +66,7 @@ async def wait_one(
 
 
 def explain(error: BaseException | None, *, role: str, rank: int, stage: str) -> Exception:
-    """The same failure in the words of the run."""
+    """Return the failure as an error with stage, role, rank and cause."""
     who = f"{stage}: {role} rank {rank}"
     failure: Exception
     if isinstance(error, RayTaskError):
@@ -84,7 +86,7 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
 
 
 def _how_it_died(error: RayActorError) -> str:
-    """What Ray knows of a death, and where the process's last words are."""
+    """Return Ray's reason for a death, and the log file with the process's last output."""
     told = str(error)
     if error.actor_init_failed:
         return f"could not be made: {_short(told.strip().splitlines()[-1])}."
@@ -101,7 +103,7 @@ def _how_it_died(error: RayActorError) -> str:
 
 
 def _logs() -> Path:
-    """Where Ray's workers write, on every node."""
+    """Return the log folder of Ray's workers, the same on every node."""
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs")
 

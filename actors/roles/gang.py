@@ -1,4 +1,4 @@
-"""Gangs of trained ranks: one unit. Any rank's failure or missed deadline ends all of them; nothing is retried."""
+"""Manage gangs of trained ranks. A failure or missed deadline of one rank ends the whole gang, without retries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ END_WITHIN_S = 10.0
 
 
 class Stoppable(Protocol):
-    """A group of actors."""
+    """A group of actors with an orderly and an immediate end."""
 
     async def stop(self) -> None: ...
 
@@ -49,15 +49,15 @@ class Stoppable(Protocol):
 
 
 class Placed(Protocol):
-    """What holds resources."""
+    """An object that holds cluster resources."""
 
     def release(self) -> None:
-        """Give them back."""
+        """Release the resources to the cluster."""
 
 
 @asynccontextmanager
 async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterator[None]:
-    """Stop the groups in order after the block, whose results are on disk then; after a failure end them at once."""
+    """Stop the groups in order after the block, when its results are on disk. After a failure, end them at once."""
     try:
         yield
         for group in groups:
@@ -72,7 +72,7 @@ async def ending(groups: Sequence[Stoppable], placement: Placed) -> AsyncIterato
 
 
 class Gang:
-    """Ranks 0 to n - 1 of one role. What all trained roles can do."""
+    """Ranks 0 to n - 1 of one role, with the methods common to all trained roles."""
 
     def __init__(
         self, role: Role, handles: Sequence[ActorHandle[Any]], *, deadline_s: float, sequence_parallel: int = 1
@@ -85,15 +85,15 @@ class Gang:
 
     @property
     def num_ranks(self) -> int:
-        """Data-parallel ranks."""
+        """Return the number of data-parallel ranks."""
         return len(self.handles) // self.sequence_parallel
 
     def distinct(self, results: Sequence[T]) -> Sequence[T]:
-        """One result of each data-parallel rank: ranks that share micro-batches return the same."""
+        """Return one result per data-parallel rank. Ranks that share micro-batches return equal results."""
         return results[:: self.sequence_parallel]
 
     async def all(self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None) -> list[Any]:
-        """Every rank's result, in rank order. A failure ends the gang."""
+        """Return every rank's result, in rank order. A failure ends the gang."""
         try:
             return await wait_all(refs, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s)
         except (RunError, UserError):
@@ -105,47 +105,47 @@ class Gang:
         self.processes.end()
 
     async def start(self, *, one_host: bool, deadline_s: float) -> None:
-        """Join the ranks and load the model, whose architecture's `fingerprint` is known from then on."""
+        """Connect the ranks and load the model. Sets `fingerprint` from the model's architecture."""
         await self.processes.found(deadline_s=deadline_s)
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "start", deadline_s=deadline_s)
         starts = [h.start.remote(host, port) for h in self.handles]
         self.fingerprint: str = (await self.all(starts, "start", deadline_s=deadline_s))[0]
 
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
-        """Each rank keeps the teacher's vocabulary head."""
+        """Give each rank the teacher's vocabulary head."""
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
     def own(self, states: StatesByRank) -> StatesByRank:
-        """Of each rank those of its rows."""
+        """Return the states of each rank's rows, in rank order."""
         return [states[rank // self.sequence_parallel] if states else () for rank in range(len(self.handles))]
 
     async def save(self, folder: Path) -> None:
-        """Every rank's part of a checkpoint."""
+        """Save the checkpoint shard of every rank."""
         await self.all([h.save.remote(folder) for h in self.handles], "checkpoint")
 
     async def load(self, folder: Path) -> None:
-        """Continue from a checkpoint."""
+        """Load the checkpoint shard of every rank."""
         await self.all([h.load.remote(folder) for h in self.handles], "resume")
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:
-        """A Hugging Face folder, or an adapter folder. merged: with the adapter in the weights."""
+        """Write a Hugging Face folder or an adapter folder. `merged` adds the adapter to the weights."""
         await self.all([h.export.remote(folder, merged) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
-        """The ranks' peaks together, measured at once since they may share a machine."""
+        """Return the total peak of the ranks. They are measured concurrently, since they may share a machine."""
         found: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
         return replace(found[0], peak_flops=sum(one.peak_flops for one in found))
 
     async def offload(self) -> None:
-        """Give the GPUs to the engines."""
+        """Free the GPUs for the engines."""
         await self.all([h.offload.remote() for h in self.handles], "offload")
 
     async def reload(self) -> None:
-        """Take the GPUs back."""
+        """Move the state back to the GPUs."""
         await self.all([h.reload.remote() for h in self.handles], "reload")
 
     async def memory(self) -> MemoryReport:
-        """Peaks over the ranks."""
+        """Return the memory peaks over the ranks."""
         return largest(await self.all([h.memory.remote() for h in self.handles], "memory"))
 
     async def stop(self) -> None:
@@ -156,24 +156,24 @@ class Gang:
 
 
 class PolicyGang(Gang):
-    """The policy of an online run."""
+    """The ranks of an online run's policy."""
 
     async def meeting(self, *, num_receivers: int, one_host: bool, timeout_s: float) -> Meeting:
-        """Where rank 0 will wait for the receivers of a broadcast."""
+        """Return the address at which rank 0 waits for the receivers of a broadcast."""
         [(host, port)] = await self.all([self.handles[0].address.remote(one_host)], "weight sync")
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=timeout_s)
 
     async def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapters: Path, *, num_engines: int
     ) -> None:
-        """Open the ranks' ends of the weight transport. A broadcast blocks here until all receivers have come."""
+        """Open the ranks' ends of the weight transport. A broadcast blocks here until all receivers have connected."""
         refs = [h.open_weights.remote(transport, meeting, adapters, num_engines) for h in self.handles]
         await self.all(refs, "weight sync")
 
     async def prepare(
         self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]], ref_logprobs: Sequence[Ref[TokenValues]]
     ) -> PrepareReport:
-        """Each rank takes its share of the batch."""
+        """Give each rank its share of the batch."""
         refs = [h.prepare.remote(plan, len(rollouts), *rollouts, *ref_logprobs) for h in self.handles]
         found = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
@@ -184,7 +184,7 @@ class PolicyGang(Gang):
     async def set_advantages(
         self, by_sequence: Mapping[int, float] | None, values: Sequence[Ref[TokenValues]]
     ) -> AdvantagesReport:
-        """Each rank gives its tokens their advantages; the returns stay references."""
+        """Set the advantages of each rank's tokens. The returns stay references."""
         pairs = [h.set_advantages.options(num_returns=2).remote(by_sequence, *values) for h in self.handles]
         found = self.distinct(await self.all([scalars for _, scalars in pairs], "advantages"))
         return AdvantagesReport(
@@ -194,12 +194,12 @@ class PolicyGang(Gang):
         )
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """One optimizer step."""
+        """Make one optimizer step on a minibatch."""
         refs = [h.update.remote(minibatch, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
         return merge(self.distinct(await self.all(refs, "update")))
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        """One column a rank, of those of the sequences that it has."""
+        """Return one column per rank, for its share of the sequences."""
         refs = [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles]
         await self.all([size for _, size in refs], "samples")
         return [column for column, _ in self.distinct(refs)]
@@ -209,92 +209,92 @@ class PolicyGang(Gang):
         await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
 
     async def publish(self, version: int) -> WeightManifest:
-        """Stage the weights; rank 0 knows where."""
+        """Stage the weights and return the manifest of rank 0."""
         manifests = await self.all([h.publish.remote(version) for h in self.handles], "weight sync")
         manifest: WeightManifest = manifests[0]
         return manifest
 
     async def send(self, manifest: WeightManifest) -> None:
-        """Send them while the engines receive."""
+        """Send the weights while the engines receive."""
         await self.all([h.send.remote(manifest) for h in self.handles], "weight sync")
 
     async def settle(self) -> None:
-        """The engines have loaded what was published."""
+        """Free the memory of the transfer."""
         await self.all([h.settle.remote() for h in self.handles], "weight sync")
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """All ranks compute it, since they may hold the weights together."""
+        """Compute the probe on all ranks, since the weights may be sharded over them."""
         found = await self.all([h.probe.remote(tuple(token_ids)) for h in self.handles], "weight sync")
         logprobs: list[float] = found[0]
         return logprobs
 
 
 class CriticGang(Gang):
-    """The critic of an online run."""
+    """The ranks of an online run's critic."""
 
     async def values(self, plan: BatchPlan, rollouts: Sequence[Ref[Rollouts]]) -> list[Ref[TokenValues]]:
-        """One column a rank."""
+        """Return one column of values per rank."""
         refs = [h.values.options(num_returns=2).remote(plan, *rollouts) for h in self.handles]
         await self.all([done for _, done in refs], "values")
         return [column for column, _ in self.distinct(refs)]
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[Ref[TokenValues]]) -> None:
-        """Each rank takes the targets of its share."""
+        """Give each rank the targets of its share."""
         await self.all([h.prepare.remote(*returns) for h in self.handles], "advantages")
 
     async def update(self, minibatch: int) -> Metrics:
-        """One optimizer step."""
+        """Make one optimizer step on a minibatch."""
         found = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
         return merge(self.distinct(found))
 
 
 class OfflineGang(Gang):
-    """A model trained on fixed data."""
+    """The ranks of a model trained on fixed data."""
 
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
-        """Each rank maps the data sets."""
+        """Map the data sets into each rank's memory."""
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
     async def update_on(self, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """One optimizer step."""
+        """Make one optimizer step on rows of the training set."""
         refs = [h.update_on.remote(plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)]
         return merge(self.distinct(await self.all(refs, "update")))
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
-        """Loss and accuracy on rows of a data set."""
+        """Return loss and accuracy on rows of a data set."""
         refs = [
             h.evaluate.remote(dataset, name, plan, *own) for h, own in zip(self.handles, self.own(states), strict=True)
         ]
         return merge(self.distinct(await self.all(refs, "eval")))
 
     async def reference_key(self, dataset: int) -> str:
-        """All ranks gather the weights; the first one's name for them."""
+        """Return the first rank's key of the weights. All ranks take part, since they gather the weights."""
         keys: list[str] = await self.all([h.reference_key.remote(dataset) for h in self.handles], "reference")
         return keys[0]
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        """One column a data-parallel rank."""
+        """Return one column per data-parallel rank."""
         refs = [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles]
         await self.all([done for _, done in refs], "reference")
         return [column for column, _ in self.distinct(refs)]
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
-        """Every rank takes up all columns."""
+        """Give every rank all reference columns."""
         await self.all([h.keep_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
-        """Whether every rank could."""
+        """Return whether every rank could read the stored reference columns."""
         return all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
 
 
 def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
-    """The peaks of the largest process."""
+    """Return the peaks of the largest process."""
     gpus = [report.gpu_gib for report in reports if report.gpu_gib is not None]
     return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
 
 def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankPlace]:
-    """Where each rank of a role stands. On a GPU a process sees its own device alone."""
+    """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
     nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
     cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
     places = []
@@ -316,7 +316,7 @@ def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[Ra
 
 
 def worker_environment(place: RankPlace) -> dict[str, str]:
-    """Return the environment of a worker that computes with torch, which must be set before it imports torch."""
+    """Return the environment of a worker that computes with torch. It must be set before torch is imported."""
     return {
         "OMP_NUM_THREADS": str(place.threads),
         "DS_ACCELERATOR": place.device,
@@ -335,7 +335,7 @@ def spawn(
     *,
     concurrency: int = 1,
 ) -> list[ActorHandle[Any]]:
-    """An actor for each rank of a role; `arguments` gives those of its constructor, from where it stands."""
+    """Create an actor for each rank of a role. `arguments` returns the constructor arguments for a rank's context."""
     remote = ray.remote(cls)
     handles = []
     for place in _places(cluster, placement, role):

@@ -1,6 +1,6 @@
-"""The trained workers as Ray actors: an address to meet at and, for the policy, the sender of its weights.
+"""Wrap the trained workers as Ray actors.
 
-Everything else of a rank is in rlhf.workers; here is only what needs the cluster.
+The wrappers add a meeting address and, for the policy, a weight sender. All other code of a rank is in rlhf.workers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf.workers.trained import TrainedWorker
 
 
 def free_address(*, one_host: bool) -> tuple[str, int]:
-    """Where the gang meets: this node's address (loopback if all ranks are on it) and a port that is free now."""
+    """Return a meeting address for the gang: this node (loopback if all ranks are on it) and a currently free port."""
     host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((host, 0))
@@ -38,22 +38,22 @@ def free_address(*, one_host: bool) -> tuple[str, int]:
 
 
 class Meets:
-    """What every rank has besides its worker."""
+    """Adds a meeting address to a trained worker."""
 
     def address(self, one_host: bool) -> tuple[str, int]:
-        """Where the other ranks find this one."""
+        """Return the address at which the other ranks find this one."""
         return free_address(one_host=one_host)
 
 
 class Publishes(Meets, TrainedWorker):
-    """Sends the weights of a policy that answers prompts to its engines."""
+    """Adds the weight transfer to the engines to an online policy."""
 
     sender: WeightSender
 
     def open_weights(self, transport: Transport, meeting: Meeting | None, adapters: Path, num_engines: int) -> None:
-        """Open this rank's end of the weight transport. Where vLLM takes the adapter alone, it goes by `adapters`.
+        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapters`.
 
-        Engines that are colocated share the GPUs of the first ranks, one each.
+        Colocated engines share the GPUs of the first ranks, one each.
         """
         dtype, rank = torch_dtype(self.model_config.dtype), self.place.rank
         if not ships_adapter(self.config):
@@ -68,40 +68,40 @@ class Publishes(Meets, TrainedWorker):
         return self.sender.publish(self._published(), version)
 
     def send(self, manifest: WeightManifest) -> None:
-        """Send them, where the transport needs it. Collective."""
+        """Send the weights, if the transport needs it. Collective."""
         self.sender.send(manifest, self._published())
 
     def settle(self) -> None:
-        """The engines have loaded what was published. Collective."""
+        """Free the memory of the transfer, once the engines have loaded the weights. Collective."""
         self.sender.settle()
 
     def _published(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that the engines do not have from the start. Iterating is collective."""
+        """Yield the weights unknown to the engines from their start. Iterating is collective."""
         dtype = torch_dtype(self.model_config.dtype)
         if ships_adapter(self.config):
             return self.engine.named_adapter_weights(dtype)
         return self.engine.named_weights(dtype)
 
     def stop(self) -> None:
-        """Remove what was published and leave the gang."""
+        """Remove the published weights and leave the gang."""
         self.sender.close()
         super().stop()
 
 
 class PolicyRank(Publishes, PolicyWorker):
-    """One rank of a policy that learns by advantages."""
+    """One rank of a policy trained by advantages."""
 
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):
-    """One rank of a policy that learns from pairs of its responses."""
+    """One rank of a policy trained on pairs of its responses."""
 
 
 class StudentRank(Publishes, StudentWorker):
-    """One rank of a policy that learns from a teacher on its responses."""
+    """One rank of a policy trained by a teacher on its responses."""
 
 
 class CriticRank(Meets, CriticWorker):
-    """One rank of the critic."""
+    """One rank of an online run's critic."""
 
 
 class SupervisedRank(Meets, SupervisedWorker):
@@ -109,7 +109,7 @@ class SupervisedRank(Meets, SupervisedWorker):
 
 
 class DistillationRank(Meets, DistillationWorker):
-    """One rank of a student."""
+    """One rank of a student trained on fixed data."""
 
 
 class PreferenceRank(Meets, PreferenceWorker):

@@ -1,4 +1,4 @@
-"""The teacher's workers: independent processes among which the sequences of a step are dealt out."""
+"""Run the teacher's workers: independent processes that share the sequences of a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf.workers.frozen.teacher import TeacherWorker
 
 
 def spawn_teacher(config: Config, placement: Placement) -> TeacherWorkers:
-    """The workers of a run's teacher."""
+    """Create the teacher workers of a run on fixed data."""
     options = {"max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
     handles = spawn(
         config.cluster, placement, "teacher", lambda place: ((config.teacher, place), options), TeacherWorker
@@ -30,7 +30,7 @@ def spawn_teacher(config: Config, placement: Placement) -> TeacherWorkers:
 
 
 def spawn_online_teacher(config: Config, placement: Placement) -> OnlineTeacherWorkers:
-    """The workers of an online run's teacher."""
+    """Create the teacher workers of an online run."""
     rollouts = config.rollouts
     assert rollouts is not None
     options = {
@@ -54,23 +54,23 @@ class TeacherWorkers:
         self.lengths: Sequence[Sequence[int]] = ()
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load the models."""
+        """Load the model in every worker."""
         await self.processes.found(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role="teacher", stage="start", deadline_s=deadline_s)
 
     async def load_data(self, sets: Sequence[Ref[Examples]], *, lengths: Sequence[Sequence[int]]) -> None:
-        """Each worker maps the data sets. `lengths`: tokens of each row of each set."""
+        """Map the data sets into each worker's memory. `lengths` holds the tokens of each row of each set."""
         self.lengths = lengths
         refs = [h.load_data.remote(*sets) for h in self.handles]
         await wait_all(refs, role="teacher", stage="data", deadline_s=self.deadline_s)
 
     async def head(self) -> Ref[VocabularyHead]:
-        """The first worker's."""
+        """Return the first worker's vocabulary head."""
         return await _head(self.handles, deadline_s=self.deadline_s)
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """Each worker packs its rows together and returns a column for each rank."""
+        """Return a column for each rank. Each worker packs its rows together."""
         lengths = self.lengths[dataset]
         return await _dealt_out(
             self.handles,
@@ -81,12 +81,12 @@ class TeacherWorkers:
         )
 
     async def memory(self) -> MemoryReport:
-        """Peaks over the workers."""
+        """Return the memory peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]
         return largest(await wait_all(refs, role="teacher", stage="memory", deadline_s=self.deadline_s))
 
     async def stop(self) -> None:
-        """End the workers: they hold nothing to be given back."""
+        """End the workers. They hold no state worth saving."""
         self.end()
 
     def end(self) -> None:
@@ -95,16 +95,16 @@ class TeacherWorkers:
 
 
 class OnlineTeacherWorkers(ReferenceWorkers):
-    """The teacher role of a student that learns on its own responses."""
+    """The teacher role of a student trained on its own responses."""
 
     role: Role = "teacher"
 
     async def head(self) -> Ref[VocabularyHead]:
-        """The first worker's."""
+        """Return the first worker's vocabulary head."""
         return await _head(self.handles, deadline_s=self.deadline_s)
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
-        """Each worker packs its sequences together and returns a column for each rank."""
+        """Return a column for each rank. Each worker packs its sequences together."""
         infos = {info.sequence_id: info for group in groups for info in group.infos}
 
         def length_of(sequence_id: int) -> int:
@@ -120,7 +120,7 @@ class OnlineTeacherWorkers(ReferenceWorkers):
     async def mean_logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
     ) -> Mapping[int, float]:
-        """Batches are dealt out evenly."""
+        """Return the means by sequence id. The workers share the batches evenly."""
         shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
         refs = [
             handle.mean_logprobs.remote(temperature, samples_per_prompt, *[rollouts[i] for i in share])
@@ -145,7 +145,10 @@ async def _dealt_out(
     *,
     deadline_s: float,
 ) -> StatesByRank:
-    """A plan's rows dealt out by equal work; `ask` gives a worker's method the share of each rank in its own rows."""
+    """Distribute a plan's rows by equal work.
+
+    `ask` calls a worker's method with the share of each rank in the worker's rows.
+    """
     rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in share]
     num_ranks = len(plan.sequences_by_rank)
     work = balance([length_of(row) for row, _ in rows], min(len(handles), len(rows)))

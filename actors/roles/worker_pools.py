@@ -1,4 +1,4 @@
-"""Reward and reference workers: independent processes among which groups are dealt out."""
+"""Run pools of reward and reference workers: independent processes that share the groups of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PING_EVERY_S = 10.0  # of a worker that has not answered yet
 
 
 class RewardWorkers:
-    """The reward role."""
+    """The reward role of a run, as a pool of workers."""
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], settings: RewardSettings, *, deadline_s: float) -> None:
         self.handles = handles
@@ -45,9 +45,9 @@ class RewardWorkers:
         await wait_all([h.start.remote() for h in self.handles], role="reward", stage="start", deadline_s=deadline_s)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
-        """Score a group. Groups go to the workers in turn, to each as many at once as it has processes.
+        """Score a group. Groups go to the workers in turn, and each worker runs as many at once as it has processes.
 
-        The limit counts from the start of the work on a group. Services are asked first, about more groups at once.
+        The time limit starts with the work on a group. Services are called first, for more groups concurrently.
         """
         worker = group.request.group_id % len(self.handles)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
@@ -75,9 +75,9 @@ class RewardWorkers:
         return asked
 
     async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
-        """Wait for an answer that may take `longest` seconds, and ping the worker meanwhile.
+        """Wait up to `longest` seconds for an answer, and ping the worker meanwhile.
 
-        A worker that stands still is noticed within cluster.call_timeout_s, however long its rewards may take.
+        A hanging worker is detected within cluster.call_timeout_s, independent of the limits of its rewards.
         """
         limit = "the limits of the rewards and cluster.call_timeout_s"
         limit_s = longest + self.deadline_s
@@ -95,7 +95,7 @@ class RewardWorkers:
             answer.cancel()
 
     def _ping(self, worker: int, stage: str) -> asyncio.Task[Any]:
-        """Return the ping of a worker that is under way, or a new one."""
+        """Return the worker's pending ping, or start a new one."""
         ping = self.pings.get(worker)
         if ping is None or ping.done():
             ref = self.handles[worker].ping.remote()
@@ -122,7 +122,7 @@ class RewardWorkers:
         return said
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        """Return the answer of each response, by which responses vote; None: it has none."""
+        """Return the answer of each response, used for voting; None if it has no answer."""
         worker = group.request.group_id % len(self.handles)
         ref = self.handles[worker].answers.remote(group.rollouts, form)
         limit_s = self.deadline_s
@@ -132,14 +132,14 @@ class RewardWorkers:
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
     ) -> None:
-        """The first worker writes them."""
+        """Write the samples file in the first worker."""
         records = [selection.records for selection in selections]
         rollouts = [selection.rollouts for selection in selections]
         ref = self.handles[0].write_samples.remote(path, records, *rollouts, *signals)
         await wait_one(ref, role="reward", rank=0, stage="samples", deadline_s=self.deadline_s)
 
     async def memory(self) -> MemoryReport:
-        """Peaks over the workers."""
+        """Return the memory peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]
         return largest(await wait_all(refs, role="reward", stage="memory", deadline_s=self.deadline_s))
 
@@ -155,7 +155,7 @@ class RewardWorkers:
 
 
 class ReferenceWorkers:
-    """The reference role."""
+    """The reference role of a run, as a pool of workers."""
 
     role: Role = "reference"
 
@@ -165,13 +165,13 @@ class ReferenceWorkers:
         self.processes = Processes(self.role, handles)
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load the models."""
+        """Load the model in every worker."""
         await self.processes.found(deadline_s=deadline_s)
         refs = [h.start.remote() for h in self.handles]
         await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s)
 
     async def become(self, folder: Path) -> None:
-        """Hold the model of a folder from now on."""
+        """Replace the model by the one in a folder."""
         refs = [h.become.remote(str(folder)) for h in self.handles]
         await wait_all(refs, role=self.role, stage="reference", deadline_s=self.deadline_s)
 
@@ -182,7 +182,7 @@ class ReferenceWorkers:
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[Ref[TokenValues]]:
-        """Batches are dealt out evenly; each worker packs its own together."""
+        """Return one column per batch. The workers share the batches evenly, and each packs its batches together."""
         columns: list[Any] = [None] * len(rollouts)
         shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
         waits = []
@@ -196,22 +196,22 @@ class ReferenceWorkers:
         return columns
 
     async def offload(self) -> None:
-        """Give the GPU to the engines."""
+        """Free the GPU for the engines."""
         refs = [h.offload.remote() for h in self.handles]
         await wait_all(refs, role=self.role, stage="offload", deadline_s=self.deadline_s)
 
     async def reload(self) -> None:
-        """Take the GPU back."""
+        """Move the model back to the GPU."""
         refs = [h.reload.remote() for h in self.handles]
         await wait_all(refs, role=self.role, stage="reload", deadline_s=self.deadline_s)
 
     async def memory(self) -> MemoryReport:
-        """Peaks over the workers."""
+        """Return the memory peaks over the workers."""
         refs = [h.memory.remote() for h in self.handles]
         return largest(await wait_all(refs, role=self.role, stage="memory", deadline_s=self.deadline_s))
 
     async def stop(self) -> None:
-        """End the workers: they hold nothing to be given back."""
+        """End the workers. They hold no state worth saving."""
         self.end()
 
     def end(self) -> None:
@@ -220,7 +220,7 @@ class ReferenceWorkers:
 
 
 class LikelihoodWorkers:
-    """Workers that measure supervised examples, for an evaluation outside of a run."""
+    """Workers measuring supervised examples, for an evaluation outside of a run."""
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles
@@ -228,12 +228,12 @@ class LikelihoodWorkers:
         self.processes = Processes("policy", handles)
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load the models."""
+        """Load the model in every worker."""
         await self.processes.found(deadline_s=deadline_s)
         await wait_all([h.start.remote() for h in self.handles], role="policy", stage="start", deadline_s=deadline_s)
 
     async def measure(self, examples: Sequence[Example]) -> list[ExampleResult]:
-        """One result for each example, in order; they are dealt out by equal work."""
+        """Return one result for each example, in order. The examples are distributed by equal work."""
         shares = balance([len(example.token_ids) for example in examples], len(self.handles))
         shares = [share for share in shares if share]
         refs = [
@@ -249,7 +249,7 @@ class LikelihoodWorkers:
         return [by_row[i] for i in range(len(examples))]
 
     async def stop(self) -> None:
-        """End the workers: they hold nothing to be given back."""
+        """End the workers. They hold no state worth saving."""
         self.end()
 
     def end(self) -> None:

@@ -1,8 +1,9 @@
-"""Rollout engines that outlive their run, for the next run of this process if it needs the same engines.
+"""Keep rollout engines after their run, for the next run of this process with the same engine settings.
 
-A process that runs several trials of a sweep keeps them (`KEEPER.keeps`); any other process ends them with its run.
-They know nothing of the previous run: they refuse to generate before a sync, and every batch begins without cached
-prefixes. Only engines on one CPU host are kept, because the other transports are connected to their sender.
+A process running several trials of a sweep keeps its engines (`KEEPER.keeps`); any other process ends them with the
+run. Kept engines hold no state of the previous run: they refuse to generate before a sync, and every batch begins with
+an empty prefix cache. Only engines on one CPU host are kept, because the other transports are connected to their
+sender.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Keeper:
     async def provide(
         self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
     ) -> LentEngines:
-        """Return the place and the engines of a run: the kept ones if they fit, else new ones that are not started."""
+        """Return the placement and engines of a run: the kept ones if they match, else new engines not yet started."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
             self.kept, lent.is_kept, lent.is_started = None, False, True
@@ -45,7 +46,7 @@ class Keeper:
         return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:
-        """End the engines that are kept."""
+        """End the engines held for the next run."""
         if self.kept is not None:
             self.kept.is_kept = False
             self.kept.end()
@@ -55,7 +56,7 @@ class Keeper:
 
 @dataclass(slots=True, kw_only=True)
 class LentEngines:
-    """The engines and the placement group of a run, which are kept if the run ends in order."""
+    """The engines and placement group of a run. They may be kept if the run ends normally."""
 
     key: str  # of what they follow from
     placement: Placement
@@ -65,7 +66,7 @@ class LentEngines:
     is_kept: bool = False
 
     async def stop(self) -> None:
-        """Keep the engines, or shut them down in order. Called when the run has ended in order."""
+        """Keep the engines, or shut them down. Called only after a normal end of the run."""
         self.is_kept = self.may_stay
         if not self.is_kept:
             await self.engines.stop()
@@ -76,7 +77,7 @@ class LentEngines:
             self.engines.end()
 
     def release(self) -> None:
-        """Give the place back unless the engines are kept in it."""
+        """Release the placement group unless the engines are kept in it."""
         if self.is_kept:
             KEEPER.kept = self
         else:
@@ -84,7 +85,7 @@ class LentEngines:
 
 
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | None) -> str:
-    """Return a key. Runs with equal keys need the same engines in the same place."""
+    """Return a key. Runs with equal keys need the same engines in the same placement."""
     policy = config.policy
     model = policy.model, policy.tokenizer, policy.dtype, policy.lora, policy.trust_remote_code
     return repr((model, max_model_len, environment, seat(config), config.cluster))

@@ -1,6 +1,6 @@
-"""`rlhf eval`: models answer prompts through rollout engines and reward workers, or are measured on examples.
+"""Evaluate models (`rlhf eval`) on prompts, with rollout engines and reward workers, or on examples.
 
-The models of a comparison take turns, each with engines and reward workers of its own.
+The models of a comparison run one after the other, each with separate engines and reward workers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Said = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conver
 
 
 def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise UserError if results cannot be written there, or are there already and are not to be overwritten."""
+    """Raise UserError if the folder is not writable, or holds results and `overwrite` is not given."""
     if (folder / REPORT).exists() and not overwrite:
         raise UserError(
             f"{folder} holds an evaluation already. Name another folder with --out, or replace it with --overwrite."
@@ -73,22 +73,24 @@ def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What there is to write down."""
+    """The results to be written."""
 
     evaluation: Evaluation
     rows: list[dict[str, Any]]  # samples
 
     @property
     def report(self) -> str:
-        """eval.json."""
+        """Return the text of eval.json."""
         return json.dumps(self.evaluation.to_json(), indent=2, allow_nan=False) + "\n"
 
 
 def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
-    """Measure, and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or an environment
-    failed.
+    """Evaluate and write eval.json and samples.jsonl into the folder.
 
-    RunError if a reward failed whose `on_error` is fail, or if a set has no score at all.
+    If a reward or an environment failed, errors.jsonl is written too.
+
+    Raises:
+        RunError: a reward with `on_error: fail` failed, or a set has no score at all.
     """
     (folder / "errors.jsonl").unlink(missing_ok=True)  # of an evaluation that failed
 
@@ -104,7 +106,7 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
 
 
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
-    """An evaluation as a stage of a pipeline: its row of metrics is step 0, and eval.json says that it is finished."""
+    """Run an evaluation as a stage of a pipeline. Its metrics are row 0, and eval.json marks it as finished."""
     with recording(stage, resume=resume) as (record, _):
         with named(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
@@ -119,7 +121,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
 
 
 async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Found:
-    """Everything that the models answer, measured. `note` is told of each scored group, with what failed in it."""
+    """Evaluate all models. `note` is called with each scored group and its failures."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
@@ -139,7 +141,7 @@ async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Foun
 async def _answers(
     candidate: Candidate, inputs: EvalInputs, note: Callable[[ScoredGroup], None]
 ) -> dict[str, list[PromptResult]]:
-    """A model's scored responses to the prompts of every set; prompts that a reward failed on are left out."""
+    """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
     seating = seats_of({"rollout", "reward"}, cluster, with_reward_model=inputs.reward_model is not None)
     placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
@@ -219,7 +221,7 @@ async def _answers(
 
 
 async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[ExampleResult]]:
-    """What a model says of the examples of every set."""
+    """Return a model's results on the examples of every set."""
     cluster = inputs.cluster
     seating = seats_of({"policy"}, cluster, with_reward_model=False)
     placement = await reserve_seats(seating, limit_s=cluster.start_timeout_s)
@@ -263,7 +265,7 @@ def _result(scored: ScoredGroup, said: Said, answers: AnswerForm | None) -> Prom
 def _prompt_reports(
     inputs: EvalInputs, answers: Sequence[Mapping[str, Sequence[PromptResult]]]
 ) -> tuple[list[SetReport], list[dict[str, Any]]]:
-    """The first model's reports, and the samples of all."""
+    """Return the first model's reports and the samples of all models."""
     first = inputs.candidates[0]
     reports = []
     for name, results in answers[0].items():

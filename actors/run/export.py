@@ -1,4 +1,4 @@
-"""A checkpoint of any step as a model folder: the policy's ranks come back, load it, and export."""
+"""Export a checkpoint of any step as a model folder: the policy's ranks start again, load it, and export."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 def export_checkpoint(
     run: Path, *, step: int | None, folder: Path, merged: bool, push_to_hub: str | None, trust_remote_code: bool
 ) -> None:
-    """Write the policy of a checkpoint (the latest unless a step is named) as a Hugging Face or adapter folder.
+    """Write the policy of a checkpoint (default: the latest) as a Hugging Face or adapter folder.
 
-    merged: as a whole model, the adapter added to the weights. UserError if the run trained no adapter.
-    push_to_hub: the repository of the hub, OWNER/NAME, to which the folder is uploaded; None: it is not.
-    trust_remote_code: run code that comes with the run's model. The run may be somebody else's, so its configuration
-    alone does not allow that.
+    Args:
+        merged: write a whole model, with the adapter added to the weights. UserError if the run trained no adapter.
+        push_to_hub: upload the folder to this repository of the hub, OWNER/NAME; None uploads nothing.
+        trust_remote_code: run code of the run's model. The run may come from another person, so its configuration alone
+            does not allow this.
     """
     logs.configure()
     if push_to_hub is not None:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_merge(stage: MergeStage, pipeline: Path, *, resume: bool, quiet: bool) -> None:
-    """Write the stage's final/, whole or not at all."""
+    """Run the merge and write the stage's final/ atomically."""
     config = with_local_models(stage, pipeline)
     with recording(stage, resume=resume) as (record, _):
         folder = record.folder

@@ -1,4 +1,4 @@
-"""A run's folder with all that is written of it, open while it runs: of a training run, a merge or an evaluation."""
+"""Open the folder and the record of a training run, a merge or an evaluation."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 def recording(
     stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
 ) -> Iterator[tuple[RunRecord, int | None]]:
-    """The record, and the step of the checkpoint to go on from; None: there is none. A failure is written down.
+    """Open the record. Yields it with the step of the checkpoint to resume from; None if there is none.
 
-    steps, show, mode: of the progress display.
+    Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
     """
     with RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder:
         folder.write_config(dump_masked_yaml(stage))
@@ -83,7 +83,7 @@ def recording(
 
 @contextmanager
 def _hiding_nothing() -> Iterator[None]:
-    """What fails inside is only logged: another failure is on its way, and is the one to be told."""
+    """Log errors raised in the block instead of raising, since an earlier error is about to be raised."""
     try:
         yield
     except (OSError, RunError) as error:
@@ -91,9 +91,9 @@ def _hiding_nothing() -> Iterator[None]:
 
 
 def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
-    """Those that are asked for, and Prometheus where there is a Ray to serve it. A merge has no metrics.
+    """Return the configured back ends, and Prometheus if the stage runs in Ray. A merge has no metrics.
 
-    after: step that a resumed run goes on from, -1 if it has no checkpoint; None: it is not resumed.
+    `after` is the step to resume after, or -1 without a checkpoint; None for a new run.
     """
     if isinstance(stage, MergeStage):
         return []
@@ -120,7 +120,7 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    """What is in effect in the run, in the form of its file."""
+    """Return the settings in effect, in the form of the configuration file."""
     tree = from_yaml(dump_yaml(stage))
     assert isinstance(tree, dict)
     return tree

@@ -1,6 +1,6 @@
-"""From a checked configuration to a finished run: inputs, cluster, actors, controller, final model.
+"""Run a checked configuration: inputs, cluster, actors, controller, final model.
 
-The composition of the actors with the controllers; the loops themselves are in rlhf.controller.
+This module connects the actors with the controllers. The training loops are in rlhf.controller.
 """
 
 from __future__ import annotations
@@ -94,15 +94,15 @@ def launch(
     json_lines: bool = False,
     until: int | None = None,
 ) -> None:
-    """Run all stages, or with `resume` those that are left. Returns when the result of the last one is written.
+    """Run all stages, or with `resume` the unfinished ones. Returns when the last result is written.
 
     Args:
-        from_step: resume from the checkpoint of this step instead of the newest; the first unfinished stage does.
-        overwrite: replace what the run's folder holds, once the inputs have been checked.
-        until: stop a single run after this step, with a checkpoint from which `resume` continues.
+        from_step: resume the first unfinished stage from the checkpoint of this step instead of the newest.
+        overwrite: replace the contents of the run's folder, once the inputs have been checked.
+        until: stop a single run after this step, with a checkpoint for `resume`.
 
     Raises:
-        Preempted: a signal came before the end (see rlhf.stopping), and what is done is kept.
+        Preempted: a signal came before the end (see rlhf.stopping). Finished work is kept.
     """
     mode: Mode = "quiet" if quiet else "json" if json_lines else "auto"
     logs.configure()
@@ -163,7 +163,7 @@ def _run_stages(
 
 
 def _refuse_other_end(config: Config, until: int) -> None:
-    """UserError unless the run has the step at which it shall stop."""
+    """Raise UserError unless the run reaches the step given by `until`."""
     steps = config.train.num_steps
     if not 1 <= until <= steps:
         raise UserError(f"--until: is {until}, and the run has the steps 1 to {steps} (train.steps)")
@@ -375,12 +375,12 @@ async def _run_online(
 
 
 def _names(placement: Placement) -> str:
-    """Name the roles whose processes start, with how many there are."""
+    """Return the names and worker counts of the starting roles."""
     return ", ".join(f"{len(seats)} {role}" for role, seats in placement.seating.seats.items())
 
 
 def _policy_rank(config: Config) -> type[Publishes]:
-    """Return the class of the policy's ranks: it depends on what the policy learns from."""
+    """Return the class of the policy's ranks, given by the learning method."""
     if distils_rollouts(config):
         return StudentRank
     return OnlinePreferenceRank if pairs_rollouts(config) else PolicyRank
