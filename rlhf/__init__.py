@@ -1,4 +1,4 @@
-"""Post-training on Ray. What the command line does, as typed calls; importing this imports nothing heavy.
+"""Post-training on Ray. The commands as typed calls; importing this package imports nothing heavy.
 
 loaded = rlhf.load_config("configs/ppo_smollm2.yaml", ["train.steps=3"])
 sys.stdout.write(rlhf.plan(loaded))
@@ -85,12 +85,16 @@ def plan(
     lengths: str | None = None,
     simulate: str | None = None,
 ) -> str:
-    """What follows from a configuration, as `rlhf plan` prints it: derived numbers, placement, memory, time and cost.
+    """Return the output of `rlhf plan`: derived numbers, placement, memory, time and cost.
 
-    Of a file for a sweep: its trials, how many fit at once, and the plan of the first.
-    cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit it into. shapes: a folder with config.json of models that
-    are not here. lengths: of responses, `lognormal:MEAN:SIGMA` or a file. simulate: scenarios such as
-    `gpus=64+4096,staleness=0+1` instead. As numbers: rlhf.planning.footprints and rlhf.planning.simulate.
+    For a sweep's file: its trials, how many fit at once, and the plan of the first.
+
+    Args:
+        cluster: nodes such as `2*cpu=96,gpu=8,type=h100` to fit the run into.
+        shapes: a folder with config.json of models that are not on this machine.
+        lengths: response lengths, as `lognormal:MEAN:SIGMA` or a file.
+        simulate: scenarios such as `gpus=64+4096,staleness=0+1` instead of the plan. For numbers call
+            rlhf.planning.footprints and rlhf.planning.simulate.
     """
     from rlhf.commands.plan import plan as text_of
 
@@ -112,10 +116,10 @@ def train(
     """Run a configuration, all stages of a pipeline in turn. Returns the folder of the run or the pipeline.
 
     Args:
-        config: a YAML file, a mapping with the same keys, or a configuration that was loaded or built before. In a
+        config: a YAML file, a mapping with the same keys, or a configuration loaded or built before. In a
             mapping, a reward's `function` may be a function of a Python file.
         from_step: resume from the checkpoint of this step, not the newest.
-        overwrite: replace the run that the folder holds.
+        overwrite: replace the existing run in the folder.
         quiet: show no progress.
         json_lines: write progress to stdout as JSON lines.
         until: stop after this step, with a checkpoint from which `resume` continues.
@@ -150,10 +154,10 @@ def sweep(
     retry_failed: bool = False,
     quiet: bool = False,
 ) -> SweepResult:
-    """Vary keys of a configuration over many runs, as the file's section `sweep` says. What came of it.
+    """Vary keys of a configuration over many runs, as in the file's section `sweep`, and return the result.
 
-    resume: go on with the sweep in its folder; retry_failed: its failed trials too.
-    UserError: the input is wrong. RunError: no trial came to an end.
+    resume: continue the sweep in its folder; retry_failed: also repeat its failed trials. UserError: the input is
+    wrong. RunError: all trials failed.
     """
     from rlhf.commands.sweep import run_sweep
     from rlhf.config.schema.sweep import load_sweep
@@ -162,9 +166,9 @@ def sweep(
 
 
 def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Make the file's sweep on W&B's server, whose agents run its trials. Returns `ENTITY/PROJECT/ID`.
+    """Create the file's sweep on W&B's server. W&B agents run its trials. Returns `ENTITY/PROJECT/ID`.
 
-    UserError: the input is wrong, or there are no credentials. RunError: the server did not make it.
+    UserError: the input is wrong, or there are no credentials. RunError: the server did not create the sweep.
     """
     from rlhf.config.schema.sweep import load_sweep
     from rlhf.sweeps.wandb_sweep import create
@@ -173,7 +177,7 @@ def make_wandb_sweep(config: str | Path, overrides: Sequence[str] = ()) -> str:
 
 
 def run_wandb_agent(sweep: str, *, count: int | None = None) -> None:
-    """Run trials of a sweep that `make_wandb_sweep` made, until W&B has no more or `count` are done."""
+    """Run trials of a sweep from `make_wandb_sweep`, until W&B has no more or `count` are done."""
     from rlhf.sweeps.wandb_sweep import run_agent
 
     run_agent(sweep, count=count)
@@ -182,9 +186,9 @@ def run_wandb_agent(sweep: str, *, count: int | None = None) -> None:
 def quickstart(
     algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> Path:
-    """Train a tiny model here, in minutes, and show what it has learnt. Returns the pipeline's folder.
+    """Train a tiny model on this machine in minutes, and show its improvement. Returns the pipeline's folder.
 
-    One that was cut off goes on. RunError: it has not learnt what it should.
+    An interrupted quickstart continues. RunError: the model has not reached the expected accuracy.
     """
     from rlhf.commands.quickstart import quickstart as run
 
@@ -202,9 +206,10 @@ def export(
 ) -> None:
     """Write the checkpoint of a step (the latest if None) of the run in folder `run` as a Hugging Face folder.
 
-    merged: of a run with LoRA, a whole model with the adapter in its weights instead of an adapter folder.
-    push_to_hub: the repository of the hub, OWNER/NAME, to which the folder is uploaded; None: it is not.
-    trust_remote_code: run code that comes with the run's model, if the run did.
+    Args:
+        merged: for a run with LoRA, write a whole model with the adapter in its weights instead of an adapter folder.
+        push_to_hub: the hub repository, OWNER/NAME, for an upload of the folder. None: no upload.
+        trust_remote_code: run the code in the run's model folder, if the run did.
     """
     from rlhf.commands.export import export as write
 
@@ -226,7 +231,7 @@ def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
 
 
 def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet: bool = False) -> Path:
-    """Merge models or adapters. Returns the folder that was made.
+    """Merge models or adapters. Returns the new folder.
 
     UserError: the input is wrong. RunError: something failed at run time.
     """
@@ -248,10 +253,10 @@ def generate(
     device: Literal["cpu", "cuda"] = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Generation]:
-    """Return responses to prompts, or to those of a file or dataset (a Path), in order.
+    """Return responses to prompts, or to the prompts of a file or dataset (a Path), in order.
 
     model: a hub name, a model folder, a LoRA adapter's folder, or a run's folder. decoding None: one greedy response,
-    with the system prompt, chat template, columns and stops of the run whose result the model is.
+    with the system prompt, chat template, columns and stops of the run that produced the model.
     """
     from rlhf.commands.generate import generate as run
 
@@ -274,11 +279,13 @@ def serve(
     trust_remote_code: bool = False,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve a model in the form of OpenAI's interface, until SIGINT or SIGTERM. `ready` is told the base URL.
+    """Serve a model through OpenAI's interface, until SIGINT or SIGTERM. `ready` is called with the base URL.
 
-    model: as for `generate`; requests call it by `name`. token_env: environment variable with the token that callers
-    must give; hosts beyond this machine need one. kv_cache_gib: of each engine on a CPU. max_length: tokens of prompt
-    and response, at most.
+    Args:
+        model: as for `generate`; requests name it `name`.
+        token_env: the environment variable with the callers' token, required for hosts beyond this machine.
+        kv_cache_gib: the cache of each engine on a CPU.
+        max_length: the maximum number of tokens in a prompt and its response.
     """
     from rlhf.commands.serve import serve as run
 
@@ -317,10 +324,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model on held-out data; eval.json and samples.jsonl go to `out`, or to evals/NAME.
 
-    overwrite: replace the results that the folder holds.
-
-    target: a configuration (or its YAML), whose data.eval and rewards measure its policy.model or `model`; or a model,
-    measured on `data` by `rewards`, which are what `rlhf eval` takes. decoding None: as in `generate`.
+    Args:
+        target: a configuration (or its YAML), to measure its policy.model or `model` with its data.eval and rewards;
+            or a model, to measure on `data` with `rewards`, in the form of the options of `rlhf eval`.
+        decoding: None: as in `generate`.
+        overwrite: replace the existing results in the folder.
     """
     from rlhf.commands.evaluate import evaluate as run
     from rlhf.evaluation.results import Marks
@@ -346,7 +354,7 @@ def evaluate(
 
 
 def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
-    """Write run folders as one HTML file, to `out` or into the (first) run's folder; what looks wrong is in the result.
+    """Write run folders as one HTML file, to `out` or into the (first) run's folder. The result holds the problems.
 
     UserError: a folder holds no run, or the file cannot be written.
     """
@@ -366,9 +374,9 @@ def dashboard(*, project: str = "rlhf", entity: str | None = None, out: str | Pa
 
 
 def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -> ScoredFile:
-    """What a configuration's rewards say of the responses in a file; a reward that fails is part of the result.
+    """Score the responses in a file with a configuration's rewards. A failing reward is part of the result.
 
-    file: rows with `prompt`, `response` and the columns that the rewards read, or samples that a run has written.
+    file: rows with `prompt`, `response` and the columns of the rewards, or samples written by a run.
     """
     from rlhf.commands.reward import reward as run
 
@@ -379,8 +387,10 @@ def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -
 def play(
     config: AnyConfig, turns: Iterable[str], show: Callable[[str], None], overrides: Sequence[str] = (), *, row: int = 1
 ) -> Played:
-    """Play one conversation with the configuration's environment. Each of `turns` stands for a turn of the policy;
-    `show` gets what the policy would be given before it."""
+    """Play one conversation with the configuration's environment.
+
+    Each element of `turns` stands for a turn of the policy. `show` gets the policy's input before it.
+    """
     from rlhf.commands.play import play as run
 
     return run(_loaded(config, overrides), turns, show, row=row)
@@ -395,9 +405,10 @@ def serve_reward(
     token_env: str | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve a configuration's rewards, or one function by name, until SIGINT or SIGTERM. `ready` is told the URL.
+    """Serve a configuration's rewards, or one function by name, until SIGINT or SIGTERM.
 
-    token_env: environment variable with the token that callers must give; hosts beyond this machine need one.
+    `ready` is called with the URL. token_env: the environment variable with the callers' token, required for hosts
+    beyond this machine.
     """
     from rlhf.commands.serve_reward import serve_reward as run
 
@@ -409,7 +420,9 @@ def serve_reward(
 
 
 def doctor() -> tuple[Finding, ...]:
-    """What this machine has for training, printed and returned. Training is impossible while a finding is `bad`."""
+    """Check this machine for training, print the findings and return them. A `bad` finding makes
+    training impossible.
+    """
     from rlhf.commands.doctor import doctor as look
 
     return look()
@@ -435,10 +448,11 @@ def submit(
     memory_gib: float = 0.0,
     resources: Mapping[str, float] | None = None,
 ) -> str:
-    """Run the YAML file, below the current folder, as a job of a Ray cluster, or go on with its run. Returns its id.
+    """Run the YAML file, below the current folder, as a job of a Ray cluster, or continue its run. Returns the job's
+    id.
 
-    address: of the dashboard, or RAY_ADDRESS. env: names of variables that the job gets from this process. The rest is
-    reserved for the job's driver.
+    address: the address of the dashboard, or RAY_ADDRESS. env: names of variables passed from this process to the job.
+    The other arguments are resources reserved for the job's driver.
     """
     from rlhf.commands.submit import submit as start
 
@@ -447,21 +461,21 @@ def submit(
 
 
 def follow_job(job: str, *, address: str | None = None, write: Callable[[str], object] | None = None) -> JobEnd:
-    """Write a job's log, to stdout if not told, until it is over. Returns how it ended."""
+    """Write a job's log (by default to stdout) until the job is over. Returns its final state."""
     from rlhf.commands.submit import follow_job as follow
 
     return follow(job, address=address, write=write or sys.stdout.write)
 
 
 def job_status(job: str, *, address: str | None = None) -> JobEnd:
-    """How a job stands."""
+    """Return the state of a job."""
     from rlhf.commands.submit import job_status as ask
 
     return ask(job, address=address)
 
 
 def stop_job(job: str, *, address: str | None = None) -> JobEnd:
-    """End a job, whose run writes a checkpoint first, and wait until it is over."""
+    """End a job and wait until it is over. Its run writes a checkpoint first."""
     from rlhf.commands.submit import stop_job as stop
 
     return stop(job, address=address)
@@ -476,9 +490,9 @@ def view(
     token_env: str | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is told the URL.
+    """Show the folder of a run or a pipeline in browsers, until SIGINT or SIGTERM. `ready` is called with the URL.
 
-    token_env: environment variable with the token that browsers must give; hosts beyond this machine need one.
+    token_env: the environment variable with the browsers' token, required for hosts beyond this machine.
     """
     from rlhf.viewing.server import view as serve
 

@@ -1,4 +1,4 @@
-"""What may stand on the command line, and what is wrong with the rest. Does nothing."""
+"""The arguments of the command line, and error messages for invalid ones. It runs no command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The words as a command with its options. UserError says what is wrong with them."""
+    """Parse the words into a command with its options. UserError: the words are invalid."""
     args, extra = _parser().parse_known_args(argv)
     takes_overrides = "overrides" in args
     if extra and (not takes_overrides or any(word.startswith("-") for word in extra)):

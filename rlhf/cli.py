@@ -1,8 +1,8 @@
-"""The command line: finds the command, and says what went wrong.
+"""The command line: it finds the command and reports errors.
 
-Exit codes: 0 done, 2 the user's input is wrong, 1 anything that fails at run time, 75 a signal other than Ctrl-C ended
-the run, which continues with --resume auto, 130 Ctrl-C ended it. An error is one short paragraph on stderr; a traceback
-only with --debug.
+Exit codes: 0 done, 2 the user's input is wrong, 1 a failure at run time, 75 a signal other than Ctrl-C ended the run,
+and --resume auto continues it, 130 Ctrl-C ended it. An error is one short paragraph on stderr; --debug adds a
+traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf.tracking.logs import printable, redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say, and return the exit code. Without `argv` this is the whole process."""
+    """Run the command of the arguments, and return the exit code. Without `argv` this is the whole process."""
     if argv is None:
         _repair_streams()
     code = _main(list(sys.argv[1:] if argv is None else argv))
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _repair_streams() -> None:
-    """Let writing never fail: a closed stream becomes /dev/null, and what a locale cannot show is escaped."""
+    """Make writing never fail: a closed stream becomes /dev/null, and characters outside the locale are escaped."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # Python's value for a stream that was closed when it started
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  for the whole process
@@ -66,7 +66,7 @@ def _main(given: list[str]) -> int:
 
 
 def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
-    """Name the command that continues what was ended."""
+    """Return the command that continues an interrupted run."""
     of_wandb = args.command == "sweep" and (args.wandb or args.trial or args.agent is not None)
     if args.command not in ("train", "sweep", "quickstart") or of_wandb:
         return ""
@@ -79,7 +79,7 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
 
 
 def _known(error: BaseException) -> UserError | RunError | None:
-    """The error that was meant for the user, also where a task group wraps it."""
+    """Return the error meant for the user, also from inside a task group's error."""
     if isinstance(error, UserError | RunError):
         return error
     if isinstance(error, BaseExceptionGroup):
@@ -88,7 +88,7 @@ def _known(error: BaseException) -> UserError | RunError | None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is our own output that nobody takes."""
+    """Return whether the reader of our output has gone."""
     output = select.poll()
     output.register(1, 0)  # an error is told unasked
     return bool(output.poll(0))

@@ -1,6 +1,6 @@
-"""What the quickstart shows when it is done: held-out accuracy before and after, samples, curves, and a verdict.
+"""The final output of the quickstart: held-out accuracy before and after, samples, curves, and a verdict.
 
-Reads the run folder; trains nothing.
+It reads the run folder and trains nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _pairs(folder: Path, first: int, last: int) -> list[SamplePair]:
-    """Some held-out prompts with both answers, those first that training put right."""
+    """Return some held-out prompts with both responses, corrected ones first."""
     before, after = (
         {row["prompt_id"]: row for row in read_lines(samples_path(folder, step)) if row["split"] == "heldout"}
         for step in (first, last)

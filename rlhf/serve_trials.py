@@ -1,8 +1,8 @@
-"""Trials of a sweep one after another in one process: the next one finds Ray, the imports and equal engines there.
+"""Trials of a sweep one after another in one process. Later trials reuse Ray, the imports and equal engines.
 
-Started by actors.sweeps.runner, which writes a line of JSON a trial to stdin and reads one from stdout when the trial
-has ended well; all else that is said goes to the trial's log. It ends when stdin does, or with the exit code of the
-first trial that does not end well, since nobody knows what that one has left behind.
+actors.sweeps.runner starts the process and writes a line of JSON a trial to stdin. The process answers with a line on
+stdout after each successful trial; all other output goes to the trial's log. It ends with stdin, or with the exit code
+of the first failed trial, because the state after a failure is unknown.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def serve() -> int:
 
 
 def _keep(to_the_end: ExitStack, config: str) -> None:
-    """Have Ray, and engines that are left, until the last trial is done."""
+    """Keep Ray, and idle engines, until the last trial is done."""
     from rlhf.config.files.load import load
 
     (run,) = load(config).runs.values()

@@ -1,4 +1,4 @@
-"""Rules that every server of the framework follows: who may ask, how slow a client may be, and when the server ends.
+"""Rules for every server of the framework: access, limits for slow clients, and the server's end.
 
 The servers themselves (of models, of rewards, of run folders) import this module. It knows none of their requests.
 """
@@ -38,7 +38,7 @@ def is_loopback(host: str) -> bool:
 
 
 def serving_token(host: str, token_env: str | None) -> str | None:
-    """The token that requests must give. UserError if there is none and others than this machine can ask."""
+    """Return the required token of requests. UserError: it is not set, and other machines can reach the server."""
     if token_env is None:
         if not is_loopback(host):
             raise UserError(
@@ -52,7 +52,7 @@ def serving_token(host: str, token_env: str | None) -> str | None:
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """UserError if an address cannot be listened on now, for a server that takes long until it does."""
+    """Raise UserError if an address cannot be listened on now. Called by servers with a slow start."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -65,7 +65,7 @@ def _unheard(host: str, port: int, error: OSError | OverflowError) -> UserError:
 
 
 def stranger(request: web.Request) -> str | None:
-    """Return why a server without a token refuses a request, or None.
+    """Return the reason why a server without a token refuses a request, or None.
 
     A web page of another site can make a browser send requests here. Its name is then in `Host` or in `Origin`.
     """
@@ -105,7 +105,7 @@ def gives_token(request: web.Request, token: str) -> bool:
 
 
 def same(given: str, secret: str) -> bool:
-    """Whether a header is the secret, in a time that does not tell how much of it is. A header may be no text."""
+    """Return whether a header equals the secret, in constant time. A header may be invalid text."""
     return hmac.compare_digest(os.fsencode(given), os.fsencode(secret))
 
 
@@ -119,7 +119,7 @@ def serve_until_interrupted(
 ) -> signal.Signals:
     """Serve until the first signal, and return it. `ready` is called with the address, without a path.
 
-    drops_abandoned: a request whose caller has gone is cancelled.
+    drops_abandoned: whether to cancel a request after its caller has gone.
     """
 
     def work(request: StopRequest) -> signal.Signals:
@@ -160,7 +160,7 @@ async def _serve(
 
 
 class Connections:
-    """Closes connections on which no request arrives, so that slow clients cannot use up the file descriptors.
+    """Closes connections without requests, so that slow clients cannot use up the file descriptors.
 
     A connection is busy from a complete request head to the end of the answer. An idle one is closed after
     IDLE_CONNECTION_S, and the oldest idle ones at once while more than half of the process' descriptors are in use.
@@ -189,7 +189,7 @@ class Connections:
             self.sweep(runner.server.connections, now=asyncio.get_running_loop().time())
 
     def sweep(self, connections: Sequence[web.RequestHandler], *, now: float) -> None:
-        """Close the connections that have been idle for too long, or that are too many."""
+        """Close connections after too long an idle time, and idle connections beyond the limit."""
         idle = [connection for connection in connections if connection not in self._busy]
         self._idle_since = {connection: self._idle_since.get(connection, now) for connection in idle}
         excess = len(connections) - self._most

@@ -1,7 +1,7 @@
-"""The commands, one module each, in the order of the help: `add` declares its arguments, `run` does it.
+"""The commands, one module each, in the order of the help: `add` declares the arguments, `run` executes the command.
 
-These are the modules of rlhf that reach into actors, inside functions, so that help stays fast. A command reads its
-arguments, makes one call and shows what it gave; the call itself is there for Python too (rlhf/__init__.py).
+These modules of rlhf import actors, inside functions, so that help stays fast. A command reads its arguments, makes one
+call and shows the result. Python code can make the same call (rlhf/__init__.py).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rlhf.commands.shared import Subparsers
 
 
 class Command(Protocol):
-    """What a module of a command has."""
+    """The interface of a command's module."""
 
     def add(self, commands: Subparsers) -> None:
-        """Declare the command and what it takes."""
+        """Declare the command and its arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Do it; the exit code."""

@@ -1,4 +1,6 @@
-"""How `rlhf generate` and `rlhf eval` ask a model: by options, else by the settings of the run that trained it."""
+"""The decoding of `rlhf generate` and `rlhf eval`: from options, else from the settings of the run that trained the
+model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ _OPTIONS = {
 
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
-    """Add the options of a Decoding. None has a default here: an option that is not given says nothing."""
+    """Add the options of a Decoding. They have no defaults here, so an omitted option stays unset."""
     add = command.add_argument
     add("--samples", type=int, metavar="N", help="responses to each prompt; 1")
     add("--temperature", type=float, help="0 is greedy; 0")
@@ -80,7 +82,7 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def options_given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a Decoding that the options set."""
+    """Return the fields of a Decoding set by the options."""
     from rlhf.evaluation.decoding import Decoding
 
     values = {field.name: getattr(args, field.name) for field in fields(Decoding)}
@@ -91,7 +93,7 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
-    """UserError for the first option of a Decoding, which has no effect on a configuration."""
+    """Raise UserError for the first option of a Decoding, because it has no effect on a configuration."""
     for name in given:
         option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
         raise UserError(
@@ -101,9 +103,9 @@ def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
 
 
 def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
-    """Return how a model is asked. What the options do not say, the run says whose result the model is.
+    """Return the decoding of a model. Omitted options come from the run that produced the model.
 
-    The settings that are taken from a run are named in a line on stderr.
+    A line on stderr names the settings taken from a run.
     """
     from rlhf.evaluation.decoding import Decoding
 
@@ -124,14 +126,14 @@ def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
 
 
 def _resolved(model: str) -> Path | None:
-    """Return the configuration of the run whose folder, or whose final/, a model is."""
+    """Return the configuration of a run, given its folder or its final/."""
     folder = Path(model).expanduser()
     folders = (folder, folder.parent) if folder.name == "final" else (folder,)
     return next((folder / RESOLVED for folder in folders if (folder / RESOLVED).is_file()), None)
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Return the fields of a Decoding that a run's configuration sets."""
+    """Return the fields of a Decoding set in a run's configuration."""
     from rlhf.config.files.yaml_tree import read_tree
 
     tree = read_tree(file).values

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("dashboard", help="make a W&B workspace for the runs of a project")
     command.add_argument("--project", default="rlhf", help="W&B project (tracking.wandb_project); rlhf")
     command.add_argument("--entity", help="W&B user or team; the account's own")

@@ -1,4 +1,4 @@
-"""`rlhf doctor`: what is installed here, or how the nodes of a cluster fit together, and what to do about it."""
+"""`rlhf doctor`: check the installation here, or whether the nodes of a cluster fit together, and give remedies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("doctor", help="what is installed, and what to do about it")
     command.add_argument(
         "--cluster",
@@ -30,7 +29,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, and print what was found. 1 if something makes training impossible, else 0."""
+    """Run the checks and print the findings. Return 1 if a finding makes training impossible, else 0."""
     if args.cluster is None:
         if args.address is not None:
             raise UserError("--address has no effect without --cluster")
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def doctor() -> tuple[Finding, ...]:
-    """Look at this machine."""
+    """Return the findings for this machine."""
     from actors.doctor.machine import doctor as look
 
     return look()

@@ -23,7 +23,6 @@ Device = Literal["cpu", "cuda"]
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("eval", help="measure a model on held-out data")
     command.add_argument(
         "target", metavar="CONFIG|MODEL", help="a run's YAML (its data.eval and rewards), or a model as for generate"
@@ -100,7 +99,7 @@ def evaluate(
     out: Path | None,
     overwrite: bool,
 ) -> tuple[Evaluation, Path]:
-    """Evaluate a run's configuration or a model; what was found, and the folder with eval.json and samples.jsonl."""
+    """Evaluate a run's configuration or a model. Return the result, and the folder with eval.json and samples.jsonl."""
     if isinstance(target, str):
         if model is not None:
             raise UserError(f"--model has no effect: {target} is a model already")

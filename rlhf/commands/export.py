@@ -27,7 +27,6 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export the checkpoint."""
     export(
         args.run,
         args.folder,

@@ -21,7 +21,6 @@ Device = Literal["cpu", "cuda"]
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("generate", help="responses of a model, or a conversation with it")
     command.add_argument("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
     given = command.add_mutually_exclusive_group(required=True)
@@ -33,7 +32,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer, or converse."""
+    """Answer the prompts, or start a conversation."""
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
@@ -70,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
 def generate(
     model: str, source: Sequence[str] | Path, decoding: Decoding | None, *, device: Device, trust_remote_code: bool
 ) -> list[Generation]:
-    """Return responses to prompts, or to those of a file or dataset. decoding None: as the model's run asked it."""
+    """Return responses to prompts, or to the prompts of a file or dataset. decoding None: use the settings of the
+    model's run.
+    """
     decoding = decoding or decoding_of(model, {})
 
     def work(_: StopRequest) -> list[Generation]:

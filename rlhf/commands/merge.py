@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("merge", help="merge models or adapters into one")
     command.add_argument("config", metavar="CONFIG", help="YAML file with a merge section")
     add_quiet(command)
@@ -21,7 +20,6 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge them."""
     from rlhf.config.schema.merge import load_merge
 
     merging = load_merge(args.config, args.overrides)
@@ -31,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def merge(config: MergeRun, *, quiet: bool) -> None:
-    """Merge models or adapters into the folder that the section names."""
+    """Merge models or adapters into the folder of the section `merge`."""
     from rlhf.merging.merge import merge_models
 
     merge_models(config, config.out, quiet=quiet)

@@ -1,4 +1,4 @@
-"""`rlhf plan CONFIG`: show what follows from a configuration, and check what it reads. Starts no Ray and no engine."""
+"""`rlhf plan CONFIG`: show the consequences of a configuration, and check its inputs. Starts no Ray and no engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("plan", help="check a configuration and show what follows from it")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument("--cluster", metavar="NODES", help="fit it into nodes such as '2*cpu=96,gpu=8,type=h100'")
@@ -36,7 +35,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, then check what the run reads, as far as it is on this machine."""
+    """Print the plan, then check the run's inputs on this machine."""
     from rlhf.config.files.load import LoadedConfig
 
     target = _read(args.config, args.overrides)
@@ -77,7 +76,10 @@ def plan(
 
 
 def check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
-    """Check the inputs as `rlhf train` does, with UserError for an invalid one. Return what was checked, or why not."""
+    """Check the inputs as `rlhf train` does. Return a sentence about the checks, or the reason for none.
+
+    UserError: an input is invalid.
+    """
     if cluster is not None:
         return (
             "  not checked, since --cluster describes other machines; without it, those of this machine are checked\n"

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("play", help="play the configuration's environment by hand, without a model")
     command.add_argument("config", metavar="CONFIG", help="YAML file with rollouts.environment")
     command.add_argument("--row", type=int, default=1, metavar="N", help="row of the training data, from 1; 1")
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int = 1) -> Played:
-    """Play one conversation; each of `turns` is a turn of the policy, `show` gets what it would be given before."""
+    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each."""
     from actors.rollout.play import play as converse
 
     return converse(loaded, turns, show, row=row)

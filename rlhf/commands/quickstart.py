@@ -17,7 +17,6 @@ RECIPE_OF = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("quickstart", help="train a tiny model on this machine, in minutes")
     command.add_argument("--algorithm", choices=tuple(RECIPE_OF), default="ppo", help="which recipe")
     add_quiet(command)
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def quickstart(algorithm: str, overrides: Sequence[str], *, quiet: bool) -> Path:
-    """Train, show before and after; the folder. A quickstart that was cut off goes on."""
+    """Train, show results before and after, and return the folder. An interrupted quickstart continues."""
     from rlhf.commands.train import launch
     from rlhf.config.files.load import load
     from rlhf.config.files.recipes import RECIPES

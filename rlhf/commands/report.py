@@ -1,4 +1,4 @@
-"""`rlhf report RUN [RUN ...]`: run folders as one HTML file that explains itself."""
+"""`rlhf report RUN [RUN ...]`: run folders as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser(
         "report", help="run folders as one HTML file: diagnosis, curves, samples, differences"
     )

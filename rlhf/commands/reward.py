@@ -19,7 +19,6 @@ MOST_TOLD = 10  # failures
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("reward", help="a configuration's rewards over responses in a file, without training")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument(
@@ -34,7 +33,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The table or the lines; then the failures, which are an error where the policy says so."""
+    """Print the table or the lines, then the failures. A failure is an error if the rewards' policy is to fail."""
     from rlhf.config.files.load import load
     from rlhf.tracking.run_folder.atomic import json_line
 
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def reward(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
-    """Score the responses in a file; what the rewards say, and whether a failure among them would end a run."""
+    """Score the responses in a file. Also return whether a failure among them would end a run."""
     from rlhf.rewards.failure_rule import ends_run
     from rlhf.rewards.scoring import error_rules
     from rlhf.scoring.score_file import score_file

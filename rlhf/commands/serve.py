@@ -17,7 +17,6 @@ SERVE_DEADLINE_S = 600.0
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("serve", help="serve a model over HTTP, in OpenAI's form")
     add = command.add_argument
     add("model", metavar="MODEL", help="model folder, hub name, LoRA adapter folder or run folder")
@@ -41,7 +40,6 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted."""
     serve(
         args.model,
         name=args.name,
@@ -61,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(model: str, **options: Any) -> None:
-    """Serve a model until it is interrupted. The options are those of `actors.serving.http.serve`, which has no
-    defaults."""
+    """Serve a model until interrupted. The options are the arguments of `actors.serving.http.serve`,
+    without defaults.
+    """
 
     def work(_: StopRequest) -> None:
         from actors.serving.http import serve as serve_model

@@ -16,7 +16,6 @@ REWARD_PORT = 8700
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("serve-reward", help="serve rewards over HTTP")
     command.add_argument(
         "target", metavar="CONFIG|FUNCTION", help="the rewards of a YAML file; a built-in, or path/file.py:name"
@@ -28,7 +27,6 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted."""
     serve_reward(
         configuration_or_name(args.target, args.overrides),
         host=args.host,
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def serve_reward(
     target: LoadedConfig | str, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]
 ) -> None:
-    """Serve a configuration's rewards, or one function, until it is interrupted."""
+    """Serve a configuration's rewards, or one function, until interrupted."""
     from rlhf.scoring.http import serve
     from rlhf.scoring.scorer import scoring_of_config, scoring_of_function
 

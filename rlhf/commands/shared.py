@@ -1,4 +1,4 @@
-"""What several commands take, and how all of them write to stdout. Runs nothing."""
+"""Options of several commands, and output to stdout for all commands. It runs nothing."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:
-    """--quiet."""
+    """Add the option --quiet."""
     command.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def add_progress(command: argparse.ArgumentParser) -> None:
-    """--quiet or --json."""
+    """Add the options --quiet and --json."""
     modes = command.add_mutually_exclusive_group()
     modes.add_argument("--quiet", action="store_true", help="no progress")
     modes.add_argument("--json", action="store_true", help="progress as JSON lines on stdout, for programs")
 
 
 def configuration_or_name(target: str, overrides: Sequence[str]) -> LoadedConfig | str:
-    """A YAML file's configuration, or the name as it is. UserError for overrides of what has no keys."""
+    """Return a YAML file's configuration, or the name unchanged. UserError: overrides are given for a name."""
     if target.endswith((".yaml", ".yml")):
         from rlhf.config.files.load import load
 
@@ -47,7 +47,7 @@ def configuration_or_name(target: str, overrides: Sequence[str]) -> LoadedConfig
 
 
 def say(text: str) -> None:
-    """Write to stdout, now."""
+    """Write a line to stdout and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

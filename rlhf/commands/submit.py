@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("submit", help="run a configuration as a job of a Ray cluster")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file below the current folder")
     command.add_argument("--address", metavar="URL", help="the cluster's dashboard; RAY_ADDRESS if not given")
@@ -66,7 +65,7 @@ def submit(
     memory_gib: float,
     resources: Mapping[str, float],
 ) -> tuple[Jobs, str]:
-    """Start the job; the cluster's jobs, and the id of this one."""
+    """Start the job. Return the cluster's jobs, and the id of this job."""
     from actors.jobs.submit import DriverResources
     from actors.jobs.submit import submit as start
 
@@ -82,7 +81,7 @@ def follow_job(job: str, *, address: str | None, write: Callable[[str], object])
 
 
 def job_status(job: str, *, address: str | None) -> JobEnd:
-    """How it stands."""
+    """Return the state of a job."""
     from actors.jobs.submit import Jobs
 
     return Jobs(address).state(job)
@@ -111,7 +110,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _code(job: str, end: JobEnd) -> int:
-    """The driver's exit code. RunError, with Ray's words, for a job that has none."""
+    """Return the driver's exit code. RunError, with Ray's message, for a job without an exit code."""
     if end.state == "SUCCEEDED":
         say(f"done: {job}\n")
         return 0

@@ -1,4 +1,4 @@
-"""`rlhf sweep CONFIG`: runs that differ in some keys, compared; also as a native sweep of W&B."""
+"""`rlhf sweep CONFIG`: compare runs with different values of some keys; also as a native W&B sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("sweep", help="vary keys of a configuration over many runs, and find the best")
     command.add_argument("config", metavar="CONFIG", help="YAML file with a sweep section")
     command.add_argument(
@@ -35,7 +34,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sweep, and show what came of it."""
+    """Run the sweep and show its result."""
     from rlhf.config.schema.sweep import load_sweep
 
     if args.count is not None and args.agent is None:
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) -> SweepResult:
-    """Run all trials, or those that are left. A signal ends them as `run_stoppable` says."""
+    """Run all trials, or only the remaining ones. A signal ends them as described in `run_stoppable`."""
 
     def work(_: StopRequest) -> SweepResult:
         from actors.sweeps.runner import run_sweep as start
@@ -83,7 +82,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool, quiet: bool) ->
 
 
 def _run_trial(args: argparse.Namespace) -> int:
-    """The run of the parameters that W&B's agent gives beside the overrides that the sweep was made with."""
+    """Run a trial with the parameters of W&B's agent and the overrides of the sweep."""
     from rlhf.commands.train import launch
     from rlhf.config.files.yaml_tree import from_yaml
     from rlhf.config.schema.sweep import load_sweep

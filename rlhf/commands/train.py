@@ -1,4 +1,4 @@
-"""`rlhf train CONFIG`: run a configuration, of whatever method, all stages of a pipeline in turn."""
+"""`rlhf train CONFIG`: run a configuration of any method, all stages of a pipeline in turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("train", help="run a configuration, of whatever method")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument(
@@ -41,7 +40,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and show what the evaluations say."""
+    """Train, and show the evaluations."""
     from rlhf.config.files.load import load
     from rlhf.tracking.run_folder.atomic import json_line
 
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _next_steps(loaded: LoadedConfig) -> str:
-    """Return the commands that show or use what was trained."""
+    """Return the commands that show or use the trained model."""
     from rlhf.config.schema.stages import result_of, run_folder
 
     last = list(loaded.stages.values())[-1]
@@ -146,7 +145,7 @@ def _continues(loaded: LoadedConfig) -> str:
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:
-    """Of each run that has some by responses, the first and the last."""
+    """Show the first and the last evaluation of each run with evaluations by responses."""
     from rich.console import Console
 
     from rlhf.config.schema.stages import run_folder

@@ -15,7 +15,6 @@ VIEW_PORT = 8701
 
 
 def add(commands: Subparsers) -> None:
-    """Its arguments."""
     command = commands.add_parser("view", help="look at a run, or two, in a browser")
     command.add_argument("run", metavar="RUN", type=Path, help="folder of a run or a pipeline")
     command.add_argument("against", metavar="RUN", type=Path, nargs="?", help="another one to compare it with")
@@ -25,7 +24,6 @@ def add(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted."""
     from rlhf.viewing.server import view
 
     folders = [folder for folder in (args.run, args.against) if folder is not None]

@@ -1,1 +1,1 @@
-"""`rlhf report`: run folders as one HTML file that explains itself. Reads what runs wrote; measures nothing."""
+"""`rlhf report`: run folders as one self-contained HTML file. It reads the files of runs and measures nothing."""

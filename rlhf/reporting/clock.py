@@ -62,7 +62,7 @@ def _length(seconds: float) -> str:
 
 
 def _last_steps(run: Run, spans: Sequence[Span]) -> list[Span]:
-    """Those of the last steps, by what a step usually takes."""
+    """Return the spans of the last steps, estimated from the usual time of a step."""
     if not spans:
         return []
     lengths = sorted(row["time/step_s"] for row in run.rows if row.get("time/step_s") is not None)

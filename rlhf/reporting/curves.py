@@ -1,6 +1,4 @@
-"""What the plots of a report show: every metric of its runs over the steps, grouped by stage, thinned to what a screen
-can tell apart.
-"""
+"""The plots of a report: every metric of its runs over the steps, grouped by stage, thinned to screen resolution."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _STAGES = (
 
 
 def keys_of(runs: Sequence[Run]) -> list[str]:
-    """All metrics that some run has a value of, by stage."""
+    """Return all metrics with a value in some run, by stage."""
     keys = {key for run in runs for row in run.rows for key, value in row.items() if "/" in key and value is not None}
     return sorted(keys, key=lambda key: (_place(key), key))
 
@@ -35,7 +33,7 @@ def _place(key: str) -> int:
 
 
 def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
-    """The few that one looks at first: what looks wrong, held-out results, what training says of itself."""
+    """Return the few metrics to read first: problems, held-out results, and the main training metrics."""
     keys = keys_of(runs)
     wrong = [one.metrics[0] for one in findings if one.severity != "notice"]
     evals = [key for key in keys if key.startswith("eval/") and key.rpartition("/")[2] in ("score", "loss", "accuracy")]
@@ -44,7 +42,7 @@ def main_keys(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
 
 
 def plot(key: str, runs: Sequence[Run], findings: Sequence[Finding]) -> dict[str, Any]:
-    """One plot's data as uPlot takes it: the steps, and each run's values at them."""
+    """Return one plot's data in the form of uPlot: the steps, and each run's values at them."""
     curves = [_curve(run.rows, key) for run in runs]
     steps = sorted({step for curve in curves for step in curve})
     metric = declared(key) if is_declared(key) else None

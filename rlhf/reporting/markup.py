@@ -1,6 +1,6 @@
-"""HTML from text that nobody may trust: every value passes through `text`.
+"""HTML from untrusted text: every value passes through `text`.
 
-What a model wrote can hold tags, scripts, control characters and half surrogates; it is shown, never obeyed.
+A model's text can hold tags, scripts, control characters and half surrogates. It is shown, never obeyed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def text(value: object) -> str:
 
 
 def key(name: str) -> str:
-    """A metric's or setting's name, which may be broken at its parts."""
+    """Return the name of a metric or setting, with line breaks allowed between its parts."""
     return f"<code>{text(name).replace('/', '/<wbr>').replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
 
 
@@ -31,9 +31,9 @@ def cut(value: str, limit: int) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int | None = None) -> str:
-    """A table that scrolls by itself where the page is narrow. Headings are text, cells are HTML already.
+    """Return a table that scrolls separately on a narrow page. Headings are text, cells are HTML already.
 
-    numbers: column from which on cells are set as numbers; None: none are.
+    numbers: the first column to align as numbers. None: align no column so.
     """
     align = [numbers is not None and index >= numbers for index in range(len(headings))]
     head = "".join(_cell("th", text(name), right) for name, right in zip(headings, align, strict=True))
@@ -56,11 +56,11 @@ def section(title: str, content: str, *, id: str = "") -> str:
 
 
 def folded(title: str, content: str, *, note: str = "", of: str = "") -> str:
-    """A part that opens when it is asked for. of: a class."""
+    """Return a collapsed section. `of` is its CSS class."""
     told = f' <span class="dim">{text(note)}</span>' if note else ""
     return f'<details class="{text(of)}"><summary>{text(title)}{told}</summary>{content}</details>'
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand inside a script element."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

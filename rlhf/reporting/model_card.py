@@ -1,6 +1,6 @@
-"""The README.md of a trained model: what it was made from, how, and what its run measured last.
+"""The README.md of a trained model: its base model, its training, and the last measurements of its run.
 
-Written into final/ and into exported folders, in the form that the Hugging Face hub reads. It holds no paths of the
+It is written into final/ and into exported folders, in the format of the Hugging Face hub. It holds no paths of the
 machine and no arguments of rewards.
 """
 
@@ -35,7 +35,7 @@ def write_model_card(folder: Path, config: Config, *, run: Path, step: int | Non
     """Write README.md into a model folder of the run in folder `run`.
 
     Args:
-        step: of the checkpoint; None: the end of the run.
+        step: the step of the checkpoint. None: the end of the run.
         merged: whether an adapter was added to the weights.
     """
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []

@@ -1,7 +1,7 @@
-"""The whole report: runs that are the same stage are overlaid, everything is inlined, one file is written.
+"""The whole report: runs of the same stage are overlaid, everything is inlined, one file is written.
 
-The page allows only its own two scripts (by their hashes) and no address, so that what it shows can neither act nor
-call. A PNG of the main curves goes beside it.
+The page allows only its two scripts (by their hashes) and no address. Its content can therefore neither act nor call. A
+PNG of the main curves is written next to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UPLOT = Path(__file__).parent.parent / "viewing" / "static" / "vendor"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was written."""
+    """The paths of a written report and its findings."""
 
     html: Path
     pictures: tuple[Path, ...]  # one for each stage that has curves
@@ -40,8 +40,10 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
-    """Read the runs, and write the page to `out`; None: report.html in the folder of the run, or for several runs
-    comparison.html in that of the first. UserError: a folder is no run's, or the page cannot be written.
+    """Read the runs, and write the page to `out`.
+
+    out: None: report.html in the folder of the run, or for several runs comparison.html in the first run's folder.
+    UserError: a folder holds no run, or the page cannot be written.
     """
     if not folders:
         raise UserError("report needs the folder of a run, such as runs/NAME")
@@ -59,7 +61,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
 
 
 def _pictures(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], html: Path) -> list[Path]:
-    """report.png, or of a pipeline report.STAGE.png of each stage that has curves."""
+    """Write report.png, or for a pipeline report.STAGE.png of each stage with curves."""
     written = []
     for runs in groups:
         keys = [key for key in main_keys(runs, [one for run in runs for one in findings[run.name]]) if is_declared(key)]
@@ -94,7 +96,7 @@ def _page(groups: Sequence[Sequence[Run]], findings: dict[str, list[Finding]], *
 
 
 def _summary(runs: Sequence[Run], findings: dict[str, list[Finding]]) -> str:
-    """One sentence for who reads no further."""
+    """Return a one-sentence summary."""
     found = [one for run in runs for one in findings[run.name]]
     counts = [(severity, sum(one.severity == severity for one in found)) for severity in SEVERITIES]
     told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts if count)
@@ -104,7 +106,7 @@ def _summary(runs: Sequence[Run], findings: dict[str, list[Finding]]) -> str:
 
 
 def _group(runs: Sequence[Run], findings: dict[str, list[Finding]], data: dict[str, Any]) -> str:
-    """Runs that are overlaid: what looks wrong, what differs, and everything else of each."""
+    """Return the section of overlaid runs: problems, differences, and then all details of each run."""
     several = len(runs) > 1
     content = ""
     for run in runs:

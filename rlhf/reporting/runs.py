@@ -1,7 +1,7 @@
 """A run's folder as the report reads it: state, rows, evaluations, samples, spans, errors, configuration.
 
-The stages of a pipeline are runs of their own. Nothing here writes, and a run that is still going is not disturbed:
-what it has not finished writing is left out.
+Each stage of a pipeline is a separate run. Nothing here writes, and a running run is not disturbed: unfinished files
+and rows are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SCANNED_STEPS = 25  # sample files at each end in which the same prompt is look
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorKind:
-    """Errors that are alike."""
+    """A group of equal errors."""
 
     stage: str
     kind: str
@@ -40,7 +40,7 @@ class ErrorKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something of the timeline, in seconds since the first span that is shown."""
+    """A span of the timeline, in seconds since the first shown span."""
 
     name: str
     role: str
@@ -51,7 +51,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One prompt, answered early and late. None: there is only one answer."""
+    """One prompt with an early and a late response. None: there is only one response."""
 
     split: str
     prompt: str
@@ -84,24 +84,26 @@ class Run:
 
     @property
     def last_step(self) -> int | None:
-        """The newest step that is written down."""
+        """Return the newest written step."""
         return int(self.rows[-1]["step"]) if self.rows else None
 
     @property
     def total_steps(self) -> int | None:
-        """As configured."""
+        """Return the configured number of steps."""
         steps = (self.config.get("train") or {}).get("steps")
         return steps if isinstance(steps, int) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, the stages of a pipeline one by one in its order. UserError: a folder is no run's."""
+    """Read the runs of these folders. The stages of a pipeline follow in its order. UserError: a
+    folder holds no run.
+    """
     names = _names(folders)
     return [run for folder, name in zip(folders, names, strict=True) for run in _runs_of(folder, name)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest distinct ends of the paths."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -128,7 +130,7 @@ def _runs_of(folder: Path, name: str) -> list[Run]:
 
 
 def _is_run(folder: Path) -> bool:
-    """A pipeline's own folder has a config too, but nothing that a run writes at its start."""
+    """Return whether a folder is a run's. A pipeline's folder also has a config, but not the files of a run's start."""
     return any((folder / name).exists() for name in ("metrics.jsonl", "environment.json", "eval.json"))
 
 
@@ -191,7 +193,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _own_config(folder: Path) -> Mapping[str, Any]:
-    """A run's; merges and evaluations write theirs as a pipeline of one stage."""
+    """Return a run's configuration. Merges and evaluations write theirs as a pipeline of one stage."""
     config = _config(folder)
     stages = config.get("stages")
     own = stages.get(folder.name) if isinstance(stages, Mapping) else None
@@ -214,7 +216,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(folder: Path) -> dict[int, Mapping[str, Any]]:
-    """Read the evaluations of a run by step. A file whose sets have no numbers is left out: it may be another's."""
+    """Read the evaluations of a run by step. A file whose sets have no numbers is left out: another program may have
+    written it.
+    """
     paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
     if (folder / "eval.json").exists():
         paths[0] = folder / "eval.json"
@@ -300,7 +304,7 @@ def read_spans(folder: Path) -> list[Span]:
 
 
 def read_pairs(run: Run) -> list[Pair]:
-    """Prompts with their first and last answers: of the evaluations, or where there are none, of training."""
+    """Return prompts with their first and last responses, from the evaluations or, without any, from training."""
     folder = run.folder / "samples"
     steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
     evaluated = {row["step"] for row in run.rows if any(key.startswith("eval/") for key in row)}
@@ -324,7 +328,7 @@ def _splits(folder: Path, steps: Iterable[int], *, training: bool) -> dict[str, 
 
 
 def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Pair]:
-    """By prompt, its answers in the first and the last step that have it; unpaired ones where no prompt came twice."""
+    """Pair each prompt's responses of its first and last step. Return single responses if no prompt came twice."""
     answers: dict[tuple[object, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for step in sorted(steps):
         for row in steps[step]:  # tasks of an environment may begin with the same words
@@ -350,7 +354,7 @@ def _pairs(split: str, steps: Mapping[int, Sequence[Mapping[str, Any]]]) -> list
 
 
 def told_pairs(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Some of them for a reader: what training mended first, then what it spoilt, then what stayed."""
+    """Return some pairs for a reader: improved ones first, then worsened ones, then unchanged ones."""
     by_gain = sorted(pairs, key=lambda pair: -pair.gain)
     gained = [pair for pair in by_gain if pair.gain > 0]
     lost = [pair for pair in reversed(by_gain) if pair.gain < 0]

@@ -1,6 +1,6 @@
-"""The parts of a report in words and tables: what was run, what looks wrong, numbers, differences, samples, errors.
+"""The parts of a report in words and tables: runs, problems, numbers, differences, samples, errors.
 
-Each takes runs and gives HTML, empty where there is nothing to say. The order of the page is not decided here.
+Each function takes runs and returns HTML, which is empty without content. The order of the page is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AVERAGED = 5  # steps at each end: one alone is noise
 
 
 def header(runs: Sequence[Run]) -> str:
-    """One line a run: what it is, how it stands, how long it took, on what."""
+    """Return one line a run: its name, state, duration and hardware."""
     rows = [
         [
             f"<b>{text(run.name)}</b>",
@@ -188,7 +188,7 @@ def _pair(pair: Pair) -> str:
 
 
 def memory(run: Run) -> str:
-    """The most that each role's largest process held, at the beginning and later."""
+    """Return the peak memory of each role's largest process, at the beginning and later."""
     names = sorted({name for row in run.rows for name in row if name.startswith("memory/")})
     rows = []
     for name in names:
@@ -199,7 +199,7 @@ def memory(run: Run) -> str:
 
 
 def errors(run: Run) -> str:
-    """What went wrong without ending the run, and what ended it, counted."""
+    """Return the counted errors, both survived and fatal ones."""
     if not run.errors:
         return ""
     rows = [
@@ -217,7 +217,7 @@ def errors(run: Run) -> str:
 
 
 def config_differences(runs: Sequence[Run]) -> str:
-    """Keys whose values differ between the runs."""
+    """Return the configuration keys with different values in the runs."""
     found = [dict(_leaves(portable(run.config, run.folder))) for run in runs]
     for flat in found:
         flat.pop("run.name", None)
@@ -225,7 +225,7 @@ def config_differences(runs: Sequence[Run]) -> str:
 
 
 def environment_differences(runs: Sequence[Run]) -> str:
-    """What differs in what the runs ran on."""
+    """Return the differences between the environments of the runs."""
     found = [dict(_leaves(run.environment)) for run in runs]
     return section("Environment: what differs", _differing(runs, found), id="environment")
 

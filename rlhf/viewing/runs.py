@@ -1,6 +1,6 @@
-"""Which runs a page shows: the given folders, or the stages of a pipeline, looked for anew at every request.
+"""The runs of a page: the given folders, or the stages of a pipeline, listed anew at every request.
 
-Knows where things lie in a run folder; does not read what stands in them.
+This module knows the paths in a run folder; it does not read the files' contents.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlace:
-    """A run that can be shown."""
+    """A run that the page can show."""
 
     name: str  # unique on the page
     path: Path
 
     def state(self) -> dict[str, Any]:
-        """How far it is, from what lies in its folder."""
+        """Return the run's progress, derived from the files in its folder."""
         written = _written(self.path / "metrics.jsonl")
         age = round(max(time.time() - written, 0.0), 1) if written else None
         done = any((self.path / result).exists() for result in ("final", "eval.json"))
@@ -34,7 +34,7 @@ class RunPlace:
         return {"name": self.name, "done": done, "failed": failed, "age_s": age, "steps": self.sample_steps()}
 
     def sample_steps(self) -> list[int]:
-        """Steps of which there are samples, rising."""
+        """Return the steps with samples, rising."""
         try:
             names = [path.name for path in (self.path / "samples").iterdir()]
         except OSError:
@@ -43,10 +43,10 @@ class RunPlace:
 
 
 class RunPlaces:
-    """The folders that were named on the command line."""
+    """The folders named on the command line."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        """UserError if one of them holds no run."""
+        """Resolve the folders. UserError if a folder holds no run."""
         self.folders = [folder.resolve() for folder in folders]
         for folder, said in zip(self.folders, folders, strict=True):
             if not folder.is_dir():
@@ -55,7 +55,7 @@ class RunPlaces:
                 raise UserError(f"{said} holds no run: there is neither a metrics.jsonl nor a config.resolved.yaml")
 
     def found(self) -> dict[str, RunPlace]:
-        """By name. A pipeline's stages are runs of their own, in the order in which they began."""
+        """Return the runs by name. Each stage of a pipeline is a run, in order of their start."""
         paths: list[Path] = []
         for folder in self.folders:
             stages = _stages(folder)
@@ -83,7 +83,7 @@ def _began(path: Path) -> tuple[float, str]:
 
 
 def _written(path: Path) -> float:
-    """When; 0: never."""
+    """Return the time of a file's last write; 0: never."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -23,7 +23,7 @@ _PREVIEW = 160  # characters of a prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPreview:
-    """The part of a prompt in which it differs from the other prompts of its file."""
+    """The part of a prompt that differs from the other prompts of its file."""
 
     preview: str
     hash: str  # of the whole prompt, by which two steps' prompts are compared
@@ -31,7 +31,7 @@ class PromptPreview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleIndex:
-    """What a file holds. `version` is another one as soon as the file is."""
+    """The index of a samples file. `version` changes with the file."""
 
     version: str
     spans: tuple[tuple[int, int], ...]  # of each line, begin and length in bytes
@@ -48,7 +48,7 @@ class SampleFiles:
         self._lock = threading.Lock()
 
     def index(self, path: Path) -> SampleIndex:
-        """Of a step's file. FileNotFoundError if there is none."""
+        """Return the index of a step's file. FileNotFoundError: the step has no file."""
         version = _version(path)
         with self._lock:
             kept = self._kept.get(path)
@@ -64,7 +64,7 @@ class SampleFiles:
         return made
 
     def whole(self, path: Path, version: str, places: Sequence[int]) -> bytes | None:
-        """These lines of the file as they are; None if it is another file by now. IndexError: there is no such line."""
+        """Return these lines of the file unchanged. None: the file has changed. IndexError: there is no such line."""
         index = self.index(path)
         if index.version != version:
             return None
@@ -100,7 +100,7 @@ def _read_index(path: Path, version: str) -> SampleIndex:
 
 
 def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
-    """Leave out what all prompts begin with, such as a system prompt; of a single prompt keep the end."""
+    """Remove the common beginning of all prompts, such as a system prompt. Of a single prompt keep the end."""
     first, last = min(prompts.values(), default=""), max(prompts.values(), default="")
     differs = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     start = first.rfind(" ", 0, differs) + 1
@@ -117,7 +117,7 @@ def _previews(prompts: Mapping[str, str]) -> dict[str, PromptPreview]:
 
 
 def _short(line: bytes) -> dict[str, Any] | None:
-    """A line without its text; None if it is no response, or cut."""
+    """Return a line without its text. None: the line is truncated, or is no response."""
     head, found, _ = line.partition(_TOKENS)
     if not line.endswith(b"\n"):
         return None

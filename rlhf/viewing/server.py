@@ -1,12 +1,12 @@
-"""The page and what it asks for. All of it is read, and nothing is changed, but that a browser may log in.
+"""The page and its requests. They only read, except that a browser may log in.
 
-GET  /                        the page; /static/ what it is made of
-POST /login                   Authorization: Bearer TOKEN; a cookie for what follows
-GET  /api/runs                runs with their state, and what each metric means
-GET  /api/metrics?run=        rows of metrics.jsonl from a place on; /api/errors likewise
-GET  /api/samples?run=&step=  the responses of a step in short
-GET  /api/responses?...&at=   some of them whole
-GET  /api/config?run=         config.resolved.yaml as it stands
+GET  /                        the page, with its files under /static/
+POST /login                   Authorization: Bearer TOKEN; sets a cookie for later requests
+GET  /api/runs                runs with their state, and the meaning of each metric
+GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/errors likewise
+GET  /api/samples?run=&step=  short forms of a step's responses
+GET  /api/responses?...&at=   some responses in full
+GET  /api/config?run=         config.resolved.yaml, unchanged
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class RunViewer:
-    """The application. `token` None: whoever reaches it by a name of this machine may look."""
+    """The web application. `token` None: anyone may look who reaches it by a name of this machine."""
 
     def __init__(self, places: RunPlaces, token: str | None) -> None:
         self.places = places
@@ -58,7 +58,7 @@ class RunViewer:
         self.samples = SampleFiles()
 
     def application(self) -> web.Application:
-        """What aiohttp runs."""
+        """Build the aiohttp application."""
         app = web.Application(middlewares=[self._guard])
         get = app.router.add_get
         get("/", self._page)
@@ -74,7 +74,7 @@ class RunViewer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Who may ask, errors as JSON objects, and the headers of every answer."""
+        """Check access, return errors as JSON objects, and set the headers of every answer."""
         try:
             response = self._refusal(request) or await handler(request)
         except web.HTTPException as error:
@@ -94,7 +94,7 @@ class RunViewer:
         return _error(401, "log in with the token")
 
     def _pass(self) -> str:
-        """What a logged-in browser holds: made of the token, which cannot be told from it."""
+        """Return the cookie of a logged-in browser. It is derived from the token and does not reveal it."""
         assert self.token is not None
         return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 
@@ -189,6 +189,6 @@ def _error(status: int, text: str) -> web.Response:
 
 
 def view(folders: Sequence[Path], *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
-    """Serve until it is interrupted. `ready` is told the address."""
+    """Serve until interrupted. `ready` is called with the address."""
     viewer = RunViewer(RunPlaces(folders), serving_token(host, token_env))
     serve_until_interrupted(viewer.application(), host=host, port=port, ready=lambda address: ready(f"{address}/"))

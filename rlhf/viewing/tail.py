@@ -1,7 +1,7 @@
-"""A growing file of JSON lines, a piece at a time. Nothing is held here: each request says where the last one ended.
+"""A growing JSON-lines file, read part by part. Nothing is kept here: each request states the end of the last part.
 
-A run that is resumed takes lines back. `mark` is a checksum of the bytes before a place: where it is not what the
-reader was told, the file is another one, and is read from its beginning.
+A resumed run removes lines again. `mark` is a checksum of the bytes before a position. If it differs from the reader's
+checksum, the file is another one and is read from its beginning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARKED_BYTES = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Whole lines."""
+    """A part of the file in whole lines."""
 
     lines: bytes
     next: int  # where the next piece begins
@@ -28,8 +28,10 @@ class Piece:
 
 
 def read_piece(path: Path, start: int, mark: int, *, last: bool = False) -> Piece:
-    """Lines from `start` on; a file that is missing has none. last: only the end of the file, if it is long, and the
-    reader knows nothing yet."""
+    """Return the lines from `start` on, or an empty part for a missing file.
+
+    last: return only the end of a long file to a reader without a position.
+    """
     try:
         file = path.open("rb")
     except OSError:
