@@ -1,7 +1,7 @@
-"""`rlhf doctor --cluster`: whether the nodes of a Ray cluster can train together, and what to do where they cannot.
+"""`rlhf doctor --cluster`: check whether the nodes of a Ray cluster can train together, and give remedies.
 
-Asks every node by an actor that takes no resources. Every wait has a deadline; a node that says nothing is a finding.
-It leaves nothing behind, on the nodes or in the run's folder.
+An actor without resources checks each node. Every wait has a deadline; a silent node is a finding. The check leaves no
+files behind, on the nodes or in the run's folder.
 """
 
 from __future__ import annotations
@@ -46,17 +46,16 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfNode:
-    """A finding, and the address of the node that it is of."""
+    """A finding, and the address of its node."""
 
     node: str
     finding: Finding
 
 
 def cluster_doctor(loaded: LoadedConfig | None, address: str | None) -> tuple[OfNode, ...]:
-    """All findings, and prints them as a table.
+    """Return all findings, and print them as a table.
 
-    loaded: the configuration whose paths and placement are looked at too. address: else its cluster.address, else
-    RAY_ADDRESS.
+    loaded: the configuration with paths and placement to check. address: default cluster.address, then RAY_ADDRESS.
     """
     from rich.console import Console
     from rich.table import Table
@@ -122,7 +121,7 @@ def examine(stages: Sequence[Stage]) -> Iterator[OfNode]:
 
 
 def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
-    """What a node has said, against what this machine says. here: the sizes of the paths."""
+    """Compare the facts of a node with this machine's. here: the sizes of the paths."""
     own, theirs = versions(), facts.versions
     differ = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
     told = ", ".join(f"{name} {theirs.get(name, 'missing')} (here {own.get(name, 'missing')})" for name in differ)
@@ -174,7 +173,7 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def models_of(stages: Sequence[Stage]) -> list[str]:
-    """The models of the hub that the runs load: names that are no path here."""
+    """Return the hub models that the runs load: all names without a path here."""
     named: dict[str, None] = {}
     for stage in stages:
         tree = stage.model_dump(mode="json")
@@ -189,7 +188,7 @@ def models_of(stages: Sequence[Stage]) -> list[str]:
 
 
 def paths_of(stages: Sequence[Stage]) -> list[str]:
-    """What the configuration names of this machine's files and folders, and the run needs to read."""
+    """Return the configured files and folders of this machine that the run reads."""
     named: dict[str, None] = {}
 
     def walk(value: Any) -> None:
@@ -249,7 +248,7 @@ def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
-    """A file where the runs will be, for all nodes to read; None without a configuration."""
+    """Yield a new file in the runs' folder, for all nodes to read. None: there is no configuration."""
     if not stages:
         yield None
         return
@@ -269,7 +268,7 @@ def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
 
 
 def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[Finding]:
-    """Whether what the node wrote beside the driver's file is here."""
+    """Check whether the node's file next to the driver's file is visible here."""
     if shared is None:
         return
     where = str(shared.parents[1])
@@ -283,7 +282,7 @@ def _shares(facts: NodeFacts, shared: Path | None, node: str) -> Iterator[Findin
 
 
 def _clock(probe: Any) -> Finding:
-    """The node's clock against this one, by the quickest of a few answers."""
+    """Compare the node's clock with this one, by the quickest of a few answers."""
     offsets = []
     for _ in range(5):
         began = time.time()
@@ -303,7 +302,7 @@ def _clock(probe: Any) -> Finding:
 
 
 def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
-    """Bandwidth and latency, one pair after the other so that none disturbs the next."""
+    """Measure bandwidth and latency, one pair after the other so that pairs do not disturb each other."""
     nodes = list(probes)
     pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
     links: dict[tuple[str, str], Link] = {}
@@ -334,7 +333,7 @@ def _links(probes: Mapping[str, Any]) -> Iterator[OfNode]:
 
 
 def _result(ref: ObjectRef[Any], limit_s: float) -> Any:
-    """What an actor answers, or in words why it does not."""
+    """Return an actor's answer, or the reason in words if it fails."""
     try:
         return ray.get(ref, timeout=limit_s)
     except GetTimeoutError:

@@ -1,7 +1,7 @@
-"""`rlhf doctor`: what this machine has for training, and what to do about each finding.
+"""`rlhf doctor`: check this machine for training, with a remedy for each finding.
 
-Every probe has a deadline; whatever could hang or break at import runs in a process of its own. It changes nothing and
-shows no secret.
+Every probe has a deadline. A probe that could hang or crash at import runs in a separate process. The doctor changes
+nothing and shows no secret.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CUDA_LIBRARIES = (b"libc10_cuda.so", b"libcudart.so", b"libtorch_cuda.so")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at. `bad`: no training is possible until it is mended."""
+    """The result of one check. `bad`: training is impossible until it is fixed."""
 
     what: str
     state: Literal["ok", "note", "bad"]
@@ -155,14 +155,16 @@ def _torch(gpus: list[str]) -> Finding:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that torch is built for, read without importing it."""
+    """Return the CUDA version of the torch build, without importing torch."""
     folder = _package_folder("torch")
     match = re.search(r"^cuda\b.*=\s*'([^']+)'", _read(folder / "version.py") if folder else "", re.MULTILINE)
     return match.group(1) if match else None
 
 
 def _allocator(gpus: list[str]) -> Iterator[Finding]:
-    """A setting of torch's GPU memory under which engines may not read the weights of a policy on the same GPU."""
+    """Check for an allocator setting of torch under which engines may fail to read the policy's weights on the same
+    GPU.
+    """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if gpus else ():
         if re.search(r"expandable_segments\s*:\s*true", os.environ.get(name, ""), re.IGNORECASE):
             advice = (
@@ -173,7 +175,7 @@ def _allocator(gpus: list[str]) -> Iterator[Finding]:
 
 
 def _broken_extensions() -> Iterator[Finding]:
-    """torchaudio and torchcodec that link CUDA beside a torch without: transformers fails when it imports them."""
+    """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails when it imports them."""
     if _torch_cuda() is not None:
         return
     for name in ("torchaudio", "torchcodec"):
@@ -257,7 +259,7 @@ def _sandbox() -> Finding:
 
 
 def _imports() -> list[Finding]:
-    """Whether the stack imports, each part in a process of its own."""
+    """Check whether the stack imports, each part in a separate process."""
     findings = []
     for name in ("transformers", "deepspeed", "vllm"):
         command = [sys.executable, "-c", f"import {name}; import torch"]
@@ -280,7 +282,7 @@ def _imports() -> list[Finding]:
 
 
 def _ray_cluster() -> list[Finding]:
-    """A cluster that a run would join or could join, and how it wants to be spoken to."""
+    """Find a cluster that a run would or could join, and check how to connect to it."""
     address = os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE")
     findings = [
@@ -368,7 +370,7 @@ def _read(path: Path) -> str:
 
 
 def _output(command: list[str], *, timeout_s: float = QUICK_TIMEOUT_S) -> str | None:
-    """What a command prints; None if it is missing, fails or takes too long."""
+    """Return the output of a command. None: the command is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except (OSError, subprocess.SubprocessError):

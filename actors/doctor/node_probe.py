@@ -1,6 +1,7 @@
-"""What one node of a cluster says of itself to `rlhf doctor --cluster`, and how fast it reaches another.
+"""The facts of one node of a cluster for `rlhf doctor --cluster`, and the speed of its link to another node.
 
-Runs on that node as an actor without resources. Light imports only: what is broken there must not keep it from telling.
+It runs on the node as an actor without resources. It has light imports only, so that it still reports from a broken
+installation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LINK_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What a node says."""
+    """The facts about one node."""
 
     host: str
     interface: str  # of the address that Ray knows it by
@@ -49,17 +50,17 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One way from a node to another. Latency is that of a round trip."""
+    """A link from one node to another. Latency is the time of a round trip."""
 
     gbit_per_s: float
     latency_ms: float
 
 
 class NodeProbe:
-    """One node's."""
+    """The actor that reports on one node."""
 
     def look(self, address: str, paths: Sequence[str], models: Sequence[str], shared: Path | None) -> NodeFacts:
-        """All that it can say by itself. shared: a file of the driver's, in a folder that all should share."""
+        """Collect the facts of this node. shared: a file of the driver in a folder that all nodes should share."""
         ends = psutil.net_if_addrs()
         up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
         interface = next((name for name, found in ends.items() if any(e.address == address for e in found)), "")
@@ -81,11 +82,11 @@ class NodeProbe:
         )
 
     def now(self) -> float:
-        """Its clock."""
+        """Return the time of this node's clock."""
         return time.time()
 
     def listen(self, address: str) -> int:
-        """Wait for one `reach`, in a thread; the port."""
+        """Wait for one `reach` in a thread, and return the port."""
         server = socket.create_server((address, 0))
         server.settimeout(LINK_WITHIN_S)
         threading.Thread(target=_answer, args=(server,), daemon=True).start()
@@ -93,7 +94,7 @@ class NodeProbe:
         return port
 
     def reach(self, address: str, port: int) -> Link:
-        """How fast it is to a node that listens. OSError if it does not get there."""
+        """Measure the link to a listening node. OSError: the node cannot be reached."""
         with socket.create_connection((address, port), timeout=LINK_WITHIN_S) as link:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             trips = []
@@ -133,7 +134,7 @@ def _answer(server: socket.socket) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that must be the same everywhere; those that are there."""
+    """Return the versions of Python and of the installed packages that must be equal everywhere."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -144,7 +145,7 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """Of the packages that run here, wherever they were found."""
+    """Return the hash of the code that runs here, wherever it is installed."""
     digest = hashlib.blake2b(digest_size=6)
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in CODE for path in (root / package).rglob("*.py")):
@@ -153,7 +154,7 @@ def code_hash() -> str:
 
 
 def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """Which of these models are cached here, and why the hub does not answer; "" if it does or none is needed."""
+    """Return which models are cached here, and why the hub does not answer; "" if it does, or is not needed."""
     if not models:
         return {}, ""
     try:
@@ -165,7 +166,7 @@ def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
 
 
 def size_of(path: str) -> str:
-    """How large a file is, or how many files of what size a folder holds; "" if nothing can be read there."""
+    """Return the size of a file, or the number and size of a folder's files; "" if nothing is readable there."""
     try:
         if not os.path.isdir(path):
             with open(path, "rb") as file:

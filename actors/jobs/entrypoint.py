@@ -1,8 +1,8 @@
 """The start of a submitted job's processes: `python -m actors.jobs.entrypoint train ...` is `rlhf train ...` there.
 
-It takes the variables that travelled with the project, in the driver here and in every worker as Ray's set-up hook.
-They are in a file, not in Ray's runtime environment, which the dashboard shows and every node logs.
-Imports nothing heavy, and must not say what it reads.
+It sets the variables from the archive, in the driver here and in every worker as Ray's set-up hook. The variables are
+in a file, not in Ray's runtime environment, because the dashboard shows it and every node logs it. The module imports
+nothing heavy, and must not print the variables.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What of the project goes with a submitted job: the files under the current folder, checked and packed.
+"""The files of a submitted job: the files under the current folder, checked and packed.
 
-First half of `rlhf submit`. In the job, as here, relative names start at the project's folder. It packs files and asks
-no cluster; imports no Ray.
+This is the first half of `rlhf submit`. In the job, as here, relative names start at the project's folder. It packs
+files without contact to a cluster, and imports no Ray.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Project:
     files: tuple[Path, ...]
 
     def pack(self, archive: Path, *, env: Mapping[str, str]) -> None:
-        """Write them as a zip file, with the variables that the job's processes take as they start
-        (actors/jobs/entrypoint.py)."""
+        """Write the files as a zip file, with the variables for the start of the job's processes
+        (actors/jobs/entrypoint.py).
+        """
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in self.files:
                 entry = zipfile.ZipInfo(str(name), _EPOCH)
@@ -67,7 +68,9 @@ class Project:
 
 
 def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> Project:
-    """The project around a checked configuration: the current folder. UserError for whatever the job would miss."""
+    """Return the project around a checked configuration: the current folder. UserError: the job would
+    miss something.
+    """
     folder = Path.cwd()
     whole = config.resolve()
     if not whole.is_relative_to(folder):
@@ -88,7 +91,7 @@ def _is_run(path: Path, loaded: LoadedConfig) -> bool:
 
 
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
-    """UserError for a run folder or a cluster that means another place in the job than here."""
+    """Raise UserError for a run folder or a cluster that means another place in the job than here."""
     for stage in loaded.stages.values():
         mirror = stage.run.mirror
         named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})
@@ -106,7 +109,7 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
 
 
 def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: Path) -> set[Path]:
-    """Files that the configuration names relatively, also where .gitignore leaves them out."""
+    """Return the files named by relative paths in the configuration, even if .gitignore leaves them out."""
     tree = apply_overrides(tree, overrides)
     stages = tree.values.get("stages")
     models = {key for key, _ in model_places(tree.values)}
@@ -159,7 +162,7 @@ def _safe(names: set[Path], folder: Path) -> set[Path]:
 
 
 def _why_unsafe(name: Path, folder: Path) -> str | None:
-    """Return why a listed file is left out, or None."""
+    """Return the reason why a listed file is left out, or None."""
     target = (folder / name).resolve()
     if not target.is_relative_to(folder):
         return f"a link to {target}, outside of the project"
@@ -184,8 +187,7 @@ def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
 
 
 def _listed(folder: Path) -> set[Path]:
-    """Files that .gitignore does not leave out; whether they are committed, and whether there is a repository, is all
-    the same."""
+    """Return the files outside .gitignore, committed or not, with or without a repository."""
     listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         output = _git(folder, *listing)
@@ -206,7 +208,7 @@ def _listed(folder: Path) -> set[Path]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where it refuses."""
+    """Return the output of git. None: git refuses."""
     done = subprocess.run(
         ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=GIT_WITHIN_S, check=False
     )

@@ -1,8 +1,8 @@
-"""Jobs of Ray: `rlhf train` in the cluster behind a dashboard, from another machine.
+"""Ray jobs: `rlhf train` in the cluster behind a dashboard, started from another machine.
 
-Second half of `rlhf submit`: the archive goes up, the job starts, and its log, state and end are asked for over HTTP.
-The values of `env` travel in the archive and nowhere else: not in the job's command, its metadata, its runtime
-environment, which Ray logs, a line of its log that we show, or a message of ours.
+This is the second half of `rlhf submit`: upload the archive, start the job, and read its log, state and end over HTTP.
+The values of `env` travel in the archive and nowhere else. They never appear in the job's command, its metadata, its
+runtime environment (logged by Ray), a shown line of its log, or a message of ours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverResources:
-    """What Ray reserves for the process that runs `rlhf train`; it computes little. Nothing: it runs on the head."""
+    """Resources that Ray reserves for the process of `rlhf train`, which computes little. Empty: it
+    runs on the head.
+    """
 
     cpus: float = 0.0
     memory_gib: float = 0.0
@@ -61,12 +63,12 @@ class JobEnd:
 
     @property
     def is_over(self) -> bool:
-        """No more will come."""
+        """Return whether the job is over."""
         return self.state in OVER
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, with a limit on every request: its own waits for ever."""
+    """Ray's client with a limit on every request, because its waits have no limits."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         limit_s = UPLOAD_WITHIN_S if method == "PUT" else ANSWER_WITHIN_S
@@ -96,9 +98,9 @@ class Jobs:
     def submit(
         self, loaded: LoadedConfig, archive: Path, command: str, *, hidden: Sequence[str], driver: DriverResources
     ) -> str:
-        """Start the job; its id: the run's name and a number. UserError if a job of the same run is not over.
+        """Start the job and return its id: the run's name and a number. UserError: a job of the same run is not over.
 
-        hidden: what must not be seen in anything that the cluster says.
+        hidden: the values to mask in all text from the cluster.
         """
         self._hidden = tuple(hidden)
         name, folder = loaded.name.replace("/", "-"), str(loaded.folder)
@@ -143,14 +145,14 @@ class Jobs:
         return JobEnd(state=str(info.status), exit_code=info.driver_exit_code, message=self._said(info.message))
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
-        """Write its log from the beginning, live, until it is over. RunError if the head gives no answer any more.
+        """Write a job's log from the beginning, live, until it is over. RunError: the head does not answer any more.
 
-        A run has deadlines of its own on whatever it does, so none is set here on how long it may take.
+        A run limits its operations itself, so its total time has no limit here.
         """
         return run_stoppable(lambda _: run_async(self._follow(job, write)))
 
     def stop(self, job: str) -> JobEnd:
-        """SIGTERM, so that the run writes a checkpoint, and wait until it is over; RunError if it does not end."""
+        """Send SIGTERM, so that the run writes a checkpoint, and wait for the end. RunError: the job does not end."""
         end = self.state(job)
         if end.is_over:
             return end
@@ -180,7 +182,9 @@ class Jobs:
             await asyncio.sleep(1.0)
 
     async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str, None]:
-        """Pieces of the log behind the first `skip` characters, until the job is over or the connection breaks."""
+        """Yield the parts of the log after the first `skip` characters, until the job is over or the
+        connection breaks.
+        """
         stream = self._client.tail_job_logs(job)
         coming = asyncio.ensure_future(anext(stream, None))
         try:
@@ -215,7 +219,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """What Ray's client raises, as an error of ours without a secret."""
+        """Turn the errors of Ray's client into errors of ours without a secret."""
         try:
             yield
         except AuthenticationError:
@@ -245,7 +249,7 @@ class Jobs:
 
 
 async def _next(log: AsyncGenerator[str, None]) -> str | None:
-    """The next piece of a log. None at its end, and where the connection breaks: then it is asked for again."""
+    """Return the next part of a log. None: the log has ended, or the connection broke and the caller asks again."""
     try:
         return await anext(log, None)
     except (RuntimeError, OSError, aiohttp.ClientError):
@@ -255,9 +259,10 @@ async def _next(log: AsyncGenerator[str, None]) -> str | None:
 def submit(
     config: str | Path, overrides: Sequence[str], *, address: str | None, env: Sequence[str], driver: DriverResources
 ) -> tuple[Jobs, str]:
-    """Check a configuration, pack the current folder, and start `rlhf train` on it, or what is left of it.
+    """Check a configuration, pack the current folder, and start or continue `rlhf train` on it.
 
-    UserError before any contact for whatever can be known here. Returns the cluster's jobs and the id of this one.
+    UserError before any contact for every mistake visible on this machine. Returns the cluster's jobs and the id of
+    this one.
     """
     loaded = load(config, overrides)
     for text in overrides:
@@ -280,7 +285,7 @@ def submit(
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:
-    """Of environment variables. UserError, without what was given, for what is no name or is not set."""
+    """Return the values of environment variables. UserError, without the input, for an invalid or unset name."""
     for name in names:
         if not _ENV_NAME.fullmatch(name):
             raise UserError(

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """A started engine."""
+    """The facts about a started engine."""
 
     pid: int
     kv_cache_tokens: int
@@ -62,7 +62,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """The state of an engine as seen from outside its thread, which also answers while a step hangs."""
+    """The state of an engine as seen from outside its thread. It is available even while a step hangs."""
 
     version: int | None  # None: not synced yet
     requests_in_flight: int
@@ -73,7 +73,7 @@ class EngineHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReceipt:
-    """The version and the checksum that an engine reports after a sync."""
+    """The version and the checksum reported by an engine after a sync."""
 
     version: int
     checksum: str
@@ -253,8 +253,8 @@ class RolloutWorker:
     async def hold(self) -> None:
         """Hold back the requests that arrive from now on, and forget cached prefixes.
 
-        With `release` this makes the composition of every engine step a function of the requests and the weights alone,
-        and so every bit of every log-probability.
+        With `release` this makes the composition of every engine step a function of the requests and the weights alone.
+        It therefore fixes every bit of every log-probability.
         """
         await self._call(reset_caches, "the reset of its caches", self.spec.call_timeout_s)
         self._held, self._refused = [], None
@@ -291,7 +291,7 @@ class RolloutWorker:
     async def update_weights(self, manifest: WeightManifest, version: int) -> SyncReceipt:
         """Load a published set of weights between two steps. Samples in flight continue with the new weights.
 
-        RunError if the weights that arrived are not the published ones, or the engine is frozen.
+        RunError: the checksum of the received weights is wrong, or the engine is frozen.
         """
         self._refuse_frozen()
         self._refuse_asleep("weights")
@@ -349,7 +349,7 @@ class RolloutWorker:
         await self._call(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep", self.spec.call_timeout_s)
 
     async def wake(self, part: EnginePart) -> None:
-        """Take GPU memory back: first the weights' part, which a sync may fill, then the cache's."""
+        """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""
         if self.spec.device == "cuda":
             tag = {"weights": "weights", "cache": "kv_cache"}[part]
             await self._call(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake", self.spec.call_timeout_s)
@@ -438,7 +438,7 @@ class RolloutWorker:
         return await self._within(asyncio.wrap_future(future), what, deadline_s)
 
     async def _within(self, awaitable: Awaitable[T], what: str, deadline_s: float | None = None) -> T:
-        """Return the result. RunError after the deadline, with what was awaited."""
+        """Return the result. RunError names the awaited operation after the deadline."""
         limit = self.spec.call_timeout_s if deadline_s is None else deadline_s
         try:
             return await asyncio.wait_for(awaitable, limit)

@@ -39,7 +39,7 @@ class RolloutEngine(RolloutWorker):
     """One engine as a Ray actor."""
 
     async def memory(self) -> MemoryReport:
-        """Return the peaks of this process and, on GPUs, of the engine's workers, which may be other processes."""
+        """Return the peaks of this process and, on GPUs, of the engine's workers, possibly in other processes."""
         return MemoryReport(rss_gib=peak_memory().rss_gib, gpu_gib=await self.gpu_peak_gib())
 
 
@@ -80,7 +80,7 @@ def serve_engines(
     max_model_len: int,
     environment: EnvironmentSpec | None = None,
 ) -> RolloutEngines:
-    """Create engines that answer with a model as it lies on disk. They are not started and cannot be synced."""
+    """Create frozen engines for a model on disk. They are not started and cannot be synced."""
     spec = RolloutSpec(
         name="rollout engine",
         model=model.base,
@@ -122,7 +122,7 @@ def _spawn(common: RolloutSpec, cluster: ClusterConfig, placement: Placement) ->
 
 
 class RolloutEngines:
-    """All engines of a run. `sync`: how the policy's weights reach them, None if they are frozen.
+    """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
     Requests are distributed by their place in the list, and an engine starts its share in one step. A batch of the same
     requests under the same weights is therefore always scheduled and rounded alike.
@@ -140,7 +140,8 @@ class RolloutEngines:
     ) -> None:
         """Open both ends of the weight transport.
 
-        An adapter alone travels as the folder `shared`, which policy and engines on all hosts must see.
+        An adapter alone travels through the folder `shared`. It must be visible to the policy and to engines on all
+        hosts.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
         engines = len(self.handles)
@@ -174,9 +175,9 @@ class RolloutEngines:
         return all(await self._all([h.renew.remote(spool) for h in self.handles], "start"))
 
     async def generate(self, requests: Sequence[GroupRequest], sampling: Sampling) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests that are not cancelled meanwhile, and yield groups as they are completed.
+        """Answer all requests except for cancelled ones, and yield groups as they are completed.
 
-        The first failure ends the wait. It may be a request that its engine refuses before it starts the batch.
+        The first failure ends the wait. It may be a request refused by its engine before the batch starts.
         """
         shares = [requests[i :: len(self.handles)] for i in range(len(self.handles))]
         await self._all([h.hold.remote() for h in self.handles], "rollouts")

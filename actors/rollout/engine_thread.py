@@ -1,7 +1,7 @@
-"""The thread that owns the vLLM engine: it runs the engine's steps, and everything else between two steps.
+"""The thread of the vLLM engine: it runs the engine's steps, and everything else between two steps.
 
 vLLM's core runs in this process, not in a separate one. A weight update therefore never meets a running step. A request
-that ends on a stop string leaves the batch before the next step, so a batch depends on its requests alone. And an
+with a matching stop string leaves the batch before the next step, so a batch depends on its requests alone. And an
 engine starts in a third of the time. No other thread may touch the engine.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """One sample to draw: vLLM's input, parameters and adapter under an id that is unique in the engine's life."""
+    """One sample to draw: vLLM's input, parameters and adapter under a unique id in the engine's life."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -58,7 +58,7 @@ class EngineLoop:
 
     @property
     def failure(self) -> RunError | None:
-        """The error that every call raises since the engine failed, or None."""
+        """Return the error raised by every call since the engine failed, or None."""
         return self._failure
 
     def start(self) -> Future[None]:
@@ -151,7 +151,7 @@ class EngineLoop:
             self._engine.engine_core.shutdown()
 
     def _take_commands(self) -> None:
-        """Run all commands that have arrived. Wait for one if there is nothing to step."""
+        """Run all queued commands. Wait for one if the engine has no work."""
         if self._failure is not None or not self._engine.has_unfinished_requests():
             self._commands.get()()
         with contextlib.suppress(queue.Empty):
@@ -181,7 +181,7 @@ class EngineLoop:
 
 
 def _message(error: BaseException) -> str:
-    """Return vLLM's message and, if memory was short, the settings that change it."""
+    """Return vLLM's message and, after an out-of-memory error, the settings to change."""
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return f"{text} {what_shrinks('rollout')}"

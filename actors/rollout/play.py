@@ -1,6 +1,6 @@
 """`rlhf play`: an environment of a configuration, played by hand in the policy's place, without a model or Ray.
 
-The conversation is that of a rollout: what is shown is what the policy would be given, token for token.
+The conversation equals a rollout's: the shown text is the policy's input, token for token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Left(Exception):
 
 
 def play(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
-    """Play one conversation. Each of `turns` is one of the policy's; `show` gets what the policy would be given before.
+    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each.
 
     row: the prompt's place among the training data, from 1. UserError if the configuration has no environment or the
     data no such row. RunError if the environment failed. Left if the turns end before the conversation does.

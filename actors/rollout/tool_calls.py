@@ -1,6 +1,6 @@
-"""Tool calls read by vLLM's parsers, each of which knows one model family's format.
+"""Tool calls read by vLLM's parsers. Each parser knows one model family's format.
 
-vLLM is imported when a parser is made: in an engine's process it is there already.
+vLLM is imported when a parser is created: in an engine's process it is already loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class VllmToolCalls:
             ) from error
 
     def parse(self, text: str) -> tuple[ToolCall, ...] | None:
-        """The calls, none if the turn makes none. None: it begins one that cannot be read."""
+        """Return the turn's tool calls, or an empty tuple if it has none. None: it begins a call and
+        cannot be parsed.
+        """
         found = self._parser.extract_tool_calls(text, self._request)
         if found.tools_called:
             return tuple(ToolCall(name=c.function.name, arguments=c.function.arguments) for c in found.tool_calls)

@@ -60,7 +60,7 @@ class RolloutSpec:
 
 
 def engine_environment(spec: RolloutSpec) -> dict[str, str]:
-    """Return the variables that must be set before vLLM is imported."""
+    """Return the environment variables to set before the import of vLLM."""
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
         "VLLM_NO_USAGE_STATS": "1",
@@ -130,9 +130,10 @@ def added_tokens(engine: Any) -> dict[str, int]:
 def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
     """Return vLLM's parameters for one sample.
 
-    turn_end: a token that ends it besides the model's own. added: what `added_tokens` returned. A stop string that is
-    such a token ends the sample by its id. Only where one stands within a longer string are they part of the text in
-    which vLLM looks for strings.
+    Args:
+        turn_end: a token that ends the sample, besides the model's end token.
+        added: the result of `added_tokens`. A stop string equal to an added token ends the sample by its id. Only if an
+            added token lies within a longer stop string do these tokens become part of the text searched by vLLM.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -163,7 +164,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """The state that the engine reports after an update, before the next step."""
+    """The state of an engine after an update, before the next step."""
 
     checksums: tuple[str, ...]  # of the bytes that each worker read
     version: int
@@ -184,7 +185,7 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
 
 
 def load_weights(engine: Any, manifest: WeightManifest) -> Loaded:
-    """Load a published set of weights and forget what the old ones computed."""
+    """Load a published set of weights and forget all values computed with the old ones."""
     engine.collective_rpc("start_weight_update")
     engine.collective_rpc("update_weights", kwargs={"update_info": manifest.update_info()})
     engine.collective_rpc("finish_weight_update")
@@ -211,7 +212,7 @@ def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> 
 
 
 def reset_caches(engine: Any) -> None:
-    """Forget every cached prefix. Samples in flight compute theirs again with the weights of that moment."""
+    """Forget every cached prefix. Samples in flight recompute theirs with the weights of that moment."""
     if not engine.reset_prefix_cache(reset_running_requests=True):
         raise RunError("the engine did not reset its prefix cache")
 

@@ -35,7 +35,7 @@ def generate(
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
 ) -> list[Generation]:
-    """Responses of a model to prompts, or to those of a file or dataset (a Path), in their order.
+    """Return responses of a model to prompts, or to the prompts of a file or dataset (a Path), in order.
 
     UserError before anything starts if the model, the data or their lengths are wrong.
     """
@@ -99,7 +99,7 @@ def chat(
 
 
 def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
-    """Rows without columns that only rewards would read, whatever their names."""
+    """Return the rows without columns for rewards, whatever their names."""
     if isinstance(source, Path):
         rows = read_rows(str(source), columns=columns)
         return [

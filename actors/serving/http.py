@@ -1,11 +1,11 @@
-"""`rlhf serve`: a model behind rollout engines, asked as OpenAI's interface is.
+"""`rlhf serve`: a model behind rollout engines, with OpenAI's interface.
 
     GET  /health                {"status": "ok"}, or 503 with the reason once all engines are dead
-    GET  /v1/models             the one model, by the name that requests must give
+    GET  /v1/models             the only model, with the name for requests
     POST /v1/chat/completions   a conversation
-    POST /v1/completions        prompts as they stand
+    POST /v1/completions        prompts without a template
 
-Without a token it serves this machine alone. It streams nothing: an answer comes whole.
+Without a token it serves this machine alone. It does not stream: an answer is sent whole.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ THERE_IS = "there are GET /health, GET /v1/models, POST /v1/chat/completions and
 
 
 class Engines(Protocol):
-    """What answers."""
+    """The interface of the engines behind the server."""
 
     async def answer(self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
-        """One response a seed. NoEngine if nothing will ever answer again."""
+        """Return one response for each seed. NoEngine: all engines are dead."""
 
     async def trouble(self) -> str | None:
         """Why nothing answers any more."""
@@ -87,7 +87,7 @@ class Engines(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """What is served, and how."""
+    """The settings of a server and its model."""
 
     name: str  # that requests give as `model`
     max_length: int  # tokens of prompt and response
@@ -96,7 +96,7 @@ class ServerSpec:
 
 
 class ModelServer:
-    """The application."""
+    """The web application."""
 
     def __init__(self, engines: Engines, tokenizer: Any, spec: ServerSpec) -> None:
         self.engines = engines
@@ -113,7 +113,7 @@ class ModelServer:
         self.most_characters = spec.max_length * max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     def application(self) -> web.Application:
-        """What aiohttp runs."""
+        """Build the aiohttp application."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
@@ -123,7 +123,7 @@ class ModelServer:
         return app
 
     async def _end(self, application: web.Application) -> None:
-        """What is being answered has a last moment, after which its callers are told."""
+        """Give running requests a last moment, then fail them."""
         self.is_ending = True
         last = asyncio.get_running_loop().time() + LAST_S
         for limit in self.limits:
@@ -215,7 +215,7 @@ class ModelServer:
     async def _answered(
         self, prompt: Prompt, asked: ChatRequest | TextRequest, limit: int | None, *, seed: int, wants_tokens: bool
     ) -> Answered:
-        """The responses to one prompt."""
+        """Return the responses to one prompt."""
         given, whole = len(prompt.token_ids), self.spec.max_length
         if given + (limit or 1) > whole:
             raise Refused(
@@ -229,7 +229,7 @@ class ModelServer:
         return Answered(num_prompt_tokens=given, answers=tuple(answers))
 
     def _told(self, response: Sampled, prompt: Prompt, stop: Sequence[str], wants_tokens: bool) -> Answer:
-        """Return a response as text, without the special tokens that end it and without what stopped it."""
+        """Return a response as text, without the special tokens at its end and without the stop string."""
         ids = list(response.token_ids)
         text = text_before_stop(without_turn_end(ids, prompt.turn_end), stop, self.tokenizer)
         tokens: list[tuple[str, float]] = []
@@ -270,7 +270,9 @@ class ModelServer:
         ]
 
     async def _prompt_of(self, tokenized: Callable[[Any, Any], T], asked: object, texts: Sequence[str]) -> T:
-        """Tokenize a request. A long one is refused by its characters, or waits for other long ones alone."""
+        """Tokenize a request. A long request is refused by its number of characters, or waits only
+        for other long ones.
+        """
         longest = max(map(len, texts))
         if longest > self.most_characters:
             raise Refused(
@@ -318,7 +320,7 @@ def serve(
     trust_remote_code: bool,
     ready: Callable[[str], None],
 ) -> None:
-    """Serve a model until it is interrupted. `ready` is told the address, which clients call the base URL.
+    """Serve a model until interrupted. `ready` is called with the address, the base URL for clients.
 
     UserError before anything starts if the model, the token or a limit is wrong.
     """
@@ -368,7 +370,7 @@ def serve(
 
 
 class _Told(Exception):
-    """The end by SIGTERM of a server with a Ray of its own."""
+    """Raised by SIGTERM to end a server that started its Ray."""
 
 
 def _refuse_limits(least: Mapping[str, tuple[int | None, int]], deadline_s: float) -> None:

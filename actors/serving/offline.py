@@ -1,6 +1,6 @@
-"""A model on disk behind rollout engines, for code that has no event loop of its own: `rlhf generate`.
+"""A model on disk behind rollout engines, for synchronous code: `rlhf generate`.
 
-The engines are those of training, frozen at the weights of the model's own folder.
+The engines are the same as in training, frozen at the weights of the model's folder.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) ->
 
 
 def sampling_of(decoding: Decoding) -> Sampling:
-    """What the engines are told."""
+    """Convert a Decoding for the engines."""
     return Sampling(
         max_new_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,

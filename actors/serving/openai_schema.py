@@ -1,7 +1,7 @@
-"""Requests and answers in the form of OpenAI's interface, as far as a rollout engine does what they ask. Pure.
+"""Requests and answers of OpenAI's interface, as far as a rollout engine supports them. Pure.
 
-What an engine does not do is refused by its name. A field is left out of account only where it asks for nothing: one
-that is null, or has the value that it has when it is not given.
+An unsupported field is refused by name. It is ignored only if it asks for nothing, that is if it is null or has its
+default value.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SAID = {
 
 
 class Refused(Exception):
-    """A request that is not done as it stands."""
+    """A refused request."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Refused(Exception):
         self.status = status
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's form of it."""
+        """Return the error in OpenAI's form."""
         return error_body(self.message, "invalid_request_error", param=self.param, code=self.code)
 
 
@@ -62,7 +62,7 @@ class _Form(BaseModel):
 
 
 class Message(_Form):
-    """One turn. Its content may come as a list of texts, which become lines of one."""
+    """One turn. Its content may come as a list of texts, joined as lines."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -83,7 +83,7 @@ class Message(_Form):
 
 
 class Structure(_Form):
-    """What a response must be: one of these strings."""
+    """The allowed form of a response: one of these strings."""
 
     choice: list[str] = Field(min_length=1, max_length=1000)
 
@@ -96,7 +96,7 @@ class Structure(_Form):
 
 
 class _Request(_Form):
-    """What both kinds have."""
+    """The fields of both kinds of requests."""
 
     model: str
     n: int = Field(default=1, ge=1, le=MOST_SAMPLES)
@@ -133,7 +133,7 @@ class _Request(_Form):
         return value
 
     def sampling(self, max_new_tokens: int) -> Sampling:
-        """What the engine is told."""
+        """Convert the request for the engine."""
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
@@ -148,7 +148,7 @@ class _Request(_Form):
 
 
 class ChatRequest(_Request):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -172,12 +172,12 @@ class ChatRequest(_Request):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of a response, at most; None: what room there is."""
+        """Return the maximum number of tokens in a response. None: all remaining room."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class TextRequest(_Request):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: list[str] = Field(min_length=1, max_length=MOST_PROMPTS)
     max_tokens: int = Field(default=16, ge=1)
@@ -194,7 +194,7 @@ R = TypeVar("R", ChatRequest, TextRequest)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One response as it is told."""
+    """One response in the form of the answer."""
 
     text: str  # up to what stopped it
     finish_reason: FinishReason
@@ -211,7 +211,7 @@ class Answered:
 
 
 def read(text: str, form: type[R]) -> R:
-    """A request's body. Refused says what is wrong with it, or what is not done here."""
+    """Parse a request's body. Refused: the body is invalid, or asks for an unsupported feature."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -238,7 +238,7 @@ def _not_done(name: str, value: object, form: type[BaseModel]) -> Refused:
 
 
 def _wrong(error: ValidationError, given: Mapping[str, Any]) -> Refused:
-    """The first thing that is wrong, with its place."""
+    """Return the first error of an invalid body, with its place."""
     first = error.errors(include_url=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":

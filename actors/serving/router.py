@@ -1,8 +1,7 @@
-"""Engines that many ask at once, each for one prompt, as a server has it: every request goes to the engine with the
-fewest and is batched there with what it has.
+"""Engines for a server: each request goes to the engine with the fewest requests and joins its running batch.
 
-Unlike a batch of training, whose engines begin it together, nothing here waits for anything else; so how a response is
-rounded depends on what is answered beside it. An engine that has died is asked no more.
+In training, the engines begin a batch together; here no request waits for another. How a response is rounded therefore
+depends on the requests in flight at the same time. A dead engine gets no more requests.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ LOOKS_WITHIN_S = 10.0
 
 
 class NoEngine(RunError):
-    """All engines are dead."""
+    """Raised when all engines are dead."""
 
 
 class Answering:
-    """Frozen engines that are started. To be used on one event loop; a wait ends by its caller's deadline."""
+    """Started, frozen engines. Use them on one event loop; the caller's deadline ends a wait."""
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, deadline_s: float) -> None:
         self.handles = handles
@@ -41,8 +40,11 @@ class Answering:
         self._ids = itertools.count()
 
     async def answer(self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
-        """One response a seed, from another engine if the first one dies of it. NoEngine if none is left; RunError if
-        an engine fails on it and lives. A wait that is cancelled drops what is left of the request."""
+        """Return one response for each seed. If the first engine dies, another one answers.
+
+        NoEngine: all engines are dead. RunError: an engine fails on the request and lives. A cancelled wait drops the
+        rest of the request.
+        """
         while True:
             engine = self._least_busy()
             try:
@@ -55,7 +57,7 @@ class Answering:
                 self.dead[engine] = why
 
     async def trouble(self) -> str | None:
-        """Why no engine answers any more; None: one does."""
+        """Return the reason why no engine answers any more. None: some engine does."""
         for engine in range(len(self.handles)):
             if engine not in self.dead and (why := await self._death(engine)) is not None:
                 self.dead[engine] = why
@@ -85,7 +87,7 @@ class Answering:
         return [_response(drawn.take([place]), info.finish_reason) for place, info in enumerate(found)]
 
     async def _death(self, engine: int) -> str | None:
-        """Why an engine will never answer again; None: it may."""
+        """Return the reason why an engine will never answer again. None: it may."""
         handle = self.handles[engine]
         try:
             health = await wait_one(
@@ -107,5 +109,5 @@ def _response(one: Rollouts, finish_reason: Any) -> Sampled:
 
 
 def _of_a_server(error: object) -> str:
-    """What is said of a run, which could be resumed, as it is true of a server."""
+    """Return an engine's error without advice about resuming a run, for a server."""
     return str(error).replace(f" {RESUMES}", "")

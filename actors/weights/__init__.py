@@ -39,11 +39,11 @@ class WeightSender(Protocol):
         ...
 
     def settle(self) -> None:
-        """Free memory that only served the transfer. Called when the engines have loaded."""
+        """Free memory used only for the transfer. Called after the engines have loaded."""
         ...
 
     def close(self) -> None:
-        """Free everything that the transport holds."""
+        """Free all resources of the transport."""
         ...
 
 

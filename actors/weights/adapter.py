@@ -24,7 +24,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's f
 
 
 class AdapterSender:
-    """The policy's end, which makes the folder. `config` is peft's, as in adapter_config.json."""
+    """The policy's end, which writes the folder. `config` is peft's, as in adapter_config.json."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, rank: int, dtype: torch.dtype) -> None:
         self.folder = folder if rank == 0 else None

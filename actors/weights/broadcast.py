@@ -119,5 +119,5 @@ class BroadcastSender:
             self.memory = Scratch(self.memory.flat.device)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the process group."""
         self.group = self.memory = None

@@ -16,7 +16,7 @@ WEIGHT_STEP = -7046029254386353131  # 2^64 / golden ratio: it spreads the weight
 
 
 class Checksum:
-    """Sums up bytes that come in parts of whole 64-bit words, all of them on a CPU or on one GPU."""
+    """Sums up bytes in parts of whole 64-bit words, all of them on a CPU or on one GPU."""
 
     def __init__(self) -> None:
         self._xxh3 = xxhash.xxh3_64()
@@ -24,7 +24,7 @@ class Checksum:
         self._words = 0
 
     def add(self, part: UInt8[Tensor, " bytes"]) -> None:
-        """Add the next bytes."""
+        """Add the next part of the run to the sum."""
         if not part.is_cuda:
             self._xxh3.update(part.numpy().data)
             return

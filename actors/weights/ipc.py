@@ -22,7 +22,7 @@ from actors.weights.staging import stage
 
 
 class IpcSender:
-    """A policy rank's end."""
+    """The end of one policy rank."""
 
     def __init__(self, *, rank: int, dtype: torch.dtype, beside_engine: bool) -> None:
         self.rank = rank
@@ -50,12 +50,12 @@ class IpcSender:
         """Do nothing: the engines read the memory."""
 
     def settle(self) -> None:
-        """Free the memory."""
+        """Free the copied weights."""
         self.memory = None
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the copied weights."""
         self.settle()
 
 
@@ -72,10 +72,10 @@ class DeviceParts:
         return self.parts[-1]
 
     def handles(self) -> tuple[str, list[Any]]:
-        """Return the GPU, and for each part the handle by which another process opens it."""
+        """Return the GPU, and a handle of each part for other processes."""
         return gpu_uuid(self.device), [reduce_tensor(part)[1] for part in self.parts]
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Return the id of the physical GPU, which does not depend on a process's CUDA_VISIBLE_DEVICES."""
+    """Return the id of the physical GPU. It does not depend on a process's CUDA_VISIBLE_DEVICES."""
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -52,7 +52,7 @@ def aligned(nbytes: int) -> int:
 
 
 def tensor_view(flat: UInt8[Tensor, " bytes"], offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return a tensor that shares the flat memory."""
+    """Return a tensor as a view of the flat memory."""
     nbytes = math.prod(shape) * dtype.itemsize
     return flat[offset : offset + nbytes].view(dtype).view(tuple(shape))
 

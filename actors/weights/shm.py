@@ -52,13 +52,13 @@ class ShmSender:
         """Do nothing: the memory is written again at the next sync."""
 
     def close(self) -> None:
-        """Free the memory. Engines that have it mapped keep their pages."""
+        """Free the memory. Engines with an open mapping keep their pages."""
         if self.memory is not None:
             self.memory.close()
 
 
 class SharedMemory:
-    """Shared memory that grows with what is written to it. Processes of the same user and host open it by its path."""
+    """Shared memory that grows on demand. Processes of the same user and host open it by its path."""
 
     def __init__(self) -> None:
         self.descriptor = memfd("rlhf-weights")
@@ -89,7 +89,7 @@ class SharedMemory:
 
 
 def memfd(name: str) -> int:
-    """Call the memfd_create of the C library: os has none in a Python that was built for an older one."""
+    """Call memfd_create of the C library, because a Python built for an older C library lacks os.memfd_create."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor: int = libc.memfd_create(name.encode(), 1)  # 1: not inherited by other programs
     if descriptor < 0:

@@ -30,7 +30,7 @@ class BroadcastInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class BroadcastUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The manifest's fields."""
+    """The fields of the manifest, and none other."""
 
     version: int
     checksum: str
@@ -70,7 +70,7 @@ class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Leave the group."""
+        """Leave the process group."""
         self.group = None
 
     def _received(self, u: BroadcastUpdate, checksum: Checksum) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +83,7 @@ class GlooEngine(ReloadEngine[BroadcastInit, BroadcastUpdate]):
 
 
 class NcclEngine(GlooEngine):
-    """The same between GPUs."""
+    """The same transport between GPUs, by NCCL."""
 
     method: ClassVar[Method] = "nccl"
 

@@ -1,7 +1,7 @@
-"""The module that vLLM's workers import (`worker_extension_cls`) before they load a model.
+"""The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
 
 It registers the weight transports and the LoRA products for CPUs. vLLM mixes the class into its own worker, so `self`
-is that worker.
+is the worker.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ share_adapter_on_cpu()
 
 
 class WorkerExtension:
-    """Methods that are called through vLLM's collective_rpc."""
+    """Methods for calls through vLLM's collective_rpc."""
 
     weight_transfer_engine: Any
 
     def received_checksum(self) -> str:
-        """Return the checksum of the bytes that this worker read in its last weight update."""
+        """Return the checksum of the received bytes in the worker's last weight update."""
         checksum: str = self.weight_transfer_engine.checksum
         return checksum
 
     def gpu_peak_gib(self) -> float | None:
-        """Return the most GPU memory that this worker's allocator has held."""
+        """Return the peak GPU memory of this worker's allocator."""
         return peak_memory().gpu_gib

@@ -25,7 +25,7 @@ class IpcInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class IpcUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The manifest's fields."""
+    """The fields of the manifest, for the ipc transport."""
 
     version: int
     checksum: str
@@ -44,7 +44,7 @@ class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
     update_info_cls = IpcUpdate
 
     def init_transfer_engine(self, init_info: IpcInit) -> None:
-        """Do nothing."""
+        """Do nothing: the handles arrive with each update."""
 
     def receive_weights(self, update_info: IpcUpdate) -> None:
         """Load from the trainer's memory and take the checksum of these bytes."""
@@ -69,4 +69,4 @@ class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Do nothing."""
+        """Do nothing: no memory stays open between updates."""

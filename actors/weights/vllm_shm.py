@@ -22,7 +22,7 @@ class ShmInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class ShmUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The manifest's fields."""
+    """The fields of the manifest, for the shm transport."""
 
     version: int
     checksum: str
@@ -46,7 +46,7 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         self.flat = torch.empty(0, dtype=torch.uint8)
 
     def init_transfer_engine(self, init_info: ShmInit) -> None:
-        """Do nothing."""
+        """Do nothing: the path arrives with each update."""
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
         """Load every tensor out of the mapped memory, and at the same time take the checksum of its bytes."""
@@ -63,5 +63,5 @@ class ShmEngine(ReloadEngine[ShmInit, ShmUpdate]):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Unmap the memory."""
+        """Unmap the trainer's shared memory."""
         self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)
