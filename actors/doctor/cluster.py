@@ -173,7 +173,7 @@ def judge(facts: NodeFacts, here: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def models_of(stages: Sequence[Stage]) -> list[str]:
-    """Return the hub models that the runs load: all names without a path here."""
+    """Return the hub models of the runs: all names without a path here."""
     named: dict[str, None] = {}
     for stage in stages:
         tree = stage.model_dump(mode="json")
@@ -188,7 +188,7 @@ def models_of(stages: Sequence[Stage]) -> list[str]:
 
 
 def paths_of(stages: Sequence[Stage]) -> list[str]:
-    """Return the configured files and folders of this machine that the run reads."""
+    """Return the configured files and folders of this machine read by the run."""
     named: dict[str, None] = {}
 
     def walk(value: Any) -> None:

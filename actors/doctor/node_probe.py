@@ -57,7 +57,7 @@ class Link:
 
 
 class NodeProbe:
-    """The actor that reports on one node."""
+    """Reports on one node, as an actor."""
 
     def look(self, address: str, paths: Sequence[str], models: Sequence[str], shared: Path | None) -> NodeFacts:
         """Collect the facts of this node. shared: a file of the driver in a folder that all nodes should share."""
@@ -86,7 +86,7 @@ class NodeProbe:
         return time.time()
 
     def listen(self, address: str) -> int:
-        """Wait for one `reach` in a thread, and return the port."""
+        """Wait for one `reach` in a thread. Return the port."""
         server = socket.create_server((address, 0))
         server.settimeout(LINK_WITHIN_S)
         threading.Thread(target=_answer, args=(server,), daemon=True).start()
@@ -134,7 +134,7 @@ def _answer(server: socket.socket) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that must be equal everywhere."""
+    """Return the versions of Python and of the installed packages required to be equal everywhere."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -154,7 +154,10 @@ def code_hash() -> str:
 
 
 def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """Return which models are cached here, and why the hub does not answer; "" if it does, or is not needed."""
+    """Return whether each model is cached here, and the reason if the hub does not answer.
+
+    The reason is "" if the hub answers or is not needed.
+    """
     if not models:
         return {}, ""
     try:

@@ -96,7 +96,7 @@ class ServerSpec:
 
 
 class ModelServer:
-    """The web application."""
+    """The web application in front of the engines."""
 
     def __init__(self, engines: Engines, tokenizer: Any, spec: ServerSpec) -> None:
         self.engines = engines
@@ -113,7 +113,7 @@ class ModelServer:
         self.most_characters = spec.max_length * max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     def application(self) -> web.Application:
-        """Build the aiohttp application."""
+        """Build the aiohttp application and its routes."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)

@@ -43,7 +43,7 @@ _SAID = {
 
 
 class Refused(Exception):
-    """A refused request."""
+    """Raised for a refused request, with OpenAI's error fields."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -204,7 +204,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """The responses to one prompt."""
+    """The responses to one prompt, with its token count."""
 
     num_prompt_tokens: int
     answers: tuple[Answer, ...]

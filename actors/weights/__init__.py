@@ -1,7 +1,7 @@
-"""Weight transports: how published weights reach the rollout engines.
+"""Weight transports from the policy to the rollout engines.
 
-The policy's end is a WeightSender. The engines' end is a vLLM weight-transfer backend of the same name, which
-`actors.weights.vllm_extension` registers in every vLLM worker. Importing this package imports neither vLLM nor Ray.
+The policy's end is a WeightSender. The engines' end is a vLLM weight-transfer backend with the same name, registered in
+every vLLM worker by `actors.weights.vllm_extension`. Importing this package imports neither vLLM nor Ray.
 
 A new transport needs a sender, a ReloadEngine, and a line in each of the two tables.
 """

@@ -1,7 +1,7 @@
-"""The transport of a LoRA adapter: a small folder that the policy writes and the engines load over the previous one.
+"""The transport of a LoRA adapter: the policy writes a small folder and the engines load it over the previous one.
 
-The folder is in the run folder, which all hosts see. The base model's weights never travel, because engines and policy
-load the same model folder at the start.
+The folder is in the run folder and visible to all hosts. The base model's weights never travel, because engines and
+policy load the same model folder at the start.
 """
 
 from __future__ import annotations

@@ -38,14 +38,17 @@ class Meeting:
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
-    """Connect a process group for the weights. Blocks until all have come, RunError if that takes over timeout_s."""
+    """Connect a process group for the weights. It blocks until all members have come.
+
+    RunError: the members do not come within timeout_s.
+    """
     group = _new_group(method, meeting, rank)
     broadcast(group, torch.zeros(1, dtype=torch.uint8, device=group_device(method)))  # NCCL connects at its first use
     return group
 
 
 def group_device(method: Method) -> torch.device:
-    """Return the device of the tensors that a group of this process sends."""
+    """Return the tensor device for a process group."""
     return torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
 
 

@@ -40,10 +40,10 @@ class Checksum:
 
 
 def weighted_sum(words: Int64[Tensor, " words"], *, first: int) -> Int64[Tensor, ""]:
-    """Return the sum of word * weight modulo 2^64. Each place in the whole run has its own odd weight.
+    """Return the sum of word * weight modulo 2^64. Each place in the whole run has a different odd weight.
 
-    An odd weight has an inverse, so a change of one word always changes the sum. The weights differ, so words that
-    changed places are noticed too.
+    An odd weight has an inverse, so a change of one word always changes the sum. The weights differ, so swapped words
+    change it too.
     """
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for begin in range(0, len(words), CHUNK_WORDS):

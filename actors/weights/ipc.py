@@ -1,8 +1,8 @@
-"""Weights between processes that share GPUs: an engine's worker opens the trainer's memory by its CUDA handles.
+"""Weights between processes with shared GPUs: an engine's worker opens the trainer's memory by its CUDA handles.
 
-Every rank that shares a GPU with an engine copies all weights to that GPU. The memory is freed once the engines have
-loaded, because training needs it. CUDA frees it only after its receiver has opened and closed it, so a rank without an
-engine must not offer any.
+Every rank next to an engine copies all weights to their shared GPU. The memory is freed once the engines have loaded,
+because training needs it. CUDA frees it only after its receiver has opened and closed it, so a rank without an engine
+must not offer any.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DeviceParts:
         self.parts: list[UInt8[Tensor, " bytes"]] = []
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
-        """Return new memory for these bytes."""
+        """Return new memory for the bytes from `begin` to `end`."""
         self.parts.append(torch.empty(end - begin, dtype=torch.uint8, device=self.device))
         return self.parts[-1]
 

@@ -1,8 +1,8 @@
 """Weights in shared memory without a name: trainer and engines on one host, no copy in between.
 
-The trainer's first rank makes a memfd, which the engines open through that process's entry in /proc. Nothing appears
-in /dev/shm, other users cannot open the memory, and the kernel frees it when the processes end, whatever ends them. It
-is written in place at every sync, so both sides keep their mapping and its pages.
+The trainer's first rank creates a memfd, and the engines open it through the process's entry in /proc. Nothing appears
+in /dev/shm, other users cannot open the memory, and the kernel frees it when the processes end, even by a kill. It is
+written in place at every sync, so both sides keep their mapping and its pages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The trainer's part of every transport: weights as one flat run of bytes, with the checksum of that run.
+"""The trainer's part of every transport: weights as one flat run of bytes, with the checksum of the run.
 
-Runs in the policy's process. Iterating the weights may be a collective, so every rank does it, and only rank 0 keeps
-the weights. It must never write to memory that an engine still reads.
+It runs in the policy's process. Iterating the weights may be a collective, so every rank does it, and only rank 0 keeps
+the weights. It must never write to memory in use by an engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FlatMemory(Protocol):
     """Memory for a flat run of bytes. It need not hold the whole run at once."""
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
-        """Return the memory for these bytes of the run."""
+        """Return the memory for the bytes from `begin` to `end` of the run."""
         ...
 
 
@@ -81,7 +81,7 @@ def stage(
 def staged_buckets(
     named_weights: Iterator[tuple[str, Tensor]], memory: Scratch, manifest: WeightManifest, *, limit: int
 ) -> Iterator[UInt8[Tensor, " bytes"]]:
-    """Yield the run that a manifest describes in buckets of at most `limit` bytes, each valid until the next."""
+    """Yield the run of a manifest in buckets of at most `limit` bytes, each valid until the next."""
     for first, last, begin, end in buckets(manifest.offsets, manifest.nbytes, limit=limit):
         bucket = memory.region(begin, end)
         for at in range(first, last):

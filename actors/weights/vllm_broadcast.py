@@ -30,7 +30,7 @@ class BroadcastInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class BroadcastUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The fields of the manifest, and none other."""
+    """The fields of the manifest, for a broadcast."""
 
     version: int
     checksum: str
@@ -88,6 +88,6 @@ class NcclEngine(GlooEngine):
     method: ClassVar[Method] = "nccl"
 
     def init_transfer_engine(self, init_info: BroadcastInit) -> None:
-        """Meet the sender without the NCCL settings that VLLM_BATCH_INVARIANT pins, which the sender does not have."""
+        """Meet the sender without the NCCL settings pinned by VLLM_BATCH_INVARIANT, because the sender lacks them."""
         with unpinned_nccl_env():
             super().init_transfer_engine(init_info)

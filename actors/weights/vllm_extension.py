@@ -1,6 +1,6 @@
 """The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
 
-It registers the weight transports and the LoRA products for CPUs. vLLM mixes the class into its own worker, so `self`
+It registers the weight transports and the LoRA products for CPUs. vLLM mixes the class into its worker class, so `self`
 is the worker.
 """
 

@@ -38,7 +38,7 @@ class IpcUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
-    """Opens the memory of the trainer rank on its own GPU for the time of one update."""
+    """Opens the memory of the trainer rank on the same GPU for the time of one update."""
 
     init_info_cls = IpcInit
     update_info_cls = IpcUpdate
@@ -47,7 +47,7 @@ class IpcEngine(ReloadEngine[IpcInit, IpcUpdate]):
         """Do nothing: the handles arrive with each update."""
 
     def receive_weights(self, update_info: IpcUpdate) -> None:
-        """Load from the trainer's memory and take the checksum of these bytes."""
+        """Load from the trainer's memory and take the checksum of the loaded bytes."""
         u, gpu = update_info, gpu_uuid(self.device)
         if gpu not in u.handles:
             raise RunError(

@@ -1,7 +1,7 @@
-"""LoRA matrix products of a CPU engine in which all requests of a step carry the same adapter.
+"""LoRA matrix products of a CPU engine whose requests in a step all carry the same adapter.
 
-vLLM's CPU code gathers a copy of the adapter's matrices for every token before it multiplies them, once for each weight
-that a layer fuses. With one adapter all tokens share its matrices, so a layer needs two plain products and no copy.
+vLLM's CPU code gathers a copy of the adapter's matrices for every token before it multiplies them, once for each fused
+weight of a layer. With one adapter all tokens share its matrices, so a layer needs two plain products and no copy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Return a layer's matrices, transposed: for fused weights side by side, and as the blocks of a diagonal.
 
-        They are made again when vLLM has written to its own, as it does when it loads an adapter.
+        They are recomputed after vLLM has written to its matrices, as it does when it loads an adapter.
         """
         version = sum(matrix._version for matrix in (*lora_a_stacked, *lora_b_stacked))
         key = lora_a_stacked[0].data_ptr()
@@ -74,7 +74,7 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
 
 
 def share_adapter_on_cpu() -> None:
-    """Have vLLM make this wrapper for a model that it loads on a CPU. GPUs have kernels without the copies."""
+    """Make vLLM use this wrapper for models on a CPU. GPUs have kernels without the copies."""
     if current_platform.is_cpu():
         name = f"{SharedAdapterWrapper.__module__}.{SharedAdapterWrapper.__qualname__}"
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)

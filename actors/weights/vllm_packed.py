@@ -1,4 +1,4 @@
-"""Loads weights into a CPU engine in one pass: each matrix is packed directly from the memory that it arrived in.
+"""Loads weights into a CPU engine in one pass: each matrix is packed directly from the received memory.
 
 vLLM's general reload allocates every layer again, copies the weights in, packs them, and copies them once more. Here q,
 k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of it. Only plain decoders on one
@@ -77,7 +77,9 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _pack(module: Any, parameter: nn.Parameter, weight: Tensor) -> None:
-    """Make the layer's packed weight. The parameter keeps its place: empty, or (kernels that do not pack) a copy."""
+    """Create the layer's packed weight. The parameter keeps its place: empty, or (for kernels without
+    packing) a copy.
+    """
     if weight.shape != (module.output_size, module.input_size):
         raise RunError(
             f"weight sync: {module.prefix} has the shape {(module.output_size, module.input_size)} in the engine and "

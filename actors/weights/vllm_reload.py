@@ -44,13 +44,13 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
             initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load. The base class waits for an accelerator, which a CPU does not have."""
+        """Receive and load. The base class waits for an accelerator, but a CPU has none."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def load(self, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Give all weights to the model, which fuses q, k, v and gate, up. RunError if some are missing."""
+        """Give all weights to the model. It fuses q, k, v and gate, up. RunError if some are missing."""
         if self.packs:
             load_packed(self.model, dict(named_weights))
             return
@@ -71,10 +71,10 @@ class ReloadEngine(WeightTransferEngine[InitInfo, UpdateInfo], Generic[InitInfo,
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Have the next load build the expert kernels of a CPU again.
+    """Make the next load build the expert kernels of a CPU again.
 
-    vLLM packs the experts' weights for these kernels only when it builds them. A kernel that is kept would read the
-    unpacked weights of the sync as packed ones.
+    vLLM packs the experts' weights for these kernels only when it builds them. An old kernel would read the unpacked
+    weights of the sync as packed ones.
     """
     for module in model.modules():
         if isinstance(module, RoutedExperts):

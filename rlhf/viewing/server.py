@@ -58,7 +58,7 @@ class RunViewer:
         self.samples = SampleFiles()
 
     def application(self) -> web.Application:
-        """Build the aiohttp application."""
+        """Build the aiohttp application and its routes."""
         app = web.Application(middlewares=[self._guard])
         get = app.router.add_get
         get("/", self._page)
