@@ -1,4 +1,4 @@
-"""Rewards: loading them, running them in processes of their own, and combining them into one score a response.
+"""Load rewards, run them in separate processes, and combine them into a score for each response.
 
-Import the submodules directly. This file imports nothing: reward processes start through it.
+Import the submodules directly. This file imports nothing, since reward processes start through it.
 """

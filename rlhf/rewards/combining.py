@@ -1,10 +1,10 @@
-"""How several rewards of a response become one score: gates, normalisation within a group, weights. Pure.
+"""Combine the rewards of a response into a score: gates, normalisation within a group, weights.
 
-Two sums are made of the same values. The plain one is what a response's score means everywhere: in metrics, samples and
-evaluations. The normalised one is a signal for training alone, since its mean over a group says nothing.
+There are two sums of the same values. The plain sum is the score in metrics, samples and evaluations. The normalised
+sum is a signal for training only, since its mean over a group carries no information.
 
-A value of None means that the reward has no opinion on the response. It is left out of both sums, and so is a reward
-whose gate has no opinion. A group's mean and deviation are those of the responses that the reward has an opinion on.
+A value of None means the reward has no opinion on the response. It is left out of both sums, and so is a reward whose
+gate has no opinion. The mean and deviation of a group use only responses with an opinion.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROUP_STD_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One reward's part in the score."""
+    """The share of a reward in the score."""
 
     weight: float
     gate: str | None = None  # another reward, whose plain value is a factor of this one
@@ -35,16 +35,16 @@ class Share:
 def plain_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
     """Return the sum over rewards of weight * gate * value, for each response of a group.
 
-    It is None for a response on which rewards with a weight apply, and none of them has an opinion.
-    by_name: the rewards that apply to the group's row; the others add nothing.
+    It is None if rewards with a weight apply to the response and none of them has an opinion. `by_name` holds only the
+    rewards applicable to the group's row.
     """
     return _sum(gated(by_name, shares), shares)
 
 
 def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> list[float | None]:
-    """Return the same sum, with each reward of `normalize: group` normalised within the group, behind its gate.
+    """Return the same sum, with each reward of `normalize: group` normalised within the group after its gate.
 
-    This is arXiv:2601.05242, GDPO; its second normalisation, of the sum over the batch, is left to an algorithm.
+    This is arXiv:2601.05242, GDPO, without its second normalisation over the batch, which is left to an algorithm.
     """
     terms: dict[str, Values] = {}
     for name, values in gated(by_name, shares).items():
@@ -53,7 +53,7 @@ def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> 
 
 
 def gated(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> dict[str, Values]:
-    """Return gate * value, by reward; None where either is None."""
+    """Return gate * value for each reward, or None if the gate or the value is None."""
     products: dict[str, Values] = {}
     for name, values in by_name.items():
         factors = _factors(shares[name].gate, by_name, len(values))
@@ -64,7 +64,7 @@ def gated(by_name: Mapping[str, Values], shares: Mapping[str, Share]) -> dict[st
 def gated_steps(
     steps: Mapping[str, Sequence[Sequence[StepReward]]], by_name: Mapping[str, Values], shares: Mapping[str, Share]
 ) -> dict[str, list[list[float]]]:
-    """Return gate * value of each step of each response, by reward; no steps where the gate has no opinion."""
+    """Return gate * value of each step of each response, by reward. There are no steps if the gate has no opinion."""
     products = {}
     for name, responses in steps.items():
         factors = _factors(shares[name].gate, by_name, len(responses))

@@ -1,4 +1,7 @@
-"""What a reward's failure means: the rule of the reward, or else that of the run. Pure; imports nothing heavy."""
+"""Decide the effect of a reward's failure: the rule of the reward, or else the rule of the run.
+
+Pure logic without heavy imports.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ ErrorRule = Literal["fail", "drop"] | float | None  # a score for the response; 
 
 
 class FailedReward(Protocol):
-    """Whatever names the reward that failed."""
+    """An error with the name of the failed reward."""
 
     @property
     def reward(self) -> str: ...
 
 
 def ends_run(errors: Sequence[FailedReward], rules: Mapping[str, ErrorRule], default: Literal["fail", "drop"]) -> bool:
-    """Whether one of the errors stops the run. rules: by reward; `environment` is the name of the environment."""
+    """Return whether any of the errors stops the run.
+
+    `rules` has a rule for each reward name; the environment has the name `environment`.
+    """
     found = [rules.get(error.reward) for error in errors]
     return "fail" in {default if rule is None else rule for rule in found}

@@ -1,7 +1,7 @@
-"""From the name of a reward in a config to what it is and which columns it reads, before anything starts.
+"""Resolve a reward's name in a config to its source and its columns, before anything starts.
 
-A reward's file is imported in a reward process, never in the caller: a file that hangs, exits or takes a GPU at import
-can do so there. The result is a description that pickles; the pool loads the reward again where it runs.
+A reward's file is imported in a reward process, never in the caller: a file may hang, exit or take a GPU at import. The
+result is a description for pickling; the pool loads the reward again in its processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DEPTH = 64  # of lists and objects in a data row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedReward:
-    """A reward that has been imported once, and what it takes."""
+    """A loaded reward: its source and its parameters."""
 
     function: str  # as the config has it
     source: Source
@@ -30,11 +30,11 @@ class LoadedReward:
 
     @property
     def score_of_killed(self) -> float | None:
-        """What a response gets on which its process hung or died; None: the function says nothing of it."""
+        """Return the score of a response whose process hung or died, or None if the function defines no such score."""
         return score_of_killed(self.function, self.source.args) if self.source.path is None else None
 
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a row's columns, those that the reward is called with. KeyError if it needs one that the row lacks."""
+        """Return the columns of a row for the reward's call. KeyError if a required column is missing."""
         fixed = {"prompt", "response", "prompts", "responses", *self.source.args}
         if self.signature.takes_all:
             wanted = [*columns, *self.signature.required]
@@ -52,9 +52,9 @@ def load_reward(
     timeout_s: float = 60.0,
     memory_gib: float = 8.0,
 ) -> LoadedReward:
-    """Resolve and load a built-in, or `path/file.py:name` relative to the first of `folders` that has it.
+    """Load a built-in, or `path/file.py:name` relative to the first of `folders` with this file.
 
-    key: the reward's place in the config, for messages. UserError if there is no such reward or it cannot be used.
+    `key` is the reward's place in the config, for messages. UserError if the reward is missing or cannot be used.
     """
     source = resolve(function, args=args, folders=folders, key=key)
     process = RewardProcess([source], memory_gib=memory_gib)
@@ -68,7 +68,7 @@ def load_reward(
 
 
 def resolve(function: str, *, args: Mapping[str, Any], folders: Sequence[Path], key: str) -> Source:
-    """Where a reward comes from, its code unread. UserError for an unknown built-in or a file that is not there."""
+    """Return the source of a reward without reading its code. UserError for an unknown built-in or a missing file."""
     path, colon, name = function.rpartition(":")
     if not colon:
         if function in BUILT_INS:
@@ -90,7 +90,7 @@ def resolve(function: str, *, args: Mapping[str, Any], folders: Sequence[Path], 
 
 
 def is_nested_too_deep(columns: Mapping[str, Any]) -> bool:
-    """Whether a row's columns hold lists and objects deeper than MAX_DEPTH, which could not be sent to a reward."""
+    """Return whether lists and objects in a row are nested deeper than MAX_DEPTH, too deep to send to a reward."""
     level: list[Any] = [columns]
     for _ in range(MAX_DEPTH + 1):
         nested = [one for one in level if isinstance(one, Mapping | list | tuple)]
@@ -101,7 +101,7 @@ def is_nested_too_deep(columns: Mapping[str, Any]) -> bool:
 
 
 def check_columns(reward: LoadedReward, available: Collection[str], *, key: str, data: str) -> None:
-    """UserError if the reward needs a column that the dataset called `data` lacks."""
+    """Raise UserError if the dataset called `data` lacks a required column of the reward."""
     missing = [name for name in reward.signature.required if name not in available]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)

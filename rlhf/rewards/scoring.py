@@ -1,8 +1,8 @@
-"""The rewards of a run, combined: one weighted score a response, or why there is none.
+"""Combine the rewards of a run into a weighted score for each response, or report why there is none.
 
-Last stage before the experience: function rewards run in the pool, services are asked, a reward model's numbers come
-from its worker. A reward that fails is reported. It counts as a number only where its configuration, or the rule of a
-built-in, says so; otherwise the group has no scores, and the controller decides what becomes of it.
+This is the last stage before the experience. Function rewards run in the pool, services are called, and scores of a
+reward model come from its worker. A failed reward is reported. It counts as a number only if its configuration or a
+built-in's rule says so. Otherwise the group has no scores, and the controller decides its fate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSpec:
-    """One reward of a run: a function, a service, or (neither) a reward model, whose numbers come to `score`."""
+    """A reward of a run: a function, a service, or (neither) a reward model, whose scores are arguments of `score`."""
 
     name: str
     weight: float
@@ -44,13 +44,13 @@ class RewardSpec:
 
     @property
     def is_model(self) -> bool:
-        """Whether it is the reward model."""
+        """Return whether this is the reward model."""
         return self.function is None and self.remote is None and not self.from_environment
 
     def score_of_failure(self, kind: RewardErrorKind) -> float | None:
-        """Return what a response gets on which the reward fails so; None: its group has no scores.
+        """Return the score of a response after a failure of this kind, or None if its group has no scores.
 
-        A built-in without a rule of its configuration finds a response wrong that ends its process.
+        A built-in without a configured rule counts a response as wrong if it ends the process.
         """
         if isinstance(self.on_error, float):
             return self.on_error
@@ -59,7 +59,7 @@ class RewardSpec:
         return None
 
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
-        """Whether a row with these columns is scored by it. True is not 1 here."""
+        """Return whether the reward scores a row with these columns. True and 1 differ here."""
         return all(
             name in columns and any(type(columns[name]) is type(one) and columns[name] == one for one in values)
             for name, values in self.only.items()
@@ -67,8 +67,10 @@ class RewardSpec:
 
 
 def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
-    """Of the rewards as they are now: their configuration and the text of their files, not of what those import, nor
-    of what is behind a service."""
+    """Return a digest of the rewards: their configuration and the text of their files.
+
+    It does not cover other imported files, or the content of a service.
+    """
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
         source = spec.function.source if spec.function is not None else None
@@ -81,23 +83,25 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
 
 
 def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: float) -> float:
-    """The longest that the functions can take for one group once a process is free."""
+    """Return the longest time of the functions for a group once a process is free."""
     return sum(spec.function is not None for spec in specs) * longest_s(num_responses, timeout_s)
 
 
 def ask_deadline_s(specs: Sequence[RewardSpec], num_responses: int) -> float:
-    """The longest that the services can take for one group."""
+    """Return the longest time of the services for a group."""
     return max((spec.remote.longest_s(num_responses) for spec in specs if spec.remote is not None), default=0.0)
 
 
 def asks_in_flight(specs: Sequence[RewardSpec]) -> int:
-    """Groups that services are asked about at once; 0: there is no service."""
+    """Return the number of groups services are asked about at once. It is 0 without services."""
     return max((spec.remote.service.max_in_flight for spec in specs if spec.remote is not None), default=0)
 
 
 class RewardSet:
-    """All rewards of a run, if it has any: without them there are no scores. `score` may be called from as many threads
-    at once as there are `processes`, `ask` from as many as `asks_in_flight` says."""
+    """All rewards of a run. Without rewards there are no scores.
+
+    At most `processes` threads may call `score` at once, and at most `asks_in_flight` threads `ask`.
+    """
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
@@ -132,12 +136,12 @@ class RewardSet:
             self._services.close()
 
     def greet(self) -> None:
-        """RunError if a service cannot be reached."""
+        """Raise RunError if a service cannot be reached."""
         if self._services is not None:
             self._services.greet()
 
     def ask(self, prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]) -> dict[str, Outcome]:
-        """What the services that apply to the prompt's row say, for `score`."""
+        """Return the outcomes of the applicable services, an argument of `score`."""
         names = [spec.name for spec in self.specs if spec.remote is not None and spec.applies_to(prompt.columns)]
         if not names:
             return {}
@@ -155,12 +159,12 @@ class RewardSet:
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _NONE,
         places: Sequence[Sequence[int]] | None = None,
     ) -> GroupScores:
-        """Return the weighted sum of the rewards that apply to the prompt's row, for each response.
+        """Return the weighted sum of the rewards applicable to the prompt's row, for each response.
 
-        truncated: which responses were cut. model_scores: by reward name, one number a response, for the specs of the
-        reward model. asked: what `ask` gave. model_steps: the same as model_scores, for those that are credited by
-        steps. places: of each response, for every number of its first characters, the place of the token that ends
-        them; None: nobody asks for steps.
+        `truncated` marks truncated responses. `model_scores` holds a number per response for each reward of the reward
+        model, by name. `model_steps` holds the same for rewards credited by steps. `asked` is the result of `ask`.
+        `places` maps, for each response, a number of first characters to the position of their last token. It is None
+        if no steps are needed.
         """
         by_name: dict[str, tuple[float | None, ...]] = {}
         steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
@@ -225,7 +229,7 @@ def _of_model(
     model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]],
     count: int,
 ) -> Outcome:
-    """Check what the reward model or the environment gave."""
+    """Check the scores of the reward model or the environment."""
     steps = tuple(model_steps[spec.name]) if spec.by_step else ()
     sums = [sum((step.value for step in response), 0.0) for response in steps]
     scores = sums if spec.by_step else model_scores[spec.name]
@@ -243,9 +247,9 @@ def _of_model(
 
 
 def _with_scored_failures(spec: RewardSpec, outcome: Outcome, places: Sequence[Sequence[int]] | None) -> Outcome:
-    """Return the outcome with the scores of failed calls, as far as there is a rule for them.
+    """Return the outcome with the scores for failed calls, if there is a rule for them.
 
-    By steps, such a score is one step: the response as a whole.
+    With steps, such a score is a single step for the whole response.
     """
     scores, steps = list(outcome.scores), list(outcome.steps)
     for failure in outcome.failures:
@@ -270,13 +274,13 @@ def _without_scores(errors: Sequence[RewardError], scored_errors: Sequence[Rewar
 
 
 def error_rules(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
-    """Return what each reward says of its failures, and `environment` of the environment's."""
+    """Return the failure rule of each reward, and of the environment under the name `environment`."""
     of_environment = next((spec.on_error for spec in specs if spec.from_environment), None)
     return {"environment": of_environment, **{spec.name: spec.on_error for spec in specs}}
 
 
 def describe(errors: Sequence[RewardError]) -> str:
-    """One line a reward and kind of failure, with the first message of each."""
+    """Return a line for each reward and kind of failure, with its first message."""
     first: dict[tuple[str, str], RewardError] = {}
     count: dict[tuple[str, str], int] = {}
     for error in errors:
@@ -315,7 +319,7 @@ def _as_error(reward: str, failure: Failure, prompt: Prompt) -> RewardError:
 def _at_tokens(
     steps: Sequence[Sequence[StepReward]], places: Sequence[Sequence[int]]
 ) -> tuple[tuple[StepReward, ...], ...]:
-    """Return the steps, whose ends count characters, with the places of the tokens that end them."""
+    """Return the steps with their ends converted from characters to positions of tokens."""
     return tuple(
         tuple(replace(step, end=place[step.end]) for step in response)
         for response, place in zip(steps, places, strict=False)  # a group that was ended has fewer
@@ -325,7 +329,7 @@ def _at_tokens(
 def _with_cut(
     outcome: Outcome, truncated: Sequence[bool], value: float, places: Sequence[Sequence[int]] | None
 ) -> Outcome:
-    """With one value for every response that was cut; by steps, it is one step as a whole."""
+    """Return the outcome with a fixed value for every truncated response. With steps it is a single step."""
     scores = tuple(value if cut else score for score, cut in zip(outcome.scores, truncated, strict=True))
     steps = outcome.steps
     if steps and places is not None:

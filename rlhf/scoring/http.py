@@ -1,10 +1,11 @@
-"""`rlhf serve-reward`: rewards behind HTTP, by the protocol that a reward with a `url` speaks.
+"""Serve rewards over HTTP (`rlhf serve-reward`), with the protocol of a reward with a `url`.
 
-    GET  /health    {"status": "ok"}
-    POST /score     {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...]}
-                    {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}
+GET /health answers {"status": "ok"}.
 
-A request is one group. Without a token it serves this machine alone.
+POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...]}. It answers {"scores":
+[...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
+
+A request is a single group. Without a token it serves only this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _FIELDS = frozenset({"prompt", "responses", "columns", "truncated"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request's group."""
+    """The prompt and the responses of a request."""
 
     prompt: Prompt
     responses: tuple[str, ...]
@@ -45,7 +46,7 @@ class Asked:
 
 
 class RewardServer:
-    """The application. `token` None: whoever reaches it may ask."""
+    """The web application. With `token` None every reachable client may send requests."""
 
     def __init__(self, scorer: Scorer, scoring: Scoring, token: str | None) -> None:
         self.scorer = scorer
@@ -55,7 +56,7 @@ class RewardServer:
         self.scoring = ThreadPoolExecutor(scoring.policy.processes)
 
     def application(self) -> web.Application:
-        """What aiohttp runs."""
+        """Return the application for aiohttp."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_post("/score", self._score)
@@ -65,7 +66,7 @@ class RewardServer:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """The token, and errors as JSON objects."""
+        """Check the token, and return errors as JSON objects."""
         if self.token is None:
             why = stranger(request)
             if why is not None:
@@ -109,7 +110,7 @@ class RewardServer:
         return await loop.run_in_executor(self.scoring, scorer.score, *given, asked)
 
     def _refuse_unfit(self, prompt: Prompt) -> None:
-        """ValueError for columns that the rewards cannot be asked about."""
+        """Raise ValueError for columns the rewards cannot score."""
         here = {spec.name: spec for spec in self.scorer.specs if spec.applies_to(prompt.columns)}
         if not here:
             raise ValueError("no reward applies to these columns")
@@ -128,7 +129,7 @@ class RewardServer:
 
 
 def read_group(text: str) -> Asked:
-    """A request's body. ValueError says what is wrong with it."""
+    """Parse a request's body. ValueError describes an invalid body."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -174,7 +175,7 @@ def _error(status: int, text: str) -> web.Response:
 
 
 def serve(scoring: Scoring, *, host: str, port: int, token_env: str | None, ready: Callable[[str], None]) -> None:
-    """Serve until it is interrupted. `ready` is told the address."""
+    """Serve until interrupted. `ready` is called with the address."""
     logs.configure()
     token = serving_token(host, token_env)
     with Scorer(scoring) as scorer:

@@ -1,4 +1,4 @@
-"""`rlhf reward`: the rewards of a configuration over the responses in a file, without a run."""
+"""Score the responses in a file with the rewards of a configuration, without a run (`rlhf reward`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OWN = ("prompt", "response", "truncated")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A row and what the rewards may read beside its prompt and response."""
+    """A row, with the columns the rewards may read besides prompt and response."""
 
     row: Row
     columns: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Responses of the file to one prompt."""
+    """The responses of the file to the same prompt."""
 
     prompt: Prompt
     rows: tuple[int, ...]  # places in the file's rows
@@ -44,7 +44,7 @@ class Group:
 
 
 def score_file(scoring: Scoring, file: Path) -> ScoredFile:
-    """Every row scored; a reward that fails is in the result. UserError names each line that cannot be used."""
+    """Return the scores of every row, including failed rewards. UserError names each invalid line."""
     logs.configure("WARNING")
     rows = read_rows(str(file))
     groups = _groups(_lines(rows, scoring))
@@ -72,7 +72,7 @@ def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
 
 
 def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[GroupScores]:
-    """Services are asked about many groups at once; as many are scored as there are processes."""
+    """Score the groups. Services receive many groups at once, and functions a group per process."""
     asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
     scores = ThreadPoolExecutor(scoring.policy.processes)
 
@@ -92,7 +92,7 @@ def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[Gr
 
 
 def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
-    """The rows as the rewards are asked about them. UserError names the lines that cannot be."""
+    """Return the rows with the columns for the rewards. UserError names the invalid lines."""
     bad = [text for row in rows if (text := _trouble(row)) is not None]
     if bad:
         more = f"\nand {len(bad) - MOST_BAD_ROWS} more" if len(bad) > MOST_BAD_ROWS else ""
@@ -105,7 +105,7 @@ def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
 
 
 def _trouble(row: Row) -> str | None:
-    """Why the row is no prompt with a response."""
+    """Return why a row is not a prompt with a response, or None."""
     for name, kind, word in (
         ("prompt", str, "a string"),
         ("response", str, "a string"),
@@ -118,14 +118,14 @@ def _trouble(row: Row) -> str | None:
 
 
 class _DataOfRun:
-    """The data sets that a run's samples came from, read when the first of them is looked for."""
+    """The data sets of a run's samples, each read on first use."""
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
         self.sets: dict[str, list[Row]] = {}
 
     def line_of(self, row: Row) -> Line:
-        """The row with its own columns or, if it is of a run's samples, with those of the data that it names."""
+        """Return a row with its columns or, for a sample of a run, with the columns of its data row."""
         given = row.columns
         split = given.get("split", given.get("set"))
         number = given.get("prompt_id")
@@ -152,7 +152,7 @@ class _DataOfRun:
 
 
 def _groups(lines: Sequence[Line]) -> list[Group]:
-    """In the order of their first lines."""
+    """Group the lines, in the order of the first line of each group."""
     places: dict[str, list[int]] = {}
     for place, line in enumerate(lines):
         places.setdefault(line.group, []).append(place)

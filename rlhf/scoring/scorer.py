@@ -1,7 +1,7 @@
-"""The rewards of a configuration, or one function, in this process and without a run. No Ray is started.
+"""Score with the rewards of a configuration, or a single function, in this process and without a run or Ray.
 
-`rlhf reward` and `rlhf serve-reward` score through this. Text is all they have, so a reward model's tokens are made of
-it here; in a run they are those that were sampled.
+`rlhf reward` and `rlhf serve-reward` score through this module. They have only text, so a reward model's tokens are
+made here. In a run the model reads the sampled tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MICROBATCH_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldModel:
-    """A reward model, with the tokenizer of the policy that it scores."""
+    """A reward model, with the tokenizer of the policy it scores."""
 
     config: RewardModelConfig
     tokenizer: str
@@ -48,7 +48,7 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What there is to score with, loaded and checked."""
+    """Rewards and data sources for scoring, loaded and checked."""
 
     name: str  # the configuration's file, or the function
     specs: tuple[RewardSpec, ...]
@@ -61,7 +61,7 @@ class Scoring:
 
 
 def scoring_of_function(function: str) -> Scoring:
-    """One function, built in or `path/file.py:name`, without args."""
+    """Return the scoring of a function, built in or `path/file.py:name`, without args."""
     policy = RewardPolicy()
     rewards = {function.rpartition(":")[2]: RewardConfig(function=function)}
     specs = load_rewards(rewards, beside=Path.cwd(), memory_gib=policy.memory_gib, key="FUNCTION")
@@ -69,7 +69,7 @@ def scoring_of_function(function: str) -> Scoring:
 
 
 def scoring_of_config(loaded: LoadedConfig) -> Scoring:
-    """The rewards of a configuration; of a pipeline, those of its last stage that has any."""
+    """Return the scoring of a configuration. In a pipeline it is the last stage with rewards."""
     for stage in reversed(list(loaded.stages.values())):
         if isinstance(stage, Config) and stage.rewards:
             return _of_run(stage, loaded)
@@ -130,7 +130,7 @@ def _load(
 
 
 class Scorer:
-    """Scores groups of responses. `ask` comes before `score`, as with RewardSet, whose limits on threads hold."""
+    """Scores groups of responses. Call `ask` before `score`; the limits of RewardSet on threads hold."""
 
     def __init__(self, scoring: Scoring) -> None:
         self.model: RewardModel | None = None
@@ -161,13 +161,13 @@ class Scorer:
         self.rewards.close()
 
     def ask(self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool]) -> dict[str, Outcome]:
-        """What the services say."""
+        """Return the outcomes of the services."""
         return self.rewards.ask(prompt, responses, truncated=truncated)
 
     def score(
         self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], asked: Mapping[str, Outcome]
     ) -> GroupScores:
-        """The scores of one group."""
+        """Return the weighted scores of a group."""
         models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
         model_scores: dict[str, list[float]] = {}
         model_steps: dict[str, list[tuple[StepReward, ...]]] = {}
@@ -187,7 +187,7 @@ class Scorer:
     def _tokens(
         self, prompt: str, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
     ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
-        """Prompt and responses as the reward model reads them; with steps, where these end."""
+        """Return the tokens of prompts and responses for the reward model, and the ends of steps if it scores steps."""
         (prompt_ids,) = encode([prompt], self.tokenizer)
         encoded = Continuation(self.tokenizer).encode([(prompt, response) for response in responses])
         eos = self.tokenizer.eos_token_id

@@ -1,8 +1,8 @@
-"""The reward `code_tests`: runs the program in a response against the tests of its row.
+"""The reward `code_tests`: run the program in a response against the tests of its row.
 
-Expected outputs and values never enter the sandbox: it sends back what the program printed or returned, and that is
-compared here. Assertions do run beside the program. What is wrong with a row's tests raises; what is wrong with the
-program is a failed test. Never compare by anything that came out of the sandbox as code.
+Expected outputs and values never enter the sandbox: it returns the program's output or values, and they are compared
+here. Assertions run together with the program. An error in a row's tests raises, and an error in the program is a
+failed test. Never execute output of the sandbox in order to compare it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Printed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
-    """What a function, or a method of `Solution`, returns for arguments. expected: as JSON has it."""
+    """The return value of a function, or of a method of `Solution`, for arguments. `expected` is a JSON value."""
 
     arguments: Sequence[Any]
     expected: Any
@@ -46,7 +46,7 @@ class Returned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cases:
-    """The tests of one row: exactly one of printed, returned and statements is filled."""
+    """The tests of a row. Exactly one of `printed`, `returned` and `statements` is filled."""
 
     printed: tuple[Printed, ...] = ()
     function: str | None = None
@@ -56,10 +56,11 @@ class Cases:
 
 
 class CodeTests:
-    """The share of tests that the program in the response passes, or 1.0 if it passes all (`score`).
+    """The share of tests passed by the program in the response, or 1.0 if it passes all (`score`).
 
-    The program is the last fenced block of Python, or the last of any if none says so (`extract`). `test_s` limits one
-    process, `limit_s` all of a response's. One test of standard output is one process; all others are one together.
+    The program is the last fenced block of Python, or the last block if none is marked as Python (`extract`). `test_s`
+    limits a process, and `limit_s` all processes of a response. Each test of standard output runs in a separate
+    process; all other tests share a process.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class CodeTests:
         return passed / count
 
     def _results(self, program: str, tests: Cases) -> Iterator[bool]:
-        """Whether each test passed, in order; fewer where the program did not get so far."""
+        """Yield whether each test passed, in order. Tests after an early end of the program are missing."""
         deadline = time.monotonic() + self._limit_s
         if not tests.printed:
             yield from self._in_one_process(program, tests)
@@ -145,12 +146,12 @@ class CodeTests:
         yield from (answer == mark for answer in answers)
 
     def _is_expected(self, value: object, expected: object) -> bool:
-        """Many data sets put the one expected value into a list."""
+        """Compare a value with the expected value, which many data sets wrap in a list."""
         same = same_value(value, expected, tolerance=self._tolerance)
         return same or same_value([value], expected, tolerance=self._tolerance)
 
     def _check_imports(self, statements: Sequence[str]) -> None:
-        """Tests that cannot be imported would make every program wrong."""
+        """Raise ValueError if the tests import a missing package, since every program would fail."""
         for name in dict.fromkeys(name for code in statements for name in _imports(code)):
             if name not in self._importable:
                 script = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is None)"
@@ -163,14 +164,14 @@ class CodeTests:
 
 
 def last_code_block(response: str) -> str | None:
-    """The last closed fenced block that is marked as Python, or else the last; None if there is none."""
+    """Return the last closed fenced block marked as Python, or else the last block, or None."""
     blocks = list(_code_blocks(response))
     marked = [code for language, code in blocks if language.lower() in _PYTHON]
     return marked[-1] if marked else blocks[-1][1] if blocks else None
 
 
 def _code_blocks(response: str) -> Iterator[tuple[str, str]]:
-    """Language and content of each. A fence that names a language opens a block, also where one was never closed."""
+    """Yield language and content of each block. A fence with a language opens a block, even after an unclosed block."""
     language: str | None = None
     content: list[str] = []
     for line in response.split("\n"):
@@ -185,7 +186,7 @@ def _code_blocks(response: str) -> Iterator[tuple[str, str]]:
 
 
 def read_tests(column: object) -> Cases:
-    """From the column `tests`, a value or JSON of one. ValueError if it has no known form."""
+    """Read the column `tests`, a value or JSON text. ValueError for an unknown form."""
     try:
         value = json.loads(column) if isinstance(column, str) else column
     except ValueError as error:
@@ -213,7 +214,7 @@ def read_tests(column: object) -> Cases:
 
 
 def read_test_code(code: str, entry_point: str | None) -> Cases:
-    """From the column `test_code`: statements to execute, functions called test_..., or `check` for `entry_point`."""
+    """Read the column `test_code`: statements, functions named test_..., or `check` for `entry_point`."""
     try:
         body = ast.parse(code).body
     except SyntaxError as error:
@@ -242,7 +243,10 @@ def read_test_code(code: str, entry_point: str | None) -> Cases:
 
 
 def same_output(printed: str, expected: str, *, tolerance: float = 0.0) -> bool:
-    """Equal lines, white space at their ends and empty lines at the end apart; numbers are equal as numbers."""
+    """Return whether the lines are equal, ignoring surrounding white space and trailing empty lines.
+
+    Numbers are compared as numbers.
+    """
     lines, wanted = ([line.strip() for line in text.rstrip().splitlines()] for text in (printed, expected))
     if lines == wanted:
         return True
@@ -252,7 +256,7 @@ def same_output(printed: str, expected: str, *, tolerance: float = 0.0) -> bool:
 
 
 def same_value(value: object, expected: object, *, tolerance: float = 0.0) -> bool:
-    """Equality of values that came through JSON; numbers may differ by the tolerance, absolute or relative."""
+    """Compare two JSON values; numbers may differ by the tolerance, absolute or relative."""
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(
             same_value(v, e, tolerance=tolerance) for v, e in zip(value, expected, strict=True)
@@ -319,7 +323,10 @@ def _imports(code: str) -> Iterator[str]:
 
 
 def _parsed(results: bytes, count: int) -> list[Any]:
-    """One answer a test; None where there is no JSON. A program may write there too: it is only ever compared."""
+    """Return an answer for each test, or None if it is not JSON.
+
+    The program may write here too, so answers are only compared.
+    """
     found: list[Any] = []
     for line in [*results.split(b"\n", count)[:count], *[b""] * count][:count]:
         try:

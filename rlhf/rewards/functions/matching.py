@@ -1,11 +1,11 @@
-"""Built-in rewards: the table of all, and rules that compare a response with a column of its data row.
+"""Built-in rewards: rules to compare a response with a column of its data row.
 
 The rules here give 1.0 for right and 0.0 for wrong. `reasoning_gym` gives the partial credit of its task. All run in
-reward processes, like a user's own reward. Keep imports at the top to the standard library: a heavy import belongs in a
-constructor, which runs once in each process and outside the time limit of a call.
+reward processes, like a user's reward. Keep imports at the top to the standard library: a heavy import belongs in a
+constructor, which runs once per process and outside the time limit of a call.
 
-Two rules hold for every built-in. A data row that it cannot read raises, because then the data is wrong. A response
-never raises: a response that a rule cannot read, or cannot check within `limit_s`, is wrong.
+Two rules hold for every built-in. An unreadable data row raises, because the data is wrong. A response never raises: it
+is wrong if a rule cannot read it, or cannot check it within `limit_s`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
 
 
 def exact_match(prompt: str, response: str, answer: object) -> float:
-    """The response is the answer, white space at both ends apart."""
+    """Return 1.0 if the response equals the answer, ignoring surrounding white space."""
     return float(response.strip() == str(answer).strip())
 
 
 def contains(prompt: str, response: str, answer: object) -> float:
-    """The answer stands somewhere in the response."""
+    """Return 1.0 if the response contains the answer."""
     text = str(answer).strip()
     if not text:
         raise ValueError("the answer is empty: every response contains it")
@@ -65,10 +65,10 @@ def last_number(prompt: str, response: str, answer: object) -> float:
 
 
 def multiple_choice(prompt: str, response: str, answer: object) -> float:
-    """The choice that the response settles on is the letter of the answer: "C", "(C)" and "c." are one.
+    """Return 1.0 if the response's final choice is the letter of the answer: "C", "(C)" and "c." are equal.
 
-    The last of \\boxed{C}, <answer>C</answer> and "answer is C" counts, or a response that is nothing but a letter. A
-    letter that stands in a sentence does not: "A" is a word too.
+    The last of \\boxed{C}, <answer>C</answer> and "answer is C" counts, or a response of a single letter. A letter
+    within a sentence does not count, since "A" is also a word.
     """
     expected = _LONE_CHOICE.fullmatch(str(answer))
     if expected is None:
@@ -79,7 +79,7 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
 
 
 def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
-    """Compare what the pattern's first group, or else the whole pattern, captures in its last match with the answer."""
+    """Compare the last match of the pattern with the answer: its first group, or the whole match without a group."""
     compiled = re.compile(pattern, re.DOTALL)
     captured = None
     with _limit(limit_s) as search:
@@ -89,10 +89,10 @@ def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_
 
 
 class JsonSchema:
-    """The response is JSON that a schema allows: its last fenced block, or else all of it.
+    """The response is JSON allowed by a schema: its last fenced block, or else all of it.
 
     The schema is the argument, or else the column `schema`: an object or its JSON. A reference to another document is
-    never fetched. NaN and Infinity are not JSON, and a number that Python cannot read is not allowed by any schema.
+    never fetched. NaN and Infinity are not JSON, and no schema allows a number Python cannot read.
     """
 
     def __init__(self, schema: Mapping[str, Any] | None = None, limit_s: float = 5.0) -> None:
@@ -130,7 +130,7 @@ def _read_json(text: str) -> Any:
 
 
 class FormatRegex:
-    """The whole response matches a pattern (`re.fullmatch`; a dot matches line ends too)."""
+    """The whole response matches a pattern (`re.fullmatch`; a dot also matches newlines)."""
 
     def __init__(self, pattern: str, limit_s: float = 5.0) -> None:
         self._pattern = re.compile(pattern, re.DOTALL)
@@ -146,7 +146,7 @@ class FormatRegex:
 class MathAnswer:
     """The response's final answer equals the `answer` as a mathematical expression (math-verify).
 
-    A response that takes more than `limit_s` to check counts as wrong: a model may well write 9^(9^(9^9)).
+    A response counts as wrong if its check takes more than `limit_s`: a model may write 9^(9^(9^9)).
     """
 
     def __init__(self, limit_s: float = 5.0) -> None:
@@ -171,13 +171,14 @@ class MathAnswer:
 
 
 class ReasoningGym:
-    """The score that a reasoning-gym task gives to the answer in the response.
+    """The score of a reasoning-gym task for the answer in the response.
 
-    It reads the columns of the task's entry: `answer`, `metadata` (whose `source_dataset` names the task) and, where
-    the data has it, `question`; else the prompt stands for the question. A response without an answer to extract gets
-    0. So does a response on which the task's scorer raises or takes more than `limit_s`; if the scorer raises on the
-    right answer too, the entry is wrong, and that raises. A task that gives full marks to nonsense is refused. A task
-    that gives full marks to "nan" never sees it.
+    It reads the columns of the task's entry: `answer`, `metadata` (its `source_dataset` names the task) and optionally
+    `question`, by default the prompt. A response without an extractable answer scores 0. It also scores 0 if the task's
+    scorer raises or takes more than `limit_s`. If the scorer raises on the right answer too, the entry is wrong, and
+    the error is raised.
+
+    A task is refused if it gives full marks to nonsense. A task with full marks for "nan" never receives it.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class ReasoningGym:
         return value if check.in_time and math.isfinite(value) else 0.0
 
     def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
-        """The task's scorer, and whether it takes "nan" for the right answer."""
+        """Return the task's scorer, and whether it accepts "nan" as the right answer."""
         score = self._library.get_score_answer_fn(task)
         if _score(score, "\N{REPLACEMENT CHARACTER}", entry) >= 1.0:
             raise ValueError(
@@ -254,21 +255,21 @@ _AGAIN_S = 0.5  # a destructor may have swallowed the first _TooSlow
 
 
 class _TooSlow(BaseException):
-    """Ends a check at its limit. It is no Exception, because sympy and math-verify catch those."""
+    """Ends a check at its limit. It is not an Exception, because sympy and math-verify catch exceptions."""
 
 
 class _Check:
-    """Says whether the body of `_limit` came to its end."""
+    """Records whether the body of `_limit` finished in time."""
 
     in_time = False
 
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[_Check]:
-    """Leave the body after so many seconds. A reward process calls rewards in its main thread, as signals need.
+    """Leave the body after a number of seconds. Reward processes call rewards in the main thread, as signals require.
 
-    Python code and regular expressions can be left so. A C function that never returns can not: the pool ends its
-    process, and gives the response `score_of_killed`.
+    This interrupts Python code and regular expressions, but not a C function. For a hanging C function the pool ends
+    the process, and the response scores `score_of_killed`.
     """
     check = _Check()
 

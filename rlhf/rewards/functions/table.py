@@ -35,9 +35,9 @@ from rlhf.rewards.functions.matching import (
 class CosineLength:
     """Right or wrong, scaled by length (arXiv:2502.03373): right and short is best, wrong and short is worst.
 
-    Another built-in decides what is right (`verifier`, with `verifier_args`): its score is `threshold` or more. The
-    values of right and wrong responses go from `*_at_zero` to `*_at_limit`; a response of the limit or longer gets
-    `exceeded`. Defaults are the paper's.
+    Another built-in reward decides whether a response is right (`verifier`, with `verifier_args`): its score is
+    `threshold` or more. The values of right and wrong responses go from `*_at_zero` to `*_at_limit`. A response of the
+    limit or longer scores `exceeded`. The defaults come from the paper.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ BUILT_INS: dict[str, Callable[..., Any]] = {
 
 
 def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
-    """Return the seconds after which a built-in finds a response wrong by itself; None: it has no such limit."""
+    """Return the internal time limit of a built-in reward in seconds, or None. A response beyond it is wrong."""
     if function not in BUILT_INS:
         return None
     if function == "cosine_length":
@@ -112,9 +112,9 @@ def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
 
 
 def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
-    """Return what a built-in gives a response on which its process hung or died, below the reach of `limit_s`.
+    """Return the score of a built-in reward for a response whose process hung or died.
 
-    That is its score of a wrong response. None: the function is no built-in, and says nothing of such a response.
+    It is the score of a wrong response. It is None for functions other than built-ins.
     """
     if function == "cosine_length":
         return float(args.get("wrong_at_zero", -10.0))

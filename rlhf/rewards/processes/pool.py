@@ -1,8 +1,7 @@
-"""Runs rewards in processes of their own, with a hard limit on every call.
+"""Run rewards in separate processes, with a hard limit on every call.
 
-A call that raises, hangs, returns no finite number or takes its process with it becomes a Failure of that call,
-never a score; the next call finds a fresh process. What a failure means for its response and for the run is decided by
-the caller.
+A call becomes a Failure, never a score, if it raises, hangs, returns an invalid number or ends its process. The next
+call uses a fresh process. The caller decides the effect of a failure on the response and on the run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why one response has no score."""
+    """The reason a response has no score."""
 
     sample: int  # place of the response in its group
     kind: RewardErrorKind
@@ -35,9 +34,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One group by one reward. A response without a score has a failure, or the reward has no opinion on it.
+    """The result of a reward for a group. A response without a score has a failure, or the reward has no opinion.
 
-    A group that was ended by a failure has no entries behind it.
+    A group ended by a failure has no later entries.
     """
 
     scores: tuple[float | None, ...]  # one a response
@@ -46,14 +45,15 @@ class Outcome:
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
-    """Return the longest that one group can take by one reward once a process is free."""
+    """Return the longest time for a group by one reward once a process is free."""
     return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # fresh processes, and one call again
 
 
 class RewardPool:
-    """`processes` processes, each with all of `sources` loaded. Thread-safe: as many groups at once as processes.
+    """A pool of `processes` processes, each with all of `sources` loaded.
 
-    RunError if a reward cannot be loaded: the driver could load it, so this machine differs from the driver's.
+    It is thread-safe, with one group per process at a time. RunError if a reward cannot be loaded: the driver could
+    load it, so this machine differs from the driver's.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class RewardPool:
         self.close()
 
     def pids(self) -> list[int]:
-        """Process ids, for a look from outside."""
+        """Return the process ids, for inspection."""
         return [process.pid for process in [slot.process for slot in self._slots] if process is not None]
 
     def close(self) -> None:
-        """End the processes. A group under way in another thread gets a RunError."""
+        """End the processes. A group in progress in another thread gets a RunError."""
         self._closed = True
         for process in [slot.process for slot in self._slots]:
             if process is not None:
@@ -106,14 +106,13 @@ class RewardPool:
         by_step: bool = False,
         goes_on: bool = False,
     ) -> Outcome:
-        """Score one group by sources[reward].
+        """Score a group by sources[reward].
 
-        The first death of a process is tried again in a fresh one, since a process may also be killed from outside.
+        The first death of a process is retried in a fresh process, since a process may also be killed from outside.
 
-        Args:
-            by_step: The reward gives steps, whose ends count characters of the response.
-            goes_on: Score the rest of the group after a hang or a second death, in a fresh process. Without it such a
-                group ends there: it cannot be used any more, and the rest may hang as well.
+        Args: `by_step` says the reward returns steps, whose ends count characters of the response. `goes_on` says to
+        score the rest of the group in a fresh process after a hang or a second death. Without it the group ends there,
+        since it is already unusable and the rest may hang too.
         """
         pickled = pickle.dumps(dict(columns))
         replies: list[Reply] = []
@@ -156,7 +155,7 @@ class RewardPool:
         )
 
     def _exchange(self, process: RewardProcess, request: Request, replies: list[Reply]) -> Reply | None:
-        """Append the replies as they come. What ended it before they were all there, or None."""
+        """Append the replies as they arrive. Return the failure of the process, or None after the last reply."""
         try:
             process.send(request, self._timeout_s)
             for _ in request.responses:
@@ -211,7 +210,7 @@ class RewardPool:
 
 
 class _Slot:
-    """Room for one process."""
+    """A slot for a process."""
 
     def __init__(self) -> None:
         self.process: RewardProcess | None = None

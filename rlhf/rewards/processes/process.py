@@ -1,6 +1,6 @@
-"""The parent's side of one reward process: start, ask, find out where it hangs, kill.
+"""Control a reward process from its parent: start it, send calls, locate a hang, and kill it.
 
-Every wait has a deadline. It holds no policy: what a death or a time-out means is the pool's business.
+Every wait has a deadline. The pool decides the effect of a death or a timeout.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
 class ProcessTimeout(Exception):
-    """No answer within the limit. The process is still there."""
+    """Raised if there is no answer within the limit. The process still runs."""
 
 
 class ProcessDied(Exception):
-    """The process is gone. The message says how."""
+    """Raised if the process has ended. The message says how."""
 
 
 class RewardProcess:
-    """One process that loads `sources`. For one caller at a time."""
+    """A process with `sources` loaded, for a single caller at a time."""
 
     def __init__(self, sources: Sequence[Source], *, memory_gib: float) -> None:
         self._sources = tuple(sources)
@@ -94,7 +94,7 @@ class RewardProcess:
         return self._process.pid
 
     def load(self, timeout_s: float) -> tuple[Signature, ...]:
-        """Wait until every reward is loaded. LoadError with the message of the first that is not."""
+        """Wait until every reward is loaded. LoadError has the message of the first failure."""
         deadline = time.monotonic() + timeout_s
         signatures: list[Signature] = []
         try:
@@ -115,7 +115,7 @@ class RewardProcess:
         return tuple(signatures)
 
     def send(self, message: Hello | Request, timeout_s: float) -> None:
-        """Write one message. ProcessTimeout, ProcessDied."""
+        """Send a message. Raises ProcessTimeout and ProcessDied."""
         self._log.lines_left = MAX_LOG_LINES
         self._connection.settimeout(timeout_s)
         try:
@@ -126,7 +126,7 @@ class RewardProcess:
             raise ProcessDied(self._how_it_died()) from error
 
     def receive(self, timeout_s: float) -> Reply:
-        """Read one message, and pass the process's output to the log meanwhile. ProcessTimeout, ProcessDied."""
+        """Read a message, and log the process's output in the meantime. Raises ProcessTimeout and ProcessDied."""
         deadline = time.monotonic() + timeout_s
         while True:
             left = max(deadline - time.monotonic(), 0.0)
@@ -153,7 +153,7 @@ class RewardProcess:
         return message
 
     def where(self, path: str | None) -> str:
-        """Where in the reward's code the process is now: `file:line in function`, or nothing if it does not say."""
+        """Return the current place in the reward's code, `file:line in function`, or an empty string if unknown."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 0.5
@@ -166,13 +166,15 @@ class RewardProcess:
         return place_in(text, path)
 
     def signal_end(self) -> None:
-        """Have it killed with all that it started; `kill` must still be called by who uses it. From any thread."""
+        """Send SIGKILL to the process and its children, from any thread. The user of the process must still call
+        `kill`.
+        """
         if self._process.returncode is None:  # else it has been reaped, and its id may be another's
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill the process and all that it started, and return when it is gone; RunError if it will not go."""
+        """Kill the process with all its children, and wait for its end. RunError if it does not end."""
         self.signal_end()
         self._kill_daemons()
         try:
@@ -187,7 +189,7 @@ class RewardProcess:
                 os.close(fd)
 
     def _kill_daemons(self) -> None:
-        """Kill what left the process's group, such as a daemon of its own session: it inherited the mark."""
+        """Kill processes outside the process group, such as a daemon with its own session. They inherit the mark."""
         mark = f"{MARK}={self._mark}".encode()
         for _ in range(3):  # one that is killed may have started another meanwhile
             daemons = [pid for pid in _other_processes(self.pid) if mark in _environment_of(pid)]
@@ -198,7 +200,7 @@ class RewardProcess:
                 return
 
     def flush_log(self) -> None:
-        """Pass what it has written so far to the log."""
+        """Log the output written so far."""
         self._log.read(self._output)
 
     def _how_it_died(self) -> str:
@@ -223,26 +225,26 @@ class RewardProcess:
 
 
 def _other_processes(pid: int) -> Iterator[int]:
-    """Yield the ids of all processes but this one and `pid`."""
+    """Yield the ids of all processes except this process and `pid`."""
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) not in (os.getpid(), pid):
             yield int(entry)
 
 
 def _environment_of(pid: int) -> list[bytes]:
-    """Return what the process was started with; nothing of one that has ended, or that is another user's."""
+    """Return the initial environment of a process, or an empty list if it has ended or belongs to another user."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []
 
 
 def place_in(text: str, path: str | None) -> str:
-    """Where in the user's code a process was that wrote this by faulthandler."""
+    """Return the place in the user's code from a faulthandler dump."""
     return describe_frames([(file, int(line), name) for file, line, name in _FRAME.findall(text)][::-1], path)
 
 
 class OutputLog:
-    """Passes what rewards (or an environment) print to the log, whole lines, so many a request."""
+    """Logs the output of rewards or environments in whole lines, up to a limit per request."""
 
     def __init__(self, what: str = "reward") -> None:
         self.what = what
@@ -251,7 +253,7 @@ class OutputLog:
         self._partial = b""
 
     def read(self, fd: int) -> bool:
-        """Take what a non-blocking pipe holds. False at its end."""
+        """Read the available output of a non-blocking pipe. Return False at its end."""
         while True:
             try:
                 chunk = os.read(fd, 1 << 16)

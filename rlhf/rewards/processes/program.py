@@ -1,7 +1,7 @@
-"""The program of a reward process: loads rewards, answers calls, and dies with its parent.
+"""The program of a reward process: load rewards, answer calls, and die with the parent.
 
-Started by `rlhf.rewards.processes.process`, which shares the message types below. It uses the standard library alone,
-so that a process is up in a twentieth of a second: never import torch here, nor a module that does.
+`rlhf.rewards.processes.process` starts it and shares the message types below. It uses only the standard library, so a
+process starts in a twentieth of a second: never import torch here, directly or through another module.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEADER = struct.Struct("!Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a reward comes from. args: keyword arguments of the class's constructor, or fixed ones of the function."""
+    """The source of a reward. `args` are arguments of the class's constructor, or fixed arguments of the function."""
 
     path: str | None  # absolute; None: a built-in
     name: str
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a reward's call takes beside prompt and response."""
+    """The parameters of a reward's call besides prompt and response."""
 
     batched: bool  # `prompts, responses`: called once a group
     required: tuple[str, ...]  # columns without a default
@@ -55,7 +55,7 @@ class Signature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """First message to a reward process."""
+    """The first message to a reward process."""
 
     memory_bytes: int
     sources: tuple[Source, ...]
@@ -63,7 +63,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One group to score by one reward; answered by one Reply a response, in order."""
+    """A group to score by a reward. The process sends a Reply for each response, in order."""
 
     reward: int  # place in Hello.sources
     prompt: str
@@ -74,10 +74,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """One answer of a reward process.
+    """An answer of a reward process.
 
-    kind: `loaded` (payload: Signature), `value` (float, pairs of end and float, or None for no opinion), or the kind of
-    a failure (payload: its message).
+    `kind` is `loaded` (payload: Signature), `value` (float, pairs of end and float, or None for no opinion), or the
+    kind of a failure (payload: its message).
     """
 
     kind: str
@@ -85,21 +85,21 @@ class Reply:
 
 
 class LoadError(Exception):
-    """The reward cannot be used; the message says why."""
+    """Raised if the reward cannot be used; the message says why."""
 
 
 class BrokenFrame(Exception):
-    """The connection holds bytes that are no message: a reward wrote into it, or the process died in a write."""
+    """Raised if the connection holds an invalid message: a reward wrote into it, or the process died in a write."""
 
 
 def send_frame(connection: socket.socket, message: object) -> None:
-    """Write one message. TimeoutError after the socket's timeout, OSError if the other side is gone."""
+    """Write a message. TimeoutError after the socket's timeout, OSError if the other side is gone."""
     data = pickle.dumps(message)
     connection.sendall(_HEADER.pack(len(data)) + data)
 
 
 def receive_frame(connection: socket.socket) -> Any:
-    """Read one message.
+    """Read a message.
 
     TimeoutError after the socket's timeout, EOFError or OSError if the other side is gone, BrokenFrame for other bytes.
     """
@@ -124,7 +124,9 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
-    """The innermost of (file, line, function) frames, outermost first, and the innermost one in the user's file."""
+    """Format the innermost of (file, line, function) frames, listed outermost first, and the innermost in the user's
+    file.
+    """
     shown = [f for f in frames if f[0] != __file__ and not f[0].startswith("<")]
     if not shown:
         return ""
@@ -136,7 +138,7 @@ def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) ->
 
 
 def summarize(error: BaseException, path: str | None) -> str:
-    """Type, text and place of an exception, in one line."""
+    """Return type, text and place of an exception on a single line."""
     text = " ".join(" ".join(traceback.format_exception_only(error)).split())[:MAX_ERROR_CHARS]
     frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
     place = describe_frames(frames, path)
@@ -156,7 +158,7 @@ class Reward:
         self.signature = _read_signature(source, target)
 
     def score(self, request: Request) -> Iterator[Reply]:
-        """One reply a response, in order, each as soon as it is known."""
+        """Yield a reply for each response, in order, as soon as it is known."""
         if self.signature.batched:
             yield from self._guard(self._score_group, request, request.responses)
         else:
@@ -182,7 +184,7 @@ class Reward:
         request: Request,
         responses: tuple[str, ...],
     ) -> list[Reply]:
-        """A failed call fails each response that it was to score."""
+        """Call `score`; a failed call fails every response of the call."""
         try:
             return score(request, responses)
         except MemoryError:
@@ -197,7 +199,7 @@ def _answer(value: object, response: str, request: Request) -> Reply:
 
 
 def _as_steps(value: Any, response: str) -> Reply:
-    """Check the steps that a reward with `credit: step` returns for one response."""
+    """Check the steps returned for a response by a reward with `credit: step`."""
     if value is None:
         return Reply(kind="value", payload=None)
     try:
@@ -304,7 +306,7 @@ def _bind(source: Source, target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_signature(source: Source, target: Callable[..., Any]) -> Signature:
-    """The one rule: with `prompt, response` it is called once a response, with `prompts, responses` once a group."""
+    """Read the parameters: `prompt, response` is called once per response, `prompts, responses` once per group."""
     if inspect.iscoroutinefunction(target if inspect.isroutine(target) else type(target).__call__):
         raise LoadError(f"`{source.name}` is async; a reward is called without an event loop")
     try:
@@ -334,10 +336,11 @@ def _read_signature(source: Source, target: Callable[..., Any]) -> Signature:
 
 
 def die_with_parent(lifeline: int) -> None:
-    """The parent holds the other end of this pipe and writes nothing: when it closes, the kernel kills our group.
+    """Kill this process group when the parent ends.
 
-    A thread could not do it, since a C function that never returns may hold the interpreter; PR_SET_PDEATHSIG would
-    fire when the parent's thread that started us ends, not when the parent does.
+    The parent holds the other end of this pipe and writes nothing. When it closes, the kernel kills the group. A thread
+    could not do this, since a hanging C function may hold the interpreter. PR_SET_PDEATHSIG would fire at the end of
+    the parent's thread, not of the parent.
     """
     f_setsig = 10  # Linux; the fcntl module has no name for it
     fcntl.fcntl(lifeline, f_setsig, signal.SIGKILL)
@@ -350,7 +353,7 @@ def die_with_parent(lifeline: int) -> None:
 
 
 def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
-    """Load, answer requests in order, and return when the parent closes the connection."""
+    """Load the rewards, answer requests in order, and return when the parent closes the connection."""
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
     faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs

@@ -1,9 +1,9 @@
-"""What the kernel is asked to refuse a sandboxed program: a seccomp filter, and a Landlock ruleset.
+"""Build the kernel restrictions of a sandboxed program: a seccomp filter and a Landlock ruleset.
 
-Both are made here, in the parent, and taken on by the process that runs the program (`rlhf.rewards.sandbox.program`).
-The filter lists the system calls that a single computing process needs; every other one answers "not implemented". So
-there is no fork, no exec, no socket to anywhere, no signal to anybody and no change of a file, whatever the C library
-or the kernel may offer. Only what is listed here may ever be allowed: never turn the list round.
+The parent builds both, and the process of the program applies them (`rlhf.rewards.sandbox.program`). The filter lists
+the system calls a single computing process needs, and answers "not implemented" to all others. There is therefore no
+fork, no exec, no socket to the outside, no signal to other processes and no change of a file, for every C library and
+kernel. Always list allowed calls: never invert the list.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # so many rights on files are kno
 
 
 class Unavailable(Exception):
-    """This kernel or machine cannot confine a process so. The message says why."""
+    """Raised if this kernel or machine cannot confine a process. The message says why."""
 
 
 def seccomp_filter() -> bytes:
-    """The filter as an array of struct sock_filter. Unavailable on a machine whose calls are not known here."""
+    """Return the filter as an array of struct sock_filter. Unavailable on an unknown machine type."""
     machine = platform.machine()
     if machine not in _MACHINES:
         raise Unavailable(f"the system calls of {machine} are not known here")
@@ -100,7 +100,7 @@ def seccomp_filter() -> bytes:
 
 
 def _when(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """Allow one call if `test`, which starts with an argument loaded, falls through to its end."""
+    """Allow a call if `test`, which starts with an argument loaded, falls through to its end."""
     yield (_EQUAL, 0, len(test) + 3, number)
     yield (_LOAD, 0, 0, _ARGUMENT + 8 * argument)
     yield from test
@@ -109,9 +109,10 @@ def _when(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> 
 
 
 def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:
-    """A file descriptor of a ruleset: what is beneath `readable` may be read, the files `writable` written as well.
+    """Return a file descriptor of a ruleset: everything beneath `readable` may be read, and files in `writable` also
+    written.
 
-    Paths that are not there are left out. Unavailable where the kernel has no Landlock.
+    Missing paths are left out. Unavailable if the kernel has no Landlock.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     abi = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))

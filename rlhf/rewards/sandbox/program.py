@@ -1,8 +1,8 @@
-"""The program of a sandboxed process: confines itself, says so, and runs a model's program.
+"""The program of a sandboxed process: confine itself, report it, and run a model's program.
 
-Its source is passed to an interpreter by `rlhf.rewards.sandbox.run`, so that it needs no file there: the standard
-library alone, and nothing newer than Python 3.8. All that follows `confine` may be under the control of the model's
-program: never let it hold an expected answer.
+`rlhf.rewards.sandbox.run` passes its source to an interpreter, so no file is needed there. It must use only the
+standard library and run on Python 3.8. All code after `confine` may be controlled by the model's program: never let it
+hold an expected answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def confine(job: Job) -> None:
-    """Limits and refusals that hold until the process ends, whatever runs in it."""
+    """Apply limits and restrictions to this process until it ends."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = job["memory_bytes"] if most == resource.RLIM_INFINITY else min(job["memory_bytes"], most)
     for name, limit in (
@@ -75,19 +75,19 @@ def _take_on(job: Job) -> None:
 
 
 def run_script(program: str) -> None:
-    """As `python program.py` would, with standard input and output."""
+    """Run a script as `python program.py` would, with standard input and output."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     exec(_compiled(program, "<program>"), module.__dict__)
 
 
 def _compiled(code: str, name: str) -> types.CodeType:
-    """Without this file's own __future__ imports."""
+    """Compile code without the __future__ imports of this file."""
     return compile(code, name, "exec", dont_inherit=True)
 
 
 def run_tests(job: Job, results: int) -> None:
-    """Import the program as `solution`, then answer each test with one line: a value, or the mark that it passed."""
+    """Import the program as `solution`, then answer each test on a line: a value, or the mark for a passed test."""
     import json  # half of what a script's start would cost
 
     module = types.ModuleType("solution")
@@ -120,7 +120,7 @@ def _tests(
 
 
 def main() -> None:
-    """Arguments: file descriptors of the job, of a pipe that says `confined`, and of the results."""
+    """Run with three file descriptors as arguments: the job, a pipe for the confinement signal, and the results."""
     job_fd, ready, results = (int(argument) for argument in sys.argv[1:4])
     with open(job_fd, "rb") as file:
         job = marshal.load(file)

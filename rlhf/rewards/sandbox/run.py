@@ -1,9 +1,9 @@
-"""Runs one Python program that a model wrote, where it can do no harm.
+"""Run a Python program written by a model in a sandbox.
 
-A sandboxed program is one process without files, network, other processes or the parent's environment. It may read the
-system's libraries and its interpreter, and write to what was given it: standard output, standard error, results. These
-live in memory and are capped, so that nothing is left behind. Of two rungs of protection, on which programs behave
-alike, the first that works here is used (`Sandbox`). Never start a model's program by any other way.
+A sandboxed program is a single process without files, network, other processes or the parent's environment. It may read
+the system's libraries and its interpreter, and write to standard output, standard error and its results. These outputs
+live in memory and have a size limit, so nothing is left behind. There are two levels of protection with the same
+behaviour for programs, and `Sandbox` uses the first available level. Never start a model's program by other means.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ _ENVIRONMENT = {
 
 
 class SandboxError(Exception):
-    """The sandbox itself failed, or there is none here. Says nothing about the program."""
+    """Raised if the sandbox itself fails or is unavailable. It says nothing about the program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """How a program ended. code: its exit code, or minus the signal; None if it was killed at a limit."""
+    """The end of a program. `code` is its exit code, or minus the signal, or None if it was killed at a limit."""
 
     code: int | None
     stdout: bytes
@@ -75,15 +75,18 @@ class Finished:
 
 
 class Sandbox:
-    """Runs programs, several threads at once, by the first of these rungs that runs `print(1)` here:
+    """Runs programs from several threads, at the first of these protection levels able to run `print(1)` here.
 
-    1. bubblewrap: namespaces with nothing mounted but libraries, as an unprivileged user; and the seccomp filter.
-    2. landlock: Landlock's rules on files, and the seccomp filter; where this process is root, as an unprivileged user,
-       or as root without any capability if only root may read the interpreter, or it may not change its user.
-    3. unsafe, with `unsafe` alone: limits on memory, time and output, and no protection.
+    1. bubblewrap: namespaces with only libraries mounted, as an unprivileged user; and the seccomp filter.
 
-    python: the interpreter, with the packages that are installed for it. None: this process's own, or the system's
-    where an unprivileged user cannot read that one; without packages. SandboxError if no rung works.
+    2. landlock: Landlock's rules on files, and the seccomp filter. If this process is root, programs run as an
+    unprivileged user. They run as root without capabilities if only root may read the interpreter, or if this process
+    may not change its user.
+
+    3. unsafe, only with `unsafe`: limits on memory, time and output, and no protection.
+
+    `python` is the interpreter, with its installed packages. None selects this process's interpreter, or the system's
+    if an unprivileged user cannot read it, both without packages. SandboxError if no level works.
     """
 
     def __init__(
@@ -135,8 +138,10 @@ class Sandbox:
     def run(
         self, program: str, *, wall_s: float, stdin: bytes = b"", tests: Mapping[str, Any] | None = None
     ) -> Finished:
-        """Run to its end, or to the limit. tests: what `rlhf.rewards.sandbox.program` reads of a job; None: a
-        script."""
+        """Run a program to its end, or to the limit.
+
+        `tests` are the test fields of a job for `rlhf.rewards.sandbox.program`. None runs a script.
+        """
         wrapped = self.rung == "bubblewrap"
         user: dict[str, Any] = {}
         if wrapped and os.geteuid() == 0:
@@ -180,7 +185,7 @@ class Sandbox:
         return Finished(code=code, seconds=seconds, **outputs)
 
     def _restrictions(self, wall_s: float) -> dict[str, Any]:
-        """What `rlhf.rewards.sandbox.program.confine` reads."""
+        """Return the fields of a job for `rlhf.rewards.sandbox.program.confine`."""
         wrapped, changes_user = self.rung == "bubblewrap", self._changes_user
         return {
             "memory_bytes": self._memory_bytes,
@@ -196,7 +201,7 @@ class Sandbox:
         }
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """Whether it ended by itself: before the deadline, and without too many threads."""
+        """Return whether the process ended before the deadline without too many threads."""
         pidfd = os.pidfd_open(process.pid)
         try:
             poll = select.poll()
@@ -212,14 +217,14 @@ class Sandbox:
 
 
 def _interpreters() -> list[str]:
-    """This process's and the system's; first those that an unprivileged user may read."""
+    """Return this process's and the system's interpreter, first the interpreters readable by an unprivileged user."""
     base = getattr(sys, "_base_executable", sys.executable)
     found = [path for path in dict.fromkeys([base, "/usr/bin/python3"]) if os.path.exists(path)]
     return sorted(found, key=lambda path: not _everybody_reads(path))
 
 
 def _may_change_user() -> bool:
-    """Whether this process is root with CAP_SETGID and CAP_SETUID, which containers may have dropped."""
+    """Return whether this process is root with CAP_SETGID and CAP_SETUID, which containers may have dropped."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     return os.geteuid() == 0 and effective is not None and int(effective[1], 16) & 0xC0 == 0xC0
@@ -231,7 +236,7 @@ def _everybody_reads(name: str) -> bool:
 
 
 def _namespaces(readable: Sequence[str]) -> list[str]:
-    """Arguments of bubblewrap: nothing is shared, and nothing can be written."""
+    """Return arguments of bubblewrap for a process with nothing shared and nothing writable."""
     options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--cap-drop", "ALL"]
     options += ["--dev", "/dev", "--remount-ro", "/dev"]
     for path in readable:
@@ -243,7 +248,7 @@ def _namespaces(readable: Sequence[str]) -> list[str]:
 
 
 def _memory(content: bytes | None = None) -> io.FileIO:
-    """A file in memory: empty, or one whose content stays what it is."""
+    """Return a file in memory: an empty file, or a sealed file with constant content."""
     file = io.FileIO(os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+")
     if content is not None:
         left = memoryview(content)
@@ -265,7 +270,7 @@ def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
 
 
 def _says_ready(ready: io.FileIO) -> bool:
-    """Whether the process confines itself within the limit; it closes the pipe if it cannot."""
+    """Return whether the process confines itself within the limit. It closes the pipe if it cannot."""
     return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
 
 
@@ -276,7 +281,7 @@ def _num_threads(pid: int) -> int:
 
 
 def _end(process: subprocess.Popen[bytes], info: io.FileIO) -> None:
-    """Kill what is left of it, from the inside out, and wait until it is gone."""
+    """Kill the rest of the process tree from the inside out, and wait for its end."""
     if process.poll() is not None:
         return
     inner = re.search(rb'"child-pid": (\d+)', os.read(info.fileno(), 4096)) if _readable(info, 0.0) else None

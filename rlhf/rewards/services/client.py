@@ -1,7 +1,7 @@
-"""HTTP services that are asked for rewards: many requests at once, repeated where that can help, bounded in time.
+"""Call HTTP services for rewards: many requests at once, with useful retries and a deadline.
 
-Knows nothing of rewards: `Service.post` gives a JSON object or a ServiceError. A token goes into a request's header and
-nowhere else; redirects are not followed, since they would take it along.
+The client knows nothing of rewards: `Service.post` returns a JSON object or raises a ServiceError. A token is sent only
+in a request's header. Redirects are not followed, since they would receive the token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BUSY = frozenset({408, 425, 429})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
-    """Where a service is and how it is asked."""
+    """The address of a service, and the limits of its requests."""
 
     url: str
     timeout_s: float  # of one attempt
@@ -43,7 +43,7 @@ class ServiceSpec:
 
 
 class ServiceError(Exception):
-    """A request that has no usable answer."""
+    """Raised for a request without a usable answer."""
 
     def __init__(self, kind: RewardErrorKind, message: str) -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class ServiceError(Exception):
 
 
 class _FailedAttempt(Exception):
-    """Worth another attempt. is_down: the service may be down, not only busy."""
+    """Raised for an attempt worth repeating. `is_down` says the service may be down and not only busy."""
 
     def __init__(self, text: str, *, is_down: bool, pause_s: float = 0.0) -> None:
         super().__init__(text)
@@ -61,7 +61,7 @@ class _FailedAttempt(Exception):
 
 
 class Service:
-    """One service. To be made and used on one event loop."""
+    """A service, to be created and used on a single event loop."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         self.spec = spec
@@ -74,11 +74,11 @@ class Service:
         )
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._session.close()
 
     async def greet(self, path: str = "") -> str | None:
-        """What speaks against asking it, found by one GET: nothing answers, or the token is refused. None: nothing."""
+        """Check the service with a GET. Return the problem (unreachable, or the token is refused), or None."""
         try:
             timeout = aiohttp.ClientTimeout(total=self.spec.timeout_s)
             async with self._session.get(self._url(path), timeout=timeout, allow_redirects=False) as answer:
@@ -87,8 +87,11 @@ class Service:
             return f"it cannot be reached ({_told(error, self.spec.timeout_s)})"
 
     async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-        """The JSON object that the service answers. ServiceError: `unavailable` if there was no answer before the
-        deadline, whatever was tried; `refused` if there was one that another attempt would not better."""
+        """Return the JSON object answered by the service.
+
+        ServiceError has the kind `unavailable` if there was no answer before the deadline after all attempts. It has
+        the kind `refused` if another attempt would not help.
+        """
         attempts, last = 0, "another request is trying whether it is back"
         async with self._free:
             try:
@@ -137,7 +140,7 @@ class Service:
         return data.decode(errors="replace")
 
     def _shown(self, text: str) -> str:
-        """An answer on one line, without the token that it may repeat."""
+        """Return an answer on a single line, without a token it may repeat."""
         told = " ".join(text.split())
         if self.spec.token is not None:
             told = told.replace(self.spec.token, "***")
@@ -149,9 +152,9 @@ class Service:
 
 
 class Breaker:
-    """While a service fails, one attempt at a time goes through, after growing pauses; the others wait for it.
+    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; others wait for it.
 
-    So a service that is down, or just starting, is not met by all requests with all their attempts.
+    A service not running, or just starting, therefore does not receive all attempts of all requests.
     """
 
     def __init__(self, name: str) -> None:
@@ -162,12 +165,12 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the service is taken to be down."""
+        """Return whether the service is considered down."""
         return self._failures >= TRIPS_AFTER
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Around one attempt; waits for its turn while the service fails."""
+        """Run an attempt in this context, after waiting for its turn while the service fails."""
         async with AsyncExitStack() as held:
             probes = False
             if self.is_open:
@@ -210,6 +213,6 @@ def _told(error: BaseException, timeout_s: float) -> str:
 
 
 def _retry_after(answer: aiohttp.ClientResponse) -> float:
-    """Seconds that the service asks to wait for; dates are not read."""
+    """Return the requested pause in seconds. Dates are not supported."""
     text = answer.headers.get("Retry-After", "")
     return float(text) if text.isascii() and text.isdigit() else 0.0

@@ -1,7 +1,7 @@
-"""A language model as the judge of responses: what it is asked, and what its answer is worth. Pure; no network here.
+"""Use a language model as the judge of responses: build its request, and read its answer.
 
-What a judge says is text of a model that has read text of a model: it is read by one rule, and an answer that the rule
-does not read is a failure, never a low score.
+Pure functions without network access. A judge's answer is model output about model output. A fixed rule reads it, and
+an unreadable answer is a failure, never a low score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSpec:
-    """What a judge is asked, and how it is read."""
+    """The request to a judge, and the rule for its answer."""
 
     model: str
     prompt: str  # template with {prompt}, {response} and {column}
@@ -30,13 +30,13 @@ class JudgeSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the row that its question has."""
+        """Return the columns of the row used in the question."""
         names = dict.fromkeys(name for name in _FIELD.findall(self.prompt) if name)
         return tuple(name for name in names if name not in ("prompt", "response"))
 
 
 def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of the request about one response."""
+    """Return the body of the request about a response."""
     values = {**columns, "prompt": prompt, "response": response}
 
     def fill(found: re.Match[str]) -> str:
@@ -52,7 +52,9 @@ def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, 
 
 
 def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
-    """The number in a completion, on the scale from 0 to 1, or what its choice is worth. ValueError says why none."""
+    """Return the number in a completion, scaled from 0 to 1, or the value of its choice. ValueError if there is
+    none.
+    """
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
             cut = ", cut by its limit of tokens" if rest.get("finish_reason") == "length" else ""
@@ -77,7 +79,9 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
 
 
 def _last_choice(text: str, words: Sequence[str]) -> str | None:
-    """The word that stands last, by itself; of those that end at one place, the longest."""
+    """Return the last choice in the text as a whole word. If several choices end at the same place, return the
+    longest.
+    """
     ends: list[tuple[int, int, str]] = []
     for word in words:
         for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text):

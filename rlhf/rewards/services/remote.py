@@ -1,7 +1,7 @@
-"""Rewards that services give: what is asked of them for a group, how their answers are checked, and where that runs.
+"""Rewards from services: build the requests for a group, check the answers, and run the event loop.
 
-A worker asks all its services from one event loop in a thread of its own. Whatever goes wrong becomes a Failure of the
-responses that it leaves without a score.
+A worker calls all its services from an event loop in a separate thread. Every error becomes a Failure of the responses
+without a score.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _KINDS: Mapping[str, RewardErrorKind] = {kind: kind for kind in get_args(RewardE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteReward:
-    """A reward that a service gives. judge None: by the protocol of `rlhf serve-reward`."""
+    """A reward given by a service. With `judge` None it uses the protocol of `rlhf serve-reward`."""
 
     service: ServiceSpec
     judge: JudgeSpec | None
 
     def longest_s(self, num_responses: int) -> float:
-        """The longest that one group can take while as many groups are asked about as may be in flight."""
+        """Return the longest time for a group while the maximum number of groups is in flight."""
         requests = 1 if self.judge is None else num_responses
         return requests * self.service.deadline_s + CLOSE_WITHIN_S
 
@@ -50,7 +50,7 @@ class RemoteRewards:
         self._services = self._do(self._open(), CLOSE_WITHIN_S)
 
     def greet(self) -> None:
-        """RunError for the first service that cannot be reached from here, or refuses the token."""
+        """Raise RunError for the first service that cannot be reached or refuses the token."""
         limit_s = max(reward.service.timeout_s for reward in self._rewards.values()) + CLOSE_WITHIN_S
         for name, trouble in self._do(self._greet(), limit_s).items():
             if trouble is not None:
@@ -59,7 +59,7 @@ class RemoteRewards:
     def ask(
         self, names: Sequence[str], prompt: Prompt, responses: Sequence[str], *, truncated: Sequence[bool]
     ) -> dict[str, Outcome]:
-        """What the named rewards say of one group, asked at the same time."""
+        """Return the outcomes of the named rewards for a group, requested concurrently."""
         limit_s = max(self._rewards[name].longest_s(len(responses)) for name in names)
 
         async def all_of_them() -> dict[str, Outcome]:
@@ -69,7 +69,7 @@ class RemoteRewards:
         return self._do(all_of_them(), limit_s + CLOSE_WITHIN_S)
 
     def close(self) -> None:
-        """End what is under way, and the thread."""
+        """Cancel all requests, and end the thread."""
         if self._loop.is_closed():
             return
         self._do(self._close(), CLOSE_WITHIN_S)
@@ -121,7 +121,7 @@ class RemoteRewards:
 
 
 async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str]) -> Outcome:
-    """The judge's verdict on each response; equal ones of a group are asked about once."""
+    """Return the judge's verdict on each response. Equal responses of a group are judged once."""
 
     async def about(response: str) -> float | tuple[RewardErrorKind, str]:
         try:
@@ -148,8 +148,8 @@ async def _judged(service: Service, judge: JudgeSpec, prompt: Prompt, responses:
 def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
     """Check the answer `{"scores": [...], "errors": [...]}` of a service; either may be missing.
 
-    A score of null is no opinion, unless an error names the response. Of an answer that has errors alone, the responses
-    without an error have no score either, which is a failure of theirs.
+    A null score is no opinion, unless an error names the response. In an answer with errors only, all other responses
+    also count as failures.
     """
     failures: dict[int, Failure] = {}
     if errors := answer.get("errors"):
@@ -184,7 +184,7 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> Outcome:
 
 
 def _shown(value: object) -> str:
-    """A part of an answer, cut; what is nested too deep to be shown is named so."""
+    """Return a value shortened for a message, or its type if it cannot be shown."""
     try:
         return f"{value!r:.80}"
     except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits

@@ -129,7 +129,7 @@ class Conversations:
         return self.description
 
     async def stop(self) -> None:
-        """End the environment's processes."""
+        """End the environment and all its processes."""
         await self.host.stop()
 
     async def play(self, request: GroupRequest, sampling: Sampling) -> list[Played]:

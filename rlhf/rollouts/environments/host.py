@@ -216,7 +216,7 @@ class EnvironmentHost:
             asyncio.get_running_loop().remove_reader(self._output)
 
     def new_log_budget(self) -> None:
-        """Reset the number of output lines that may be logged."""
+        """Reset the number of output lines still to be logged."""
         self._log.lines_left = MAX_LOG_LINES
 
 

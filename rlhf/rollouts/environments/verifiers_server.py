@@ -167,7 +167,7 @@ class Bridge:
                 await self._drop(session)
 
     async def stop(self) -> None:
-        """End all episodes."""
+        """End the episodes of all sessions."""
         for session in list(self.sessions):
             await self._drop(session)
 
@@ -375,7 +375,7 @@ async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRun
 
 
 async def serve(args: argparse.Namespace, token: str | None) -> None:
-    """Serve until a signal."""
+    """Serve the bridge until SIGINT or SIGTERM."""
     model = Model()
     os.environ[KEY] = model.key
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))

@@ -44,7 +44,7 @@ class HttpEnvironment:
         return told["observation"], told["reward"], told["done"]
 
     def close(self) -> None:
-        """End the session on the server."""
+        """Ask the server to end the session."""
         if self.session is not None:
             self._post("close", {"session": self.session})
 

@@ -70,7 +70,7 @@ class OpenEnv:
         return self._told(told), float(told["reward"] or 0.0), bool(told["done"])
 
     def close(self) -> None:
-        """End the session."""
+        """End the session by closing its connection."""
         if self.session is not None:
             self.session.close()
 

@@ -27,7 +27,7 @@ class TextArena:
         return self._told()
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """Play a move."""
+        """Play a move, and return the new messages, the reward and the end."""
         done, _ = self.game.step(response)
         if not done:
             return self._told(), 0.0, False
