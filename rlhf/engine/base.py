@@ -1,7 +1,7 @@
-"""What a training engine is: forward, backward, step, weights, snapshot. Another backend could stand behind it.
+"""The interface of a training engine: forward, backward, step, weights, snapshot. It allows other backends.
 
-Workers hold one engine and never ask which one. Losses are this rank's share of a sum over the whole optimizer step
-(all ranks, all micro-batches), normalised beforehand by global counts; an engine must never average them again.
+Workers hold one engine and never ask for its type. Losses are this rank's share of a sum over the whole optimizer step
+(all ranks, all micro-batches), normalised beforehand by global counts. An engine must never average them again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW (arXiv:1711.05101) or another optimizer by its name. grad_clip is the largest global gradient norm; None:
-    no clipping. Norms and biases do not decay.
+    """Settings of AdamW (arXiv:1711.05101) or of another optimizer, chosen by name.
 
+    grad_clip is the largest global gradient norm; None: no clipping. Norms and biases do not decay.
     lora_plus_ratio: rate of the B matrices of adapters, as a multiple of lr (LoRA+, arXiv:2402.12354).
     """
 
@@ -40,7 +40,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSettings:
-    """Learning rate over a run of total_steps: a linear rise over warmup_steps, then kind, towards min_ratio * lr.
+    """Learning rate over total_steps: a linear rise over warmup_steps, then `kind`, towards min_ratio * lr.
 
     cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls.
     """
@@ -55,8 +55,11 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step. The norm is that of the whole gradient before clipping, the rate the one that was used
-    (of all but B, with LoRA+)."""
+    """Report of one optimizer step.
+
+    grad_norm is the norm of the whole gradient before clipping. lr is the rate of the step; with LoRA+ the B
+    matrices have another one.
+    """
 
     grad_norm: float
     lr: float
@@ -67,14 +70,17 @@ class TrainingEngine(Protocol):
 
     @property
     def module(self) -> Any:
-        """The model itself, for its config and for what needs no gradient of sharded weights."""
+        """The model, for reading its config and for work without gradients of sharded weights."""
         ...
 
     @property
     def device(self) -> torch.device: ...
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """function(module, ...): a forward pass, with or without gradients. Collective where weights are sharded."""
+        """Call function(module, ...): a forward pass, with or without gradients.
+
+        Collective where weights are sharded.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -82,37 +88,43 @@ class TrainingEngine(Protocol):
         ...
 
     def step(self) -> StepReport:
-        """Update the weights. RunError, with the weights unchanged, if loss or gradient are not finite. Collective."""
+        """Update the weights. Collective.
+
+        Raise RunError, with the weights unchanged, if loss or gradient are not finite.
+        """
         ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks. Collective."""
+        """Sum the values over the ranks. Collective."""
         ...
 
     def max_over_ranks(self, value: int) -> int:
-        """The largest, such as the number of micro-batches that all ranks must run. Collective."""
+        """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
         ...
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Weights under their Hugging Face names, whole, each valid until the next is asked for. Collective."""
+        """Yield whole weights under their Hugging Face names. Each is valid until the next one. Collective."""
         ...
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Weights of the LoRA adapter alone, under the names that peft saves. Collective."""
+        """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Everything an exact continuation needs. The caller renames the folder once all ranks are done. Collective."""
+        """Write everything needed for an exact continuation. Collective.
+
+        The caller renames the folder once all ranks are done.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called. UserError if it was another layout of ranks. Collective."""
+        """Continue exactly where `save` was called. Raise UserError for another layout of ranks. Collective."""
         ...
 
     def offload_to_host(self) -> None:
-        """Leave the GPU to another process (nothing to do on a CPU). Collective."""
+        """Leave the GPU to another process. On a CPU this does nothing. Collective."""
         ...
 
     def reload_to_device(self) -> None:
-        """Take the GPU back. Collective."""
+        """Move the states back to the GPU. Collective."""
         ...

@@ -1,7 +1,7 @@
-"""Read the tensor files of a checkpoint without running code that they hold.
+"""Read the tensor files of a checkpoint without running code from them.
 
 A pickle can call any function while it is loaded. The loader here accepts tensors, plain values and three of
-DeepSpeed's own classes, which only hold data. Import this module after `init_distributed`, as DeepSpeed itself.
+DeepSpeed's classes, all of them plain data. Import this module after `init_distributed`, like DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """Write checkpoint files as DeepSpeed does, without frozen weights, and refuse to run code when they are read."""
+    """Writes checkpoint files as DeepSpeed does, without frozen weights. Refuses to run code when reading them."""
 
     def __init__(self, config: Any, *, frozen: frozenset[str]) -> None:
-        """frozen: names of the weights that stay as the model's folder has them, and so are not written."""
+        """Set the names of the frozen weights. They are not written, since the model's folder has them."""
         super().__init__(config)
         self._frozen = frozen
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file. Frozen weights are left out, with the scales and other extras of weights in 4 bits."""
+        """Write a file without frozen weights. The scales and other extras of 4-bit weights are left out too."""
         if "module" in state_dict:
             weights = state_dict["module"]
             kept = {name: weight for name, weight in weights.items() if not self.is_frozen(name)}
@@ -43,12 +43,15 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         return any(".".join(parts[:end]) in self._frozen for end in range(len(parts), 0, -1))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return the content of a file. UserError if it asks for anything but data."""
+        """Return the content of a file. Raise UserError if it asks for anything but data."""
         return load_data(Path(path), map_location=map_location)
 
 
 def load_data(path: Path, *, map_location: Any = None) -> Any:
-    """Return the content of a file that `torch.save` wrote. UserError if it is damaged or asks for more than data."""
+    """Return the content of a file written by `torch.save`.
+
+    Raise UserError if it is damaged or asks for more than data.
+    """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,9 +1,9 @@
 """The training engine on DeepSpeed: ZeRO 0-3 in float32, or bfloat16 with float32 master weights.
 
-One instance a rank, after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are shares of a sum,
-so `backward` undoes it. Ranks that share micro-batches (sequence_parallel) evaluate the same loss, and each has the
-part of its gradient that goes through its own tokens. Nothing here knows an algorithm, and no op is compiled at run
-time: the optimizers are not DeepSpeed's (rlhf.engine.optimizers).
+Each rank has one instance, made after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are
+shares of a sum, so `backward` undoes the average. Ranks sharing micro-batches (sequence_parallel) evaluate the same
+loss. Each of them computes the part of the gradient flowing through its tokens. Nothing here knows an algorithm. No op
+is compiled at run time: the optimizers come from rlhf.engine.optimizers, not from DeepSpeed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INITIAL = "initial.safetensors"  # frozen copies of what an adapter began as
 
 
 class DeepSpeedEngine:
-    """Satisfies rlhf.engine.base.TrainingEngine."""
+    """Implements rlhf.engine.base.TrainingEngine with DeepSpeed."""
 
     def __init__(
         self,
@@ -58,9 +58,10 @@ class DeepSpeedEngine:
         offload: Offload = frozenset(),
         sequence_parallel: int = 1,
     ) -> None:
-        """Wrap a model whose weights have been loaded in dtype (float32 or bfloat16). Collective.
+        """Wrap a model loaded in dtype (float32 or bfloat16). Collective.
 
-        sequence_parallel: ranks that share each micro-batch; it divides their number, and they are neighbours.
+        sequence_parallel: number of neighbouring ranks sharing each micro-batch. It divides the number of
+        ranks.
         """
         if "parameters" in offload and zero_stage != 3:
             raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
         set_deadline(deadline_s)
 
     def _forget_first_step(self) -> None:
-        """Have the optimizer count from 0: DeepSpeed makes its states by a step without gradients, at a rate of 0."""
+        """Reset the optimizer's step to 0. DeepSpeed creates its states by a step without gradients, at a rate of 0."""
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
@@ -142,13 +143,13 @@ class DeepSpeedEngine:
 
     @property
     def module(self) -> Any:
-        """The model itself."""
+        """The model without DeepSpeed's wrappers."""
         return self._engine.module.module
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """function(module, ...) where DeepSpeed sees it: it gathers sharded weights around it.
+        """Call function(module, ...) inside DeepSpeed, so that sharded weights are gathered around it.
 
-        Adapters drop out only where a gradient is taken: whatever measures the model measures one distribution.
+        Adapters drop out only where a gradient is taken. Measurements of the model always see one distribution.
         """
         with rows_shared_by(self._sequence_group), self._without_dropout() if self._measures() else nullcontext():
             result: T = self._engine(function, *args, **kwargs)
@@ -174,7 +175,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
 
     def step(self) -> StepReport:
-        """Update the weights; RunError, with the weights unchanged, if loss or gradient are not finite."""
+        """Update the weights. Raise RunError, with the weights unchanged, if loss or gradient are not finite."""
         step = self._steps + 1
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
@@ -206,23 +207,23 @@ class DeepSpeedEngine:
         return float(norm)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks."""
+        """Sum the values over the ranks."""
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
     def max_over_ranks(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """Return the largest of the ranks' values."""
         largest = torch.tensor(value, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """All weights in dtype, whole, LoRA merged; each valid until the next is asked for."""
+        """Yield all weights in dtype, whole, with LoRA merged. Each is valid until the next one."""
         return self._gathered(weight_sources(self.module), dtype)
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """The LoRA weights alone, under the names that peft saves."""
+        """Yield the LoRA weights alone, under peft's names."""
         return self._gathered(adapter_sources(self.module), dtype)
 
     def _gathered(self, sources: list[WeightSource], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -238,8 +239,8 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimizer, the step and every random state. Collective.
 
-        Frozen weights are not written, since the model's folder has them; their digest is. Frozen copies of what an
-        adapter began as are written, since no other place has them.
+        Frozen weights are not written, since the model's folder has them; their digest is. Frozen copies of an
+        adapter's initial state are written, since no other place has them.
         """
         with explains_full(folder):
             self._save(folder)
@@ -285,7 +286,7 @@ class DeepSpeedEngine:
         dist.barrier()
 
     def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
-        """Load the weights of a checkpoint into the model, which has the frozen ones already."""
+        """Load the weights of a checkpoint into the model. The model has its frozen weights already."""
         found = dst.load_state_dict(src, strict=False)
         unknown = sorted(found.unexpected_keys)
         lacking = sorted(name for name in found.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
@@ -296,7 +297,10 @@ class DeepSpeedEngine:
             )
 
     def _digest_frozen(self) -> str:
-        """Return a checksum of the frozen weights that no checkpoint holds, over all ranks. Collective when new."""
+        """Return a checksum of the frozen weights missing from checkpoints, over all ranks.
+
+        The first call is collective.
+        """
         if self._frozen_digest is None:
             self._frozen_digest = f"{int(self.all_reduce_sum(torch.tensor(digest_of_base(self.module)))):016x}"
         return self._frozen_digest
@@ -310,14 +314,14 @@ class DeepSpeedEngine:
         }
 
     def offload_to_host(self) -> None:
-        """Move all states to host memory, so that another process can use the GPU."""
+        """Move all states to host memory and free the GPU for another process."""
         if self.device.type == "cuda":
             self.put_aside()
             torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream, which empty_cache would leave
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:
-        """Move them back."""
+        """Move the states back after `offload_to_host`."""
         if self.device.type == "cuda":
             self.take_back()
 
@@ -334,7 +338,7 @@ class DeepSpeedEngine:
             self._move_frozen(host)
 
     def take_back(self) -> None:
-        """Move the states that `put_aside` moved back to the device."""
+        """Move the states back to the device after `put_aside`."""
         self._engine.reload_states()
         if self._zero_stage == 3:
             self._move_adam(self.device)
@@ -342,7 +346,7 @@ class DeepSpeedEngine:
             self._move_frozen(self.device)
 
     def _move_adam(self, device: torch.device) -> None:
-        """The master weights and moments of this rank's share, unless they live on the host."""
+        """Move the master weights and moments of this rank's share, unless they live on the host."""
         if "optimizer" in self._offload:
             return
         for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
@@ -352,7 +356,7 @@ class DeepSpeedEngine:
                 state[key] = value.to(device) if torch.is_tensor(value) else value
 
     def _move_frozen(self, device: torch.device) -> None:
-        """Weights without a gradient (LoRA's base), which DeepSpeed leaves where they are."""
+        """Move weights without a gradient (LoRA's base). DeepSpeed does not move them."""
         for parameter in self.module.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(device)
@@ -363,7 +367,7 @@ class DeepSpeedEngine:
 
 
 class _Caller(nn.Module):
-    """Calls any function of the model from a forward pass: DeepSpeed gathers and releases weights around those."""
+    """Calls any function of the model in a forward pass, around which DeepSpeed gathers and releases weights."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -374,7 +378,7 @@ class _Caller(nn.Module):
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole, also of a share."""
+    """Count the elements of the whole parameter, also where this rank has a share of it."""
     numel: int = getattr(parameter, "ds_numel", parameter.numel())
     return numel
 

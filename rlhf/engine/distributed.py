@@ -1,7 +1,7 @@
 """Process groups of a gang of ranks: gloo on CPU, nccl on GPU, and a deadline on every collective.
 
-Called once by each rank before anything else of the engine. It must not hold a group that another library makes later
-without a deadline: `set_deadline` is called again when all groups exist.
+Each rank calls this before anything else of the engine. Other libraries make groups later without a deadline, so
+`set_deadline` is called again when all groups exist.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def meet_through(address: str) -> None:
-    """Have gloo and nccl use the interface by which this host reaches the meeting place.
+    """Make gloo and nccl use the interface of this host with a route to `address`.
 
-    By themselves gloo takes the one that the host's name stands for and nccl the first ones that are up, which others
-    may not reach. What the environment says already is left as it is. RunError if there is no way to the address.
+    By default gloo takes the interface of the host's name, and nccl the first interfaces that are up. Other hosts
+    may not reach them. Variables set in the environment are kept. Raise RunError if there is no route to the
+    address.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -48,7 +49,7 @@ def init_distributed(
     device: torch.device,
     deadline_s: float,
 ) -> None:
-    """Join the gang. RunError if the others have not come within deadline_s.
+    """Join the gang. Raise RunError if the other ranks have not joined within deadline_s.
 
     The environment is set as DeepSpeed reads it. On a CPU DeepSpeed must be imported after this, not before.
     """
@@ -89,7 +90,7 @@ def init_distributed(
 
 
 def set_deadline(deadline_s: float) -> None:
-    """Put the deadline on every process group that exists: ZeRO's own clone group takes none when it is made."""
+    """Put the deadline on every existing process group. ZeRO creates a clone group without one."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=deadline_s), group)
 

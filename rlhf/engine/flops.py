@@ -1,6 +1,6 @@
-"""Arithmetic of a training pass, and the rate of a large matrix product to hold it against (throughput/mfu).
+"""Arithmetic of a training pass, and the speed of a large matrix product, for throughput/mfu.
 
-Called once at the start of a run. An estimate of what the mathematics needs: recomputation does not count as work.
+Called once at the start of a run. It estimates the arithmetic of the mathematics: recomputation does not count as work.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ _SIDE = 4096  # of the square matrices: far beyond every cache
 
 
 def flops_per_token(config: Any, sequence_length: float) -> float:
-    """Of a forward and backward pass of a dense model over one token of a sequence of that (mean) length.
+    """Return the FLOPs of a dense model's forward and backward pass over one token, at a mean sequence length.
 
-    6 for each weight that multiplies (Kaplan et al., arXiv:2001.08361, section 2.1), a tied embedding once, as the
-    head; and 6 * layers * heads * head size * length for causal attention, which sees half the sequence on average.
+    It is 6 for each weight in a product (Kaplan et al., arXiv:2001.08361, section 2.1), with a tied embedding
+    counted once, as the head. Causal attention adds 6 * layers * heads * head size * length, since it sees half the
+    sequence on average.
     """
     config = config.get_text_config()
     with torch.device("meta"):
@@ -32,7 +33,7 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
 
 
 def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3, side: int = _SIDE) -> float:
-    """Floating-point operations a second of the best of some large matrix products on this device, now."""
+    """Measure floating-point operations per second on this device, as the best of some large matrix products."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):  # the first warms up

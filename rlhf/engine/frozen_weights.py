@@ -1,7 +1,7 @@
-"""Frozen weights of an adapted model in checkpoints: the base by its checksum, copies of the adapter's beginning whole.
+"""Frozen weights of an adapted model in checkpoints: a checksum of the base, and whole copies of the initial adapter.
 
 The base comes from the model's folder again, so a checkpoint need not hold it. No folder has the copies: on another
-machine the SVD that PiSSA begins with gives other bits.
+machine the initial SVD of PiSSA gives other bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf.models.weights import initial_copies, is_initial_copy
 
 
 def digest_of_base(module: nn.Module) -> int:
-    """Return a checksum of 48 bits of this rank's frozen weights, or of its shares of them, without the copies."""
+    """Return a 48-bit checksum of this rank's frozen weights, or of its shares of them, without the copies."""
     digest = xxhash.xxh3_64()
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and not is_initial_copy(name):
@@ -33,7 +33,7 @@ def digest_of_base(module: nn.Module) -> int:
 
 
 def save_initial_copies(module: nn.Module, path: Path) -> None:
-    """Write the frozen copies of what the adapter began as; no file if there are none. Collective."""
+    """Write the frozen copies of the initial adapter. Without copies no file is written. Collective."""
     copies = initial_copies(module)
     with whole(list(copies.values())):
         if copies and dist.get_rank() == 0:
@@ -41,7 +41,7 @@ def save_initial_copies(module: nn.Module, path: Path) -> None:
 
 
 def load_initial_copies(module: nn.Module, path: Path) -> None:
-    """Restore the copies. UserError if the file is damaged, or of another adapter. Collective."""
+    """Restore the copies. Raise UserError if the file is damaged, or of another adapter. Collective."""
     copies = initial_copies(module)
     if not copies:
         return

@@ -1,7 +1,7 @@
-"""Memory at run time: peaks for the metrics, and what to change when it runs out.
+"""Memory at run time: peaks for the metrics, and advice when memory runs out.
 
-Wraps what workers do with a model. It frees nothing and retries nothing: an allocation that failed ends the run with a
-message that names what was being allocated and the keys that would shrink it.
+It wraps a worker's work with a model. It frees nothing and retries nothing. A failed allocation ends the run with a
+message naming the stage and the keys that reduce memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakMemory:
-    """Of this process so far, GiB."""
+    """Peaks of this process so far, in GiB."""
 
     rss_gib: float
     gpu_gib: float | None  # None: no GPU
 
 
 def peak_memory() -> PeakMemory:
-    """Largest resident set and, on a GPU, the most memory that the allocator held."""
+    """Return the largest resident set and, on a GPU, the most memory held by the allocator."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB  # Linux counts in KiB
     return PeakMemory(
         rss_gib=rss, gpu_gib=torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else None
@@ -37,7 +37,7 @@ def peak_memory() -> PeakMemory:
 
 @contextmanager
 def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | None = None) -> Iterator[None]:
-    """Turn a failed allocation inside into a RunError. `tokens`: of the micro-batch at work, where there is one."""
+    """Turn a failed allocation inside into a RunError. `tokens`: size of the current micro-batch, if there is one."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -51,14 +51,14 @@ def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | N
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's, a GPU's, or torch's on a CPU, which is told by its text alone."""
+    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU (recognised by its message)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def what_shrinks(role: Role) -> str:
-    """The keys that make a role smaller, as a sentence."""
+    """Return a sentence with the keys that reduce a role's memory."""
     at = f"cluster.roles.{role}"
     if role == "rollout":
         keys = (

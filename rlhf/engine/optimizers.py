@@ -1,7 +1,7 @@
-"""The optimizers by name, behind PyTorch's one interface. Built by the engine before anything is sharded.
+"""The optimizers by name, behind PyTorch's common interface. The engine builds one before it shards anything.
 
-A rate is meant as AdamW's by all of them: Muon's update is scaled to the size that AdamW's has, and Adafactor takes the
-rate as it is.
+The learning rate has the meaning of AdamW's in all of them. Muon's update is scaled to the size of AdamW's, and
+Adafactor takes the rate as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOMENTUM = 0.95  # of Muon
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of these groups, with a rate of 0 until the engine sets the first one."""
+    """Return the optimizer of the groups, with a rate of 0 until the engine sets the first one."""
     given: list[dict[str, Any]] = [
         {"params": group.parameters, "weight_decay": settings.weight_decay if group.decays else 0.0} for group in groups
     ]
@@ -46,7 +46,7 @@ def make_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings
 
 
 def refuse_absent_bitsandbytes() -> None:
-    """UserError if the 8-bit optimizer's package is not installed."""
+    """Raise UserError if the 8-bit optimizer's package is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             "train.optimizer: is adamw_8bit, but bitsandbytes, which has that optimizer, is not installed here. "
@@ -57,7 +57,7 @@ def refuse_absent_bitsandbytes() -> None:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (kellerjordan.github.io/posts/muon) for groups with `is_matrix`, AdamW for the others.
 
-    Both read their groups and keep their states here, so that saving and loading are those of one optimizer. Muon's
+    Both read their groups and keep their states here, so saving and loading work as for a single optimizer. Muon's
     update is scaled by 0.2 * sqrt(max(rows, columns)) (arXiv:2502.16982, equation 4).
     """
 
@@ -74,7 +74,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all weights that have a gradient."""
+        """Update all weights with a gradient."""
         for optimizer, is_matrix in ((self._muon, True), (self._adamw, False)):
             if optimizer is not None:
                 optimizer.param_groups, optimizer.state = self._of(is_matrix=is_matrix), self.state

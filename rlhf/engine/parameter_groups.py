@@ -1,4 +1,7 @@
-"""Which parameters share a learning rate, a decay and a rule. Asked once, by the engine, before anything is sharded."""
+"""Groups of parameters with a common learning rate, decay and rule.
+
+The engine builds them before it shards anything.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterGroup:
-    """Trainable parameters that an optimizer treats alike."""
+    """Trainable parameters treated alike by the optimizer."""
 
     parameters: list[nn.Parameter]
     lr_ratio: float  # their rate is this multiple of the run's
@@ -23,9 +26,9 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Return all trainable parameters in as few groups as the settings need, each in the model's order.
 
-    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter. Norms and biases,
-    which have fewer than two dimensions, do not decay. splits_matrices: matrices of the blocks have their own groups;
-    embeddings and heads, whose names have no block's number, are none of them.
+    LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. A ratio other than 1 needs an adapter. Norms and
+    biases have fewer than two dimensions and do not decay. splits_matrices: matrices of the blocks get separate
+    groups. Embeddings and heads are not among them, since their names have no block number.
     """
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Random states of one process, to and from a file: part of an exact resume. It seeds nothing."""
+"""Random states of one process, saved and loaded for an exact resume. Nothing is seeded here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 
 
 def save_random_state(path: Path) -> None:
-    """Write the states of torch (with the GPU's), numpy and Python."""
+    """Write the random states of torch (with the GPU's), numpy and Python."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
@@ -26,7 +26,7 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Set the states that were saved. UserError if the file holds anything else."""
+    """Restore the saved random states. Raise UserError if the file holds anything else."""
     from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
 
     states = load_data(path)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step. Called by the engine before each step; it has no state of its own."""
+"""The learning rate as a function of the step, without state. The engine calls it before each step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rlhf.engine.base import ScheduleSettings
 def lr_factor(settings: ScheduleSettings, step: int) -> float:
     """Return the multiple of the base rate for optimizer step `step`, counted from 1.
 
-    The rise reaches 1 in step warmup_steps. The next step still has the full rate, and the decay would reach min_ratio
-    one step after total_steps, so that no step of the run trains with a rate of 0.
+    The rise reaches 1 in step warmup_steps. The next step still has the full rate, and the decay would reach
+    min_ratio one step after total_steps. No step of the run trains with a rate of 0.
     """
     if step <= settings.warmup_steps:
         return step / settings.warmup_steps
@@ -21,7 +21,7 @@ def lr_factor(settings: ScheduleSettings, step: int) -> float:
 
 
 def _height(settings: ScheduleSettings, progress: float, length: int) -> float:
-    """Return the rate between its least (0) and its most (1) after that share of the `length` steps of the decay."""
+    """Return the rate, between its minimum (0) and maximum (1), after a share of the `length` steps of the decay."""
     match settings.kind:
         case "constant":
             return 1.0

@@ -1,7 +1,7 @@
-"""Loading for ZeRO-3: a rank never holds more than its share of the weights and one module whole.
+"""Loading for ZeRO-3: a rank never holds more than its share of the weights and one whole module.
 
-Wraps the loading of a model; the engine then finds its parameters sharded already. Rank 0 alone reads the pages of the
-weights' files, module by module, and the others get their shares from it. Below stage 3 every rank loads everything.
+It wraps the loading of a model, so the engine receives sharded parameters. Rank 0 alone reads the weights' files,
+module by module, and the other ranks get their shares from it. Below stage 3 every rank loads everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FLOAT32_BUFFERS = ["inv_freq", "e_score_correction_bias"]
 
 @contextmanager
 def shards_as_it_loads(*, zero_stage: int, dtype: torch.dtype, offload_parameters: bool = False) -> Iterator[None]:
-    """Models that transformers builds inside have sharded parameters of dtype from the start, if zero_stage is 3.
+    """Shard the parameters of models built by transformers inside, from the start, if zero_stage is 3.
 
     Collective, after init_distributed: all ranks load the same model. offload_parameters: shares go to host memory.
     """
