@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,17 @@ install_import_hook("rlhf.objectives", "beartype.beartype")
 
 RAY_CPUS = 4  # what Ray may hand out, whatever the machine has: tests place up to four workers
 OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@pytest.fixture(autouse=True)
+def unchanged_logging() -> Iterator[None]:
+    """Undo what a test sets up for the project's loggers: a later test must not see its log lines on stderr."""
+    loggers = [logging.getLogger(name) for name in ("rlhf", "actors")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
