@@ -1,4 +1,4 @@
-"""The settings of an adapter folder, as peft reads them, without running a regular expression of the folder."""
+"""Read the settings of an adapter folder as peft does, without running the folder's regular expressions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def load_adapter_config(folder: Path) -> peft.PeftConfig:
-    """peft's config of an adapter folder. UserError if it is damaged.
+    """Return peft's config of an adapter folder. Raise UserError if it is damaged.
 
-    peft takes `target_modules` for a regular expression if it is a text. The names of the weights say the same.
+    peft reads a text in `target_modules` as a regular expression. It is replaced by the module names among the
+    weights.
     """
     settings = read_adapter_settings(folder)
     path = folder / CONFIG
@@ -42,7 +43,7 @@ def load_adapter_config(folder: Path) -> peft.PeftConfig:
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's weights, from the file's header. UserError if it is damaged."""
+    """Return the shapes of an adapter's weights from the file's header. Raise UserError if it is damaged."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")

@@ -1,7 +1,7 @@
-"""A trained adapter on disk, as peft writes it: read, refused where it fits another model, trained on, merged.
+"""Trained adapters on disk, in peft's format: read, check against a base model, continue training, merge.
 
-What `export_adapter` has written comes back through here, and so does what other trainers have. Nothing here is
-sharded: a worker loads an adapter before its engine takes the model.
+Adapters come from `export_adapter` or from other trainers. Nothing here is sharded: a worker loads an adapter before
+its engine takes the model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ _LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # ini
 
 
 def read_adapter_config(folder: Path) -> peft.LoraConfig:
-    """The config of an adapter folder. UserError if it is none, or of a kind that cannot be trained on here."""
+    """Return the config of an adapter folder.
+
+    Raise UserError if there is none, or if its kind cannot be trained here.
+    """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
     if not (folder / WEIGHTS).is_file():
@@ -89,7 +92,7 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterShape:
-    """What decides how an adapter is shipped."""
+    """Properties of an adapter needed for shipping it to engines."""
 
     rank: int
     alpha: float
@@ -99,7 +102,7 @@ class AdapterShape:
 
 
 def read_adapter_shape(folder: Path) -> AdapterShape:
-    """The shape of an adapter folder. UserError as in `read_adapter_config`."""
+    """Return the shape of an adapter folder. Raise UserError as in `read_adapter_config`."""
     config = read_adapter_config(folder)
     return AdapterShape(
         rank=config.r,
@@ -111,7 +114,7 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
 
 
 def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """UserError if the adapter was trained on a model of another architecture. Reads headers alone.
+    """Raise UserError if the adapter was trained on a model of another architecture. Reads headers alone.
 
     scalar: the base gets a head of one value, as a critic or a reward model.
     """
@@ -135,7 +138,7 @@ def refuse_misfit(folder: Path, base: str, *, scalar: bool = False, trust_remote
 
 
 def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
-    """UserError if an adapter of a language model lacks weights of modules that it adapts. Reads headers alone."""
+    """Raise UserError if a language model's adapter lacks weights of its adapted modules. Reads headers alone."""
     config = load_adapter_config(folder)
     config.inference_mode = False  # under which peft freezes what `_places` looks for
     shapes = read_adapter_shapes(folder)
@@ -152,7 +155,10 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
 
 
 def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """UserError if an adapter is not of a model with one score, or does not fit its base. Reads headers alone."""
+    """Raise UserError if an adapter does not belong to a model with one score, or does not fit its base.
+
+    Reads headers alone.
+    """
     config = read_adapter_config(folder)
     if config.task_type != peft.TaskType.SEQ_CLS:
         raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")
@@ -168,10 +174,10 @@ def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -
 
 
 def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
-    """The model with a trained adapter as its only trainable part (and a scalar head), to go on from.
+    """Return the model with a trained adapter as its only trainable part, apart from a scalar head.
 
-    A frozen copy of it is kept: the initial model inside `adapter_disabled` is the base with the adapter as it is now.
-    A scalar model takes what it has modules for. UserError if the adapter does not fit.
+    A frozen copy of the adapter is kept: inside `adapter_disabled` the model is the base with the adapter as
+    loaded. A scalar model takes only the weights of its modules. Raise UserError if the adapter does not fit.
     """
     config = read_adapter_config(folder)
     config.lora_dropout = dropout
@@ -181,7 +187,7 @@ def load_adapter(model: Any, folder: Path, *, dropout: float = 0.0) -> Any:
 
 
 def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The scalar model that an adapter and its base are together: added in float32, then rounded to dtype."""
+    """Return the scalar model of an adapter and its base, added in float32 and then rounded to dtype."""
     base, _ = base_of(folder)
     model = load_scalar_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model = folded(model, str(folder))
@@ -191,7 +197,7 @@ def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
 
 
 def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
-    """The model with the folder's adapter."""
+    """Return the model with the folder's adapter."""
     is_scalar = hasattr(model, "score")
     model = _injected(model, folder, config)
     tensors = load_file(folder / WEIGHTS)
@@ -213,8 +219,8 @@ def merge_adapter(
 ) -> None:
     """Write the base with an adapter merged into it as a model folder, as peft's merge_and_unload computes it.
 
-    dtype: of the merge and of what is written. The adapter's tokenizer is taken if it has one. An adapter of a sequence
-    classifier gives one. UserError if the adapter is of another model.
+    dtype: of the merge and of the written weights. The adapter's tokenizer is used if it has one. An adapter of a
+    sequence classifier gives a sequence classifier. Raise UserError if the adapter belongs to another model.
     """
     config = read_adapter_config(adapter)
     is_scalar = config.task_type == peft.TaskType.SEQ_CLS
@@ -234,7 +240,7 @@ def merge_adapter(
 
 
 def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
-    """The model with an untrained adapter of the folder's shape."""
+    """Return the model with an untrained adapter of the folder's shape."""
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if hasattr(model, "score"):
         config.modules_to_save = [name for name in config.modules_to_save or () if name in names] or None
@@ -246,7 +252,7 @@ def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
 
 
 def _places(model: Any) -> dict[str, nn.Parameter]:
-    """Where each tensor of an adapter file belongs."""
+    """Map the names in an adapter file to the model's parameters."""
     return {
         saved_name(name): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""The settings of a LoRA adapter, read from its adapter_config.json without loading peft."""
+"""Read the settings of a LoRA adapter from its adapter_config.json, without loading peft."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.models.loading import (
 
 
 def base_of(folder: Path) -> tuple[str, int]:
-    """The base model of an adapter's folder, and the adapter's rank."""
+    """Return the base model of an adapter's folder, and the adapter's rank."""
     path = folder / ADAPTER_CONFIG
     config = read_adapter_settings(folder)
     if config["peft_type"] != "LORA":
@@ -26,7 +26,10 @@ def base_of(folder: Path) -> tuple[str, int]:
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:
-    """What an adapter folder's adapter_config.json says. UserError if it is damaged, or a LoRA without whole ranks."""
+    """Return the values in an adapter folder's adapter_config.json.
+
+    Raise UserError if the file is damaged, or if a LoRA rank is not a positive integer.
+    """
     path = folder / ADAPTER_CONFIG
     settings = read_json_object(path)
     if not isinstance(settings.get("peft_type"), str):
@@ -39,6 +42,6 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def _ranks(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rank, and those of single layers."""
+    """Return the rank of the adapter and the ranks of single layers, by key."""
     pattern = settings.get("rank_pattern") or {}
     return {"r": settings.get("r"), **(pattern if isinstance(pattern, dict) else {"rank_pattern": pattern})}

@@ -1,7 +1,7 @@
-"""Attention of a packed row: each sequence sees itself, and a branch the trunk that it continues.
+"""Attention of a packed row: each sequence sees itself, and a branch also sees its trunk.
 
-Called by transformers in the place of its own. On a GPU all sequences go in one call of flash attention
-(rlhf.models.varlen), elsewhere one after the other through PyTorch's scaled_dot_product_attention.
+transformers calls it in place of its attention functions. On a GPU all sequences share one call of flash attention
+(rlhf.models.varlen). Elsewhere they run one after the other through PyTorch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N Q D"], None]:
-    """Causal attention inside each sequence, as transformers calls it.
+    """Compute causal attention inside each sequence, with the signature of transformers' attention functions.
 
-    With borders (on a GPU) in one kernel call, where that kernel knows the model's attention; else neighbours of equal
-    length share one. Grouped heads, sliding windows and capped logits (Gemma 2) are handled. NotImplementedError if the
-    model has learnt sinks, position biases or a mask of its own: its sequences are computed one by one.
+    With borders (on a GPU) it is one kernel call, if the kernel supports the model's attention. Otherwise
+    neighbours of equal length share a call. Grouped heads, sliding windows and capped logits (Gemma 2) are handled.
+    Raise NotImplementedError for learnt sinks, position biases or custom masks; such models compute sequences one
+    by one.
     """
     if s_aux is not None or position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} has attention sinks or a position bias")
@@ -79,7 +80,7 @@ def packed_attention(
 def _by_sequence(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], attend: Callable[..., Tensor]
 ) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Each run of neighbours of equal length in one kernel call."""
+    """Run each group of neighbours of equal length in one kernel call."""
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     parts = (x[0].split(sizes, 1) for x in (query, key, value))  # one backward for all parts
@@ -96,7 +97,7 @@ def _by_branch(
     branches: Branches,
     attend: Callable[..., Tensor],
 ) -> Iterator[Float[Tensor, "n Q D"]]:
-    """Each sequence against itself and, if it is a branch, the part of its trunk that it continues."""
+    """Run each sequence against itself and, for a branch, the shared part of its trunk."""
     queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
     for q, k, v, branch in zip(queries, keys, values, branches, strict=True):
         if branch is not None:
@@ -115,7 +116,10 @@ def _attention(
     softcap: float | None,
     dropout: float,
 ) -> Float[Tensor, "b Q n D"]:
-    """Causal attention of the last n of m tokens. softcap: logits become softcap * tanh(logits / softcap) (Gemma 2)."""
+    """Compute causal attention of the last n of m tokens.
+
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+    """
     seen, asking = k.shape[2], q.shape[2]
     is_plain = softcap is None and seen == asking and (window is None or seen <= window)
     allowed = None if is_plain else _causal(seen, window=window or seen, device=q.device)[seen - asking :]
@@ -132,7 +136,7 @@ def _attention(
 
 
 def _causal(length: int, *, window: int, device: torch.device) -> Bool[Tensor, "n n"]:
-    """True where a token (row) sees another (column): itself and the window - 1 before it."""
+    """Return True where a token (row) sees another (column): itself and the window - 1 before it."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position
     return (distance >= 0) & (distance < window)

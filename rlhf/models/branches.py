@@ -1,4 +1,4 @@
-"""Responses that share a prompt, without computing it once for each.
+"""Responses sharing the computation of their prompt.
 
 In a packed row a sequence may be a branch: it continues the first tokens of another sequence of the row (its trunk)
 instead of repeating them. The prompt's hidden states are then computed once, every branch attends to them, and their
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A sequence that continues the first `length` tokens of sequence `of`, which stands before it and is no branch."""
+    """A sequence continuing the first `length` tokens of sequence `of`, an earlier sequence without a trunk."""
 
     of: int
     length: int
@@ -31,7 +31,7 @@ Branches = Sequence[Branch | None]  # one a sequence; None: it holds all of its 
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:
-    """Each token's place in its whole sequence."""
+    """Return each token's position in its whole sequence."""
     return torch.cat(
         [
             torch.arange(length, device=device) + (0 if branch is None else branch.length)
@@ -41,7 +41,7 @@ def positions(lengths: Sequence[int], branches: Branches | None, *, device: torc
 
 
 def predecessors(lengths: Int[Tensor, " B"], branches: Branches | None) -> Int[Tensor, " N"]:
-    """The row's index of the token before each; -1 for the first token of a sequence that is no branch."""
+    """Return the row index of the token before each token, or -1 for the first token of a sequence without a trunk."""
     starts = lengths.cumsum(0) - lengths
     before = torch.arange(int(lengths.sum()), device=lengths.device) - 1
     first = torch.full_like(starts, -1)

@@ -1,6 +1,6 @@
-"""Hugging Face folders from a stream of weights: a model, or an adapter as peft writes it.
+"""Write Hugging Face folders from a stream of weights: a model, or an adapter in peft's format.
 
-The last thing a run does, and what a checkpoint can become at any step. A folder appears whole or not at all.
+A run ends with it, and `rlhf export` calls it on a checkpoint. A folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def export_model(
     generation_config: Any | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """A folder that from_pretrained loads: safetensors (several files above shard_bytes), config and tokenizer.
+    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), config and tokenizer.
 
     A tied head is left out, as transformers expects. An existing folder is replaced.
     """
@@ -56,7 +56,7 @@ def export_model(
 
 
 def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:
-    """A folder that peft (and vLLM) loads onto the base model. `named_weights` under the names that peft saves."""
+    """Write an adapter folder for peft and vLLM. `named_weights` have the names used by peft's files."""
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
     with appearing(folder) as partial:
@@ -67,7 +67,7 @@ def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], mo
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
-    """adapter_config.json of a model's adapter, as plain values."""
+    """Return the adapter_config.json of a model's adapter, as plain values."""
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:
@@ -77,11 +77,11 @@ def adapter_config(model: Any) -> dict[str, Any]:
 
 
 def name_padding(config: Any, tokenizer: Any) -> None:
-    """Give a model with a scalar head, and its tokenizer, a padding token that ends no sequence.
+    """Give a model with a scalar head, and its tokenizer, a padding token other than the end of sequence.
 
-    transformers scores a sequence at its last token that is not padding. With the end of sequence as padding, as usual
-    where a tokenizer has no padding token, that would be the token before the one that is trained. Without any token
-    to choose the config names none: transformers then scores single sequences, and refuses batches.
+    transformers scores a sequence at its last token before padding. If the end of sequence is the padding token, as
+    usual for tokenizers without one, this is the token before the trained one. Without a suitable token the config
+    names none: transformers then scores single sequences, and refuses batches.
     """
     if not has_scalar_head(config):
         return
@@ -110,9 +110,9 @@ def _is_token(token_id: int | None, vocab_size: int) -> bool:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one, renamed to it at the end, removed if anything fails.
+    """Yield a temporary folder, and rename it to the final folder at the end. It is removed if anything fails.
 
-    Files get the mode of any file of this process: safetensors and temporary files are for their owner alone.
+    Files get this process's usual mode. Safetensors and temporary files would be readable by their owner alone.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
@@ -130,7 +130,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def _share(folder: Path) -> None:
-    """Give all files below the mode that the process' umask leaves."""
+    """Set the mode of all files in the folder to the default under the process's umask."""
     sample = folder / ".mode"
     sample.touch()
     mode = stat.S_IMODE(sample.stat().st_mode)
@@ -172,5 +172,5 @@ def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, 
 
 
 def _owned(weight: Tensor) -> Tensor:
-    """A copy on the host: the stream may reuse its memory for the next weight."""
+    """Return a copy on the host, since the stream may reuse the memory for the next weight."""
     return weight.detach().to("cpu", copy=True).contiguous()

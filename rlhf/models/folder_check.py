@@ -1,4 +1,4 @@
-"""Checks of a model folder that hold before transformers reads it: kinds of files, sizes in config.json, headers.
+"""Check a model folder before transformers reads it: kinds of files, sizes in config.json, headers.
 
 A folder may come from anywhere. Nothing here loads weights or builds a model.
 """
@@ -30,7 +30,7 @@ _SMALL_FILES = {"config.json": 2**22, "chat_template.jinja": 2**20, "tokenizer_c
 
 
 def refuse_strange_folder(folder: Path) -> None:
-    """UserError if a model folder holds anything but files and folders, or its config.json names impossible sizes."""
+    """Raise UserError if a model folder holds special files, or if its config.json names impossible sizes."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is neither a file nor a folder, so it cannot be part of a model. Remove it.")
@@ -50,7 +50,7 @@ def refuse_strange_folder(folder: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the values of a JSON file of a model. UserError if it is no JSON object."""
+    """Return the values of a JSON file of a model. Raise UserError if it holds no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -61,7 +61,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_broken_weights(folder: Path) -> None:
-    """UserError if a local model has no weights, or a file of them is damaged. Reads headers alone."""
+    """Raise UserError if a local model has no weights or a damaged file of weights. Reads headers alone."""
     if not folder.is_dir():
         return
     refuse_strange_folder(folder)
@@ -85,7 +85,7 @@ def refuse_broken_weights(folder: Path) -> None:
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The config, and the parts of it that describe a model of their own."""
+    """Yield the config and its sections for submodels, each with its prefix."""
     yield "", config
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, dict):

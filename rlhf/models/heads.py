@@ -1,7 +1,7 @@
 """Scalar heads over packed sequences: one value a token for the critic, one score a sequence for the reward model.
 
-Both are transformers' sequence-classification models with one label, whose `score` layer is applied here where it is
-needed. Nothing here computes a loss.
+Both are transformers' sequence-classification models with one label. Their `score` layer is applied here, at the needed
+tokens only. Nothing here computes a loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from rlhf.models.sequence_parallel import whole_row
 def token_values(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " N"]:
-    """Value of the state in which each token was chosen, in float32: the head at the token before. 0 at a first one."""
+    """Return the value of the state before each token, in float32: the head's output at the token before.
+
+    The first token of a sequence gets 0.
+    """
     hidden = hidden_states(model, token_ids, lengths, branches)
     scalars = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
     before = predecessors(lengths, branches)
@@ -28,7 +31,7 @@ def token_values(
 
 
 def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " N"]:
-    """The head at every token, in float32: what it says of the sequence up to there."""
+    """Return the head's output at every token, in float32. It judges the sequence up to this token."""
     hidden = hidden_states(model, token_ids, lengths)
     return whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
 
@@ -36,7 +39,7 @@ def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, 
 def sequence_scores(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " B"]:
-    """Score of each sequence, in float32: the head at its last token, as transformers' own forward pass has it."""
+    """Return the score of each sequence, in float32: the head's output at its last token, as in transformers."""
     hidden = hidden_states(model, token_ids, lengths, branches)
     scores = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
     return scores[lengths.cumsum(0) - 1]

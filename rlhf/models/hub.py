@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, asked once: its libraries ask again for minutes, for every file.
+"""Test once whether the Hugging Face hub answers. Its libraries would retry for minutes, for every file.
 
 Called before anything is loaded by name. It downloads nothing.
 """
@@ -19,7 +19,7 @@ ANSWER_WITHIN_S = 8.0
 
 
 def use_cache_if_silent() -> None:
-    """Where no hub answers, have this process and the workers take what is cached, as HF_HUB_OFFLINE=1 does."""
+    """Make this process and its workers use cached files if no hub answers, like HF_HUB_OFFLINE=1."""
     if constants.HF_HUB_OFFLINE:
         return
     reason = why_silent()
@@ -30,7 +30,7 @@ def use_cache_if_silent() -> None:
 
 
 def why_silent() -> str:
-    """Why nothing can be had from the hub here; "" if it answers."""
+    """Return the reason for a missing answer of the hub, or "" if it answers."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
@@ -46,7 +46,7 @@ def why_silent() -> str:
 
 
 def is_cached(model: str) -> bool:
-    """Whether a model of the hub, or an adapter, lies in this machine's cache with its weights."""
+    """Return whether a hub model or adapter is in this machine's cache, with its weights."""
     from rlhf.models.loading import split_revision  # with transformers, which takes seconds
 
     repository, revision = split_revision(model)

@@ -1,6 +1,6 @@
-"""Linear layers of bfloat16 weights that multiply in float32 where that is faster (rlhf.objectives.products).
+"""Linear layers of bfloat16 weights. They multiply in float32 where it is faster (rlhf.objectives.products).
 
-Put into a model when it is loaded. The weights, their names and their dtype stay as they are.
+They replace the layers of a model when it is loaded. The weights, their names and their dtype stay as they are.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from rlhf.objectives.products import widens_products
 
 
 class WidenedLinear(nn.Linear):
-    """A linear layer; its result is rounded to the input's dtype once, as the bfloat16 kernels round theirs."""
+    """A linear layer with a single rounding of the result to the input's dtype, like the bfloat16 kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input @ weight.T + bias."""
+        """Compute input @ weight.T + bias."""
         if not widens_products(input):
             return super().forward(input)
         result: Tensor = _WidenedProduct.apply(input, self.weight, self.bias)
@@ -33,7 +33,7 @@ def widen_linear_layers(model: nn.Module) -> None:
 
 
 class _WidenedProduct(Function):
-    """F.linear, keeping its operands as they are stored and widening them again in the backward pass."""
+    """F.linear with operands saved in their stored dtype. The backward pass widens them again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

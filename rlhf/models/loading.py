@@ -1,7 +1,7 @@
-"""Models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
+"""Load models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
 
-The first thing a worker does. Nothing here moves a model to a device, wraps it for training or shards it; inside
-`rlhf.engine.sharded_loading` transformers does, as it loads.
+Workers start with it. Nothing here moves a model to a device, wraps it for training or shards it. Inside
+`rlhf.engine.sharded_loading` transformers shards the weights as it loads them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ _NOT_ARCHITECTURE = frozenset(
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: ChatTemplate | None = None) -> Any:
-    """Return the tokenizer of a hub name or folder, with the changes to its chat template. Padding is the end of
-    sequence where the tokenizer has no token of its own for it."""
+    """Return the tokenizer of a hub name or folder, with the changes to its chat template.
+
+    The end of sequence becomes the padding token if the tokenizer has none.
+    """
     tokenizer = _load(path, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
     if template is not None:
         template.apply(tokenizer)
@@ -60,14 +62,14 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, template: Chat
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config alone: no weights are read. An attention function that it names is not used."""
+    """Return the transformers config without reading weights. An attention function named in it is ignored."""
     config: Any = _load(path, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # it may name a kernel that is downloaded and run
     return config
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """The name and the revision of a model on the hub, which is NAME or NAME@REVISION; a folder has no revision."""
+    """Split NAME or NAME@REVISION, a model on the hub, into name and revision. A folder has no revision."""
     name, at, revision = source.partition("@")
     if not at or _is_folder_name(name) or Path(source).exists():
         return source, None
@@ -75,9 +77,9 @@ def split_revision(source: str) -> tuple[str, str | None]:
 
 
 def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
+    """Raise UserError if a model folder lacks weights, or has weights of other shapes. Reads headers alone.
 
-    scalar: the model gets a head of one value, which is new if the folder has none.
+    scalar: the model gets a head of one value, initialised anew if the folder has none.
     """
     if not Path(path).is_dir() or is_adapter(Path(path)):
         return
@@ -100,9 +102,10 @@ def load_causal_lm(
     quantize: Quantize | None = None,
     device: torch.device = CPU,
 ) -> Any:
-    """A causal language model in evaluation mode with dropout off, its weights in dtype.
+    """Return a causal language model in evaluation mode with dropout off, its weights in dtype.
 
-    quantize: the linear layers but the head are frozen in 4 bits, on the device; without it nothing is on one.
+    quantize: the linear layers except the head are frozen in 4 bits, on `device`. Without it the model stays on the
+    host.
     """
     options = quantization_options(quantize, dtype=dtype, device=device)
     model = _with_all_weights(path, scalar=False, dtype=dtype, trust_remote_code=trust_remote_code, **options)
@@ -118,9 +121,9 @@ def load_critic(
     quantize: Quantize | None = None,
     device: torch.device = CPU,
 ) -> Any:
-    """A model with one scalar a token. From a language model its head starts at zero, so all values start at 0.
+    """Return a model with one scalar per token. Its head starts at zero on a language model, so all values start at 0.
 
-    A checkpoint that has a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
+    A checkpoint with a scalar head (a saved critic, a reward model) keeps it. quantize: as in load_causal_lm.
     """
     has_head = has_scalar_head(load_config(path, trust_remote_code=trust_remote_code))
     options = quantization_options(quantize, dtype=dtype, device=device)
@@ -132,7 +135,7 @@ def load_critic(
 
 
 def no_reward_head(path: str, what: str) -> UserError:
-    """The error of a model that cannot score responses. what: what it is instead."""
+    """Return the error for a model without a reward head. `what` describes the model."""
     return UserError(
         f"The reward model {path} is a {what}: it has no reward head. A reward model is a sequence-classification "
         "checkpoint with one label, or a LoRA adapter of one; train one first (algorithm reward_model), or name "
@@ -141,7 +144,10 @@ def no_reward_head(path: str, what: str) -> UserError:
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
-    """UserError if a model has no language-model head: it would get a random one. Reads its config alone."""
+    """Raise UserError if a model has no language-model head, since it would get a random one.
+
+    Reads its config alone.
+    """
     config = load_config(path, trust_remote_code=trust_remote_code)
     if not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
@@ -152,12 +158,12 @@ def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> N
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, not a whole model."""
+    """Return whether a folder holds an adapter, not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Parameters that a rank may hold a share of, whole inside. What rank 0 changes is kept. Collective."""
+    """Gather sharded parameters inside. Changes made on rank 0 are kept. Collective."""
     if not any(hasattr(p, "ds_id") for p in parameters):  # DeepSpeed's mark
         return nullcontext()
     import deepspeed
@@ -167,13 +173,19 @@ def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 def architecture_fingerprint(config: Any) -> str:
-    """Equal for two models whose weights fit each other: a checkpoint of another model can be refused by it."""
+    """Return a fingerprint, equal for models with interchangeable weights.
+
+    Checkpoints of other models are refused by it.
+    """
     kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> Any:
-    """A model with one linear head of one value, as it comes: in evaluation mode, the head random if it has none."""
+    """Return a model with a linear head of one value, in evaluation mode.
+
+    A head missing in the checkpoint is random.
+    """
     model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not isinstance(model.score, nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
@@ -181,7 +193,10 @@ def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 
 
 def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **options: Any) -> Any:
-    """A model as transformers loads it. UserError if a weight but a new scalar head is missing or of another shape."""
+    """Load a model through transformers.
+
+    Raise UserError if a weight is missing or has another shape, except for a new scalar head.
+    """
     config = load_config(path, trust_remote_code=trust_remote_code)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     made_new = {"score.weight"} if scalar and not has_scalar_head(config) else set()
@@ -209,13 +224,13 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names."""
+    """Join the first few names for a message."""
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers neither reports what it loads nor shows progress."""
+    """Silence transformers' loading reports and progress bars inside."""
     verbosity = transformers.logging.get_verbosity()
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
@@ -229,14 +244,17 @@ def _quiet() -> Iterator[None]:
 
 
 def has_scalar_head(config: Any) -> bool:
-    """Whether a model of that config scores: a sequence classifier with one label."""
+    """Return whether the config describes a sequence classifier with one label."""
     return config.num_labels == 1 and any(
         name.endswith("ForSequenceClassification") for name in config.architectures or []
     )
 
 
 def _is_causal_lm(config: Any) -> bool:
-    """By its class, of transformers or of the code that comes with it; by its type where it names no class."""
+    """Return whether the config describes a causal language model.
+
+    Its class decides, from transformers or from the model's code. Without a class the model type decides.
+    """
     if not config.architectures:
         return config.model_type in CAUSAL_LMS
     brought = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
@@ -245,9 +263,9 @@ def _is_causal_lm(config: Any) -> bool:
 
 
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """Evaluation mode, no dropout, no key-value cache.
+    """Set evaluation mode, and switch off dropout and the key-value cache.
 
-    Dropout is off because a policy with dropout is another distribution in every pass: its ratios are noise.
+    A policy with dropout would be another distribution in every pass, and its ratios would be noise.
     """
     model.eval()
     _disable_randomness(model)
@@ -274,7 +292,7 @@ def _disable_randomness(model: nn.Module) -> None:
 
 
 def _enable_checkpointing(model: Any) -> None:
-    """Recompute layers in the backward pass. transformers does it for layers in training mode alone."""
+    """Recompute layers in the backward pass. transformers does it only for layers in training mode."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -284,7 +302,7 @@ def _enable_checkpointing(model: Any) -> None:
 
 
 def _load(path: str, load: Callable[..., T], **options: Any) -> T:
-    """Call a from_pretrained and say what to do about each way in which it fails."""
+    """Call a from_pretrained function and turn each of its failures into advice."""
     name, revision = split_revision(path)
     if revision is not None:
         options["revision"] = revision
@@ -331,7 +349,7 @@ def _damaged(path: str, error: Exception) -> str:
 
 
 def _no_model(path: str) -> str | None:
-    """What a folder is that holds something else than a model."""
+    """Describe a folder holding something other than a model. None: the folder looks like a model."""
     folder = Path(path)
     if (folder / "config.json").exists():
         return None
@@ -349,5 +367,5 @@ def _no_model(path: str) -> str | None:
 
 
 def _is_folder_name(path: str) -> bool:
-    """A hub name is NAME or OWNER/NAME; anything else can only be meant as a folder."""
+    """Return whether a path can only be a folder, since hub names are NAME or OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -1,9 +1,9 @@
-"""Low-rank adapters through peft, put into the model itself: its class and calls stay as they are.
+"""Low-rank adapters through peft, injected into the model. Its class and calls stay as they are.
 
-LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). Workers add
-one after loading, or go on with a trained one. The frozen weights are never changed here, also where peft would: PiSSA
-is the unchanged W, plus the trained adapter, less a frozen copy of what that began as. So the initial model is at hand,
-exactly, and an adapter that is shipped or saved always fits the original base.
+LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). Workers add a
+new adapter after loading, or continue a trained one. The frozen weights never change here, even where peft would change
+them: PiSSA is the unchanged W, plus the trained adapter, minus a frozen copy of the initial adapter. The initial model
+is therefore available exactly, and shipped or saved adapters always fit the original base.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def add_lora(
     init: Init = "default",
     modules_to_save: Sequence[str] = (),
 ) -> Any:
-    """The model with an adapter that is its only trainable part, besides modules_to_save and a scalar head.
+    """Return the model with an adapter. Only the adapter, modules_to_save and a scalar head are trainable.
 
-    It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head. `layers`:
-    numbers of the blocks to adapt; None: all. `modules_to_save`: names of modules to train whole; a head that is tied
-    to a trained embedding stays tied. UserError if a name or number does not exist.
+    It starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
+    `layers`: numbers of the blocks to adapt; None: all. `modules_to_save`: names of modules to train whole. A head
+    tied to a trained embedding stays tied. Raise UserError if a name or number does not exist.
     """
     config = peft.LoraConfig(
         r=rank,
@@ -71,9 +71,11 @@ def add_lora(
 
 
 def inject(model: Any, config: peft.LoraConfig) -> Any:
-    """The model with a new adapter of that shape. model.peft_config then holds the config for its folder.
+    """Return the model with a new adapter of the config's shape.
 
-    UserError if the head is adapted: log-probabilities are made from its weight, which an adapter does not change.
+    model.peft_config then holds the config for its folder.
+
+    Raise UserError if the head is adapted: log-probabilities read its weight directly, without an adapter.
     """
     saved = copy.deepcopy(config)
     model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -87,7 +89,7 @@ def inject(model: Any, config: peft.LoraConfig) -> Any:
 
 
 def refuse_unfit(architecture: Any, *, scalar: bool, trust_remote_code: bool = False, **adapter: Any) -> None:
-    """UserError if a model of that config cannot get such an adapter (arguments of add_lora). Reads no weights.
+    """Raise UserError if a model of this config cannot get the adapter (arguments of add_lora). Reads no weights.
 
     scalar: the model gets a head of one value, as a critic or a reward model.
     """
@@ -113,7 +115,7 @@ def _refuse_few_components(layer: Any, *, rank: int) -> None:
 
 
 def keep_initial(model: Any, config: peft.LoraConfig) -> None:
-    """Keep what the adapter and the modules trained whole are now, frozen, as the initial model."""
+    """Freeze a copy of the adapter and of the modules trained whole, as the initial model."""
     frozen = copy.deepcopy(config)
     frozen.lora_dropout = 0.0
     frozen.ensure_weight_tying = False  # peft has found what is tied already
@@ -134,9 +136,9 @@ def keep_initial(model: Any, config: peft.LoraConfig) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The initial model inside: without its adapter, or with what it began as if it was trained before.
+    """Use the initial model inside: the base without its adapter, or with the frozen copy of a continued adapter.
 
-    What stays trainable is not touched, as peft's own switch would.
+    Unlike peft's switch it leaves requires_grad alone.
     """
     parts = _adapted_parts(model)
     before = [(part._disable_adapters, part._active_adapter) for part in parts]
@@ -153,23 +155,23 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def starts_as_identity(model: nn.Module) -> bool:
-    """Whether the adapter changes nothing yet (B = 0 everywhere), so that the model without it is the initial policy.
+    """Return whether the adapter changes nothing yet (B = 0 everywhere). The base is then the initial policy.
 
-    Ask before the engine shards the weights.
+    Call it before the engine shards the weights.
     """
     with torch.no_grad():
         return not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
 
 
 def with_adapter(model: Any, folder: str) -> Any:
-    """The model with the adapter of a folder in it, to be used as it is. UserError if the adapter does not fit."""
+    """Return the model with the adapter of a folder, for inference. Raise UserError if the adapter does not fit."""
     return _adapted(model, folder).get_base_model()
 
 
 def folded(model: Any, folder: str) -> Any:
-    """The model with the update of a folder's adapter added to its weights, and the modules that were trained whole.
+    """Return the model with a folder's adapter merged into its weights, and with the modules trained whole.
 
-    The sums are in the dtype of the weights. UserError if the adapter does not fit.
+    The sums are in the dtype of the weights. Raise UserError if the adapter does not fit.
     """
     return _adapted(model, folder).merge_and_unload(safe_merge=True)
 
@@ -177,15 +179,17 @@ def folded(model: Any, folder: str) -> Any:
 def principal_pair(
     weight: Float[Tensor, "o i"], *, rank: int, scaling: float
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """(A, B) with scaling * B A the best approximation of that rank: A = S^1/2 V^T, B = U S^1/2 (arXiv:2404.02948,
-    eq. 2 and 3) of W / scaling, in float32."""
+    """Return (A, B), with scaling * B A as the best approximation of W of this rank, in float32.
+
+    A = S^1/2 V^T and B = U S^1/2 (arXiv:2404.02948, eq. 2 and 3), from the SVD of W / scaling.
+    """
     left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
     root = (singular[:rank] / scaling).sqrt()
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 
 def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
-    """PiSSA: the adapter is the principal part of each weight, and the same, frozen, is taken away again."""
+    """Start PiSSA: the adapter is the principal part of each weight, and a frozen copy of it is subtracted."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         weight = layer.get_base_layer().weight
@@ -219,7 +223,7 @@ def _adapted_parts(model: nn.Module) -> list[Any]:
 
 
 def _has_initial(part: Any) -> bool:
-    """Whether the initial model has the part's frozen copy in it, as that of PiSSA does not."""
+    """Return whether the initial model includes the part's frozen copy. With PiSSA it does not."""
     if isinstance(part, ModulesToSaveWrapper):
         return INITIAL in part.modules_to_save
     return INITIAL in part.lora_A and not is_pissa(part)
@@ -230,7 +234,7 @@ def _head(model: Any) -> Any:
 
 
 def _linear_names(model: Any) -> list[str]:
-    """Last names of all linear layers but the head."""
+    """Return the last names of all linear layers but the head."""
     head = _head(model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
     return sorted({name.rpartition(".")[2] for name in linear})

@@ -1,4 +1,4 @@
-"""Which model a user means: a hub name, a model folder, a LoRA adapter's folder, or the folder of a finished run.
+"""Resolve a user's model: a hub name, a model folder, a LoRA adapter's folder, or the folder of a finished run.
 
 Reads small JSON files and headers of weights; loads no weights.
 """
@@ -25,7 +25,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOnDisk:
-    """A language model as it can be loaded."""
+    """A language model, with everything needed to load it."""
 
     name: str  # as the user wrote it
     base: str  # hub name or folder
@@ -38,9 +38,9 @@ class ModelOnDisk:
 
 
 def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None) -> ModelOnDisk:
-    """The model of a hub name or a folder. dtype None: the one that its config.json names.
+    """Resolve a hub name or a folder. dtype None: the dtype named in its config.json.
 
-    UserError if there is none, if it is no language model, or if its weights are missing or cut.
+    Raise UserError if there is no model, if it is no language model, or if its weights are missing or truncated.
     """
     folder = _of_run(Path(name).expanduser())
     base, adapter, rank = name if folder is None else str(folder), None, None
@@ -70,7 +70,7 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
 
 
 def may_ask_the_hub(name: str) -> bool:
-    """Whether the model, or the base of its adapter, may be a name on the hub."""
+    """Return whether the model, or the base of its adapter, may be a name on the hub."""
     folder = _of_run(Path(name).expanduser())
     if folder is None or not is_adapter(folder):
         return folder is None
@@ -78,14 +78,14 @@ def may_ask_the_hub(name: str) -> bool:
 
 
 def tokenizer_of(model: str) -> str:
-    """Where a model's tokenizer is: that of an adapter's folder without one is its base's."""
+    """Return the name or folder of a model's tokenizer. For an adapter folder without a tokenizer it is the base's."""
     folder = Path(model)
     own = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
     return model if own else base_of(folder)[0]
 
 
 def refuse_unservable(model: ModelOnDisk) -> None:
-    """UserError for an adapter that vLLM's engines do not know: DoRA, or one with whole layers of its own."""
+    """Raise UserError for an adapter unknown to vLLM's engines: DoRA, or an adapter with modules trained whole."""
     if model.adapter is None:
         return
     path = Path(model.adapter, ADAPTER_CONFIG)
@@ -96,7 +96,7 @@ def refuse_unservable(model: ModelOnDisk) -> None:
 
 
 def _of_run(path: Path) -> Path | None:
-    """The model's folder: of a run's folder its final/. None: the name is no folder here."""
+    """Return the model's folder, for a run's folder its final/. None: the name is no folder here."""
     if not path.is_dir():
         return None
     if not (path / "config.resolved.yaml").is_file():

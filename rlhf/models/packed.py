@@ -1,8 +1,8 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
-Called by every worker that holds a model. Attention runs sequence by sequence (rlhf.models.attention); the layers
-between see one row of N tokens. Positions restart at every sequence. Models for which this is wrong compute the
-sequences of the row one by one (rlhf.models.row_layout). The equations are in rlhf.objectives.
+Every worker with a model calls it. Attention runs sequence by sequence (rlhf.models.attention); the layers between see
+one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the sequences of the row one
+by one (rlhf.models.row_layout). The equations are in rlhf.objectives.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def hidden_states(
     *,
     noise_alpha: float | None = None,
 ) -> Float[Tensor, "N H"]:
-    """Last hidden state (after the final norm) of every token, in a row where sequences stand side by side.
+    """Return the last hidden state (after the final norm) of every token in a row of adjacent sequences.
 
-    Of a row that ranks share, those of this rank's `own_part`. noise_alpha: of `embedding_noise`; None: none.
+    In a row shared by ranks only the tokens of this rank's `own_part` are returned. noise_alpha: the scale of
+    `embedding_noise`; None: no noise.
     """
     body = body_of(model)
     layout = row_layout(model)
@@ -107,7 +108,7 @@ def _run(
 def _inputs(
     body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], own: slice, noise_alpha: float | None
 ) -> dict[str, Tensor]:
-    """What a model reads of a row's tokens: the token ids, or embeddings with noise."""
+    """Return the model's inputs for a row: the token ids, or embeddings with noise."""
     if noise_alpha is None:
         return {"input_ids": token_ids}
     embedded = body.get_input_embeddings()(token_ids)
@@ -119,7 +120,10 @@ def _inputs(
 def embedding_noise(
     embedded: Float[Tensor, "1 N H"], lengths: Int[Tensor, " N"], *, alpha: float
 ) -> Float[Tensor, "1 N H"]:
-    """Uniform in +- alpha / sqrt(L H), with L the length of the token's sequence (NEFTune, arXiv:2310.05914, eq. 1)."""
+    """Draw noise, uniform in +- alpha / sqrt(L H), with L the length of the token's sequence.
+
+    NEFTune, arXiv:2310.05914, eq. 1.
+    """
     bound = alpha / (lengths * embedded.shape[-1]).to(embedded.dtype).sqrt()
     return torch.empty_like(embedded).uniform_(-1.0, 1.0) * bound[None, :, None]
 
@@ -134,10 +138,10 @@ def policy_logprobs(
     temperature: float | Float[Tensor, " N"] = 1.0,
     entropy_grad: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, entropy) of the tokens in mask given those before them, at that sampling temperature, which may be
-    one for each token; 0 elsewhere.
+    """Return (logprobs, entropy) of the tokens in mask given the tokens before them; 0 elsewhere.
 
-    The vocabulary head runs only where the next token is in mask. The entropy has a gradient only with entropy_grad.
+    `temperature` is the sampling temperature, a number or one value for each token. The vocabulary head runs only
+    where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
     of_rows = partial(chunked_logprobs, entropy_grad=entropy_grad)
     logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
@@ -153,7 +157,7 @@ def policy_logprobs_only(
     branches: Branches | None = None,
     temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> Float[Tensor, " N"]:
-    """`policy_logprobs` without the work of the entropy: for references."""
+    """Return the logprobs of `policy_logprobs` without computing the entropy, for references."""
 
     def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
         return (chunked_logprobs_only(*rows, **settings),)
@@ -171,7 +175,10 @@ def policy_logprobs_and_collisions(
     branches: Branches | None = None,
     temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, log-probabilities that two draws in their places agree, without gradient), for on_policy_weights."""
+    """Return (logprobs, collisions) for on_policy_weights.
+
+    A collision is the log-probability of two draws at the token's position being equal. It has no gradient.
+    """
     of_rows = chunked_logprobs_and_collisions
     logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
     return logprobs, collisions
@@ -186,7 +193,7 @@ def _columns(
     branches: Branches | None,
     temperature: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """What one of rlhf.objectives.logprobs makes of the tokens in mask, each as a whole column."""
+    """Apply a function of rlhf.objectives.logprobs to the tokens in mask. Return each result as a whole column."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
@@ -204,10 +211,10 @@ def supervised_loss(
     by_probability: bool = False,
     noise_alpha: float | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(sum of -token_weight * logprob over the tokens in mask, the logprobs without gradient, whether the likeliest).
+    """Return (sum of -token_weight * logprob over the tokens in mask, logprobs without gradient, top-1 hits).
 
     The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
-    by_probability: each term times its token's probability, held constant (DFT). noise_alpha: NEFTune's.
+    by_probability: each term times its token's probability, held constant (DFT). noise_alpha: NEFTune's alpha.
     """
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
@@ -232,7 +239,7 @@ def learnt_states(
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
 ) -> Float[Tensor, "n H"]:
-    """The last hidden states in which the tokens in mask are predicted, in the tokens' order."""
+    """Return the last hidden states predicting the tokens in mask, in token order."""
     _, before = _masked_positions(mask, lengths, branches)
     return hidden_states(model, token_ids, lengths, branches).index_select(0, before)
 
@@ -250,11 +257,12 @@ def distillation_loss(
     token_weight: float,
     sft_coef: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(sum of token_weight * (divergence - sft_coef * logprob) over the tokens in mask, the divergences, the logprobs,
-    whether the likeliest). The columns have no gradient and are 0 outside mask, the logprobs are at temperature 1.
+    """Return (weighted loss over the tokens in mask, divergences, logprobs, top-1 hits).
 
-    `teacher`: its `learnt_states` of the same row, `head`: its own. Where one of the heads has rows beyond the other's,
-    which stand for no token, both distributions are over the rows that they share.
+    The loss is the sum of token_weight * (divergence - sft_coef * logprob). The columns have no gradient and are 0
+    outside mask; the logprobs are at temperature 1. `teacher` holds the teacher's `learnt_states` of the same row,
+    and `head` its vocabulary head. If a head has extra rows without tokens, both distributions use the rows in
+    common.
     """
     of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
     loss, *columns = _taught(
@@ -285,10 +293,10 @@ def sampled_distillation_loss(
     temperature: float,
     token_weight: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(token_weight * sum of the divergences at the tokens in mask, then without gradient and 0 outside mask the
-    student's and the teacher's logprobs of these tokens and the student's entropies).
+    """Return (token_weight * sum of divergences, student logprobs, teacher logprobs, student entropies).
 
-    As `distillation_loss`, for tokens that were sampled at this temperature; responses may share their prompt.
+    The columns cover the tokens in mask, without gradient and 0 elsewhere. It works as `distillation_loss`, for
+    tokens sampled at this temperature. Responses may share their prompt.
     """
     loss, *columns = _taught(
         partial(sampled_divergence_sum, divergence),
@@ -319,7 +327,7 @@ def _taught(
     temperature: float,
     token_weight: float,
 ) -> tuple[Tensor, ...]:
-    """What one of rlhf.objectives.distillation makes of the tokens in mask: the loss, and its columns whole."""
+    """Apply a function of rlhf.objectives.distillation to the tokens in mask. Return the loss and whole columns."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
@@ -344,18 +352,21 @@ def _taught(
 
 
 def _first(rows: Tensor, *, count: int) -> Tensor:
-    """Itself where nothing is cut: a slice would have a gradient of its own, as large."""
+    """Return the first `count` rows.
+
+    If all are kept, the tensor itself: a slice would have a gradient of the same size.
+    """
     return rows if len(rows) == count else rows[:count]
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:
-    """The weight of the vocabulary head (the embedding itself where they are tied)."""
+    """Return the weight of the vocabulary head (the embedding itself where they are tied)."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
 
 
 def lm_head_settings(model: Any) -> dict[str, Any]:
-    """What stands between the head's product and the logits: bias, logit scale and softcap, from the model's config."""
+    """Return the steps between the head's product and the logits: bias, logit scale and softcap, from the config."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
@@ -368,9 +379,9 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
 
 
 def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
-    """(tokens in mask, the tokens before them) of which this rank holds the latter, counted from its part's first.
+    """Return (tokens in mask, their predecessors) for predecessors on this rank, counted from its first token.
 
-    ValueError if mask holds a sequence's first token.
+    Raise ValueError if mask holds a sequence's first token.
     """
     before = predecessors(lengths, branches)
     if bool(mask[before < 0].any()):
@@ -382,7 +393,7 @@ def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None =
 
 
 def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
-    """The whole column, 0 elsewhere; of a row that ranks share, with what they have found."""
+    """Return the whole column, 0 elsewhere. For a row shared by ranks, the results of all ranks are summed."""
     return summed(values.new_zeros(size).index_copy(0, positions, values))
 
 

@@ -1,4 +1,4 @@
-"""Upload of a finished model folder to the Hugging Face hub. The repository is private unless it exists already."""
+"""Upload a finished model folder to the Hugging Face hub. New repositories are private."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 def refuse_unpublishable(name: str, *, key: str) -> None:
-    """UserError if nothing can be uploaded from here. Asks no hub. key: what messages call the setting."""
+    """Raise UserError if nothing can be uploaded from here, without asking the hub.
+
+    key: the setting's name in messages.
+    """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             f"{key}: is {name}, but HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it, or remove {key}."
@@ -26,7 +29,7 @@ def refuse_unpublishable(name: str, *, key: str) -> None:
 
 
 def push_folder(folder: Path, name: str) -> None:
-    """Upload a model folder to the repository NAME. RunError, which says how to repeat it, if the hub refuses it."""
+    """Upload a model folder to the repository NAME. Raise RunError with the command to repeat if the hub refuses it."""
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)

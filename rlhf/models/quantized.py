@@ -1,7 +1,7 @@
 """A frozen base of 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by bitsandbytes through transformers.
 
 Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype. bitsandbytes is
-no dependency: it is asked for before anything starts, and imported only where weights are quantised.
+an optional dependency. Its presence is checked before anything starts, and it is imported only to quantise weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 64  # weights that share a scale
 
 
 def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", "cuda"]) -> None:
-    """UserError if a model of that config cannot be held in 4 bits here. `key` is the config's, for the message.
+    """Raise UserError if a model of this config cannot be held in 4 bits here. `key` names the setting in the message.
 
     On a CPU bitsandbytes 0.50 dequantises a weight wrongly unless its rows are whole blocks of 64.
     """
@@ -43,9 +43,9 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
 
 
 def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Options of from_pretrained, by which weights are quantised on the device as they are read. None: no options.
+    """Return the options of from_pretrained for quantising weights on the device as they are read. None: no options.
 
-    dtype: of the products, and of all that is not quantised.
+    dtype: of the products, and of all weights without quantisation.
     """
     if quantize is None:
         return {}
@@ -61,15 +61,15 @@ def quantization_options(quantize: Quantize | None, *, dtype: torch.dtype, devic
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a weight of the model is stored in 4 bits."""
+    """Return whether a weight of the model is stored in 4 bits."""
     return any(hasattr(parameter, "quant_state") for parameter in model.parameters())
 
 
 def keep_storage(model: nn.Module) -> None:
-    """Keep the layers of 4-bit weights in training mode, in which they draw no random numbers.
+    """Keep the layers of 4-bit weights in training mode. They draw no random numbers in it.
 
-    In evaluation mode on a CPU bitsandbytes stores the weights in another order at the first pass, after which
-    `dequantized` would read wrong values.
+    In evaluation mode on a CPU bitsandbytes reorders the stored weights at the first pass, and `dequantized` would
+    then read wrong values.
     """
     for module in model.modules():
         if hasattr(getattr(module, "weight", None), "quant_state"):
@@ -77,7 +77,7 @@ def keep_storage(model: nn.Module) -> None:
 
 
 def dequantized(parameter: nn.Parameter) -> Tensor:
-    """The parameter, or what the model computes with if it is stored in 4 bits."""
+    """Return the parameter, dequantised if it is stored in 4 bits."""
     state = getattr(parameter, "quant_state", None)  # bitsandbytes' mark: no other parameter has it
     if state is None:
         return parameter

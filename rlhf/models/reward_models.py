@@ -1,4 +1,4 @@
-"""Reward models: a language model's body with a scalar head, from a folder that has one."""
+"""Reward models: a language model's body with a scalar head, from a folder with both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rlhf.models.loading import _prepared, has_scalar_head, is_adapter, load_con
 
 
 def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """A sequence-classification model with one label. UserError if the checkpoint has no such head.
+    """Load a sequence-classification model with one label. Raise UserError if the checkpoint has no such head.
 
-    The folder of a LoRA adapter of one stands for its base with the adapter added, in float32, and rounded to dtype.
+    The folder of a LoRA adapter stands for its base with the adapter added in float32, and rounded to dtype.
     """
     refuse_without_head(path, trust_remote_code=trust_remote_code)
     if is_adapter(Path(path)):
@@ -26,7 +26,10 @@ def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 
 
 def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
-    """UserError if a model has no reward head. Reads its config alone, and of a LoRA adapter headers and its base's."""
+    """Raise UserError if a model has no reward head.
+
+    Reads its config alone; for an adapter also headers and the base's.
+    """
     if is_adapter(Path(path)):
         from rlhf.models.adapter_folder import refuse_no_reward_adapter  # with peft, which takes seconds
 

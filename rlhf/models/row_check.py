@@ -1,4 +1,4 @@
-"""The check of a loaded model's forward pass: which layout of sequences gives the model's own hidden states.
+"""The check of a loaded model's forward pass: it finds a layout of sequences with the model's own hidden states.
 
 Called once wherever a model is loaded. It compares a few short random sequences with transformers' own forward pass.
 """
@@ -43,10 +43,11 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def check_rows(model: Any, device: torch.device) -> RowLayout:
-    """Find the layout in which a model's sequences are computed right, and use it from now on.
+    """Find the layout with correct results for a model's sequences, and use it from now on.
 
-    UserError if even single sequences differ from the model's own forward pass, or if ranks share rows that cannot be
-    packed. Ranks that hold shards of the weights, or share rows, call this together: all run the same passes.
+    Raise UserError if even single sequences differ from the model's own forward pass, or if ranks share rows of a
+    model unfit for packing. Ranks with shards of the weights or shared rows call this together: all run the same
+    passes.
     """
     known = rows_of(model)
     own_attention = body_of(model).config._attn_implementation if known is None else known.own_attention
@@ -71,7 +72,7 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
 
 
 def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
-    """Return the hidden states of each sequence. UserError if the model cannot compute them."""
+    """Return the hidden states of each sequence. Raise UserError if the model cannot compute them."""
     try:
         own = [own_hidden_states(model, ids) for ids in tokens]
     except torch.OutOfMemoryError:
@@ -97,7 +98,7 @@ def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
 def _measured(
     model: Any, tokens: Sequence[Tensor], own: Sequence[Tensor], layout: RowLayout, reason: str
 ) -> tuple[RowLayout, str]:
-    """Return the layout that reproduces the model's own hidden states, at most the expected one, and the reason."""
+    """Return the layout with the model's own hidden states, at most the expected one, and the reason."""
     lengths = [len(ids) for ids in tokens]
     failure = _failure(_tolerance(model), own, lambda: _states(model, tokens, lengths, None))
     if failure is not None:
@@ -118,7 +119,7 @@ def _measured(
 
 
 def _failure(tolerance: float, own: Sequence[Tensor], compute: Callable[[], Tensor]) -> str | None:
-    """Say how a pass fails to give the model's own hidden states. None: it gives them."""
+    """Describe how a pass fails to give the model's own hidden states. None: it gives them."""
     try:
         states = compute()
     except torch.OutOfMemoryError:
@@ -138,14 +139,14 @@ def _error(states: Float[Tensor, "n H"], expected: Float[Tensor, "n H"]) -> floa
 def _states(
     model: Any, tokens: Sequence[Tensor], lengths: Sequence[int], branches: Branches | None
 ) -> Float[Tensor, "N H"]:
-    """Hidden states of a packed row, on every rank that shares it."""
+    """Return the hidden states of a packed row, on every rank sharing it."""
     row = torch.cat(list(tokens))
     states = hidden_states(model, row, torch.tensor(lengths, device=row.device), branches)
     return whole_row(states, len(row))
 
 
 def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
-    """UserError if log-probabilities from the head's weight and the config differ from those of the model's logits."""
+    """Raise UserError if log-probabilities from the head's weight and the config differ from the model's logits."""
     if hasattr(model, "score"):
         return  # the head is one linear layer, which is applied as it is
     ours, own = [], []
@@ -166,7 +167,7 @@ def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
 
 
 def _some_tokens(model: Any, device: torch.device) -> list[Int[Tensor, " n"]]:
-    """Return random sequences, of which the first two begin with the same tokens. The global random state stays."""
+    """Return random sequences. The first two begin with the same tokens. The global random state stays."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(model.config.get_text_config().vocab_size, _MOST_TOKENS)
     first, second, *rest = (torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS)

@@ -1,8 +1,8 @@
 """How a model computes the sequences of a micro-batch: in one packed row, or one by one.
 
-A packed row is right only for models whose attention goes through transformers' attention functions. Other layers
-(short convolutions, linear attention, state-space models, biases by position) run over the row as one sequence.
-`rlhf.models.row_check` measures which layout is right for a loaded model; this module holds the answer.
+A packed row is right only for models with transformers' attention functions. Other layers (short convolutions, linear
+attention, state-space models, biases by position) run over the row as one sequence. `rlhf.models.row_check` measures
+the right layout for a loaded model; this module holds the answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RowLayout(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What the check of a loaded model has found."""
+    """Result of the check of a loaded model."""
 
     layout: RowLayout
     own_attention: str  # name of the attention function that the model was loaded with
@@ -39,13 +39,13 @@ def set_rows(model: Any, rows: Rows) -> None:
 
 
 def rows_of(model: Any) -> Rows | None:
-    """Return what `set_rows` has stored. None: the model was not checked."""
+    """Return the value stored by `set_rows`. None: the model was not checked."""
     rows: Rows | None = vars(model).get(_ATTRIBUTE)
     return rows
 
 
 def row_layout(model: Any) -> RowLayout:
-    """Return the layout of a model. A model that was not checked is packed, and its prompts are shared."""
+    """Return the layout of a model. An unchecked model is packed, and its prompts are shared."""
     rows = rows_of(model)
     return RowLayout.SHARED_PROMPTS if rows is None else rows.layout
 
@@ -110,7 +110,7 @@ _PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # thei
 def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     """Return the layout of a model and the reason for it, from the values of its config.json alone.
 
-    Kinds of models that are not known here are expected to share prompts; the check of the loaded model decides.
+    Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
     text: Mapping[str, Any] = config.get("text_config") or config
     kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
@@ -128,7 +128,7 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
 
 
 def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None:
-    """UserError if ranks are to share rows of a model whose sequences cannot be packed into a row."""
+    """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)
     if sequence_parallel > 1 and layout is RowLayout.ONE_BY_ONE:
         raise UserError(

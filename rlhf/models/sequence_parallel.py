@@ -1,9 +1,9 @@
 """One packed row spread over the ranks of a group: Ulysses sequence parallelism (arXiv:2309.14509) by DeepSpeed.
 
-The row is cut into equal parts, one a rank. Attention alone needs whole sequences: around it, DeepSpeed's all-to-all
-turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns that leave a
-forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss; its gradient is what
-its own part of the row contributes, and the sum over the ranks is the gradient. Without a group all this is a no-op.
+The row is split into equal parts, one per rank. Attention alone needs whole sequences: around it, DeepSpeed's
+all-to-all turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns leaving
+a forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss. Its gradient is the
+contribution of its part of the row, and the sum over the ranks is the gradient. Without a group all this is a no-op.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ULYSSES = "rlhf_ulysses"  # its name among transformers' attention functions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceGroup:
-    """Ranks that hold each row together, as one of them sees it."""
+    """Ranks sharing each row, as seen by one of them."""
 
     handle: Any  # torch's process group
     rank: int  # in the group
@@ -41,7 +41,10 @@ _current: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", defaul
 
 
 def make_group(size: int) -> SequenceGroup | None:
-    """This rank's group of `size` neighbours; None for 1. Collective over all ranks, whose number size divides."""
+    """Return this rank's group of `size` neighbours; None for 1.
+
+    Collective over all ranks, whose number size divides.
+    """
     if size == 1:
         return None
     handle, _ = dist.new_subgroups(size)
@@ -50,7 +53,7 @@ def make_group(size: int) -> SequenceGroup | None:
 
 @contextmanager
 def rows_shared_by(group: SequenceGroup | None) -> Iterator[None]:
-    """Forward passes inside take one part of every row each."""
+    """Make forward passes inside take one part of every row each."""
     token = _current.set(group)
     try:
         yield
@@ -59,12 +62,12 @@ def rows_shared_by(group: SequenceGroup | None) -> Iterator[None]:
 
 
 def current_group() -> SequenceGroup | None:
-    """Who shares the rows of the forward pass that is going on."""
+    """Return the group sharing the rows of the current forward pass."""
     return _current.get()
 
 
 def refuse_uneven_heads(config: Any, size: int) -> None:
-    """UserError if a model's attention heads cannot be shared out among `size` ranks."""
+    """Raise UserError if a model's attention heads cannot be divided among `size` ranks."""
     heads: int = config.get_text_config().num_attention_heads
     if heads % size:
         raise UserError(f"sequence_parallel is {size} and must divide the model's {heads} attention heads.")
@@ -73,7 +76,7 @@ def refuse_uneven_heads(config: Any, size: int) -> None:
 def filled_up(
     token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None
 ) -> tuple[Int[Tensor, " M"], Int[Tensor, " b"], Branches | None]:
-    """A row that splits evenly: with one more sequence, of fewer tokens than there are ranks, that nobody reads."""
+    """Pad the row to an even split with one more sequence, shorter than the number of ranks. Nothing reads it."""
     group = current_group()
     missing = 0 if group is None else -len(token_ids) % group.size
     if missing == 0:
@@ -82,7 +85,7 @@ def filled_up(
 
 
 def own_part(num_tokens: int) -> slice:
-    """Where this rank's part stands in a row of so many tokens; the last may reach past them."""
+    """Return the slice of this rank's part in a row of `num_tokens` tokens. The last slice may reach past the end."""
     group = current_group()
     if group is None:
         return slice(0, num_tokens)
@@ -91,7 +94,7 @@ def own_part(num_tokens: int) -> slice:
 
 
 def whole_row(part: Float[Tensor, " n *D"], num_tokens: int) -> Float[Tensor, " N *D"]:
-    """The row, from every rank's own part."""
+    """Return the whole row, from every rank's part."""
     group = current_group()
     if group is None:
         return part
@@ -101,7 +104,7 @@ def whole_row(part: Float[Tensor, " n *D"], num_tokens: int) -> Float[Tensor, " 
 
 
 def summed(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-    """The sum over the group. Every rank gets all of the sum's gradient."""
+    """Return the sum over the group. Every rank gets all of the sum's gradient."""
     group = current_group()
     if group is None:
         return values
@@ -110,7 +113,7 @@ def summed(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
 
 
 class _Sum(Function):
-    """d sum / d values is 1, and the same loss on the other ranks is not counted again."""
+    """Sum over the group. Its derivative is 1, and the same loss on the other ranks is not counted again."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: SequenceGroup) -> Tensor:
@@ -136,10 +139,10 @@ def ulysses_attention(
     position_bias: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Float[Tensor, "1 n Q D"], None]:
-    """The attention function called `within`, on whole sequences and this rank's share of the heads.
+    """Call the attention function `within` on whole sequences and this rank's share of the heads.
 
-    Key-value heads that the ranks cannot share out evenly are repeated until they can. UserError if each head has
-    parameters of its own (sinks, position biases).
+    Key-value heads are repeated until the ranks can divide them evenly. Raise UserError if each head has parameters
+    (sinks, position biases).
     """
     from deepspeed.sequence.layer import DistributedAttention  # after init_distributed
 

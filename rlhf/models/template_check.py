@@ -1,6 +1,6 @@
-"""A trial of a tokenizer's chat template: it may come from anywhere, and is a program.
+"""Try a tokenizer's chat template, since it is a program and may come from anywhere.
 
-transformers runs it in a sandbox that keeps it from files and Python, and not from using all time and memory.
+transformers runs it in a sandbox without files and Python, but with no limit of time and memory.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def refuse_runaway_template(tokenizer: Any, *, limit_s: float = LIMIT_S) -> None:
-    """UserError if the chat template does not render one short message within limits of time and memory.
+    """Raise UserError if the chat template does not render one short message within limits of time and memory.
 
-    A copy of this process renders it. What the template refuses is no error here: it is one where a row is rendered.
+    A forked process renders it. An error raised by the template is ignored here; it is raised again when a row is
+    rendered.
     """
     if tokenizer.chat_template is None:
         return
@@ -55,7 +56,7 @@ def _render_and_exit(tokenizer: Any, limit_s: float) -> None:
 
 
 def _wait(child: int, deadline: float) -> int | None:
-    """Return the exit status of the child; None if it did not end in time and was killed."""
+    """Return the exit status of the child. None: it did not end in time and was killed."""
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

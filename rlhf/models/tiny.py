@@ -1,7 +1,7 @@
-"""The quickstart's model: a Llama of some 400 thousand parameters with a byte-level tokenizer, made on the spot.
+"""The quickstart's model: a Llama of some 400 thousand parameters with a byte-level tokenizer, generated locally.
 
-It stands at the very start of a run, in place of a downloaded model, and is an ordinary Hugging Face folder: what
-loads a real model loads this one. It must never depend on a network or on the global random state.
+A run starts with it in place of a downloaded model. It is an ordinary Hugging Face folder and loads like a real model.
+It must never depend on a network or on the global random state.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _RECIPE = "tiny_llama.json"  # what the folder was made from, so that it is neve
 
 
 def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
-    """Make the model folder, or find it made from the same seed; returns `folder`. float32 weights.
+    """Make the model folder, or reuse one made from the same seed. Return `folder`. The weights are float32.
 
-    The weights depend on `seed` and `tied` alone. The folder appears whole or not at all, also when several
-    processes make it at once. UserError if `folder` exists and holds anything else.
+    The weights depend on `seed` and `tied` alone. The folder appears complete or not at all, also when several
+    processes make it at once. Raise UserError if `folder` exists and holds anything else.
     """
     recipe = json.dumps({"seed": seed, "tied": tied})
     if not folder.exists():
@@ -68,7 +68,10 @@ def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes as ids 0-255, then the special tokens; the rest of the vocabulary is reserved, so every id decodes."""
+    """Return a tokenizer with 256 bytes as ids 0-255, then the special tokens.
+
+    The rest of the vocabulary is reserved, so every id decodes.
+    """
     specials = [PAD, EOS, SYSTEM, USER, ASSISTANT]
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
     backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
@@ -87,7 +90,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_letters() -> list[str]:
-    """The letter by which ByteLevel writes each byte: itself if printable, else the next free one from 256."""
+    """Return ByteLevel's letter for each byte: itself if printable, else the next free one from 256."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     free = iter(range(256, 512))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]

@@ -1,8 +1,8 @@
 """Attention of a packed row on a GPU: all sequences in one call of PyTorch's variable-length flash attention.
 
-A sequence's keys are its own tokens or, for a branch, those of the trunk that it continues and then its own. The kernel
-counts back from the last key: the last query sees all keys of its sequence, the one before it all but one, so a branch
-needs no mask. Nothing here is registered with transformers; `rlhf.models.packed` decides when this is called.
+A sequence's keys are its tokens; a branch has the shared tokens of its trunk before them. The kernel counts back from
+the last key: the last query sees all keys of its sequence, the query before it all but one. A branch therefore needs no
+mask. Nothing here is registered with transformers; `rlhf.models.packed` decides when this is called.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAPABILITY = (8, 0)  # Ampere
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Borders:
-    """Where each of B sequences begins among the row's queries and among its keys.
+    """The start of each of B sequences among the row's queries and among its keys.
 
     Example, lengths [4, 1], the second a branch of the first's 2 first tokens:
         queries = [0 4 5]   keys = [0 4 7]   seen = [0 1 2 3 | 0 1 4]
@@ -40,7 +40,7 @@ class Borders:
 
 
 def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Borders:
-    """Made once for all layers."""
+    """Compute the borders of a row, once for all layers."""
     tree = branches or [None] * len(lengths)
     starts = [0, *accumulate(lengths)]
     sizes, runs = [], []
@@ -59,7 +59,7 @@ def borders(lengths: Sequence[int], branches: Branches | None, *, device: torch.
 
 
 def obstacle(query: Tensor, *, softcap: float | None, dropout: float) -> str | None:
-    """Why the kernel cannot compute this attention; None: it can."""
+    """Return the reason why the kernel cannot compute this attention. None: it can."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention takes bfloat16 or float16, not {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > LARGEST_HEAD:
@@ -82,7 +82,7 @@ def varlen_attention(
     window: int | None,
     scale: float | None,
 ) -> Float[Tensor, "1 N Q D"]:
-    """Causal attention inside each sequence. window: a token sees itself and the window - 1 before it."""
+    """Compute causal attention inside each sequence. window: a token sees itself and the window - 1 before it."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if at.seen is not None:
         # A trunk's key has a gradient from each branch. Rows of an embedding add theirs in float32 and in a fixed

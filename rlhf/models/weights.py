@@ -1,7 +1,7 @@
-"""A model's weights as others want them: under their Hugging Face names, whole, adapters merged or apart.
+"""A model's weights for other programs: under their Hugging Face names, whole, adapters merged or separate.
 
-Read by weight sync and export through the engine, which gathers the parameters that each weight is made from. Nothing
-here knows how parameters are sharded.
+Weight sync and export read them through the engine, which gathers the parameters of each weight. Nothing here knows how
+parameters are sharded.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ def _itself(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """One published weight and the parameters it is made from: itself, or a frozen weight and its adapter."""
+    """One published weight and its parameters: itself, or a frozen weight and its adapter."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     combine: Callable[..., Tensor] = _itself
 
     def make(self) -> Tensor:
-        """The weight, once its parameters are whole. One of 4 bits comes as what the model computes with."""
+        """Return the weight, once its parameters are whole. A 4-bit weight is dequantised."""
         return self.combine(*(dequantized(p).detach() for p in self.parameters))
 
 
 def lora_merged(
     weight: Float[Tensor, "o i"], lora_a: Float[Tensor, "r i"], lora_b: Float[Tensor, "o r"], *, scaling: float
 ) -> Float[Tensor, "o i"]:
-    """W + scaling * B A (arXiv:2106.09685, section 4.1), rounded where peft rounds."""
+    """Return W + scaling * B A (arXiv:2106.09685, section 4.1), rounded where peft rounds."""
     return weight + _update(lora_a, lora_b, scaling).to(weight.dtype)
 
 
@@ -54,7 +54,10 @@ def dora_merged(
     *,
     scaling: float,
 ) -> Float[Tensor, "o i"]:
-    """m * V / ||V|| with V = W + scaling * B A, norms over each output's row (arXiv:2402.09353, eq. 5), as in peft."""
+    """Return m * V / ||V|| with V = W + scaling * B A and norms over each output's row, as in peft.
+
+    arXiv:2402.09353, eq. 5.
+    """
     direction = weight + _update(lora_a, lora_b, scaling)
     norm: Tensor = torch.linalg.norm(direction, dim=1).to(direction.dtype)
     return ((magnitude / norm)[:, None] * direction).to(weight.dtype)
@@ -69,40 +72,40 @@ def pissa_merged(
     *,
     scaling: float,
 ) -> Float[Tensor, "o i"]:
-    """W + scaling * (B A - B0 A0): what training has moved the principal part of W by (arXiv:2404.02948)."""
+    """Return W + scaling * (B A - B0 A0): W with the change of its principal part in training (arXiv:2404.02948)."""
     rows, columns = pissa_rows(lora_a, initial_a), pissa_columns(lora_b, initial_b)
     return lora_merged(weight, rows, columns, scaling=scaling)
 
 
 def pissa_rows(lora_a: Float[Tensor, "r i"], initial_a: Float[Tensor, "r i"]) -> Float[Tensor, "two_r i"]:
-    """A of the plain adapter of twice the rank that is B A - B0 A0."""
+    """Return A of the plain adapter of twice the rank, equal to B A - B0 A0."""
     return torch.cat([lora_a, initial_a])
 
 
 def pissa_columns(lora_b: Float[Tensor, "o r"], initial_b: Float[Tensor, "o r"]) -> Float[Tensor, "o two_r"]:
-    """B of that adapter."""
+    """Return B of the plain adapter of twice the rank, equal to B A - B0 A0."""
     return torch.cat([lora_b, -initial_b], dim=1)
 
 
 def _update(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """scaling * B A in the adapter's dtype. On a CPU the product of bfloat16 is taken in float32."""
+    """Return scaling * B A in the adapter's dtype. On a CPU the product of bfloat16 is taken in float32."""
     if lora_b.device.type == "cpu":
         return ((lora_b.float() @ lora_a.float()) * scaling).to(lora_b.dtype)
     return (lora_b @ lora_a) * scaling
 
 
 def is_initial_copy(name: str) -> bool:
-    """Return whether a parameter of that name is a frozen copy of what an adapter began as."""
+    """Return whether a parameter of this name is a frozen copy of an initial adapter."""
     return f".{INITIAL}." in name
 
 
 def initial_copies(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the frozen copies of what the model's adapter began as, by name."""
+    """Return the frozen copies of the model's initial adapter, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if is_initial_copy(name)}
 
 
 def weight_sources(model: nn.Module) -> list[WeightSource]:
-    """All weights of the model, adapters merged. A tied weight comes once, under the name of the embedding."""
+    """Return all weights of the model, adapters merged. A tied weight comes once, under the name of the embedding."""
     layers = dict(_lora_layers(model))
     replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
     sources = []
@@ -119,10 +122,10 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
 
 def adapter_sources(model: nn.Module) -> list[WeightSource]:
-    """What is trained of a LoRA model, under the names in peft's adapter_model.safetensors.
+    """Return the trained weights of a LoRA model, under the names in peft's adapter_model.safetensors.
 
-    That is the adapter, the modules that are trained whole, and a scalar head if there is one. A PiSSA adapter comes as
-    a plain one of twice the rank, which fits the unchanged base. ValueError if the model has no adapter.
+    They are the adapter, the modules trained whole, and a scalar head if there is one. A PiSSA adapter comes as a
+    plain one of twice the rank, fitting the unchanged base. Raise ValueError if the model has no adapter.
     """
     layers = dict(_lora_layers(model))
     if not layers:
@@ -143,13 +146,13 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
 
 
 def saved_name(name: str) -> str:
-    """The name in peft's adapter_model.safetensors of a trainable parameter of a model with an adapter."""
+    """Return the name of a trainable parameter of an adapted model in peft's adapter_model.safetensors."""
     name = _plain(name).replace(f".{ADAPTER}.", ".")
     return _PEFT_PREFIX + name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def is_pissa(layer: Any) -> bool:
-    """Whether the layer's initial adapter is subtracted, so that the unchanged base stands for PiSSA's residual."""
+    """Return whether the layer's initial adapter is subtracted, as in PiSSA: the base stays unchanged."""
     return bool(layer.scaling.get(INITIAL, 0.0) < 0.0)
 
 
@@ -182,5 +185,5 @@ def _merge_of(layer: Any) -> Callable[..., Tensor]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name in the model without peft's layers."""
+    """Return a parameter's name in the model without peft's layers."""
     return name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
