@@ -1,9 +1,9 @@
-"""The loop of a sweep: starts the trials that the method names, reads what they write, stops and buries them.
+"""Run the loop of a sweep: start trials, read their metrics, stop them and record how they ended.
 
     parameters -> trials -> processes -> metrics.jsonl -> method -> results
 
-Each trial is `rlhf train` in a process and a run folder of its own; one that fails is a row of the result. The loop
-holds no state that a kill would lose: that is in the journal and the run folders.
+Each trial is `rlhf train` in a separate process and run folder. A failed trial is a row of the result. All state is
+in the journal and the run folders, so a kill loses nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PREEMPTED = 75  # exit code of a run that others have told to end
 
 @dataclass(slots=True)
 class _Running:
-    """A running trial."""
+    """Track a running trial and its process."""
 
     assignment: Assignment
     process: Process
@@ -58,7 +58,7 @@ class _Running:
 
 @dataclass(slots=True)
 class _Loop:
-    """The loop of a sweep."""
+    """Run trials in a fixed number of slots."""
 
     sweep: Sweep
     journal: Journal
@@ -70,7 +70,7 @@ class _Loop:
     warm: dict[int, WarmProcess] = field(default_factory=dict)  # by slot
 
     def run(self) -> None:
-        """Run trials until none is left. Preempted if the request came: all trials have ended then."""
+        """Run trials until none is left. Raise Preempted after a stop request, once all trials have ended."""
         self.request.ends_by_itself = True
         try:
             while True:
@@ -116,7 +116,7 @@ class _Loop:
         logger.info("%s begins%s: %s", trial.name, until, _said(trial.parameters))
 
     def _process(self, slot: int, file: Path, log: Path, *, until: int | None) -> Process:
-        """One of its own; where engines may stay, that of the trial before it in this place."""
+        """Start a process for the trial, or reuse the slot's process if its engines can stay."""
         grace_s = _grace_s(self.sweep)
         if not _may_keep_engines(self.sweep):
             return TrialProcess(file, log, self.shares[slot], until=until, grace_s=grace_s)
@@ -126,7 +126,7 @@ class _Loop:
         return self.warm[slot]
 
     def _read(self, one: _Running) -> None:
-        """Tell the method what is new in metrics.jsonl."""
+        """Report new values in metrics.jsonl to the strategy."""
         folder = self._judged(one.assignment.trial)
         try:
             status = (folder / "metrics.jsonl").stat()
@@ -173,10 +173,10 @@ class _Loop:
 
 
 def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: bool = False) -> SweepResult:
-    """All trials, or with `resume` what is left of them; what came of them.
+    """Run all trials, or with `resume` the remaining ones, and return the results.
 
-    UserError, before anything starts: a trial that is no run, a folder in use. RunError: no trial has ended well, or
-    more have failed than sweep.max_failures allows. Preempted: a signal came, to the sweep or to a trial.
+    UserError, before anything starts: a trial is invalid, or a folder is in use. RunError: no trial succeeded, or more
+    failed than sweep.max_failures allows. Preempted: the sweep or a trial received a signal.
     """
     logs.configure("WARNING" if quiet else "INFO")
     if sweep.config.method.name == "bayesian":
@@ -213,14 +213,15 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
 
 
 def _grace_s(sweep: Sweep) -> float:
-    """Return the seconds that a trial has for its step once it is asked to end."""
+    """Return the seconds a trial has to finish its step after a stop request."""
     return max(run.train.preemption_grace_s for run in sweep.base.runs.values())
 
 
 def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
-    """Until no trial of a sweep that was killed is left: the kernel has told them to end. UserError names one that is.
+    """Wait until the trials of a killed sweep have ended, since the kernel sent them SIGTERM.
 
-    A new process would be refused its folder, and the trial be taken for one that failed.
+    A new process could not lock their folders, and its trial would count as failed. Raise UserError with the name of a
+    trial that still runs after `within_s` seconds.
     """
     trials, give_up = journal.folder / "trials", time.monotonic() + within_s
     for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock")):
@@ -236,13 +237,13 @@ def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
 
 
 def _failures(result: SweepResult) -> str:
-    """One of them, as an example."""
+    """Describe one failed trial as an example."""
     failed = [row for row in result.rows if row.state == "failed"]
     return f"{failed[-1].trial}: {failed[-1].error}" if failed else "none was run."
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
-    """Return the share of the machine of each trial that runs at once."""
+    """Return the share of the machine for each trial that runs at once."""
     config = sweep.config
     trials = [sweep.base, *(sweep.trial(values, "trial") for values in known or ())]
     wanted = [bundles_of(trial) for trial in trials]
@@ -273,7 +274,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[Share]:
 
 
 def _may_keep_engines(sweep: Sweep) -> bool:
-    """Whether trials one after another may have the same engines. Their Ray is the same then."""
+    """Return whether consecutive trials can use the same engines, because they use the same Ray."""
     runs = list(sweep.base.runs.values())
     fixed = not any(key.split(".")[0] == "cluster" for key in sweep.config.parameters)
     return fixed and not sweep.base.is_pipeline and is_online(runs[0]) and runs[0].cluster.device == "cpu"
@@ -284,7 +285,7 @@ def _cluster(loaded: LoadedConfig) -> ClusterConfig:
 
 
 def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:
-    """What each node of a running cluster has."""
+    """Return the resources of each node of a running cluster."""
     import ray
 
     from actors.cluster.connect import connected

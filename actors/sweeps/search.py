@@ -1,8 +1,7 @@
-"""The methods that Ray Tune brings: Optuna's suggestions, and successive halving. Trials run in actors.sweeps.runner's
-loop.
+"""Choose trials with Ray Tune: Optuna's suggestions, and asynchronous successive halving.
 
-Tune's searcher and scheduler are used as they are, fed by what the trials write. What they knew before a kill is told
-them again from the journal and the run folders, so nothing of theirs is stored.
+The loop of actors.sweeps.runner feeds Tune's searcher and scheduler with the trials' metrics. After a kill, they are
+restored from the journal and the run folders, so they store nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ METRIC = "value"
 
 
 def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> Strategy:
-    """The sweep's method at work."""
+    """Return the strategy for the sweep's method."""
     method = sweep.config.method
     if isinstance(method, BayesianMethod):
         return Bayesian(sweep, journal, trials=method.trials)
@@ -33,7 +32,7 @@ def strategy_of(sweep: Sweep, journal: Journal, known: list[Values] | None) -> S
 
 
 def require_optuna() -> None:
-    """UserError if it is not installed."""
+    """Raise UserError if optuna is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -45,7 +44,7 @@ def require_optuna() -> None:
 
 
 class Bayesian:
-    """Each trial is suggested when there is room for it, from the values of those that have ended by then."""
+    """Suggest each trial when a slot is free, based on the trials that have ended by then."""
 
     def __init__(self, sweep: Sweep, journal: Journal, *, trials: int) -> None:
         require_optuna()
@@ -67,7 +66,7 @@ class Bayesian:
         self.left = [number for number, trial in journal.trials.items() if trial.state == "open"]
 
     def next(self) -> Assignment | None:
-        """One that a kill has left, else a new one."""
+        """Return an unfinished trial from before a kill, else a new suggestion."""
         if self.left:
             return Assignment(trial=self.journal.trials[self.left.pop(0)])
         number = len(self.journal.trials)
@@ -79,11 +78,11 @@ class Bayesian:
         return Assignment(trial=self.journal.add(number, values))
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """All run to their ends."""
+        """Return False: every trial runs to its end."""
         return False
 
     def ended(self, trial: Trial) -> None:
-        """Its value, or that it failed, says where not to look."""
+        """Report the trial's last value, or its failure, to the searcher."""
         found = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
         failed = trial.state == "failed" or not found
         if trial.number in self.asked:
@@ -95,7 +94,7 @@ class Bayesian:
 
 
 class Asha(Listed):
-    """Random trials, stopped where others were better after as many steps."""
+    """Draw random trials, and stop bad trials early, judged after equally many steps."""
 
     def __init__(self, sweep: Sweep, journal: Journal, known: list[Values], method: AshaMethod) -> None:
         super().__init__(journal, known)
@@ -116,7 +115,7 @@ class Asha(Listed):
                 self.report(trial, step, value)
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Whether the trial is among the worse of those that came so far."""
+        """Return True if the trial is among the worse ones at this step."""
         as_tune_has_it: Any = SimpleNamespace(trial_id=str(trial.number))
         if trial.number not in self.known_to_it:
             self.known_to_it.add(trial.number)
@@ -128,7 +127,7 @@ class Asha(Listed):
 
 
 def _distribution(parameter: Parameter) -> Any:
-    """As Optuna has it. Choices are numbered: they may be of any kind."""
+    """Return the parameter as an Optuna distribution. Choices are numbered, because they may have any type."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.values is not None:

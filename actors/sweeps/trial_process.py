@@ -1,7 +1,7 @@
-"""The process of a trial: `rlhf train` on its file, on its share of the machine, ended in order or by force.
+"""Run `rlhf train` for a trial on its share of the machine, and end it with a signal or by force.
 
-A process of its own session, so that Ctrl-C reaches the sweep alone, which then ends its trials. If the sweep dies, the
-kernel ends them in order. Nothing here knows what a trial is good for.
+Each process has its own session, so that Ctrl-C reaches only the sweep, which then ends its trials. If the sweep
+dies, the kernel sends them SIGTERM. This module knows nothing about metrics or methods.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """A part of this machine. Empty: all of it, shared with other trials."""
+    """Name a part of this machine. Empty fields mean the whole machine, shared with other trials."""
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
 
 
 class Process(Protocol):
-    """The process of a trial."""
+    """Control the process of one trial."""
 
     def poll(self) -> int | None:
-        """Its exit code; None: it goes on."""
+        """Return its exit code, or None while it runs."""
 
     def interrupt(self) -> None:
-        """Ask it to end in order, once."""
+        """Ask the process to end by sending SIGTERM once."""
 
     def kill(self) -> None:
-        """End it and all that it has started, now."""
+        """Kill it and all its descendants now."""
 
 
 class _Started:
-    """A process that is told to end, and killed if it does not in time."""
+    """Start a process, and kill it if it does not end in time after SIGTERM."""
 
     def __init__(self, words: Sequence[str], share: Share, *, grace_s: float, **streams: Any) -> None:
         self.end_within_s = grace_s + END_WITHIN_S
@@ -73,7 +73,7 @@ class _Started:
         self.deadline: float | None = None
 
     def poll(self) -> int | None:
-        """Its exit code; None: it goes on."""
+        """Return its exit code, or None while it runs. Kill it after its deadline."""
         code = self.process.poll()
         if code is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.kill()
@@ -81,13 +81,13 @@ class _Started:
         return code
 
     def interrupt(self) -> None:
-        """Ask it to end in order, once."""
+        """Send SIGTERM once and set the deadline."""
         if self.deadline is None and self.process.poll() is None:
             self.deadline = time.monotonic() + self.end_within_s
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and all that it has started, now."""
+        """Kill it and all its descendants now."""
         with contextlib.suppress(psutil.NoSuchProcess):
             top = psutil.Process(self.process.pid)
             below = [top, *top.children(recursive=True)]
@@ -98,7 +98,7 @@ class _Started:
 
 
 class TrialProcess(_Started):
-    """`rlhf train` for one trial."""
+    """Run `rlhf train` for one trial."""
 
     def __init__(self, config: Path, log: Path, share: Share, *, until: int | None, grace_s: float = 0.0) -> None:
         words = ["rlhf.cli", *train_words(config, until)]
@@ -108,10 +108,9 @@ class TrialProcess(_Started):
 
 
 class WarmProcess(_Started):
-    """`rlhf train` for one trial after another in one process, whose engines stay where the next trial needs the same.
+    """Run consecutive trials in one process, and keep its engines while the next trial can use them.
 
-    It ends with the first trial that fails or is interrupted, and that trial not before it: whoever comes next gets a
-    new one, and finds nothing of this one.
+    The process ends with the first trial that fails or is interrupted, so the next trial starts in a new process.
     """
 
     def __init__(self, share: Share, *, grace_s: float = 0.0) -> None:
@@ -121,7 +120,7 @@ class WarmProcess(_Started):
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def begin(self, config: Path, log: Path, *, until: int | None) -> None:
-        """The next trial."""
+        """Send the next trial to the process."""
         assert self.process.stdin is not None
         order = {"words": train_words(config, until), "log": str(log)}
         with contextlib.suppress(BrokenPipeError):  # then poll says how it has ended
@@ -129,7 +128,7 @@ class WarmProcess(_Started):
             self.process.stdin.flush()
 
     def poll(self) -> int | None:
-        """The exit code of the trial; None: it goes on."""
+        """Return the exit code of the trial, or None while it runs."""
         assert self.process.stdout is not None
         code, ended_well = super().poll(), self.process.stdout.readline()
         if ended_well and self.deadline is None:
@@ -140,11 +139,11 @@ class WarmProcess(_Started):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it takes another trial: it is there, and nobody has told it to end."""
+        """Return whether the process can take another trial: it runs and was not asked to end."""
         return self.deadline is None and self.process.poll() is None
 
     def dismiss(self) -> None:
-        """There are no more trials."""
+        """Close its input after the last trial, so that it ends."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -158,14 +157,14 @@ def train_words(config: Path, until: int | None) -> list[str]:
 
 
 def end_all(processes: Sequence[Process], request: StopRequest) -> None:
-    """Ask all processes to end, and wait until none is left. A second signal kills them."""
+    """Send SIGTERM to all processes and wait until none is left. A second signal kills them."""
     for process in processes:
         process.interrupt()
     wait_for_all(processes, request)
 
 
 def wait_for_all(processes: Sequence[Process], request: StopRequest) -> None:
-    """Wait until all have ended, each in its time. An interrupt kills them."""
+    """Wait until all processes have ended, each within its deadline. An interrupt kills them."""
     while any(process.poll() is None for process in processes):
         if request.interrupted.is_set():
             for process in processes:

@@ -1,4 +1,4 @@
-"""Merging of models and adapters: what a `merge` section (rlhf.config.schema.merge) says, done.
+"""Merge models and adapters as a `merge` section (rlhf.config.schema.merge) describes.
 
-sources -> checks -> adapters folded -> mergekit, or peft -> folder. The mathematics is mergekit's and peft's.
+sources -> checks -> folded adapters -> mergekit or peft -> folder. mergekit and peft do the mathematics.
 """

@@ -1,7 +1,6 @@
-"""Adapters through peft: one added to its base, or several combined into one.
+"""Fold an adapter into its base model, or combine several adapters into one, with peft.
 
-Both hold the base model in memory, in float32: peft makes a new adapter in the type of its base, and adds an update in
-the type of the weight.
+Both operations hold the base model in memory in float32, because peft computes in the dtype of the base weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
 
 
 def fold_adapter(source: Source, folder: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
-    """W + the adapter's update, in float32, for every layer that it adapts; saved as whole weights in dtype."""
+    """Add the adapter's update to every adapted layer in float32, and save whole weights in `dtype`."""
     assert source.adapter is not None
     model = folded(_load_base(source), str(source.adapter.folder))
     model.config.architectures = [type(model).__name__]
@@ -44,8 +43,10 @@ def combine_adapters(
     seed: int | None,
     dtype: torch.dtype,
 ) -> None:
-    """One adapter from several of one base (peft's add_weighted_adapter), saved in dtype. `weights` by name of the
-    source."""
+    """Combine adapters of one base with peft's add_weighted_adapter, and save the result in `dtype`.
+
+    `weights` maps the name of each source to its weight.
+    """
     model: Any = None
     given = {f"adapter_{index}": source for index, source in enumerate(sources)}  # no user's name: peft forbids some
     for name, source in given.items():
@@ -78,8 +79,10 @@ def combine_adapters(
 
 
 def check_combinable(sources: Sequence[Source], *, method: str, rank: int | None) -> None:
-    """All are plain adapters of one base, and of one rank where the method adds their factors. UserError names two that
-    do not fit."""
+    """Check that the sources are plain adapters of one base, with equal ranks if the method adds their factors.
+
+    Raise UserError with the names of two sources if they do not fit together.
+    """
     for source in sources:
         _check_plain(source, rank)
     first, *others = sources
@@ -116,7 +119,7 @@ def _check_plain(source: Source, rank: int | None) -> None:
 
 
 def _ranks(source: Source) -> str:
-    """The rank, and those of single layers where they differ."""
+    """Describe the rank of an adapter and the ranks of layers with a different one."""
     assert source.adapter is not None
     settings = source.adapter.settings
     pattern = settings.get("rank_pattern") or {}
@@ -124,7 +127,7 @@ def _ranks(source: Source) -> str:
 
 
 def _load_base(source: Source) -> Any:
-    """The model under an adapter: a language model, or one with a scalar head if the adapter is of such a one."""
+    """Load the base model of an adapter. An adapter for sequence classification gets a base with a scalar head."""
     assert source.adapter is not None
     folder = str(source.folder)
     if source.adapter.is_scored:

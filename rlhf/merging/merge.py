@@ -1,4 +1,4 @@
-"""A merge section and a folder to make: checked whole, then written whole. `rlhf merge` and stages of pipelines."""
+"""Run a merge section: check all inputs, then write the folder. `rlhf merge` and pipeline stages use it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None:
-    """Make the folder `out`: weights, config, tokenizer with chat template, and merge.yaml, which says how it was made.
+    """Make the folder `out` with weights, config, tokenizer, chat template, and the record merge.yaml.
 
     All inputs are checked before a weight is loaded, and the folder appears whole or not at all. UserError: a model is
     missing, unreadable or does not fit the others; `out` exists or is below a file; the disk is too small. RunError:
@@ -55,14 +55,16 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
 
 
 def require_tools(config: MergeConfig) -> None:
-    """UserError if the method needs mergekit and it is not installed."""
+    """Raise UserError if the method needs mergekit and it is not installed."""
     if config.output == "model" and config.method != "fold":
         require_mergekit(config.method)
 
 
 def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[Source]:
-    """All models of the merge. UserError if one is missing or does not fit, or (at `key`) the disk of `out` is too
-    small."""
+    """Return all models of the merge after checking that they fit together.
+
+    Raise UserError if a model is missing or does not fit. Name `key` in the error if the disk of `out` is too small.
+    """
     sources = find_sources(config)
     if len(sources) > 1:
         check_distinct(sources)
@@ -72,13 +74,13 @@ def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[Source]
 
 
 def find_sources(config: MergeConfig) -> list[Source]:
-    """The models, and after them the base."""
+    """Return the models in the order of the section, followed by the base."""
     sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
     return sources if config.base is None else [*sources, find_source("merge.base", "base", config.base)]
 
 
 def write_merge(config: MergeConfig, sources: Sequence[Source], folder: Path, *, out: Path, quiet: bool) -> None:
-    """Everything into a folder that is there and empty, and will be renamed to `out`."""
+    """Write the whole result into the empty folder `folder`, to be renamed to `out` later."""
     if config.output == "adapter":
         _combine(config, sources, folder)
     elif config.method == "fold":
@@ -91,7 +93,10 @@ def write_merge(config: MergeConfig, sources: Sequence[Source], folder: Path, *,
 
 
 def check_fit(config: MergeConfig, sources: Sequence[Source]) -> None:
-    """One architecture and one vocabulary, or adapters of one base. UserError names two models that differ."""
+    """Check for one architecture and one vocabulary, or for adapters of one base.
+
+    Raise UserError with the names of two models that differ.
+    """
     if config.output == "adapter":
         check_combinable(sources, method=config.method, rank=config.rank)
     elif config.method == "passthrough":
@@ -108,7 +113,7 @@ def check_fit(config: MergeConfig, sources: Sequence[Source]) -> None:
 
 
 def _needed_bytes(config: MergeConfig, sources: Sequence[Source]) -> int:
-    """At most, on the disk of the result: the result, and the models that are folded for it."""
+    """Return an upper bound on the disk space for the result and for folded adapters."""
     if config.output == "adapter":
         return sum(num_bytes(source.adapter.shapes, "float32") for source in sources if source.adapter is not None)
     result = num_bytes(sources[0].shapes, config.dtype)
@@ -158,7 +163,7 @@ def _shard_bytes(config: MergeConfig) -> int:
 
 
 def _set_layers(config: MergeConfig, sources: Sequence[Source], result: Any) -> None:
-    """The number of layers, and the kind of each where the architecture has several."""
+    """Set the number of layers, and the type of each layer if the architecture has several types."""
     by_name = {source.name: source.config for source in sources}
     layers = [(by_name[part.model], layer) for part in config.slices for layer in range(*part.layers)]
     kinds = [own.layer_types[layer] for own, layer in layers if getattr(own, "layer_types", None)]
@@ -168,7 +173,7 @@ def _set_layers(config: MergeConfig, sources: Sequence[Source], result: Any) -> 
 
 
 def _check_complete(donor: Path, folder: Path, config: Any) -> None:
-    """mergekit merges the weights that it knows of the architecture; one that it does not know must not get lost."""
+    """Raise RunError if mergekit left out weights because it does not know all of the architecture."""
     expected, merged = (weight_shapes("merge.out", place, config) for place in (donor, folder))
     if lost := sorted(expected.keys() - merged.keys()):
         kind = ", ".join(config.architectures)
@@ -190,12 +195,12 @@ def _add_tokenizer(config: MergeConfig, sources: Sequence[Source], folder: Path)
 
 
 def _donor(config: MergeConfig, sources: Sequence[Source]) -> Source:
-    """Whose config and tokenizer the result gets."""
+    """Return the source of the result's config and tokenizer."""
     return next((source for source in sources if source.name == config.tokenizer), sources[0])
 
 
 def _record(config: MergeConfig, out: Path) -> str:
-    """The section as it was in effect: `rlhf merge merge.yaml merge.out=ELSEWHERE` repeats it."""
+    """Return the section in effect as YAML. `rlhf merge merge.yaml merge.out=ELSEWHERE` repeats the merge."""
     names = ["ray-rlhf", "torch", "transformers", "peft"]
     if config.output == "model" and config.method != "fold":
         names.append("mergekit")

@@ -1,5 +1,6 @@
-"""The models of a merge as folders on this machine, and whether they fit together. No weight is loaded here: names,
-shapes and sizes come from the headers of the safetensors files.
+"""Find the models of a merge as local folders and check that they fit together.
+
+No weight is loaded here. Names, shapes and sizes come from the headers of the safetensors files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter as peft saves it."""
+    """Describe a LoRA adapter as peft saves it."""
 
     folder: Path
     settings: dict[str, Any]  # adapter_config.json
@@ -38,13 +39,13 @@ class Adapter:
 
     @property
     def is_scored(self) -> bool:
-        """Whether it belongs on a model with a scalar head: a reward model, or a critic."""
+        """Return True for an adapter of a reward model or critic, whose base has a scalar head."""
         return bool(self.settings.get("task_type") == "SEQ_CLS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One model: whole weights, and an adapter that belongs on them if the model is one."""
+    """Describe one model of the merge: its whole weights, and its adapter if it has one."""
 
     key: str  # as the configuration has it, for messages: merge.models.math
     name: str  # math, or base
@@ -55,18 +56,18 @@ class Source:
 
     @property
     def own_folder(self) -> Path:
-        """The folder that the configuration names: the adapter's, if it is one."""
+        """Return the folder named in the configuration: the adapter's for an adapter, else the model's."""
         return self.folder if self.adapter is None else self.adapter.folder
 
     def tokenizer(self) -> Any:
-        """The adapter's own where it brings one."""
+        """Load the adapter's tokenizer if its folder has one, else the model's."""
         own = self.own_folder
         with _named(self.key):
             return load_tokenizer(str(own if (own / "tokenizer_config.json").is_file() else self.folder))
 
 
 def find_source(key: str, name: str, model: str) -> Source:
-    """The model `model`, downloaded if it is a hub name. UserError if it is not there or cannot be read."""
+    """Find the model and download it if `model` is a hub name. Raise UserError if it is missing or unreadable."""
     folder = _local(key, model)
     adapter: Adapter | None = None
     if (folder / "adapter_config.json").is_file():
@@ -89,7 +90,7 @@ def find_source(key: str, name: str, model: str) -> Source:
 
 
 def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
-    """Of a folder with whole weights. A tied head is left out: some files have it, some do not."""
+    """Return the shapes of all weights in a folder. A tied head is left out, because only some files contain it."""
     shapes = _read_shapes(key, folder)
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
@@ -97,7 +98,7 @@ def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
 
 
 def check_distinct(sources: Sequence[Source]) -> None:
-    """No model twice: its weights would count once only, and a task vector to itself is zero."""
+    """Reject a model given twice: its weights would count only once, and its task vector to itself is zero."""
     seen: dict[Path, Source] = {}
     for source in sources:
         place = source.own_folder.resolve()
@@ -109,7 +110,7 @@ def check_distinct(sources: Sequence[Source]) -> None:
 
 
 def check_same_weights(sources: Sequence[Source]) -> None:
-    """One architecture, with the same weights of the same shapes. UserError names two models that differ, and how."""
+    """Check for one architecture with equal weight names and shapes. UserError describes the first difference."""
     first = sources[0]
     for other in sources[1:]:
         _check_same_kind(first, other)
@@ -130,7 +131,7 @@ def check_same_weights(sources: Sequence[Source]) -> None:
 
 
 def check_stackable(sources: Sequence[Source]) -> None:
-    """One architecture, as wide in each; the number of layers may differ."""
+    """Check for one architecture with equal widths. The number of layers may differ."""
     first = sources[0]
     for other in sources[1:]:
         _check_same_kind(first, other)
@@ -144,7 +145,10 @@ def check_stackable(sources: Sequence[Source]) -> None:
 
 
 def check_same_tokenizer(sources: Sequence[Source], *, chosen: str | None) -> None:
-    """One vocabulary; and one chat template, unless `chosen` says whose. UserError names two models that differ."""
+    """Check for one vocabulary, and for one chat template unless `chosen` names its source.
+
+    Raise UserError with the names of two models that differ.
+    """
     tokenizers = {source.key: source.tokenizer() for source in sources}
     first, *others = sources
     for other in others:
@@ -166,7 +170,7 @@ def check_same_tokenizer(sources: Sequence[Source], *, chosen: str | None) -> No
 
 
 def check_layers(source: Source, first: int, end: int) -> None:
-    """The model has these layers."""
+    """Check that the model has the layers from `first` up to, not including, `end`."""
     has = getattr(source.config, "num_hidden_layers", None)
     if has is None:
         raise UserError(
@@ -178,7 +182,7 @@ def check_layers(source: Source, first: int, end: int) -> None:
 
 
 def check_space(out: Path, needed: int, *, key: str) -> None:
-    """Enough free disk where `out`, which `key` of the configuration says, will be."""
+    """Check for enough free disk space where `out` will be. Errors name the configuration key `key`."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -189,13 +193,13 @@ def check_space(out: Path, needed: int, *, key: str) -> None:
 
 
 def num_bytes(shapes: Shapes, dtype: str) -> int:
-    """Of all weights."""
+    """Return the size of all weights in bytes."""
     return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
 
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Put the key of the configuration before what is wrong with its model."""
+    """Put the configuration key in front of the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -216,7 +220,7 @@ def _check_same_kind(first: Source, other: Source) -> None:
 
 
 def _local(key: str, model: str) -> Path:
-    """The folder of a model, downloaded if it is a hub name."""
+    """Return the folder of a model, downloaded if `model` is a hub name."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -244,7 +248,7 @@ def _read_adapter(key: str, folder: Path) -> Adapter:
 
 
 def _read_shapes(key: str, folder: Path) -> Shapes:
-    """Names and shapes of the weights in a folder's safetensors files."""
+    """Return the names and shapes of the weights in a folder's safetensors files."""
     shapes: Shapes = {}
     for file in _weight_files(key, folder):
         try:
@@ -257,7 +261,7 @@ def _read_shapes(key: str, folder: Path) -> Shapes:
 
 
 def _weight_files(key: str, folder: Path) -> list[Path]:
-    """Those that an index names, or the one file that transformers or peft reads."""
+    """Return the files listed in the index, or the single file read by transformers or peft."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}

@@ -1,7 +1,7 @@
-"""Whole models through mergekit: our section in its words, run through its Python API.
+"""Merge whole models with mergekit: translate the section, then call mergekit's Python API.
 
-mergekit reads one weight of every model at a time from the mapped files, and writes a file when it is full: memory
-holds a weight of each model and one file of the result.
+mergekit reads one weight of every model at a time from mapped files and writes each output file once it is full.
+Memory therefore holds one weight of each model and one file of the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PER_MODEL = ("weight", "density", "epsilon")
 
 
 def require_mergekit(method: str) -> None:
-    """UserError where it is not installed."""
+    """Raise UserError if mergekit is not installed."""
     if importlib.util.find_spec("mergekit") is None:
         raise UserError(
             f"merge.method: {method} needs mergekit, which is not installed: pip install 'ray-rlhf[merging]'"
@@ -28,7 +28,10 @@ def require_mergekit(method: str) -> None:
 
 
 def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, Any]:
-    """The section as mergekit's configuration. `folders`: of whole weights, by name of the model and `base`."""
+    """Translate the section to mergekit's configuration.
+
+    `folders` maps the name of each model, and `base`, to a folder with whole weights.
+    """
     tree: dict[str, Any] = {"merge_method": config.method, "dtype": "float32", "out_dtype": config.dtype}
     models = {name: {"model": {"path": str(folder)}} for name, folder in folders.items()}
     if config.method == "passthrough":
@@ -46,7 +49,7 @@ def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, 
 
 
 def run_mergekit(config: MergeConfig, folders: dict[str, Path], out: Path, *, shard_bytes: int, quiet: bool) -> None:
-    """Weights and config.json into the folder `out`. RunError if mergekit fails."""
+    """Write the merged weights and config.json into the folder `out`. Raise RunError if mergekit fails."""
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge

@@ -1,1 +1,1 @@
-"""Sweeps without their processes: which trials there are, what is known of each, and what comes of all. No Ray."""
+"""Choose the trials of a sweep, record their states and collect their results. This package does not import Ray."""

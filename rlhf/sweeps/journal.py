@@ -1,7 +1,7 @@
-"""What a sweep knows of its trials, on disk: which there are, how each ended, who went on from whom.
+"""Record the trials of a sweep on disk: their parameters, how each ended, and copies between population members.
 
-One line an event, each on the disk before what it says is acted on, so that a killed sweep goes on where it was. How
-far a trial is stands in its own run folder, never here.
+Each event is one line, written to disk before the sweep acts on it, so that a killed sweep can resume. The progress
+of a trial is recorded only in its run folder.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MAY_CHANGE = ("concurrency", "max_failures")  # of a sweep that goes on
 
 
 def trial_name(number: int) -> str:
-    """Of its run."""
+    """Return the run name of a trial."""
     return f"trial-{number:03d}"
 
 
 @dataclass(slots=True)
 class Trial:
-    """One run of the sweep."""
+    """Describe one run of the sweep and its state."""
 
     number: int
     parameters: Values
@@ -43,13 +43,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its run."""
+        """Return the run name of the trial."""
         return trial_name(self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A member of a population that goes on from another's checkpoint."""
+    """Replace a population member by another member's checkpoint and new parameters."""
 
     trial: int
     source: int
@@ -58,10 +58,10 @@ class Copy:
 
 
 class Journal:
-    """The sweep's folder of the running process, which holds its lock."""
+    """Own the sweep's folder and its lock on behalf of the running process."""
 
     def __init__(self, folder: Path, lock: int) -> None:
-        """Use `open`."""
+        """Hold an open folder. Call `open` instead to create or resume a sweep."""
         self.folder = folder
         self.trials: dict[int, Trial] = {}
         self.looked_at = 0  # step of a population's last look
@@ -71,9 +71,10 @@ class Journal:
 
     @classmethod
     def open(cls, sweep: Sweep, *, resume: bool) -> Self:
-        """Make the folder, or with `resume` take up the sweep that is in it, and lock it.
+        """Create the sweep's folder, or with `resume` restore the sweep in it, and lock the folder.
 
-        UserError: another process runs here, a sweep is there already, or it was another one.
+        Raise UserError if another process runs there, a sweep exists already, or the settings differ from the
+        earlier ones.
         """
         folder = sweep.folder
         try:
@@ -91,7 +92,7 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock on the folder."""
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -103,35 +104,35 @@ class Journal:
         self.close()
 
     def run_folder(self, number: int) -> Path:
-        """Where a trial's run lies."""
+        """Return the run folder of a trial."""
         return self.folder / "trials" / trial_name(number)
 
     def config_file(self, number: int) -> Path:
-        """The file that a trial is started with."""
+        """Return the configuration file that starts a trial."""
         return self.folder / "trials" / f"{trial_name(number)}.yaml"
 
     def log_file(self, number: int) -> Path:
-        """What its process says."""
+        """Return the file with the output of a trial's process."""
         return self.folder / "trials" / f"{trial_name(number)}.log"
 
     def add(self, number: int, parameters: Values) -> Trial:
-        """A new trial."""
+        """Record a new trial and return it."""
         self._write({"event": "trial", "trial": number, "parameters": dict(parameters)})
         return self.trials[number]
 
     def end(self, number: int, state: State, error: str | None = None) -> None:
-        """How it ended; `open` takes an end back."""
+        """Record how a trial ended. The state `open` reopens an ended trial."""
         self._write(
             {"event": "end", "trial": number, "state": state, "error": None if error is None else redact(error)}
         )
 
     def look(self, step: int, copies: list[Copy]) -> None:
-        """What follows from a comparison of the population."""
+        """Record the copies decided after comparing the population at `step`."""
         told = [{"trial": c.trial, "source": c.source, "parameters": dict(c.parameters)} for c in copies]
         self._write({"event": "look", "step": step, "copies": told})
 
     def copied(self, copy: Copy) -> None:
-        """A copy is done."""
+        """Record that a copy is complete."""
         self._write({"event": "copied", "trial": copy.trial})
 
     def _take_up(self, sweep: Sweep, *, resume: bool) -> None:
@@ -175,7 +176,7 @@ class Journal:
 
 
 def _settings(sweep: Sweep) -> dict[str, Any]:
-    """What the trials follow from."""
+    """Return the settings of the sweep and of its base run. Raise UserError if the run contains a secret."""
     text = dump_yaml(sweep.base)
     if redact(text) != text:
         raise UserError(
@@ -187,7 +188,7 @@ def _settings(sweep: Sweep) -> dict[str, Any]:
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """What may not change where a sweep goes on. Trials may be added to draws."""
+    """Return the settings that must not change when a sweep resumes. Random methods may get more trials."""
     sweep = {key: value for key, value in settings["sweep"].items() if key not in MAY_CHANGE}
     if sweep["method"]["name"] != "pbt":
         sweep["method"] = {key: value for key, value in sweep["method"].items() if key != "trials"}

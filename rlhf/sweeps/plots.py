@@ -1,6 +1,6 @@
-"""Pictures of a sweep: the metric against each parameter, parallel coordinates, the curves of all trials.
+"""Plot a sweep: the metric against each parameter, parallel coordinates, and the curves of all trials.
 
-Drawn from a SweepResult and the trials' metrics; nothing is decided here. It never imports pyplot.
+The plots show a SweepResult and the trials' metrics and make no decisions. The module never imports pyplot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COLORS = "viridis"
 
 
 def plot(sweep: Sweep, journal: Journal, result: SweepResult) -> list[Path]:
-    """Write the pictures into plots/; none before a trial has a value."""
+    """Write the plots into plots/ and return their paths, or an empty list before a trial has a value."""
     folder = result.folder / "plots"
     rows = [row for row in result.rows if row.value is not None]
     if not rows:
@@ -37,7 +37,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[float], list[str] | None, bool]:
-    """Each row's place on a parameter's axis, the names of the places if they are no numbers, whether it is log."""
+    """Return the axis positions of the rows, the labels of positions without numbers, and whether the axis is log."""
     values = [row.parameters[key] for row in rows]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         parameter = sweep.config.parameters[key]
@@ -70,7 +70,7 @@ def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], out
 
 
 def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], folder: Path) -> Path:
-    """A line for each trial through an axis for each parameter and one for the metric, the axes scaled alike."""
+    """Draw one line per trial across an axis for each parameter and one for the metric, all scaled alike."""
     import math
 
     from matplotlib import colormaps

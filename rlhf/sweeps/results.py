@@ -1,7 +1,6 @@
-"""What came of a sweep: a row for each trial, the best of them, and the files and the table that say so.
+"""Collect the results of a sweep: one row per trial, the best trial, and the result files.
 
-Everything is read from the journal and the trials' run folders, so it can be written at any time, also of a sweep that
-is under way.
+Everything is read from the journal and the run folders, so results can be written while the sweep runs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MOST_OF_ERROR = 300  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """One trial, as far as it has come."""
+    """Hold the latest values of one trial."""
 
     trial: str
     state: State
@@ -47,7 +46,7 @@ class TrialResult:
     origin: tuple[str, ...]  # whose checkpoints it went on from, in a population
 
     def flat(self) -> dict[str, Any]:
-        """A row with a column for each parameter."""
+        """Return a row with one column for each parameter."""
         row: dict[str, Any] = {"trial": self.trial, "state": self.state, **self.parameters, "value": self.value}
         row |= {"best_value": self.best_value, "best_step": self.best_step, "step": self.step, "time_s": self.time_s}
         return {**row, "error": self.error, "origin": " ".join(self.origin)}
@@ -55,7 +54,7 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
-    """All trials in order, and the one to take."""
+    """Hold the results of all trials in order, and the best of them."""
 
     folder: Path
     metric: str  # with its sign
@@ -93,14 +92,14 @@ class SweepResult:
 
 
 def shown(value: Any) -> str:
-    """A parameter's value for people."""
+    """Format a parameter's value for a table or an axis."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else kind(value) if not isinstance(value, dict) else json.dumps(value)
 
 
 def collect(sweep: Sweep, journal: Journal) -> SweepResult:
-    """From the run folders."""
+    """Read the results of all trials from their run folders."""
     rows = tuple(_row(sweep, journal, trial) for _, trial in sorted(journal.trials.items()))
     sign = -1.0 if sweep.lower_is_better else 1.0
     done = [row for row in rows if row.state == "finished" and row.value is not None]
@@ -110,7 +109,7 @@ def collect(sweep: Sweep, journal: Journal) -> SweepResult:
 
 
 def write(sweep: Sweep, result: SweepResult) -> None:
-    """results.jsonl, results.csv and best.yaml."""
+    """Write results.jsonl, results.csv and best.yaml."""
     rows = [row.flat() for row in result.rows]
     write_lines(result.folder / "results.jsonl", rows)
     if rows:
@@ -134,12 +133,12 @@ def _best_yaml(sweep: Sweep, best: TrialResult) -> str:
 
 
 def judged_folder(sweep: Sweep, run: Path) -> Path:
-    """Of the stage whose metric it is, within a trial's folder."""
+    """Return the folder with the sweep's metric: the judged stage's folder in a pipeline, else the run folder."""
     return run / sweep.judged if sweep.base.is_pipeline else run
 
 
 def metric_values(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """A run's (step, value), steps rising; empty before it has any."""
+    """Return (step, value) pairs of a run in rising order of steps. The list is empty before the first value."""
     return [(row["step"], row[metric]) for row in read_metrics(folder) if row.get(metric) is not None]
 
 
@@ -164,7 +163,10 @@ def _row(sweep: Sweep, journal: Journal, trial: Trial) -> TrialResult:
 
 
 def explain_failure(folder: Path, said: str, code: int) -> str:
-    """Why a trial's process failed: its own last words, else the run's errors.jsonl, else its last lines; its code."""
+    """Explain why a trial's process failed, and with which exit code or signal.
+
+    The explanation is the last error in its log, else the last one in errors.jsonl, else the last lines of the log.
+    """
     _, found, paragraph = said.rpartition("rlhf: error: ")
     if not found:
         errors = read_lines(folder / "errors.jsonl")

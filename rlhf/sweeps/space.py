@@ -1,7 +1,7 @@
-"""From parameters to trials: all combinations, draws by number, and changes of a copied trial. Pure, by seeds.
+"""Turn parameters into trials: all combinations, numbered random draws, and mutations of a copied trial.
 
-parameters -> trials -> processes -> results. A draw depends on the seed and its number alone, so that more trials
-leave the first ones as they are, and a sweep that goes on after a kill draws what it drew before.
+parameters -> trials -> processes -> results. All functions are pure. A draw depends only on the seed and its number,
+so more trials leave the earlier ones unchanged, and a resumed sweep repeats its draws.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Values = Mapping[str, Any]  # of the parameters
 
 
 def known_trials(sweep: Sweep) -> list[Values] | None:
-    """All trials in order, as far as they do not depend on results. None: they do (bayesian).
+    """Return all trials in order, or None if they depend on results (bayesian).
 
-    UserError if one of them, or an end of a range, makes no run.
+    Raise UserError if a trial, or an end of a range, gives an invalid run.
     """
     config, method = sweep.config, sweep.config.method
     trials: list[Values] | None = None
@@ -41,13 +41,13 @@ def known_trials(sweep: Sweep) -> list[Values] | None:
 
 
 def grid(parameters: Mapping[str, Parameter]) -> list[Values]:
-    """Every combination; the last parameter changes fastest."""
+    """Return every combination. The last parameter changes fastest."""
     lists = [[_at(one, place) for place in range(_count(one) or 0)] for one in parameters.values()]
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def corners(parameters: Mapping[str, Parameter]) -> Iterator[Values]:
-    """Each value or end of each parameter once, beside the first of the others."""
+    """Yield each value or range end of every parameter once, with the first value of the other parameters."""
     first = {key: next(ends(parameter)) for key, parameter in parameters.items()}
     yield first
     for key, parameter in parameters.items():
@@ -56,13 +56,13 @@ def corners(parameters: Mapping[str, Parameter]) -> Iterator[Values]:
 
 
 def draw(parameters: Mapping[str, Parameter], *, seed: int, number: int) -> Values:
-    """One random trial."""
+    """Draw one random value for each parameter."""
     random = Random(f"{seed} {number}")
     return {key: drawn(parameter, random) for key, parameter in parameters.items()}
 
 
 def drawn(parameter: Parameter, random: Random) -> Any:
-    """One value."""
+    """Draw one random value of a parameter."""
     if (count := _count(parameter)) is not None:
         return _at(parameter, random.randrange(count))
     low, high = _range(parameter)
@@ -72,7 +72,7 @@ def drawn(parameter: Parameter, random: Random) -> Any:
 
 
 def changed(parameters: Mapping[str, Parameter], values: Values, *, resample: float, random: Random) -> Values:
-    """The values of a copied member, each drawn anew or moved a little."""
+    """Return new values for a copied member: each is drawn again or changed slightly."""
     return {
         key: drawn(parameter, random) if random.random() < resample else _moved(parameter, values[key], random)
         for key, parameter in parameters.items()
@@ -80,7 +80,7 @@ def changed(parameters: Mapping[str, Parameter], values: Values, *, resample: fl
 
 
 def fitting(parameter: Parameter, number: float) -> float | int:
-    """A number of the range: whole if it must be, else of six digits, as people write it."""
+    """Clip a number to the range. Round it to an integer if required, else to six significant digits."""
     low, high = _range(parameter)
     if parameter.integer:
         return int(min(max(round(number), low), high))
@@ -96,7 +96,7 @@ def _moved(parameter: Parameter, value: Any, random: Random) -> Any:
 
 
 def _count(parameter: Parameter) -> int | None:
-    """How many values there are. None: a number of them that nobody counts."""
+    """Return the number of values of a parameter, or None for a continuous range."""
     if parameter.values is not None:
         return len(parameter.values)
     if parameter.scale == "log" or (parameter.step is None and not parameter.integer):
@@ -106,7 +106,7 @@ def _count(parameter: Parameter) -> int | None:
 
 
 def _at(parameter: Parameter, place: int) -> Any:
-    """One of the values that can be counted."""
+    """Return the value at a position of a countable parameter."""
     if parameter.values is not None:
         return parameter.values[place]
     return fitting(parameter, _range(parameter)[0] + place * (parameter.step or 1.0))

@@ -1,7 +1,7 @@
-"""Which trial is next, and which of the running ones should stop: what the loop over processes asks a method.
+"""Choose the next trial and decide when a running trial stops, on request of the process loop.
 
-Here are those that need nothing but the list of trials, and the population. Those of Ray Tune are in
-actors.sweeps.search.
+This module has the strategies without dependencies: the fixed list and the population. actors.sweeps.search has the
+strategies of Ray Tune.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from rlhf.tracking.run_folder.manifest import is_complete
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """A trial to run."""
+    """Name a trial to run and the step to run it to."""
 
     trial: Trial
     until: int | None = None  # the step after which it waits for the others; None: to its end
 
 
 class Strategy(Protocol):
-    """A method at work. It is told of what it knew before the start by the journal."""
+    """Choose trials for a running sweep. The journal restores the knowledge from before a restart."""
 
     def next(self) -> Assignment | None:
-        """A trial to run now. None: there is none before one of the running trials ends, or at all."""
+        """Return a trial to run now, or None if there is none until a running trial ends."""
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """A running trial's metric, steps rising; True: it should stop here."""
+        """Take the metric of a running trial, in rising order of steps. Return True to stop the trial."""
 
     def ended(self, trial: Trial) -> None:
-        """The process of a trial has ended."""
+        """Take note that the process of a trial has ended."""
 
 
 class Listed:
-    """Trials that are known beforehand, in order."""
+    """Run a fixed list of trials in order."""
 
     def __init__(self, journal: Journal, known: Sequence[Values]) -> None:
         self.journal = journal
@@ -52,7 +52,7 @@ class Listed:
         self.left = [n for n in range(len(known)) if n not in trials or trials[n].state == "open"]
 
     def next(self) -> Assignment | None:
-        """The next one that has not ended."""
+        """Return the next trial that has not ended."""
         if not self.left:
             return None
         number = self.left.pop(0)
@@ -60,18 +60,18 @@ class Listed:
         return Assignment(trial=trial)
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """All run to their ends."""
+        """Return False: every trial runs to its end."""
         return False
 
     def ended(self, trial: Trial) -> None:
-        """Nothing follows from it."""
+        """Do nothing, because the list is fixed."""
 
 
 class Population:
-    """All members do as many steps, then the worst go on from the checkpoints of the best with other parameters.
+    """Train all members for equally many steps, then replace the worst by copies of the best with changed parameters.
 
-    Nobody goes on before all have arrived, so a look compares equals, and what follows from it depends on the scores
-    and the seed alone.
+    No member continues before all have arrived, so each comparison uses equal steps. Its result depends only on the
+    scores and the seed.
     """
 
     def __init__(self, sweep: Sweep, journal: Journal, known: Sequence[Values]) -> None:
@@ -88,7 +88,10 @@ class Population:
         self.left = self._open()
 
     def next(self) -> Assignment | None:
-        """A member that has not arrived; the look, once all have. One that others have ended is left to --resume."""
+        """Return a member short of the next comparison. Compare the population once all members have arrived.
+
+        A member that ended early, after a signal, waits for --resume.
+        """
         if not self.left and not self.running and self._until() is not None and not self._open():
             self._look()
         if not self.left:
@@ -98,20 +101,20 @@ class Population:
         return Assignment(trial=self.journal.trials[number], until=self._until())
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """No one stops before the others."""
+        """Return False: no member stops before the others."""
         return False
 
     def ended(self, trial: Trial) -> None:
-        """It has arrived, or failed."""
+        """Take note that a member has arrived or failed."""
         self.running.discard(trial.number)
 
     def _until(self) -> int | None:
-        """The step of the next look; None: the members go on to their ends."""
+        """Return the step of the next comparison, or None if the members run to their ends."""
         step = self.journal.looked_at + self.method.every
         return step if step < self.steps else None
 
     def _open(self) -> list[int]:
-        """Members that have not arrived at the next look."""
+        """Return the members that have not arrived at the next comparison."""
         until = self._until()
         return [n for n, trial in self.journal.trials.items() if trial.state == "open" and not self._has_done(n, until)]
 
@@ -149,19 +152,19 @@ class Population:
         self.left = self._open()
 
     def _score(self, number: int, step: int) -> float:
-        """The last value up to a step; the worst of all where it is not a number."""
+        """Return the last value up to a step, or the worst possible value if it is not a number."""
         found = [value for at, value in metric_values(self.journal.run_folder(number), self.sweep.metric) if at <= step]
         return found[-1] if found else (math.inf if self.sweep.lower_is_better else -math.inf)
 
     def _copy(self) -> None:
-        """Do the copies that are decided and not done."""
+        """Carry out the recorded copies that are not complete."""
         for copy in list(self.journal.pending):
             copy_checkpoint(self.journal, copy)
             self.journal.copied(copy)
 
 
 def copy_checkpoint(journal: Journal, copy: Copy) -> None:
-    """Give a run the checkpoint of another: weights, optimizer, random states, place in the data and reference."""
+    """Give a run the checkpoint of another: weights, optimizer, random states, data position and reference."""
     source = journal.run_folder(copy.source)
     target = journal.run_folder(copy.trial)
     with RunFolder.open(target.parent, target.name, resume=True) as folder:

@@ -1,7 +1,7 @@
-"""Our sweep as a native one of W&B: its server chooses the trials, its agents run ours.
+"""Run a sweep as a native W&B sweep: its server chooses the trials, and its agents run them.
 
-What is sent is made here and can be looked at without a server. W&B passes a trial's parameters as `key=value` words
-to `rlhf sweep FILE --trial`, which makes the run of them.
+The configuration can be inspected without a server. W&B passes a trial's parameters as `key=value` arguments to
+`rlhf sweep FILE --trial`, which runs the trial.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ METHODS = {"grid": "grid", "random": "random", "bayesian": "bayes", "asha": "ran
 
 
 def sweep_configuration(sweep: Sweep, words: list[str]) -> dict[str, Any]:
-    """W&B's form of it. `words`: the file and overrides that `rlhf sweep` was given.
+    """Return the sweep in W&B's format. `words` are the file and overrides given to `rlhf sweep`.
 
-    UserError for what W&B cannot do.
+    Raise UserError for a setting that W&B does not support.
     """
     config, method = sweep.config, sweep.config.method
     if isinstance(method, PbtMethod):
@@ -70,7 +70,7 @@ def _parameter(key: str, parameter: Parameter) -> dict[str, Any]:
 
 
 def create(sweep: Sweep, words: list[str]) -> str:
-    """Make it on W&B's server; `ENTITY/PROJECT/ID`, which agents take. RunError: the server did not."""
+    """Create the sweep on W&B's server and return its name, `ENTITY/PROJECT/ID`. Raise RunError if that fails."""
     made = sweep_configuration(sweep, words)
     import wandb
 
@@ -85,7 +85,7 @@ def create(sweep: Sweep, words: list[str]) -> str:
 
 
 def run_agent(identity: str, *, count: int | None) -> None:
-    """Run trials that W&B chooses, one after the other, until it has no more or `count` are done."""
+    """Run trials chosen by W&B one after the other, until none is left or `count` are done."""
     import wandb
 
     if not wandb.login(prompt=False):
