@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory, time, and a simulation of many steps. Arithmetic, without torch."""
+"""Estimate the memory and time of a run before it starts, and simulate many steps. The arithmetic needs no torch."""

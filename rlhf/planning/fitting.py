@@ -1,4 +1,4 @@
-"""What fits where, and what to change where it does not. Compares footprints with nodes; changes nothing."""
+"""Compare memory footprints with nodes, and suggest changes to configurations too large for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST_SHARE = 0.95  # Ray ends workers when a node's memory is used beyond it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """One place, what comes to it, and what it has. `room` None: not said."""
+    """Compare the bytes wanted at one place with its room. `room` is None if the capacity is unknown."""
 
     where: str
     wanted: float  # bytes
@@ -33,18 +33,18 @@ class Fit:
 
     @property
     def fits(self) -> bool | None:
-        """None: it cannot be known."""
+        """Return whether the bytes fit, or None if the capacity is unknown."""
         return None if self.room is None else self.wanted <= self.room
 
 
 def this_machine(*, cpus: float) -> Node:
-    """The machine that this runs on, with as many CPUs as are wanted."""
+    """Return this machine as a node, with at least `cpus` CPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Node(cpus=max(cpus, float(os.cpu_count() or 1)), mem_gib=memory / GIB)
 
 
 def places(config: Config, seating: Seating, found: Sequence[Footprint], nodes: Sequence[Node]) -> list[Fit]:
-    """Every kind of GPU that is shared, and every node's host memory, each where it is fullest."""
+    """Return the memory use of each set of roles on a GPU and of each node's host, at its fullest."""
     at = fit(seating.bundles, [node.resources for node in nodes])
     if at is None:
         return []
@@ -59,10 +59,10 @@ Moment = Literal["generate", "train", "weight sync"]
 
 
 def held_on_gpu(one: Footprint, moment: Moment) -> float:
-    """Return the bytes that a process holds of a GPU on which an engine takes turns with the trained roles.
+    """Return the bytes held by a process on a GPU shared by an engine and the trained roles.
 
-    generate: the engine is awake and the reward model scores what it answers. train: the engine sleeps. weight sync:
-    the policy hands its weights to the engine, whose cache sleeps still. Whoever is not named has left the GPU.
+    generate: the engine is awake, and the reward model scores its responses. train: the engine sleeps. weight sync: the
+    policy sends weights to the engine while its cache sleeps. All other roles have left the GPU.
     """
     if one.role == "reward":
         return one.of("device")
@@ -76,7 +76,7 @@ def held_on_gpu(one: Footprint, moment: Moment) -> float:
 
 
 def _gpus(seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]) -> list[Fit]:
-    """Return one line for each set of roles that share a GPU, at the moment when they hold most of it."""
+    """Return one line for each set of roles on one GPU, at the moment of their largest memory use."""
     fits: dict[tuple[str, ...], Fit] = {}
     for bundle in range(len(seating.bundles)):
         roles = [r for r, seats in seating.seats.items() if any(s.bundle == bundle and s.gpus > 0 for s in seats)]
@@ -106,7 +106,7 @@ def _sum(sizes: Mapping[Role, float]) -> str:
 def _hosts(
     config: Config, seating: Seating, by_role: Mapping[Role, Footprint], nodes: Sequence[Node], at: Sequence[int]
 ) -> list[Fit]:
-    """The fullest node of each amount of memory."""
+    """Return the fullest node among nodes with equal memory."""
     fits: dict[float | None, Fit] = {}
     for index, node in enumerate(nodes):
         parts: dict[str, float] = {}
@@ -133,10 +133,11 @@ def _hosts(
 
 
 def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequence[Role]) -> list[str]:
-    """Return changes that shrink what does not fit, mildest first for each role, each with whether it is enough.
+    """Return changes that reduce memory where it does not fit, mildest first for each role, each with its effect.
 
-    Left out is what the checks refuse, what the nodes cannot place, and what shrinks no place that is too full. Where
-    no single change is enough, the last line says whether all of them together are.
+    A change is left out if the checks refuse it, the nodes cannot place it, or it reduces no overfull place. If no
+    single
+    change is enough, the last line gives the effect of all changes together.
     """
     before = {place.where: place for place in _places_of(config, sizes, nodes)}
     tight = {where for where, place in before.items() if place.fits is False}
@@ -174,12 +175,12 @@ def _shrunk(old: Fit, new: Fit) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> list[Fit]:
-    """Return the places of a changed configuration; none, if it is refused or cannot be placed on the nodes."""
+    """Return the places of a changed configuration, or an empty list if it is refused or cannot be placed."""
     return [] if problems(config) else places(config, seat(config), footprints(config, sizes), nodes)
 
 
 def _changes(config: Config, role: Role) -> list[tuple[str, Callable[[Config], Config]]]:
-    """Keys and what they do to a configuration."""
+    """Return changes of keys as text, each with a function applying it to a configuration."""
     budget, longest = config.train.max_tokens_per_microbatch, _longest(config)
     half = max(budget // 2, longest)
     changes: list[tuple[str, Callable[[Config], Config]]] = []
@@ -224,6 +225,6 @@ def _longest(config: Config) -> int:
 
 
 def _with(section: Any, key: Sequence[str], value: Any) -> Any:
-    """The section with one key changed, however deep."""
+    """Return the section with one nested key changed."""
     inner = value if len(key) == 1 else _with(getattr(section, key[0]), key[1:], value)
     return section.model_copy(update={key[0]: inner})

@@ -1,6 +1,6 @@
-"""The memory of every process of a run: rlhf.planning.memory applied to a configuration.
+"""Apply the memory model of rlhf.planning.memory to every process of a configured run.
 
-What fits, and what would make it fit, is in rlhf.planning.fitting. Starts nothing.
+rlhf.planning.fitting decides whether the processes fit and suggests changes. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BUCKET_BYTES = 64 << 20  # of a broadcast of weights: actors.weights.broadcast
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Where the shapes of a run's models come from, and what is known of the machine."""
+    """Look up the shapes of a run's models and hold known facts about the machine."""
 
     shapes: Path | None = None  # --shapes
     made: Mapping[str, str] | None = None  # final folders of earlier stages: the model that each began as
@@ -59,18 +59,20 @@ class Sizes:
     tokens: int | None = None  # of a real micro-batch, where it is known. None: as many as are allowed
 
     def of(self, model: str) -> Shape:
-        """A model's shape."""
+        """Return the shape of a model."""
         return find_shape(model, shapes=self.shapes, made=self.made or {})
 
     @cached_property
     def widens(self) -> bool:
-        """Whether this machine takes products of bfloat16 in float32: rlhf.objectives.products without torch."""
+        """Return whether this machine multiplies bfloat16 in float32. It mirrors rlhf.objectives.products without
+        torch."""
         text = CPUINFO.read_text() if CPUINFO.exists() else ""
         return not ("amx_bf16" in text or ("avx512_bf16" in text and "AuthenticAMD" in text))
 
 
 def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
-    """One of each role that has workers, in the order of the placement. UserError if a model's sizes are not known."""
+    """Return the footprint of each role with workers, in placement order. Raise UserError if a model's sizes are
+    unknown."""
     roles = needs(config)
     found = [_trained("policy", config.policy, config, sizes)]
     if "rollout" in roles:
@@ -88,7 +90,8 @@ def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
 
 
 def tokens_of_microbatch(config: Config, role: TrainedRole) -> tuple[int, bool]:
-    """(tokens of a full micro-batch on one rank, whether an optimizer step may have several)."""
+    """Return the tokens of a full micro-batch on one rank, and whether an optimizer step may have several
+    micro-batches."""
     budget = config.train.max_tokens_per_microbatch
     derived = derive(config)
     rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
@@ -101,7 +104,7 @@ def _itemsize(model: ModelConfig) -> int:
 
 
 def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Training:
-    """How a rank of the policy or the critic trains."""
+    """Return the training settings of one rank of the policy or the critic."""
     shape, role = sizes.of(model.model), getattr(config.cluster.roles, role_name)
     scalar = role_name == "critic" or has_scalar_head(config)
     whole = shape.scalar_parameters if scalar else shape.parameters
@@ -142,7 +145,8 @@ def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
 
 
 def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:
-    """Of the weights under an adapter: with `quantize` the layers in 4 bits, and a float32 scale for each 64."""
+    """Return the bytes of the weights under an adapter. `quantize` stores layers in 4 bits plus a float32
+    scale per 64."""
     size = _itemsize(model)
     if model.lora is None or model.lora.quantize is None:
         return float(whole * size)
@@ -162,14 +166,14 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
 
 
 def _put_aside(terms: Sequence[Term]) -> Term:
-    """Return the host memory for what a role holds on a GPU that it leaves to an engine."""
+    """Return the host memory of a role offloaded while an engine uses its GPU."""
     nbytes = sum(term.nbytes for term in terms if term.place == "device" and term.phase == "always")
     how = "what the GPU holds between steps, while an engine has the GPU"
     return Term(name="put aside", nbytes=nbytes, how=how, place="host")
 
 
 def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
-    """What the first rank holds of the weights on their way to the engines."""
+    """Return the first rank's memory for weights in transfer to the engines."""
     if ships_adapter(config):
         size = how.trained * how.itemsize
         how_sent = "the adapter, copied to be written to the run folder"
@@ -184,7 +188,7 @@ def _published(config: Config, shape: Shape, how: Training) -> list[Term]:
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
-    """Tokens whose keys and values an engine holds. None: the GPUs' memory was not said."""
+    """Return the number of tokens in an engine's KV cache, or None if the GPU memory is unknown."""
     policy, role = config.policy, config.cluster.roles.rollout
     cache = next((term.nbytes for term in _engine(config, sizes).terms if term.name == "KV cache"), None)
     if cache is None:
@@ -194,7 +198,7 @@ def cache_tokens(config: Config, sizes: Sizes) -> float | None:
 
 
 def _engine(config: Config, sizes: Sizes) -> Footprint:
-    """One engine, or with tensor parallelism one of its GPUs."""
+    """Return the footprint of one engine, or of one of its GPUs with tensor parallelism."""
     policy, role = config.policy, config.cluster.roles.rollout
     shape, size = sizes.of(policy.model), _itemsize(policy)
     on_gpu = config.cluster.device == "cuda"
@@ -225,7 +229,7 @@ def _engine(config: Config, sizes: Sizes) -> Footprint:
 
 
 def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> Footprint:
-    """A worker of a frozen model; None: of reward functions alone."""
+    """Return the footprint of a worker with a frozen model, or with reward functions only if `model` is None."""
     on_gpu = config.cluster.device == "cuda" and model is not None
     base = Measured.REWARD_BYTES if name == "reward" else Measured.FORWARD_BYTES
     terms: list[Term] = []

@@ -1,6 +1,6 @@
-"""What a run needs that this machine lacks: CPUs, GPUs, models, data sets and files of code. Loads none of them.
+"""Find needs of a run missing on this machine: CPUs, GPUs, models, data sets and code files. Nothing is loaded.
 
-`rlhf plan` looks here first: a recipe for another machine can be planned anywhere, and its inputs are then left unread.
+`rlhf plan` looks here first, so that a recipe for another machine can be planned anywhere with its inputs unread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rlhf.rewards.loading import resolve
 
 
 def missing_here(loaded: LoadedConfig) -> list[str]:
-    """Return a sentence for each thing that this machine lacks. Without any, all inputs can be checked here.
+    """Return a sentence for everything missing on this machine. If there is none, all inputs can be checked here.
 
-    UserError for a built-in reward that exists nowhere.
+    Raise UserError for a built-in reward that exists nowhere.
     """
     folder = Path(loaded.source).resolve().parent
     missing: dict[str, None] = {}
@@ -39,7 +39,7 @@ def missing_here(loaded: LoadedConfig) -> list[str]:
 
 
 def num_gpus() -> int:
-    """Return how many NVIDIA GPUs a process on this machine may use, without starting CUDA."""
+    """Return the number of NVIDIA GPUs visible to a process on this machine, without starting CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len(list(Path("/dev").glob("nvidia[0-9]*")))
     return (
@@ -48,7 +48,7 @@ def num_gpus() -> int:
 
 
 def _resources(stage: Stage) -> Iterator[str]:
-    """A sentence if the local Ray that `rlhf train` would start here cannot hold the stage."""
+    """Yield a sentence if a local Ray on this machine cannot hold the stage."""
     if isinstance(stage, MergeStage) or stage.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
     seating, cpus, gpus = seat(stage), len(os.sched_getaffinity(0)), num_gpus()
@@ -81,7 +81,7 @@ def _data(stage: Stage) -> Iterator[str]:
 
 
 def absent_data(sources: Mapping[str, DataSource]) -> Iterator[str]:
-    """A sentence for each data set that is not on this machine."""
+    """Yield a sentence for each data set missing on this machine."""
     for key, source in sources.items():
         name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
         if not isinstance(source, str) or os.path.exists(source):
@@ -93,7 +93,7 @@ def absent_data(sources: Mapping[str, DataSource]) -> Iterator[str]:
 
 
 def _code(stage: Stage, folder: Path) -> Iterator[str]:
-    """Files of rewards and environments, which stand beside the configuration or below the current folder."""
+    """Yield a sentence for each missing code file, next to the configuration or in the current folder."""
     if isinstance(stage, MergeStage):
         return
     if isinstance(stage, EvaluationStage):

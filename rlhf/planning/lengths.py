@@ -1,4 +1,4 @@
-"""How long responses are: lengths that were seen, or a log-normal distribution, cut where the run cuts them."""
+"""Model response lengths by recorded values or by a log-normal distribution, truncated at the run's limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Response lengths, tokens. Either `seen`, drawn from with replacement, or a log-normal of this mean and sigma."""
+    """Describe response lengths in tokens: `seen` values drawn with replacement, or a log-normal distribution."""
 
     most: int  # a response is cut there
     mean: float = 0.0
@@ -22,7 +22,7 @@ class Lengths:
     seen: tuple[int, ...] = ()
 
     def draw(self, random: Random) -> int:
-        """One of them."""
+        """Draw one response length in tokens."""
         if self.seen:
             return min(self.seen[random.randrange(len(self.seen))], self.most)
         if self.sigma == 0.0:
@@ -31,7 +31,7 @@ class Lengths:
         return min(max(round(random.lognormvariate(location, self.sigma)), 1), self.most)
 
     def average(self) -> float:
-        """Of what `draw` gives, by 4,000 draws."""
+        """Return the mean of 4,000 draws."""
         random = Random(0)
         return sum(self.draw(random) for _ in range(4000)) / 4000
 
@@ -43,7 +43,7 @@ class Lengths:
 
 
 def parse_lengths(text: str, *, most: int) -> Lengths:
-    """`lognormal:MEAN:SIGMA`, or a file. UserError if it is neither."""
+    """Parse `lognormal:MEAN:SIGMA` or read a file of lengths. Raise UserError if the text is neither."""
     if text.startswith("lognormal:"):
         parts = text.split(":")[1:]
         try:
@@ -57,9 +57,9 @@ def parse_lengths(text: str, *, most: int) -> Lengths:
 
 
 def _read(path: Path) -> Sequence[int]:
-    """Numbers, one a line, or a run's samples (`response_tokens` of each line). A run's folder: all of its samples.
+    """Read one number per line, or `response_tokens` from a run's samples. For a run folder, read all its samples.
 
-    Those of evaluations are passed over: they may be sampled otherwise, and are far more.
+    Samples of evaluations are skipped: they are far more numerous and may use other sampling settings.
     """
     files = sorted(path.glob("samples/*.jsonl")) if path.is_dir() else [path]
     found: list[int] = []

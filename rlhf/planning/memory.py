@@ -1,9 +1,9 @@
-"""Memory of one process of each role, term by term, as this code base allocates it.
+"""Estimate the memory of one process of each role, term by term, as this code base allocates it.
 
-A term is a number of bytes with the arithmetic that gave it. Sizes follow from the model's shape, DeepSpeed's buffers
-(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed) and its chunked head (rlhf.objectives.logprobs);
-five numbers are measured (see `Measured`). Micro-batches are taken as full: this is the most that a step may hold, not
-what a run of short responses will. Terms of a GPU were counted by the same rules and never measured.
+A term is a number of bytes with its arithmetic. Sizes follow from the model's shape, DeepSpeed's buffers
+(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed) and its chunked head (rlhf.objectives.logprobs).
+Five numbers are measured (see `Measured`). Micro-batches are taken as full, so the result is an upper bound for runs
+with short responses. GPU terms follow the same rules but were never measured.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ Phase = Literal["always", "step", "sync"]  # when a term is held: between the pa
 
 
 class Measured:
-    """What no arithmetic gives: found by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
+    """Hold constants measured by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
 
-    Process sizes are of an idle worker that has imported its libraries. HEAP: the resident heap of a worker over the
-    most bytes that its tensors ever held at once; freed blocks are kept (actors.cluster.processes.KEEPS_MEMORY) and
-    never fit the next ones exactly.
+    Process sizes are for an idle worker with its libraries imported. HEAP is the resident heap of a worker divided
+    by the
+    peak bytes of its tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later
+    blocks
+    never fit them exactly.
     """
 
     TRAINER_BYTES = int(0.68 * GIB)
@@ -44,10 +46,10 @@ class Measured:
 
 
 class Assumed:
-    """What a process takes of a GPU before its first tensor: customary sizes, which nobody measured here.
+    """Hold customary sizes of a process on a GPU before its first tensor. They were not measured here.
 
-    CUDA: the context, cuBLAS' workspace, kernels. NCCL: the buffers of a gang of several ranks. An engine's NCCL is in
-    its share of the GPU already.
+    CUDA: the context, cuBLAS' workspace, kernels. NCCL: the buffers of a gang of several ranks. The NCCL buffers of an
+    engine are already part of its share of the GPU.
     """
 
     CUDA_BYTES = int(0.75 * GIB)
@@ -56,7 +58,7 @@ class Assumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """A part of a process's memory."""
+    """Describe one part of a process's memory."""
 
     name: str
     nbytes: float
@@ -70,7 +72,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """The peak of one process of a role (the first, where they differ), or of one GPU of an engine."""
+    """Describe the peak of one process of a role, or of one GPU of an engine. If processes differ, it is the first."""
 
     role: Role
     workers: int
@@ -89,23 +91,23 @@ class Footprint:
 
     @property
     def stays(self) -> float:
-        """Bytes that remain on the device while the role is put aside."""
+        """Return the bytes left on the device while the role is offloaded."""
         return sum(term.nbytes for term in self.terms if term.stays)
 
     def private(self, workers: int) -> float:
-        """Host memory of so many of the role's processes, the first among them, without what is shared."""
+        """Return the host memory of `workers` processes including the first, without shared memory."""
         own = [term for term in self.terms if term.place == "host" or (term.place == "device" and not self.on_gpu)]
         return sum(term.nbytes * (1 if term.first_only else workers) for term in own)
 
     @property
     def rss(self) -> float:
-        """Peak resident set of the process: on a GPU what is not on the device."""
+        """Return the peak resident set of the process. On a GPU, device memory is excluded."""
         return self.of("host") + self.of("shared") + (0.0 if self.on_gpu else self.of("device"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How one rank of a trained role trains."""
+    """Describe how one rank of a trained role trains."""
 
     trained: int  # parameters
     frozen: int
@@ -126,12 +128,12 @@ class Training:
 
 
 def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_rank: int | None) -> float:
-    """Saved by the layers for the backward pass, for each token of a micro-batch.
+    """Return the bytes saved by all layers for the backward pass, per token of a micro-batch.
 
-    A layer keeps of each of its two norms the input in float32, the scaled row and the output (4 + 2b bytes an
-    element); query, key, value and result of the attention and the row that its output is multiplied from (3Q + 2K
-    elements); and four rows of the MLP: gate, its activation, up, and their product. With checkpointing it keeps its
-    input, and one layer at a time has all of that.
+    For each of its two norms, a layer keeps the input in float32, the scaled row and the output (4 + 2b bytes an
+    element). For attention it keeps query, key, value, the result and the input of the output projection (3Q + 2K
+    elements). For the MLP it keeps four rows: gate, its activation, up, and their product. With checkpointing it keeps
+    its input, and only one layer at a time has all of these rows.
     """
     norms = 2 * (4 + 2 * itemsize) * shape.hidden
     attention = (3 * shape.query + 2 * shape.key) * itemsize
@@ -144,10 +146,10 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
 
 
 def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, widens: bool) -> float:
-    """Of the vocabulary head in the backward pass of that many rows.
+    """Return the bytes of the vocabulary head in the backward pass of `rows` rows.
 
-    Three chunks of 256 rows of logits in float32; the logit gradients of four chunks; the gradient of the head's
-    weight, which is a sum in float32 and a product beside it where there are more rows than that.
+    They are three chunks of 256 rows of logits in float32, the logit gradients of four chunks, and the gradient of the
+    head's weight. With more rows, the weight gradient is a float32 sum plus a separate product.
     """
     wide = 4 if widens else itemsize
     chunk = min(rows, CHUNK_ROWS)
@@ -159,12 +161,13 @@ def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, wid
 
 
 def training_terms(shape: Shape, t: Training) -> list[Term]:
-    """Of one rank: what it always holds, and the largest of its peaks.
+    """Return the permanent terms of one rank, and those of its largest peak.
 
-    The first is where the backward pass begins: all activations, the head, the bucket for the gradients. The second is
-    where it ends: the bucket twice, since its gradients are reduced in a copy. Stage 3 has one in the optimizer step,
-    for which the gradients become one block, which a host keeps that the optimizer is offloaded to; a heap has freed
-    the activations by then, but no hole as large.
+    The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is its
+    end: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the optimizer step, where the
+    gradients become one block, in host memory with optimizer offload. By then the heap has freed the activations,
+    but it
+    has no hole of this size.
     """
     states = _states(shape, t)
     bucket = _bucket(t)
@@ -223,7 +226,7 @@ def checkpoint_bytes(shape: Shape, t: Training) -> float:
 
 
 def _optimizer_states(shape: Shape, t: Training, *, by: int, place: Place) -> Term:
-    """Return what the optimizer keeps of each weight."""
+    """Return the memory of the optimizer's states."""
     if t.optimizer == "adamw_8bit":
         how = _product(t.trained, 2, by) + ", and two scales for each 256"
         return Term(name="8-bit moments", nbytes=t.trained * (2 + 8 / 256) / by, how=how, place=place)
@@ -240,7 +243,7 @@ def _optimizer_states(shape: Shape, t: Training, *, by: int, place: Place) -> Te
 
 
 def _summed_gradients(t: Training) -> list[Term]:
-    """Return the sums over the micro-batches so far. Stage 3 keeps the block that holds them."""
+    """Return the gradient sums over the micro-batches so far. Stage 3 keeps their block between steps."""
     if t.zero_stage == 0:
         how = _product(t.trained, t.itemsize, 1)
         return [Term(name="gradients", nbytes=t.trained * t.itemsize, how=how, phase="step")]
@@ -252,16 +255,16 @@ def _summed_gradients(t: Training) -> list[Term]:
 
 
 def _block(t: Training) -> Term:
-    """The gradients that stage 3's optimizer steps on."""
+    """Return the block of gradients used by stage 3's optimizer step."""
     place: Place = "host" if t.on_gpu and "optimizer" in t.offload else "device"
     how = _product(t.trained, 4, t.ranks)
     return Term(name="gradients as a block", nbytes=t.trained * 4 / t.ranks, how=how, place=place, phase="step")
 
 
 def _bucket(t: Training) -> list[Term]:
-    """Return the buffer in which DeepSpeed collects gradients before it reduces them; two where that overlaps, on GPUs.
+    """Return DeepSpeed's buffer of gradients to be reduced, or two buffers on GPUs, where reduction overlaps.
 
-    At stage 0 they are added up where they are. Stage 3 keeps the buffer.
+    At stage 0 gradients are summed in place. Stage 3 keeps the buffer.
     """
     size = min(t.trained, BUCKET_ELEMENTS)
     if t.zero_stage == 0:
@@ -290,7 +293,7 @@ def _head(shape: Shape, t: Training) -> Term:
 
 
 def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, widens: bool) -> list[Term]:
-    """Of a frozen model that is only asked: its weights, one layer's rows, a chunk of logits."""
+    """Return the terms of a frozen model: its weights, one layer's rows, and a chunk of logits."""
     count = shape.scalar_parameters if scalar else shape.parameters
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.ffn + 2 * shape.query)
     terms = [
@@ -306,7 +309,7 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
 
 
 def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_seqs: int, on_gpu: bool) -> list[Term]:
-    """Of vLLM without its cache: the weights as its kernels want them, and the work of the largest step."""
+    """Return the terms of vLLM without its cache: weights in kernel layout, and the work of the largest step."""
     count = shape.parameters
     logits = 4 * max_num_seqs * shape.vocab * 4
     rows = PREFILL_TOKENS * itemsize * (3 * shape.ffn + 2 * shape.hidden) / tensor_parallel
@@ -326,14 +329,14 @@ def engine_terms(shape: Shape, *, itemsize: int, tensor_parallel: int, max_num_s
 
 
 def kv_bytes_per_token(shape: Shape, *, itemsize: int) -> int:
-    """Keys and values of all layers."""
+    """Return the bytes of keys and values in all layers for one token."""
     return 2 * shape.layers * shape.key * itemsize
 
 
 def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: int = 1) -> tuple[Term, ...]:
-    """Return the terms with the process itself and, on a CPU, what its heap holds beyond them.
+    """Return the terms plus the process itself and, on a CPU, the extra memory of its heap.
 
-    ranks: of a gang that communicates by NCCL.
+    ranks: the size of a gang communicating by NCCL.
     """
     found = [*terms, Term(name="process", nbytes=process, how="measured: libraries and interpreter", place="host")]
     if on_gpu:

@@ -1,5 +1,4 @@
-"""`rlhf plan` as text: what rlhf.planning.summary says of each run, then its memory, what fits, and its time and
-cost."""
+"""Write `rlhf plan` as text: the summary of each run, then its memory, fit, time and cost."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from rlhf.planning.time import DEFAULT_GPU, Stage, rates, sync_stage, system_of,
 def render(
     loaded: LoadedConfig, *, cluster: str | None = None, shapes: Path | None = None, lengths: str | None = None
 ) -> str:
-    """The plan. UserError, with the reason, if a run wants more CPUs or GPUs than the described cluster has."""
+    """Return the plan as text. Raise UserError if a run wants more CPUs or GPUs than the described cluster has."""
     if shapes is not None and not shapes.is_dir():
         raise UserError(f"--shapes {shapes}: is not a folder. Name one that holds OWNER/NAME/config.json")
     nodes = None if cluster is None else parse_cluster(cluster)
@@ -45,7 +44,7 @@ def render(
 
 
 def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
-    """Return the stage with steps in place of epochs, if its data is on this machine, and a sentence that says so."""
+    """Return the stage with steps in place of epochs if its data is on this machine, and a sentence about it."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""
     from rlhf.planning.rows import rows_here  # and the readers of data sets with it
@@ -59,7 +58,7 @@ def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
 
 
 def sizes_of(loaded: LoadedConfig, nodes: Sequence[Node] | None, shapes: Path | None) -> Sizes:
-    """What the estimates of all runs are made from."""
+    """Return the model sizes for the estimates of all runs."""
     made: dict[str, str] = {}
     for stage in loaded.stages.values():
         if isinstance(stage, Config):
@@ -135,7 +134,7 @@ def _fits(config: Config, sizes: Sizes, found: Sequence[Footprint], nodes: Seque
 
 
 def _disk(config: Config, sizes: Sizes) -> str:
-    """Return what the checkpoints of the run folder take at most: the kept ones, and another while it is written."""
+    """Return the largest disk use of checkpoints: the kept ones, plus one being written."""
     parts = checkpoint_sizes(config, sizes)
     one, best = sum(parts.values()), bool(eval_sets(config))
     count = config.train.keep_checkpoints + best + 1
@@ -145,8 +144,10 @@ def _disk(config: Config, sizes: Sizes) -> str:
 
 
 def response_lengths(config: Config, said: str | None) -> Lengths:
-    """Return the lengths of responses: as said, or half of what is allowed on average. Without rollouts, those of the
-    sequences of data.train: by the characters of rows on this machine, or half of what is allowed."""
+    """Return the lengths of responses as given, or a distribution with half the limit as its mean.
+
+    Without rollouts, return the lengths of training sequences: estimated from local rows, or half the limit.
+    """
     if config.rollouts is None:
         longest = max_sequence_tokens(config)
         from rlhf.planning.rows import mean_tokens_here  # and the readers of data sets with it

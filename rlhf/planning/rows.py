@@ -1,4 +1,4 @@
-"""How many rows a run trains on, and how long they are, where its data is on this machine. Knows no tokenizer."""
+"""Count the training rows on this machine and estimate their length. No tokenizer is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_FILE_READ = 64 * 2**20
 
 
 def rows_here(config: Config) -> int | None:
-    """Return how many rows data.train has; None: a set of it is not on this machine. UserError for a broken file."""
+    """Return the number of rows of data.train, or None if a set is not on this machine. UserError for a broken file."""
     sources = {key: one.source for key, one in train_sets(config).items()}
     if list(absent_data(sources)):
         return None
@@ -27,10 +27,10 @@ def rows_here(config: Config) -> int | None:
 
 
 def mean_tokens_here(config: Config) -> float | None:
-    """Return the mean length of the sequences of data.train by the characters of its first rows.
+    """Return the mean sequence length of data.train, estimated from the characters of its first rows.
 
-    None if a set would take long to read: a large file, one on the hub, a task of reasoning_gym, or one that is absent.
-    Each set counts by its weight. A row's text is all strings in it; a pair has its prompt in both sequences.
+    Return None if a set is slow to read: a large file, a hub data set, a task of reasoning_gym, or an absent set. Each
+    set counts by its weight. A row's text is all its strings; both sequences of a pair include the prompt.
     """
     sets = train_sets(config).values()
     if not all(_reads_quickly(one.source) for one in sets):
@@ -48,7 +48,7 @@ def _reads_quickly(source: DataSource) -> bool:
 
 
 def _mean_characters(source: DataSource, config: Config) -> float:
-    """Return the mean over the first rows, for one sequence of a row."""
+    """Return the mean number of characters per sequence over the first rows."""
     if not isinstance(source, str):
         size = min(source.size, ROWS_MEASURED)
         given: Source = TaskSource(task=source.task, split=source.split, size=size, seed=source.seed, args=source.args)

@@ -1,7 +1,7 @@
-"""`rlhf plan --simulate`: a run's layout at several sizes and schedules, each simulated for some steps.
+"""Run `rlhf plan --simulate`: simulate a run's layout at several sizes and schedules for some steps.
 
-`gpus=` multiplies the layout: as many times the engines, the training workers and the prompts of a step, so that each
-GPU has the work that it has in the configuration. Makes the scenarios; rlhf.planning.simulate plays them.
+`gpus=` scales the layout: engines, training workers and prompts per step grow together, so the work per GPU is
+unchanged. This module creates the scenarios; rlhf.planning.simulate simulates them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOST_STALENESS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One line of the table."""
+    """Hold one line of the result table."""
 
     gpus: int
     staleness: int
@@ -54,7 +54,8 @@ def render(
     shapes: Path | None = None,
     lengths: str | None = None,
 ) -> str:
-    """The scenarios of every run with rollouts as a table. UserError if there is none, or the spec is wrong."""
+    """Return the scenarios of every run with rollouts as a table. Raise UserError without such a run or for a wrong
+    spec."""
     runs = [run for run in loaded.runs.values() if is_online(run)]
     if not runs:
         raise UserError(f"--simulate: {loaded.source} has no run with rollouts; there is nothing to overlap")
@@ -78,7 +79,7 @@ def render(
 
 
 def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
-    """`gpus=64+4096,staleness=0+1,mtbf_h=5000` as (numbers, lists). UserError names what is wrong."""
+    """Parse `gpus=64+4096,staleness=0+1,mtbf_h=5000` into numbers and lists. UserError names the mistake."""
     numbers: dict[str, float] = {}
     lists: dict[str, tuple[int, ...]] = {}
     for item in text.replace(" ", "").split(","):
@@ -108,7 +109,10 @@ def parse_spec(text: str) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]
 def scenarios(
     config: Config, system: System, lists: Mapping[str, tuple[int, ...]], *, steps: float | None, seed: int
 ) -> list[Scenario]:
-    """Every size with every staleness. UserError if a size is none of the layout's multiples, or cannot be played."""
+    """Simulate every size with every staleness.
+
+    Raise UserError if a size is not a multiple of the layout or cannot be simulated.
+    """
     staleness = lists.get("staleness", (0,) if system.colocated else (0, 1, 2))
     if system.colocated and max(staleness) > 0:
         raise UserError(

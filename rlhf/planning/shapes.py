@@ -1,7 +1,7 @@
-"""The sizes of a model, from its config.json: what every estimate begins with. Reads no weights and asks no hub.
+"""Read the sizes of a model from its config.json for all estimates. No weights are read and no hub is contacted.
 
-Where they come from, in this order: a folder; what an earlier stage makes; the folder given as --shapes; the hub's
-cache on this machine; the table of well-known models below. A model found nowhere is named, never guessed.
+The sources, in order: a folder; a model made by an earlier stage; the folder given as --shapes; the hub's cache on
+this machine; the table of well-known models below. Unknown models are reported, never guessed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KNOWN_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders whose layers 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A dense decoder: attention with grouped heads, a gated MLP, two norms a layer."""
+    """Describe a dense decoder: attention with grouped heads, a gated MLP, two norms a layer."""
 
     source: str  # where the sizes come from, in words
     hidden: int
@@ -36,49 +36,50 @@ class Shape:
 
     @property
     def query(self) -> int:
-        """Width of all query heads."""
+        """Return the width of all query heads."""
         return self.heads * self.head_size
 
     @property
     def key(self) -> int:
-        """Width of all key heads; of the values too."""
+        """Return the width of all key heads, equal to the width of the values."""
         return self.kv_heads * self.head_size
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer."""
+        """Return the number of parameters in one layer."""
         attention = 2 * self.hidden * (self.query + self.key)
         small = 2 * self.hidden + self.qkv_bias * (self.query + 2 * self.key) + self.qk_norm * 2 * self.head_size
         return attention + 3 * self.hidden * self.ffn + small
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, and as many of a head that is not tied to it."""
+        """Return the number of parameters in the embedding. An untied head has the same number."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Of the language model."""
+        """Return the number of parameters in the language model."""
         return self.embedding * (1 if self.tied else 2) + self.layers * self.layer_parameters + self.hidden
 
     @property
     def scalar_parameters(self) -> int:
-        """Of the same body with one linear head of one value, as critics and reward models have."""
+        """Return the number of parameters with a scalar head, as in critics and reward models."""
         return self.embedding + self.layers * self.layer_parameters + 2 * self.hidden
 
     @property
     def _linear_layers(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the linear layers of one block."""
+        """Return the rows and columns of the linear layers in one block."""
         h, q, k, f = self.hidden, self.query, self.key, self.ffn
         return ((q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f))
 
     @property
     def matrix_parameters(self) -> int:
-        """Of the linear layers of all blocks."""
+        """Return the number of parameters in the linear layers of all blocks."""
         return self.layers * sum(rows * columns for rows, columns in self._linear_layers)
 
     def factored(self, *, lora_rank: int | None, scalar: bool) -> int:
-        """Return how many numbers Adafactor keeps: a row and a column of each trained matrix, and norms and biases."""
+        """Return the number of values kept by Adafactor: a row and a column of each trained matrix, and norms and
+        biases."""
         if lora_rank is not None:
             return self.layers * sum(rows + columns + 2 * lora_rank for rows, columns in self._linear_layers)
         tables = 1 if self.tied or scalar else 2
@@ -86,12 +87,12 @@ class Shape:
         return self.layers * sum(map(sum, self._linear_layers)) + tables * (self.vocab + self.hidden) + vectors
 
     def lora_parameters(self, rank: int) -> int:
-        """Of an adapter on all linear layers of all blocks: rank * (in + out) each."""
+        """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each."""
         return self.layers * rank * sum(rows + columns for rows, columns in self._linear_layers)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:
-    """From the values of a config.json. UserError if it is of another kind of model, or a size is missing."""
+    """Read a shape from config.json values. Raise UserError for an unknown architecture or a missing size."""
     names = config.get("architectures") or []
     kind = str(names[0]) if names else str(config.get("model_type", "no class at all"))
     family = kind.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
@@ -118,10 +119,11 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
 
 
 def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> Shape:
-    """The sizes of a model as a configuration names it. UserError that names what is missing if nothing has them.
+    """Return the sizes of a model named in a configuration. Raise UserError if no source has them.
 
-    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: the model from which an
-    earlier stage makes each final folder.
+    shapes: a folder of config.json files, at OWNER/NAME/config.json or OWNER--NAME.json. made: maps each final
+    folder of
+    an earlier stage to its original model.
     """
     if model == "tiny:llama":
         return TINY
@@ -139,7 +141,7 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
 
 
 def find_config(model: str, *, shapes: Path | None) -> tuple[dict[str, Any], Path] | None:
-    """The values of a model's config.json and its path. None: there is no such file."""
+    """Return the values and path of a model's config.json, or None if there is no file."""
     for path in _places(model, shapes):
         if path.is_file():
             try:
@@ -160,7 +162,7 @@ def _places(model: str, shapes: Path | None) -> list[Path]:
 
 
 def _cached(model: str) -> Iterator[Path]:
-    """Snapshots in the hub's cache, the newest first."""
+    """Yield config.json files of snapshots in the hub's cache, newest first."""
     home = Path(os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser()))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"

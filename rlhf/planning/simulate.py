@@ -1,10 +1,10 @@
-"""Many steps of a run on many GPUs, event by event: what waits for what, and how busy the GPUs are.
+"""Simulate many steps of a run on many GPUs, event by event, to measure waiting times and utilization.
 
-Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s; a group of responses may
-start while fewer than staleness batches are ahead of the weights; the trainer takes the groups that are finished first;
-a new version stops every engine for the sync. With staleness 0 that is the loop of rlhf.controller.online. Nodes fail
-at random and come back: an engine answers again what it had, the trainer does its step again. Nothing here knows a
-configuration. Not modelled: prefill, evaluation, checkpoints, the network beyond the sync, rewards that take long.
+Engines decode all their sequences in lockstep, one token each in base_s + sequences * each_s. A group of responses may
+start while fewer than `staleness` batches are ahead of the weights. The trainer takes finished groups first. A new
+version stops every engine for the sync. Staleness 0 matches the loop of rlhf.controller.online. Nodes fail at random
+and restart: an engine repeats its unfinished groups, and the trainer repeats its step. The simulation knows no
+configuration. Prefill, evaluation, checkpoints, other network traffic and slow rewards are not modelled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = Literal["finish", "trained", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """What is simulated. Seconds, tokens."""
+    """Describe the simulated system in seconds and tokens."""
 
     lengths: Lengths
     prompts_per_step: int
@@ -45,19 +45,19 @@ class System:
 
     @property
     def gpus(self) -> int:
-        """In all."""
+        """Return the total number of GPUs."""
         own = self.engines * self.gpus_per_engine
         return max(own, self.training_gpus) if self.colocated else own + self.training_gpus
 
     @property
     def engines_per_node(self) -> int:
-        """1 where an engine takes a node or more."""
+        """Return the engines on one node, or 1 if an engine takes a node or more."""
         return max(self.gpus_per_node // self.gpus_per_engine, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Averages over the steps after the first, in which the pipeline fills."""
+    """Hold averages over the steps after the pipeline has filled."""
 
     step_s: float
     tokens_per_s: float  # prompt and response tokens that were trained on
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Engine:
-    """Sequences that decode in lockstep. `ticks`: tokens that each has got since the start."""
+    """Track sequences decoding in lockstep. `ticks` counts the tokens decoded per sequence since the start."""
 
     active: list[tuple[float, int]] = field(default_factory=list)  # (tick at which it is done, group)
     lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with unfinished responses here
@@ -107,7 +107,7 @@ class _Simulation:
         self.next_engine = 0
 
     def post(self, time: float, kind: Kind, index: int = 0, serial: int = 0) -> None:
-        """index: of the engine, or of the node that fails."""
+        """Schedule an event. `index` is the number of the engine or of the failing node."""
         self.order += 1
         heapq.heappush(self.events, (time, self.order, kind, index, serial))
 
@@ -115,7 +115,7 @@ class _Simulation:
         return self.system.base_s + len(engine.active) * self.system.each_s
 
     def advance(self, engine: _Engine) -> None:
-        """Up to now, if it does not stand still."""
+        """Advance the engine to the current time unless it is paused."""
         passed = self.now - engine.at
         if passed <= 0.0:
             return
@@ -127,7 +127,7 @@ class _Simulation:
         engine.at = self.now
 
     def refill(self, index: int) -> None:
-        """Start what waits, and say when the next response ends."""
+        """Start queued responses and schedule the end of the next one."""
         engine = self.engines[index]
         while engine.waiting and len(engine.active) < self.system.max_num_seqs:
             tokens, group = engine.waiting.popleft()
@@ -138,7 +138,7 @@ class _Simulation:
             self.post(ends, "finish", index, engine.serial)
 
     def issue(self) -> None:
-        """Start the batches that staleness allows."""
+        """Start all batches allowed by the staleness."""
         system, touched = self.system, set()
         while self.issued <= self.version + self.staleness:
             for place in range(system.prompts_per_step):
@@ -157,7 +157,7 @@ class _Simulation:
             self.refill(index)
 
     def finish(self, index: int) -> None:
-        """The responses of an engine that end now."""
+        """Finish the responses of an engine due at the current time."""
         engine = self.engines[index]
         self.advance(engine)
         engine.ticks = max(engine.ticks, engine.active[0][0])
@@ -180,7 +180,7 @@ class _Simulation:
         self.tails.append((ends[-1] - late) / max(ends[-1] - began, 1e-9))
 
     def train(self) -> None:
-        """Begin an update, if a batch is ready and the last one is over."""
+        """Begin an update if a batch is ready and the previous update is over."""
         system = self.system
         if self.training or len(self.ready) < system.prompts_per_step:
             return
@@ -197,7 +197,7 @@ class _Simulation:
         self.post(self.now + work + lost, "trained")
 
     def trained(self) -> None:
-        """A new version: every engine stands still for the sync."""
+        """Publish a new version and pause every engine for the sync."""
         work, tokens = self.work
         self.train_s += work
         self.trained_tokens += tokens
@@ -213,7 +213,7 @@ class _Simulation:
         self.train()
 
     def fail(self, node: int) -> None:
-        """A node is gone: its engines answer their groups anew after the restart."""
+        """Fail a node. Its engines repeat their unfinished groups after the restart."""
         self.count_failure()
         first = node * self.system.engines_per_node
         for index in range(first, min(first + self.system.engines_per_node, len(self.engines))):
@@ -233,7 +233,7 @@ class _Simulation:
         return sorted(engine.lengths[group])[-self.open[group] :]
 
     def expect_failure(self, node: int) -> None:
-        """Of a node of engines, or of those that one engine takes."""
+        """Schedule the next failure of a node, or of the group of nodes under one engine."""
         assert self.system.mtbf_s is not None
         nodes = max(self.system.gpus_per_engine / self.system.gpus_per_node, 1.0)
         self.post(self.now + self.random.expovariate(nodes / self.system.mtbf_s), "failed", node)
@@ -250,7 +250,7 @@ class _Simulation:
 
 
 def simulate(system: System, *, staleness: int, steps: int, seed: int) -> Outcome:
-    """`steps` steps after as many as it takes to fill the pipeline. The same seed: the same outcome."""
+    """Simulate `steps` steps after the pipeline has filled. Equal seeds give equal outcomes."""
     run = _Simulation(system, staleness, seed)
     if system.mtbf_s is not None:
         for node in range(-(-system.engines // system.engines_per_node)):

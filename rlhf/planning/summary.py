@@ -1,6 +1,6 @@
-"""What `rlhf plan` prints first: the derived numbers and the placement of each run, before anything starts.
+"""Write the first part of `rlhf plan`: derived numbers and placement of each run, before anything starts.
 
-Memory and time follow from rlhf.planning. Needs neither the models nor the data nor Ray.
+Memory and time follow from other modules of rlhf.planning. Neither models nor data nor Ray are needed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: str | None) -> None:
-    """UserError if a run wants more CPUs or GPUs than the nodes have, which were described as `cluster`."""
+    """Raise UserError if a run wants more CPUs or GPUs than the nodes described as `cluster` have."""
     for stage in loaded.stages.values():
         if isinstance(stage, MergeStage) or nodes is None:
             continue
@@ -70,7 +70,7 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
 
 
 def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
-    """A stage's derived numbers and placement."""
+    """Describe a stage's derived numbers and placement."""
     if isinstance(stage, Config):
         return _run(stage, nodes)
     name = "merge" if isinstance(stage, MergeStage) else "evaluate"
@@ -132,7 +132,7 @@ def _run(config: Config, nodes: Sequence[Mapping[str, float]] | None) -> str:
 
 
 def _beside(config: Config) -> str:
-    """What is sampled or left out besides."""
+    """Describe extra greedy responses and the limit on trained responses."""
     assert config.rollouts is not None
     greedy = f", and {config.rollouts.prompts_per_step} greedy ones" if wants_greedy(config) else ""
     most = trained_per_prompt(config, config.rollouts)
@@ -198,7 +198,7 @@ def _facts(config: Config, derived: Derived) -> list[list[str]]:
 
 
 def _replaced(rollouts: RolloutsConfig) -> str:
-    """What is asked besides, to make a step's batch."""
+    """Describe extra prompts from oversampling, and filtered prompts."""
     told = ""
     if rollouts.oversample > 1.0:
         told += f", the first of {prompts_at_once(rollouts.prompts_per_step, rollouts)} prompts to be answered"
@@ -295,7 +295,7 @@ def _role_rows(
 
 
 def _bundles(seating: Seating, nodes: Sequence[Mapping[str, float]] | None) -> list[list[str]]:
-    """One row for each run of bundles that are alike."""
+    """Return one row for each run of equal bundles."""
     where = fit(seating.bundles, nodes) if nodes is not None else None
     rows: list[list[str]] = []
     for index, bundle in enumerate(seating.bundles):
@@ -333,7 +333,7 @@ def _source(source: DataSource) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as `0-2, 5`."""
+    """Format numbers as ranges: 0, 1, 2, 5 become `0-2, 5`."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
@@ -352,6 +352,6 @@ def _number(value: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words as columns."""
+    """Format rows of cells as aligned columns."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

@@ -1,8 +1,8 @@
-"""How long a step takes, stage by stage, from arithmetic and bandwidth. An estimate to compare layouts by.
+"""Estimate the time of each part of a step from arithmetic and bandwidth, in order to compare layouts.
 
-A product of P weights with a token is 2P operations, backward twice that; decoding reads all weights once a step and
-every sequence's keys and values. `Rates` says what part of the data sheet's numbers is taken as reached: assumptions,
-not measurements of this code on a GPU.
+Multiplying P weights with a token takes 2P operations, and twice that in the backward pass. Each decoding step reads
+all weights and every sequence's keys and values. `Rates` gives the assumed fractions of data-sheet numbers; they were
+not measured with this code on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CPU_BANDWIDTH = 5e9  # bytes a second of a core
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of one worker. `peak`: operations a second; `bandwidth`: bytes a second."""
+    """Hold the rates of one worker. `peak` is in operations per second, `bandwidth` in bytes per second."""
 
     name: str
     peak: float
@@ -59,7 +59,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Seconds of a step's part, and the arithmetic."""
+    """Hold the seconds of one part of a step, and the arithmetic behind them."""
 
     name: str
     seconds: float
@@ -67,7 +67,7 @@ class Stage:
 
 
 def rates(config: Config, nodes: Sequence[Node] | None, sizes: Sizes, *, role: Role) -> Rates:
-    """Of a worker of a role: its GPU, or its share of the CPUs."""
+    """Return the rates of a worker: of its GPU, or of its share of the CPUs."""
     if config.cluster.device == "cuda":
         kinds = {node.kind for node in nodes or () if node.gpus} - {None}
         kind = min(kinds, key=lambda k: ACCELERATORS[str(k)].tflops) if kinds else DEFAULT_GPU
@@ -95,27 +95,30 @@ def _workers(section: Any) -> int:
 
 
 def _cores(nodes: Sequence[Node] | None, workers: int) -> float:
-    """Of each of a role's workers: a node's cores are shared out among those of the role on it."""
+    """Return the cores of each worker: a node's cores are divided among the role's workers on it."""
     all_cores = float(os.cpu_count() or 1) if nodes is None else sum(node.cpus for node in nodes)
     return max(1.0, all_cores // workers)
 
 
 def forward_operations(shape: Shape, length: float) -> float:
-    """Of a token in the middle of a sequence of that length: 2 for each weight that multiplies, and attention, which
-    sees half of the sequence."""
+    """Return the operations for one token in the middle of a sequence of the given length.
+
+    Each multiplied weight takes 2 operations; attention covers half of the sequence.
+    """
     weights = shape.layers * shape.layer_parameters + shape.embedding
     return 2.0 * weights + 2.0 * shape.layers * shape.query * length
 
 
 def passes(model: PolicyConfig | CriticConfig) -> float:
-    """Forward passes that a training pass is worth: itself, backward twice, without weight gradients once."""
+    """Return the cost of a training pass in forward passes: itself, plus two for backward, or one without weight
+    gradients."""
     return (2.0 if model.lora is not None else 3.0) + (1.0 if model.gradient_checkpointing else 0.0)
 
 
 def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[Stage]:
-    """What comes after the rollouts: experience and updates. Of an offline run, all of the step.
+    """Return the parts after the rollouts, experience and updates. For an offline run, return the whole step.
 
-    What another role does meanwhile on devices of its own counts as far as it takes longer.
+    Roles on separate devices work in parallel; only their extra time counts.
     """
     derived, online = derive(config), is_online(config)
     if config.rollouts is None:
@@ -155,7 +158,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 
 
 def _meanwhile(stage: Stage, others: Sequence[Stage]) -> Stage:
-    """What a stage adds to others beside which it goes on."""
+    """Return the time added by a stage running in parallel with others."""
     adds = max(stage.seconds - sum(other.seconds for other in others), 0.0)
     return Stage(name=stage.name, seconds=adds, how=f"{stage.seconds:,.4g} s beside the {others[-1].name}: {stage.how}")
 
@@ -168,7 +171,7 @@ def _stage(config: Config, name: str, role: Role, tokens: float, each: float, on
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
-    """The policy's weights to the engines."""
+    """Return the transfer of the policy's weights to the engines."""
     shape = sizes.of(config.policy.model)
     size = 4 if config.policy.dtype == "float32" else 2
     one = rates(config, nodes, sizes, role="policy")
@@ -190,7 +193,7 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
 def system_of(
     config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths, said: Mapping[str, float]
 ) -> System:
-    """What is simulated. `said`: values that take the place of estimates, by the names of System's fields."""
+    """Return the system to simulate. `said` maps names of System's fields to values replacing estimates."""
     assert config.rollouts is not None
     role, policy = config.cluster.roles.rollout, config.policy
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
@@ -226,8 +229,10 @@ def system_of(
 
 
 def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
-    """Sequences that an engine decodes at once: as many as it may, and as its cache holds when they are at their mean
-    length (those that are too many are preempted)."""
+    """Return the sequences decoded at once by an engine: the configured limit, or fewer if its cache is full.
+
+    The cache is counted at the mean sequence length, because vLLM preempts sequences beyond it.
+    """
     most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
     if held is None:
         return most
@@ -235,7 +240,7 @@ def _at_once(config: Config, sizes: Sizes, lengths: Lengths) -> int:
 
 
 def _beside(config: Config) -> int:
-    """Workers of other roles that have devices of their own."""
+    """Return the number of workers with separate devices in other roles."""
     roles, count = config.cluster.roles, 0
     for name, used in (
         ("critic", has_critic(config)),

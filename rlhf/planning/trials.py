@@ -1,4 +1,4 @@
-"""`rlhf plan` of a sweep: which trials there are, how many fit at once, and the plan of the first. Starts nothing."""
+"""Write `rlhf plan` of a sweep: its trials, how many fit at once, and the plan of the first. Nothing is started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_SHOWN = 12  # trials
 def render_sweep(
     sweep: Sweep, *, cluster: str | None = None, shapes: Path | None = None, lengths: str | None = None
 ) -> str:
-    """The sweep, and as `render` has it the plan of its first trial. UserError if that does not fit the cluster."""
+    """Describe the sweep, followed by the plan of its first trial. Raise UserError if it does not fit the cluster."""
     config, method = sweep.config, sweep.config.method
     known = known_trials(sweep)
     count = len(known or ()) if isinstance(method, GridMethod) else method.trials
@@ -66,7 +66,7 @@ def _said(values: Mapping[str, Any]) -> str:
 
 
 def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int, cluster: str | None) -> str:
-    """As many as there is room for, unless the sweep says otherwise."""
+    """Describe how many trials run at once: the configured number, or as many as fit."""
     wanted = sweep.config.concurrency
     if cluster is None and any(run.cluster.device == "cuda" for run in sweep.base.runs.values()):
         return str(wanted) if wanted is not None else "as many as fit; describe the nodes by --cluster"
@@ -80,6 +80,6 @@ def _at_once(sweep: Sweep, known: Sequence[Mapping[str, Any]] | None, count: int
 
 
 def bundles_of(loaded: LoadedConfig) -> Sequence[Mapping[str, float]]:
-    """What the most demanding stage of a trial reserves."""
+    """Return the bundles reserved by the most demanding stage of a trial."""
     seats = [seat(stage) for stage in loaded.stages.values() if not isinstance(stage, MergeStage)]
     return max(seats, key=lambda seating: (seating.total("GPU"), seating.total("CPU"))).bundles
