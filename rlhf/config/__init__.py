@@ -1,1 +1,1 @@
-"""The whole typed schema: one tree, checked before anything starts."""
+"""Define the typed schema of a run and check every configuration before anything starts."""

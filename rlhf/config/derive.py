@@ -1,7 +1,7 @@
-"""What follows from one run's configuration: roles, batch arithmetic, placement, weight sync. Shown by `rlhf plan`.
+"""Derive facts from one run's configuration: roles, batch arithmetic, placement, weight sync. `rlhf plan` shows them.
 
-Pure, and free of heavy imports. `derive` takes a configuration that passed rlhf.config.validation.run; the predicates
-above it take any.
+The functions are pure and import nothing heavy. `derive` takes a configuration checked by rlhf.config.validation.run;
+the predicates above it take any configuration.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ ROLE_ORDER: tuple[Role, ...] = ("policy", "rollout", "critic", "reference", "tea
 
 
 def is_online(config: Config) -> bool:
-    """Whether the algorithm learns from rollouts."""
+    """Return whether the algorithm learns from rollouts."""
     return config.algorithm.name in ONLINE_ALGORITHMS or pairs_rollouts(config) or distils_rollouts(config)
 
 
 def pairs_rollouts(config: Config) -> bool:
-    """Whether it learns from rollouts by comparing two of a prompt's, instead of by advantages."""
+    """Return whether the algorithm compares two responses of a prompt instead of using advantages."""
     return config.algorithm.name in ONLINE_PAIR_ALGORITHMS
 
 
 def distils_rollouts(config: Config) -> bool:
-    """Whether it learns from rollouts what a teacher says of them; rewards are then optional."""
+    """Return whether a teacher scores the rollouts. Rewards are then optional."""
     return isinstance(config.algorithm, OnPolicyDistillationConfig)
 
 
 def needs_rewards(config: Config) -> bool:
-    """Whether responses must have scores."""
+    """Return whether responses must have scores."""
     algorithm = config.algorithm
     if isinstance(algorithm, OnPolicyDistillationConfig):
         return algorithm.reward_coef > 0.0
@@ -61,12 +61,13 @@ def needs_rewards(config: Config) -> bool:
 
 
 def reads_teacher_states(config: Config) -> bool:
-    """Whether an online run learns the teacher's distributions, not its log-probabilities of the sampled tokens."""
+    """Return whether an online run learns the teacher's distributions instead of its log-probabilities of sampled
+    tokens."""
     return isinstance(config.algorithm, OnPolicyDistillationConfig) and not config.algorithm.is_sampled
 
 
 def offline_kind(config: Config) -> OfflineKind:
-    """How a run without rollouts is trained, which says which worker trains it on which form of data."""
+    """Return the training kind of a run without rollouts. It selects the worker and the form of the data."""
     name = config.algorithm.name
     if name in UNPAIRED_ALGORITHMS:
         return "unpaired"
@@ -78,23 +79,23 @@ def offline_kind(config: Config) -> OfflineKind:
 
 
 def compares_with_divergence(config: Config) -> bool:
-    """Whether single responses are held against those to other prompts, as KTO does."""
+    """Return whether single responses are compared with responses to other prompts, as in KTO."""
     name = config.algorithm.name
     return name in UNPAIRED_ALGORITHMS and UNPAIRED_ALGORITHMS[name](config.algorithm).compares_with == "divergence"
 
 
 def has_scalar_head(config: Config) -> bool:
-    """Whether what the run trains is no language model: it scores."""
+    """Return whether the run trains a scoring model instead of a language model."""
     return config.algorithm.name in ("reward_model", "process_reward_model")
 
 
 def adapter_options(lora: LoraConfig) -> dict[str, Any]:
-    """What rlhf.models.lora.add_lora takes: how the adapter is built, without how it is trained or what is under it."""
+    """Return the arguments of rlhf.models.lora.add_lora, without options for training and quantization."""
     return lora.model_dump(exclude={"lora_plus_ratio", "quantize"})
 
 
 def needs_reference_logprobs(config: Config) -> bool:
-    """Whether the losses of a run without rollouts read what the policy said before training."""
+    """Return whether the losses of a run without rollouts use log-probabilities from before training."""
     name = config.algorithm.name
     return name in UNPAIRED_ALGORITHMS or (
         name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_reference
@@ -102,7 +103,7 @@ def needs_reference_logprobs(config: Config) -> bool:
 
 
 def compares_responses(config: Config) -> bool:
-    """Whether training on rollouts needs more than one response to a prompt."""
+    """Return whether training on rollouts needs more than one response to a prompt."""
     name = config.algorithm.name
     if distils_rollouts(config):
         return needs_rewards(config)
@@ -112,19 +113,19 @@ def compares_responses(config: Config) -> bool:
 
 
 def wants_greedy(config: Config) -> bool:
-    """Whether each prompt is answered greedily too, as a baseline."""
+    """Return whether each prompt also gets a greedy response as a baseline."""
     name = config.algorithm.name
     return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).wants_greedy
 
 
 def most_kept(config: Config) -> int | None:
-    """Of each prompt's responses the algorithm trains on at most so many, by its own choice; None: all."""
+    """Return the algorithm's limit on trained responses per prompt, or None for all."""
     name = config.algorithm.name
     return ONLINE_ALGORITHMS[name](config.algorithm).most_kept if name in ONLINE_ALGORITHMS else None
 
 
 def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
-    """Of each prompt's responses at most so many are trained on by their advantages."""
+    """Return the largest number of a prompt's responses trained on by their advantages."""
     own, keep = most_kept(config), rollouts.keep_per_prompt
     if own is not None:
         return own
@@ -132,32 +133,32 @@ def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
 
 
 def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
-    """The key that `trained_per_prompt` is the value of."""
+    """Return the configuration key behind `trained_per_prompt`."""
     if most_kept(config) is not None:
         return "algorithm.keep"
     return "rollouts.samples_per_prompt" if rollouts.keep_per_prompt is None else "rollouts.keep_per_prompt.count"
 
 
 def leaves_out(config: Config) -> bool:
-    """Whether some of the responses to be weighed by advantages are not trained on."""
+    """Return whether some responses with advantages are not trained on."""
     keeps = config.rollouts is not None and config.rollouts.keep_per_prompt is not None
     masks = isinstance(config.algorithm, OnlineConfig) and config.algorithm.mask_truncated
     return keeps or masks or most_kept(config) is not None
 
 
 def has_critic(config: Config) -> bool:
-    """Whether the algorithm trains a value model."""
+    """Return whether the algorithm trains a value model."""
     name = config.algorithm.name
     return name in ONLINE_ALGORITHMS and ONLINE_ALGORITHMS[name](config.algorithm).has_critic
 
 
 def has_teacher(config: Config) -> bool:
-    """Whether the algorithm learns from another model."""
+    """Return whether the algorithm learns from another model."""
     return isinstance(config.algorithm, DistillationConfig | OnPolicyDistillationConfig)
 
 
 def uses_reference(config: Config) -> bool:
-    """Whether a reference's log-probabilities of the rollouts enter the objective."""
+    """Return whether a reference's log-probabilities of the rollouts enter the objective."""
     algorithm = config.algorithm
     if isinstance(algorithm, OnlineConfig):
         return algorithm.kl.coef > 0.0
@@ -165,9 +166,9 @@ def uses_reference(config: Config) -> bool:
 
 
 def reference_is_adapter_off(config: Config) -> bool:
-    """Whether the reference is the LoRA policy as it was before training, so that no second model is held.
+    """Return whether the reference is the LoRA policy before training, so that no second model is loaded.
 
-    That is the policy without its adapter or, where policy.adapter names one to go on from, with that one.
+    It is the policy without its adapter or, if training continues policy.adapter, with the original adapter.
     """
     policy = config.policy
     if not uses_reference(config) or policy.lora is None:
@@ -177,12 +178,13 @@ def reference_is_adapter_off(config: Config) -> bool:
 
 
 def saved_rank(lora: LoraConfig) -> int:
-    """Rank of the adapter that is shipped and saved: PiSSA's also takes away what it began as."""
+    """Return the rank of the adapter as shipped and saved. PiSSA doubles it in order to subtract the
+    initial adapter."""
     return 2 * lora.rank if lora.init == "pissa" else lora.rank
 
 
 def merged_because(lora: LoraConfig) -> str | None:
-    """Why the engines get all weights with the adapter merged in; None: they get the adapter alone."""
+    """Return why the engines get all weights with the adapter merged, or None if they get only the adapter."""
     if lora.dora:
         return "vLLM takes no DoRA"
     if lora.modules_to_save:
@@ -195,17 +197,17 @@ def merged_because(lora: LoraConfig) -> str | None:
 
 
 def ships_adapter(config: Config) -> bool:
-    """Whether the adapter alone travels to the engines, which have the base."""
+    """Return whether only the adapter is sent to the engines, because they have the base model."""
     return config.policy.lora is not None and merged_because(config.policy.lora) is None
 
 
 def uses_reward_model(config: Config) -> bool:
-    """Whether a reward is the model of the `reward` section."""
+    """Return whether a reward uses the model of the `reward` section."""
     return any(reward.role == "reward" for reward in config.rewards.values())
 
 
 def needs(config: Config) -> frozenset[Role]:
-    """Roles that get workers."""
+    """Return the roles with workers in this run."""
     roles: set[Role] = {"policy"}
     if is_online(config):
         roles |= {"rollout", "reward"}
@@ -219,9 +221,9 @@ def needs(config: Config) -> frozenset[Role]:
 
 
 def shares_engines_gpus(config: Config) -> frozenset[Role]:
-    """Roles that leave their GPUs while the engines on them are awake; empty: no engine takes turns with a trainer.
+    """Return the roles that leave their GPUs while an engine is awake. Without shared GPUs the set is empty.
 
-    A reward model stays: it scores responses while the engines still answer.
+    A reward model stays, because it scores responses while the engines still generate.
     """
     roles, needed = config.cluster.roles, needs(config)
     if config.cluster.device == "cpu" or "rollout" not in needed or roles.rollout.colocate_with is None:
@@ -231,12 +233,12 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def reference_model(config: Config) -> ReferenceConfig:
-    """The model that the policy is compared with."""
+    """Return the configuration of the reference model."""
     return config.reference if config.reference is not None else _as_reference(config)
 
 
 def critic_model(config: Config) -> CriticConfig:
-    """The model that the critic starts from."""
+    """Return the configuration of the critic's initial model."""
     if config.critic is not None:
         return config.critic
     policy = config.policy
@@ -247,7 +249,7 @@ def critic_model(config: Config) -> CriticConfig:
 
 
 def models_of(config: Config) -> dict[str, ModelConfig]:
-    """The models that the run will load, by section."""
+    """Return the models loaded by the run, by section."""
     roles = needs(config)
     models: dict[str, ModelConfig] = {"policy": config.policy}
     if "reference" in roles:
@@ -262,7 +264,7 @@ def models_of(config: Config) -> dict[str, ModelConfig]:
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:
-    """Training sets by the key of their source; a single one has all the weight."""
+    """Return training sets by the key of their source. A single set has all the weight."""
     train = config.data.train
     if isinstance(train, dict):
         return {f"data.train.{name}.source": one for name, one in train.items()}
@@ -270,30 +272,33 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def chat_template(config: Config) -> ChatTemplate:
-    """Return what the run changes about its tokenizer's chat template. The driver has put the template's text in the
-    place of its file's name."""
+    """Return the run's changes to its tokenizer's chat template.
+
+    The driver has replaced the template's file name by its text.
+    """
     return ChatTemplate(text=config.data.chat_template, kwargs=config.data.chat_template_kwargs)
 
 
 def max_sequence_tokens(config: Config) -> int:
-    """Tokens of the longest offline sequence. A micro-batch holds at least one row, with all its sequences."""
+    """Return the tokens of the longest offline sequence. A micro-batch holds at least one row with all its
+    sequences."""
     limit, budget = config.data.max_sequence_tokens, config.train.max_tokens_per_microbatch
     return budget // sequences_per_row(config) if limit is None else limit
 
 
 def sequences_per_row(config: Config) -> int:
-    """Sequences of an offline row that pass the model together."""
+    """Return the number of sequences per offline row. They pass through the model together."""
     return 2 + needs_gold(config) if config.algorithm.name in PAIR_ALGORITHMS else 1
 
 
 def needs_gold(config: Config) -> bool:
-    """Whether a row has a gold response beside its pair."""
+    """Return whether a row has a gold response in addition to its pair."""
     name = config.algorithm.name
     return name in PAIR_ALGORITHMS and PAIR_ALGORITHMS[name](config.algorithm).needs_gold
 
 
 def eval_sets(config: Config) -> Mapping[str, DataSource]:
-    """Held-out sets by name; a single one is called `heldout`."""
+    """Return held-out sets by name. A single set is called `heldout`."""
     held_out = config.data.eval
     if held_out is None:
         return {}
@@ -311,7 +316,7 @@ EVAL_METRICS: Mapping[OfflineKind, tuple[str, ...]] = {
 
 
 def eval_metrics(config: Config) -> tuple[str, ...]:
-    """What an evaluation of the run measures on each set."""
+    """Return the metrics of an evaluation on each set."""
     if is_online(config):
         samples, settings = config.eval.samples_per_prompt, config.eval
         ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
@@ -323,19 +328,19 @@ def eval_metrics(config: Config) -> tuple[str, ...]:
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
-    """Responses sampled and scored in one step."""
+    """Return the number of responses sampled and scored in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
 
 
 def prompts_at_once(needed: int, rollouts: RolloutsConfig) -> int:
-    """Prompts asked where so many are needed: with oversampling, at least one more."""
+    """Return the prompts sampled to get `needed` of them. Oversampling adds at least one."""
     if rollouts.oversample == 1.0:
         return needed
     return max(needed + 1, math.ceil(needed * rollouts.oversample - 1e-9))  # 10 * 1.1 is a little above 11
 
 
 def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
-    """Prompts that a run asks at most, with those whose groups are left out or cancelled."""
+    """Return the largest number of prompts sampled in a run, including filtered and cancelled groups."""
     left_out = 0.0
     if rollouts.dynamic_sampling is not None:
         left_out += rollouts.dynamic_sampling.max_filtered_fraction
@@ -345,7 +350,7 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
 
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
-    """What one step trains on, at most: responses, or, of pairs of them, one a prompt."""
+    """Return the most rows trained on in one step: responses, or one pair per prompt."""
     return rollouts.prompts_per_step * (1 if pairs_rollouts(config) else trained_per_prompt(config, rollouts))
 
 
@@ -360,7 +365,7 @@ def _as_reference(config: Config) -> ReferenceConfig:
 
 
 def updates_per_step(config: Config) -> int:
-    """Optimizer steps of one step: minibatches of a batch times passes over it; 1 for supervised runs."""
+    """Return the optimizer steps per step: minibatches of a batch times passes over it. Supervised runs have 1."""
     if config.rollouts is None:
         return 1
     rows = rows_per_step(config, config.rollouts)
@@ -368,23 +373,23 @@ def updates_per_step(config: Config) -> int:
 
 
 def policy_optimizer_steps(config: Config) -> int:
-    """Optimizer steps of the policy in the whole run; it rests while only the critic is trained."""
+    """Return the policy's optimizer steps in the whole run, without steps of critic warm-up."""
     warmup = config.algorithm.critic_warmup_steps if isinstance(config.algorithm, PPOConfig) else 0
     return max(config.train.num_steps - warmup, 0) * updates_per_step(config)
 
 
 def critic_optimizer_steps(config: Config) -> int:
-    """Optimizer steps of the critic in the whole run."""
+    """Return the critic's optimizer steps in the whole run."""
     return config.train.num_steps * updates_per_step(config)
 
 
 def warmup_steps(train: TrainConfig, optimizer_steps: int) -> int:
-    """Optimizer steps, of so many in the run, over which the learning rate rises."""
+    """Return the number of optimizer steps with a rising learning rate."""
     return train.warmup_steps or math.ceil(train.warmup_ratio * optimizer_steps - 1e-9)
 
 
 def with_steps(config: Config, rows: int) -> Config:
-    """Return the configuration with train.steps in place of train.epochs, where data.train has so many rows."""
+    """Return the configuration with train.steps in place of train.epochs, given the rows of data.train."""
     train = config.train
     if train.epochs is None:
         return config
@@ -395,14 +400,14 @@ def with_steps(config: Config, rows: int) -> Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSync:
-    """How the policy's weights reach the engines."""
+    """Name the transport of the policy's weights to the engines, and the reason for it."""
 
     method: SyncMethod
     why: str
 
 
 def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
-    """The way of the weights; `one_host`: the policy's first rank and all engines stand on one machine."""
+    """Choose the weight transport. `one_host`: the policy's first rank and all engines are on one machine."""
     if cluster.weight_sync != "auto":
         return WeightSync(method=cluster.weight_sync, why="cluster.weight_sync names it")
     if cluster.device == "cuda":
@@ -416,7 +421,7 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """The arithmetic of one run. None: supervised runs have no such thing."""
+    """Hold the arithmetic of one run. A value is None if it does not apply to supervised runs."""
 
     needs: tuple[Role, ...]  # roles that get workers
     sequences_per_step: int
@@ -430,7 +435,7 @@ class Derived:
 
 
 def derive(config: Config) -> Derived:
-    """What `rlhf plan` shows of a configuration that passed its checks."""
+    """Return the derived values shown by `rlhf plan` for a checked configuration."""
     train, rollouts, policy = config.train, config.rollouts, config.cluster.roles.policy
     sequences = responses_per_step(rollouts) if rollouts else train.sequences_per_update
     rows = rows_per_step(config, rollouts) if rollouts else sequences

@@ -1,4 +1,4 @@
-"""The nodes of a described cluster: `2*cpu=96,gpu=8,type=h100,mem=1000+cpu=16`. Knows nothing of what will run."""
+"""Parse the nodes of a described cluster: `2*cpu=96,gpu=8,type=h100,mem=1000+cpu=16`. Configurations are not used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """A GPU: dense bfloat16 arithmetic, memory and its bandwidth, by its maker's data sheet."""
+    """Describe a GPU by its data sheet: dense bfloat16 arithmetic, memory and memory bandwidth."""
 
     tflops: float
     memory_gib: float
@@ -36,7 +36,7 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One of them. None: not said, so nothing is held against it."""
+    """Describe one node. A value of None is unknown and never causes an error."""
 
     cpus: float
     gpus: float = 0.0
@@ -47,19 +47,19 @@ class Node:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What Ray schedules by."""
+        """Return the node's resources as Ray names them."""
         return {"CPU": self.cpus, "GPU": self.gpus}
 
     @property
     def gpu_memory_gib(self) -> float | None:
-        """Of each GPU, as said or by its type."""
+        """Return the memory of each GPU as given, or by its type."""
         if self.gpumem_gib is None and self.kind is not None:
             return ACCELERATORS[self.kind].memory_gib
         return self.gpumem_gib
 
 
 def parse_cluster(text: str) -> list[Node]:
-    """Nodes by their description. UserError if it says something else."""
+    """Parse a description of nodes. Raise UserError for a malformed description."""
     nodes: list[Node] = []
     total = 0
     for part in text.replace(" ", "").split("+"):

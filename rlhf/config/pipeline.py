@@ -1,13 +1,13 @@
-"""Stages of a pipeline as complete runs, merges and evaluations.
+"""Resolve the stages of a pipeline into complete runs, merges and evaluations.
 
 Rules (docs/configuration.md repeats them for users):
-1. Sections at the top are shared: each stage gets them, merged key by key under its own, which win.
-2. A shared key that a stage cannot use is not given to that stage. One that no stage uses is an error.
-3. `run` stands at the top alone; a stage's run is called PIPELINE/STAGE.
-4. Each stage has one of `algorithm` (it trains), `merge` and `evaluate`, which says what it is. A merge has no other
-   section, an evaluation `cluster` and `tracking` alone.
-5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage that makes one.
-6. All stages run in one Ray: cluster.address and cluster.object_store_gib are the same in each.
+1. Sections at the top are shared. Each stage merges its sections over them, key by key.
+2. A shared key is left out of a stage that cannot use it. It is an error if no stage uses it.
+3. Only the top has `run`; a stage's run is called PIPELINE/STAGE.
+4. Each stage has exactly one of `algorithm` (it trains), `merge` and `evaluate`. A merge has no other section, an
+   evaluation only `cluster` and `tracking`.
+5. `stage:NAME` as a model or adapter is the final model or adapter of an earlier stage.
+6. All stages run in one Ray with the same cluster.address and cluster.object_store_gib.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODELS: tuple[Key, ...] = (
 
 @dataclass(slots=True, kw_only=True)
 class _Stage:
-    """One stage while its tree is put together."""
+    """Collect the tree of one stage."""
 
     name: str
     root: type[Stage]
@@ -64,17 +64,18 @@ class _Stage:
     dropped: dict[Key, str] = field(default_factory=dict)  # shared keys that it cannot use, and why
 
     def shown(self, problem: Problem, shared: dict[str, Any]) -> Problem:
-        """The problem with its key as the file has it."""
+        """Return the problem with its key as written in the file."""
         if problem.key[0] == "run" or (not _has(self.own, problem.key) and _has(shared, problem.key)):
             return problem
         return Problem(key=("stages", self.name, *problem.key), text=problem.text)
 
     def why_dropped(self, leaf: Key) -> tuple[Key, str] | None:
-        """The shared key (the leaf or a section around it) that the stage cannot use, and why; None: it can."""
+        """Return the shared key not usable in the stage, the leaf or a section around it, and the reason. None: it is
+        usable."""
         return next(((key, why) for key, why in self.dropped.items() if leaf[: len(key)] == key), None)
 
     def uses(self, leaf: Key) -> bool:
-        """Whether the shared leaf stands in the stage's configuration."""
+        """Return whether the shared leaf is part of the stage's configuration."""
         node: Any = self.own
         for part in leaf:
             if not isinstance(node, dict):
@@ -86,7 +87,7 @@ class _Stage:
 
 
 def resolve_stages(tree: Tree) -> dict[str, Stage]:
-    """Each stage's checked configuration, in order. UserError names every mistake."""
+    """Return each stage's checked configuration in order. UserError names every mistake."""
     refuse(list(_misplaced(tree)), tree.place)
     shared = {key: value for key, value in tree.values.items() if key not in ("stages", "run")}
     run: Any = tree.values.get("run", {})
@@ -133,7 +134,7 @@ def _misplaced(tree: Tree) -> Iterator[Problem]:
 
 
 def _not_of_its_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
-    """No section that says what the stage is, or sections that do not go with that one."""
+    """Yield a missing main section, or sections incompatible with it."""
     root = kind_of(own)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
     if mark not in own:
@@ -146,7 +147,7 @@ def _not_of_its_kind(name: str, own: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _stage(name: str, own: dict[str, Any], shared: dict[str, Any]) -> _Stage:
-    """The stage with those shared sections that its kind has."""
+    """Return the stage with the shared sections of its kind."""
     root = kind_of(own)
     usable = {key: value for key, value in shared.items() if root is Config or key in root.model_fields}
     dropped: dict[Key, str] = {(key,): f"{WHAT[root]} has no such section" for key in shared.keys() - usable.keys()}
@@ -154,7 +155,7 @@ def _stage(name: str, own: dict[str, Any], shared: dict[str, Any]) -> _Stage:
 
 
 def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage | tuple[Problem, ...]:
-    """The stage's configuration without the shared keys that it cannot use, or what is wrong with it."""
+    """Return the stage's configuration without unusable shared keys, or its problems."""
     while True:
         config = parse_as(stage.root, stage.values)
         if isinstance(config, tuple):
@@ -171,7 +172,7 @@ def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage |
 
 
 def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: list[str]) -> Iterator[Problem]:
-    """Puts the folder of an earlier stage's final model in the place of `stage:NAME`."""
+    """Replace `stage:NAME` by the folder of an earlier stage's final model, and yield unknown names."""
     makers = [other.name for other in earlier if other.root is not EvaluationStage]
     for key, values in model_places(stage.values):
         if not values[key[-1]].startswith("stage:"):
@@ -189,7 +190,7 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
 
 
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """The keys of a stage's tree at which a model's name stands, each with the mapping that it stands in."""
+    """Yield the keys with a model's name in a stage's tree, each with the mapping around it."""
     for pattern in MODELS:
         found: list[tuple[Key, Any]] = [((), values)]
         for part in pattern[:-1]:
@@ -205,7 +206,7 @@ def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any
 
 
 def _several_clusters(configs: dict[str, Stage]) -> Iterator[Problem]:
-    """One command connects to one Ray; device and roles may differ from stage to stage. A merge needs none."""
+    """Yield differences between stages in the Ray cluster. Device and roles may differ, and a merge has no cluster."""
     clusters = {name: config.cluster for name, config in configs.items() if not isinstance(config, MergeStage)}
     for name, cluster in clusters.items():
         first = next(iter(clusters))

@@ -1,7 +1,7 @@
-"""Which worker gets which share of the cluster: the bundles of the run's one placement group and the seats in them.
+"""Assign the bundles of the run's placement group to workers.
 
-Pure arithmetic, used by `rlhf plan` to show it and by the actors to do it. Workers of a colocated role sit in the
-bundles of their host, and all who share a bundle get equal parts of it.
+`rlhf plan` shows this pure arithmetic and the actors follow it. Colocated roles use the bundles of their host, and
+all workers in a bundle get equal shares of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """One worker's place: a bundle, and the share of it that is the worker's."""
+    """Name a worker's bundle and its share of the bundle."""
 
     bundle: int
     cpus: float
@@ -31,18 +31,18 @@ class Seat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seating:
-    """Bundles to reserve (`CPU`, and `GPU` where there are any), and each role's seats in rank order."""
+    """Hold the bundles to reserve, with `CPU` and optional `GPU`, and each role's seats in rank order."""
 
     bundles: tuple[Mapping[str, float], ...]
     seats: Mapping[Role, tuple[Seat, ...]]
     labels: tuple[Mapping[str, str], ...]  # of each bundle: what its node must have
 
     def total(self, resource: str) -> float:
-        """What all bundles together reserve."""
+        """Return the sum of a resource over all bundles."""
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def shares_gpus(self, role: Role) -> bool:
-        """Whether a worker of another role stands on one of the role's GPUs."""
+        """Return whether a worker of another role uses one of the role's GPUs."""
         own = {seat.bundle for seat in self.seats[role] if seat.gpus > 0.0}
         others = [seat for name, seats in self.seats.items() if name != role for seat in seats]
         return any(seat.bundle in own and seat.gpus > 0.0 for seat in others)
@@ -50,7 +50,7 @@ class Seating:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wish:
-    """What one role asks for."""
+    """Describe the resources requested by one role."""
 
     count: int
     cpus: float
@@ -60,14 +60,14 @@ class _Wish:
 
 
 def seat(config: Config | EvaluationStage) -> Seating:
-    """Bundles and seats of the roles that the run needs. The configuration has passed its checks."""
+    """Return bundles and seats of the roles in the run. The configuration must have passed its checks."""
     if isinstance(config, EvaluationStage):
         return seats_of(config.needs, config.cluster, with_reward_model=config.uses_reward_model)
     return seats_of(needs(config), config.cluster, with_reward_model=uses_reward_model(config))
 
 
 def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> Seating:
-    """Bundles and seats of these roles. One whose host is not among them has bundles of its own."""
+    """Return bundles and seats of these roles. A role without its host gets separate bundles."""
     wishes = _wishes(roles, cluster, with_reward_model=with_reward_model)
     bundles: list[dict[str, float]] = []
     labels: list[Mapping[str, str]] = []
@@ -97,14 +97,14 @@ def seats_of(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_mod
 
 
 def _share(amount: float, parts: int) -> float:
-    """Rounded down to what Ray can count, so that the parts are never more than the whole."""
+    """Divide an amount, rounded down to Ray's precision so that the sum never exceeds the whole."""
     return math.floor(amount / parts * 10_000) / 10_000
 
 
 def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[int] | None:
-    """The node of each bundle, filling nodes in order as Ray's PACK strategy tries to; None: they do not fit.
+    """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if they do not fit.
 
-    First fit by falling size, so an answer of None can be wrong only for bundles of several sizes in tight nodes.
+    The search is first fit by decreasing size, so None can be wrong for bundles of several sizes in tight nodes.
     """
     free = [dict(node) for node in nodes]
     where = [0] * len(bundles)
@@ -122,12 +122,12 @@ def fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, flo
 
 
 def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]], *, most: int) -> int:
-    """How many of `most` such runs fit into the nodes at once; 0: not even one."""
+    """Return how many of at most `most` such runs fit into the nodes at once."""
     return next((count for count in range(most, 0, -1) if fit([*bundles] * count, nodes) is not None), 0)
 
 
 def _wishes(needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> dict[Role, _Wish]:
-    """In an order in which each role follows its host."""
+    """Return the requests of all roles, each after its host."""
     roles, gpu = cluster.roles, 1.0 if cluster.device == "cuda" else 0.0
     engine = roles.rollout
 

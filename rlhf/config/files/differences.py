@@ -1,4 +1,4 @@
-"""Where two configurations of a run differ, wherever its folder lies: whether one goes on from what the other made."""
+"""Compare two configurations of a run, independent of its folder, to decide whether one can continue the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.tracking.logs import redact_config
 
 
 def differences(there: Any, here: Any, key: tuple[str, ...] = ()) -> Iterator[str]:
-    """`key is ... there and ... here` for each value of two trees that differs."""
+    """Yield `key is ... there and ... here` for each value different in two trees."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for name in {**there, **here}:
             yield from differences(there.get(name), here.get(name), (*key, name))
@@ -22,12 +22,12 @@ def differences(there: Any, here: Any, key: tuple[str, ...] = ()) -> Iterator[st
 
 
 def home(stage: Stage) -> Path:
-    """The folder of the run, or of the pipeline that it is a stage of."""
+    """Return the folder of the run, or of the pipeline around the stage."""
     return stage.run.dir / stage.run.name.partition("/")[0]
 
 
 def portable(tree: Any, folder: Path) -> Any:
-    """The tree with each path in the folder as it is called there: the folder may be moved."""
+    """Return the tree with every path below `folder` made relative, since the folder may be moved."""
     if isinstance(tree, Mapping):
         return {name: portable(value, folder) for name, value in tree.items()}
     if isinstance(tree, list):
@@ -40,13 +40,12 @@ def portable(tree: Any, folder: Path) -> Any:
 
 
 def changes(there: Stage, here: Stage) -> list[str]:
-    """The differences that matter for what a stage has made."""
+    """Return the differences that affect a stage's results."""
     return list(differences(_settings(there), _settings(here)))
 
 
 def _settings(stage: Stage) -> Any:
-    """What is in effect, masked as it is in the run's folder, without that folder's name and place, who is told of the
-    run, where it is done and how often it is saved."""
+    """Return the masked values in effect, without location, tracking, cluster and checkpoint settings."""
     tree = redact_config(from_yaml(dump_yaml(stage)))
     tree["run"] = {"seed": stage.run.seed}
     for part in (tree, *tree.get("stages", {}).values()):

@@ -1,6 +1,6 @@
-"""docs/configuration.md, written from the schema: `python -m rlhf.config.files.docs > docs/configuration.md`.
+"""Write docs/configuration.md from the schema: `python -m rlhf.config.files.docs > docs/configuration.md`.
 
-The words are the docstrings of the sections and their fields; nothing about a key stands here.
+The text comes from the docstrings of the sections and their fields; this module describes no keys.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ A file for `rlhf sweep` has this one section. [sweeps](sweeps.md) says what each
 
 
 def render() -> str:
-    """Return the whole page."""
+    """Return the whole page as Markdown."""
     page = _Page()
     parts = [HEAD, page.sections(Config), MERGE, page.sections(MergeFile), EVALUATION]
     parts += [page.keys("evaluate", EvaluationStage.model_fields["evaluate"]), SWEEP, page.sections(SweepFile)]
@@ -123,7 +123,7 @@ def render() -> str:
 
 
 class _Page:
-    """The sections of the schema as text. A class is described once, and everything else links to that place."""
+    """Write the sections of the schema. Each class is described once, and other keys link to it."""
 
     def __init__(self) -> None:
         self.titles: dict[type[Section], str] = {}  # of the classes that are described, or will be further down
@@ -133,7 +133,7 @@ class _Page:
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 
     def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
-        """Describe the classes of a key and below it, except for those described before.
+        """Describe the new classes at and below a key.
 
         owner: the algorithm or method whose section the key belongs to.
         """
@@ -158,12 +158,12 @@ class _Page:
 
 
 def slug(title: str) -> str:
-    """Return the anchor that GitHub gives a heading."""
+    """Return GitHub's anchor of a heading."""
     return "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
 
 
 def _name(section: type[Section], path: str) -> str:
-    """Return the `name` that selects a section among the forms of its key; empty where the key has one form."""
+    """Return the `name` that selects a section among the forms of its key, or an empty string for a single form."""
     if path not in ("algorithm", "sweep.method"):
         return ""
     return str(get_args(section.model_fields["name"].annotation)[0])
@@ -176,7 +176,7 @@ def _title(path: str, section: type[Section], owner: str) -> str:
 
 
 def _contents(text: str) -> str:
-    """Return links to the headings: a line for each section of a file, with its algorithms or methods."""
+    """Return links to the headings, one line per section, with its algorithms or methods."""
     lines: list[str] = []
     for level, title in re.findall(r"^(##+) (.+)$", text, re.MULTILINE):
         path, _, name = title.partition(" with ")
@@ -192,7 +192,7 @@ def _contents(text: str) -> str:
 
 
 def _sections(path: str, field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
-    """Yield the classes that may stand at a key, each with its path; `NAME` stands for a name of the user's."""
+    """Yield the possible classes of a key with their paths. `NAME` stands for a name chosen by the user."""
     for member in members(field.annotation):
         named = get_origin(member) is dict
         for inner in members(get_args(member)[1]) if named else [member]:

@@ -1,4 +1,4 @@
-"""The resolved configuration as YAML: every value in effect, defaults written out. Loading it gives the same tree.
+"""Write the resolved configuration as YAML with every value in effect. Loading it gives the same tree.
 
 Keys without effect in the run are left out, since load refuses them.
 """
@@ -24,7 +24,10 @@ def dump_masked_yaml(config: Stage | LoadedConfig) -> str:
 
 
 def dump_yaml(config: Stage | LoadedConfig) -> str:
-    """One run, or a whole pipeline, as a file for `rlhf train`. A merge or an evaluation is a pipeline of one stage."""
+    """Return one run or a whole pipeline as a file for `rlhf train`.
+
+    A merge or an evaluation becomes a pipeline of one stage.
+    """
     if isinstance(config, Config):
         return to_yaml(_tree(config))
     if isinstance(config, MergeStage | EvaluationStage):

@@ -1,5 +1,7 @@
-"""From a YAML file and `section.key=value` arguments to checked configurations. Opens that one file, and looks whether
-the files of rewards stand beside it."""
+"""Turn a YAML file and `section.key=value` arguments into checked configurations.
+
+This module opens only the YAML file. It also checks whether reward files exist next to it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedConfig:
-    """The runs to do, in order: one, or the stages of a pipeline. All of them passed every check."""
+    """Hold the checked runs in order: a single run, or the stages of a pipeline."""
 
     source: str  # the file, for messages
     name: str  # of the run or the pipeline
@@ -45,7 +47,7 @@ class LoadedConfig:
             raise UserError(f"{place}: {error}") from error
 
     def _place(self, message: str) -> str | None:
-        """Return where the key was written that a message begins with, such as `stages.NAME: KEY: ...`."""
+        """Return where the key at the start of a message was written, such as `stages.NAME: KEY: ...`."""
         first, second = (*message.split(" ", 2), "")[:2]
         key, below = (tuple(word.rstrip(":").split(".")) for word in (first, second))
         written = self._written(key)
@@ -55,7 +57,7 @@ class LoadedConfig:
         return self.places.get(written)
 
     def _written(self, key: Key) -> Key:
-        """Return the key, or the nearest section above it, that was written; () for none."""
+        """Return the key or its nearest written section, or () if there is none."""
         return next((key[:length] for length in range(len(key), 0, -1) if key[:length] in self.places), ())
 
     @property
@@ -71,7 +73,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 
 def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
-    """`load` of a tree that was read already. `folder`: where files of rewards may stand beside it."""
+    """Check a tree as `load` does. Reward files may be relative to `folder`."""
     _refuse_unknown_stages(tree, overrides)
     tree = apply_overrides(tree, overrides)
     _locate_rewards(tree.values, folder)
@@ -101,7 +103,7 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
 
 
 def _locate_rewards(section: Any, folder: Path) -> None:
-    """Give reward files that stand beside the configuration their whole path: the resolved file stands elsewhere."""
+    """Make paths of reward files next to the configuration absolute, because the resolved file is in another folder."""
     if not isinstance(section, dict):
         return
     rewards, stages = section.get("rewards"), section.get("stages")
@@ -122,7 +124,7 @@ def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Lo
 
 
 def _plain(value: Any, place: str) -> Any:
-    """Return a copy with the values that a file can hold. UserError names the first other value."""
+    """Return a copy limited to YAML values. UserError names the first other value."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -140,7 +142,7 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _function_of_a_file(function: FunctionType, place: str) -> str:
-    """Name a function as FILE.py:NAME. UserError where other processes cannot load it by that name."""
+    """Name a function as FILE.py:NAME. Raise UserError if other processes cannot load it by this name."""
     file, name = Path(inspect.getfile(function)), function.__qualname__
     if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
         raise UserError(
@@ -152,7 +154,7 @@ def _function_of_a_file(function: FunctionType, place: str) -> str:
 
 
 def checked(config: Config) -> LoadedConfig:
-    """Check a configuration that was made in Python."""
+    """Check a configuration made in Python."""
     refuse(problems(config), lambda key: "config")
     return _single(config, "config")
 
@@ -163,7 +165,7 @@ def _single(config: Config, source: str) -> LoadedConfig:
 
 
 def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
-    """Raise UserError for an argument that names a stage the file lacks."""
+    """Raise UserError for an argument with an unknown stage name."""
     stages = tree.values.get("stages")
     names = list(stages) if isinstance(stages, dict) else []
     for text in overrides:

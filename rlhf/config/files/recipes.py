@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def config_file(path: str | Path) -> Path:
-    """Return the path or, for a bare name that is not in the current folder, the recipe of that name.
+    """Return the path, or the recipe of this name if it is a bare name without a file in the current folder.
 
-    UserError if there is neither a file nor a recipe of the name.
+    Raise UserError if there is neither a file nor a recipe of the name.
     """
     path = Path(path)
     if path.parent != Path() or path.exists():

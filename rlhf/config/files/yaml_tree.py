@@ -1,6 +1,6 @@
-"""YAML files and `section.key=value` arguments as plain trees that know where each key was written.
+"""Read YAML files and `section.key=value` arguments into plain trees, and record where each key was written.
 
-The scalars are those of YAML 1.2: `off` is a string, `1e-6` a number. Nothing here knows the schema.
+Scalars follow YAML 1.2: `off` is a string, `1e-6` a number. Nothing here knows the schema.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ for _tag, _pattern, _first in _RESOLVERS:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """Values as nested dicts, and for each key the place that it came from."""
+    """Hold values as nested dicts, and the place where each key was written."""
 
     source: str  # the file, for messages
     values: dict[str, Any]
@@ -65,7 +65,7 @@ class Tree:
 def read_tree(path: Path, *, needs: str = "a config needs at least run, policy, algorithm, data and train") -> Tree:
     """Read a file. UserError names the line of broken YAML, of a repeated key, or of a key that is not a string.
 
-    needs: what an empty file lacks, for its message.
+    needs: the sections missing from an empty file, for its message.
     """
     try:
         with path.open("rb") as file:
@@ -170,7 +170,7 @@ class _Converter:
         self.num_nodes = 0  # aliases included: a kilobyte of them can stand for billions
 
     def convert(self, node: yaml.Node, at: Key, parents: tuple[yaml.Node, ...]) -> Any:
-        """Return the value of a node that stands at the key `at`, below `parents`."""
+        """Return the value of a node at the key `at`, below `parents`."""
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise UserError(f"{self._place(node)}: the text stands for more than {MAX_NODES:,} values; shorten it")

@@ -1,7 +1,6 @@
-"""Mistakes in a configuration as one line each, and what a field expects, in words.
+"""Explain each mistake in a configuration on one line, and describe the values of a field.
 
-Used by load and by the documentation. Knows the schema's shape, not its meaning: relations stand in
-rlhf.config.validation.run.
+Load and the documentation use it. It knows the shape of the schema; rlhf.config.validation.run checks relations.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A mistake: its key, and the value, the rule and the fix in words."""
+    """Describe a mistake by its key and by a text with the value, the rule and the fix."""
 
     key: Key
     text: str
@@ -57,8 +56,10 @@ def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
 
 
 def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
-    """Parse the tree as typed values, or return every problem of its keys and types. Nothing is converted: a number
-    in quotes stays a string."""
+    """Parse the tree as typed values, or return every problem of its keys and types.
+
+    Nothing is converted: a number in quotes stays a string.
+    """
     try:
         return root.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -87,7 +88,7 @@ def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
 
 
 def _shown(key: Key) -> str:
-    """Return the key on one line, whatever characters it holds."""
+    """Return the key on one line, whatever its characters."""
     text = ".".join(key)
     return text if text and text.isprintable() and len(text) <= 200 else kind(text)
 
@@ -103,9 +104,9 @@ def _is_meant(key: Key, meant: set[str]) -> bool:
 
 
 def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[Any]]:
-    """Return the key that pydantic's location stands for, its field, and the types that may stand there.
+    """Return the key for a location of pydantic, its field, and its possible types.
 
-    A location also names members of unions, and may end below the key to blame.
+    A location also names members of unions, and may end below the wrong key.
     """
     nodes: list[Any] = [root]
     key: Key = ()
@@ -197,5 +198,5 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _plural(words: str) -> str:
-    """`a string or a mapping` as `strings or mappings`."""
+    """Make nouns plural: `a string or a mapping` becomes `strings or mappings`."""
     return re.sub(r"(^| or )an? (\w+)", r"\1\2s", words)

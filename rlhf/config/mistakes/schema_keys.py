@@ -1,6 +1,6 @@
 """Walk the classes of the schema: the keys below a section, the alternatives of a union, and their tags.
 
-Knows types alone; no values, no files.
+This module reads types only, neither values nor files.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def members(annotation: Any) -> Iterator[Any]:
 
 
 def tag(node: Any) -> str | None:
-    """Return the name that pydantic gives to a member of a tagged union in the location of an error."""
+    """Return pydantic's name for a member of a tagged union in error locations."""
     if is_section(node) and "name" in node.model_fields and get_origin(node.model_fields["name"].annotation) is Literal:
         return str(get_args(node.model_fields["name"].annotation)[0])
     return getattr(node, "__name__", None)
 
 
 def descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | None]:
-    """Return the types of the key `part` below the nodes, and the field that declares them."""
+    """Return the types of the key `part` below the nodes, and its field."""
     below: list[Any] = []
     field: FieldInfo | None = None
     for node in nodes:
@@ -55,7 +55,7 @@ def descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | Non
 
 
 def alternatives(root: type[Section], section: Key) -> list[type[Section]]:
-    """Return every form that the section at a key may have."""
+    """Return every form of the section at a key."""
     nodes: list[Any] = [root]
     for part in section:
         nodes, _ = descend(nodes, part)
@@ -68,8 +68,8 @@ def all_keys(root: type[Section], at: Key = (), *, values: Any = None) -> Iterat
     Args:
         root: where to start.
         at: the key of `root`.
-        values: the tree of a configuration. Where its `name` selects one form of a section, such as one algorithm, the
-            keys of the other forms are left out.
+        values: the tree of a configuration. If its `name` selects one form of a section, such as one algorithm, keys of
+            the other forms are left out.
     """
     for name, field in root.model_fields.items():
         yield (*at, name)
@@ -84,7 +84,7 @@ def all_keys(root: type[Section], at: Key = (), *, values: Any = None) -> Iterat
 
 
 def _selected(nodes: Sequence[Any], value: Any) -> Sequence[Any]:
-    """Return the form that the value's `name` selects, or all of them."""
+    """Return the form selected by the value's `name`, or all forms."""
     name = value.get("name") if isinstance(value, Mapping) else None
     selected = [node for node in nodes if tag(node) == name]
     return selected or nodes

@@ -1,6 +1,6 @@
-"""Suggest the nearest key for an unknown one, and an example in place of a scalar where a section is expected.
+"""Suggest the nearest key for an unknown one, and an example section in place of a scalar.
 
-Reads the schema and the table of synonyms. rlhf.config.mistakes.explain decides what is wrong.
+The suggestions use the schema and the table of synonyms. rlhf.config.mistakes.explain finds the mistakes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rlhf.config.mistakes.synonyms import SYNONYMS, VALUES, Synonym
 
 
 def nearest(word: str, words: Sequence[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the word that was probably meant, or None."""
+    """Return the most similar word, or None."""
     close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """What to say about an unknown key."""
+    """Describe an unknown key and its likely meaning."""
 
     key: Key
     text: str
@@ -40,14 +40,14 @@ class Suggestion:
 def unknown_key(
     root: type[Section], values: Mapping[str, Any], section: Key, word: str, nodes: Sequence[Any]
 ) -> list[Suggestion]:
-    """Return what to say about an unknown key. A section of another framework gives one suggestion for each setting.
+    """Return suggestions for an unknown key. A section of another framework gives one suggestion for each setting.
 
     Args:
         root: the class of the whole configuration.
         values: the whole tree.
-        section: the key of the section that holds `word`.
+        section: the key of the section around `word`.
         word: the unknown key.
-        nodes: the classes of the schema that the section may have.
+        nodes: the possible schema classes of the section.
     """
     known = frozenset(".".join(key) for key in all_keys(root, values=values))
     names = sorted({name for node in nodes if is_section(node) for name in node.model_fields})
@@ -73,7 +73,7 @@ def unknown_key(
 
 
 def meant_value(key: Key, value: Any, field: FieldInfo) -> str | None:
-    """Return the one of the field's words that a wrong word probably stands for, or None."""
+    """Return the allowed word most similar to a wrong word, or None."""
     words = [word for node in members(field.annotation) for word in _words_of(node)]
     if not isinstance(value, str):
         return None
@@ -82,9 +82,9 @@ def meant_value(key: Key, value: Any, field: FieldInfo) -> str | None:
 
 
 def example(key: str, value: Any, field: FieldInfo) -> str:
-    """Return a correct form of a section that was given as `value`, as words for the end of a message.
+    """Return an example of a section for the end of a message about a wrong scalar.
 
-    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". Empty: the field takes more than sections.
+    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". It is empty if the field also takes other values than sections.
     """
     nodes = [node for node in members(field.annotation) if node is not types.NoneType]
     named = [inner for node in nodes if get_origin(node) is dict for inner in members(get_args(node)[1])]
@@ -161,7 +161,7 @@ def _nearest_key(
 
 
 def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
-    """Return the setting of another framework's key, with our available keys alone."""
+    """Return the entry for a setting of another framework, limited to available keys."""
     names = (".".join(path[start:]) for start in range(len(path)))  # the longest name first
     for synonym in next((_WORDS[name] for name in names if name in _WORDS), ()):
         keys = [key for key in synonym.keys.split() if key in available and key != ".".join(path)]
@@ -173,7 +173,7 @@ def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
 def _words() -> dict[str, tuple[Synonym, ...]]:
     """Return the settings by name, first by whole names, then by the last parts of dotted names.
 
-    One last part is enough where it holds a `_`: words such as `type` and `enable` mean too many things.
+    A single last part must contain `_`, because words such as `type` and `enable` are ambiguous.
     """
     words: dict[str, tuple[Synonym, ...]] = {}
     whole = [(name, synonym) for synonym in SYNONYMS for name in synonym.names]
@@ -203,7 +203,7 @@ def _value_at(values: Any, key: Key) -> Any:
 
 
 def _shared(key: Key, section: Key) -> int:
-    """Return how many parts both begin with."""
+    """Return the length of the common prefix of two keys."""
     count = 0
     for ours, theirs in zip(key, section, strict=False):
         if ours not in (theirs, "*"):
@@ -213,7 +213,7 @@ def _shared(key: Key, section: Key) -> int:
 
 
 def _mapping(section: type[Section], value: Any) -> str:
-    """Return the section in YAML with the value at the first key that takes it, or with an example."""
+    """Return the section in YAML with the value at the first suitable key, or with an example."""
     taking = _first_that_takes(section, value)
     if taking is not None:
         return f"{{{taking}: {value}}}"
@@ -223,7 +223,7 @@ def _mapping(section: type[Section], value: Any) -> str:
 
 
 def _first_that_takes(section: type[Section], value: Any) -> str | None:
-    """Return the first key, required keys before others, at which a string or a number may stand."""
+    """Return the first key allowing a string or a number, required keys before others."""
     return next((name for name, field in _fields(section) if _takes(field, value)), None)
 
 
@@ -239,7 +239,7 @@ def _takes(field: FieldInfo, value: Any) -> bool:
 
 
 def _words_of(node: Any) -> list[str]:
-    """Return the strings of a Literal, or the `name` that selects a section."""
+    """Return the strings of a Literal, or the `name` of a section."""
     if get_origin(node) is Literal:
         return [word for word in get_args(node) if isinstance(word, str)]
     return [name] if is_section(node) and (name := tag(node)) is not None else []

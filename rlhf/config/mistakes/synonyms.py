@@ -1,7 +1,7 @@
-"""The settings of TRL, verl and OpenRLHF, each with the key that does the same here.
+"""Map the settings of TRL, verl and OpenRLHF to the keys of this schema.
 
 Error messages suggest these keys. `python -m rlhf.config.mistakes.synonyms` prints the table of docs/coming_from.md.
-This module holds names alone and knows no values.
+This module holds names only, no values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Synonym:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name but ours."""
+        """Return every name except the keys of this schema."""
         return tuple(f"{self.trl} {self.verl} {self.openrlhf} {self.other}".split())
 
 

@@ -1,6 +1,6 @@
-"""Whether the longest sequence fits, a conversation's too, and whether an environment's rewards have one.
+"""Check that the longest sequence or conversation fits, and that environment rewards have an environment.
 
-Read by rlhf.config.validation.run alone.
+Only rlhf.config.validation.run uses this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf.config.schema.root import Config
 
 
 def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Room for the longest sequence that may be sampled."""
+    """Yield a problem if the longest possible sequence does not fit into a micro-batch."""
     prompt, new, environment = config.data.max_prompt_tokens, rollouts.max_new_tokens, rollouts.environment
     pairs, room = derive.pairs_rollouts(config), config.train.max_tokens_per_microbatch
     whole, times = ("both responses of a pair", "2 * ") if pairs else ("the longest sequence", "")
@@ -41,7 +41,7 @@ def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
 def source_problems(
     rewards: Mapping[str, RewardConfig], environment: EnvironmentConfig | None, *, at: Key
 ) -> Iterator[Problem]:
-    """Rewards of an environment that is not there. `at`: the section that they stand in."""
+    """Yield rewards of a missing environment. `at` is the section around `rewards`."""
     for name, reward in rewards.items():
         if reward.environment and environment is None:
             where = "evaluate.environment" if at else "rollouts.environment of a run on rollouts"

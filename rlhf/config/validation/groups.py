@@ -1,4 +1,4 @@
-"""What algorithms ask of a prompt's group of responses and of the rewards; a part of rlhf.config.validation.run."""
+"""Check an algorithm's requirements on a prompt's group of responses and on rewards, for rlhf.config.validation.run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.config.schema.root import Config
 
 
 def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """All of them."""
+    """Yield all problems of groups of responses."""
     yield from _kept(config, rollouts)
     algorithm = config.algorithm
     counting = [name for name, reward in config.rewards.items() if reward.weight != 0.0]

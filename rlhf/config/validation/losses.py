@@ -1,4 +1,4 @@
-"""What contradicts itself among the keys of a policy loss. Read by rlhf.config.validation.run alone."""
+"""Check for contradictory keys of a policy loss. Only rlhf.config.validation.run uses this module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRAIGHT_THROUGH = "_straight_through"
 
 
 def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Of an algorithm on rollouts that weighs tokens by advantages."""
+    """Yield problems of an algorithm that weighs rollout tokens by advantages."""
     algorithm = config.algorithm
     yield from _penalty(config, rollouts)
     if not isinstance(algorithm, OnlineConfig):
@@ -48,7 +48,7 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
 
 
 def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """A repetition penalty makes the sampler another policy, which a gradient by advantages has to correct for."""
+    """Yield a repetition penalty without a correction, since it makes the sampler another policy."""
     algorithm, penalty = config.algorithm, rollouts.repetition_penalty
     if penalty == 1.0 or isinstance(algorithm, RAFTConfig):
         return

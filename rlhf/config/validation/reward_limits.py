@@ -1,4 +1,4 @@
-"""Limits of rewards that must fit each other; a part of rlhf.config.validation.run."""
+"""Check that time limits of rewards fit each other, for rlhf.config.validation.run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.rewards.functions.table import own_limit_s
 
 
 def limit_problems(rewards: Mapping[str, RewardConfig], policy: RewardPolicy, *, at: Key = ()) -> Iterator[Problem]:
-    """A built-in that finds slow responses wrong must come to it before its process is killed. `at`: the section."""
+    """Yield built-ins whose process would be killed before they reject a slow response. `at` is the section."""
     for name, reward in rewards.items():
         limit_s = own_limit_s(reward.function or "", reward.args)
         if limit_s is not None and limit_s >= policy.timeout_s:

@@ -1,5 +1,4 @@
-"""What the rewards of a run or an evaluation ask of each other and of the rest; a part of
-rlhf.config.validation.run."""
+"""Check the rewards of a run or an evaluation, for rlhf.config.validation.run."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from rlhf.tracking.logs import is_secret_name, redact
 
 
 def normalization_problems(config: Config) -> Iterator[Problem]:
-    """Rewards that are compared within a group need one."""
+    """Yield rewards normalized within a group although there is no group."""
     for name, reward in config.rewards.items():
         if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
             text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
@@ -31,7 +30,7 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
 
 
 def credit_problems(config: Config) -> Iterator[Problem]:
-    """Rewards that are credited by steps need an algorithm that can tell a response's tokens apart."""
+    """Yield step rewards if the algorithm gives all tokens of a response one weight."""
     algorithm, names = config.algorithm, [name for name, reward in config.rewards.items() if reward.credit == "step"]
     if not names:
         return
@@ -54,7 +53,7 @@ def reward_problems(
     environment: EnvironmentConfig | None = None,
     at: Key = (),
 ) -> Iterator[Problem]:
-    """What is wrong among the rewards. `at`: the section that they stand in."""
+    """Yield problems among the rewards. `at` is the section around `rewards`."""
     yield from source_problems(rewards, environment, at=at)
     users = [".".join((*at, "rewards", name)) for name, reward in rewards.items() if reward.role == "reward"]
     if users and model is None:
@@ -85,7 +84,7 @@ def reward_problems(
 
 
 def _secrets(value: Any, key: Key) -> Iterator[Problem]:
-    """Find what looks like a secret by its name or its form, however deep: the file and W&B show the configuration."""
+    """Yield nested values that look like secrets, because the run folder and W&B show the configuration."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _secrets(inner, (*key, str(name)))

@@ -1,8 +1,7 @@
-"""Relations between sections, each checked here and nowhere else, before anything starts.
+"""Check the relations between sections, each in one place, before anything starts.
 
-A range of one value stands on its field; a key without effect stands in rlhf.config.validation.unused_keys; what
-concerns a prompt's group of responses in rlhf.config.validation.groups, and a policy loss alone in
-rlhf.config.validation.losses.
+Fields check ranges of single values. Keys without effect are in rlhf.config.validation.unused_keys, groups of
+responses in rlhf.config.validation.groups, and policy losses in rlhf.config.validation.losses.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def problems(config: Config) -> tuple[Problem, ...]:
-    """Everything that is wrong with one run's configuration. Empty: it can start."""
+    """Return all problems of one run's configuration. If there are none, the run can start."""
     environment = config.rollouts.environment if config.rollouts is not None else None
     found = [*unused(config), *_presence(config)]
     found += reward_problems(config.rewards, config.reward, environment=environment)
@@ -61,12 +60,12 @@ def problems(config: Config) -> tuple[Problem, ...]:
 
 
 def unused(config: Config) -> Iterator[Problem]:
-    """Written keys that have no effect, each named once."""
+    """Yield written keys without effect, each once."""
     yield from written_inert(config, inert_keys(config))
 
 
 def written_inert(config: Section, inert_ones: Iterable[Inert]) -> Iterator[Problem]:
-    """Those of the keys that the user gave, each named once."""
+    """Yield the given keys that the user wrote, each once."""
     named: set[Key] = set()
     for inert in inert_ones:
         if is_written(config, inert.key) and not any(inert.key[: len(key)] == key for key in named):
@@ -80,7 +79,7 @@ def _problem(dotted: str, text: str) -> Problem:
 
 
 def _presence(config: Config) -> Iterator[Problem]:
-    """Sections and roles that must be there."""
+    """Yield missing sections and roles."""
     name = config.algorithm.name
     if derive.is_online(config):
         if config.rollouts is None:
@@ -123,7 +122,7 @@ def _presence(config: Config) -> Iterator[Problem]:
 
 
 def _revisions(config: Config) -> Iterator[Problem]:
-    """Only a model of the hub has revisions."""
+    """Yield revisions of models outside the hub."""
     for role in ("policy", "critic", "reference", "teacher", "reward"):
         section: ModelConfig | None = getattr(config, role)
         if section is None or section.revision is None:
@@ -136,7 +135,7 @@ def _revisions(config: Config) -> Iterator[Problem]:
 
 
 def _adapters(config: Config) -> Iterator[Problem]:
-    """Kinds of low-rank training that exclude each other, or the role's ZeRO stage."""
+    """Yield kinds of low-rank training that exclude each other or the role's ZeRO stage."""
     for role in ("policy", "critic"):
         section: PolicyConfig | CriticConfig | None = getattr(config, role)
         if section is None:
@@ -166,7 +165,7 @@ def _adapters(config: Config) -> Iterator[Problem]:
 
 
 def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """The arithmetic of a batch of rollouts."""
+    """Yield problems in the arithmetic of a batch of rollouts."""
     train, samples = config.train, rollouts.samples_per_prompt
     rows = derive.rows_per_step(config, rollouts)
     if derive.pairs_rollouts(config):
@@ -190,7 +189,7 @@ def _batch(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:
-    """Keys of an algorithm on rollouts that contradict others."""
+    """Yield contradictory keys of an algorithm with rollouts."""
     algorithm, train = config.algorithm, config.train
     if isinstance(algorithm, OnlineConfig) and algorithm.correction is not None:
         yield from _correction(config, algorithm, algorithm.correction)
@@ -213,7 +212,7 @@ def _algorithm(config: Config) -> Iterator[Problem]:
 
 
 def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionConfig) -> Iterator[Problem]:
-    """A correction must correct something, and once."""
+    """Yield a correction without effect, or with a duplicate effect."""
     if correction.mode == "decoupled" and correction.weights is None and not correction.rejects:
         text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode, or reject"
         yield _problem("algorithm.correction", text)
@@ -232,7 +231,7 @@ def _correction(config: Config, algorithm: OnlineConfig, correction: CorrectionC
 
 
 def _offline(config: Config) -> Iterator[Problem]:
-    """The limits of fixed examples."""
+    """Yield problems with the limits on fixed examples."""
     data, train = config.data, config.train
     count = derive.sequences_per_row(config)
     if data.max_sequence_tokens is not None and count * data.max_sequence_tokens > train.max_tokens_per_microbatch:
@@ -246,7 +245,7 @@ def _offline(config: Config) -> Iterator[Problem]:
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:
-    """What an evaluation by responses is asked for."""
+    """Yield problems with settings of evaluations by responses."""
     settings = config.eval
     if derive.is_online(config) and settings.k is not None and max(settings.k) > settings.samples_per_prompt:
         samples = settings.samples_per_prompt
@@ -255,7 +254,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 
 
 def _updates(config: Config) -> Iterator[Problem]:
-    """The optimizer's schedule and the ranks it is spread over."""
+    """Yield problems with the optimizer's schedule and its ranks."""
     train = config.train
     for role in ("policy", "critic"):
         if role not in derive.needs(config):
@@ -289,7 +288,7 @@ def _updates(config: Config) -> Iterator[Problem]:
 
 
 def _cluster(config: Config) -> Iterator[Problem]:
-    """Devices, colocation and the weight transport."""
+    """Yield problems with devices, colocation and the weight transport."""
     cluster, roles = config.cluster, config.cluster.roles
     needed = derive.needs(config)
     yield from cluster_problems(cluster, needed, with_reward_model=derive.uses_reward_model(config))
@@ -321,7 +320,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
 
 
 def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """The address, guests and engines, whatever is run."""
+    """Yield problems with the address, colocated roles and engines, for any kind of run."""
     if cluster.address == "local":
         yield _problem("cluster.address", "is local; a Ray that is started for this run is written null")
     yield from _guests(cluster, needed)
@@ -335,7 +334,7 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 
 
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """What may share the engines' bundles, or the engines the policy's."""
+    """Yield invalid sharing of bundles by engines, the policy and other roles."""
     roles = cluster.roles
     engine, with_policy = roles.rollout, "policy" in needed  # a host that is not there takes no guests
     if with_policy and engine.colocate_with == "policy" and engine.engines > roles.policy.workers:
@@ -357,7 +356,7 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
 
 
 def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Problem]:
-    """Each guest has a host's bundle of its own."""
+    """Yield colocated roles with more workers than their host has bundles."""
     roles = cluster.roles
     engine = roles.rollout
     for role in ("critic", "reference", "teacher", "reward"):
@@ -375,7 +374,7 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
 
 
 def _turns(config: Config) -> Iterator[Problem]:
-    """On a GPU that an engine shares, a trained role's states must be able to leave it."""
+    """Yield trained roles whose states cannot leave a GPU shared with an engine."""
     cluster, roles, needed = config.cluster, config.cluster.roles, derive.needs(config)
     if cluster.device == "cpu" or roles.rollout.colocate_with is None:
         return
@@ -397,7 +396,7 @@ def _turns(config: Config) -> Iterator[Problem]:
 
 
 def _weight_sync(config: Config) -> Iterator[Problem]:
-    """Which ways of the weights a device and a placement allow."""
+    """Yield a weight transport incompatible with the device or the placement."""
     cluster = config.cluster
     method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
     if method in ("shm", "gloo") and cluster.device == "cuda":

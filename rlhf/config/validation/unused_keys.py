@@ -1,6 +1,6 @@
-"""Keys that have no effect in a run. One list, read by load (they may not be written) and by dump (it leaves them out).
+"""List keys without effect in a run. Load refuses them if they are written, and dump leaves them out.
 
-A key stands here if, and only if, the run would be the same whatever its value.
+A key is listed if and only if the run would be the same for any value of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.config.schema.root import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inert:
-    """A key, or a section with all its keys, that has no effect."""
+    """Name a key, or a section with all its keys, that has no effect."""
 
     key: Key
     why: str  # the rule and the values that make it so
@@ -40,8 +40,7 @@ MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch
 
 
 def is_written(config: Section, key: Key) -> bool:
-    """Whether the user gave the key. Null or an empty mapping, where that is the default, says nothing and does not
-    count."""
+    """Return whether the user gave the key. A default null or empty mapping does not count."""
     node: object = config
     for part in key:
         if isinstance(node, dict) and part in node:
@@ -55,7 +54,7 @@ def is_written(config: Section, key: Key) -> bool:
 
 
 def inert_keys(config: Config) -> Iterator[Inert]:
-    """All of them, sections before single keys."""
+    """Yield all keys without effect, sections before single keys."""
     yield from _of_method(config)
     yield from _of_models(config)
     if isinstance(config.algorithm, OnlineConfig):
@@ -177,7 +176,7 @@ def _of_algorithm(config: Config, algorithm: OnlineConfig) -> Iterator[Inert]:
 
 
 def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Iterator[Inert]:
-    """Keys of the algorithm that importance ratios other than 1 alone feel."""
+    """Yield algorithm keys without effect if all importance ratios are 1."""
     rollouts = config.rollouts
     if rollouts is not None and derive.updates_per_step(config) == 1:
         yield from _all(
@@ -189,7 +188,7 @@ def _of_ratios(config: Config, keys: Sequence[str], *, or_else: str = "") -> Ite
 
 
 def _of_kept(config: Config) -> Iterator[Inert]:
-    """Who chooses which of a prompt's responses are trained on."""
+    """Yield rollouts.keep_per_prompt if the algorithm selects responses itself."""
     key, name = "rollouts.keep_per_prompt", config.algorithm.name
     if derive.pairs_rollouts(config):
         yield from _all(key, f"algorithm {name} takes a pair of them", "choose an algorithm with advantages")
@@ -238,7 +237,7 @@ def _of_rewards(config: Config) -> Iterator[Inert]:
 
 
 def inert_in_rewards(rewards: Mapping[str, RewardConfig], *, at: Key = ()) -> Iterator[Inert]:
-    """Keys of single rewards. `at`: the section that they stand in."""
+    """Yield keys of single rewards without effect. `at` is the section around `rewards`."""
     for name, reward in rewards.items():
         key = (*at, "rewards", name)
         of_service = f"{'.'.join(key)}.url is null: it is no service"
@@ -316,7 +315,7 @@ def _of_data_and_training(config: Config) -> Iterator[Inert]:
 
 
 def inert_in_cluster(cluster: ClusterConfig) -> Iterator[Inert]:
-    """Keys that the cluster's device, address and colocation leave without effect, whatever runs there."""
+    """Yield cluster keys without effect due to device, address and colocation, whatever runs there."""
     roles = cluster.roles
     if cluster.address is not None:
         why = "cluster.address names a running Ray, whose object store has its size already"
