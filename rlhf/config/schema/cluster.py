@@ -1,4 +1,4 @@
-"""Where a run runs: the one section that differs between a laptop and a cluster."""
+"""Define the resources of a run. Only this section differs between a laptop and a cluster."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 
 class TrainedRole(Section):
-    """Workers of a trained model: one gang of ranks."""
+    """Workers of a trained model, which form one group of ranks."""
 
     workers: int = Field(default=1, ge=1, le=65536)
-    """Ranks."""
+    """Number of ranks."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    """CPUs reserved by Ray for each rank. A colocated worker uses the CPUs of its host."""
     node_labels: dict[str, str] = Field(default_factory=dict)
-    """Labels that the nodes of these workers must have, as `ray start --labels=pool=gpu` gives them; colocated ones
-    stand with their host."""
+    """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
+    the node of their host."""
     threads: Threads = "auto"
-    """Compute threads of each; auto: the node's cores shared out among the ranks of this role on it."""
+    """Compute threads of each rank. auto: the node's cores divided by the number of this role's ranks on it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the parameters too."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
-    """What DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
+    """States that DeepSpeed keeps in host memory. `parameters` needs zero_stage 3."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each micro-batch, a part of its tokens each (DeepSpeed Ulysses): for sequences that are too long
-    for one. It divides workers and the model's attention heads."""
+    """Ranks that share each micro-batch, each with a part of its tokens (DeepSpeed Ulysses). Use it for sequences that
+    are too long for one rank. It must divide workers and the model's attention heads."""
 
     @property
     def data_parallel_ranks(self) -> int:
-        """Among how many the sequences of an optimizer step are dealt out: the ranks that share count as one."""
+        """Return the number of groups sharing the sequences of an optimizer step. A sequence-parallel group counts
+        once."""
         return self.workers // self.sequence_parallel
 
 
@@ -42,7 +43,7 @@ class PolicyRole(TrainedRole):
 
     @property
     def colocate_with(self) -> None:
-        """The policy is a host of others and has none itself."""
+        """Return None: other roles use the policy's bundles, never the reverse."""
         return None
 
 
@@ -50,74 +51,76 @@ class CriticRole(TrainedRole):
     """Workers of the critic."""
 
     colocate_with: Literal["policy"] | None = "policy"
-    """Use that role's bundles and take turns with it; null: bundles of its own."""
+    """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
 class ForwardRole(Section):
-    """Workers of the reference, the teacher or the reward role: each holds the whole model; work is dealt out among
-    them."""
+    """Workers of the reference, teacher or reward role. Each holds the whole model, and the work is
+    divided among them."""
 
     workers: int = Field(default=1, ge=1, le=65536)
-    """Processes."""
+    """Number of processes."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each; a colocated worker uses those of its host."""
+    """CPUs reserved by Ray for each worker. A colocated worker uses the CPUs of its host."""
     node_labels: dict[str, str] = Field(default_factory=dict)
-    """Labels that the nodes of these workers must have, as `ray start --labels=pool=gpu` gives them; colocated ones
-    stand with their host."""
+    """Labels required on the nodes of these workers, as set by `ray start --labels=pool=gpu`. Colocated workers run on
+    the node of their host."""
     threads: Threads = "auto"
-    """Compute threads of each; auto: the node's cores shared out among the workers of this role on it."""
+    """Compute threads of each worker. auto: the node's cores divided by the number of this role's workers on it."""
 
 
 class ReferenceRole(ForwardRole):
     """Workers of the reference model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "policy"
-    """Use that role's bundles and take turns with it; null: bundles of its own."""
+    """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
 class TeacherRole(ForwardRole):
     """Workers of the teacher."""
 
     colocate_with: Literal["policy"] | None = "policy"
-    """Use that role's bundles and take turns with it; null: bundles of its own, and the teacher is a step ahead."""
+    """Share the bundles of this role and take turns with it. null: use separate bundles; the teacher then works one
+    step ahead."""
 
 
 class RewardRole(ForwardRole):
-    """Workers that score responses: reward functions and the reward model."""
+    """Workers for reward functions and the reward model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "rollout"
-    """Use that role's bundles and take turns with it; null: bundles of its own."""
+    """Share the bundles of this role and take turns with it. null: use separate bundles."""
 
 
 class RolloutRole(Section):
-    """vLLM engines."""
+    """The vLLM engines."""
 
     engines: int = Field(default=1, ge=1, le=65536)
-    """Engines; prompts are dealt out among them."""
+    """Number of engines. Prompts are divided among them."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs of one engine."""
+    """Number of GPUs of one engine."""
     cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs that Ray reserves for each engine; a colocated one uses those of its host."""
+    """CPUs reserved by Ray for each engine. A colocated engine uses the CPUs of its host."""
     node_labels: dict[str, str] = Field(default_factory=dict)
-    """Labels that the nodes of the engines must have, as `ray start --labels=pool=gpu` gives them; colocated ones
-    stand with their host."""
+    """Labels required on the nodes of the engines, as set by `ray start --labels=pool=gpu`. Colocated engines run on
+    the node of their host."""
     threads: Threads = "auto"
-    """Compute threads of each engine on a CPU; auto: the node's cores shared out among the engines on it."""
+    """Compute threads of each engine on a CPU. auto: the node's cores divided by the number of engines on it."""
     colocate_with: Literal["policy"] | None = None
-    """Use the policy's bundles and take turns with it, on GPUs by sleep and wake; null: bundles of its own."""
+    """Share the policy's bundles and take turns with it; on GPUs the engine sleeps while the policy trains. null: use
+    separate bundles."""
     kv_cache_gib: int = Field(default=1, ge=1)
-    """KV cache of each engine on a CPU, whole GiB."""
+    """KV cache of each engine on a CPU, in whole GiB."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, lt=1.0)
-    """Share of a GPU's memory that an engine may use."""
+    """Fraction of a GPU's memory that an engine may use."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Sequences decoded at once by one engine. vLLM's own default depends on the GPU (1024 on an H100), and with it the
-    rounding of log-probabilities would. Raise it where an engine gets more responses at once than this."""
+    """Largest number of sequences decoded at once by one engine. vLLM's default depends on the GPU (1024 on an H100),
+    and so would the rounding of log-probabilities. Increase it if an engine gets more responses at once."""
     enforce_eager: bool = False
-    """GPU: no CUDA graphs. On a CPU engines are always eager."""
+    """Disable CUDA graphs on GPUs. CPU engines never use them."""
 
 
 class Roles(Section):
-    """Resources of each role. A role that the run does not need must not be named."""
+    """Resources of each role. Roles not needed by the run must not be given."""
 
     policy: PolicyRole = PolicyRole()
     """Ranks of the policy."""
@@ -137,17 +140,19 @@ class ClusterConfig(Section):
     """The Ray cluster and the deadlines."""
 
     address: str | None = None
-    """null: a local Ray started for this run; `auto`: the cluster this command runs in; else its address."""
+    """Ray cluster to connect to. null: start a local Ray for this run. `auto`: the cluster this command runs in.
+    Otherwise: its address."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where models live. cuda gives every trained and forward worker one GPU and every engine tensor_parallel GPUs."""
+    """Device of the models. cuda gives every trained and forward worker one GPU and every engine
+    tensor_parallel GPUs."""
     weight_sync: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"
-    """How weights reach the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc where policy and engine
-    share GPUs, else nccl."""
+    """Transport of the weights to the engines. auto: shm on one CPU host, gloo across CPU hosts, ipc if policy and
+    engine share GPUs, else nccl."""
     object_store_gib: float = Field(default=1.0, gt=0.05)
-    """Shared memory of a local Ray."""
+    """Shared memory of a local Ray, in GiB."""
     start_timeout_s: float = Field(default=300.0, gt=0.0, le=1_000_000)
-    """Limit on placing and starting all workers."""
+    """Time limit for placing and starting all workers, in seconds."""
     call_timeout_s: float = Field(default=1800.0, gt=0.0, le=1_000_000)
-    """Limit on one call of a worker: the longest that a hang can last."""
+    """Time limit for one call of a worker, in seconds. It bounds the duration of a hang."""
     roles: Roles = Roles()
     """Resources of each role."""

@@ -1,6 +1,6 @@
-"""A stage that measures a model: `rlhf eval` as a section, with the keys that say the same in a run's configuration.
+"""Define the stage for measuring a model: `rlhf eval` as a section with the keys of a run's configuration.
 
-The section, its rules, and its keys without effect. actors.run.evaluate does what it says.
+It has the section, its rules and its keys without effect. actors.run.evaluate runs it.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from rlhf.config.validation.unused_keys import OF_WANDB, Inert, inert_in_cluster
 
 
 class EvaluateConfig(Section):
-    """A model, what it is asked, and what scores its answers. Without rewards, completions are measured."""
+    """A model, evaluation data and rewards for its responses. Without rewards, losses on completions are measured."""
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder of a model or an adapter, a run's folder, or `stage:NAME`."""
     against: str | None = Field(default=None, min_length=1)
-    """Another such model. It answers too, and `win_rate` says how often `model` scores more."""
+    """Another model to compare with. It answers the same prompts, and `win_rate` is the fraction of prompts on which
+    `model` scores more."""
     dtype: Dtype | None = None
-    """Precision of both. null: what their config.json says."""
+    """Data type of both models. null: as in their config.json."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the models. Off unless you have read that code."""
+    """Run Python code from the model repositories. Set it to true only after reading the code."""
     data: EvalSource
-    """Held-out sets by name; a single one is called `heldout`."""
+    """Held-out sets by name. A single set is called `heldout`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name: the dataset's name for it."""
+    """Map from our column name to the column name in the data set."""
     system_prompt: str | None = None
-    """Put before every prompt by the chat template."""
+    """System message added before every prompt by the chat template."""
     apply_chat_template: bool = True
-    """False: string prompts go to the model as they are. Rows with `messages` always use the template."""
+    """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file that takes the place of the models' chat templates."""
+    """A Jinja file to use instead of the models' chat templates."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
@@ -54,57 +55,59 @@ class EvaluateConfig(Section):
     reward: RewardModelConfig | None = None
     """The reward model, if a reward uses it."""
     reward_policy: RewardPolicy = RewardPolicy()
-    """What a failing reward does; `drop` leaves the prompt out."""
+    """What to do if a reward fails. `drop` leaves the prompt out."""
     temperature: EvalTemperature = 0.0
-    """0 is greedy; else at least 0.01."""
+    """0 is greedy; otherwise at least 0.01."""
     samples_per_prompt: int = Field(default=1, ge=1, le=10_000)
     """Responses to each prompt; more than one needs a temperature above 0."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """A response that reaches it is cut and counted as truncated."""
+    """Largest number of tokens in a response. A longer response is truncated."""
     environment: EnvironmentConfig | None = None
-    """null: one turn answers a prompt. With one, evaluate.max_new_tokens is of each turn."""
+    """The environment for conversations. null: one turn answers a prompt. With an environment, evaluate.max_new_tokens
+    limits each turn."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response; they stay in it, and may hold special tokens."""
+    """Strings that end a response. They stay in it and may contain special tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Token ids that end a response, besides the model's own and the chat template's; they stay in it."""
+    """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
-    """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
+    """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: float | None = None
-    """Score from which a response passes. null: 1 where a reward with a weight is a function; else there is
-    no such mark."""
+    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
+    threshold."""
     answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
-    """By what responses vote (maj@k). null: as the rewards compare them."""
+    """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
     by: str | None = Field(default=None, min_length=1)
-    """A column whose values split each set: each is reported beside the whole, as `SET.VALUE`. null: none."""
+    """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
+    split."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
-    """Bound on the tokens of one pass of a reward model, or of the model where completions are measured."""
+    """Largest number of tokens in one forward pass of a reward model, or of the model if completions are measured."""
 
 
 class EvaluationStage(Section):
-    """A stage of a pipeline that measures a model."""
+    """A pipeline stage for measuring a model."""
 
     run: RunConfig
     """Name, folder and seed."""
     evaluate: EvaluateConfig
-    """A stage that measures a model (in a pipeline alone)."""
+    """The evaluation. This section is only allowed in a pipeline."""
     cluster: ClusterConfig = ClusterConfig()
-    """Where it runs."""
+    """Cluster, device and resources of each role."""
     tracking: TrackingConfig = TrackingConfig()
     """W&B."""
 
     @property
     def uses_reward_model(self) -> bool:
-        """Whether a reward is the model of `evaluate.reward`."""
+        """Return whether a reward uses the model of `evaluate.reward`."""
         return any(reward.role == "reward" for reward in self.evaluate.rewards.values())
 
     @property
     def needs(self) -> frozenset[Literal["policy", "rollout", "reward"]]:
-        """Roles that get workers: the policy's measure completions."""
+        """Return the roles with workers. Without rewards, the policy's workers measure completions."""
         return frozenset({"rollout", "reward"}) if self.evaluate.rewards else frozenset({"policy"})
 
 
 def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
-    """Everything that is wrong with it. Empty: it can start."""
+    """Return all problems of the stage. If there are none, it can start."""
     return (
         *written_inert(stage, inert_in_evaluation(stage)),
         *reward_problems(
@@ -136,7 +139,7 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
 
 
 def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
-    """Keys that have no effect in the stage, sections before single keys."""
+    """Yield keys without effect in the stage, sections before single keys."""
     config = stage.evaluate
     functions = [reward for reward in config.rewards.values() if reward.function is not None]
     if not config.rewards:
@@ -177,7 +180,7 @@ def inert_in_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
 
 
 def _all(keys: str, why: str, fix: str) -> Iterator[Inert]:
-    """Keys without their section are of `evaluate`."""
+    """Yield the keys as inert. Keys without a section belong to `evaluate`."""
     for key in keys.split():
         path = key if key.startswith(("cluster.", "tracking.")) else f"evaluate.{key}"
         yield Inert(key=tuple(path.split(".")), why=why, fix=fix)

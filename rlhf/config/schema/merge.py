@@ -1,7 +1,6 @@
-"""What `rlhf merge` reads: models, a method, and where the result goes.
+"""Define, check and load the section of `rlhf merge`: models, a method, and the folder for the result.
 
-The section, its rules and its loader. MergeConfig, which has no `out`, is what a stage of a pipeline can hold;
-rlhf.merging does what it says. Nothing here opens a file but the YAML.
+MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging runs it. This module opens only the YAML file.
 """
 
 from __future__ import annotations
@@ -49,64 +48,65 @@ class MergeInput(Section):
     """One of the merged models."""
 
     model: str = Field(min_length=1)
-    """A Hugging Face name, a local folder, or in a pipeline `stage:NAME`. A folder with an adapter stands for its base
-    with the adapter added, or for the adapter alone where `output` is `adapter`."""
+    """A Hugging Face name, a local folder, or in a pipeline `stage:NAME`. An adapter folder means its base with the
+    adapter added, or only the adapter if `output` is `adapter`."""
     weight: float = 1.0
-    """Its share. May be negative."""
+    """Weight of the model. It may be negative."""
     density: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Part of the entries of its task vector that is kept; 1: all."""
+    """Fraction of task vector entries to keep. 1: all entries."""
     epsilon: float = Field(default=0.15, gt=0.0, lt=0.5)
-    """DELLA: entries are kept with chances from density - epsilon (the smallest) to density + epsilon (the largest)."""
+    """DELLA: entries are kept with probabilities from density - epsilon (the smallest) to density + epsilon (the
+    largest)."""
 
 
 class MergeSlice(Section):
     """Layers of one model, for `passthrough`."""
 
     model: ModelName
-    """A name of `models`."""
+    """A name in `models`."""
     layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-    """First layer, and the one after the last."""
+    """First layer, and the layer after the last."""
 
 
 class MergeConfig(Section):
-    """Models to merge, and how."""
+    """Models to merge and how to merge them."""
 
     method: Method
-    """docs/merging.md has the equation of each."""
+    """Merge method. docs/merging.md has the equation of each."""
     output: Literal["model", "adapter"] = "model"
     """`model`: whole weights. `adapter`: adapters of one base become one adapter."""
     base: str | None = Field(default=None, min_length=1)
-    """The model that the task vectors are differences to, and for slerp the end at t = 0, named as the others are.
-    null: the method has none."""
+    """Base model of the task vectors, or for slerp the model at t = 0. It is named like the other models. null: the
+    method has no base."""
     models: dict[ModelName, MergeInput]
     """The models by names of your choice."""
     t: float = Field(default=0.5, ge=0.0, le=1.0)
-    """slerp: way from `base` (0) to the model (1)."""
+    """slerp: position between `base` (0) and the model (1)."""
     scale: float = 1.0
     """Factor of the merged task vector (the papers' lambda)."""
     normalize: bool | None = None
-    """Divide by the sum of the weights (ties, dare_ties, della: of those that count at an entry). null: true for
-    linear, ties and della, false for the others."""
+    """Divide by the sum of the weights. ties, dare_ties and della sum only the weights of models with a kept entry.
+    null: true for linear, ties and della, false for the others."""
     slices: tuple[MergeSlice, ...] = ()
     """passthrough: the result's layers, from bottom to top."""
     rank: int | None = Field(default=None, ge=1)
-    """Rank of the adapter that an svd method makes. null: the largest of the adapters'."""
+    """Rank of the adapter made by an svd method. null: the largest rank of the adapters."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the entries that DARE and DELLA drop."""
+    """Seed for dropping entries in DARE and DELLA."""
     dtype: Dtype = "bfloat16"
-    """Stored type. The arithmetic is float32."""
+    """Data type of the result. The arithmetic is float32."""
     tokenizer: ModelName | None = None
-    """Whose config, tokenizer, chat template and generation config the result gets: a name of `models`, or `base`.
-    null: the first model's."""
+    """Source of the result's config, tokenizer, chat template and generation config: a name in `models`, or `base`.
+    null: the first model."""
     shard_gib: float = Field(default=5.0, ge=1e-6)
-    """Largest size of a weight file."""
+    """Largest size of a weight file, in GiB."""
 
 
 class MergeRun(MergeConfig):
-    """Models to merge, how, and where to."""
+    """Models to merge, the method, and the folder for the result."""
 
     out: Path
-    """Folder to make. It must not exist."""
+    """Folder to create. It must not exist."""
 
 
 class MergeFile(Section):
@@ -118,7 +118,7 @@ class MergeFile(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takes:
-    """What a method takes beside models, output, dtype and tokenizer."""
+    """List the keys and the number of models accepted by a method, besides models, output, dtype and tokenizer."""
 
     keys: frozenset[str] = frozenset()  # of the section
     per_model: frozenset[str] = frozenset()
@@ -158,7 +158,7 @@ METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
-    """The checked merge of a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
+    """Load and check a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
     tree = read_tree(config_file(path), needs="a merge needs the section merge, with method, models and out")
     if "merge" not in tree.values and not tree.values.keys().isdisjoint(OF_A_RUN):
         raise UserError(f"{tree.source}: is the configuration of a run, not of a merge; use `rlhf train {tree.source}`")
@@ -170,7 +170,7 @@ def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
 
 
 def merge_problems(config: MergeConfig) -> tuple[Problem, ...]:
-    """Everything that is wrong between keys."""
+    """Return all contradictions between keys."""
     takes = METHODS[config.output].get(config.method)
     if takes is None:
         other = "model" if config.output == "adapter" else "adapter"
@@ -181,7 +181,7 @@ def merge_problems(config: MergeConfig) -> tuple[Problem, ...]:
 
 
 def in_effect(config: MergeConfig) -> dict[str, Any]:
-    """The section as plain values without the keys that its method does not take: reading it repeats the merge."""
+    """Return the section without keys unknown to its method. Loading it repeats the merge."""
     takes = METHODS[config.output][config.method]
     skipped = {*_inert(config, takes), *({"tokenizer"} if config.tokenizer is None else ())}
     tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in skipped}

@@ -1,4 +1,4 @@
-"""Which model a role holds and how it is adapted."""
+"""Define the model of each role and its low-rank adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class LoraConfig(Section):
-    """A low-rank adapter (arXiv:2106.09685): only it is trained and saved, and where vLLM takes it, shipped alone."""
+    """A low-rank adapter (arXiv:2106.09685). Only the adapter is trained and saved. If vLLM supports it, only the
+    adapter is sent to the engines."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -21,43 +22,44 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """Names of the linear layers to adapt, or all of them but the head."""
+    """Names of the linear layers to adapt. all-linear: every linear layer except the head."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
-    """Numbers of the transformer blocks to adapt, from 0. null: all."""
+    """Indices of the transformer blocks to adapt, from 0. null: all blocks."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules to train whole and save with the adapter, such as embed_tokens and lm_head."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732), so that the rate need not change with the rank."""
+    """Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732), so that the learning rate need not change
+    with the rank."""
     dora: bool = False
-    """Train each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
+    """Train each weight's magnitude and direction separately (DoRA, arXiv:2402.09353)."""
     init: Literal["default", "pissa"] = "default"
-    """What the adapter begins as: nothing, or the principal part of each weight (PiSSA, arXiv:2404.02948)."""
+    """Initial adapter: zero, or the principal components of each weight (PiSSA, arXiv:2404.02948)."""
     lora_plus_ratio: float = Field(default=1.0, gt=0.0)
-    """Learning rate of B as a multiple of that of all else (LoRA+, arXiv:2402.12354, which suggests 16)."""
+    """Learning rate of B divided by the learning rate of all other weights (LoRA+, arXiv:2402.12354, suggests 16)."""
     quantize: Literal["nf4"] | None = None
     """Keep the frozen linear layers in 4 bits (QLoRA, arXiv:2305.14314). Needs bitsandbytes."""
 
 
 class ModelConfig(Section):
-    """One role's model."""
+    """The model of one role."""
 
     model: str = Field(min_length=1)
-    """A Hugging Face name, a local folder, `stage:NAME` (the result of an earlier stage), or `tiny:llama`
-    (the quickstart's model, made on the spot from run.seed)."""
+    """A Hugging Face name, a local folder, `stage:NAME` (the result of an earlier stage), or `tiny:llama` (the small
+    model of the quickstart, created from run.seed)."""
     revision: str | None = Field(default=None, min_length=1)
-    """Branch, tag or commit of a model on the hub. null: its main branch."""
+    """Branch, tag or commit of a model on the hub. null: the main branch."""
     dtype: Dtype = "bfloat16"
-    """Compute type. Trained roles keep float32 master weights either way."""
+    """Data type of the computation. Trained roles keep float32 master weights in both cases."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Run Python code from the model repository. Set it to true only after reading the code."""
 
     @property
     def source(self) -> str:
-        """The model as it is loaded: a hub name with a revision is NAME@REVISION."""
+        """Return the model to load. A hub name with a revision becomes NAME@REVISION."""
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
     def as_loaded(self) -> Self:
-        """The section with `source` as its model, as workers take it."""
+        """Return the section for workers, with `source` as its model."""
         return self.model_copy(update={"model": self.source, "revision": None})
 
 
@@ -65,20 +67,20 @@ class PolicyConfig(ModelConfig):
     """The trained language model."""
 
     tokenizer: str | None = Field(default=None, min_length=1)
-    """Name or folder of a tokenizer to use instead of the model's own, such as one with another chat template. Engines
-    and rewards use it too, and final/ holds it. null: the model's own."""
+    """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use it too, and
+    final/ contains it. null: the model's tokenizer."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model that training continues, as peft saves it, or `stage:NAME`. It
-    needs `lora: {}` in the same section. Rank, alpha, layers and kind are the folder's, and the reference is the model
-    with this adapter."""
+    """Folder of a trained LoRA adapter of this model in peft's format, or `stage:NAME`. Training continues from it. It
+    needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the reference is the
+    model with this adapter."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
 
     @property
     def tokenizer_source(self) -> str:
-        """Where the tokenizer of the whole run is loaded from."""
+        """Return the name or folder of the run's tokenizer."""
         return self.source if self.tokenizer is None else self.tokenizer
 
 
@@ -88,28 +90,28 @@ class CriticConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train a low-rank adapter and the value head instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model that training continues, or `stage:NAME`. It needs `lora: {}` in
-    the same section."""
+    """Folder of a trained LoRA adapter of this model, or `stage:NAME`. Training continues from it. It needs `lora: {}`
+    in the same section."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass. It saves memory and takes about a third more time."""
 
 
 class ReferenceConfig(ModelConfig):
-    """The frozen model that the policy is compared with."""
+    """The frozen reference model of the policy."""
 
 
 class TeacherConfig(ModelConfig):
-    """The frozen model that a student learns from: a language model with the policy's tokenizer."""
+    """The frozen teacher of a student: a language model with the policy's tokenizer."""
 
 
 class StepScores(Section):
-    """A response is worth what a process reward model says of its steps."""
+    """A response's score is combined from a process reward model's scores of its steps."""
 
     combine: Literal["min", "mean", "product"] = "min"
-    """What is made of the probabilities that the steps are right: the lowest (arXiv:2312.08935), their mean, or their
-    product (arXiv:2305.20050)."""
+    """How to combine the probabilities of correct steps: their minimum (arXiv:2312.08935), their mean, or their product
+    (arXiv:2305.20050)."""
     separator: str = Field(default="\n", min_length=1)
-    """Ends every step but the last, as in the model's training (`algorithm.step_separator`)."""
+    """Text at the end of every step except the last, as in the training of the model (`algorithm.step_separator`)."""
 
 
 class RewardModelConfig(ModelConfig):
@@ -117,4 +119,5 @@ class RewardModelConfig(ModelConfig):
     `rewards.<name>.role: reward`."""
 
     steps: StepScores | None = None
-    """Take a process reward model's word for every step of a response; null: the head's value at its end alone."""
+    """Score every step of a response with a process reward model. null: the score is the head's value at the end of the
+    response."""

@@ -1,4 +1,4 @@
-"""What scores responses: where each reward comes from, how they are combined, and what becomes of one that fails."""
+"""Define the sources of rewards, their combination, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Give your reasons in a few sentences, then end with a line `Score: N`."""
 
 
 class HttpConfig(Section):
-    """How a service is asked. What fails for want of an answer (the network, 408, 425, 429, 5xx) is asked again."""
+    """Requests to a service. A request is repeated after a network error or status 408, 425, 429 or 5xx."""
 
     timeout_s: float = Field(default=30.0, gt=0.0, le=86_400)
-    """Limit of one attempt."""
+    """Time limit of one attempt, in seconds."""
     deadline_s: float = Field(default=300.0, gt=0.0, le=86_400)
-    """Limit of one request with all its attempts; after it, the reward has failed."""
+    """Time limit of one request with all attempts, in seconds. After it, the reward has failed."""
     max_in_flight: int = Field(default=32, ge=1, le=1024)
-    """Requests that one reward worker has under way at once."""
+    """Requests in flight at once for each reward worker."""
 
     @model_validator(mode="after")
     def _an_attempt_fits(self) -> Self:
@@ -44,22 +44,23 @@ class HttpConfig(Section):
 
 
 class JudgeConfig(Section):
-    """A language model behind an OpenAI-compatible endpoint that is asked what a response is worth."""
+    """A language model behind an OpenAI-compatible endpoint, used to rate responses."""
 
     model: str = Field(min_length=1)
-    """Its name at the endpoint."""
+    """Name of the model at the endpoint."""
     prompt: str = _JUDGE_PROMPT
-    """What it is asked. `{prompt}`, `{response}` and `{COLUMN}` are filled in; a brace of its own is doubled."""
+    """The prompt for the judge. `{prompt}`, `{response}` and `{COLUMN}` are filled in. Double a brace to write it
+    literally."""
     system: str | None = Field(default=None, min_length=1)
-    """A system message before it."""
+    """A system message before the prompt."""
     pattern: str = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
-    """Regular expression whose first group is the number; the last match counts."""
+    """Regular expression whose first group is the number. The last match counts."""
     scale: tuple[float, float] = (1.0, 10.0)
-    """Numbers of the worst and the best response, which become 0 and 1. A number outside is a failure."""
+    """Numbers of the worst and the best response, mapped to 0 and 1. A number outside is a failure."""
     choices: dict[Annotated[str, Field(min_length=1)], float] = Field(default_factory=dict)
-    """In place of a number: what each of these words is worth, as it is. The one that stands last counts."""
+    """Scores of words, used instead of a number and without scaling. The last of these words in the answer counts."""
     request: dict[str, JsonValue] = Field(default_factory=lambda: dict[str, JsonValue](temperature=0.0, max_tokens=512))
-    """Further fields of the request: sampling, or what the endpoint takes besides."""
+    """Further fields of the request, such as sampling parameters."""
 
     @field_validator("prompt")
     @classmethod
@@ -89,43 +90,43 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward: exactly one of function, role, url and environment."""
+    """One reward with exactly one source: function, role, url or environment."""
 
     function: str | None = None
-    """A built-in by name, or `path/file.py:name`."""
+    """A built-in function, or `path/file.py:name`."""
     role: Literal["reward"] | None = None
-    """The reward model of the `reward` section."""
+    """Use the reward model of the `reward` section."""
     url: str | None = None
-    """A service that scores responses, or with `judge` the endpoint of a language model, such as
+    """A service that scores responses. With `judge`, the endpoint of a language model, such as
     `http://127.0.0.1:8000/v1`."""
     environment: bool = False
-    """true: the sum of what rollouts.environment gives in a conversation."""
+    """true: the sum of the rewards from rollouts.environment in a conversation."""
     weight: float = 1.0
-    """Its factor in the response's score."""
+    """Factor of the reward in the response's score."""
     normalize: Literal["none", "group"] = "none"
-    """group: what is trained on is its distance from the mean over the prompt's responses, over their deviation."""
+    """group: train on the difference from the group's mean, divided by the group's standard deviation."""
     credit: Literal["response", "step"] = "response"
-    """step: a function gives each step of a response a value, the reward model (`reward.steps`) the probability that it
-    is right, an environment what a turn earned, and that is credited to the tokens up to the step's end. response: one
-    value is credited to all of its tokens."""
+    """step: values of single steps are credited to the tokens up to the end of each step. A function gives each step a
+    value, the reward model (`reward.steps`) gives the probability that it is right, and an environment gives the
+    reward of a turn. response: one value is credited to all tokens."""
     gate: str | None = None
-    """Name of another reward whose value, as it is, this one is multiplied by."""
+    """Name of another reward. This reward is multiplied by its raw value."""
     only: dict[str, Annotated[tuple[str | int | bool, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Column: values. The reward is asked about rows alone that have one of them in each of the columns."""
+    """Map from columns to values. The reward applies only to rows that have one of the values in each column."""
     truncated_score: float | None = None
-    """What a response gets that was cut at rollouts.max_new_tokens (a conversation: that met one of the environment's
-    limits), before the weight; null: what the reward says."""
+    """Score of a response truncated at rollouts.max_new_tokens (or of a conversation at one of the environment's
+    limits), before the weight. null: the reward's score."""
     on_error: Literal["fail", "drop"] | Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
-    """What happens when this reward fails on a response: `fail`, `drop`, or the score that the response gets from it,
-    before the weight; null: reward_policy.on_error. A score is recorded as an error all the same."""
+    """What to do if this reward fails on a response: `fail`, `drop`, or a score to use before the weight. A replaced
+    score is still recorded as an error. null: as in reward_policy.on_error."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of the function, or of the class's constructor."""
+    """Keyword arguments of the function, or of the constructor of a class."""
     token_env: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
-    """Environment variable of the driver that holds the service's bearer token."""
+    """Environment variable on the driver with the bearer token of the service."""
     judge: JudgeConfig | None = None
-    """What the language model at `url` is asked."""
+    """Prompt and scale for the language model at `url`."""
     http: HttpConfig = HttpConfig()
-    """How the service is asked."""
+    """Timeouts and limits of requests to the service."""
 
     @field_validator("url")
     @classmethod
@@ -165,35 +166,35 @@ class RewardConfig(Section):
 
 
 class RewardPolicy(Section):
-    """What happens when a reward raises, hangs, returns no finite number, or has a service that does not answer."""
+    """What to do if a reward raises an error, hangs, returns no finite number, or its service does not answer."""
 
     on_error: Literal["fail", "drop"] = "fail"
-    """Of a reward that has no `on_error` itself. fail: the run stops. drop: the prompt's group is replaced by another
-    prompt's."""
+    """Default for rewards without `on_error`. fail: the run stops. drop: the prompt's group is replaced by another
+    prompt's group."""
     timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
-    """Limit of one call of a function."""
+    """Time limit of one function call, in seconds."""
     max_dropped_fraction: float = Field(default=0.25, gt=0.0, lt=1.0)
-    """With drop: the share of the groups asked last, over steps (32, or prompts_per_step if that is more), above which
-    dropped groups stop the run after all."""
+    """With drop: largest fraction of dropped groups among the latest groups, across steps. The run stops above it. The
+    window is 32 groups, or prompts_per_step if larger."""
     processes: int = Field(default=1, ge=1, le=1024)
-    """Processes that run reward functions, for each reward worker."""
+    """Processes for reward functions in each reward worker."""
     memory_gib: float = Field(default=8.0, ge=0.25, le=65536)
-    """Memory that one of these processes may map, libraries included. A call that wants more has failed."""
+    """Memory that one of these processes may map, including libraries, in GiB. Exceeding it counts as a failure."""
 
 
 def error_rules(rewards: Mapping[str, RewardConfig]) -> dict[str, ErrorRule]:
-    """Return what each reward says of its failures, and `environment` of the environment's."""
+    """Return the `on_error` of each reward, and of the environment under `environment`."""
     of_environment = next((reward.on_error for reward in rewards.values() if reward.environment), None)
     return {"environment": of_environment, **{name: reward.on_error for name, reward in rewards.items()}}
 
 
 def drops(rewards: Mapping[str, RewardConfig], policy: RewardPolicy) -> bool:
-    """Whether a failure can drop a group."""
+    """Return whether a failure can drop a group."""
     return "drop" in {policy.on_error, *(reward.on_error for reward in rewards.values())}
 
 
 def placeholders(template: str) -> Iterator[str]:
-    """Names in braces. ValueError for a brace that stands alone, or for more than a name in braces."""
+    """Yield the names in braces. Raise ValueError for a single brace, or for anything else in braces."""
     for _, name, form, conversion in string.Formatter().parse(template):
         if name is None:
             continue

@@ -1,4 +1,4 @@
-"""How many responses are sampled, and how."""
+"""Define how many responses are sampled, and how."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 class EnvironmentConfig(Section):
-    """What the policy converses with, instead of answering in one turn. docs/environments.md has the protocol."""
+    """An environment for conversations of several turns. docs/environments.md describes the protocol."""
 
     name: str
-    """A built-in, or `path/file.py:CLASS`."""
+    """A built-in environment, or `path/file.py:CLASS`."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the class's constructor."""
     max_turns: int = Field(default=8, ge=1, le=10_000)
-    """Turns of the policy, each of at most rollouts.max_new_tokens. A conversation that is not over by then is cut, as
-    truncated, with the rewards that it has."""
+    """Largest number of policy turns, each of at most rollouts.max_new_tokens. A longer conversation is truncated and
+    keeps its rewards up to then."""
     max_tokens: int = Field(ge=2)
-    """Tokens of a whole conversation with its prompt, at which it is cut likewise."""
+    """Largest number of tokens in a conversation with its prompt. A longer conversation is truncated too."""
     step_timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
-    """Limit of one call of the environment. One that takes longer has failed; see reward_policy."""
+    """Time limit of one environment call, in seconds. A slower call counts as failed; see reward_policy."""
     memory_gib: float = Field(default=4.0, ge=0.25, le=65536)
-    """Memory that a conversation's process may map, libraries included. One that wants more has failed."""
+    """Memory that a conversation's process may map, including libraries, in GiB. Exceeding it counts as a failure."""
     processes: int = Field(default=256, ge=1, le=100_000)
-    """Conversations open at once in an engine, each in a process of its own; others wait for a place."""
+    """Conversations open at once in an engine, each in a separate process. Further conversations are queued."""
     tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
-    """How the model writes tool calls. hermes: JSON within `<tool_call>`, as Qwen and others do."""
+    """Format of the model's tool calls. hermes: JSON within `<tool_call>`, as in Qwen and other models."""
 
 
 class DynamicSampling(Section):
-    """Groups that teach nothing are filtered, and replaced by other prompts' until the batch is whole (DAPO,
-    arXiv:2503.14476, section 3.2). A group is filtered if all its responses score alike, or by its mean score."""
+    """Filter groups without a learning signal, and replace them with other prompts' groups until the batch is full
+    (DAPO, arXiv:2503.14476, section 3.2). A group is filtered if all its responses have equal scores, or by its mean
+    score."""
 
     min_mean: float | None = Field(default=None, allow_inf_nan=False)
-    """A group whose mean score is lower is filtered too; null: none."""
+    """Filter groups with a lower mean score too. null: no lower limit."""
     max_mean: float | None = Field(default=None, allow_inf_nan=False)
-    """A group whose mean score is higher is filtered too; null: none."""
+    """Filter groups with a higher mean score too. null: no upper limit."""
     max_filtered_fraction: float = Field(default=4.0, gt=0.0, le=1000.0)
-    """Groups filtered in one step, as a share of prompts_per_step, at which the run stops."""
+    """Number of groups filtered in one step, divided by prompts_per_step, at which the run stops."""
 
     @model_validator(mode="after")
     def _a_band(self) -> Self:
@@ -51,60 +52,60 @@ class DynamicSampling(Section):
 
 
 class KeepPerPrompt(Section):
-    """Of a prompt's responses the step trains on these alone. They are compared with each other only."""
+    """Train on a subset of each prompt's responses. Only responses in the subset are compared with each other."""
 
     count: int = Field(ge=1)
-    """How many."""
+    """Number of responses to keep."""
     by: Literal["spread", "best"] = "spread"
-    """spread: those whose scores have the largest variance, some highest and some lowest (arXiv:2504.13818);
-    best: those with the highest scores."""
+    """spread: keep the subset with the largest score variance, some highest and some lowest scores (arXiv:2504.13818).
+    best: keep the highest scores."""
 
 
 class RolloutsConfig(Section):
-    """Sampling of one step. A step's batch is prompts_per_step * samples_per_prompt responses."""
+    """Sampling of responses. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
     prompts_per_step: int = Field(default=64, ge=1, le=1_000_000)
-    """Prompts answered between two weight syncs."""
+    """Prompts sampled between two weight syncs."""
     samples_per_prompt: int = Field(default=4, ge=1, le=10_000)
-    """Responses to each prompt: one group."""
+    """Responses to each prompt, which form one group."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """A response that reaches it is cut and counted as truncated."""
+    """Largest number of tokens in a response. A longer response is truncated."""
     temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
-    """Sampling temperature; the trainer's log-probabilities are taken at the same one. In training, a row with a column
-    `temperature` has its own."""
+    """Sampling temperature. The trainer computes log-probabilities at the same temperature. In training, a column
+    `temperature` sets it for each row."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling; 1.0 keeps all tokens."""
+    """Nucleus sampling. 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
-    """Sample among the k likeliest tokens; null keeps all."""
+    """Sample among the k most likely tokens. null: keep all tokens."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Sample among the tokens whose probability is at least this share of the likeliest token's; 0 keeps all."""
+    """Sample among tokens with at least this fraction of the most likely token's probability. 0 keeps all tokens."""
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    """Above 1, tokens that the prompt or the response has are less likely; 1 changes nothing. The policy is trained
-    without it, so another value needs importance weights towards the sampler (algorithm.correction)."""
+    """Values above 1 make tokens of the prompt or response less likely; 1 changes nothing. The policy is trained
+    without the penalty, so other values need importance weights towards the sampler (algorithm.correction)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response; they stay in it, and may hold special tokens."""
+    """Strings that end a response. They stay in it and may contain special tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Token ids that end a response, besides the model's own and the chat template's; they stay in it."""
+    """Token ids that end a response, in addition to the model's and the chat template's. They stay in the response."""
     dynamic_sampling: DynamicSampling | None = None
-    """Replace groups that teach nothing; null: all groups are trained on."""
+    """Replace groups without a learning signal. null: train on all groups."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
-    """Prompts asked for each that is needed. Above 1, the slowest are cancelled once the batch is whole and come first
-    in the next step: steps wait less for long responses, and train on fewer of them."""
+    """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
+    first in the next step. Steps wait less for long responses and train on fewer of them."""
     keep_per_prompt: KeepPerPrompt | None = None
-    """Train on some of a prompt's responses; null: on all."""
+    """Train on some of a prompt's responses. null: train on all."""
     max_staleness: Literal[0] = 0
     """Optimizer phases by which a rollout may lag behind the weights it trains. 0: rollouts and training take turns."""
     environment: EnvironmentConfig | None = None
-    """null: one turn answers a prompt."""
+    """The environment for conversations. null: one turn answers a prompt."""
 
     @property
     def max_response_tokens(self) -> int:
-        """Most tokens that the policy samples in one sequence."""
+        """Return the largest number of tokens sampled by the policy in one sequence."""
         environment = self.environment
         if environment is None:
             return self.max_new_tokens
         return min(environment.max_turns * self.max_new_tokens, environment.max_tokens)
 
     def longest_sequence(self, prompt_tokens: int) -> int:
-        """Most tokens of a sequence that begins with a prompt of so many."""
+        """Return the most tokens of a sequence beginning with a prompt of `prompt_tokens`."""
         return prompt_tokens + self.max_new_tokens if self.environment is None else self.environment.max_tokens

@@ -1,4 +1,4 @@
-"""The root of the tree."""
+"""Define the root of the configuration of one run."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Config(Section):
-    """One run."""
+    """The configuration of one run."""
 
     run: RunConfig
     """Name, folder and seed."""
     policy: PolicyConfig
     """The trained model."""
     reference: ReferenceConfig | None = None
-    """null: the policy's model before training, where the run needs a reference; a LoRA policy is its own reference
-    with the adapter off."""
+    """The reference model. null: the policy's model before training, if the run needs a reference. A LoRA policy is its
+    own reference with the adapter disabled."""
     teacher: TeacherConfig | None = None
-    """The model that is distilled, if the algorithm learns from one."""
+    """The teacher model, if the algorithm distils one."""
     critic: CriticConfig | None = None
-    """null: as the policy (model, dtype, LoRA), with a value head, where the run needs a critic."""
+    """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
     reward: RewardModelConfig | None = None
     """The reward model, if a reward uses it."""
     algorithm: AlgorithmConfig = Field(discriminator="name")
-    """What is optimised."""
+    """The training objective."""
     data: DataConfig
     """Datasets."""
     rollouts: RolloutsConfig | None = None
-    """Sampling; online algorithms only."""
+    """Sampling of responses, for online algorithms only."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
-    """Rewards by name; online algorithms only, which need at least one unless they learn from a teacher."""
+    """Rewards by name, for online algorithms only. These need at least one reward unless they learn from a teacher."""
     reward_policy: RewardPolicy = RewardPolicy()
-    """What a failing reward does."""
+    """What to do if a reward fails."""
     train: TrainConfig
     """Optimisation and checkpoints."""
     eval: EvalConfig = EvalConfig()
     """Evaluation on data.eval."""
     cluster: ClusterConfig = ClusterConfig()
-    """Where it runs."""
+    """Cluster, device and resources of each role."""
     tracking: TrackingConfig = TrackingConfig()
-    """W&B and samples."""
+    """W&B, TensorBoard and samples."""

@@ -1,4 +1,4 @@
-"""Name, folder, seed and trackers of a run."""
+"""Define name, folder, seed and trackers of a run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _MAX_PATH_BYTES = 3000  # Linux allows 4,095, and the names inside the run's fol
 
 
 class RunConfig(Section):
-    """Everything of a run lies in <dir>/<name>/."""
+    """Name, folder and seed of a run. All its files are in <dir>/<name>/."""
 
     name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Folder of the run below `dir`, and its name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
     dir: Path = Field(default=Path("runs"), validate_default=False)
-    """Folder of runs. A leading `~` is your home."""
+    """Folder for runs. A leading `~` is your home folder."""
     mirror: str | None = Field(default=None, min_length=1)
-    """Folder of runs elsewhere, by a URL of fsspec such as `s3://bucket/runs`. The run's folder is copied there at each
-    checkpoint and at the end, and `--resume auto` fetches it where the folder is missing or older. null: no copy."""
+    """URL of fsspec for a remote folder of runs, such as `s3://bucket/runs`. The run's folder is copied there at each
+    checkpoint and at the end. `--resume auto` fetches it if the local folder is missing or older. null: no copy."""
     push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)
-    """Repository of the Hugging Face hub, OWNER/NAME, to which final/ is uploaded at the end. A stage of a pipeline
-    goes to OWNER/NAME-STAGE. The repository is private if it is new. Needs HF_TOKEN or a login. null: no upload."""
+    """Repository on the Hugging Face hub, OWNER/NAME. final/ is uploaded to it at the end. A stage of a pipeline uses
+    OWNER/NAME-STAGE. A new repository is private. The upload needs HF_TOKEN or a login. null: no upload."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Seeds data order, sampling, initialisation and dropout."""
+    """Seed of data order, sampling, initialisation and dropout."""
 
     @property
     def repository(self) -> str | None:
-        """Where final/ is uploaded to."""
+        """Return the hub repository for final/."""
         stage = self.name.partition("/")[2]
         return f"{self.push_to_hub}-{stage}" if self.push_to_hub is not None and stage else self.push_to_hub
 
@@ -51,21 +51,21 @@ class RunConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Who else is told. metrics.jsonl, samples and timeline are always written."""
+    """Trackers of the run. metrics.jsonl, samples and timeline are always written."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     """W&B: `online` needs WANDB_API_KEY or a login."""
     wandb_project: str = "rlhf"
     """W&B project."""
     wandb_entity: str | None = Field(default=None, min_length=1)
-    """W&B user or team. null: the account's own."""
+    """W&B user or team. null: the account's default."""
     wandb_group: str | None = Field(default=None, min_length=1)
-    """W&B group. null: the pipeline's name for its stages; else none. A sweep gives its trials its own name."""
+    """W&B group. null: the pipeline's name for its stages, otherwise no group. A sweep uses its name for its trials."""
     wandb_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
     """W&B tags."""
     wandb_checkpoints: bool = False
-    """Keep checkpoints and the final model as W&B artifacts too."""
+    """Also save checkpoints and the final model as W&B artifacts."""
     tensorboard: bool = False
-    """TensorBoard files in the run's folder."""
+    """Write TensorBoard files in the run's folder."""
     samples_per_step: int = Field(default=16, ge=0)
-    """Responses written to samples/ each step, token by token; every evaluation response is written."""
+    """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

@@ -1,4 +1,4 @@
-"""What a stage of a pipeline can be: a training run, a merge, or an evaluation. The section that it has says which."""
+"""Define the stages of a pipeline: training runs, merges and evaluations. Each stage is recognized by its section."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlhf.config.validation.run import problems, unused, written_inert
 
 
 class MergeStage(Section):
-    """A stage of a pipeline that merges models."""
+    """A pipeline stage for merging models."""
 
     run: RunConfig
     """Name and folder."""
     merge: MergeConfig
-    """The merge, without `out`: its result is the stage's final/."""
+    """The merge, without `out`. Its result is the stage's final/."""
 
 
 Stage = Config | MergeStage | EvaluationStage
@@ -32,34 +32,34 @@ WHAT: Mapping[type[Stage], str] = {Config: "a training run", MergeStage: "a merg
 
 
 def run_folder(stage: Stage) -> Path:
-    """Where everything of a run lies."""
+    """Return the folder of everything in a run."""
     return stage.run.dir / stage.run.name
 
 
 def final_folder(stage: Stage) -> Path:
-    """Of the model that a training run or a merge makes."""
+    """Return the folder of the model made by a training run or a merge."""
     return run_folder(stage) / "final"
 
 
 def result_of(stage: Stage) -> Path:
-    """What is there if and only if the stage is finished."""
+    """Return the path whose existence means that the stage is finished."""
     return run_folder(stage) / "eval.json" if isinstance(stage, EvaluationStage) else final_folder(stage)
 
 
 def kind_of(own: Mapping[str, Any]) -> type[Stage]:
-    """What the sections of a stage make it."""
+    """Return the class of a stage with these sections."""
     return next((root for section, root in KINDS.items() if section in own), Config)
 
 
 def stage_problems(stage: Stage) -> tuple[Problem, ...]:
-    """Everything that is wrong with it. Empty: it can start."""
+    """Return all problems of a stage. If there are none, it can start."""
     if isinstance(stage, MergeStage):
         return merge_problems(stage.merge)
     return problems(stage) if isinstance(stage, Config) else evaluation_problems(stage)
 
 
 def stage_unused(stage: Stage) -> Iterator[Problem]:
-    """Written keys that have no effect in it, and that another stage may use. A merge has none but its own."""
+    """Yield written keys without effect in a stage but of possible use in another. A merge has none to yield."""
     if isinstance(stage, Config):
         yield from unused(stage)
     elif isinstance(stage, EvaluationStage):

@@ -1,7 +1,6 @@
-"""What `rlhf sweep` reads: a run's configuration, what changes from trial to trial, and by which number it is judged.
+"""Define, check and load the section of `rlhf sweep`: a base run, the varied parameters, and the metric.
 
-The section, its rules and its loader. Every trial that is known beforehand is checked here, as a run of its own;
-rlhf.sweeps says which ones those are. Nothing here starts anything.
+Trials known in advance are checked here as complete runs; rlhf.sweeps lists them. Nothing here starts anything.
 """
 
 from __future__ import annotations
@@ -32,103 +31,104 @@ STEERED = ("train.lr", "train.min_lr_ratio", "train.grad_clip", "rollouts.temper
 
 
 class Parameter(Section):
-    """What a key takes: one of `values`, or a number from `min` to `max`."""
+    """Values of a key: one of `values`, or a number from `min` to `max`."""
 
     values: tuple[Any, ...] | None = None
-    """The choices, of any kind that the key takes. null: a range."""
+    """The choices, of any type allowed for the key. null: a range."""
     min: float | None = None
-    """Least number of a range."""
+    """Smallest number of a range."""
     max: float | None = None
     """Largest number of a range."""
     scale: Literal["linear", "log"] = "linear"
-    """log: each factor is as likely as any other, as fits learning rates."""
+    """log: draw the logarithm uniformly, which suits learning rates."""
     step: float | None = Field(default=None, gt=0.0)
-    """Distance between the numbers of a linear range. null: any number between the ends."""
+    """Distance between the numbers of a linear range. null: any number in the range."""
     integer: bool = False
-    """Whole numbers only."""
+    """Use whole numbers only."""
 
 
 class GridMethod(Section):
-    """Every combination. A range needs `step` or `integer`."""
+    """All combinations of values. A range needs `step` or `integer`."""
 
     name: Literal["grid"]
     """Method."""
 
 
 class RandomMethod(Section):
-    """Independent draws. The first n are the same however many there are."""
+    """Independent draws. The first n draws do not depend on the number of trials."""
 
     name: Literal["random"]
     """Method."""
     trials: int = Field(ge=1, le=10_000)
-    """Runs."""
+    """Number of runs."""
 
 
 class BayesianMethod(Section):
-    """Draws where earlier trials were good (Optuna's TPE through Ray Tune). Needs the extra `sweeps`."""
+    """Draws near earlier good trials (Optuna's TPE through Ray Tune). It needs the extra `sweeps`."""
 
     name: Literal["bayesian"]
     """Method."""
     trials: int = Field(ge=1, le=10_000)
-    """Runs. The first ten are random draws."""
+    """Number of runs. The first ten are random draws."""
 
 
 class AshaMethod(Section):
-    """Random draws, the worse of which are stopped early (asynchronous successive halving, arXiv:1810.05934)."""
+    """Random draws, with early stopping of the worse trials (asynchronous successive halving, arXiv:1810.05934)."""
 
     name: Literal["asha"]
     """Method."""
     trials: int = Field(ge=1, le=10_000)
-    """Runs begun."""
+    """Number of runs to start."""
     grace_steps: int = Field(ge=1)
-    """Steps that every trial has; later looks are at this times powers of reduction_factor."""
+    """Steps that every trial runs. Later comparisons are at this number times powers of reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
-    """At each look one of so many goes on."""
+    """At each comparison, one of this many trials continues."""
 
 
 class PbtMethod(Section):
-    """A population whose worst members go on from the checkpoint of one of the best, with changed parameters
+    """A population in which the worst members continue from the checkpoint of one of the best, with changed parameters
     (population-based training, arXiv:1711.09846)."""
 
     name: Literal["pbt"]
     """Method."""
     trials: int = Field(ge=2, le=10_000)
-    """Members of the population."""
+    """Number of members in the population."""
     every: int = Field(ge=1)
-    """Steps between two looks: all members have done as many when they are compared."""
+    """Steps between two comparisons. All members are compared after the same number of steps."""
     quantile: float = Field(default=0.25, gt=0.0, le=0.5)
-    """Share of the population that is replaced, by members of the best share of that size; at least one."""
+    """Fraction of the population replaced by members of the best fraction of the same size, at least one member."""
     resample: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Chance of a fresh draw of a copied parameter; else it becomes 0.8 or 1.2 times as large, or the value beside."""
+    """Probability of a new draw for a copied parameter. Otherwise it is multiplied by 0.8 or 1.2, or moves to a
+    neighbouring value."""
 
 
 Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod | PbtMethod
 
 
 class SweepConfig(Section):
-    """Runs that differ in some keys, and how they are compared. All of it lies in <dir>/<name>/."""
+    """Runs with different values of some keys, and how to compare them. All files are in <dir>/<name>/."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of the sweep below `dir`, and the group of its runs in W&B."""
+    """Folder of the sweep below `dir`, and the W&B group of its runs."""
     dir: Path = Field(default=Path("sweeps"), validate_default=False)
-    """Folder of sweeps. A leading `~` is your home."""
+    """Folder for sweeps. A leading `~` is your home folder."""
     config: str | dict[str, Any]
-    """The run that is varied: a file for `rlhf train`, found from here or beside this file; or the sections
+    """The run to vary: a file for `rlhf train`, relative to the current folder or to this file, or the sections
     themselves."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the run that are the same in every trial but not in `config`, as `train.steps: 20`."""
+    """Keys of the run to change in every trial, such as `train.steps: 20`."""
     parameters: dict[str, Parameter] = Field(min_length=1)
-    """What is varied, by key of the run (`train.lr`)."""
+    """Parameters to vary, by key of the run (`train.lr`)."""
     method: Method = Field(discriminator="name")
     """How trials are chosen."""
     metric: str = Field(min_length=1)
-    """The metric that says how good a trial is, by its last value; a leading `-` means lower is better."""
+    """The metric for comparing trials, by its last value. A leading `-` means lower is better."""
     concurrency: int | None = Field(default=None, ge=1)
-    """Trials at once. null: as many as the machine or the cluster has room for."""
+    """Number of trials at once. null: as many as fit on the machine or the cluster."""
     max_failures: int | None = Field(default=None, ge=0)
-    """Failed trials after which no other is started. null: any number."""
+    """Number of failed trials after which no other trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Of the draws; the runs have `run.seed`."""
+    """Seed of the draws. The runs use `run.seed`."""
 
     @field_validator("dir")
     @classmethod
@@ -145,7 +145,7 @@ class SweepFile(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """A checked sweep, and the tree of the run that it varies."""
+    """Hold a checked sweep and the tree of its base run."""
 
     source: str  # the file, for messages
     config: SweepConfig
@@ -155,26 +155,26 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where everything of the sweep lies."""
+        """Return the folder of the whole sweep."""
         return self.config.dir / self.config.name
 
     @property
     def metric(self) -> str:
-        """Without its sign."""
+        """Return the metric without its sign."""
         return self.config.metric.removeprefix("-")
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether the metric has a `-`."""
+        """Return whether the metric has a leading `-`."""
         return self.config.metric.startswith("-")
 
     @property
     def judged(self) -> str:
-        """The name of the stage whose metric it is: the last one that trains and has it."""
+        """Return the name of the last training stage with the metric."""
         return _judged(self.base, self.metric)
 
     def trial(self, parameters: Mapping[str, Any], name: str) -> LoadedConfig:
-        """The checked run of a trial. UserError names what the parameters break."""
+        """Return the checked run of a trial. UserError names the invalid parameters."""
         own = {"run.name": name, "run.dir": str(self.folder / "trials")}
         if any(stage.tracking.wandb != "off" for stage in self.base.runs.values()):
             own["tracking.wandb_group"] = self.config.name
@@ -185,14 +185,14 @@ class Sweep:
             return resolve(self.tree, arguments({**parameters, **own}), self.tree_folder)
 
     def best(self, parameters: Mapping[str, Any]) -> LoadedConfig:
-        """The run of these parameters, to be made again where the varied one would lie."""
+        """Return the run with these parameters, to be repeated in the folder of the base run."""
         name = f"{self.base.name}-{self.config.name}"
         return resolve(self.tree, arguments({**parameters, "run.name": name}), self.tree_folder)
 
 
 @contextmanager
 def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """What is wrong inside is wrong with these parameters."""
+    """Add the parameters of a trial to a UserError."""
     try:
         yield
     except UserError as error:
@@ -201,12 +201,12 @@ def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
-    """`key=value` words for the command line."""
+    """Return `key=value` arguments for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The checked sweep of a YAML file. `sweep.key=value` changes the sweep, any other key its run."""
+    """Load and check a YAML file. `sweep.key=value` changes the sweep, and any other key changes its run."""
     path = config_file(path)
     tree = read_tree(path, needs="a sweep needs the section sweep, with name, config, parameters, method and metric")
     if "sweep" not in tree.values and "algorithm" in tree.values:
@@ -235,7 +235,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def ends(parameter: Parameter) -> Iterator[Any]:
-    """All values, or both ends of a range."""
+    """Yield all values of a parameter, or both ends of its range."""
     if parameter.values is not None:
         yield from parameter.values
         return
@@ -245,7 +245,7 @@ def ends(parameter: Parameter) -> Iterator[Any]:
 
 
 def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
-    """The varied run as it is written, and the folder that it is written in."""
+    """Return the base run as written, and the folder with its file."""
     beside = path.resolve().parent
     if isinstance(config.config, dict):
         at = (*AT, "config")
@@ -259,7 +259,7 @@ def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
 
 
 def _problems(config: SweepConfig) -> Iterator[Problem]:
-    """What is wrong with the sweep itself."""
+    """Yield problems of the sweep itself."""
     for key, parameter in config.parameters.items():
         at = (*AT, "parameters", key)
         if key in OWN:
@@ -288,7 +288,7 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
 
 
 def _of_loss(key: str) -> bool:
-    """Whether a key weighs or shapes a loss alone."""
+    """Return whether a key only affects the loss."""
     of_algorithm = key.startswith("algorithm.") and key != "algorithm.name"
     return of_algorithm or (key.startswith("rewards.") and key.endswith(".weight"))
 
@@ -317,7 +317,7 @@ def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[P
 
 
 def _run_problems(sweep: Sweep) -> Iterator[Problem]:
-    """What is wrong between the sweep and its run."""
+    """Yield contradictions between the sweep and its run."""
     metric, stages = sweep.metric, sweep.base.runs
     known = [name for stage in stages.values() for name in _evaluated(stage)]
     splits = any(stage.eval.by is not None for stage in stages.values())
@@ -351,12 +351,12 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
 
 
 def _evaluated(stage: Config) -> list[str]:
-    """The metrics of its evaluations."""
+    """Return the metrics of the stage's evaluations."""
     return [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
 
 
 def _judged(loaded: LoadedConfig, metric: str) -> str:
-    """The last stage that trains and has the metric, or the last that trains."""
+    """Return the last training stage with the metric, or else the last training stage."""
     names = list(loaded.runs)
     having = [name for name in names if metric in _evaluated(loaded.runs[name])]
     return (having or names)[-1]

@@ -1,4 +1,4 @@
-"""Optimisation, checkpoints and evaluation."""
+"""Define optimization, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -25,68 +25,67 @@ EvalTemperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE), AfterValid
 
 
 class EarlyStopping(Section):
-    """Ends a run whose evaluation no longer improves; final/ is then the best checkpoint's model."""
+    """Stop a run whose evaluation no longer improves. final/ is then the model of the best checkpoint."""
 
     patience: int = Field(default=3, ge=1)
-    """Evaluations in a row without a new best."""
+    """Number of consecutive evaluations without improvement before the run stops."""
     min_delta: float = Field(default=0.0, ge=0.0)
-    """How much better than the best so far an evaluation must be to count."""
+    """Smallest improvement over the best evaluation that counts."""
 
 
 class TrainConfig(Section):
-    """The optimizer and the batch. `steps` counts controller steps: for RL a step is one batch of rollouts."""
+    """The optimizer and the batch. `steps` counts controller steps: for RL, a step is one batch of rollouts."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Steps of the whole run, resumed or not. Give either this or `epochs`."""
+    """Steps of the whole run, resumed or not. Give either `steps` or `epochs`."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000)
-    """Passes over data.train, in place of `steps`: as many steps as it takes to train on so many rows, for RL prompts.
-    Of several sets, a pass has as many rows as all sets together, whatever their weights."""
+    """Passes over data.train, instead of `steps`. Rows are prompts for RL. With several sets, a pass has as many rows
+    as all sets together, whatever their weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
-    """adamw; adamw_8bit keeps its moments in 8 bits and needs bitsandbytes; adafactor keeps a row and a column of each
-    matrix in place of moments; muon orthogonalises the matrices of the transformer blocks and leaves all other weights
-    to adamw. The last two need zero_stage 0."""
+    """adamw_8bit keeps its moments in 8 bits and needs bitsandbytes. adafactor keeps a row and a column of each matrix
+    instead of moments. muon orthogonalises the matrices of the transformer blocks and uses adamw for all other
+    weights. adafactor and muon need zero_stage 0."""
     lr: float = Field(gt=0.0)
     """Peak learning rate."""
     lr_schedule: Schedule = "constant"
-    """Shape after the warm-up, over all optimizer steps of the run. cosine_with_restarts falls `lr_cycles` times; wsd
-    (warmup-stable-decay) is constant, then falls linearly in the last `lr_decay_ratio` of the steps."""
+    """Schedule after the warm-up, over all optimizer steps of the run. cosine_with_restarts decays `lr_cycles` times.
+    wsd (warmup-stable-decay) is constant, then decays linearly in the last `lr_decay_ratio` of the steps."""
     lr_cycles: int = Field(default=2, ge=2)
-    """Times that cosine_with_restarts falls from the full rate."""
+    """Number of decays from the full rate in cosine_with_restarts."""
     lr_decay_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Share of the run's optimizer steps in which wsd decays."""
+    """Fraction of the run's optimizer steps in which wsd decays."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps over which the rate rises linearly from 0."""
+    """Optimizer steps with a learning rate rising linearly from 0."""
     warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the run's optimizer steps over which the rate rises, in place of `warmup_steps`; rounded up."""
+    """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. It is rounded up."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate that the decay would reach one step after the last, as a share of lr. The last step itself still
-    has a rate above it."""
+    """Learning rate one step after the end of the decay, as a fraction of lr. The last step still has a higher rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Decoupled weight decay. It applies to matrices; norms and biases do not decay."""
+    """Decoupled weight decay of matrices. Norms and biases do not decay."""
     grad_clip: float = Field(default=1.0, gt=0.0)
-    """Largest norm of a step's gradient."""
+    """Largest norm of a gradient. Longer gradients are scaled down."""
     sequences_per_update: int = Field(ge=1, le=1_000_000)
-    """Sequences of one optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     epochs_per_batch: int = Field(default=1, ge=1, le=1000)
     """Passes over each batch of rollouts."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=2)
-    """Hard bound on the tokens of one forward and backward pass. No sequence may be longer."""
+    """Largest number of tokens in one forward and backward pass. No sequence may be longer."""
     checkpoint_every: int = Field(default=50, ge=1)
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints. The last step always has a checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; the best one is kept beside them."""
+    """Number of newest checkpoints to keep. The best checkpoint is kept too."""
     preemption_grace_s: float = Field(default=25.0, gt=0.0, le=86_400)
-    """Seconds after SIGTERM, SIGHUP or SIGUSR1 for the step in progress and its checkpoint, before the run ends with
-    exit code 75. Kubernetes gives 30 s unless told otherwise, a spot machine 30 to 120 s."""
+    """Seconds after SIGTERM, SIGHUP or SIGUSR1 for finishing the step and its checkpoint, before the run ends with exit
+    code 75. Kubernetes allows 30 s by default, a spot machine 30 to 120 s."""
     best_metric: str | None = None
-    """Metric of an evaluation by which the best checkpoint is chosen; a leading `-` means lower is better. null: the
-    first evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
+    """Evaluation metric for choosing the best checkpoint. A leading `-` means lower is better. null: the first
+    evaluation set's score, or its `-kl_teacher` without rewards (its `-loss` for runs without rollouts)."""
     early_stopping: EarlyStopping | None = None
-    """null: the run does all its steps."""
+    """Stop when evaluations no longer improve. null: the run does all its steps."""
 
     @property
     def num_steps(self) -> int:
@@ -97,24 +96,26 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on data.eval: greedy responses scored by the same rewards, or loss for supervised runs."""
+    """Evaluation on data.eval: greedy responses scored by the training rewards, or the loss for supervised runs."""
 
     every: int = Field(default=10, ge=1)
-    """Steps between evaluations; the last step always has one."""
+    """Steps between evaluations. The last step always has an evaluation."""
     at_start: bool = True
-    """Evaluate before training too, as step 0."""
+    """Also evaluate before training, as step 0."""
     temperature: EvalTemperature = 0.0
-    """0 is greedy; else at least 0.01."""
+    """0 is greedy; otherwise at least 0.01."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to each held-out prompt; more than one needs a temperature above 0."""
     greedy: bool = False
-    """Beside the sampled responses one greedy response to each prompt, whose score is `eval/<set>/greedy`."""
+    """Sample one greedy response to each prompt in addition to the sampled responses. Its score is
+    `eval/<set>/greedy`."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
-    """Of pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
+    """Values of k in pass@k and maj@k. null: 1, 2, 4, ... up to samples_per_prompt."""
     pass_score: float | None = None
-    """Score from which a response passes. null: 1 where a reward with a weight is a function; else there is
-    no such mark."""
+    """Lowest score with which a response passes. null: 1 if a reward with a weight is a function; otherwise there is no
+    threshold."""
     answer: Literal["last_number", "answer_tag", "boxed", "whole"] | None = None
-    """By what responses vote (maj@k). null: as the rewards compare them."""
+    """Answer extracted from responses for majority votes (maj@k). null: as the rewards compare answers."""
     by: str | None = Field(default=None, min_length=1)
-    """A column whose values split each set: each is reported beside the whole, as `SET.VALUE`. null: none."""
+    """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
+    split."""
