@@ -102,7 +102,7 @@ def _json(text: str) -> Any:
     """Return the parsed JSON value, or None if the text cannot be parsed."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or more digits or deeper than Python takes
+    except (ValueError, RecursionError):  # invalid JSON, or beyond Python's limits of digits and depth
         return None
 
 
@@ -217,7 +217,7 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     try:
         behind = behind_turn([], tokenizer, add_generation_prompt=False, place="") or ""
-    except UserError:  # the template wants more than a question and its answer
+    except UserError:  # the template needs more than a question and its answer
         return None
     end = special_tokens(tokenizer).match(behind.lstrip())
     return None if end is None else int(tokenizer.convert_tokens_to_ids(end.group()))

@@ -68,7 +68,7 @@ def calculator(split: str, size: int, seed: int, args: Mapping[str, Any]) -> lis
     Split sft has whole conversations with the call.
     """
     (most,) = _whole_numbers(CALCULATOR, args, max_value=99)
-    if most < 9:  # so that every split has questions
+    if most < 9:  # otherwise a split could have no questions
         raise UserError(f"Task {CALCULATOR}: args.max_value is {most}, expected 9 or more.")
     rows = []
     for index in range(size):

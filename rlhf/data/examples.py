@@ -32,9 +32,11 @@ class Reading:
 
     system_prompt: str | None
     apply_chat_template: bool
-    max_tokens: int  # of a prompt: data.max_prompt_tokens. Of an offline sequence: data.max_sequence_tokens
-    too_long: TooLong = "error"  # cut: a prompt for rollouts loses its beginning, an offline completion its end
-    max_unusable_fraction: float = 0.0  # share of the rows of one data set that may be left out
+    max_tokens: int  # prompts: data.max_prompt_tokens; offline sequences: data.max_sequence_tokens
+    too_long: TooLong = (
+        "error"  # cut removes the beginning of a prompt for rollouts, and the end of an offline completion
+    )
+    max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,9 @@ class Example:
     False, True, True)`.
     """
 
-    example_id: int  # its place among what was loaded
+    example_id: int  # index among the loaded examples
     token_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]  # True where the token is to be learnt; never the first
+    loss_mask: tuple[bool, ...]  # True if the token is learned; always False for the first token
 
     @property
     def beside_tokens(self) -> bytes:
@@ -133,7 +135,7 @@ def mark(example_id: int, pieces: Sequence[Tokens], *, place: str) -> Example:
     return Example(
         example_id=example_id,
         token_ids=tuple(itertools.chain.from_iterable(piece.ids for piece in pieces)),
-        loss_mask=(False, *loss_mask[1:]),  # nothing comes before the first token, so nothing predicts it
+        loss_mask=(False, *loss_mask[1:]),  # the first token has no prediction
     )
 
 
@@ -190,7 +192,7 @@ def _pieces(row: Row, writer: Writer) -> list[Piece]:
     if "text" in columns:
         return writer.text(row, answer_text(row, "text"))
     if "prompt" in columns or "completion" in columns:
-        return writer.answer(row, "completion")  # says which of the two is missing
+        return writer.answer(row, "completion")  # the error names the missing column
     found = ", ".join(f"`{name}`" for name in columns) or "nothing"
     hint = row.renamed_away("messages", "prompt", "completion", "instruction", "output", "text")
     raise UserError(

@@ -23,7 +23,7 @@ class Labelled:
     `label = True`.
     """
 
-    example_id: int  # its place among what was loaded, and that of its row in `collate_labelled`
+    example_id: int  # index among the loaded items, and the row in `collate_labelled`
     example: Example
     label: bool  # True: the answer is desirable
 

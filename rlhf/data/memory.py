@@ -14,7 +14,7 @@ import psutil
 from rlhf.errors import UserError
 
 T = TypeVar("T")
-SHARE = 0.5  # of the free memory; the rest is for tokens and for the other processes of a run
+SHARE = 0.5  # share of the free memory; the rest is for tokens and other processes
 _CHECK_EVERY = 1024  # rows
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -22,13 +22,13 @@ class Turns:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, as it was written
+        exact = [Fraction(str(weight)) for weight in weights]  # exact decimal: 0.1 is a tenth
         scale = math.lcm(*(weight.denominator for weight in exact))
         whole = [int(weight * scale) for weight in exact]
         common = math.gcd(*whole)
         self._weights = [weight // common for weight in whole]
         self._period = sum(self._weights)
-        self.counts = [0] * len(whole)  # turns that each set has had
+        self.counts = [0] * len(whole)  # number of turns of each set so far
 
     def next(self) -> int:
         """Return the set of the next turn, and count the turn."""

@@ -37,7 +37,7 @@ class Piece:
 
     text: str
     learn: bool
-    is_raw: bool = False  # no template wrote it; only the first of a sequence says so
+    is_raw: bool = False  # no template wrote it; set only on the first segment of a sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Writer:
         befores = [self._render(row, messages[:i], tools, add_generation_prompt=True) for i in turns]
         afters = [self._render(row, messages[: i + 1], tools, add_generation_prompt=False) for i in turns]
         pieces: list[Piece] = []
-        done = 0  # characters that are in pieces already
+        done = 0  # number of characters already in segments
         laters = zip([*befores[1:], afters[-1]], [*turns[1:], turns[-1]], strict=True)
         for index, before, after, (later, following) in zip(turns, befores, afters, laters, strict=True):
             end = self._end_of_turn(row, index, before, after, later, following)

@@ -22,7 +22,7 @@ from rlhf.data.usable import Loaded, NotUsable
 from rlhf.errors import UserError
 from rlhf.types import Pairs
 
-GOLD = "reference"  # the column, as public data sets of triples have it; the reference model is another thing
+GOLD = "reference"  # column name in public data sets of triples; unrelated to the reference model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +33,12 @@ class Pair:
     `rejected.token_ids = (a, b, d, e, eos)`, `prompt_tokens = 2`.
     """
 
-    example_id: int  # its place among what was loaded
-    chosen: Example  # ids of a pair's examples: their places in `collate_pairs`
+    example_id: int  # index among the loaded pairs
+    chosen: Example  # example ids are positions in `collate_pairs`
     rejected: Example
-    gold: Example | None = None  # may equal the chosen one; None: the algorithm reads none
-    prompt_tokens: int  # tokens at the beginning that all share exactly; none of them is learnt
-    margin: float | None  # by how much chosen is better; None: the row does not say
+    gold: Example | None = None  # may equal `chosen`; None if the algorithm does not need it
+    prompt_tokens: int  # number of equal first tokens in all examples; none is learned
+    margin: float | None  # how much better `chosen` is; None if the row has no margin
 
     @property
     def examples(self) -> tuple[Example, ...]:

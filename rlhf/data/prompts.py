@@ -36,7 +36,7 @@ from rlhf.types import Prompt
 logger = logging.getLogger(__name__)
 PromptSource: TypeAlias = Stream[Prompt]
 
-_GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # names that a reward call fills itself
+_GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # argument names set by the reward call
 
 
 def load_prompts(
@@ -93,7 +93,7 @@ class _Draft:
 
     row: Row
     text: str
-    messages: Sequence[Message] | None  # None: no template wrote it
+    messages: Sequence[Message] | None  # None for raw text
     tools: Sequence[Message] | None
 
 

@@ -23,18 +23,18 @@ from rlhf.errors import UserError
 Source = str | TaskSource
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_PARQUET_BATCH, _DATASET_BATCH = 4096, 10_000  # rows that are decoded at once
-_LARGEST = 3.4e38  # that float32 holds, rounded down
+_PARQUET_BATCH, _DATASET_BATCH = 4096, 10_000  # rows per decoded batch
+_LARGEST = 3.4e38  # largest float32, rounded down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One row: its columns and its place."""
 
-    file: str  # path, dataset name or task
-    line: int  # counted from 1: a line of the file, or a row where the format has no lines
+    file: str  # path, dataset name or task name
+    line: int  # counted from 1: a line of the file, or a row if the format has no lines
     columns: Mapping[str, Any]
-    renamed: Mapping[str, str] = field(default_factory=dict)  # the dataset's name of a column: the name it has here
+    renamed: Mapping[str, str] = field(default_factory=dict)  # the dataset's column name -> our column name
 
     @property
     def place(self) -> str:
@@ -70,7 +70,7 @@ class Row:
             found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
         except (ValueError, OverflowError):
             found = None
-        if found is None or not abs(found) <= _LARGEST:  # so that nan is none either
+        if found is None or not abs(found) <= _LARGEST:  # also refuses nan
             raise UserError(
                 f"{self.place}: column `{column}` is {shown(value)}, expected a finite number of float32, at most "
                 f"{_LARGEST:g} in size."
@@ -218,7 +218,7 @@ def _behind_space(text: str, at: int) -> int:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these keys and values. _KeyTwice if two keys are equal."""
-    found = {sys.intern(key): value for key, value in pairs}  # the rows of a file share their keys
+    found = {sys.intern(key): value for key, value in pairs}  # all rows of a file share the same key strings
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
@@ -300,14 +300,14 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
-    except (ValueError, KeyError, OverflowError) as error:  # no UTF-8, a time zone, a time out of range, equal names
+    except (ValueError, KeyError, OverflowError) as error:  # invalid UTF-8, time zone or time, or duplicate names
         kind = _one_line(column.type)[:60]
         said = f"{type(error).__name__}: {_one_line(error)}"
         raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {said}.") from error
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
-    import datasets  # seconds to import, and most runs read a file
+    import datasets  # the import takes seconds, and most runs read a file
 
     name, colon, split = source.partition(":")
     folder = Path(name)
@@ -333,7 +333,7 @@ def _read_dataset(source: str) -> Iterator[Row]:
 
 def _one_split(name: str, split: str, loaded: Any) -> Any:
     """Return the rows of the requested split. Without a request, return the only split or `train`."""
-    if not isinstance(loaded, dict):  # saved without splits
+    if not isinstance(loaded, dict):  # a dataset saved without splits
         if split:
             raise UserError(f"Dataset {name} has no splits; leave out `:{split}`.")
         return loaded

@@ -26,10 +26,10 @@ class StepLabelled:
     newline, d, e, eos)`, `step_ends = (3, 6)`, `labels = (True, False)`.
     """
 
-    example_id: int  # its place among what was loaded, and that of its sequence in `collate_steps`
+    example_id: int  # index among the loaded items, and the sequence in `collate_steps`
     token_ids: tuple[int, ...]
-    step_ends: tuple[int, ...]  # index of the token that ends each step, ascending: there its label is predicted
-    labels: tuple[bool, ...]  # one a step; True: the step is right
+    step_ends: tuple[int, ...]  # ascending index of the last token of each step, where its label is predicted
+    labels: tuple[bool, ...]  # one per step; True if the step is right
 
     @property
     def beside_tokens(self) -> bytes:
@@ -136,7 +136,7 @@ def _pieces(row: Row, writer: Writer, separator: str) -> list[Piece]:
     steps = _steps(row)
     steps = [step if step.endswith(separator) else step + separator for step in steps[:-1]] + steps[-1:]
     in_turns = isinstance(row.value("prompt"), list)
-    if in_turns or writer.apply_chat_template:  # some templates strip a message, so that all are stripped
+    if in_turns or writer.apply_chat_template:  # some templates strip messages, so strip always
         steps[0] = steps[0].lstrip()
         steps[-1] = steps[-1].rstrip()
     text = "".join(steps)

@@ -36,9 +36,9 @@ T = TypeVar("T", bound=Tokenized)
 class Cursor:
     """The position of a stream, stored in a checkpoint. Several sets count as if all their items made an epoch."""
 
-    epoch: int  # from 0
-    position: int  # items of this epoch already given out
-    fingerprint: str  # of the data and its order, so that a cursor is not used on others
+    epoch: int  # starts at 0
+    position: int  # number of items of this epoch already used
+    fingerprint: str  # identifies data and order, so a cursor is never used with others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,8 @@ class Share:
     """The share of a data set in a mixture."""
 
     name: str
-    weight: float  # its share of the stream is this among all weights, whatever its size
-    size: int  # its items; the sets' items stand one set behind the other
+    weight: float  # share of the stream relative to all weights, independent of the size
+    size: int  # number of items; the items of the sets are concatenated
 
 
 class Stream(Generic[T]):
@@ -68,12 +68,12 @@ class Stream(Generic[T]):
         sizes = [share.size for share in shares] if len(shares) > 1 else [len(items)]
         self._sizes = sizes
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        # Sets that are mixed are shuffled independently; a single one needs no name.
+        # Mixed sets are shuffled independently. A single set needs no name.
         self._seeds = [f"{seed}/{share.name}" for share in shares] if len(shares) > 1 else [str(seed)]
         self._turns = Turns([share.weight for share in shares] if len(shares) > 1 else [1.0])
         self._given = 0
         self._orders = [self._order_of(i, 0) for i in range(len(sizes))]
-        self._epochs = [0] * len(sizes)  # those that the orders are of
+        self._epochs = [0] * len(sizes)  # epoch of each order
 
     def __len__(self) -> int:
         """Return the number of items of an epoch, for several sets of all together."""

@@ -33,7 +33,7 @@ class TaskSource:
     split: Split  # sft, pairs, labelled, steps: rows with responses; train, eval: prompts with an answer
     size: int
     seed: int = 0
-    args: Mapping[str, Any] = field(default_factory=dict)  # for several tasks: each one's args under its name
+    args: Mapping[str, Any] = field(default_factory=dict)  # for several tasks: the args of each task under its name
 
     @property
     def name(self) -> str:
@@ -169,7 +169,7 @@ def careless_totals(digits: tuple[int, ...]) -> str:
 
 _SYSTEM_PROMPT = "Answer with the result only."
 _DEFAULT_SHOTS = 3
-_DRAWS_A_ROW = 50  # candidates drawn for each wanted row before the task counts as exhausted
+_DRAWS_A_ROW = 50  # candidates per requested row before the task counts as exhausted
 _SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbouring seeds must not share items
 
 

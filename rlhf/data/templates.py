@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-# What a renderer gives to every template.
+# Variables set by the renderer for every template.
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -21,15 +21,15 @@ _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "
 class ChatTemplate:
     """Changes to a chat template."""
 
-    text: str | None = None  # Jinja in place of the tokenizer's; None: the tokenizer's own
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables that a call may still set to something else
+    text: str | None = None  # Jinja text of a replacement; None keeps the tokenizer's template
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # default variables; a call may override them
 
     def apply(self, tokenizer: Any) -> None:
         """Apply the changes to a tokenizer. Applying them again changes nothing."""
         if self.text is not None:
             tokenizer.chat_template = self.text
         template, defaults = tokenizer.chat_template, self._defaults()
-        if isinstance(template, Mapping):  # by name, one for conversations with tools among them
+        if isinstance(template, Mapping):  # templates by name, such as one for conversations with tools
             tokenizer.chat_template = {name: _behind(defaults, one) for name, one in template.items()}
         elif template is not None:
             tokenizer.chat_template = _behind(defaults, template)
@@ -72,7 +72,7 @@ class ChatTemplate:
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
             for name, value in self.kwargs.items()
         ]
-        return "".join(lines) + "{{ '' }}" if lines else ""  # behind a block a line end of the template would be lost
+        return "".join(lines) + "{{ '' }}" if lines else ""  # the template would lose a newline directly after a block
 
 
 UNCHANGED = ChatTemplate()

@@ -13,9 +13,9 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_ANCHORS = ("\n", "a", "0", ".", "(")  # ordinary texts; one that merges with the text behind it is passed over
+_ANCHORS = ("\n", "a", "0", ".", "(")  # ordinary texts; an anchor is skipped if it merges with the text after it
 _AT_ONCE = 1000  # texts
-_TAIL = 256  # characters of the text before, among which its last special token is looked for
+_TAIL = 256  # characters searched for the last special token of the previous text
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

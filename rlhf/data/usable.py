@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 T = TypeVar("T")
 
-_SHOWN = 3  # rows that an error names
+_SHOWN = 3  # rows named in an error
 
 
 class NotUsable(UserError):
@@ -43,7 +43,7 @@ class Loaded(Generic[T]):
 
 def refuse_too_many(unusable: Sequence[Unusable], *, num_rows: int, max_unusable_fraction: float) -> None:
     """Raise UserError if too many rows, or all of them, would be left out. The message names the first few."""
-    allowed = int(max_unusable_fraction * num_rows + 1e-9)  # 0.29 * 100 is a little less than 29
+    allowed = int(max_unusable_fraction * num_rows + 1e-9)  # in floats 0.29 * 100 is slightly below 29
     if not unusable or (len(unusable) <= allowed and len(unusable) < num_rows):
         return
     named = "\n".join(f"{row.place}: {row.reason}." for row in unusable[:_SHOWN])

@@ -18,7 +18,7 @@ import torch
 from rlhf.objectives.advantages import group_normalized
 from rlhf.types import StepReward
 
-Values = Sequence[float | None]  # of one reward, one a response; None: it has no opinion
+Values = Sequence[float | None]  # values of a reward, one per response; None for no opinion
 
 GROUP_STD_EPS = 1e-6
 
@@ -28,7 +28,7 @@ class Share:
     """The share of a reward in the score."""
 
     weight: float
-    gate: str | None = None  # another reward, whose plain value is a factor of this one
+    gate: str | None = None  # name of another reward; its plain value is a factor
     normalize: Literal["none", "group"] = "none"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
-ErrorRule = Literal["fail", "drop"] | float | None  # a score for the response; None: the run's rule
+ErrorRule = Literal["fail", "drop"] | float | None  # a number is the score of the response; None uses the run's rule
 
 
 class FailedReward(Protocol):

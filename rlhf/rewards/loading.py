@@ -17,14 +17,14 @@ from rlhf.rewards.functions.table import BUILT_INS, score_of_killed
 from rlhf.rewards.processes.process import RewardProcess
 from rlhf.rewards.processes.program import LoadError, Signature, Source
 
-MAX_DEPTH = 64  # of lists and objects in a data row
+MAX_DEPTH = 64  # maximum nesting of lists and objects in a data row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedReward:
     """A loaded reward: its source and its parameters."""
 
-    function: str  # as the config has it
+    function: str  # name in the config
     source: Source
     signature: Signature
 

@@ -36,11 +36,13 @@ class RewardSpec:
     function: LoadedReward | None
     remote: RemoteReward | None = None
     from_environment: bool = False
-    gate: str | None = None  # name of the reward whose value is a factor of this one
-    only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)  # columns and their values; empty: all
-    truncated_score: float | None = None  # of a response that was cut, whatever the reward says; None: what it says
-    by_step: bool = False  # it says what each step of a response is worth
-    on_error: ErrorRule = None  # what its failures mean
+    gate: str | None = None  # name of another reward; its value is a factor
+    only: Mapping[str, Sequence[str | int | bool]] = field(
+        default_factory=dict
+    )  # column values of the scored rows; empty for all rows
+    truncated_score: float | None = None  # fixed score of truncated responses; None keeps the reward's score
+    by_step: bool = False  # it returns a value for each step of a response
+    on_error: ErrorRule = None  # rule for its failures
 
     @property
     def is_model(self) -> bool:
@@ -118,7 +120,7 @@ class RewardSet:
         services = {spec.name: spec.remote for spec in self.specs if spec.remote is not None}
         self._services = None
         if services:
-            from rlhf.rewards.services.remote import RemoteRewards  # most runs ask nobody, and are spared the import
+            from rlhf.rewards.services.remote import RemoteRewards  # only imported if a run has services
 
             self._services = RemoteRewards(services)
 
@@ -322,7 +324,7 @@ def _at_tokens(
     """Return the steps with their ends converted from characters to positions of tokens."""
     return tuple(
         tuple(replace(step, end=place[step.end]) for step in response)
-        for response, place in zip(steps, places, strict=False)  # a group that was ended has fewer
+        for response, place in zip(steps, places, strict=False)  # a group ended by a failure has fewer steps
     )
 
 

@@ -31,8 +31,8 @@ from rlhf.types import GroupScores, Prompt
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 2**20
-MAX_WAITING = 1024  # requests that are not answered yet; more are told to come again
-LONGEST_S = 3600.0  # from a request to its answer
+MAX_WAITING = 1024  # open requests; further requests get status 503
+LONGEST_S = 3600.0  # limit from a request to its answer
 _FIELDS = frozenset({"prompt", "responses", "columns", "truncated"})
 
 

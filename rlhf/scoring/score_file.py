@@ -20,7 +20,7 @@ from rlhf.types import GroupScores, Prompt
 
 logger = logging.getLogger(__name__)
 
-MOST_BAD_ROWS = 5  # in a message
+MOST_BAD_ROWS = 5  # most invalid rows named in a message
 _OWN = ("prompt", "response", "truncated")
 
 
@@ -30,7 +30,7 @@ class Line:
 
     row: Row
     columns: Mapping[str, Any]
-    group: str  # lines with the same are one group
+    group: str  # lines with the same key form a group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Group:
     """The responses of the file to the same prompt."""
 
     prompt: Prompt
-    rows: tuple[int, ...]  # places in the file's rows
+    rows: tuple[int, ...]  # indices in the file's rows
     responses: tuple[str, ...]
     truncated: tuple[bool, ...]
 
@@ -87,7 +87,7 @@ def _score(scorer: Scorer, groups: Sequence[Group], scoring: Scoring) -> list[Gr
         except BaseException:
             asking.shutdown(cancel_futures=True, wait=False)
             scores.shutdown(cancel_futures=True, wait=False)
-            scorer.rewards.close()  # ends what is under way
+            scorer.rewards.close()  # ends the calls in progress
             raise
 
 

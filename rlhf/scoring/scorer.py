@@ -50,13 +50,13 @@ class HeldModel:
 class Scoring:
     """Rewards and data sources for scoring, loaded and checked."""
 
-    name: str  # the configuration's file, or the function
+    name: str  # name of the configuration file or the function
     specs: tuple[RewardSpec, ...]
     policy: RewardPolicy
-    model: HeldModel | None  # None: no reward is a model
-    train_sets: tuple[DataSource, ...]  # whose rows, one behind the other, a run's samples count
+    model: HeldModel | None  # None if no reward is a model
+    train_sets: tuple[DataSource, ...]  # training data sets; a run's samples number their concatenated rows
     eval_sets: Mapping[str, DataSource]
-    columns: Mapping[str, str]  # our name of a data column: the data's
+    columns: Mapping[str, str]  # our column name -> the dataset's column name
     reward_key: str = REWARD_KEY
 
 

@@ -23,7 +23,7 @@ from rlhf.rewards.sandbox.run import START_LIMIT_S, Sandbox
 Score = Literal["all", "share"]
 Extract = Literal["code_block", "whole"]
 
-_FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive: a line that is no fence takes linear time
+_FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive, so a line without a fence takes linear time
 _PYTHON = {"py", "python", "python3"}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -52,7 +52,7 @@ class Cases:
     function: str | None = None
     returned: tuple[Returned, ...] = ()
     statements: tuple[str, ...] = ()
-    test_functions: tuple[str, ...] = ()  # defined by the one statement; each is a test
+    test_functions: tuple[str, ...] = ()  # defined by the single statement; each function is a test
 
 
 class CodeTests:
@@ -141,7 +141,7 @@ class CodeTests:
             return
         if tests.test_functions:
             defined, *answers = answers
-            if defined != mark:  # the program may have functions of these names
+            if defined != mark:  # otherwise the program could define functions of these names
                 answers = [None] * len(answers)
         yield from (answer == mark for answer in answers)
 
@@ -288,7 +288,7 @@ def _same_number(word: str, wanted: str, tolerance: float) -> bool:
 def _close(one: Any, other: Any, tolerance: float) -> bool:
     try:
         return math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
-    except OverflowError:  # an integer beyond floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 

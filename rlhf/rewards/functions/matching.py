@@ -154,7 +154,7 @@ class MathAnswer:
 
         self._library = math_verify
         self._limit_s = _positive(limit_s)
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off: ours is on
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn about its disabled limits
 
     def __call__(self, prompt: str, response: str, answer: object) -> float:
         gold = self._parse(str(answer)) or self._parse(f"${answer}$")

@@ -59,7 +59,7 @@ class CosineLength:
         self._verify, self._threshold = _built_in(verifier, verifier_args), threshold
         taken = inspect.signature(self._verify)
         free = [parameter for name, parameter in taken.parameters.items() if name not in verifier_args]
-        self.__signature__ = taken.replace(parameters=free)  # it reads the columns that its verifier reads
+        self.__signature__ = taken.replace(parameters=free)  # it reads the columns of its verifier
 
     def __call__(self, prompt: str, response: str, **columns: Any) -> float:
         measured = length(response, self._unit)
@@ -70,7 +70,7 @@ class CosineLength:
 
 
 def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
-    from rlhf.rewards.functions.table import BUILT_INS  # which has this module's rewards in it
+    from rlhf.rewards.functions.table import BUILT_INS  # the table includes the rewards of this module
 
     target = BUILT_INS.get(name)
     if target is None or target is CosineLength:

@@ -20,14 +20,14 @@ from rlhf.rewards.processes.process import ProcessDied, ProcessTimeout, RewardPr
 from rlhf.rewards.processes.program import LoadError, Reply, Request, Signature, Source
 from rlhf.types import RewardErrorKind, StepReward
 
-START_TIMEOUT_S = 120.0  # to import and construct all rewards of a run
+START_TIMEOUT_S = 120.0  # limit for loading all rewards of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """The reason a response has no score."""
 
-    sample: int  # place of the response in its group
+    sample: int  # index of the response in its group
     kind: RewardErrorKind
     message: str
 
@@ -39,14 +39,14 @@ class Outcome:
     A group ended by a failure has no later entries.
     """
 
-    scores: tuple[float | None, ...]  # one a response
+    scores: tuple[float | None, ...]  # one per response
     failures: tuple[Failure, ...]
-    steps: tuple[tuple[StepReward, ...], ...] = ()  # of a reward that is credited by steps, whose scores are their sums
+    steps: tuple[tuple[StepReward, ...], ...] = ()  # for a reward credited by steps; a score is the sum of its steps
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:
     """Return the longest time for a group by one reward once a process is free."""
-    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # fresh processes, and one call again
+    return num_responses * timeout_s + 2 * (timeout_s + START_TIMEOUT_S)  # two starts of a process, and a repeated call
 
 
 class RewardPool:
@@ -69,7 +69,9 @@ class RewardPool:
         with ExitStack() as after_failure:
             for slot in self._slots:
                 after_failure.callback(slot.discard)
-            started = [slot.hold(self._start()) for slot in self._slots]  # all, before the first is waited for
+            started = [
+                slot.hold(self._start()) for slot in self._slots
+            ]  # start all processes before waiting for the first
             for process in started:
                 self.signatures = self._load(process)
             after_failure.pop_all()
@@ -186,7 +188,7 @@ class RewardPool:
             yield slot
             answered = True
         finally:
-            if self._closed or not answered:  # else it may still be answering when the next group comes
+            if self._closed or not answered:  # otherwise it may still be busy when the next group arrives
                 slot.discard()
             self._idle.put(slot)
 

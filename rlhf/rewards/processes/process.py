@@ -37,9 +37,9 @@ from rlhf.rewards.processes.program import (
 
 logger = logging.getLogger(__name__)
 
-MAX_LOG_LINES = 20  # of a reward's own output, each request
+MAX_LOG_LINES = 20  # lines of a reward's output per request
 KILL_WAIT_S = 10.0
-MARK = "RLHF_REWARD_PROCESS"  # environment variable by which the processes that a reward started are known
+MARK = "RLHF_REWARD_PROCESS"  # environment variable to identify child processes of a reward
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from rlhf.rewards.processes.program import main; main({}, {}, {})"
@@ -79,8 +79,8 @@ class RewardProcess:
                 stdout=output,
                 stderr=output,
                 pass_fds=fds,
-                start_new_session=True,  # a group of its own: killed together with what a reward starts
-                # hash seed: a reward that walks through a set gives one answer
+                start_new_session=True,  # a new process group: killed together with its children
+                # hash seed: iteration over a set is deterministic
                 env={**os.environ, "PYTHONHASHSEED": "0", MARK: self._mark},
             )
         finally:
@@ -135,7 +135,7 @@ class RewardProcess:
                 self._poll.unregister(self._output)
             if self._connection.fileno() in ready:
                 break
-            if left == 0.0 and self._process.poll() is not None:  # a process that it started holds the connection
+            if left == 0.0 and self._process.poll() is not None:  # a child process still holds the connection
                 raise ProcessDied(self._how_it_died())
             if left == 0.0:
                 raise ProcessTimeout
@@ -169,7 +169,7 @@ class RewardProcess:
         """Send SIGKILL to the process and its children, from any thread. The user of the process must still call
         `kill`.
         """
-        if self._process.returncode is None:  # else it has been reaped, and its id may be another's
+        if self._process.returncode is None:  # a reaped id may belong to another process
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -191,7 +191,7 @@ class RewardProcess:
     def _kill_daemons(self) -> None:
         """Kill processes outside the process group, such as a daemon with its own session. They inherit the mark."""
         mark = f"{MARK}={self._mark}".encode()
-        for _ in range(3):  # one that is killed may have started another meanwhile
+        for _ in range(3):  # a killed daemon may have started another
             daemons = [pid for pid in _other_processes(self.pid) if mark in _environment_of(pid)]
             for pid in daemons:
                 with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -38,7 +38,7 @@ _HEADER = struct.Struct("!Q")
 class Source:
     """The source of a reward. `args` are arguments of the class's constructor, or fixed arguments of the function."""
 
-    path: str | None  # absolute; None: a built-in
+    path: str | None  # absolute; None for a built-in
     name: str
     args: Mapping[str, Any]
 
@@ -47,9 +47,9 @@ class Source:
 class Signature:
     """The parameters of a reward's call besides prompt and response."""
 
-    batched: bool  # `prompts, responses`: called once a group
+    batched: bool  # `prompts, responses`: called once per group
     required: tuple[str, ...]  # columns without a default
-    optional: tuple[str, ...]  # columns with one
+    optional: tuple[str, ...]  # columns with a default
     takes_all: bool  # it has **columns
 
 
@@ -65,10 +65,10 @@ class Hello:
 class Request:
     """A group to score by a reward. The process sends a Reply for each response, in order."""
 
-    reward: int  # place in Hello.sources
+    reward: int  # index in Hello.sources
     prompt: str
     responses: tuple[str, ...]
-    columns: bytes  # a pickled dict, opened afresh for every call: no call sees what another did to it
+    columns: bytes  # pickled dict, unpickled for every call, so calls cannot affect each other
     by_step: bool = False  # a response's value is a list of steps
 
 
@@ -260,7 +260,7 @@ def _find(source: Source) -> Any:
 
 
 def import_file(path: str) -> ModuleType:
-    name = "reward_file_" + Path(path).stem  # prefixed: a file called `random.py` must not replace that module
+    name = "reward_file_" + Path(path).stem  # prefixed, so a file `random.py` does not replace the module
     while name in sys.modules:
         if sys.modules[name].__file__ == path:
             return sys.modules[name]
@@ -270,10 +270,10 @@ def import_file(path: str) -> ModuleType:
         raise LoadError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(Path(path).parent))  # it may import its neighbours
+    sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:  # a file that calls sys.exit is reported like one that raises
+    except BaseException as error:  # sys.exit in a file is reported like an exception
         raise LoadError(f"importing {path} raised {summarize(error, path)}") from error
     return module
 
@@ -356,12 +356,14 @@ def main(connection_fd: int, lifeline: int, faults_fd: int) -> None:
     """Load the rewards, answer requests in order, and return when the parent closes the connection."""
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs
+    faulthandler.register(
+        signal.SIGUSR1, file=faults_fd, all_threads=False
+    )  # the parent locates a hanging call with it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     connection = socket.socket(fileno=connection_fd)
     hello: Hello = receive_frame(connection)
-    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # a limit that this user may not raise
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
     limit = hello.memory_bytes if allowed == resource.RLIM_INFINITY else min(hello.memory_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -15,9 +15,9 @@ import platform
 import struct
 from collections.abc import Iterable, Iterator
 
-# Numbers on x86_64 and aarch64 (None: that machine has no such call).
+# System call numbers on x86_64 and aarch64 (None if the machine has no such call).
 _CALLS: dict[str, tuple[int, int | None]] = {
-    # open files, and those that Landlock or the mounts let it open
+    # open files, and files permitted by Landlock or the mounts
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "open": (2, None), "openat": (257, 56), "close": (3, 57), "close_range": (436, 436),
     "fstat": (5, 80), "stat": (4, None), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
@@ -25,7 +25,7 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "readlink": (89, None), "readlinkat": (267, 78), "getdents64": (217, 61), "getcwd": (79, 17), "dup": (32, 23),
     "dup2": (33, None), "dup3": (292, 24), "ftruncate": (77, 46), "fsync": (74, 82),
     "fadvise64": (221, 223),
-    # waiting, pipes and pairs of sockets within the process: asyncio
+    # waiting, pipes and socket pairs within the process (asyncio)
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "epoll_create": (213, None),
     "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
     "eventfd2": (290, 19), "pipe": (22, None), "pipe2": (293, 59), "recvfrom": (45, 207), "sendto": (44, 206),
@@ -41,18 +41,24 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
     "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "sigaltstack": (131, 132), "pause": (34, None),
     "restart_syscall": (219, 128),
-    # who it is
+    # identity and limits
     "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175),
     "getgid": (104, 176), "getegid": (108, 177), "getgroups": (115, 158), "getresuid": (118, 148),
     "getresgid": (120, 150), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156), "umask": (95, 166),
     "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278), "getrlimit": (97, 163), "setrlimit": (160, 164),
     "wait4": (61, 260), "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-_CLONE, _FCNTL, _IOCTL, _PRLIMIT, _SOCKETPAIR = (56, 220), (72, 25), (16, 29), (302, 261), (53, 199)  # some arguments
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+_CLONE, _FCNTL, _IOCTL, _PRLIMIT, _SOCKETPAIR = (
+    (56, 220),
+    (72, 25),
+    (16, 29),
+    (302, 261),
+    (53, 199),
+)  # allowed only with some arguments
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of _CALLS, AUDIT_ARCH
 
 _CLONE_THREAD = 0x10000
-# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Not F_SETOWN: a file's owner is sent signals.
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Not F_SETOWN: a file's owner receives signals.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 _IOCTL_COMMANDS = (0x5401, 0x5413, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONBIO, FIONCLEX, FIOCLEX
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF  # a datagram socket could be sent to another process
@@ -63,7 +69,7 @@ _ARGUMENT = 16  # offset of the first argument in struct seccomp_data; the low h
 
 _CREATE_RULESET, _ADD_RULE = 444, 445  # on every machine
 _READ_FILE, _READ_DIR, _WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
-_RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # so many rights on files are known; 16 from the fifth on
+_RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # number of file rights by ABI version; 16 from version 5 on
 
 
 class Unavailable(Exception):
@@ -81,7 +87,7 @@ def seccomp_filter() -> bytes:
         if (number := numbers[column]) is not None:
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     code += _when(_CLONE[column], 0, [(_ANY_BIT, 0, 1, _CLONE_THREAD)])
-    code += _when(_PRLIMIT[column], 0, [(_EQUAL, 0, 1, 0)])  # its own limits, not those of another process
+    code += _when(_PRLIMIT[column], 0, [(_EQUAL, 0, 1, 0)])  # only the limits of the calling process
     for numbers, commands in ((_FCNTL, _FCNTL_COMMANDS), (_IOCTL, _IOCTL_COMMANDS)):
         for command in commands:
             code += _when(numbers[column], 1, [(_EQUAL, 0, 1, command)])
@@ -105,7 +111,7 @@ def _when(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> 
     yield (_LOAD, 0, 0, _ARGUMENT + 8 * argument)
     yield from test
     yield (_RETURN, 0, 0, _ALLOW)
-    yield (_LOAD, 0, 0, 0)  # the number again, for what follows
+    yield (_LOAD, 0, 0, 0)  # reload the call number for the next test
 
 
 def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:

@@ -88,11 +88,11 @@ def _compiled(code: str, name: str) -> types.CodeType:
 
 def run_tests(job: Job, results: int) -> None:
     """Import the program as `solution`, then answer each test on a line: a value, or the mark for a passed test."""
-    import json  # half of what a script's start would cost
+    import json  # imported here, since it is half of a script's start time
 
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
-    write, dumps = os.write, json.dumps  # taken before the program could replace them
+    write, dumps = os.write, json.dumps  # saved before the program can replace them
     statements = [_compiled(code, "<tests>") for code in job["statements"]]
     tests = _tests(job, statements, module.__dict__, execute=exec)
     exec(_compiled(job["program"], "<program>"), module.__dict__)

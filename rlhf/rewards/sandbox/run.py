@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 Rung = Literal["bubblewrap", "landlock", "unsafe"]
 
-NOBODY = 65534  # whom bubblewrap runs as where this process is root
-PROGRAM_USERS = range(61184, 65520)  # whom programs run as on the other rungs: each run draws one, so that it can be
-# limited in threads by itself; systemd takes its short-lived users from there too
+NOBODY = 65534  # user id for bubblewrap if this process is root
+PROGRAM_USERS = range(61184, 65520)  # user ids for programs at the other levels. Each run draws one, so it has
+# its own limit of threads; systemd's short-lived users have the same range.
 MAX_THREADS = 64
-OUTPUT_BYTES = 16 * 2**20  # of each of standard output, standard error and results
-START_LIMIT_S = 30.0  # until the process is confined, on a busy machine; not counted against the program
+OUTPUT_BYTES = 16 * 2**20  # limit for each of standard output, standard error and results
+START_LIMIT_S = 30.0  # until the process is confined on a busy machine; excluded from the program's time
 KILL_WAIT_S = 10.0
-_LOOK_S = 0.05  # between two looks at the number of threads
+_LOOK_S = 0.05  # interval of the thread count check
 
 _SOURCE = Path(__file__).with_name("program.py")
 _PREFIXES = "import sys; print(sys.prefix); print(sys.base_prefix)"
@@ -51,7 +51,7 @@ _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/",
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",  # a program that walks through a set gives one answer
+    "PYTHONHASHSEED": "0",  # iteration over a set is deterministic
     "PYTHONUTF8": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
@@ -71,7 +71,7 @@ class Finished:
     stdout: bytes
     stderr: bytes
     results: bytes
-    seconds: float  # since it was confined
+    seconds: float  # since the confinement
 
 
 class Sandbox:
@@ -180,7 +180,7 @@ class Sandbox:
             _end(process, info)
             code = process.returncode if in_time else None
             if wrapped and code is not None and code > 128:
-                code = 128 - code  # how bubblewrap tells of a signal
+                code = 128 - code  # bubblewrap's encoding of a signal
             outputs = {"stdout": _content(stdout), "stderr": _content(stderr), "results": _content(results)}
         return Finished(code=code, seconds=seconds, **outputs)
 
@@ -194,7 +194,7 @@ class Sandbox:
             "uid": secrets.choice(PROGRAM_USERS) if changes_user else None,
             "threads": MAX_THREADS
             if wrapped or changes_user
-            else None,  # elsewhere all processes of the user would count
+            else None,  # otherwise all processes of the user would count
             "parent": None if wrapped else os.getpid(),
             "filter": self._filter,
             "ruleset": self._ruleset,
@@ -275,7 +275,7 @@ def _says_ready(ready: io.FileIO) -> bool:
 
 
 def _num_threads(pid: int) -> int:
-    with contextlib.suppress(OSError):  # it has just ended
+    with contextlib.suppress(OSError):  # the process may have just ended
         return len(os.listdir(f"/proc/{pid}/task"))
     return 0
 

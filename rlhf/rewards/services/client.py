@@ -24,10 +24,10 @@ from rlhf.types import RewardErrorKind
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 16 * 2**20
-MAX_SHOWN_CHARS = 300  # of an answer, in a message
+MAX_SHOWN_CHARS = 300  # characters of an answer in a message
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
-TRIPS_AFTER = 5  # attempts that failed one after the other
+TRIPS_AFTER = 5  # consecutive failed attempts
 _BUSY = frozenset({408, 425, 429})
 
 
@@ -36,10 +36,10 @@ class ServiceSpec:
     """The address of a service, and the limits of its requests."""
 
     url: str
-    timeout_s: float  # of one attempt
-    deadline_s: float  # of one request with all its attempts
+    timeout_s: float  # limit of an attempt
+    deadline_s: float  # limit of a request with all its attempts
     max_in_flight: int
-    token: str | None = field(default=None, repr=False)  # bearer token; not part of what is shown or compared
+    token: str | None = field(default=None, repr=False)  # bearer token, never shown
 
 
 class ServiceError(Exception):
@@ -57,7 +57,7 @@ class _FailedAttempt(Exception):
     def __init__(self, text: str, *, is_down: bool, pause_s: float = 0.0) -> None:
         super().__init__(text)
         self.is_down = is_down
-        self.pause_s = pause_s  # that the service asks for
+        self.pause_s = pause_s  # pause requested by the service
 
 
 class Service:
@@ -187,7 +187,7 @@ class Breaker:
                     self._failed(probes, str(error))
                 raise
             except ServiceError:
-                self._worked()  # a refusal is an answer
+                self._worked()  # a refusal shows a working service
                 raise
             self._worked()
 

@@ -23,9 +23,9 @@ class JudgeSpec:
     model: str
     prompt: str  # template with {prompt}, {response} and {column}
     system: str | None
-    pattern: str  # the last match's first group is a number on the scale
-    scale: tuple[float, float]  # becomes 0 to 1
-    choices: Mapping[str, float]  # not empty: in place of pattern and scale
+    pattern: str  # the first group of the last match is a number on the scale
+    scale: tuple[float, float]  # mapped to 0 to 1
+    choices: Mapping[str, float]  # replaces pattern and scale if not empty
     request: Mapping[str, Any]  # further fields of the body
 
     @property
@@ -73,7 +73,7 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
         number = float(found[-1])
     except ValueError:
         raise ValueError(f"`pattern` finds {_short(found[-1])} in the judge's answer, which is no number") from None
-    if not low <= number <= high:  # so that nan is none either
+    if not low <= number <= high:  # also refuses nan
         raise ValueError(f"the judge's answer says {found[-1]}, which is not on the scale from {low:g} to {high:g}")
     return (number - low) / (high - low)
 

@@ -28,7 +28,7 @@ from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, TurnWriter, fi
 from rlhf.rollouts.records.spans import Played, Sampled, Told
 from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
 
-ENVIRONMENT = "environment"  # what an environment's failure is called where a reward's name would stand
+ENVIRONMENT = "environment"  # name of the environment in place of a reward's name in failures
 
 
 class Environment(Protocol):
@@ -59,16 +59,16 @@ class EnvironmentSpec:
     """An environment and its limits, as used by an engine."""
 
     source: Source
-    max_turns: int  # of the policy
-    max_tokens: int  # of a whole conversation, with the prompt
+    max_turns: int  # turns of the policy
+    max_tokens: int  # tokens of a whole conversation including the prompt
     step_timeout_s: float
     memory_gib: float
-    processes: int  # conversations open at once
+    processes: int  # number of conversations open at once
     tool_parser: str
     tokenizer: str
     trust_remote_code: bool
-    template: ChatTemplate = UNCHANGED  # what is changed about the tokenizer's chat template
-    key: str = "rollouts.environment"  # of its section, for messages
+    template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
+    key: str = "rollouts.environment"  # config section named in messages
 
     def fingerprint(self) -> str:
         """Return a digest of the environment settings the tokens of a conversation depend on.
@@ -117,7 +117,7 @@ class Conversations:
         self.spec = spec
         self.tokenizer = tokenizer
         self.draw = draw
-        self.parser: ToolCallParser | None = None  # an environment with tools needs one
+        self.parser: ToolCallParser | None = None  # required by an environment with tools
         self.host = EnvironmentHost(spec.source, step_timeout_s=spec.step_timeout_s, memory_gib=spec.memory_gib)
         self.places = asyncio.Semaphore(spec.processes)
         self.description: Description
@@ -142,7 +142,7 @@ class Conversations:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # until their processes are ended
+            await asyncio.gather(*tasks, return_exceptions=True)  # wait for the end of their processes
 
     async def _conversation(self, game: _Game, sample: int) -> Played:
         """Play a conversation from reset to end. The result has an error if its environment failed."""

@@ -28,7 +28,7 @@ from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0  # to import and construct an environment
+START_TIMEOUT_S = 120.0  # limit for loading an environment
 FORK_TIMEOUT_S = 60.0
 MAX_REPLY_BYTES = 16 << 20
 _BOOT = (
@@ -41,7 +41,7 @@ _BOOT = (
 class Step:
     """The environment's answer to a turn of the policy."""
 
-    observation: str | tuple[str, ...]  # several: the results of tool calls, one each
+    observation: str | tuple[str, ...]  # a tuple holds a result for each tool call
     reward: float
     done: bool
 
@@ -86,7 +86,7 @@ class EnvironmentHost:
                 stderr=output,
                 pass_fds=fds,
                 start_new_session=True,
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # one that walks through a set does so always alike
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # iteration over a set is deterministic
             )
         finally:
             theirs.close()
@@ -140,7 +140,7 @@ class EnvironmentHost:
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait, 10.0)
         self._log.read(self._output)
-        os.close(self._lifeline)  # conversations, which have groups of their own, die of this
+        os.close(self._lifeline)  # ends the conversations, which have separate process groups
         os.close(self._output)
         self._faults.close()
 
@@ -150,12 +150,12 @@ class EnvironmentHost:
         `is_closed` says whether the process has closed its end of the connection.
         """
         asking = asyncio.ensure_future(self._ask(-pid if is_closed else pid, None))
-        status = await asyncio.shield(asking)  # an answer must not be left unread
+        status = await asyncio.shield(asking)  # the answer must always be read
         if status < 0:
             return ""
         self._read_output()
         place = place_in(self._read_faults(), self.source.path)
-        os.ftruncate(self._faults.fileno(), 0)  # else the next one to die is said to be there, too
+        os.ftruncate(self._faults.fileno(), 0)  # otherwise the next failure would report this place
         last = f'; its last output: "{self._log.last_line}"' if self._log.last_line else ""
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
@@ -226,7 +226,7 @@ def _end_unwanted(opening: asyncio.Future[Conversation]) -> None:
         task.add_done_callback(_ending.discard)
 
 
-_ending: set[asyncio.Future[None]] = set()  # the event loop itself keeps no task alive
+_ending: set[asyncio.Future[None]] = set()  # the event loop keeps no reference to a task
 
 
 class Conversation:

@@ -39,10 +39,10 @@ GONE_WITHIN_S = 1.0
 class Description:
     """Properties of an environment the run needs before it starts."""
 
-    required: tuple[str, ...]  # columns that reset needs
-    optional: tuple[str, ...]  # columns that it takes if the row has them
+    required: tuple[str, ...]  # columns reset requires
+    optional: tuple[str, ...]  # columns reset accepts if the row has them
     takes_all: bool  # reset has **columns
-    tools: tuple[Mapping[str, Any], ...]  # that it offers; with some, step takes `tool_calls`
+    tools: tuple[Mapping[str, Any], ...]  # offered tools; if there are any, step takes `tool_calls`
     has_close: bool
 
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class _NotUsable(Exception):
 
 
 def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str, Any]:
-    random.seed(seed)  # an environment that uses the global state is a function of its seed, too
+    random.seed(seed)  # the global random state then also depends on the seed only
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
     observation = environment.reset(seed=seed, **columns)
@@ -187,13 +187,13 @@ def _fork(environment: Any, session: int, control: socket.socket, lifeline: int,
     pid = os.fork()
     if pid:
         os.close(session)
-        with contextlib.suppress(OSError):  # it has done so itself, or is gone
+        with contextlib.suppress(OSError):  # the child has already done so, or has ended
             os.setpgid(pid, pid)
         return pid
     status = 1
     try:
         os.setpgid(0, 0)
-        # A pipe's owner is told of its end, and there is one owner to each opening of it.
+        # The kernel signals the owner of a pipe at its end. Each opening of the pipe has a separate owner.
         die_with_parent(os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK))
         control.close()
         _serve(environment, socket.socket(fileno=session), path)
@@ -223,13 +223,15 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     """Load the environment, then fork and end conversations until the parent closes the connection."""
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, file=faults_fd, all_threads=False)  # how the parent asks where a call hangs
+    faulthandler.register(
+        signal.SIGUSR1, file=faults_fd, all_threads=False
+    )  # the parent locates a hanging call with it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     control = socket.socket(fileno=control_fd)
     size = SIZE.unpack(control.recv(SIZE.size, socket.MSG_WAITALL))[0]
     source, memory_bytes = pickle.loads(control.recv(size, socket.MSG_WAITALL))
-    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # a limit that this user may not raise
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
     limit = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -241,7 +243,7 @@ def main(control_fd: int, lifeline: int, faults_fd: int) -> None:
     reply = pickle.dumps(found)
     control.sendall(SIZE.pack(len(reply)) + reply)
     gc.collect()
-    gc.freeze()  # the pages that hold what is loaded stay shared with the copies
+    gc.freeze()  # the memory pages of loaded objects stay shared with the copies
     while True:
         command, fds, _, _ = socket.recv_fds(control, NUMBER.size, 1)
         if not command:

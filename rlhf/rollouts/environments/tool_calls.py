@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-# The formats that are read, and what begins a call in each: text with it that holds no call holds a malformed one.
+# The supported formats with the beginning of a call. Text with this beginning and without a call is malformed.
 BEGINNINGS: Mapping[str, re.Pattern[str]] = {
     "hermes": re.compile(r"<tool_call>"),
     "llama3_json": re.compile(r"<\|python_tag\|>|^\s*\{"),
@@ -58,7 +58,7 @@ def read_calls(
     for call in calls:
         try:
             arguments = json.loads(call.arguments)
-        except (ValueError, RecursionError):  # no JSON, or more digits or deeper than Python takes
+        except (ValueError, RecursionError):  # invalid JSON, or beyond Python's limits of digits and depth
             arguments = None
         read.append({"name": call.name, "arguments": arguments})
         problems.append(_problem(call.name, arguments, tools))

@@ -15,7 +15,7 @@ from rlhf.data.tokenization import Continuation, encode, encode_raw
 from rlhf.errors import UserError
 from rlhf.types import Prompt
 
-PLACEHOLDER = "{observation}"  # in a prompt: where the first observation stands
+PLACEHOLDER = "{observation}"  # position of the first observation in a prompt
 _OBSERVATION = "qzobservationzq"
 _KEY = "rollouts.environment"
 

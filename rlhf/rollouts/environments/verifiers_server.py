@@ -35,10 +35,10 @@ from aiohttp import web
 
 logger = logging.getLogger("verifiers_server")
 
-HARNESS = "rlhf_turns"  # the id of the seat's program, a module made in `add_harness`
-KEY = "RLHF_TURNS_KEY"  # variable that verifiers' client takes the endpoint's key from
-MOST_BYTES = 16 * 2**20  # of one message
-REASON_CHARS = 450  # of an error, of which the other side reads 500 bytes
+HARNESS = "rlhf_turns"  # id of the agent's program, a module created in `add_harness`
+KEY = "RLHF_TURNS_KEY"  # environment variable with the endpoint's key for verifiers' client
+MOST_BYTES = 16 * 2**20  # limit of a message
+REASON_CHARS = 450  # limit of an error text; the client reads 500 bytes
 
 Message = Mapping[str, Any]
 
@@ -80,10 +80,10 @@ class Conversation:
 
     def __init__(self) -> None:
         self.told: asyncio.Queue[str] = asyncio.Queue()
-        self.said: asyncio.Future[str] | None = None  # while a turn is awaited
+        self.said: asyncio.Future[str] | None = None  # set while a turn is awaited
         self.seen: list[Message] = []
         self.episode: asyncio.Task[float]
-        self.called = False  # a call is being answered
+        self.called = False  # True while a call is being answered
         self.used = time.monotonic()
 
     async def ask(self, messages: Sequence[Message]) -> str:
@@ -103,7 +103,7 @@ class Conversation:
 
 Play = Callable[
     [Conversation, int, Mapping[str, Any]], Awaitable[float]
-]  # an episode of a seed and columns: its reward
+]  # plays an episode with a seed and columns, and returns its reward
 
 
 class Bridge:
@@ -211,7 +211,9 @@ class Bridge:
         if conversation is not None:
             conversation.episode.cancel()
             await asyncio.wait({conversation.episode}, timeout=10.0)
-            if conversation.said is not None and not conversation.said.done():  # the endpoint's call still waits for it
+            if (
+                conversation.said is not None and not conversation.said.done()
+            ):  # the call to the endpoint still waits for the turn
                 conversation.said.set_exception(ValueError("the session is over"))
 
     def _answering(self, call: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> Any:
@@ -326,7 +328,7 @@ class Episodes:
         if not self.tasks:
             raise ValueError(f"{name} has no tasks")
         self.by_id = {task.data.id: task for task in self.tasks if task.data.id is not None}
-        self.endpoint = ""  # of the model, when it is served
+        self.endpoint = ""  # URL of the model, set once it is served
 
     def task(self, seed: int, columns: Mapping[str, Any]) -> Any:
         """Return the task named by column `task`, by position or id. Without the column, the seed selects the task."""

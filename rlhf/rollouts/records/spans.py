@@ -21,8 +21,8 @@ class Sampled:
     """A turn of the policy."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # by the sampler
-    versions: tuple[int, ...]  # of the weights that sampled each token
+    logprobs: tuple[float, ...]  # log-probabilities of the sampler
+    versions: tuple[int, ...]  # weight version that sampled each token
     finish_reason: FinishReason
 
     def __post_init__(self) -> None:
@@ -48,8 +48,8 @@ class Played:
 
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | Told, ...]
-    finish_reason: FinishReason  # length: it met a limit before it was over
-    rewards: tuple[float, ...] | None = None  # of the environment, one a turn; None: there is none, or it failed
+    finish_reason: FinishReason  # "length" if a limit ended it
+    rewards: tuple[float, ...] | None = None  # environment rewards, one per turn; None if it has none or failed
     error: RewardError | None = None
 
 
@@ -62,7 +62,7 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
     infos = []
     for index, played in enumerate(conversations):
         start = len(ids)
-        ends = []  # of the turns
+        ends = []  # last token of each turn
         for span in (Told(token_ids=played.prompt_token_ids), *played.spans):
             count, sampled = len(span.token_ids), isinstance(span, Sampled)
             ids += span.token_ids

@@ -17,9 +17,9 @@ from rlhf.rollouts.records.spans import pieces
 from rlhf.tracking.run_folder.samples import SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
 
-_DIGITS = 6  # of a token's numbers in a samples file
-_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
-_WINDOW, _CONTEXT = 32, 4  # tokens decoded together at most, and before the first that is new: a character's bytes
+_DIGITS = 6  # significant digits of a token's numbers in a samples file
+_INCOMPLETE = "\ufffd"  # replacement for the bytes of an incomplete character
+_WINDOW, _CONTEXT = 32, 4  # most tokens decoded together, and known tokens before a new token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def character_ends(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) 
         place, last = 0, None
         for sampled, ids in sequence:
             if sampled:
-                ends += [] if last is None else [last]  # the line break between two turns
+                ends += [] if last is None else [last]  # the newline between two turns
                 turn = without_turn_end(ids, turn_end)
                 for offset, text in enumerate(token_texts(turn, tokenizer, skip_special_tokens=True)):
                     ends += [place + offset] * len(text)
@@ -170,7 +170,7 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
         return found
 
     found = []
-    start, before = 0, ""  # a window of tokens, of which those before this one are written `before`
+    start, before = 0, ""  # start of a window of tokens, and its text before the current token
     for end in range(1, len(ids) + 1):
         now = text(start, end)
         if now.endswith(_INCOMPLETE) and end < len(ids):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
-RESPONSE = "{response}"  # what stands for the policy's turn in `action`
-MOST_BYTES = 16 * 2**20  # of one message
+RESPONSE = "{response}"  # placeholder of the policy's turn in `action`
+MOST_BYTES = 16 * 2**20  # limit of a message
 
 
 class OpenEnv:
@@ -76,7 +76,7 @@ class OpenEnv:
 
     def _ask(self, kind: str, data: Any) -> dict[str, Any]:
         assert self.session is not None
-        with contextlib.suppress(self.closed):  # a full server says so, and closes: that is read below
+        with contextlib.suppress(self.closed):  # a full server sends an error and closes; the error is read below
             self.session.send(json.dumps({"type": kind, "data": data}))
         answer = json.loads(self.session.recv(timeout=self.timeout_s))
         if answer["type"] != "observation":

@@ -22,7 +22,7 @@ class SkyRLGym:
             raise ImportError(
                 f"skyrl-gym is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[skyrl-gym]'"
             ) from error
-        skyrl_gym.spec(env)  # raises for one that is not registered
+        skyrl_gym.spec(env)  # raises for an unknown environment
         self.gym = skyrl_gym
         self.env = env
         self.config = dict(config or {})

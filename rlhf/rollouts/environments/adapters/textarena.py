@@ -18,7 +18,7 @@ class TextArena:
             raise ImportError(
                 f"textarena is not installed ({error}); it comes with the extra: pip install 'ray-rlhf[textarena]'"
             ) from error
-        # Without wrappers it tells what is new, and not the whole history each time.
+        # Without wrappers the game returns only new messages, and not the whole history each time.
         self.game = textarena.make(f"{game}-raw", **(args or {}))
 
     def reset(self, seed: int) -> str:
