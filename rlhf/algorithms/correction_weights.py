@@ -61,7 +61,7 @@ def correction(config: CorrectionConfig, batch: PolicyMicrobatch) -> Correction:
     else:
         weights = corrections.sequence_masked(*gap, lengths, max_ratio=high, min_ratio=low)
     if config.weights in ("sequence_truncated", "sequence_masked"):
-        ratio = to_tokens(corrections.sequence_ratio(*gap, lengths), lengths, num_tokens=len(mask))
+        ratio = to_tokens(corrections.product_ratio(*gap, lengths), lengths, num_tokens=len(mask))
     else:
         ratio = weights if config.weights is None else corrections.token_ratio(*gap)
     outside, nowhere = mask & (weights != ratio), torch.zeros_like(mask)

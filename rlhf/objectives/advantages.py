@@ -1,7 +1,7 @@
-"""Advantages: from token rewards and values (GAE), from rewards to come, or from the scores of a prompt's group.
+"""Compute advantages from token rewards and values (GAE), from rewards to come, or from the scores of a prompt's group.
 
-Sequence-level ones (`group_*`, `leave_one_out`, `greedy_centered`) are computed from scalars where the scores are;
-token-level ones where the tokens are. None of them whitens by itself: moments may have to be merged over ranks first.
+Sequence-level functions (`group_*`, `leave_one_out`, `greedy_centered`) run on scalars, with the scores. Token-level
+functions run with the tokens. None of them whitens by itself: moments may have to be merged over ranks first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Generalised advantage estimation (arXiv:1506.02438, eq. 16) over sampled tokens: (advantages, returns).
+    """Return (advantages, returns) by generalised advantage estimation (arXiv:1506.02438, eq. 16) over sampled tokens.
 
-    Positions outside response_mask are stepped over: tool output between two sampled tokens neither earns credit
-    nor discounts it, and a reward that stands there is not seen (verl). OpenRLHF instead keeps such a position as a
-    step of reward 0 and value 0. Both results are zero there. The state after the last token is worth 0.
+    Positions outside response_mask are skipped, as in verl: tool output between two sampled tokens neither earns credit
+    nor discounts it, and a reward at such a position is ignored. OpenRLHF instead keeps such a position as a step of
+    reward 0 and value 0. Both results are zero there. The state after the last token has value 0.
     """
     counts = sequence_counts(response_mask, lengths)
     sampled_rewards, sampled_values = rewards[response_mask], values[response_mask]
@@ -50,9 +50,9 @@ def reward_to_go(
     *,
     gamma: float,
 ) -> Float[Tensor, " N"]:
-    """Discounted sum of the rewards of a sequence from each sampled token on; zero outside response_mask.
+    """Return the discounted sum of a sequence's rewards from each sampled token on; zero outside response_mask.
 
-    Steps over unsampled positions as `gae` does.
+    Unsampled positions are skipped as in `gae`.
     """
     counts = sequence_counts(response_mask, lengths)
     sums = _discounted_to_go(rewards[response_mask], counts, factor=gamma)
@@ -60,10 +60,10 @@ def reward_to_go(
 
 
 def _discounted_to_go(terms: Float[Tensor, " M"], counts: Int[Tensor, " B"], *, factor: float) -> Float[Tensor, " M"]:
-    """y[t] = terms[t] + factor * y[t + 1] within each of B sequences of `counts` terms.
+    """Return y[t] = terms[t] + factor * y[t + 1] within each of B sequences of `counts` terms.
 
-    One vector operation per time step, over the sequences that reach it: with the longest first, step t of all of
-    them is one contiguous slice, so there is no padding and unequal lengths cost nothing.
+    Each time step is one vector operation over the sequences of sufficient length. With the longest first, step t of
+    all sequences is one contiguous slice, so there is no padding and unequal lengths cost nothing.
     """
     order = counts.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
@@ -82,18 +82,19 @@ def _discounted_to_go(terms: Float[Tensor, " M"], counts: Int[Tensor, " B"], *, 
 def whiten(
     values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, mean: float, variance: float, eps: float = 1e-8
 ) -> Float[Tensor, "*N"]:
-    """(values - mean) / sqrt(variance + eps), zero outside mask.
+    """Return (values - mean) / sqrt(variance + eps), zero outside mask.
 
-    Mean and variance come from masking.moments, merged over all ranks. We pass the unbiased variance (as verl does;
-    OpenRLHF takes the biased one).
+    Mean and variance come from masking.moments, merged over all ranks. We pass the unbiased variance, as verl does;
+    OpenRLHF takes the biased one.
     """
     return torch.where(mask, (values - mean) * (variance + eps) ** -0.5, 0.0)
 
 
 def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Score minus the mean of its prompt's group (arXiv:2503.20783, Dr. GRPO: no division by the std).
+    """Return each score minus its group's mean (Dr. GRPO, arXiv:2503.20783: no division by the std).
 
-    Scores are prompt-major. ValueError for a group of one, which has no baseline, and for a score that is not finite.
+    Scores are prompt-major. ValueError for a group of one, because it has no baseline, and for a score that is not
+    finite.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_centered")
     return (scores_P_G - scores_P_G.mean(dim=1, keepdim=True)).flatten()
@@ -102,13 +103,14 @@ def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Ten
 def group_normalized(
     scores: Float[Tensor, " B"], *, group_size: int, eps: float, counted: Bool[Tensor, " B"] | None = None
 ) -> Float[Tensor, " B"]:
-    """Score minus its group's mean, over the group's std plus eps (arXiv:2402.03300, section 4.1.2: GRPO).
+    """Return each score minus its group's mean, divided by the group's std plus eps (GRPO, arXiv:2402.03300, section
+    4.1.2).
 
     The std is the unbiased one. A group of equal scores gives zeros. eps is 1e-4 in TRL, 1e-6 in verl, 1e-9 in
     OpenRLHF. Scores are prompt-major; ValueError as in group_centered.
 
-    counted: where a response has a score; mean and std are those of the group's counted scores, and the others get 0.
-    None: everywhere.
+    counted: True for responses with a score. Mean and std are taken over the group's counted scores, and the other
+    responses get 0. None: all responses count.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_normalized")
     if counted is None:
@@ -123,16 +125,16 @@ def group_normalized(
 
 
 def steps_centered(rewards: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-    """Rewards of all steps of one prompt's responses less their mean; see steps_normalized."""
+    """Return the step rewards of one prompt's responses minus their mean; see steps_normalized."""
     return group_centered(rewards, group_size=len(rewards)) if len(rewards) > 1 else torch.zeros_like(rewards)
 
 
 def steps_normalized(rewards: Float[Tensor, " S"], *, eps: float) -> Float[Tensor, " S"]:
-    """Rewards of all steps of one prompt's responses less their mean, over their std plus eps.
+    """Return the step rewards of one prompt's responses minus their mean, divided by their std plus eps.
 
-    Process supervision (arXiv:2402.03300, section 4.1.3): a token's advantage is the sum of these over the steps of
-    its response that end at or after it, reward_to_go with gamma 1. With one step a response it is group_normalized.
-    A step that is alone gives 0.
+    Process supervision (arXiv:2402.03300, section 4.1.3): a token's advantage is the sum of these terms over all steps
+    of its response that end at or after it, reward_to_go with gamma 1. With one step per response the result equals
+    group_normalized. A single step gives 0.
     """
     if len(rewards) < 2:
         return torch.zeros_like(rewards)
@@ -140,9 +142,9 @@ def steps_normalized(rewards: Float[Tensor, " S"], *, eps: float) -> Float[Tenso
 
 
 def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740).
+    """Return each score minus the mean of the other scores of its group (RLOO, arXiv:2402.14740).
 
-    It is group_centered times G / (G - 1). Scores are prompt-major; ValueError as in group_centered.
+    The result is group_centered times G / (G - 1). Scores are prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="leave_one_out")
     others_P_G = (scores_P_G.sum(dim=1, keepdim=True) - scores_P_G) / (group_size - 1)
@@ -150,16 +152,16 @@ def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tens
 
 
 def group_std(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
-    """Unbiased std of each score's group. Scores are prompt-major; ValueError as in group_centered."""
+    """Return the unbiased std of each score's group. Scores are prompt-major; ValueError as in group_centered."""
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_std")
     return scores_P_G.std(dim=1, keepdim=True).expand_as(scores_P_G).flatten()
 
 
 def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
-    """Groups over those whose scores differ (GPG's alpha, arXiv:2504.02546); 1 if none does.
+    """Return the number of groups divided by the number of groups with unequal scores (GPG's alpha, arXiv:2504.02546).
 
-    Groups of equal scores have no gradient but count in the mean; this factor takes them out of it. Scores are
-    prompt-major; ValueError as in group_centered.
+    The result is 1 if all groups have equal scores. Groups of equal scores have no gradient but count in the mean; this
+    factor removes them from it. Scores are prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
     uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())
@@ -167,18 +169,18 @@ def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float
 
 
 def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -> Float[Tensor, " B"]:
-    """What a response adds to the best score of k, averaged over all sets of k of its group; 0 for those without it.
+    """Return each response's contribution to the best score of k, averaged over all sets of k in its group.
 
-    What weighs the responses in an unbiased gradient of the expected best of k, with a leave-one-out baseline
-    (arXiv:2505.15201). With k = group_size that is, of the best score, how far it is above the second best, and 0 for
-    all others (pass@k, arXiv:2503.19595). Of equal best scores none has a margin.
-    Scores are prompt-major; ValueError as in group_centered, and unless 2 <= k <= group_size.
+    Sets without the response contribute 0. These are the weights of an unbiased gradient of the expected best of k,
+    with a leave-one-out baseline (arXiv:2505.15201). With k = group_size the best score gets its distance to the second
+    best, and all others get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores are prompt-major;
+    ValueError as in group_centered, and unless 2 <= k <= group_size.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")
     if not 2 <= k <= group_size:
         raise ValueError(f"group_best_margin needs 2 <= k <= group_size = {group_size}, got {k}")
     ascending, order = (scores_P_G - scores_P_G.amin(dim=1, keepdim=True)).sort(dim=1, stable=True)
-    # sets in which i is the best and j, below it, the second best: the others are chosen among those below j
+    # number of sets with i best and j second best, divided by all sets: the others are chosen below j
     sets = [math.comb(j, k - 2) / math.comb(group_size, k) for j in range(group_size)]
     weights = torch.tensor(sets, dtype=scores.dtype, device=scores.device)
     below = (weights.cumsum(0) - weights) * ascending
@@ -187,11 +189,11 @@ def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -
 
 
 def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: int, eps: float) -> Float[Tensor, " B"]:
-    """(mean best score of the sets of k that a response is in - mean over all sets of k) / their standard deviation.
+    """Return (mean best score of the sets of k with the response - mean best over all sets) / their standard deviation.
 
-    Pass@k training (arXiv:2508.10751, the analytic form), of scores that need not be 0 or 1: exact over all sets of k
-    of a group. The deviation is the population's; where it is at most eps the sets do not differ, and advantages are 0.
-    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
+    Pass@k training (arXiv:2508.10751, the analytic form) for scores of any value: exact over all sets of k of a group.
+    The deviation is the population's. Where it is at most eps, the sets do not differ and advantages are 0. Scores are
+    prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_normalized")
     if not 1 <= k < group_size:
@@ -203,7 +205,7 @@ def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: in
 
     ranks, sets, sets_of_one = range(group_size), math.comb(group_size, k), math.comb(group_size - 1, k - 1)
     best = column([math.comb(j, k - 1) / sets for j in ranks])  # share of the sets whose best is at rank j
-    itself = column([math.comb(i, k - 1) / sets_of_one for i in ranks])  # of those with rank i, whose best is i
+    itself = column([math.comb(i, k - 1) / sets_of_one for i in ranks])  # share of the sets with i that i leads
     above = column([math.comb(j - 1, k - 2) / sets_of_one if j and k > 1 else 0.0 for j in ranks])  # j, with i below j
     mean = (best * ascending).sum(dim=1, keepdim=True)
     std = (best * (ascending - mean).square()).sum(dim=1, keepdim=True).sqrt()
@@ -220,10 +222,12 @@ def group_decoupled(
     eps: float,
     counted: Mapping[str, Bool[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Each reward normalised within its group, their weighted sum normalised over the batch (GDPO, arXiv:2601.05242).
+    """Return the weighted sum of the rewards, each normalised in its group, normalised over the batch.
 
-    Both deviations are the unbiased ones, with eps added. Rewards are prompt-major; ValueError as in group_centered.
-    counted: where a reward has a value for a response, by reward; of one that is not named there, everywhere.
+    GDPO, arXiv:2601.05242. Both deviations are the unbiased ones, plus eps. Rewards are prompt-major; ValueError as in
+    group_centered.
+
+    counted: by reward, True for responses with a value. A reward without an entry counts for all responses.
     """
     total = group_normalized_sum(by_reward, weights, group_size=group_size, eps=eps, counted=counted)
     return (total - total.mean()) / (total.std() + eps)
@@ -248,9 +252,9 @@ def group_normalized_sum(
 def greedy_centered(
     scores: Float[Tensor, " B"], greedy_scores: Float[Tensor, " P"], *, group_size: int
 ) -> Float[Tensor, " B"]:
-    """Score minus that of the greedy response to the same prompt (ReMax, arXiv:2310.10505).
+    """Return each score minus the score of the greedy response to the same prompt (ReMax, arXiv:2310.10505).
 
-    Scores are prompt-major. ValueError if there is not one greedy score a prompt.
+    Scores are prompt-major. ValueError unless there is one greedy score per prompt.
     """
     if len(scores) != len(greedy_scores) * group_size:
         raise ValueError(
@@ -263,9 +267,9 @@ def greedy_centered(
 def length_weighted_centered(
     scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, group_size: int
 ) -> Float[Tensor, " B"]:
-    """Score minus the mean of its group weighted by response length (OPO, arXiv:2505.23585).
+    """Return each score minus the length-weighted mean of its group (OPO, arXiv:2505.23585).
 
-    The baseline of least variance if a response's squared gradient grows with its length. ValueError as in
+    This baseline has the least variance if a response's squared gradient grows with its length. ValueError as in
     group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="length_weighted_centered")

@@ -1,7 +1,7 @@
-"""How a step's token terms become one loss: the weight of each token.
+"""Compute the weight of each token in the loss of an optimizer step.
 
-The loss of a micro-batch is `(per_token * weights).sum()`; the sum over all micro-batches and ranks is the loss of
-the step. Counts are of the **whole optimizer step**, never of what is at hand, so that micro-batch size, packing and
+The loss of a micro-batch is `(per_token * weights).sum()`; the sum over all micro-batches and ranks is the loss of the
+step. Counts are those of the **whole optimizer step**, never of the local batch, so that micro-batch size, packing and
 the number of ranks cannot change the gradient.
 """
 

@@ -1,8 +1,8 @@
-"""Corrections for tokens that another policy sampled: vLLM's kernels, or weights of some steps ago.
+"""Correct for tokens sampled by another policy: vLLM's kernels, or weights of some steps ago.
 
-Weights multiply the per-token policy loss and masks remove tokens from it; they never change the ratio that is
-clipped. Everything here is data (no gradient). `mask` is True where the policy sampled the token; weights are zero
-elsewhere. Where the rollout's log-probabilities stand for the old ones, pass the current ones as `old_logprobs`.
+Weights multiply the per-token policy loss and masks remove tokens from it; they never change the clipped ratio.
+Everything here is data (no gradient). `mask` is True for sampled tokens; weights are zero elsewhere. Where the
+rollout's log-probabilities replace the old ones, pass the current ones as `old_logprobs`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Level = Literal["token", "sequence_mean", "sequence_sum", "sequence_max"]
 def token_ratio(
     old_logprobs: Float[Tensor, "*N"], rollout_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """exp(old_logprobs - rollout_logprobs) of each token, zero outside mask."""
+    """Return exp(old_logprobs - rollout_logprobs) of each token, zero outside mask."""
     return torch.where(mask, torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach().exp(), 0.0)
 
 
-def sequence_ratio(
+def product_ratio(
     old_logprobs: Float[Tensor, " N"],
     rollout_logprobs: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
-    """Product of each sequence's token ratios: unbiased, and noisy for long responses."""
+    """Return the product of each sequence's token ratios: unbiased, and noisy for long responses."""
     return sequence_sums(torch.where(mask, old_logprobs - rollout_logprobs, 0.0).detach(), lengths).exp()
 
 
@@ -45,9 +45,9 @@ def token_truncated(
     max_ratio: float,
     min_ratio: float = 0.0,
 ) -> Float[Tensor, "*N"]:
-    """Truncated importance sampling per token: the ratio, at most max_ratio (Ionides 2008; for RL, Yao et al. 2025).
+    """Return the ratio of each token, at most max_ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025).
 
-    A min_ratio above 0 raises small ratios to it: less variance, more bias.
+    A min_ratio above 0 raises smaller ratios to min_ratio: less variance, more bias.
     """
     ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(mask, ratio.clamp(min_ratio, max_ratio), 0.0)
@@ -62,8 +62,8 @@ def sequence_truncated(
     max_ratio: float,
     min_ratio: float = 0.0,
 ) -> Float[Tensor, " N"]:
-    """token_truncated of the product of a sequence's ratios, on each of its tokens."""
-    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
+    """Return token_truncated of the product of a sequence's ratios, on each of its tokens."""
+    ratio = product_ratio(old_logprobs, rollout_logprobs, mask, lengths).clamp(min_ratio, max_ratio)
     return torch.where(mask, to_tokens(ratio, lengths, num_tokens=len(mask)), 0.0)
 
 
@@ -75,7 +75,8 @@ def token_masked(
     max_ratio: float,
     min_ratio: float = 0.0,
 ) -> Float[Tensor, "*N"]:
-    """The ratio where it lies in [min_ratio, max_ratio], else 0: such a token is dropped (IcePop, arXiv:2510.18855)."""
+    """Return the ratio if it lies in [min_ratio, max_ratio], else 0, which drops the token (IcePop,
+    arXiv:2510.18855)."""
     ratio = token_ratio(old_logprobs, rollout_logprobs, mask)
     return torch.where(kept(ratio, mask, low=min_ratio, high=max_ratio), ratio, 0.0)
 
@@ -89,17 +90,17 @@ def sequence_masked(
     max_ratio: float,
     min_ratio: float = 0.0,
 ) -> Float[Tensor, " N"]:
-    """token_masked of the product of a sequence's ratios, on each of its tokens: drops whole sequences."""
-    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, lengths)
+    """Return token_masked of the product of a sequence's ratios, on each of its tokens: drops whole sequences."""
+    ratio = product_ratio(old_logprobs, rollout_logprobs, mask, lengths)
     columns = to_tokens(ratio, lengths, num_tokens=len(mask))
     return torch.where(kept(columns, mask, low=min_ratio, high=max_ratio), columns, 0.0)
 
 
 def kept(statistic: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, low: float, high: float) -> Bool[Tensor, "*N"]:
-    """mask without the tokens whose statistic lies outside [low, high]: rejection sampling.
+    """Return mask without the tokens with a statistic outside [low, high]: rejection sampling.
 
     The statistic is a ratio or a KL estimate of (rollout_logprobs, old_logprobs), per token, or per sequence and
-    spread by masking.to_tokens.
+    repeated by masking.to_tokens.
     """
     return mask & (statistic >= low) & (statistic <= high)
 
@@ -115,7 +116,7 @@ def accepted(
     low: float,
     high: float,
 ) -> Bool[Tensor, " N"]:
-    """mask without the tokens, or the sequences, whose statistic lies outside [low, high].
+    """Return mask without the tokens, or the sequences, with a statistic outside [low, high].
 
     k1, k2 and k3 estimate KL(rollout || old) of a token. ratio is exp(old_logprobs - rollout_logprobs): its
     sequence_mean is the geometric mean, its sequence_sum the product. At sequence_max one token outside rejects its
@@ -146,10 +147,10 @@ def on_policy_sequences(
     *,
     max_kl: float,
 ) -> Bool[Tensor, " N"]:
-    """mask without the tokens of negative advantage in sequences that the policy has left.
+    """Return mask without the tokens of negative advantage in sequences far from the current policy.
 
-    Left: the mean of rollout_logprobs - logprobs over the sequence exceeds max_kl (DeepSeek-V3.2, arXiv:2512.02556,
-    eq. 9).
+    A sequence is far if its mean of rollout_logprobs - logprobs exceeds max_kl (DeepSeek-V3.2, arXiv:2512.02556, eq.
+    9).
     """
     kl = sequence_means((rollout_logprobs - logprobs).detach(), mask, lengths)
     return mask & ((advantages >= 0) | (to_tokens(kl, lengths, num_tokens=len(mask)) <= max_kl))

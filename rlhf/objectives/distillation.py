@@ -1,12 +1,13 @@
-"""Divergences between a student's and a teacher's next-token distributions.
+"""Compute divergences between a student's and a teacher's next-token distributions.
 
-forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis: the vocabulary, or a
-top-k support made by with_tail or renormalized. chunked_divergence and weighted_divergence_sum apply one of
-them to two models' hidden states, with the logits of a few hundred rows alive at a time. One value a row; the caller
-masks, weighs and sums. The gradient goes to the student alone.
+forward_kl, reverse_kl and generalized_jsd take log-probabilities over one support, the last axis. It is the vocabulary,
+or a top-k support made by with_tail or renormalized. chunked_divergence and weighted_divergence_sum apply a divergence
+to two models' hidden states and hold the logits of a few hundred rows at a time. Each row gets one value; the caller
+masks, weights and sums. Only the student gets a gradient.
 
-sampled_divergence_sum is the second for tokens that the student sampled. On-policy distillation from these tokens alone
-(arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are those of a policy gradient.
+sampled_divergence_sum is weighted_divergence_sum for tokens sampled by the student. On-policy distillation from these
+tokens alone (arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are used in a policy
+gradient.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_lo
 
 
 def forward_kl(student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """KL(teacher || student): the student covers all that the teacher says (arXiv:1503.02531)."""
+    """Return KL(teacher || student): the student covers all of the teacher's modes (arXiv:1503.02531)."""
     return _kl(teacher_logprobs, student_logprobs)
 
 
 def reverse_kl(student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """KL(student || teacher): the student says only what the teacher would (MiniLLM, arXiv:2306.08543)."""
+    """Return KL(student || teacher): the student seeks the teacher's modes (MiniLLM, arXiv:2306.08543)."""
     return _kl(student_logprobs, teacher_logprobs)
 
 
 def generalized_jsd(
     student_logprobs: Float[Tensor, "*B V"], teacher_logprobs: Float[Tensor, "*B V"], *, beta: float
 ) -> Float[Tensor, "*B"]:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+    """Return beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
-    GKD, arXiv:2306.13649, eq. 1; between 0 and the entropy of beta, also where one says what the other never would.
-    ValueError unless 0 < beta < 1: at both ends it vanishes. TRL takes beta 0 for forward_kl and beta 1 for
-    reverse_kl, to which JSD / beta and JSD / (1 - beta) tend.
+    GKD, arXiv:2306.13649, eq. 1. The value lies between 0 and the entropy of beta, also for disjoint supports.
+    ValueError unless 0 < beta < 1: at both ends it vanishes. TRL takes beta 0 for forward_kl and beta 1 for reverse_kl,
+    the limits of JSD / beta and JSD / (1 - beta).
     """
     if not 0.0 < beta < 1.0:
         raise ValueError(f"generalized_jsd needs 0 < beta < 1, got {beta}: take forward_kl or reverse_kl at the ends")
@@ -51,28 +52,28 @@ def generalized_jsd(
 
 
 def _kl(logprobs: Float[Tensor, "*B V"], others: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """What has no probability adds nothing, whatever the other gives it."""
+    """Return KL(p || q). Entries with p = 0 add nothing, for any q."""
     difference = torch.where(logprobs == -torch.inf, 0.0, logprobs - others)
     return (logprobs.exp() * difference).sum(-1)
 
 
 def with_tail(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K+1"]:
-    """Log-probabilities of K tokens and, last, of all others together: a distribution over K + 1.
+    """Return the log-probabilities of K tokens and, last, of all other tokens together: a distribution over K + 1.
 
-    Divergences of it are at most those over the vocabulary. The tail is held above 1e-7, without gradient below.
+    Its divergences are at most those over the vocabulary. The tail is clipped below at 1e-7, without gradient there.
     """
     inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)
 
 
 def renormalized(logprobs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
-    """Log-probabilities of K tokens given that it is one of them: nothing is learnt about the others."""
+    """Return the log-probabilities of K tokens, conditioned on this set. The other tokens get no gradient."""
     return logprobs - logprobs.logsumexp(-1, keepdim=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStates:
-    """A teacher's rows: the states in which it predicts the same tokens as the student's, and its vocabulary head."""
+    """Hidden states of the teacher for the student's rows, with the teacher's vocabulary head."""
 
     hidden: Float[Tensor, "N H"]
     weight: Float[Tensor, "V H"]
@@ -93,10 +94,10 @@ def chunked_divergence(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> Float[Tensor, " N"]:
-    """divergence(student, teacher) of each row, over the whole vocabulary.
+    """Return divergence(student, teacher) of each row, over the whole vocabulary.
 
-    Both models' logits are divided by temperature (GKD does not multiply the loss by its square). ValueError if rows
-    or vocabularies differ: cut both heads to the tokens they share.
+    Both models' logits are divided by temperature (GKD does not multiply the loss by its square). ValueError if rows or
+    vocabularies differ: slice both heads to the shared tokens.
     """
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
@@ -130,22 +131,23 @@ def weighted_divergence_sum(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(token_weight times the sum of divergence - sft_coef * logprob, the divergences, the logprobs, whether the target
-    is the likeliest): the last three are columns without gradient, the logprobs those of the targets at temperature 1.
+    """Return (loss, divergences, logprobs, is_top1). Only the loss has a gradient.
 
-    For losses whose weights are known beforehand: each head is applied once, not twice as by `chunked_divergence`.
+    The loss is token_weight times the sum of divergence - sft_coef * logprob. logprobs are those of the targets at
+    temperature 1, and is_top1 is True for targets with the largest logit. Use it for losses with weights known
+    beforehand: each head is applied once, not twice as in `chunked_divergence`.
     """
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
     def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
-        found = divergence(log_p, teacher_logprobs(rows).to(logits.dtype))
+        divergences = divergence(log_p, teacher_logprobs(rows).to(logits.dtype))
         kept = log_p if sft_coef else log_p.detach()
         plain = kept if temperature == 1.0 else (kept * temperature).log_softmax(-1)
         logprobs = plain.gather(-1, targets[rows, None])[:, 0]
-        is_top1 = (log_p.argmax(-1) == targets[rows]).to(found.dtype)
-        losses = found - sft_coef * logprobs if sft_coef else found
-        return token_weight * losses, torch.stack([found, logprobs, is_top1], dim=-1)
+        is_top1 = (log_p.argmax(-1) == targets[rows]).to(divergences.dtype)
+        losses = divergences - sft_coef * logprobs if sft_coef else divergences
+        return token_weight * losses, torch.stack([divergences, logprobs, is_top1], dim=-1)
 
     loss, columns = sum_over_rows(
         of_rows,
@@ -157,8 +159,8 @@ def weighted_divergence_sum(
         logit_scale=logit_scale,
         chunk_size=chunk_size,
     )
-    found, logprobs, is_top1 = columns.unbind(-1)
-    return loss, found, logprobs, is_top1.bool()
+    divergences, logprobs, is_top1 = columns.unbind(-1)
+    return loss, divergences, logprobs, is_top1.bool()
 
 
 def sampled_divergence_sum(
@@ -175,17 +177,19 @@ def sampled_divergence_sum(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(token_weight times the sum of divergences, then without gradient the student's and the teacher's logprobs of the
-    sampled tokens and the student's entropies): all at this temperature. Each head is applied once.
+    """Return (loss, student logprobs, teacher logprobs, student entropies) of the sampled tokens.
+
+    The loss is token_weight times the sum of divergences. Only the loss has a gradient. All results use this
+    temperature. Each head is applied once.
     """
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=temperature)
 
     def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p, log_q = logits.log_softmax(-1), teacher_logprobs(rows).to(logits.dtype)
-        seen = log_p.detach()
-        told = [of.gather(-1, sampled[rows, None])[:, 0] for of in (seen, log_q)]
-        entropies = torch.special.entr(seen.exp()).sum(-1)
-        return token_weight * divergence(log_p, log_q), torch.stack([*told, entropies], dim=-1)
+        detached = log_p.detach()
+        sampled_logprobs = [x.gather(-1, sampled[rows, None])[:, 0] for x in (detached, log_q)]
+        entropies = torch.special.entr(detached.exp()).sum(-1)
+        return token_weight * divergence(log_p, log_q), torch.stack([*sampled_logprobs, entropies], dim=-1)
 
     loss, columns = sum_over_rows(
         of_rows,
@@ -197,17 +201,17 @@ def sampled_divergence_sum(
         logit_scale=logit_scale,
         chunk_size=chunk_size,
     )
-    logprobs, told, entropies = columns.unbind(-1)
-    return loss, logprobs, told, entropies
+    logprobs, teacher_columns, entropies = columns.unbind(-1)
+    return loss, logprobs, teacher_columns, entropies
 
 
 def teacher_advantages(
     logprobs: Float[Tensor, "*N"], teacher_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """log q - log p of each sampled token, held constant; 0 outside mask.
+    """Return log q - log p of each sampled token, detached; 0 outside mask.
 
-    A policy gradient with them is in expectation the gradient of -KL(student || teacher) at each token, given the
-    tokens before it.
+    A policy gradient with these advantages is in expectation the gradient of -KL(student || teacher) at each token,
+    given the previous tokens.
     """
     return torch.where(mask, teacher_logprobs - logprobs.detach(), 0.0)
 
@@ -215,7 +219,7 @@ def teacher_advantages(
 def _teacher_logprobs(
     teacher: TeacherStates, *, like: tuple[Tensor, Tensor], temperature: float
 ) -> Callable[[slice], Tensor]:
-    """The teacher's log-probabilities of some rows. ValueError if it has not the student's rows and vocabulary."""
+    """Return a function from rows to the teacher's log-probabilities. ValueError if rows or vocabularies differ."""
     hidden, weight = like
     if (len(hidden), len(weight)) != (len(teacher.hidden), len(teacher.weight)):
         raise ValueError(
@@ -244,7 +248,7 @@ def chunked_logprobs_of(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> Float[Tensor, "N K"]:
-    """Log-probabilities of K tokens a row, such as those a teacher's top-k were stored for."""
+    """Return the log-probabilities of K tokens per row, such as a teacher's stored top-k tokens."""
 
     def of_rows(logits: Tensor, rows: slice) -> Tensor:
         return logits.gather(-1, tokens[rows]) - logits.logsumexp(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Transformations of log-ratios: which f-divergence to the reference a preference loss bounds, and AlphaPO's reward.
+"""Transform log-ratios into the terms of f-divergences (f-DPO) and of AlphaPO's reward.
 
 f-DPO (arXiv:2309.16240, eq. 8) replaces log u in DPO by f'(u), u = pi / pi_ref, up to a constant that cancels in the
-difference of a pair. Apply one of these to both log-ratios and hand the results to dpo, hinge, ipo or discopop of
-preference_loss.py. The reverse KL, f'(u) = log u + 1, is DPO itself: leave the log-ratios as they are.
+difference of a pair. Apply one function to both log-ratios and pass the results to dpo, hinge, ipo or discopop of
+preference_loss.py. The reverse KL, f'(u) = log u + 1, is DPO itself: leave the log-ratios unchanged.
 
 Divergences between whole next-token distributions are in distillation.py.
 """
@@ -19,19 +19,19 @@ MAX_EXPONENT = 80.0  # exp of it is still finite in float32, as is the gradient 
 
 
 def forward_kl_scores(log_ratios: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """1 - 1/u. A log-ratio below -80 is held there and has no gradient: exp would overflow."""
+    """Return 1 - 1/u. A log-ratio is clipped below at -80, without gradient there: exp would overflow."""
     return -_bounded_expm1(-log_ratios)
 
 
 def jensen_shannon_scores(log_ratios: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """log(2u / (1 + u)): at most log 2, so that a response already much likelier than before adds nothing."""
+    """Return log(2u / (1 + u)): at most log 2, so that an already much likelier response adds nothing."""
     return math.log(2.0) + torch.nn.functional.logsigmoid(log_ratios)
 
 
 def alpha_divergence_scores(log_ratios: Float[Tensor, "*B"], *, alpha: float) -> Float[Tensor, "*B"]:
-    """(u^(alpha - 1) - 1) / (alpha - 1): forward KL at alpha 0, log u in the limit of alpha 1 (returned there).
+    """Return (u^(alpha - 1) - 1) / (alpha - 1): forward KL at alpha 0, and the limit log u at alpha 1.
 
-    (alpha - 1) * log u is held below 80, without gradient beyond.
+    (alpha - 1) * log u is clipped above at 80, without gradient there.
     """
     if abs(alpha - 1.0) < 1e-6:
         return log_ratios
@@ -39,9 +39,9 @@ def alpha_divergence_scores(log_ratios: Float[Tensor, "*B"], *, alpha: float) ->
 
 
 def alphapo_scores(logprobs: Float[Tensor, "*B"], *, alpha: float) -> Float[Tensor, "*B"]:
-    """(1 - p^-alpha) / alpha of length-normalised log-probabilities (AlphaPO, arXiv:2501.03884).
+    """Return (1 - p^-alpha) / alpha of length-normalised log-probabilities (AlphaPO, arXiv:2501.03884).
 
-    Give them to preference_loss.simpo. alpha 0 is SimPO. The form is that of the alpha-divergence at 1 - alpha.
+    Pass them to preference_loss.simpo. alpha 0 is SimPO. The form is that of the alpha-divergence at 1 - alpha.
     """
     return alpha_divergence_scores(logprobs, alpha=1.0 - alpha)
 

@@ -1,8 +1,8 @@
-"""Which tokens drive the entropy: those of high entropy, and those whose logprob and advantage move together.
+"""Select the tokens that drive the entropy: by high entropy, or by covariance of logprob and advantage.
 
-Masks over the tokens that count, computed on data (no gradient): pass those of the whole optimizer step, for what is
-chosen depends on all of them. The entropy itself comes from logprobs.py; its bonus is `-coef * entropy` with the
-weights of the policy loss, and adaptive_entropy_coef moves the coefficient.
+The masks are data (no gradient). Pass the tokens of the whole optimizer step, because the selection depends on all of
+them. The entropy comes from logprobs.py. Its bonus is `-coef * entropy` with the weights of the policy loss, and
+adaptive_entropy_coef updates the coefficient.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rlhf.objectives.masking import masked_mean
 def high_entropy_tokens(
     entropy: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, quantile: float
 ) -> Bool[Tensor, "*N"]:
-    """Tokens whose entropy is at least that quantile of all tokens that count (arXiv:2506.01939).
+    """Return True for tokens with an entropy of at least the quantile over all counted tokens (arXiv:2506.01939).
 
-    quantile 0.8 keeps the top fifth; of equals at the quantile all are kept.
+    quantile 0.8 keeps the top fifth; all tokens equal to the quantile are kept.
     """
     counted = entropy.detach()[mask]
     if len(counted) == 0:
@@ -33,9 +33,9 @@ def high_entropy_tokens(
 def advantage_covariance(
     logprobs: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """(A - mean A) * (logprob - mean logprob) of each token, zero outside mask (arXiv:2505.22617).
+    """Return (A - mean A) * (logprob - mean logprob) of each token, zero outside mask (arXiv:2505.22617).
 
-    Its mean is what the entropy falls by in a policy-gradient step. The means are those of the tokens given.
+    Its mean is the decrease of the entropy in a policy-gradient step. The means are taken over the given tokens.
     """
     logprobs = logprobs.detach()
     centered = (advantages - masked_mean(advantages, mask)) * (logprobs - masked_mean(logprobs, mask))
@@ -45,9 +45,9 @@ def advantage_covariance(
 def top_covariance_tokens(
     covariance: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, fraction: float
 ) -> Bool[Tensor, " N"]:
-    """The given fraction of the tokens that count with the largest covariance, at least one (KL-Cov, arXiv:2505.22617).
+    """Return True for the given fraction of counted tokens with the largest covariance (KL-Cov, arXiv:2505.22617).
 
-    KL-Cov adds `coef * |logprobs - old_logprobs|` to the loss of these tokens.
+    At least one token is selected. KL-Cov adds `coef * |logprobs - old_logprobs|` to the loss of these tokens.
     """
     count = int(mask.sum())
     if count == 0:
@@ -65,10 +65,11 @@ def drawn_covariance_tokens(
     high: float,
     fraction: float,
 ) -> Bool[Tensor, " N"]:
-    """Tokens with a covariance between low and high, at most the given fraction of those that count, at least one.
+    """Return True for tokens with a covariance between low and high.
 
-    Of more than that the first by `order`, a random number for each (Clip-Cov, arXiv:2505.22617). Clip-Cov takes the
-    gradient from these tokens.
+    At most the given fraction of the counted tokens is selected, and at least one token. If more tokens qualify, the
+    first by `order` are taken, a random number for each (Clip-Cov, arXiv:2505.22617). Clip-Cov removes the gradient of
+    these tokens.
     """
     between = mask & (covariance > low) & (covariance < high)
     count = min(max(1, int(int(mask.sum()) * fraction)), int(between.sum()))
@@ -79,7 +80,7 @@ def drawn_covariance_tokens(
 
 
 def adaptive_entropy_coef(coef: float, *, entropy: float, target: float, step: float, max_coef: float) -> float:
-    """The next coefficient: a step up if the entropy is below its target, a step down if above, within [0, max_coef].
+    """Return the next coefficient within [0, max_coef]: one step up if the entropy is below its target, else one down.
 
     The bonus is given at or below the target only (Skywork-OR1, arXiv:2505.22312).
     """

@@ -23,41 +23,42 @@ from torch import Tensor
 
 
 def kl_k1(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """The log-ratio: unbiased, of either sign. Its gradient, 1 a token, has mean zero: for the reward only."""
+    """Return the log-ratio: unbiased, of either sign. Its gradient of 1 per token has mean zero: for the reward
+    only."""
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Half the squared log-ratio: biased, never negative. Its gradient is, on policy, that of the exact KL."""
+    """Return half the squared log-ratio: biased, never negative. On policy its gradient is that of the exact KL."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """exp(-d) - 1 + d for the log-ratio d: unbiased, never negative (GRPO's, arXiv:2402.03300, eq. 4).
+    """Return exp(-d) - 1 + d for the log-ratio d: unbiased, never negative (GRPO's, arXiv:2402.03300, eq. 4).
 
-    Its gradient 1 - exp(-d) is, on policy, that of the KL taken the other way round.
+    On policy its gradient 1 - exp(-d) is that of the reverse direction, KL(reference || policy).
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
 
 
 def kl_k1_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """k1 in value, k2 in gradient: the unbiased number, and on policy the gradient of the exact KL."""
+    """Return k1 with the gradient of k2: an unbiased value, and on policy the gradient of the exact KL."""
     return straight_through(kl_k1(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
 
 
 def kl_k3_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """k3 in value, k2 in gradient: a number that is unbiased and never negative, with the gradient of the exact KL."""
+    """Return k3 with the gradient of k2: unbiased and never negative, and on policy the gradient of the exact KL."""
     return straight_through(kl_k3(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
 
 
 def straight_through(value: Float[Tensor, "*N"], gradient: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """The value of one estimate with the gradient of another."""
+    """Return the value of one estimate with the gradient of another."""
     return value.detach() + (gradient - gradient.detach())
 
 
 def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:
-    """The next coefficient, moved so that the KL per sequence approaches `target` (arXiv:1909.08593, section 2.2).
+    """Return the next coefficient: it moves the KL per sequence towards `target` (arXiv:1909.08593, section 2.2).
 
     coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences.
     """

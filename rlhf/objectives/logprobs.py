@@ -1,12 +1,12 @@
-"""Log-probabilities of chosen tokens and the entropy of the distribution they were chosen from.
+"""Compute log-probabilities of chosen tokens and the entropy of the distributions.
 
-Every loss, KL and importance ratio starts here. From hidden states the vocabulary head is applied to a few hundred
-tokens at a time and its logits are computed again in the backward pass, so no [tokens, vocabulary] matrix ever exists.
-Reductions happen in float32 (float64 for float64 input). Nothing here knows sequences, masks or shifts by one: row n of
-`hidden` is the state in which `targets[n]` was chosen.
+Every loss, KL and importance ratio starts here. The vocabulary head is applied to the hidden states of a few hundred
+tokens at a time. The backward pass recomputes the logits, so no [tokens, vocabulary] matrix ever exists. Reductions
+happen in float32 (float64 for float64 input). Nothing here knows sequences, masks or shifts by one: row n of `hidden`
+is the state that predicts `targets[n]`.
 
-The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature), with
-softcap(x) = c * tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). Rows may have a temperature each.
+The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature), with softcap(x) = c *
+tanh(x / c) as in Gemma 2 (arXiv:2408.00118, section 2). The temperature may be one number or one per row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Extra = Literal["entropy", "entropy_grad", "collision"]  # what a pass computes
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Saves one log-normaliser a row; the backward pass recomputes the logits chunk by chunk."""
+    """Saves one log-normaliser per row; the backward pass recomputes the logits chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 class _WeightedLogprobSum(torch.autograd.Function):
-    """sum(weights * logprobs) with its gradient made in the forward pass, while the logits are there."""
+    """Computes sum(weights * logprobs), and its gradient already in the forward pass, from the same logits."""
 
     @staticmethod
     def forward(
@@ -155,7 +155,8 @@ def chunked_logprobs(
     entropy_grad: bool = False,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, entropy) of each row, in nats. The logprobs have a gradient, the entropy only with entropy_grad."""
+    """Return (logprobs, entropy) of each row, in nats. logprobs have a gradient; entropy has one only with
+    entropy_grad."""
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     extras = frozenset({"entropy", "entropy_grad"} if entropy_grad else {"entropy"})
     logprobs, entropy, _ = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
@@ -173,7 +174,7 @@ def chunked_logprobs_only(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> Float[Tensor, " N"]:
-    """`chunked_logprobs` without the work of the entropy."""
+    """Return the logprobs of `chunked_logprobs` without computing the entropy."""
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, frozenset())[0]
     return logprobs
@@ -190,7 +191,7 @@ def chunked_logprobs_and_collisions(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(logprobs, `collision_logprob_from_logits`) of each row. The second has no gradient."""
+    """Return (logprobs, `collision_logprob_from_logits`) of each row. The second has no gradient."""
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     extras: frozenset[_Extra] = frozenset({"collision"})
     logprobs, _, collision = _ChunkedLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, extras)
@@ -210,14 +211,15 @@ def weighted_logprob_sum(
     chunk_size: int = CHUNK_ROWS,
     by_probability: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(sum of token_weights * logprobs, the logprobs without gradient, whether the target is the likeliest).
+    """Return (sum of token_weights * logprobs, logprobs, is_top1). Only the sum has a gradient.
 
-    by_probability: each weight is multiplied by its token's probability, which carries no gradient: with negative
-    weights that is supervised.dynamic_fine_tuning.
+    by_probability: each weight is multiplied by its token's probability, without gradient. With negative weights the
+    sum equals supervised.dynamic_fine_tuning.
 
-    For losses whose weights are known beforehand, such as the supervised one with token_weights = -1 / num_step_tokens.
-    Its head is applied once, not twice as in `chunked_logprobs`: exact all the same, and cheaper by a quarter of the
-    head's work. The price is one gradient of the head's weight kept from the forward to the backward pass.
+    Use it for losses with weights known beforehand, such as the supervised one with token_weights = -1 /
+    num_step_tokens. The head is applied once, not twice as in `chunked_logprobs`: equally exact, and cheaper by a
+    quarter of the head's work. The cost is one gradient of the head's weight kept from the forward to the backward
+    pass.
     """
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     results: tuple[Tensor, Tensor, Tensor] = _WeightedLogprobSum.apply(
@@ -227,22 +229,23 @@ def weighted_logprob_sum(
 
 
 def logprobs_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """log softmax(logits)[target], for callers that have whole logits. Divide by the temperature beforehand."""
+    """Return log softmax(logits)[target], for callers with whole logits. Divide by the temperature beforehand."""
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return widened(chosen) - widened(logits).logsumexp(-1)
 
 
 def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Entropy of softmax(logits), in nats. A logit of -inf is a token that cannot be drawn and adds nothing."""
+    """Return the entropy of softmax(logits), in nats. A logit of -inf is an impossible token and adds nothing."""
     log_p = widened(logits).log_softmax(-1)
     return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
 
 
 def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """log sum_v p_v^2: the log-probability that two independent draws agree (minus the order-2 Renyi entropy)."""
+    """Return log sum_v p_v^2: the log-probability that two independent draws agree (minus the order-2 Renyi
+    entropy)."""
     return (2.0 * widened(logits).log_softmax(-1)).logsumexp(-1)
 
 
 def is_top1_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
-    """Whether greedy decoding would choose the target; of equal logits it takes the first."""
+    """Return True if greedy decoding would choose the target; of equal logits it takes the first."""
     return logits.argmax(-1) == targets

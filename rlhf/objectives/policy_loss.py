@@ -1,9 +1,9 @@
-"""The clip family of policy losses: PPO, and its two ways to bound the loss on negative advantages.
+"""Compute the clipped policy losses: PPO, and its two bounds of the loss on negative advantages.
 
-Each returns one term per token, zero where `mask` is False; aggregation.py weighs and the caller sums them. No
-function here knows how many tokens the step has, so none can average over the wrong ones.
+Each returns one term per token, zero where `mask` is False; aggregation.py weights them and the caller sums them. No
+function here knows the number of tokens in the step, so none can average over the wrong tokens.
 
-`*_surrogate` and clipped_tokens take logprobs and use importance_ratio; `*_loss` and clipped_ratios take any ratio,
+`*_surrogate` and clipped_tokens take logprobs and use importance_ratio. `*_loss` and clipped_ratios take any ratio,
 such as those of sequence_ratios.py. With one optimizer step per batch pass `logprobs.detach()` as old_logprobs: the
 ratio is then exactly 1 and the gradient that of REINFORCE.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 def importance_ratio(
     logprobs: Float[Tensor, "*N"], old_logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """exp(logprobs - old_logprobs), 1 where mask is False. Masked before exp, so that no nan comes back as gradient."""
+    """Return exp(logprobs - old_logprobs), 1 where mask is False. Masked before exp, so that no gradient is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0).exp()
 
 
@@ -31,7 +31,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, "*N"]:
-    """PPO's clipped objective (arXiv:1707.06347, eq. 7), negated.
+    """Return PPO's clipped objective (arXiv:1707.06347, eq. 7), negated.
 
     The ratio's bounds are 1 - clip_low and 1 + clip_high; equal in PPO, apart in DAPO (arXiv:2503.14476, eq. 10).
     """
@@ -49,7 +49,7 @@ def dual_clipped_surrogate(
     clip_high: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """clipped_surrogate whose loss on a negative advantage stops growing at ratio max_ratio: see dual_clipped_loss."""
+    """Return clipped_surrogate with a limit of max_ratio * |A| on negative advantages: see dual_clipped_loss."""
     ratio = importance_ratio(logprobs, old_logprobs, mask)
     return dual_clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, max_ratio=max_ratio)
 
@@ -63,7 +63,7 @@ def clipped_tokens(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
-    """clipped_ratios of importance_ratio."""
+    """Return clipped_ratios of importance_ratio."""
     ratio = importance_ratio(logprobs, old_logprobs, mask)
     return clipped_ratios(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
 
@@ -76,7 +76,7 @@ def clipped_loss(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, "*N"]:
-    """-min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated)."""
+    """Return -min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated)."""
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped_ratio * advantages), 0.0)
 
@@ -90,7 +90,7 @@ def dual_clipped_loss(
     clip_high: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """clipped_loss, on a negative advantage at most max_ratio * |A| (dual clip, arXiv:1912.09729).
+    """Return clipped_loss, at most max_ratio * |A| on a negative advantage (dual clip, arXiv:1912.09729).
 
     ValueError unless max_ratio > 1. At or below 1 + clip_high the cap would replace the clip.
     """
@@ -109,9 +109,9 @@ def two_sided_clipped_loss(
     clip_high: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """-min(min(ratio, max_ratio) * A, clip(ratio) * A) (INTELLECT-2, arXiv:2505.07291).
+    """Return -min(min(ratio, max_ratio) * A, clip(ratio) * A) (INTELLECT-2, arXiv:2505.07291).
 
-    The same as dual_clipped_loss for max_ratio >= 1 + clip_high, as the paper asks.
+    For max_ratio >= 1 + clip_high, as the paper asks, the result equals dual_clipped_loss.
     """
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     objective = torch.minimum(ratio.clamp(max=max_ratio) * advantages, clipped_ratio * advantages)
@@ -126,9 +126,9 @@ def clipped_ratios(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
-    """Where the clip stops the gradient: (below 1 - clip_low, above 1 + clip_high). For the clip fraction.
+    """Return two masks of clipped gradients for the clip fraction: below 1 - clip_low, and above 1 + clip_high.
 
-    Below counts only where the advantage is negative, above only where it is positive: elsewhere the clip is not felt.
+    Below counts only for negative advantages, above only for positive ones: elsewhere the clip has no effect.
     """
     low = mask & (ratio < 1.0 - clip_low) & (advantages < 0)
     high = mask & (ratio > 1.0 + clip_high) & (advantages > 0)
@@ -138,5 +138,5 @@ def clipped_ratios(
 def reinforce(
     logprobs: Float[Tensor, "*N"], advantages: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """-advantage * logprob (Williams 1992): right only for samples of the policy being trained."""
+    """Return -advantage * logprob (Williams 1992). It is right only for samples of the trained policy."""
     return -torch.where(mask, advantages, 0.0) * torch.where(mask, logprobs, 0.0)

@@ -1,17 +1,17 @@
-"""Losses of a pair of responses of which one is preferred: DPO and its family.
+"""Compute losses of a chosen and a rejected response: DPO and its variants.
 
-Each returns one loss a pair, never reduced: the caller divides by the pairs of the whole optimizer step. Inputs are one
-number a response, made by sequence_logprobs.py:
+Each function returns one loss per pair, never reduced: the caller divides by the pairs of the whole optimizer step.
+Inputs are one number per response, made by sequence_logprobs.py:
 
-- log-ratios log pi - log pi_ref, summed over the response, where there is a reference;
-- plain log-probabilities where there is none: dpo of summed ones is CPO (arXiv:2401.08417, eq. 3) and TPO
+- log-ratios log pi - log pi_ref, summed over the response, with a reference;
+- plain log-probabilities without one: dpo of summed ones is CPO (arXiv:2401.08417, eq. 3) and TPO
   (arXiv:2405.16681), simpo of averaged ones SimPO and TPO-L;
 - averaged log-ratios for length-normalised DPO (Tulu 3, arXiv:2411.15124) and for IPO as its authors run it.
 
-A supervised term on the chosen response (CPO's, RPO's, ORPO's, TPO's on its gold response) is negative_logprob of
-supervised.py, weighed and added by the caller, as are mixtures of several losses. With d = chosen - rejected and
-s = log sigmoid, most are functions of beta * d alone. aot and aot_unpaired sort over the pairs given to them and thus
-couple these. ValueError for a beta that is not positive and for a label_smoothing outside [0, 0.5).
+The caller adds a supervised term on the chosen response (CPO, RPO, ORPO; in TPO on the gold response) by
+negative_logprob of supervised.py, and mixes several losses. With d = chosen - rejected and s = log sigmoid, most losses
+depend on beta * d alone. aot and aot_unpaired sort over the given pairs and thus couple them. ValueError for a beta
+that is not positive and for a label_smoothing outside [0, 0.5).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 def dpo(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
 ) -> Float[Tensor, " B"]:
-    """-(1 - e) s(beta d) - e s(-beta d): DPO (arXiv:2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
+    """Return -(1 - e) s(beta d) - e s(-beta d): DPO (arXiv:2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
 
     Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3) takes each preference to be wrong
     with probability e; its minimum is at a finite margin. TRL ignores label_smoothing here, OpenRLHF does not.
@@ -37,9 +37,9 @@ def dpo(
 def robust_dpo(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float
 ) -> Float[Tensor, " B"]:
-    """(-(1 - e) s(beta d) + e s(-beta d)) / (1 - 2e) (arXiv:2403.00409): unbiased when labels flip at the rate e.
+    """Return (-(1 - e) s(beta d) + e s(-beta d)) / (1 - 2e) (arXiv:2403.00409): unbiased if labels flip at rate e.
 
-    Its gradient is that of dpo with clean labels in expectation.
+    In expectation its gradient is that of dpo with clean labels.
     """
     _check("robust_dpo", beta=beta, label_smoothing=label_smoothing)
     margin = beta * (chosen - rejected)
@@ -48,17 +48,18 @@ def robust_dpo(
 
 
 def ipo(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """(d - 1 / (2 beta))^2 (IPO, arXiv:2310.12036, eq. 17, whose tau is beta): a margin to reach, not to exceed.
+    """Return (d - 1 / (2 beta))^2 (IPO, arXiv:2310.12036, eq. 17, where beta is tau): a margin to reach, not to exceed.
 
-    Of averaged log-ratios it is what the authors ran and TRL does; of summed ones what the paper writes and OpenRLHF
-    does. The target 1 / (2 beta) is then per token or per response: a beta does not carry over.
+    The authors ran it, and TRL runs it, on averaged log-ratios. The paper and OpenRLHF use summed ones. The target 1 /
+    (2 beta) is then per token or per response: a beta does not carry over.
     """
     _check("ipo", beta=beta)
     return (chosen - rejected - 0.5 / beta).square()
 
 
 def hinge(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """max(0, 1 - beta d) (SLiC, arXiv:2305.10425; on log-ratios, arXiv:2309.06657): no gradient once d > 1 / beta."""
+    """Return max(0, 1 - beta d) (SLiC, arXiv:2305.10425; on log-ratios, arXiv:2309.06657): no gradient once d > 1 /
+    beta."""
     _check("hinge", beta=beta)
     return torch.relu(1.0 - beta * (chosen - rejected))
 
@@ -66,24 +67,25 @@ def hinge(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: f
 def exo_pair(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float
 ) -> Float[Tensor, " B"]:
-    """KL from sigmoid(beta d) to the preference 1 - e (EXO, arXiv:2402.00856, eq. 16).
+    """Return the KL from sigmoid(beta d) to the preference 1 - e (EXO, arXiv:2402.00856, eq. 16).
 
-    The reverse of the KL that cDPO minimises. ValueError for e = 0, where it is infinite.
+    cDPO minimises the KL in the other direction. ValueError for e = 0, because the KL is then infinite.
     """
     _check("exo_pair", beta=beta, label_smoothing=label_smoothing)
     if label_smoothing == 0.0:
         raise ValueError("exo_pair needs label_smoothing > 0, got 0: the KL to a certain preference is infinite")
     margin = beta * (chosen - rejected)
-    wanted = torch.tensor([1.0 - label_smoothing, label_smoothing], dtype=margin.dtype, device=margin.device).log()
-    win = margin.sigmoid() * (logsigmoid(margin) - wanted[0])
-    loss = (-margin).sigmoid() * (logsigmoid(-margin) - wanted[1])
+    log_target = torch.tensor([1.0 - label_smoothing, label_smoothing], dtype=margin.dtype, device=margin.device).log()
+    win = margin.sigmoid() * (logsigmoid(margin) - log_target[0])
+    loss = (-margin).sigmoid() * (logsigmoid(-margin) - log_target[1])
     return win + loss
 
 
 def nca_pair(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """-s(beta c) - s(-beta c) / 2 - s(-beta r) / 2 (NCA, arXiv:2402.05369): keeps the chosen log-ratio c from falling.
+    """Return -s(beta c) - s(-beta c) / 2 - s(-beta r) / 2 (NCA, arXiv:2402.05369): keeps the chosen log-ratio c from
+    falling.
 
-    It reads c and r each, not their difference.
+    It reads c and r separately, not their difference.
     """
     _check("nca_pair", beta=beta)
     return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
@@ -92,7 +94,7 @@ def nca_pair(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta
 def bco_pair(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, delta: float
 ) -> Float[Tensor, " B"]:
-    """-s(beta c - delta) - s(delta - beta r) (BCO, arXiv:2404.04656): a classifier of good and bad.
+    """Return -s(beta c - delta) - s(delta - beta r) (BCO, arXiv:2404.04656): a classifier of good and bad.
 
     delta is the running mean of beta c and beta r over the steps so far; TRL's bco_pair has 0.
     """
@@ -101,7 +103,8 @@ def bco_pair(
 
 
 def sppo_hard(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2 (SPPO, arXiv:2405.00675, eq. 4.7, with certain preferences)."""
+    """Return (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2 (SPPO, arXiv:2405.00675, eq. 4.7, with certain
+    preferences)."""
     _check("sppo_hard", beta=beta)
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
@@ -109,11 +112,11 @@ def sppo_hard(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, bet
 def aot(
     margins: Float[Tensor, " B"], ref_margins: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
 ) -> Float[Tensor, " B"]:
-    """dpo of margins and reference margins, both sorted over the batch (AOT, arXiv:2406.05882, paired).
+    """Return dpo of margins and reference margins, both sorted over the batch (AOT, arXiv:2406.05882, paired).
 
     Margins are log pi(chosen) - log pi(rejected), ref_margins the same under the reference. Result b belongs to the
-    pair with the b-th smallest margin, not to pair b, and depends on all pairs given: a mean over micro-batches is
-    another loss than that of the whole.
+    pair with the b-th smallest margin, not to pair b, and depends on all given pairs: a mean over micro-batches differs
+    from the loss of the whole batch.
     """
     _check("aot", beta=beta, label_smoothing=label_smoothing)
     return _smoothed(beta * (margins.sort().values - ref_margins.sort().values), label_smoothing)
@@ -122,27 +125,27 @@ def aot(
 def aot_unpaired(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, label_smoothing: float = 0.0
 ) -> Float[Tensor, " B"]:
-    """dpo of chosen and rejected log-ratios, both sorted over the batch (AOT, arXiv:2406.05882, unpaired).
+    """Return dpo of chosen and rejected log-ratios, both sorted over the batch (AOT, arXiv:2406.05882, unpaired).
 
-    Result b belongs to the b-th smallest of each, and depends on all given, as in aot.
+    Result b belongs to the b-th smallest of each, and depends on all given pairs, as in aot.
     """
     _check("aot_unpaired", beta=beta, label_smoothing=label_smoothing)
     return _smoothed(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
 
 
 def apo_zero(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """1 - sigmoid(beta c) + sigmoid(beta r) (APO, arXiv:2408.06266, eq. 7): raises chosen, lowers rejected.
+    """Return 1 - sigmoid(beta c) + sigmoid(beta r) (APO, arXiv:2408.06266, eq. 7): raises chosen, lowers rejected.
 
-    For chosen responses better than what the policy says by itself.
+    Use it for chosen responses better than the policy's own samples.
     """
     _check("apo_zero", beta=beta)
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
 
 
 def apo_down(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float) -> Float[Tensor, " B"]:
-    """sigmoid(beta c) + 1 - sigmoid(beta d) (APO, arXiv:2408.06266, eq. 8): lowers both, rejected further.
+    """Return sigmoid(beta c) + 1 - sigmoid(beta d) (APO, arXiv:2408.06266, eq. 8): lowers both, rejected further.
 
-    For chosen responses worse than what the policy says by itself.
+    Use it for chosen responses worse than the policy's own samples.
     """
     _check("apo_down", beta=beta)
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
@@ -151,10 +154,10 @@ def apo_down(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta
 def discopop(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, beta: float, temperature: float = 0.05
 ) -> Float[Tensor, " B"]:
-    """-(1 - g) s(x) + g exp(-x) with x = beta d and the gate g = sigmoid(x / temperature) (arXiv:2406.08414, eq. 5).
+    """Return -(1 - g) s(x) + g exp(-x) with x = beta d and the gate g = sigmoid(x / temperature).
 
-    Not convex: dpo for x far below 0, exponential for x above. ValueError unless 0 < temperature <= 1; above 1 the
-    exponential would win where it overflows.
+    DiscoPOP, arXiv:2406.08414, eq. 5. It is not convex: dpo for x far below 0, exponential for x above. ValueError
+    unless 0 < temperature <= 1; above 1 the exponential would dominate in the range of its overflow.
     """
     _check("discopop", beta=beta)
     if not 0.0 < temperature <= 1.0:
@@ -172,19 +175,19 @@ def simpo(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " B"]:
-    """dpo with gamma subtracted from beta d: a margin to exceed (SimPO, arXiv:2405.14734, eq. 6).
+    """Return dpo with gamma subtracted from beta d: a margin to exceed (SimPO, arXiv:2405.14734, eq. 6).
 
-    Of averaged log-probabilities, no reference; of divergences.alphapo_scores it is AlphaPO. gamma is in units of
-    beta d, as in the paper.
+    SimPO reads averaged log-probabilities, without a reference; AlphaPO reads divergences.alphapo_scores. gamma is in
+    units of beta d, as in the paper.
     """
     _check("simpo", beta=beta, label_smoothing=label_smoothing)
     return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
 def log_odds(logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log(p / (1 - p)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 4).
+    """Return log(p / (1 - p)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 4).
 
-    A p that rounds to 1 is held one rounding step below it, without gradient.
+    If p rounds to 1, it is clipped one rounding step below 1, without gradient.
     """
     held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
     far = held < -0.6931471805599453  # below log 1/2 log1p keeps the digits of 1 - p, above expm1 does
@@ -192,7 +195,7 @@ def log_odds(logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
 
 
 def odds_ratio(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """-s(log_odds(chosen) - log_odds(rejected)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 7).
+    """Return -s(log_odds(chosen) - log_odds(rejected)) of averaged log-probabilities (ORPO, arXiv:2403.07691, eq. 7).
 
     ORPO adds it, times its lambda (TRL: beta), to the chosen response's negative_logprob.
     """

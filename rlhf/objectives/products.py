@@ -1,8 +1,8 @@
-"""When to take products of bfloat16 tensors in float32: on CPUs that multiply float32 faster.
+"""Decide when to take products of bfloat16 tensors in float32: on CPUs with faster float32 products.
 
-Two cores of a Xeon with AVX-512 BF16 and no AMX tiles do 165 Gflop/s in bfloat16 and 320 in float32; of an EPYC
-(Zen 5), whose bfloat16 dot products run at full width, 900 and 220. Widening the operands first is exact, and the sums
-are no less precise. It never changes what a tensor is stored as.
+Two cores of a Xeon with AVX-512 BF16 and no AMX tiles do 165 Gflop/s in bfloat16 and 320 in float32. Two cores of an
+EPYC (Zen 5), with full-width bfloat16 dot products, do 900 and 220. Widening the operands first is exact, and the sums
+are no less precise. Storage dtypes never change.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def widens_products(tensor: Tensor) -> bool:
-    """Whether products of this tensor are better taken in float32. The same on every call, and in every process of a
-    machine: a measurement would not be, and a resumed run would round otherwise than the one it goes on from."""
+    """Whether to take products of this tensor in float32. The result is the same in every process of a machine.
+
+    A measurement could differ between calls, and a resumed run would then round differently from the first run.
+    """
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not multiplies_bfloat16_fast()
 
 

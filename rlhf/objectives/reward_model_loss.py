@@ -1,7 +1,6 @@
-"""Losses of reward models: of responses by pairs, of steps by labels; what steps come to, and whether margins are
-calibrated.
+"""Compute losses of reward models on pairs and on steps, step aggregates, and calibration of margins.
 
-One loss a pair or a token; the caller divides by the counts of the whole optimizer step.
+Losses are one per pair or per token; the caller divides by the counts of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 def bradley_terry(
     chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"], *, margin: Float[Tensor, " B"] | None = None
 ) -> Float[Tensor, " B"]:
-    """-log sigmoid(chosen - rejected - margin) of two scores (InstructGPT, arXiv:2203.02155, eq. 1).
+    """Return -log sigmoid(chosen - rejected - margin) of two scores (InstructGPT, arXiv:2203.02155, eq. 1).
 
     A margin asks for more distance where the preference was clear (Llama 2, arXiv:2307.09288, eq. 2). Without one it
-    is OpenRLHF's LogExpLoss, log(1 + exp(rejected - chosen)), too.
+    also equals OpenRLHF's LogExpLoss, log(1 + exp(rejected - chosen)).
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -logsigmoid(difference)
 
 
 def centering(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """(chosen + rejected)^2, to be added times a small factor: pairs alone leave the scores' zero open.
+    """Return (chosen + rejected)^2, to be added times a small factor: pairs alone leave the scores' zero open.
 
     arXiv:2312.09244; TRL's center_rewards_coefficient.
     """
@@ -41,9 +40,11 @@ def combined_steps(
     *,
     by: Literal["min", "mean", "product"],
 ) -> Float[Tensor, " B"]:
-    """What a process reward model says of whole responses: its probabilities sigmoid(score) that the steps are right,
-    their least (arXiv:2312.08935), mean, or product (arXiv:2305.20050). ends: the token that ends each step, where the
-    score is read; ValueError for a response without one.
+    """Return a process reward model's score of each whole response.
+
+    It is the minimum (arXiv:2312.08935), mean, or product (arXiv:2305.20050) of the probabilities sigmoid(score) that
+    the steps are right. ends: True for the last token of each step, where the score is read. ValueError for a response
+    without a step.
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[ends]
     if len(rows.unique()) < len(lengths):
@@ -56,11 +57,11 @@ def combined_steps(
 def step_cross_entropy(
     scores: Float[Tensor, " N"], labels: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """Cross-entropy of sigmoid(score) with the label at the end of each step, zero where mask is False.
+    """Return the cross-entropy of sigmoid(score) with the label at the end of each step, zero where mask is False.
 
-    Process supervision (arXiv:2305.20050): mask is True at the token that ends a step; labels are 0 or 1, or the
-    share of continuations that came out right (arXiv:2312.08935). With a head of two classes pass the difference of
-    their logits. ValueError for a label outside [0, 1] that counts.
+    Process supervision (arXiv:2305.20050): mask is True at the last token of a step; labels are 0 or 1, or the share of
+    correct continuations (arXiv:2312.08935). With a head of two classes pass the difference of their logits. ValueError
+    for a counted label outside [0, 1].
     """
     kept = torch.where(mask, labels, 0.0)
     if not bool(((kept >= 0.0) & (kept <= 1.0)).all()):
@@ -70,11 +71,12 @@ def step_cross_entropy(
 
 
 def calibration_bins(margins: Float[Tensor, " B"], *, num_bins: int) -> Float[Tensor, "num_bins 3"]:
-    """(pairs, summed confidence, correct pairs) in equal bins of the confidence sigmoid(|margin|), from 1/2 to 1.
+    """Return (pairs, summed confidence, correct pairs) in equal bins of the confidence sigmoid(|margin|), from 1/2 to
+    1.
 
     margins are chosen - rejected. A pair is correct if its margin is positive, half correct if it is 0. Bins of several
-    ranks or batches add up; tracking.reductions.CalibrationError makes one number of them. ValueError for num_bins
-    below 1 and for a margin that is not a number.
+    ranks or batches can be added; tracking.reductions.CalibrationError reduces them to one number. ValueError for
+    num_bins below 1 and for a margin that is nan.
     """
     if num_bins < 1:
         raise ValueError(f"calibration_bins needs num_bins >= 1, got {num_bins}")

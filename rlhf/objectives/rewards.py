@@ -1,6 +1,6 @@
-"""From one score a sequence to what the estimators read: token rewards with a KL penalty, and shaped scores.
+"""Turn one score per sequence into token rewards with a KL penalty, and shape scores.
 
-Runs where the scores are (shaping) and where the tokens are (token_rewards), before any advantage.
+Shaping runs with the scores and token_rewards with the tokens, before any advantage.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, " N"]:
-    """-kl_coef * kl on each sampled token, and the score on the last one (arXiv:1909.08593, eq. 2); zero elsewhere.
+    """Return -kl_coef * kl on each sampled token plus the score on the last one, zero elsewhere.
 
-    `kl` is a per-token estimate of KL(policy || reference), usually kl_k1. ValueError for a sequence without a sampled
-    token: nothing could carry its score.
+    arXiv:1909.08593, eq. 2. `kl` is a per-token estimate of KL(policy || reference), usually kl_k1. ValueError for a
+    sequence without a sampled token: no token could carry its score.
     """
     if bool((sequence_counts(response_mask, lengths) == 0).any()):
         empty = (sequence_counts(response_mask, lengths) == 0).nonzero().flatten().tolist()
@@ -37,9 +37,9 @@ def token_rewards(
 def step_rewards(
     ends: Int[Tensor, " S"], values: Float[Tensor, " S"], response_mask: Bool[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """Each step's value on the token that ends it, zero elsewhere; of steps that end together, their sum.
+    """Return each step's value on its last token, zero elsewhere. Steps with the same last token are summed.
 
-    ValueError for a step that ends with a token that was not sampled: nothing could be credited with it.
+    ValueError for a step with an unsampled last token: no token could be credited.
     """
     if not bool(response_mask[ends].all()):
         wrong = ends[~response_mask[ends]].tolist()
@@ -48,9 +48,9 @@ def step_rewards(
 
 
 def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
-    """0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (DAPO, arXiv:2503.14476, eq. 13).
+    """Return 0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond.
 
-    To be added to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
+    DAPO, arXiv:2503.14476, eq. 13. Add it to the score, times a factor. ValueError unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
@@ -61,12 +61,15 @@ def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: 
 def scale_truncated(
     scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, factor: float
 ) -> Float[Tensor, " B"]:
-    """Scores of truncated responses times a factor (ProRL, arXiv:2505.24864): a negative score becomes milder."""
+    """Return scores, with those of truncated responses times a factor (ProRL, arXiv:2505.24864).
+
+    A factor below 1 makes a negative score milder.
+    """
     return torch.where(truncated, scores * factor, scores)
 
 
 def replace_truncated(
     scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], *, value: float
 ) -> Float[Tensor, " B"]:
-    """Scores with one value for every truncated response, whatever it earned."""
+    """Return scores with one fixed value for every truncated response."""
     return torch.where(truncated, value, scores)

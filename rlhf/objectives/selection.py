@@ -1,4 +1,4 @@
-"""Which of a prompt's responses are kept, by their scores. Plain numbers: `rlhf plan` reads this without torch."""
+"""Select among a prompt's responses by their scores, without torch: `rlhf plan` imports this module."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from itertools import accumulate
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
-    """Places of the highest scores, ascending; of equals the first. ValueError unless 1 <= count <= len(scores)."""
+    """Return the indices of the highest scores, ascending. Ties take the first. ValueError unless 1 <= count <=
+    len(scores)."""
     _check(scores, count)
     return sorted(sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count])
 
 
 def most_spread(scores: Sequence[float], count: int) -> list[int]:
-    """Places of those scores whose variance is largest, ascending (PODS, arXiv:2504.13818): some highest, some lowest.
+    """Return the indices of the scores with the largest variance, ascending (PODS, arXiv:2504.13818): highest and
+    lowest.
 
     ValueError unless 1 <= count <= len(scores).
     """

@@ -1,9 +1,9 @@
-"""From a response's token columns to the one number a preference loss reads, and the weight of its pair.
+"""Reduce a response's token columns to one number for a preference loss, and compute the weight of its pair.
 
-Preference losses take log-ratios log pi - log pi_ref, or plain log-probabilities where there is no reference, one a
-response. Three ways to make them, of any column (`logprobs`, `ref_logprobs` or their difference): sequence_total
-(DPO), sequence_average (SimPO, ORPO, IPO by its authors' account), length_desensitized_total (LD-DPO). None of them
-knows which sequence is chosen: chosen and rejected stand in one batch, in the caller's order.
+Preference losses take one number per response: a log-ratio log pi - log pi_ref, or a plain log-probability without a
+reference. Three functions make it from any column (`logprobs`, `ref_logprobs` or their difference): sequence_total
+(DPO), sequence_average (SimPO, ORPO, IPO by its authors' account), length_desensitized_total (LD-DPO). Chosen and
+rejected responses are in one batch, in the caller's order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf.objectives.masking import sequence_counts, sequence_means, sequence_su
 def sequence_total(
     values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Sum over each response's tokens that count. ValueError for a response without any: it is not a response."""
+    """Return the sum over each response's counted tokens. ValueError for a response without any."""
     _counts(mask, lengths, needed_by="sequence_total")
     return sequence_sums(torch.where(mask, values, 0.0), lengths)
 
@@ -26,7 +26,7 @@ def sequence_total(
 def sequence_average(
     values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Mean over each response's tokens that count. ValueError for a response without any."""
+    """Return the mean over each response's counted tokens. ValueError for a response without any."""
     _counts(mask, lengths, needed_by="sequence_average")
     return sequence_means(values, mask, lengths)
 
@@ -39,11 +39,11 @@ def length_desensitized_total(
     *,
     alpha: float,
 ) -> Float[Tensor, " B"]:
-    """The first `shared` tokens that count in full, those after them times alpha (LD-DPO, arXiv:2409.06411).
+    """Return the sum of the first `shared` counted tokens plus alpha times the rest (LD-DPO, arXiv:2409.06411).
 
     `shared` is the smaller number of counted tokens of a pair, the same for both of its responses. alpha 1 is
-    sequence_total, alpha 0 leaves the surplus of the longer response out. ValueError for an alpha outside [0, 1] and
-    for a response without a counted token.
+    sequence_total, alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a
+    response without a counted token.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"length_desensitized_total needs alpha in [0, 1], got {alpha}")
@@ -60,12 +60,12 @@ def on_policy_weights(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
-    """exp of a response's mean of logprob - log sum_v p_v^2, without gradient (WPO, arXiv:2406.11827, eq. 2).
+    """Return exp of a response's mean of logprob - log sum_v p_v^2, detached (WPO, arXiv:2406.11827, eq. 2).
 
-    About 1 for a response that the policy itself would sample, less for one it would not; above 1 for the likeliest
-    tokens one after the other. The loss of a pair is multiplied by the weights of both. As in the paper and in TRL, the
-    product is not held at 1; the authors' code does that. collision_logprobs come from
-    logprobs.chunked_logprobs_and_collisions. ValueError for a response without a counted token.
+    It is about 1 for a typical sample of the policy, below 1 for an unlikely response, and above 1 for a greedy one.
+    The loss of a pair is multiplied by the weights of both. As in the paper and in TRL, the product is not capped at 1;
+    the authors' code caps it. collision_logprobs come from logprobs.chunked_logprobs_and_collisions. ValueError for a
+    response without a counted token.
     """
     _counts(mask, lengths, needed_by="on_policy_weights")
     return sequence_means((logprobs - collision_logprobs).detach(), mask, lengths).exp()

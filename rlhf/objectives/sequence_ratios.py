@@ -1,7 +1,7 @@
-"""Importance ratios shared by the tokens of a sequence: GSPO, GSPO-token, GMPO.
+"""Compute importance ratios shared by the tokens of a sequence: GSPO, GSPO-token, GMPO.
 
-They take the place of policy_loss.importance_ratio: [N] columns, 1 where `mask` is False. They never touch the
-advantages but for the sign that GMPO's clip needs.
+They replace policy_loss.importance_ratio: [N] columns, 1 where `mask` is False. They use the advantages only for the
+sign in GMPO's clip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def sequence_ratio(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " N"]:
-    """The geometric mean of a sequence's token ratios, on each of its tokens (GSPO, arXiv:2507.18071, eq. 7).
+    """Return the geometric mean of a sequence's token ratios, on each of its tokens (GSPO, arXiv:2507.18071, eq. 7).
 
     The gradient of each copy reaches every token of the sequence.
     """
@@ -33,12 +33,12 @@ def sequence_token_ratio(
     mask: Bool[Tensor, " N"],
     lengths: Int[Tensor, " B"],
 ) -> Float[Tensor, " N"]:
-    """sequence_ratio in value, with each token's own gradient (GSPO-token, arXiv:2507.18071, eq. 14).
+    """Return sequence_ratio in value, with each token's own gradient (GSPO-token, arXiv:2507.18071, eq. 14).
 
-    Where all tokens of a sequence share one advantage and one weight, the gradient is that of sequence_ratio.
+    If all tokens of a sequence share one advantage and one weight, the gradient is that of sequence_ratio.
     """
-    own = torch.where(mask, logprobs - logprobs.detach(), 0.0).exp()
-    return sequence_ratio(logprobs.detach(), old_logprobs, mask, lengths) * own
+    token_gradient = torch.where(mask, logprobs - logprobs.detach(), 0.0).exp()
+    return sequence_ratio(logprobs.detach(), old_logprobs, mask, lengths) * token_gradient
 
 
 def geometric_mean_ratio(
@@ -51,10 +51,10 @@ def geometric_mean_ratio(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, " N"]:
-    """sequence_ratio of token ratios clipped one by one, in log space (GMPO, arXiv:2507.20673).
+    """Return sequence_ratio of token ratios clipped one by one, in log space (GMPO, arXiv:2507.20673).
 
-    A token's log-ratio is held below clip_high if its advantage is positive, above -clip_low if it is negative, and
-    left out (0) if it is zero. Use `-ratio * advantage` with it: there is nothing left to clip.
+    A token's log-ratio is clipped above at clip_high if its advantage is positive and below at -clip_low if it is
+    negative. It is 0 for an advantage of zero. Use `-ratio * advantage` with the result, without a further clip.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     sign = advantages.sign()

@@ -1,4 +1,4 @@
-"""Losses of supervised fine-tuning, one term per token, zero where `mask` is False. They never average."""
+"""Compute losses of supervised fine-tuning, one term per token, zero where `mask` is False. They never average."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def negative_logprob(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Cross-entropy with the token itself."""
+    """Return the cross-entropy with the token itself."""
     return torch.where(mask, -logprobs, 0.0)
 
 
 def dynamic_fine_tuning(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """negative_logprob times the token's probability, which carries no gradient (DFT, arXiv:2508.05629)."""
+    """Return negative_logprob times the token's probability, which carries no gradient (DFT, arXiv:2508.05629)."""
     losses = negative_logprob(logprobs, mask)
     return losses * (-losses).detach().exp()

@@ -1,7 +1,7 @@
-"""The optimal token baseline (OTB, arXiv:2602.07078): a group's baseline that differs from step to step.
+"""Compute the optimal token baseline (OTB, arXiv:2602.07078): a group's baseline per step.
 
-A token's advantage is its reward to go minus the mean reward to go of the group's tokens at the same step, weighted by
-each trajectory's energy so far: a proxy of its squared gradient norm. Sequences need not be of one length.
+A token's advantage is its reward to go minus the mean reward to go of the group's tokens at the same step. The mean is
+weighted by each trajectory's energy so far, a proxy of its squared gradient norm. Sequences may differ in length.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ def realized_energy(
     *,
     rollout_weights: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
-    """Running sum over a sequence's sampled tokens of 1 - 2 p + sum_v p_v^2, the squared gradient of the logits.
+    """Return the running sum over a sequence's sampled tokens of 1 - 2 p + sum_v p_v^2, the squared gradient of the
+    logits.
 
-    collision_logprobs is log sum_v p_v^2 (logprobs.collision_logprob_from_logits). Rollout weights, where the policy
-    gradient is corrected by them, enter squared.
+    collision_logprobs is log sum_v p_v^2 (logprobs.collision_logprob_from_logits). Rollout weights that correct the
+    policy gradient enter squared.
     """
     energy = 1.0 - 2.0 * logprobs.exp() + collision_logprobs.exp()
     if rollout_weights is not None:
@@ -37,9 +38,9 @@ def realized_energy(
 def step_cells(
     mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], groups: Int[Tensor, " B"], *, max_steps: int
 ) -> Int[Tensor, " N"]:
-    """The cell of each token: group * max_steps + step, where steps count a sequence's sampled tokens from 0.
+    """Return the cell of each token: group * max_steps + step, where steps count a sequence's sampled tokens from 0.
 
-    A cell holds the tokens of one group at one step. A token that was not sampled has some cell of its group.
+    A cell holds the tokens of one group at one step. Unsampled tokens get some cell of their group.
     """
     counts = sequence_counts(mask, lengths)
     steps = mask.cumsum(0) - 1 - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))
@@ -54,7 +55,7 @@ def step_sums(
     *,
     num_cells: int,
 ) -> Float[Tensor, "3 C"]:
-    """Of the tokens of each cell the sums of returns * energy, of energy, and of 1; of all ranks' tokens, added up."""
+    """Return the sums of returns * energy, of energy, and of 1 over the tokens of each cell. Ranks add them up."""
     terms = torch.stack([returns * energy, energy, torch.ones_like(energy)])
     return terms.new_zeros(3, num_cells).index_add(1, cells, torch.where(mask, terms, 0.0))
 
@@ -62,10 +63,10 @@ def step_sums(
 def step_baseline(
     sums: Float[Tensor, "3 C"], mask: Bool[Tensor, " N"], cells: Int[Tensor, " N"], *, eps: float
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """(energy-weighted mean of the returns of each token's cell, whether the token is alone in its cell).
+    """Return (energy-weighted mean of the returns of each token's cell, whether the token is alone in its cell).
 
-    sums: of `step_sums`. A token alone in its cell would be its own baseline, so that its advantage vanishes: verl
-    takes 0 for the baseline in its place. eps is added to the summed energy.
+    sums: from `step_sums`. A token alone in its cell would be its own baseline, with an advantage of 0: verl uses a
+    baseline of 0 instead. eps is added to the summed energy.
     """
     weighted, energy, count = sums[:, cells]
     return torch.where(mask, weighted / (energy + eps), 0.0), mask & (count == 1)

@@ -1,9 +1,9 @@
-"""Losses of single responses: labelled good or bad (KTO, APO-zero, BCO), or scored against an optimal value (A*-PO).
+"""Compute losses of single responses with labels (KTO, APO-zero, BCO) or with scores and optimal values (A*-PO).
 
-Each returns one loss a response; the caller weighs it and divides by the responses of the whole optimizer step.
-`log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py), `labels` True for a good one.
-What they compare with (KTO's KL, BCO's running mean) is data that the caller merges over ranks and passes in.
-ValueError for a beta that is not positive.
+Each function returns one loss per response; the caller weights it and divides by the responses of the whole optimizer
+step. `log_ratios` are log pi - log pi_ref summed over the response (sequence_logprobs.py); `labels` are True for good
+responses. Baselines (KTO's KL, BCO's running mean) are data, merged over ranks by the caller. ValueError for a beta
+that is not positive.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn.functional import logsigmoid
 
 
 def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float, kl: float) -> Float[Tensor, " B"]:
-    """1 - sigmoid(beta (c - kl)) if good, 1 - sigmoid(beta (kl - c)) if bad (KTO, arXiv:2402.01306, section 4.1).
+    """Return 1 - sigmoid(beta (c - kl)) if good, 1 - sigmoid(beta (kl - c)) if bad (KTO, arXiv:2402.01306, section
+    4.1).
 
     kl is the paper's z0, max(0, mean log-ratio) of completions paired with other prompts of the batch: mismatched_kl.
     It carries no gradient. ValueError if it is negative. Use label_weights for lambda_D and lambda_U.
@@ -29,9 +30,9 @@ def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: fl
 
 
 def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
-    """KTO's z0: the mean log-ratio of completions under prompts they do not answer, held at 0 from below.
+    """Return KTO's z0: the mean log-ratio of completions under other prompts, at least 0.
 
-    The sum and the count are those of all ranks. ValueError for no sequences.
+    The sum and the count are taken over all ranks. ValueError for no sequences.
     """
     if num_sequences < 1:
         raise ValueError("mismatched_kl needs at least 1 sequence, got 0: a batch without a KL estimate")
@@ -41,7 +42,7 @@ def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
 def apo_zero_unpaired(
     log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float
 ) -> Float[Tensor, " B"]:
-    """kto with kl 0: each half of apo_zero by itself (APO, arXiv:2408.06266, eq. 7)."""
+    """Return kto with kl 0: each half of apo_zero by itself (APO, arXiv:2408.06266, eq. 7)."""
     _check_beta("apo_zero_unpaired", beta)
     return torch.sigmoid(_towards_label(-beta * log_ratios, labels))
 
@@ -49,9 +50,9 @@ def apo_zero_unpaired(
 def bco(
     log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float, delta: float
 ) -> Float[Tensor, " B"]:
-    """Cross-entropy of the label with sigmoid(beta c - delta) (BCO, arXiv:2404.04656).
+    """Return the cross-entropy of the label with sigmoid(beta c - delta) (BCO, arXiv:2404.04656).
 
-    delta is the running mean of beta c over all responses so far, this step's included: masking.merge_moments of
+    delta is the running mean of beta c over all responses so far, including this step: masking.merge_moments of
     masking.moments.
     """
     _check_beta("bco", beta)
@@ -61,18 +62,18 @@ def bco(
 def label_weights(
     labels: Bool[Tensor, " B"], *, desirable: float, undesirable: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " B"]:
-    """The weight of each response by its label.
+    """Return the weight of each response by its label.
 
-    KTO's section 4.2 wants weight times count of the good over that of the bad in [1, 4/3].
+    KTO's section 4.2 recommends a ratio of weight times count, good over bad, in [1, 4/3].
     """
     weights = torch.tensor([undesirable, desirable], dtype=dtype, device=labels.device)
     return weights[labels.long()]
 
 
 def optimal_values(scores: Float[Tensor, " B"], *, group_size: int, beta: float) -> Float[Tensor, " P"]:
-    """V* of each prompt: beta * log mean exp(score / beta) over responses of the reference (arXiv:2505.20686).
+    """Return V* of each prompt: beta * log mean exp(score / beta) over responses of the reference (arXiv:2505.20686).
 
-    It lies between the mean score (large beta) and the largest (small beta). Responses stand prompt-major.
+    It lies between the mean score (large beta) and the largest (small beta). Responses are prompt-major.
     """
     _check_beta("optimal_values", beta)
     return beta * (torch.logsumexp(scores.view(-1, group_size) / beta, dim=1) - math.log(group_size))
@@ -81,16 +82,16 @@ def optimal_values(scores: Float[Tensor, " B"], *, group_size: int, beta: float)
 def advantage_regression(
     log_ratios: Float[Tensor, " B"], scores: Float[Tensor, " B"], values: Float[Tensor, " B"], *, beta: float
 ) -> Float[Tensor, " B"]:
-    """(beta c - (score - V*))^2: the log-ratio c learns the optimal advantage (A*-PO, arXiv:2505.20686).
+    """Return (beta c - (score - V*))^2: the log-ratio c learns the optimal advantage (A*-PO, arXiv:2505.20686).
 
-    The beta need not be that of optimal_values. values is each response's prompt's V*.
+    beta may differ from optimal_values' beta. values: V* of each response's prompt.
     """
     _check_beta("advantage_regression", beta)
     return (beta * log_ratios - (scores - values)).square()
 
 
 def _towards_label(values: Float[Tensor, " B"], labels: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Negated where the label is bad."""
+    """Return the values, negated where the label is bad."""
     return torch.where(labels, values, -values)
 
 

@@ -1,6 +1,6 @@
-"""The critic's loss: squared error to the returns, with PPO's trust region around the values at sampling time.
+"""Compute the critic's loss: squared error to the returns, with PPO's trust region around the old values.
 
-One term per token, zero where `mask` is False; aggregation.py weighs and the caller sums them.
+The losses have one term per token, zero where `mask` is False; aggregation.py weights them and the caller sums them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 def value_loss(
     values: Float[Tensor, "*N"], returns: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]
 ) -> Float[Tensor, "*N"]:
-    """Half the squared error."""
+    """Return half the squared error to the returns."""
     return 0.5 * torch.where(mask, values - returns, 0.0).square()
 
 
@@ -25,10 +25,10 @@ def clipped_value_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "*N"]:
-    """Half the larger of the squared errors of the value and of the value held within `clip` of the old one.
+    """Return half the larger squared error of two: of the value, and of the value clipped to `clip` around the old one.
 
-    The form of the original PPO code (openai/baselines, ppo2), not in the paper: a value that has moved further than
-    `clip` towards its return gets no gradient.
+    This is the form of the original PPO code (openai/baselines, ppo2), not in the paper: a value that has moved further
+    than `clip` towards its return gets no gradient.
     """
     errors = torch.where(mask, values - returns, 0.0)
     held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
@@ -44,6 +44,6 @@ def clipped_values(
     *,
     clip: float,
 ) -> Bool[Tensor, "*N"]:
-    """Where the held value's error is the larger one, so that the clip is felt. For the value clip fraction."""
+    """Return True where the clipped value has the larger error, so that the clip acts: for the value clip fraction."""
     held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     return mask & ((held - returns).square() > (values - returns).square())

@@ -1,8 +1,8 @@
-"""The vocabulary head a few hundred rows at a time, so that no [rows, vocabulary] matrix ever exists.
+"""Apply the vocabulary head to a few hundred rows at a time, so that no [rows, vocabulary] matrix ever exists.
 
-logprobs.py computes log-probabilities and entropies with it, distillation.py divergences; rows_of_logits any other
-function of single rows. Logits are computed again in the backward pass. Products are taken in the dtype of their
-factors, reductions in float32 (float64 for float64 input). Nothing here knows what a row stands for.
+logprobs.py computes log-probabilities and entropies with it, distillation.py divergences; rows_of_logits computes any
+other function of single rows. The backward pass recomputes the logits. Products are taken in the dtype of their
+factors, reductions in float32 (float64 for float64 input). Nothing here knows the meaning of a row.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from rlhf.objectives.products import widens_products
 
 CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
-CHUNKS_PER_PRODUCT = 4  # chunks whose logit gradients share one matrix product, hence one addition to the weight's
+CHUNKS_PER_PRODUCT = 4  # chunks per matrix product of logit gradients, and per addition to the weight's gradient
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Of the product hidden @ weight.T + bias, in the dtype in which it is taken."""
+    """Factors of the product hidden @ weight.T + bias, in the dtype of the product."""
 
     hidden: Tensor
     weight: Tensor
@@ -39,7 +39,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """From the product hidden @ weight.T + bias to the logits of the distribution."""
+    """Maps the product hidden @ weight.T + bias to the logits of the distribution."""
 
     temperature: float | Tensor  # one for all rows, or one for each
     softcap: float | None
@@ -53,7 +53,7 @@ class Head:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
 
     def logits(self, factors: Factors, rows: slice) -> Tensor:
-        """Fresh logits of some rows, that the caller may overwrite."""
+        """Return new logits of some rows. The caller may overwrite them."""
         logits = widened(F.linear(factors.hidden[rows], factors.weight, factors.bias))
         if self.softcap is None:
             return self._scaled_(logits, rows)
@@ -61,7 +61,7 @@ class Head:
         return logits.mul_(self.softcap / self._temperature(rows))
 
     def product_gradient_(self, gradient: Tensor, logits: Tensor, rows: slice) -> Tensor:
-        """Chain rule from the logits of some rows back to the product, in place."""
+        """Apply the chain rule from the logits of some rows back to the product, in place."""
         if self.softcap is not None:
             tanh = logits.mul_(self._temperature(rows) / self.softcap)
             gradient.mul_(tanh.square_().neg_().add_(1.0))
@@ -76,12 +76,12 @@ class Head:
 
 
 def widened(values: Tensor) -> Tensor:
-    """In float32, or float64 if it is that already."""
+    """Return the values in float32, or unchanged if they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 class ProductGradients:
-    """Gradients of a product's factors, collected over blocks of rows."""
+    """Collects the gradients of a product's factors over blocks of rows."""
 
     def __init__(self, factors: Factors, *, needed: tuple[bool, bool, bool]) -> None:
         self._factors, self._needed = factors, needed
@@ -90,7 +90,7 @@ class ProductGradients:
         self._bias = None if factors.bias is None or not needed[2] else widened(torch.zeros_like(factors.bias))
 
     def add(self, rows: slice, gradient: Tensor) -> None:
-        """The gradient of the product in a block of rows, each block once."""
+        """Add the gradient of the product in a block of rows. Each block must be added once."""
         if self._hidden is not None:
             torch.mm(gradient, self._factors.weight, out=self._hidden[rows])
         if self._needed[1]:
@@ -103,7 +103,7 @@ class ProductGradients:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
     def totals(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes in which the factors are stored; the bias is stored like the weight."""
+        """Return the gradients in the dtypes of the stored factors; the bias is stored like the weight."""
         if self._needed[1] and self._weight is None:  # there were no rows
             self._weight = torch.zeros_like(self._factors.weight)
         return (
@@ -114,12 +114,12 @@ class ProductGradients:
 
 
 def chunks(stop: int, size: int, *, start: int = 0) -> list[slice]:
-    """Slices of at most `size` that cover [start, stop)."""
+    """Return slices of at most `size` that cover [start, stop)."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 class _RowsOfLogits(torch.autograd.Function):
-    """Saves the factors alone; the backward pass computes logits and function again, chunk by chunk."""
+    """Saves the factors alone; the backward pass recomputes logits and function chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -168,11 +168,11 @@ def rows_of_logits(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> Float[Tensor, "N ..."]:
-    """function(logits of some rows, which rows), row by row the same, over all rows in chunks.
+    """Return function(logits of some rows, row slice) over all rows, in chunks. It must treat rows independently.
 
     The logits are those of logprobs.py: softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. The gradient
-    reaches hidden, weight and bias; whatever else the function reads is data. It must not change its argument, and
-    must depend on the logits in a way that autograd can follow.
+    reaches hidden, weight and bias; all other inputs of the function are data. The function must not change its
+    argument and must be differentiable by autograd.
     """
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     rows: Tensor = _RowsOfLogits.apply(hidden, weight, bias, head, chunk_size, function)
@@ -180,7 +180,7 @@ def rows_of_logits(
 
 
 class _SumOverRows(torch.autograd.Function):
-    """Takes the gradient chunk by chunk while the logits are there, and keeps it for the backward pass."""
+    """Takes the gradient chunk by chunk in the forward pass, and keeps it for the backward pass."""
 
     @staticmethod
     def forward(
@@ -235,11 +235,12 @@ def sum_over_rows(
     logit_scale: float = 1.0,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N ..."]]:
-    """(sum of the rows' terms, other values of theirs without gradient), both made by function(logits of some rows,
-    which rows) as of `rows_of_logits`.
+    """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
+    slice).
 
-    For sums whose weights are in the terms already: head and function are evaluated once, not twice as by
-    `rows_of_logits`. The price is one gradient of the head's weight kept from the forward to the backward pass.
+    The conditions of `rows_of_logits` hold. Use it for sums with weights already in the terms: head and function are
+    evaluated once, not twice as by `rows_of_logits`. The cost is one gradient of the head's weight kept from the
+    forward to the backward pass.
     """
     head = Head(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, bias, head, chunk_size, function)

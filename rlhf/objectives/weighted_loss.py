@@ -1,8 +1,8 @@
-"""Policy losses that weigh the logprob instead of clipping a ratio: CISPO, DPPO, VESPO, DRO; and SAPO's soft gate.
+"""Compute policy losses that weight the logprob instead of clipping a ratio: CISPO, DPPO, VESPO, DRO; and SAPO's gate.
 
-Where PPO's clip removes a token from the gradient, CISPO and VESPO keep `-weight * advantage * logprob` with a weight
-that carries no gradient. DPPO (arXiv:2602.04879) is cispo with min_ratio 0 over the tokens of trusted_by_tv or
-trusted_by_kl. One term per token, zero where `mask` is False, as in policy_loss.py.
+PPO's clip removes tokens from the gradient. CISPO and VESPO instead keep `-weight * advantage * logprob` with a weight
+without gradient. DPPO (arXiv:2602.04879) is cispo with min_ratio 0 over the tokens of trusted_by_tv or trusted_by_kl.
+Losses have one term per token, zero where `mask` is False, as in policy_loss.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def cispo(
     min_ratio: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """REINFORCE weighted by the ratio held in [min_ratio, max_ratio] (MiniMax-M1, arXiv:2506.13585, eq. 4).
+    """Return REINFORCE weighted by the ratio clipped to [min_ratio, max_ratio] (MiniMax-M1, arXiv:2506.13585, eq. 4).
 
-    The paper tunes only the upper bound: min_ratio 0 (TRL). verl holds it in [1 - clip_low, 1 + clip_high].
+    The paper tunes only the upper bound: min_ratio 0 (TRL). verl uses [1 - clip_low, 1 + clip_high].
     """
     return reinforce(logprobs, ratio.detach().clamp(min_ratio, max_ratio) * advantages, mask)
 
@@ -40,7 +40,7 @@ def sapo(
     temperature_positive: float,
     temperature_negative: float,
 ) -> Float[Tensor, "*N"]:
-    """-4/t * sigmoid(t * (ratio - 1)) * A, with the temperature t of the advantage's sign (arXiv:2511.20347)."""
+    """Return -4/t * sigmoid(t * (ratio - 1)) * A, with the temperature t of the advantage's sign (arXiv:2511.20347)."""
     temperature = _by_sign(advantages > 0, ratio, temperature_positive, temperature_negative)
     gate = torch.sigmoid(temperature * (ratio - 1.0)) * (4.0 / temperature)
     return torch.where(mask, -gate * advantages, 0.0)
@@ -55,9 +55,9 @@ def trusted_by_tv(
     max_decrease: float,
     max_increase: float,
 ) -> Bool[Tensor, "*N"]:
-    """Tokens whose probability has not yet moved, in their advantage's direction, beyond the bound (DPPO, binary TV).
+    """Return True for tokens inside the trust region in their advantage's direction (DPPO, binary TV).
 
-    The move of one token's probability is the total variation between the two policies coarsened to {token, rest}.
+    The change of one token's probability is the total variation between the two policies coarsened to {token, rest}.
     """
     moved = (logprobs.exp() - old_logprobs.exp()).detach()
     return mask & torch.where(advantages > 0, moved <= max_increase, moved >= -max_decrease)
@@ -73,7 +73,7 @@ def trusted_by_kl(
     max_kl_increase: float,
     eps: float = 1e-8,
 ) -> Bool[Tensor, "*N"]:
-    """trusted_by_tv with KL(old || new) of the same coarsened policies as the measure of the move (DPPO, binary KL)."""
+    """Return trusted_by_tv measured by KL(old || new) of the same coarsened policies (DPPO, binary KL)."""
     p, old_p = logprobs.detach().exp(), old_logprobs.exp()
     binary_kl = old_p * (old_logprobs - logprobs.detach())
     binary_kl = binary_kl + (1.0 - old_p) * ((1.0 - old_p + eps) / (1.0 - p + eps)).log()
@@ -91,10 +91,11 @@ def vespo_weights(
     power_negative: float,
     decay_negative: float,
 ) -> Float[Tensor, "*N"]:
-    """w^k * exp(decay * (1 - w)) for the sequence ratio w = exp(log_ratio): 1 at w = 1 (VESPO, arXiv:2602.10693).
+    """Return w^k * exp(decay * (1 - w)) for the sequence ratio w = exp(log_ratio): 1 at w = 1 (VESPO,
+    arXiv:2602.10693).
 
-    log_ratio is the sum over the sequence, held in [log 1e-8, 20]. Power k and decay are those of the advantage's
-    sign, zero counting as positive. Use as `reinforce(logprobs, weights * advantages, mask)`.
+    log_ratio is the sum over the sequence, clipped to [log 1e-8, 20]. Power k and decay depend on the advantage's sign;
+    zero counts as positive. Use as `reinforce(logprobs, weights * advantages, mask)`.
     """
     positive = advantages >= 0
     power = _by_sign(positive, log_ratio, power_positive, power_negative)
@@ -111,11 +112,12 @@ def dro(
     *,
     beta: float,
 ) -> Float[Tensor, "*N"]:
-    """-(A * logprob - beta / 2 * log_ratio^2), regularised towards the sampling policy (DRO, arXiv:2405.19107)."""
+    """Return -(A * logprob - beta / 2 * log_ratio^2), regularised towards the sampling policy (DRO,
+    arXiv:2405.19107)."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     return reinforce(logprobs, advantages, mask) + 0.5 * beta * log_ratio.square()
 
 
 def _by_sign(positive: Bool[Tensor, "*N"], like: Tensor, if_positive: float, if_negative: float) -> Float[Tensor, "*N"]:
-    """One of two numbers, in the dtype of `like`: torch.where of two floats is float32 whatever it meets later."""
+    """Return one of two numbers per entry, in the dtype of `like`: torch.where of two floats is always float32."""
     return torch.where(positive, like.new_tensor(if_positive), like.new_tensor(if_negative))

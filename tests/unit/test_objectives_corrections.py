@@ -14,8 +14,8 @@ from rlhf.objectives.corrections import (
     accepted,
     kept,
     on_policy_sequences,
+    product_ratio,
     sequence_masked,
-    sequence_ratio,
     sequence_truncated,
     token_masked,
     token_ratio,
@@ -34,7 +34,7 @@ OLD, ROLLOUT = column(0.5, math.nan, 3.0, 4.0, 1.0).log(), column(1.0, 1.0, 1.0,
 
 def test_ratios() -> None:
     torch.testing.assert_close(token_ratio(OLD, ROLLOUT, MASK), column(0.5, 0, 3, 4, 1))
-    torch.testing.assert_close(sequence_ratio(OLD, ROLLOUT, MASK, LENGTHS), column(1.5, 4))
+    torch.testing.assert_close(product_ratio(OLD, ROLLOUT, MASK, LENGTHS), column(1.5, 4))
 
 
 def test_truncated() -> None:

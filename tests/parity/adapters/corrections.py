@@ -133,7 +133,7 @@ def verl_metrics(arguments: Arguments) -> Outputs:
     held = (old - rollout).clamp(-SAFETY, SAFETY)
     zeros = torch.zeros_like(held)
     squared = corrections.token_ratio(held, zeros, mask).square()
-    sequence = corrections.sequence_ratio(_held_sequence_sums(old - rollout, layout), zeros, mask, lengths)
+    sequence = corrections.product_ratio(_held_sequence_sums(old - rollout, layout), zeros, mask, lengths)
     return {
         **metrics,
         "kl": verl_mean(kl_k1(rollout, old), mask),
