@@ -45,11 +45,11 @@ def _keep(to_the_end: ExitStack, config: str) -> None:
 
     (run,) = load(config).runs.values()
     from actors.cluster.connect import connected
-    from actors.run.engine_pool import KEEPER
+    from actors.run.engine_pool import ENGINE_POOL
 
     to_the_end.enter_context(connected(run.cluster))
-    to_the_end.callback(KEEPER.close)
-    KEEPER.keeps = True
+    to_the_end.callback(ENGINE_POOL.close)
+    ENGINE_POOL.keeps = True
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ class Prompt:
     turn_end: int | None = None  # token with which the template ends the response; None: the model's own tokens do
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the bytes of the temperature.
 
         Reward columns are excluded, since a user may fix them before a resume.
@@ -262,10 +262,10 @@ class RolloutInfo:
     @property
     def num_tokens(self) -> int:
         """Return the length of the whole sequence."""
-        return self.num_prompt_tokens + self.num_own_tokens
+        return self.num_prompt_tokens + self.num_tokens_after_prompt
 
     @property
-    def num_own_tokens(self) -> int:
+    def num_tokens_after_prompt(self) -> int:
         """Return the length after the prompt. The prompt is shared with the group."""
         return self.num_response_tokens + self.num_environment_tokens
 

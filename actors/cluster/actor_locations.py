@@ -22,7 +22,7 @@ ANSWERS_WITHIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class ActorLocation:
     """The node and process of an actor."""
 
     who: str  # such as `policy rank 1`
@@ -31,7 +31,7 @@ class Standing:
     port: int  # of the node's raylet
     pid: int
 
-    def loss(self) -> str | None:
+    def node_failure(self) -> str | None:
         """Return a description of the node's failure; None if it responds."""
         try:
             socket.create_connection((self.address, self.port), timeout=ANSWERS_WITHIN_S).close()
@@ -42,10 +42,10 @@ class Standing:
         return None
 
 
-_STANDING: dict[str, Standing] = {}  # by actor id, which is never used twice
+_LOCATIONS: dict[str, ActorLocation] = {}  # by actor id, which is never used twice
 
 
-def own_standing(actor: object) -> tuple[str, str, int]:
+def own_location(actor: object) -> tuple[str, str, int]:
     """Return id, node and process of the calling actor."""
     context = ray.get_runtime_context()
     return context.get_actor_id() or "", context.get_node_id(), os.getpid()
@@ -57,38 +57,38 @@ def remember(role: str, found: Sequence[tuple[str, str, int]]) -> None:
     for rank, (actor, node, pid) in enumerate(found):
         if node in nodes:
             address, port = nodes[node]
-            _STANDING[actor] = Standing(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
+            _LOCATIONS[actor] = ActorLocation(who=f"{role} rank {rank}", node=node, address=address, port=port, pid=pid)
 
 
 def forget(actors: Iterable[str]) -> None:
     """Forget actors that have been ended."""
     for actor in actors:
-        _STANDING.pop(actor, None)
+        _LOCATIONS.pop(actor, None)
 
 
-def standing(actor: str | None) -> Standing | None:
+def location_of(actor: str | None) -> ActorLocation | None:
     """Return the location of an actor; None if it is unknown or the actor has been ended."""
-    return _STANDING.get(actor or "")
+    return _LOCATIONS.get(actor or "")
 
 
-def losses() -> str:
+def lost_nodes() -> str:
     """Return a sentence on the run's lost nodes; empty if all of them respond.
 
     Ranks on other nodes also fail when a peer or their arguments are lost.
     """
-    places = {place.node: place for place in _STANDING.values()}
+    places = {place.node: place for place in _LOCATIONS.values()}
     if not places:
         return ""
     with ThreadPoolExecutor(max_workers=min(32, len(places))) as pool:
-        found = dict(zip(places, pool.map(Standing.loss, places.values()), strict=True))
+        found = dict(zip(places, pool.map(ActorLocation.node_failure, places.values()), strict=True))
     said = []
     for node, loss in found.items():
         if loss is not None:
-            said.append(f"{', '.join(place.who for place in _STANDING.values() if place.node == node)} ({loss})")
+            said.append(f"{', '.join(place.who for place in _LOCATIONS.values() if place.node == node)} ({loss})")
     return f" Lost with its node: {'; '.join(said)}." if said else ""
 
 
-async def going_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
+async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
     """Return the address of a draining node among `nodes`, and its end time if known.
 
     An autoscaler or `ray drain-node` reports it to Ray. The call blocks while the head does not respond, in a thread
@@ -103,6 +103,6 @@ async def going_node(nodes: Collection[str]) -> tuple[str, float | None] | None:
         return None
     for node, deadline_ms in draining.items():
         if node in nodes:
-            address = next((place.address for place in _STANDING.values() if place.node == node), node)
+            address = next((place.address for place in _LOCATIONS.values() if place.node == node), node)
             return address, deadline_ms / 1000 if deadline_ms else None
     return None

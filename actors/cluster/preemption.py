@@ -21,7 +21,7 @@ from rlhf.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-GoingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
+DrainingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
 
 LOOK_EVERY_S = 0.2
 ASK_EVERY_S = 5.0  # for nodes that are about to go
@@ -35,14 +35,14 @@ async def run_loop(
     *,
     grace_s: float,
     call_timeout_s: float,
-    going_node: GoingNode,
+    draining_node: DrainingNode,
 ) -> T:
     """Return the result of a loop that ends by itself once it has been given notice.
 
     Args:
         grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second one ends the loop.
         call_timeout_s: the longest time a call may block the event loop, as a call of a hanging Ray does.
-        going_node: returns the address of a draining node of the run, and its end time if known.
+        draining_node: returns the address of a draining node of the run, and its end time if known.
     """
     task = asyncio.ensure_future(work)
     request.ends_by_itself = True
@@ -53,7 +53,7 @@ async def run_loop(
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
             request.beats, now = request.beats + 1, time.monotonic()
             if asking is None and now - asked >= ASK_EVERY_S:
-                asked, asking = now, asyncio.ensure_future(going_node())
+                asked, asking = now, asyncio.ensure_future(draining_node())
             if asking is not None and asking.done():
                 going, asking = await asking, None
                 if going is not None and request.came is None:

@@ -16,7 +16,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
-from actors.cluster.actor_locations import forget, own_standing, remember
+from actors.cluster.actor_locations import forget, own_location, remember
 from actors.cluster.waiting import wait_all
 from rlhf.stopping import finishes_within
 
@@ -52,7 +52,7 @@ class Processes:
 
     async def found(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
-        asked = [handle.__ray_call__.remote(own_standing) for handle in self.handles]
+        asked = [handle.__ray_call__.remote(own_location) for handle in self.handles]
         node = ray.get_runtime_context().get_node_id()
         found = await wait_all(asked, role=self.role, stage="start", deadline_s=deadline_s)
         remember(self.role, found)

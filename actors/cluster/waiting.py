@@ -13,7 +13,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.cluster.actor_locations import losses, standing
+from actors.cluster.actor_locations import location_of, lost_nodes
 from rlhf.errors import RunError, UserError
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
@@ -42,7 +42,7 @@ async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, dea
             limit = f"cluster.{'start' if stage == 'start' else 'call'}_timeout_s"
             raise RunError(
                 f"{stage}: {role} rank {', '.join(map(str, late))} gave no answer in "
-                f"{time.monotonic() - began:.0f} s ({limit}).{losses() or IT_HANGS} {RESUMES}"
+                f"{time.monotonic() - began:.0f} s ({limit}).{lost_nodes() or IT_HANGS} {RESUMES}"
             )
         return [future.result() for future in futures]
     finally:
@@ -59,7 +59,7 @@ async def wait_one(
     except TimeoutError as error:
         raise RunError(
             f"{stage}: {role} rank {rank} gave no answer in {deadline_s:.0f} s ({limit})."
-            f"{losses() or IT_HANGS} {RESUMES}"
+            f"{lost_nodes() or IT_HANGS} {RESUMES}"
         ) from error
     except RayError as error:
         raise explain(error, role=role, rank=rank, stage=stage) from error
@@ -75,12 +75,12 @@ def explain(error: BaseException | None, *, role: str, rank: int, stage: str) ->
             failure = UserError(str(cause))
         else:
             told = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
-            lost = losses()
+            lost = lost_nodes()
             failure = RunError(f"{who} failed: {told}{f'{lost} {RESUMES}' if lost else ''}")
     elif isinstance(error, RayActorError):
         failure = RunError(f"{who} {_how_it_died(error)} {RESUMES}")
     else:
-        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{losses()}")
+        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{lost_nodes()}")
     failure.__cause__ = error
     return failure
 
@@ -90,8 +90,8 @@ def _how_it_died(error: RayActorError) -> str:
     told = str(error)
     if error.actor_init_failed:
         return f"could not be made: {_short(told.strip().splitlines()[-1])}."
-    was = standing(error.actor_id)
-    loss = was.loss() if was is not None else None
+    was = location_of(error.actor_id)
+    loss = was.node_failure() if was is not None else None
     if was is not None and loss is not None:
         return f"died with its node (process {was.pid} on {was.address}): {loss}."
     pid, host = re.search(r"pid: (\d+)", told), re.search(r"ip: (\S+)", told)

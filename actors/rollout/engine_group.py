@@ -13,7 +13,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.cluster.actor_locations import losses
+from actors.cluster.actor_locations import lost_nodes
 from actors.cluster.placement import Placement
 from actors.cluster.processes import Processes
 from actors.cluster.waiting import RESUMES, explain, wait_all
@@ -201,7 +201,7 @@ class RolloutEngines:
                     stuck = sorted({*releases.values(), *(engine for _, engine in waits.values())})
                     raise RunError(
                         f"rollouts: engines {stuck} finished none of their {len(waits)} prompts in "
-                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{losses()} {RESUMES}"
+                        f"{self.deadline_s:.0f} s (cluster.call_timeout_s).{lost_nodes()} {RESUMES}"
                     )
                 for future in sorted(done & waits.keys(), key=lambda f: waits[f][0].group_id):
                     request, engine = waits.pop(future)

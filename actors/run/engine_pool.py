@@ -1,6 +1,6 @@
 """Keep rollout engines after their run, for the next run of this process with the same engine settings.
 
-A process running several trials of a sweep keeps its engines (`KEEPER.keeps`); any other process ends them with the
+A process running several trials of a sweep sets `ENGINE_POOL.keeps`; any other process ends its engines with the
 run. Kept engines hold no state of the previous run: they refuse to generate before a sync, and every batch begins with
 an empty prefix cache. Only engines on one CPU host are kept, because the other transports are connected to their
 sender.
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Keeper:
+class EnginePool:
     """Holds at most one set of engines, in their placement group."""
 
     keeps: bool = False
-    kept: LentEngines | None = None
+    kept: EngineLease | None = None
 
-    async def provide(
+    async def lease(
         self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | None
-    ) -> LentEngines:
+    ) -> EngineLease:
         """Return the placement and engines of a run: the kept ones if they match, else new engines not yet started."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
@@ -43,7 +43,7 @@ class Keeper:
         engines = start_engines(config, placement, max_model_len=max_model_len, spool=spool, environment=environment)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
-        return LentEngines(key=key, placement=placement, engines=engines, may_stay=may_stay)
+        return EngineLease(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:
         """End the engines held for the next run."""
@@ -55,7 +55,7 @@ class Keeper:
 
 
 @dataclass(slots=True, kw_only=True)
-class LentEngines:
+class EngineLease:
     """The engines and placement group of a run. They may be kept if the run ends normally."""
 
     key: str  # of what they follow from
@@ -79,7 +79,7 @@ class LentEngines:
     def release(self) -> None:
         """Release the placement group unless the engines are kept in it."""
         if self.is_kept:
-            KEEPER.kept = self
+            ENGINE_POOL.kept = self
         else:
             self.placement.release()
 
@@ -99,4 +99,4 @@ async def _renewed(engines: RolloutEngines, spool: Path) -> bool:
         return False
 
 
-KEEPER = Keeper()
+ENGINE_POOL = EnginePool()

@@ -40,7 +40,7 @@ from rlhf.evaluation.results import (
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
-from rlhf.preflight.sources import named
+from rlhf.preflight.sources import prefix_errors
 from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe, error_rules
 from rlhf.roles import CompletedGroup, ScoredGroup
@@ -54,10 +54,10 @@ from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
 REPORT, SAMPLES = "eval.json", "samples.jsonl"
-Said = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
+ResponseTexts = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
 
 
-def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
+def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise UserError if the folder is not writable, or holds results and `overwrite` is not given."""
     if (folder / REPORT).exists() and not overwrite:
         raise UserError(
@@ -72,7 +72,7 @@ def refuse_unusable_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class EvaluationResults:
     """The results to be written."""
 
     evaluation: Evaluation
@@ -108,7 +108,7 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
     """Run an evaluation as a stage of a pipeline. Its metrics are row 0, and eval.json marks it as finished."""
     with recording(stage, resume=resume) as (record, _):
-        with named(f"stages.{record.folder.path.name}"):
+        with prefix_errors(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
         with record.stage("eval", role="rollout" if inputs.rewards else "policy"):
@@ -120,7 +120,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Found:
+async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> EvaluationResults:
     """Evaluate all models. `note` is called with each scored group and its failures."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
@@ -135,7 +135,7 @@ async def _find(inputs: EvalInputs, note: Callable[[ScoredGroup], None]) -> Foun
         samples=inputs.decoding.samples if inputs.rewards else None,
         sets=tuple(sets),
     )
-    return Found(evaluation=evaluation, rows=rows)
+    return EvaluationResults(evaluation=evaluation, rows=rows)
 
 
 async def _answers(
@@ -183,8 +183,8 @@ async def _answers(
         await engines.start(deadline_s=cluster.start_timeout_s)
         await reward.start(deadline_s=cluster.start_timeout_s)
 
-        async def judge(group: CompletedGroup, _: int) -> tuple[ScoredGroup, Said]:
-            async def read() -> Said:
+        async def judge(group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
+            async def read() -> ResponseTexts:
                 return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
 
             scores, said = await asyncio.gather(reward.score(group), read())
@@ -245,7 +245,7 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
     return found
 
 
-def _result(scored: ScoredGroup, said: Said, answers: AnswerForm | None) -> PromptResult:
+def _result(scored: ScoredGroup, said: ResponseTexts, answers: AnswerForm | None) -> PromptResult:
     group, prompt = scored.group, scored.group.request.prompt
     conversations = tuple(one for one in said if isinstance(one, Transcript))
     texts = [one.response if isinstance(one, Transcript) else one for one in said]

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.cluster.actor_locations import going_node
+from actors.cluster.actor_locations import draining_node
 from actors.cluster.connect import connected
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.placement import Placement, reserve
@@ -23,7 +23,7 @@ from actors.roles.gang import CriticGang, OfflineGang, PolicyGang, Stoppable, en
 from actors.roles.ranks import OFFLINE_RANKS, CriticRank, OnlinePreferenceRank, PolicyRank, Publishes, StudentRank
 from actors.roles.teacher import spawn_online_teacher, spawn_teacher
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
-from actors.run.engine_pool import KEEPER
+from actors.run.engine_pool import ENGINE_POOL
 from actors.run.evaluate import run_evaluation
 from actors.run.merge import run_merge
 from actors.run.run_record import recording
@@ -249,14 +249,14 @@ async def _run_online(
     cluster, rollouts = config.cluster, config.rollouts
     assert rollouts is not None
     roles = needs(config)
-    lent = await KEEPER.provide(
+    lease = await ENGINE_POOL.lease(
         config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
     )
-    placement, engines = lent.placement, lent.engines
+    placement, engines = lease.placement, lease.engines
     deadline_s = cluster.call_timeout_s
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, lent):
+    async with ending(groups, lease):
         policy_options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
         if not distils_rollouts(config):
             policy_options["reference_is_adapter_off"] = reference_is_adapter_off(config)
@@ -332,7 +332,7 @@ async def _run_online(
             settings,
             deadline_s=deadline_s,
         )
-        groups += [reward, lent]
+        groups += [reward, lease]
         limit_s = cluster.start_timeout_s
         record.progress.stage(f"starting {_names(placement)}")
         one_host = placement.on_one_host()
@@ -343,7 +343,7 @@ async def _run_online(
             await engines.sleep(keep_weights=False)
         await asyncio.gather(
             policy.start(one_host=one_host, deadline_s=limit_s),
-            *([] if engines_first or lent.is_started else [engines.start(deadline_s=limit_s)]),
+            *([] if engines_first or lease.is_started else [engines.start(deadline_s=limit_s)]),
             reward.start(deadline_s=limit_s),
             *([critic.start(one_host=one_host, deadline_s=limit_s)] if critic is not None else []),
             *([reference.start(deadline_s=limit_s)] if reference is not None else []),
@@ -404,7 +404,7 @@ async def _carry_out(
         request,
         grace_s=controller.config.train.preemption_grace_s,
         call_timeout_s=controller.config.cluster.call_timeout_s,
-        going_node=partial(going_node, nodes),
+        draining_node=partial(draining_node, nodes),
     )
     if not is_done:
         return

@@ -18,7 +18,7 @@ from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.models.template_check import refuse_runaway_template
-from rlhf.preflight.models import ANY_LENGTH, found_model, refuse_too_long
+from rlhf.preflight.models import ANY_LENGTH, refuse_too_long, resolve_model
 from rlhf.preflight.sources import in_options, refuse_absent_tokens
 from rlhf.tracking import logs
 from rlhf.types import Prompt
@@ -118,7 +118,7 @@ def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]
 
 
 def _loaded(name: str, decoding: Decoding, *, trust_remote_code: bool) -> tuple[ModelOnDisk, Any]:
-    model = found_model(name, trust_remote_code=trust_remote_code)
+    model = resolve_model(name, trust_remote_code=trust_remote_code)
     refuse_unservable(model)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
     decoding.template.apply_checked(tokenizer, key="data")

@@ -48,7 +48,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.on_disk import refuse_unservable
 from rlhf.models.template_check import refuse_runaway_template
-from rlhf.preflight.models import found_model
+from rlhf.preflight.models import resolve_model
 from rlhf.rollouts.records.spans import Sampled
 from rlhf.rollouts.records.texts import text_before_stop, token_texts, without_turn_end
 from rlhf.serving import (
@@ -338,7 +338,7 @@ def serve(
         raise UserError("--tensor-parallel: is of GPUs; give --device cuda, or remove it")
     token = serving_token(host, token_env)
     refuse_taken(host, port)
-    model = found_model(model_name, trust_remote_code=trust_remote_code)
+    model = resolve_model(model_name, trust_remote_code=trust_remote_code)
     refuse_unservable(model)
     if max_length is not None and model.max_length is not None and max_length > model.max_length:
         raise UserError(f"--max-length: is {max_length}, more than the {model.max_length} that {model.name} takes")

@@ -120,7 +120,7 @@ def evaluate(
 
     def work(_: StopRequest) -> Evaluation:
         from actors.run.evaluate import evaluate as measure
-        from actors.run.evaluate import refuse_unusable_folder
+        from actors.run.evaluate import refuse_unusable_results_folder
         from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
         from rlhf.tracking import logs
 
@@ -140,7 +140,7 @@ def evaluate(
         else:
             with target.located():
                 inputs = inputs_of_run(target, model=model, against=against, marks=marks)
-        refuse_unusable_folder(folder, overwrite=overwrite)
+        refuse_unusable_results_folder(folder, overwrite=overwrite)
         return measure(inputs, folder)
 
     return run_stoppable(work), folder

@@ -103,7 +103,7 @@ class Answers:
         self.ledger = ScoreLedger(record.folder.spool, rewards=rewards_fingerprint)
         self.firsts = FirstsLedger(record.folder.spool, rewards=rewards_fingerprint)
 
-    async def to(
+    async def score_all(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
         """Return the scored responses to all requests, in their order.
@@ -123,7 +123,7 @@ class Answers:
 
         return await answered(self.rollout, requests, sampling, score)
 
-    async def to_first(
+    async def score_first_finished(
         self,
         requests: Sequence[GroupRequest],
         sampling: Sampling,
@@ -194,7 +194,7 @@ class Answers:
         self.ledger.clear()
         self.firsts.clear()
 
-    async def beside_greedy(
+    async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
         """Return the groups with the score of one greedy response to each prompt, from the same weights and rewards.
@@ -206,7 +206,7 @@ class Answers:
             replace(one, group_id=one.group_id + GREEDY_GROUPS, seeds=one.seeds[:1], temperature=None) for one in sound
         ]
         likeliest = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
-        answered_greedily = await self.to(beside, likeliest, step=step, version=version) if beside else []
+        answered_greedily = await self.score_all(beside, likeliest, step=step, version=version) if beside else []
         greedy = {one.group.request.group_id - GREEDY_GROUPS: one.scores for one in answered_greedily}
         return [_beside(group, greedy.get(group.group.request.group_id)) for group in groups]
 

@@ -93,7 +93,7 @@ def plan_pairs(
     minibatches = []
     for number in range(count):
         chosen = sorted(drawn[number::count], key=lambda pair: pair[0].sequence_id)
-        costs = [pair[0].num_prompt_tokens + sum(info.num_own_tokens for info in pair) for pair in chosen]
+        costs = [pair[0].num_prompt_tokens + sum(info.num_tokens_after_prompt for info in pair) for pair in chosen]
         minibatches.append(
             MinibatchPlan(
                 sequences_by_rank=tuple(
@@ -146,7 +146,7 @@ def _largest(shares: Sequence[Sequence[RolloutInfo]], group_of: Mapping[int, int
 def _tokens(share: Sequence[RolloutInfo], group_of: Mapping[int, int]) -> int:
     """Count the tokens a worker computes for a shard: each prompt once, and all responses."""
     prompts = {group_of[info.sequence_id]: info.num_prompt_tokens for info in share}
-    return sum(prompts.values()) + sum(info.num_own_tokens for info in share)
+    return sum(prompts.values()) + sum(info.num_tokens_after_prompt for info in share)
 
 
 def visits(num_minibatches: int, *, epochs: int, seed: int, step: int) -> list[int]:

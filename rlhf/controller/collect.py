@@ -123,11 +123,11 @@ class Collector:
         requests = [self._request(turn, batch.num_asked + index) for index, turn in enumerate(turns)]
         batch.num_asked += len(requests)
         if len(requests) == needed:
-            found = await self.answers.to(requests, self.sampling, step=step, version=step - 1)
+            found = await self.answers.score_all(requests, self.sampling, step=step, version=step - 1)
         else:
             found = await self._first(turns, requests, needed, step)
         if wants_greedy(self.config):
-            found = await self.answers.beside_greedy(found, self.sampling, step=step, version=step - 1)
+            found = await self.answers.add_greedy_baseline(found, self.sampling, step=step, version=step - 1)
         return found
 
     async def _first(
@@ -142,7 +142,7 @@ class Collector:
                 left -= 1
             return left == 0
 
-        found = await self.answers.to_first(
+        found = await self.answers.score_first_finished(
             requests, self.sampling, is_enough, rule=f"{needed} {rule!r}", step=step, version=step - 1
         )
         answered = {scored.group.request.group_id for scored in found}

@@ -75,7 +75,7 @@ async def evaluate(
             for index, prompt in enumerate(prompts)
         ]
         offset += len(requests)
-        groups = await answers.to(requests, sampling, step=step, version=step)
+        groups = await answers.score_all(requests, sampling, step=step, version=step)
         sound = [group for group in groups if not group.scores.errors]
         failures = [group.scores.errors for group in groups if group.scores.errors]
         rules = error_rules(config.rewards), config.reward_policy.on_error

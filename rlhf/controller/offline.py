@@ -43,7 +43,7 @@ class DataRow(Protocol):
     def token_ids(self) -> Sequence[int]: ...
 
     @property
-    def beside_tokens(self) -> bytes: ...
+    def non_token_bytes(self) -> bytes: ...
 
     @property
     def num_learnt(self) -> int:
@@ -52,7 +52,7 @@ class DataRow(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class StepRows:
     """The rows of one optimizer step."""
 
     plan: MinibatchPlan
@@ -87,7 +87,7 @@ class OfflineController:
         self.notice = Notice()
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
-        self.next_batch: Batch | None = None
+        self.next_batch: StepRows | None = None
         self.step = 0
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/loss", default_lower=True)
@@ -156,10 +156,10 @@ class OfflineController:
         self.cursor = batch.cursor
         self.record.add({"data/epoch": Last(value=float(batch.epoch))})
 
-    async def _take_batch(self) -> Batch:
+    async def _take_batch(self) -> StepRows:
         taken = self.rows.next(self.config.train.sequences_per_update)
         plan, cursor = self._plan([row for _, row in taken]), self.rows.state()
-        return Batch(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
+        return StepRows(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         """Return the teacher's states for the planned rows of a data set."""

@@ -52,7 +52,7 @@ class Example:
     loss_mask: tuple[bool, ...]  # True if the token is learned; always False for the first token
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the loss mask as bytes, for the fingerprint of the data."""
         return bytes(self.loss_mask)
 

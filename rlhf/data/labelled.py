@@ -33,9 +33,9 @@ class Labelled:
         return self.example.token_ids
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the loss mask and the label as bytes, for the fingerprint of the data."""
-        return self.example.beside_tokens + bytes([self.label])
+        return self.example.non_token_bytes + bytes([self.label])
 
     @property
     def longest(self) -> int:

@@ -51,9 +51,9 @@ class Pair:
         return tuple(itertools.chain.from_iterable(example.token_ids for example in self.examples))
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the lengths, the loss masks and the margin as bytes, for the fingerprint of the data."""
-        masks = b"".join(example.beside_tokens for example in self.examples)
+        masks = b"".join(example.non_token_bytes for example in self.examples)
         lengths = (len(example.token_ids) for example in self.examples[:-1])
         return masks + repr((*lengths, self.margin)).encode()
 

@@ -32,7 +32,7 @@ class StepLabelled:
     labels: tuple[bool, ...]  # one per step; True if the step is right
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the step ends and their labels as bytes, for the fingerprint of the data."""
         return repr((self.step_ends, self.labels)).encode()
 

@@ -24,7 +24,7 @@ class Tokenized(Protocol):
     def token_ids(self) -> Sequence[int]: ...
 
     @property
-    def beside_tokens(self) -> bytes:
+    def non_token_bytes(self) -> bytes:
         """Return the other training data of the item as bytes: masks, labels, margins."""
         ...
 
@@ -124,5 +124,5 @@ def _fingerprint(items: Sequence[Tokenized], seed: int, shuffle: bool, shares: S
     digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}".encode(), digest_size=16)
     for item in items:
         digest.update(array.array("q", [len(item.token_ids), *item.token_ids]))
-        digest.update(item.beside_tokens)
+        digest.update(item.non_token_bytes)
     return digest.hexdigest()

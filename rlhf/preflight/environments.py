@@ -16,7 +16,7 @@ from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError
 from rlhf.models.on_disk import ModelOnDisk
-from rlhf.preflight.sources import named
+from rlhf.preflight.sources import prefix_errors
 from rlhf.rollouts.environments.conversations import EnvironmentSpec, resolve
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
 from rlhf.rollouts.environments.process import Description
@@ -87,7 +87,7 @@ class LoadedEnvironment:
                 )
 
 
-def load_environment(
+def preload_environment(
     section: EnvironmentConfig | None,
     *,
     beside: Path,
@@ -120,7 +120,7 @@ def load_environment(
         template=template,
         key=key,
     )
-    with named(f"{key}.name"):
+    with prefix_errors(f"{key}.name"):
         description = run_async(_describe(spec))
     if "tool_parser" in section.model_fields_set and not description.tools:
         raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")

@@ -40,15 +40,15 @@ from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.models.template_check import refuse_runaway_template
 from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
-from rlhf.preflight.environments import LoadedEnvironment, load_environment
-from rlhf.preflight.models import ANY_LENGTH, Made, found_model, refuse_too_long
+from rlhf.preflight.environments import LoadedEnvironment, preload_environment
+from rlhf.preflight.models import ANY_LENGTH, StageResults, refuse_too_long, resolve_model
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
     REWARD_KEY,
     in_options,
     load_rewards,
     local_model,
-    named,
+    prefix_errors,
     reading_of,
     refuse_absent_tokens,
     source_of,
@@ -146,9 +146,9 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
     first = ("policy.model", config.policy.source) if model is None else ("--model", model)
     for key, wanted in (first, ("--against", against)):
         if wanted is not None:
-            with named(key):
+            with prefix_errors(key):
                 local = local_model(wanted, loaded.folder, seed=config.run.seed)
-                found = found_model(local, trust_remote_code=config.policy.trust_remote_code)
+                found = resolve_model(local, trust_remote_code=config.policy.trust_remote_code)
             found = replace(found, dtype=config.policy.dtype)
             if config.policy.tokenizer is not None:
                 found = replace(found, tokenizer=config.policy.tokenizer)
@@ -182,13 +182,13 @@ def _refuse_other_measures(config: Config, model: str) -> None:
     )
 
 
-def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made | None = None) -> EvalInputs:
+def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: StageResults | None = None) -> EvalInputs:
     """Return the inputs of an evaluation section.
 
     `made` holds the results of earlier stages. Their models may not exist yet. The models they train stand in for them,
     with the same tokenizer and context length, and the results are checked by their configuration.
     """
-    config, made = stage.evaluate, made or Made()
+    config, made = stage.evaluate, made or StageResults()
     _refuse_unfit_results(stage, made)
     sets = {name: source_of(one) for name, one in _sets(stage).items()}
     decoding = Decoding(
@@ -219,9 +219,9 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Made 
     for name in ("model", "against"):
         wanted = getattr(config, name)
         if wanted is not None:
-            with named(f"evaluate.{name}"):
+            with prefix_errors(f"evaluate.{name}"):
                 local = local_model(made.finals.get(wanted, wanted), loaded.folder, seed=stage.run.seed)
-                found = found_model(local, trust_remote_code=config.trust_remote_code)
+                found = resolve_model(local, trust_remote_code=config.trust_remote_code)
             found = replace(found, name=wanted, dtype=config.dtype or found.dtype)
             how: dict[str, Any] = {
                 "columns": config.columns,
@@ -254,7 +254,7 @@ def _environment(
     section: EnvironmentConfig | None, loaded: LoadedConfig, template: ChatTemplate, *, key: str = ENVIRONMENT_KEY
 ) -> EnvironmentFor:
     """Return the section's environment, loaded for each model's tokenizer and template."""
-    load = partial(load_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
+    load = partial(preload_environment, section, beside=Path(loaded.source).resolve().parent, key=key)
     return lambda model: load(tokenizer=model.tokenizer, trust_remote_code=model.trust_remote_code, template=template)
 
 
@@ -263,7 +263,7 @@ def _sets(stage: EvaluationStage) -> Mapping[str, DataSource]:
     return data if isinstance(data, dict) else {"heldout": data}
 
 
-def _refuse_unfit_results(stage: EvaluationStage, made: Made) -> None:
+def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
     """Raise UserError if an earlier stage's result will not be of the kind expected by the evaluation."""
     config = stage.evaluate
     for key, model in (("model", config.model), ("against", config.against)):
@@ -331,8 +331,8 @@ def inputs_of_model(
     candidates = []
     for key, wanted in (("MODEL", model), ("--against", against)):
         if wanted is not None:
-            with named(key):
-                found = found_model(wanted, trust_remote_code=trust_remote_code)
+            with prefix_errors(key):
+                found = resolve_model(wanted, trust_remote_code=trust_remote_code)
             how: dict[str, Any] = {"columns": decoding.columns, "reading": reading, "by": marks.by, "by_key": "--by"}
             with in_options():
                 candidates.append(_candidate(found, sets, decoding, specs, set_key="--data {}", **how))
@@ -381,9 +381,9 @@ def _candidate(
     for name, source in sets.items():
         key = set_key.format(name)
         if not rewards:
-            with named(key):
+            with prefix_errors(key):
                 rows = read_rows(source, columns=columns)
-            with named(f"{key} (without rewards its completions are measured)"):
+            with prefix_errors(f"{key} (without rewards its completions are measured)"):
                 examples[name] = _examples(rows, tokenizer, reading, model, key=key)
             continue
         loaded, rows = read_prompts(
@@ -397,7 +397,7 @@ def _candidate(
             environment=played,
         )
         prompts[name] = loaded.items
-        with named(key):
+        with prefix_errors(key):
             if played is None:
                 refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
             else:
@@ -443,7 +443,7 @@ def _inputs(
     if reward_model is not None and is_there:
         if not Path(reward_model.model).exists():
             use_cache_if_silent()
-        with named(key):
+        with prefix_errors(key):
             refuse_without_head(reward_model.model, trust_remote_code=reward_model.trust_remote_code)
             refuse_broken_weights(Path(reward_model.model))
             refuse_missing_weights(reward_model.model, scalar=True, trust_remote_code=reward_model.trust_remote_code)

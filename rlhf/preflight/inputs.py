@@ -53,14 +53,14 @@ from rlhf.models.loading import (
 from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.models.publish import refuse_unpublishable
 from rlhf.models.template_check import refuse_runaway_template
-from rlhf.preflight.environments import load_environment
+from rlhf.preflight.environments import preload_environment
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.merge import foresee, with_local_models
-from rlhf.preflight.models import Made, check_models, refuse_other_results, with_adapters, with_sources
+from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
 from rlhf.preflight.prompts import read_prompts
 from rlhf.preflight.sources import (
     load_rewards,
-    named,
+    prefix_errors,
     reading_of,
     refuse_absent_tokens,
     refuse_unused_rewards,
@@ -135,10 +135,10 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
     Raises:
         UserError: the first error found, in any stage.
     """
-    made = Made()
+    made = StageResults()
     stages: list[StageInputs | MergeStage | EvaluationStage] = []
     for name, config in loaded.stages.items():
-        with named(f"stages.{name}") if loaded.is_pipeline else nullcontext():
+        with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
             if not isinstance(config, Config):
                 if isinstance(config, MergeStage):
                     foresee(with_local_models(config, loaded.folder), made, final=str(final_folder(config)))
@@ -157,7 +157,7 @@ def load_inputs(loaded: LoadedConfig) -> list[StageInputs | MergeStage | Evaluat
             tokenizer_source = local.policy.tokenizer or made.tokenizers.get(local.policy.model, source)
             check_models(local, made, vocabulary_of=tokenizer_source)
             earlier = UNCHANGED if local.policy.tokenizer else made.templates.get(local.policy.model, UNCHANGED)
-            with named("policy.model"):
+            with prefix_errors("policy.model"):
                 tokenizer = load_tokenizer(
                     tokenizer_source, trust_remote_code=local.policy.trust_remote_code, template=earlier
                 )
@@ -228,7 +228,7 @@ def _online(config: Config, source: str, tokenizer: Any, loaded: LoadedConfig) -
 
     beside = Path(loaded.source).resolve().parent
     specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
-    environment = load_environment(
+    environment = preload_environment(
         config.rollouts.environment,
         beside=beside,
         tokenizer=config.policy.tokenizer_source,
@@ -311,7 +311,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> OfflineInputs:
         load = partial(load, with_gold=True)
 
     def rows_of(name: str, source: DataSource, first_id: int = 0) -> tuple[OfflineRow, ...]:
-        with named(name):
+        with prefix_errors(name):
             rows = read_rows(source_of(source), columns=data.columns)
             loaded = load(rows, tokenizer, reading, first_id=first_id)
         if loaded.unusable:

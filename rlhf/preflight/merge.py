@@ -18,7 +18,7 @@ from rlhf.merging.merge import check_fit, checked_sources, require_tools
 from rlhf.merging.sources import Source, find_source
 from rlhf.models.hub import use_cache_if_silent
 from rlhf.models.on_disk import may_ask_the_hub
-from rlhf.preflight.models import Made
+from rlhf.preflight.models import StageResults
 from rlhf.preflight.sources import local_model
 
 
@@ -33,7 +33,7 @@ def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
     return config.model_copy(update={"models": models, "base": base})
 
 
-def foresee(config: MergeConfig, made: Made, *, final: str) -> None:
+def foresee(config: MergeConfig, made: StageResults, *, final: str) -> None:
     """Raise UserError if the merge is already known to fail. Records the expected result as `final` in `made`."""
     require_tools(config)
     models = {name: one.model for name, one in config.models.items()}
@@ -60,7 +60,7 @@ def _key(name: str) -> str:
     return "merge.base" if name == "base" else f"merge.models.{name}"
 
 
-def _stand_in(name: str, model: str, made: Made) -> Source:
+def _stand_in(name: str, model: str, made: StageResults) -> Source:
     """Return the model, or for a missing one the model its stage trains, which differs only in the values."""
     return find_source(_key(name), name, made.finals.get(model, model))
 
@@ -87,7 +87,7 @@ def _refuse_twice(models: Mapping[str, str]) -> None:
         first[model] = name
 
 
-def _refuse_mixed_heads(awaited: Mapping[str, str], made: Made) -> None:
+def _refuse_mixed_heads(awaited: Mapping[str, str], made: StageResults) -> None:
     scored = [name for name, model in awaited.items() if model in made.scored]
     others = [name for name, model in awaited.items() if model not in made.scored]
     if scored and others:
@@ -108,7 +108,7 @@ def _refuse_other_bases(sources: Mapping[str, Source]) -> None:
 
 
 def _note(
-    config: MergeConfig, models: Mapping[str, str], sources: Mapping[str, Source], made: Made, final: str
+    config: MergeConfig, models: Mapping[str, str], sources: Mapping[str, Source], made: StageResults, final: str
 ) -> None:
     """Record the properties of the result for later stages."""
     donor = config.tokenizer or next(iter(config.models))
@@ -128,7 +128,7 @@ def _is_scored(source: Source) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in source.config.architectures or [])
 
 
-def _rank(model: str, source: Source, made: Made) -> int:
+def _rank(model: str, source: Source, made: StageResults) -> int:
     if model in made.adapters:
         return saved_rank(made.adapters[model])
     return 0 if source.adapter is None else int(source.adapter.settings["r"])

@@ -37,11 +37,11 @@ from rlhf.models.quantized import refuse_unquantizable
 from rlhf.models.reward_models import refuse_without_head
 from rlhf.models.row_layout import refuse_unpackable
 from rlhf.models.sequence_parallel import refuse_uneven_heads
-from rlhf.preflight.sources import local_model, named
+from rlhf.preflight.sources import local_model, prefix_errors
 from rlhf.types import Prompt
 
 
-def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
+def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> None:
     """Raise UserError if a model is missing, is of the wrong kind for its section, or has a different vocabulary.
 
     `made` holds the results of earlier stages. They are checked by their configuration.
@@ -53,7 +53,7 @@ def check_models(config: Config, made: Made, *, vocabulary_of: str) -> None:
     for section, model in models_of(config).items():
         if model.model in made.finals:
             _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))
-            with named(f"{section}.model"):
+            with prefix_errors(f"{section}.model"):
                 if not _reads_as_policy(model, config):
                     source = made.tokenizers.get(model.model, made.finals[model.model])
                     _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
@@ -67,7 +67,7 @@ def _refuse_unusable_model(
     """Raise UserError if a section's model is missing, is of the wrong kind, or has a different vocabulary."""
     remote = model.trust_remote_code
     is_scalar = section == "critic" or (section == "policy" and has_scalar_head(config))
-    with named(f"{section}.model"):
+    with prefix_errors(f"{section}.model"):
         if section == "reward":
             refuse_without_head(model.model, trust_remote_code=remote)
             refuse_broken_weights(Path(model.model))
@@ -86,7 +86,7 @@ def _refuse_unusable_model(
     _refuse_misfit(section, model, finals, scalar=is_scalar)
     _refuse_unquantizable(section, model, shape, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
-        with named(f"cluster.roles.{section}"):
+        with prefix_errors(f"cluster.roles.{section}"):
             shared_by = getattr(config.cluster.roles, section).sequence_parallel
             refuse_uneven_heads(shape, shared_by)
             refuse_unpackable(shape.to_dict(), shared_by)
@@ -107,7 +107,7 @@ def _reads_as_policy(model: ModelConfig, config: Config) -> bool:
 def _refuse_larger_vocabulary(policy: PolicyConfig) -> None:
     """Raise UserError if a policy's replacement tokenizer has token ids beyond the model's embedding rows."""
     remote = policy.trust_remote_code
-    with named("policy.tokenizer"):
+    with prefix_errors("policy.tokenizer"):
         most = max(load_tokenizer(policy.tokenizer_source, trust_remote_code=remote).get_vocab().values())
     rows = load_config(policy.model, trust_remote_code=remote).get_text_config().vocab_size
     if most >= rows:
@@ -231,7 +231,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
                 modules_to_save=made.modules_to_save,
             )
         else:
-            with named(f"{name}.adapter"):
+            with prefix_errors(f"{name}.adapter"):
                 shape = read_adapter_shape(Path(section.adapter))
         lora = section.lora.model_copy(update=dataclasses.asdict(shape))
         changed[name] = section.model_copy(update={"lora": lora})
@@ -248,7 +248,7 @@ def _refuse_unquantizable(name: str, section: ModelConfig, shape: Any, *, device
         refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
 
 
-def refuse_other_results(config: Config, made: Made) -> None:
+def refuse_other_results(config: Config, made: StageResults) -> None:
     """Raise UserError if a stage's adapter is used as a model, or its model as an adapter."""
     for name, section in models_of(config).items():
         if section.model in made.adapters and name != "reward":
@@ -272,7 +272,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
             return
         from rlhf.models.adapter_folder import refuse_misfit  # with peft, which takes seconds
 
-        with named(f"{name}.adapter"):
+        with prefix_errors(f"{name}.adapter"):
             refuse_misfit(
                 Path(section.adapter),
                 section.model,
@@ -284,7 +284,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
 ANY_LENGTH = sys.maxsize  # of a prompt, where what the model takes with the response is the only limit
 
 
-def found_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
+def resolve_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
     """Return the model named by the user. Checks that the hub answers before anything is loaded from it."""
     if may_ask_the_hub(name):
         use_cache_if_silent()
@@ -304,7 +304,7 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
 
 
 @dataclass(slots=True, kw_only=True)
-class Made:
+class StageResults:
     """The results of earlier stages, by their folder. The folders may not exist yet."""
 
     finals: dict[str, str] = field(default_factory=dict)  # the model whose tokenizer and shape each will have

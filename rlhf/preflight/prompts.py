@@ -14,7 +14,7 @@ from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.usable import Loaded
 from rlhf.preflight.environments import LoadedEnvironment
-from rlhf.preflight.sources import REWARD_KEY, check_rewards, named
+from rlhf.preflight.sources import REWARD_KEY, check_rewards, prefix_errors
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import Prompt
 
@@ -37,12 +37,12 @@ def read_prompts(
 
     UserErrors name the set, by its key, and the invalid row.
     """
-    with named(key):
+    with prefix_errors(key):
         rows = read_rows(source, columns=columns)
     check_rewards(rewards, rows, key, key=reward_key)
     if environment is not None:
         environment.check_rows(rows, key)
-    with named(key):
+    with prefix_errors(key):
         loaded = load_prompts(
             rows,
             tokenizer,

@@ -32,7 +32,7 @@ MOST_SHOWN = 5  # values of a column, in a message
 
 
 @contextmanager
-def named(key: str) -> Iterator[None]:
+def prefix_errors(key: str) -> Iterator[None]:
     """Prefix errors with the key of the configuration."""
     try:
         yield

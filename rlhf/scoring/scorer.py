@@ -25,7 +25,7 @@ from rlhf.data.tokenization import Continuation, encode
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.preflight.sources import REWARD_KEY, load_rewards, local_model, named
+from rlhf.preflight.sources import REWARD_KEY, load_rewards, local_model, prefix_errors
 from rlhf.rewards.processes.pool import Outcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
@@ -136,7 +136,7 @@ class Scorer:
         self.model: RewardModel | None = None
         held, policy = scoring.model, scoring.policy
         if held is not None:
-            with named("reward.model"):
+            with prefix_errors("reward.model"):
                 refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
             self.tokenizer = load_tokenizer(held.tokenizer, trust_remote_code=held.trust_remote_code)
             self.model = RewardModel(

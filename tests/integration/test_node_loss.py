@@ -104,11 +104,11 @@ DRAIN = """
 import asyncio, subprocess, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from actors.cluster.actor_locations import going_node, own_standing, remember
+from actors.cluster.actor_locations import draining_node, own_location, remember
 
 class Worker:
     def where(self):
-        return own_standing(self)
+        return own_location(self)
 
 head, command = sys.argv[1:]
 ray.init(address=head)
@@ -116,11 +116,11 @@ ray.init(address=head)
 there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=there).remote()
 remember("policy", [ray.get(worker.where.remote(), timeout=60)])
-assert asyncio.run(going_node({node})) is None
+assert asyncio.run(draining_node({node})) is None
 reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=100"]
 subprocess.run([command, "drain-node", f"--address={head}", f"--node-id={node}", *reason], check=True)
-assert asyncio.run(going_node({"another"})) is None
-print("leaving", *asyncio.run(going_node({node})))
+assert asyncio.run(draining_node({"another"})) is None
+print("leaving", *asyncio.run(draining_node({node})))
 """
 
 

@@ -10,15 +10,15 @@ import pytest
 from ray._private.state import GlobalState
 from ray.exceptions import RayError
 
-from actors.cluster import actor_locations as standing
-from actors.cluster.actor_locations import Standing, forget, going_node, losses
+from actors.cluster import actor_locations
+from actors.cluster.actor_locations import ActorLocation, draining_node, forget, lost_nodes
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, Standing]:
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, ActorLocation]:
     """Where actors stand; a test fills it in."""
-    places: dict[str, Standing] = {}
-    monkeypatch.setattr(standing, "_STANDING", places)
+    places: dict[str, ActorLocation] = {}
+    monkeypatch.setattr(actor_locations, "_LOCATIONS", places)
     return places
 
 
@@ -28,25 +28,25 @@ def raylet() -> Iterator[socket.socket]:
         yield server
 
 
-def at(who: str, node: str, port: int) -> Standing:
-    return Standing(who=who, node=node, address="127.0.0.1", port=port, pid=4711)
+def at(who: str, node: str, port: int) -> ActorLocation:
+    return ActorLocation(who=who, node=node, address="127.0.0.1", port=port, pid=4711)
 
 
-def test_a_node_that_answers_is_not_lost(known: dict[str, Standing], raylet: socket.socket) -> None:
-    assert losses() == ""
+def test_a_node_that_answers_is_not_lost(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
+    assert lost_nodes() == ""
     known["a"] = at("policy rank 0", "n1", raylet.getsockname()[1])
-    assert known["a"].loss() is None
-    assert losses() == ""
+    assert known["a"].node_failure() is None
+    assert lost_nodes() == ""
 
 
-def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, Standing], raylet: socket.socket) -> None:
+def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
     there, gone = raylet.getsockname()[1], free_port()
     known["a"] = at("policy rank 0", "n1", there)
     known["b"], known["c"] = at("policy rank 1", "n2", gone), at("critic rank 1", "n2", gone)
     what = "no Ray runs on node 127.0.0.1 any more"
-    assert losses() == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
+    assert lost_nodes() == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
     forget(["b", "c", "never known"])
-    assert losses() == ""
+    assert lost_nodes() == ""
 
 
 def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPa
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "create_connection", silent)
-    assert at("policy rank 0", "n1", 1).loss() == "node 127.0.0.1 cannot be reached"
+    assert at("policy rank 0", "n1", 1).node_failure() == "node 127.0.0.1 cannot be reached"
 
 
 def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ray._private.state.state", not_joined)
     with pytest.raises(RayError):
         not_joined.get_draining_nodes()
-    assert asyncio.run(going_node({"n1"})) is None
+    assert asyncio.run(draining_node({"n1"})) is None
 
 
 def free_port() -> int:

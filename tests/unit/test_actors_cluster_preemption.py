@@ -60,7 +60,7 @@ def test_a_call_that_blocks_the_event_loop_has_a_limit(monkeypatch: pytest.Monke
     def work(request: StopRequest) -> None:
         if returns:
             request.on_interrupt = gate.set  # as the end of Ray's daemons may end the call
-        loop = run_loop(hang(), Notice(), request, grace_s=1.0, call_timeout_s=1.0, going_node=none_goes)
+        loop = run_loop(hang(), Notice(), request, grace_s=1.0, call_timeout_s=1.0, draining_node=none_goes)
         run_async(loop)
 
     with pytest.raises(RunError, match=r"waited for \d s \(cluster.call_timeout_s\) in a call of Ray"):
@@ -81,7 +81,7 @@ def run(
     work: Work,
     *,
     grace_s: float = 60.0,
-    going_node: Callable[[], Awaitable[tuple[str, float | None] | None]] = none_goes,
+    draining_node: Callable[[], Awaitable[tuple[str, float | None] | None]] = none_goes,
 ) -> StopRequest:
     """A loop of a run, and the request that it was given."""
     request = StopRequest()
@@ -89,7 +89,7 @@ def run(
     async def loop() -> None:
         notice = Notice()
         timeouts = {"grace_s": grace_s, "call_timeout_s": 60.0}
-        await run_loop(work(notice, request), notice, request, **timeouts, going_node=going_node)
+        await run_loop(work(notice, request), notice, request, **timeouts, draining_node=draining_node)
 
     asyncio.run(loop())
     return request
@@ -140,7 +140,7 @@ def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.sleep(60.0)
 
     with pytest.raises(Preempted, match=r"not done in 0\.\d+ s"):
-        run(work, going_node=goes)
+        run(work, draining_node=goes)
 
 
 def test_a_head_that_does_not_answer_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_head_that_does_not_answer_delays_no_signal(monkeypatch: pytest.Monkey
         ask(request, signal.SIGTERM)
         await until(lambda: notice.is_given)
 
-    run(work, going_node=hangs)
+    run(work, draining_node=hangs)
     assert asked == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import rlhf
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
-from actors.run.evaluate import refuse_unusable_folder
+from actors.run.evaluate import refuse_unusable_results_folder
 from rlhf.cli import main
 from rlhf.commands.asking import decoding_of
 from rlhf.config.files.load import load
@@ -407,5 +407,5 @@ def test_another_column_is_named_by_an_option(
 def test_results_are_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text("{}")
     with pytest.raises(UserError, match="replace it with --overwrite"):
-        refuse_unusable_folder(tmp_path, overwrite=False)
-    refuse_unusable_folder(tmp_path, overwrite=True)
+        refuse_unusable_results_folder(tmp_path, overwrite=False)
+    refuse_unusable_results_folder(tmp_path, overwrite=True)

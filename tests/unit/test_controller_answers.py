@@ -85,7 +85,7 @@ def ask(
         request_for(prompt, group_id=i, first_sequence_id=i, samples=1, run_seed=run_seed)
         for i, prompt in enumerate(prompts)
     ]
-    scored = asyncio.run(answers.to(requests, sampling, step=1, version=version))
+    scored = asyncio.run(answers.score_all(requests, sampling, step=1, version=version))
     return [one.group.request.group_id for one in scored]
 
 
@@ -159,8 +159,8 @@ def ask_with_greedy(answers: Answers, sampling: Sampling = SAMPLING) -> list[Sco
     ]
 
     async def both() -> list[ScoredGroup]:
-        groups = await answers.to(requests, sampling, step=1, version=0)
-        return await answers.beside_greedy(groups, sampling, step=1, version=0)
+        groups = await answers.score_all(requests, sampling, step=1, version=0)
+        return await answers.add_greedy_baseline(groups, sampling, step=1, version=0)
 
     return asyncio.run(both())
 

@@ -18,7 +18,7 @@ class SomeRow:
     example_id: int
     token_ids: tuple[int, ...]
     num_learnt: int
-    beside_tokens: bytes = b""
+    non_token_bytes: bytes = b""
 
 
 class Role:

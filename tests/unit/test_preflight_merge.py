@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.preflight.inputs import load_inputs
 from rlhf.preflight.merge import foresee
-from rlhf.preflight.models import Made
+from rlhf.preflight.models import StageResults
 from tests.merging_models import make_adapter
 
 
@@ -31,10 +31,10 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(models: Path) -> Made:
+def made(models: Path) -> StageResults:
     """Stages that train, none of which has run: whole models a, b, tied, a reward model, adapters."""
     bases = {"a": "base", "b": "base", "tied": "tied", "scores": "base", "l": "base", "l2": "other", "dora": "base"}
-    return Made(
+    return StageResults(
         finals={f"run/{name}/final": str(models / base) for name, base in bases.items()},
         scored={"run/scores/final": "reward_model"},
         adapters={
@@ -46,7 +46,7 @@ def made(models: Path) -> Made:
     )
 
 
-def result(models: Path, names: list[str], **values: Any) -> Made:
+def result(models: Path, names: list[str], **values: Any) -> StageResults:
     """What is known after a merge called `run/m`. Names of stages, or of folders of `models` with ./ before them."""
     known = made(models)
 

@@ -41,7 +41,7 @@ def test_columns_and_scalars_of_a_group() -> None:
     assert rollouts.rollout_logprobs.tolist() == [0, 0, -0.5, -1.0, 0, 0, 0, -0.5, 0, 0, -0.5]
     assert rollouts.versions.tolist() == [-1, -1, 3, 3, -1, -1, -1, 4, -1, -1, 3]
     assert (two.num_prompt_tokens, two.num_response_tokens, two.num_environment_tokens, two.num_turns) == (2, 3, 3, 2)
-    assert (two.num_tokens, two.num_own_tokens) == (8, 6)
+    assert (two.num_tokens, two.num_tokens_after_prompt) == (8, 6)
     assert (two.min_version, two.max_version) == (3, 4)
     assert two.mean_logprob == pytest.approx(-2.0 / 3)
     assert two.environment_rewards == (StepReward(end=3, value=0.5), StepReward(end=7, value=1.0))
