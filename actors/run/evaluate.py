@@ -275,7 +275,7 @@ def _prompt_reports(
             inputs.marking,
             against=answers[1][name] if len(answers) > 1 else None,
             sources=first.sources.get(name, {}),
-            asked=[prompt.prompt_id for prompt in first.prompts[name]],
+            prompt_ids=[prompt.prompt_id for prompt in first.prompts[name]],
             seed=inputs.decoding.seed,
         )
     rows = [

@@ -90,7 +90,9 @@ async def evaluate(
             groups = await scored(name, held_out.prompts, sampling, settings.samples_per_prompt)
             results = await _results(groups, marking, reward)
             asked = [prompt.prompt_id for prompt in held_out.prompts]
-            found = prompt_reports(name, results, marking, sources=held_out.sources, asked=asked, seed=config.run.seed)
+            found = prompt_reports(
+                name, results, marking, sources=held_out.sources, prompt_ids=asked, seed=config.run.seed
+            )
             if settings.greedy:
                 greedy = await scored(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
                 found[0] = _with_greedy(found[0], greedy, seed=config.run.seed)

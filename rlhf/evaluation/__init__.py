@@ -1,1 +1,1 @@
-"""What scored responses say of a model: estimates with intervals, votes, tables. Numbers in, numbers out; no torch."""
+"""Turn scored responses into estimates with intervals, votes and tables. Numbers in, numbers out; no torch."""

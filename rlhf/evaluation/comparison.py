@@ -1,6 +1,6 @@
-"""What training has changed: a run's first and last evaluation side by side, with their intervals.
+"""Compare a run's first and last evaluation, with their intervals.
 
-Reads what the run wrote into evals/; measures nothing.
+The module reads the files in evals/ and measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def before_after(folder: Path) -> Table | None:
-    """One line a metric of each set. None: the run has fewer than two evaluations by responses."""
+    """Return a table with one line per metric of each set, or None if the run has fewer than two evaluations of
+    responses."""
     from rich.table import Table
 
     steps = sorted((folder / "evals").glob("step_*.json"))
@@ -29,16 +30,16 @@ def before_after(folder: Path) -> Table | None:
         table.add_column(f"step {name}", justify="right")
     for name, report in last.items():
         earlier = first.get(name, {"metrics": {}})["metrics"]
-        for index, (metric, found) in enumerate(report["metrics"].items()):
+        for index, (metric, estimate) in enumerate(report["metrics"].items()):
             heading = f"{name} ({report['num_rows']})" if index == 0 else ""
-            table.add_row(heading, metric, _told(earlier.get(metric)), _told(found))
+            table.add_row(heading, metric, _formatted(earlier.get(metric)), _formatted(estimate))
         table.add_section()
     return table
 
 
-def _told(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _formatted(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
         return "-"
-    if found["low"] is None:
-        return f"{found['value']:.4g}"
-    return f"{found['value']:.4g} ({found['low']:.3g} to {found['high']:.3g})"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.4g}"
+    return f"{estimate['value']:.4g} ({estimate['low']:.3g} to {estimate['high']:.3g})"

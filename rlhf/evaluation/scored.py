@@ -1,4 +1,4 @@
-"""What rewards say of the responses in a file: one line a row, and a table. `rlhf reward` shows it."""
+"""Hold the rewards of the responses in a file, one row each, and the table of `rlhf reward`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowError:
-    """A reward that failed on a row."""
+    """One failure of a reward on a row."""
 
     reward: str
     kind: str
@@ -27,8 +27,8 @@ class ScoredRow:
     place: str  # `file:line`
     group: int  # rows of one group answer one prompt
     score: float | None  # weighted sum
-    scores: Mapping[str, float | None]  # each reward that applies, before its gate and weight; None: no opinion
-    errors: tuple[RowError, ...]  # on this response
+    scores: Mapping[str, float | None]  # each applicable reward, before its gate and weight; None: no opinion
+    errors: tuple[RowError, ...]  # of this response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,20 +39,20 @@ class ScoredFile:
 
     @property
     def num_unscored(self) -> int:
-        """Rows without a score."""
+        """Number of rows without a score."""
         return sum(row.score is None for row in self.rows)
 
     @property
     def errors(self) -> list[tuple[str, RowError]]:
-        """All errors, each with its row's place."""
+        """Return all errors, each with its row's file and line."""
         return [(row.place, error) for row in self.rows for error in row.errors]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A line for each row."""
+        """Return one dictionary per row."""
         return [asdict(row) for row in self.rows]
 
     def to_table(self) -> Table:
-        """One line a reward: its values, and its errors by kind."""
+        """Return a table with one line per reward: its values, and its errors by kind."""
         from rich.table import Table
 
         table = Table()
@@ -64,8 +64,8 @@ class ScoredFile:
         names = dict.fromkeys([*(name for row in self.rows for name in row.scores), *failed])
         for name in names:
             values = [value for row in self.rows if (value := row.scores.get(name)) is not None]
-            told = ", ".join(f"{count} {kind}" for kind, count in sorted(failed.get(name, Counter()).items()))
-            table.add_row(name, *_summary(values), told)
+            failures = ", ".join(f"{count} {kind}" for kind, count in sorted(failed.get(name, Counter()).items()))
+            table.add_row(name, *_summary(values), failures)
         table.add_section()
         table.add_row("score", *_summary([row.score for row in self.rows if row.score is not None]), "")
         return table

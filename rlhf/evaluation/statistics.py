@@ -1,6 +1,6 @@
-"""Estimates from several samples a prompt, and their intervals over prompts.
+"""Estimate metrics from several samples per prompt, with intervals over prompts.
 
-Pure arithmetic on numbers. Prompts are what is resampled: the samples of one are not independent of each other.
+The module does pure arithmetic on numbers. It resamples prompts, because the samples of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ class Estimate:
     """A number with its bootstrap interval."""
 
     value: float
-    low: float | None  # None: one prompt says nothing of other prompts
+    low: float | None  # None: a single prompt gives no interval
     high: float | None
 
 
 def pass_at_k(passed: Sequence[bool], *, k: int) -> float:
-    """Chance that at least one of k samples passes: 1 - C(n - c, k) / C(n, k) for c of n (arXiv:2107.03374, eq. 1).
+    """Return the probability that at least one of k samples passes, for c passes among n samples.
 
-    It is the mean over all choices of k of the n samples, hence unbiased. ValueError unless 1 <= k <= n.
+    It is 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, eq. 1): the mean over all choices of k of the n samples, hence
+    unbiased. ValueError unless 1 <= k <= n.
     """
     n = len(passed)
-    _refuse_k(k, n)
+    _check_k(k, n)
     return 1.0 - float(Fraction(comb(n - sum(passed), k), comb(n, k)))
 
 
 def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -> float:
-    """Chance that the answer that most of k samples give is right (self-consistency, arXiv:2203.11171; maj1@k of
-    arXiv:2206.14858).
+    """Return the probability that the majority answer of k samples is right.
 
-    Like pass_at_k the exact mean over all choices of k of the n samples. The papers leave open: answers that tie share
-    the win evenly; None is a sample without an answer, which has no vote, and a vote without any answer is lost; of an
-    answer whose samples do not all pass, the share that does counts. ValueError unless 1 <= k <= n.
+    Self-consistency, arXiv:2203.11171; maj1@k of arXiv:2206.14858. Like pass_at_k it is the exact mean over all choices
+    of k of the n samples. The papers leave three cases open. Tied answers share the win evenly. None is a sample
+    without an answer: it has no vote, and a choice without any vote is lost. If only some samples of an answer pass,
+    their share counts. ValueError unless 1 <= k <= n.
     """
     n = len(answers)
-    _refuse_k(k, n)
+    _check_k(k, n)
     votes = Counter(answer for answer in answers if answer is not None)
     right = Counter(answer for answer, good in zip(answers, passed, strict=True) if good and answer is not None)
     silent = n - votes.total()
@@ -61,7 +62,7 @@ def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -
 
 
 def win_chance(scores: Sequence[float], against: Sequence[float]) -> float:
-    """Share of pairs (one of ours, one of theirs, to the same prompt) in which ours scores more; ties count half."""
+    """Return the share of pairs (ours, theirs) for one prompt with a higher score for ours; ties count half."""
     if not scores or not against:
         raise ValueError(f"win_chance needs scores on both sides, got {len(scores)} and {len(against)}")
     wins = sum((ours > theirs) + 0.5 * (ours == theirs) for ours in scores for theirs in against)
@@ -69,12 +70,12 @@ def win_chance(scores: Sequence[float], against: Sequence[float]) -> float:
 
 
 def mean_estimate(values: Sequence[float], *, seed: int) -> Estimate:
-    """Mean of one number a prompt, with its percentile bootstrap interval (Efron, 1979) at LEVEL."""
+    """Return the mean of one number per prompt, with its percentile bootstrap interval (Efron, 1979) at LEVEL."""
     return ratio_estimate(values, [1.0] * len(values), seed=seed)
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], *, seed: int) -> Estimate:
-    """sum(numerators) / sum(denominators), such as a mean over the tokens of all rows; rows are resampled.
+    """Return sum(numerators) / sum(denominators), such as a mean over the tokens of all rows; rows are resampled.
 
     The same seed draws the same rows. ValueError without rows, or if a denominator is not positive.
     """
@@ -96,11 +97,11 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], *
 
 
 def powers_of_two(samples: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to the number of samples: the k that are reported unless others are asked for."""
+    """Return 1, 2, 4, ... up to the number of samples: the default values of k."""
     return tuple(2**i for i in range(samples.bit_length()))
 
 
-def _refuse_k(k: int, n: int) -> None:
+def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, expected 1 to the number of samples, {n}")
 
@@ -109,20 +110,20 @@ def _without(votes: Counter[str], answer: str) -> list[int]:
     return [count for other, count in votes.items() if other != answer]
 
 
-def _choices_won(own: int, others: Sequence[int], silent: int, k: int) -> Fraction:
-    """In how many choices of k samples the answer with `own` samples has most votes; a tie of m counts 1 / m."""
+def _choices_won(count: int, others: Sequence[int], silent: int, k: int) -> Fraction:
+    """Return the number of choices of k samples won by an answer with `count` samples; an m-way tie counts 1 / m."""
     won = Fraction(0)
-    for votes in range(1, min(own, k) + 1):
+    for votes in range(1, min(count, k) + 1):
         left = k - votes
-        ways = {(drawn, 0): comb(silent, drawn) for drawn in range(min(silent, left) + 1)}  # (samples drawn, ties)
-        for count in others:
+        choices = {(drawn, 0): comb(silent, drawn) for drawn in range(min(silent, left) + 1)}  # (samples drawn, ties)
+        for other in others:
             longer: Counter[tuple[int, int]] = Counter()
-            for (drawn, ties), number in ways.items():
-                for more in range(min(count, votes, left - drawn) + 1):
-                    longer[drawn + more, ties + (more == votes)] += number * comb(count, more)
-            ways = dict(longer)
+            for (drawn, ties), number in choices.items():
+                for more in range(min(other, votes, left - drawn) + 1):
+                    longer[drawn + more, ties + (more == votes)] += number * comb(other, more)
+            choices = dict(longer)
         shared = sum(
-            (Fraction(number, 1 + ties) for (drawn, ties), number in ways.items() if drawn == left), Fraction(0)
+            (Fraction(number, 1 + ties) for (drawn, ties), number in choices.items() if drawn == left), Fraction(0)
         )
-        won += comb(own, votes) * shared
+        won += comb(count, votes) * shared
     return won

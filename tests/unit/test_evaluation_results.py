@@ -87,7 +87,7 @@ def test_a_reward_that_only_some_prompts_have_is_averaged_over_those() -> None:
 def test_a_set_and_each_of_its_sources_has_a_report() -> None:
     """Prompt 1 failed: its source has no results, and the whole counts it."""
     sources = {0: "easy", 1: "odd", 2: "hard"}
-    found = prompt_reports("heldout", RESULTS, MARKING, sources=sources, asked=[0, 1, 2], seed=0)
+    found = prompt_reports("heldout", RESULTS, MARKING, sources=sources, prompt_ids=[0, 1, 2], seed=0)
     assert [(one.name, one.num_rows, one.num_failed) for one in found] == [
         ("heldout", 2, 1),
         ("heldout.easy", 1, 0),
