@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.load import load
+from rlhf.config.files.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -36,7 +36,7 @@ def follow(folder: Path) -> dict[str, str]:
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
-                timeout=280,
+                timeout=800,
             )
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
             outputs[line] = done.stdout
@@ -52,7 +52,7 @@ def test_the_configuration_of_the_tutorial_is_valid(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     outputs = follow(tmp_path)
     assert "checked: `rlhf train` takes them" in outputs["rlhf plan backwards.yaml"]
