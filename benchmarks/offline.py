@@ -146,7 +146,7 @@ def ours(job: Job) -> Measured:
     from rlhf.types import MinibatchPlan
     from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
     from rlhf.workers.offline.supervised import SupervisedWorker
-    from rlhf.workers.rank_context import RankPlace
+    from rlhf.workers.rank_context import RankContext
 
     def sequence(index: int, row: Row, side: int) -> Example:
         response = row.responses[side]
@@ -179,7 +179,7 @@ def ours(job: Job) -> Measured:
             },
         }
     )
-    place = RankPlace(
+    place = RankContext(
         rank=0,
         world_size=1,
         local_rank=0,

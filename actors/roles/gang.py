@@ -32,7 +32,7 @@ from rlhf.types import (
     TokenValues,
     VocabularyHead,
 )
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 T = TypeVar("T")
 
@@ -293,7 +293,7 @@ def largest(reports: Sequence[MemoryReport]) -> MemoryReport:
     return MemoryReport(rss_gib=max(report.rss_gib for report in reports), gpu_gib=max(gpus) if gpus else None)
 
 
-def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankPlace]:
+def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[RankContext]:
     """Return the context of each rank of a role. On a GPU, a process sees only its assigned device."""
     nodes, threads = placement.nodes_of(role), getattr(cluster.roles, role).threads
     cuda = cluster.device == "cuda" and placement.seating.seats[role][0].gpus > 0.0
@@ -302,7 +302,7 @@ def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[Ra
         on_node = nodes.count(node)
         auto = max(1, placement.cores(node) // on_node)
         places.append(
-            RankPlace(
+            RankContext(
                 rank=rank,
                 world_size=len(nodes),
                 local_rank=0 if cuda else nodes[:rank].count(node),
@@ -315,7 +315,7 @@ def _places(cluster: ClusterConfig, placement: Placement, role: Role) -> list[Ra
     return places
 
 
-def worker_environment(place: RankPlace) -> dict[str, str]:
+def worker_environment(place: RankContext) -> dict[str, str]:
     """Return the environment of a worker that computes with torch. It must be set before torch is imported."""
     return {
         "OMP_NUM_THREADS": str(place.threads),
@@ -330,7 +330,7 @@ def spawn(
     cluster: ClusterConfig,
     placement: Placement,
     role: Role,
-    arguments: Callable[[RankPlace], tuple[tuple[Any, ...], dict[str, Any]]],
+    arguments: Callable[[RankContext], tuple[tuple[Any, ...], dict[str, Any]]],
     cls: Any,
     *,
     concurrency: int = 1,

@@ -17,7 +17,7 @@ from rlhf.types import Rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
+class Microbatch:
     """A micro-batch: its rows of a ragged batch, and the positions of its packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
@@ -65,19 +65,19 @@ class Temperatures:
             common=common, by_token=to_tokens(per_sequence, rollouts.lengths, num_tokens=len(rollouts.token_ids))
         )
 
-    def at(self, piece: Slice, device: torch.device) -> float | Float[Tensor, " n"]:
+    def at(self, microbatch: Microbatch, device: torch.device) -> float | Float[Tensor, " n"]:
         """Return the temperature of a micro-batch's tokens, as a forward pass takes it."""
-        return self.common if self.by_token is None else self.by_token[piece.tokens].to(device)
+        return self.common if self.by_token is None else self.by_token[microbatch.tokens].to(device)
 
 
-def slices(
+def split_microbatches(
     lengths: Sequence[int],
     rows: Sequence[int],
     *,
     max_tokens: int,
     prompts: SharedPrompts | None = None,
     layout: RowLayout = RowLayout.SHARED_PROMPTS,
-) -> list[Slice]:
+) -> list[Microbatch]:
     """Split the given rows of a batch into micro-batches of at most max_tokens tokens.
 
     `layout` is the model's. A model of layout ONE_BY_ONE gets one row per micro-batch, or one group of rows that
@@ -110,7 +110,7 @@ def slices(
                 branches.append(branch)
                 tokens.append(torch.arange(starts[row] + (branch.length if branch else 0), starts[row + 1]))
         found.append(
-            Slice(
+            Microbatch(
                 rows=tuple(chosen),
                 lengths=torch.tensor([len(one) for one in tokens]),
                 tokens=torch.cat(tokens),
@@ -140,12 +140,12 @@ def _families(
     return families, sizes
 
 
-def padded(found: Sequence[Slice], count: int, *, sequences: int = 1) -> list[Slice]:
+def padded(found: Sequence[Microbatch], count: int, *, sequences: int = 1) -> list[Microbatch]:
     """Append empty micro-batches until there are `count`, the largest number on any rank.
 
     An empty micro-batch holds a single token outside the loss mask, repeated as `sequences` sequences of length 1.
     """
-    empty = Slice(
+    empty = Microbatch(
         rows=(),
         lengths=torch.ones(sequences, dtype=torch.int64),
         tokens=torch.zeros(sequences, dtype=torch.int64),

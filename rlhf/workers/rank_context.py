@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
+class RankContext:
     """Identity and limits of one rank of a trained role, or of one worker of a forward role (a gang of one)."""
 
     rank: int

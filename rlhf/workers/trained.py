@@ -26,7 +26,7 @@ from rlhf.models.row_layout import row_layout
 from rlhf.roles import Arithmetic, MemoryReport
 from rlhf.tracking.run_folder.atomic import explains_full
 from rlhf.types import Role
-from rlhf.workers.rank_context import RankPlace, torch_dtype
+from rlhf.workers.rank_context import RankContext, torch_dtype
 
 
 class TrainedWorker(ABC):
@@ -42,7 +42,7 @@ class TrainedWorker(ABC):
         config: Config,
         model: PolicyConfig | CriticConfig,
         resources: TrainedRole,
-        place: RankPlace,
+        place: RankContext,
         *,
         lr: float,
         optimizer_steps: int,

@@ -60,10 +60,10 @@ from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
-PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
+PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
 NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
 
 

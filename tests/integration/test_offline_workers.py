@@ -37,7 +37,7 @@ from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.unpaired import UnpairedWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 ROWS, STEPS, LR = 12, 2, 1e-3
@@ -131,7 +131,7 @@ def train_rank(
     zero_stage: int = 2,
 ) -> list[Any]:
     """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
-    place = RankPlace(
+    place = RankContext(
         rank=rank,
         world_size=world_size,
         local_rank=rank,

@@ -25,7 +25,7 @@ from rlhf.tracking.metrics.declarations import expected, merge, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from tests.integration.rank_gang import DEADLINE_S, Gang
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
 from tests.integration.test_distillation import BETA, build_models, divergence
@@ -109,7 +109,7 @@ def plan_of(given: Rollouts, *, ranks: int, scores: Mapping[int, float]) -> Batc
 def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
     """One rank, with a teacher of its own: the metrics of an update on each half, in as many epochs as there are."""
     assert config.teacher is not None
-    place = RankPlace(
+    place = RankContext(
         rank=rank,
         world_size=world_size,
         local_rank=rank,

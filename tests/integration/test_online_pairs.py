@@ -24,7 +24,7 @@ from rlhf.types import Examples, MinibatchPlan, Pairs, RolloutInfo, Rollouts
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from tests.integration.rank_gang import DEADLINE_S, Gang
 
 GROUPS, SAMPLES, PROMPT, MOST_NEW = 6, 3, 5, 9
@@ -99,8 +99,8 @@ def pair_of(rollouts: Rollouts) -> tuple[RolloutInfo, RolloutInfo]:
     return infos[CHOSEN], infos[REJECTED]
 
 
-def place_of(rank: int, world_size: int) -> RankPlace:
-    return RankPlace(
+def place_of(rank: int, world_size: int) -> RankContext:
+    return RankContext(
         rank=rank,
         world_size=world_size,
         local_rank=rank,

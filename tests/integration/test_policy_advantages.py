@@ -19,7 +19,7 @@ from rlhf.models.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from tests.integration.rank_gang import Gang
 from tests.integration.test_online_pairs import GROUPS, MOST_NEW, PROMPT, SAMPLES, place_of, rollouts_of
 
@@ -52,7 +52,7 @@ def learn(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
 ) -> tuple[dict[int, float], Any]:
     """One rank: the advantages of its share, and the metrics of one update. by_sequence is None: they are per token."""
-    place: RankPlace = place_of(rank, world_size)
+    place: RankContext = place_of(rank, world_size)
     worker = PolicyWorker(
         config_of(algorithm, model, folder, workers=world_size),
         place,

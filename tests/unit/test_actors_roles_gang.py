@@ -8,9 +8,9 @@ import pytest
 
 from actors.roles.gang import worker_environment
 from actors.rollout.vllm_engine import RolloutSpec, engine_environment
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
-PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
+PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ENGINE = RolloutSpec(name="", model="org/name", dtype="float32", max_model_len=8, max_num_seqs=1, transport="shm")
 
 

@@ -15,7 +15,7 @@ from rlhf.models.branches import Branch
 from rlhf.models.packed import hidden_states, policy_logprobs_only, supervised_loss
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import RowLayout, expected_layout, row_layout
-from rlhf.workers.microbatches import slices
+from rlhf.workers.microbatches import split_microbatches
 from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_a_supervised_step_does_not_depend_on_the_token_budget_of_microbatches(n
         model = tiny_model(name)
         check_rows(model, CPU)
         total = torch.zeros(())
-        for microbatch in slices(lengths, range(len(lengths)), max_tokens=budget, layout=row_layout(model)):
+        for microbatch in split_microbatches(lengths, range(len(lengths)), max_tokens=budget, layout=row_layout(model)):
             mask = torch.tensor([int(i) not in starts for i in microbatch.tokens])
             loss, *_ = supervised_loss(
                 model, token_ids[microbatch.tokens], microbatch.lengths, mask=mask, token_weight=1 / 27

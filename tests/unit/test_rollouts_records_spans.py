@@ -10,7 +10,7 @@ from rlhf.models.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import Played, Sampled, Told, assemble, pieces
 from rlhf.rollouts.records.texts import response_texts, turns_of
 from rlhf.types import Prompt, RewardError, StepReward
-from rlhf.workers.microbatches import shared_prompts, slices
+from rlhf.workers.microbatches import shared_prompts, split_microbatches
 
 PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=4, samples=2, run_seed=0)
@@ -90,5 +90,5 @@ def test_a_branch_leaves_out_the_prompt_and_keeps_what_was_told() -> None:
     rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
     prompts = shared_prompts(rollouts, samples_per_prompt=2)
     assert prompts.lengths == (2, 2)
-    (piece,) = slices(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prompts=prompts)
+    (piece,) = split_microbatches(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prompts=prompts)
     assert piece.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]

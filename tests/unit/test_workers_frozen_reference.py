@@ -11,9 +11,9 @@ from rlhf.config.schema.model import ReferenceConfig
 from rlhf.models.tiny import build_tiny_llama
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
-PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
+PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ROLLOUTS = Rollouts(
     sequence_ids=torch.tensor([0]),
     lengths=torch.tensor([6]),

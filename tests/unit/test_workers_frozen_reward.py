@@ -21,7 +21,7 @@ from rlhf.rollouts.records.spans import Played, Sampled, Told, assemble
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import GroupScores, Prompt, RewardError, StepReward, TokenSignals
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 PROMPT = Prompt(prompt_id=2, token_ids=(63,), text="{observation}", columns={"answer": "7"})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
@@ -65,7 +65,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
             memory_gib=4.0,
             max_tokens_per_microbatch=64,
         ),
-        RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0),
+        RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0),
     )
     made.start()
     yield made

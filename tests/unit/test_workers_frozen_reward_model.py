@@ -17,10 +17,10 @@ from rlhf.rewards.services.remote import RemoteReward
 from rlhf.types import Prompt, Rollouts
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.reward_model import RewardModel
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from tests.unit.test_rewards_services_remote import served
 
-PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
+PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from rlhf.config.schema.model import TeacherConfig
 from rlhf.types import Examples, LearntStates, Rollouts
 from rlhf.workers.frozen.online_teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.teacher import TeacherWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
-PLACE = RankPlace(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
+PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
 LENGTHS = (5, 9, 3, 7)
 
 

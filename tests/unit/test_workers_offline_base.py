@@ -68,13 +68,13 @@ def test_rows_in_any_order_and_twice_keep_what_is_theirs(sides: int, seed: int) 
     assert batch.num_sides == pairs.num_sides == sides
     assert batch.reference is not None
     seen = []
-    for piece in batch.cut:
-        if not piece.rows:
+    for microbatch in batch.microbatches:
+        if not microbatch.rows:
             continue
         examples = batch.pairs.examples
-        whole = examples.token_ids[piece.tokens].split(piece.lengths.tolist())
-        reference = batch.reference.values[piece.tokens].split(piece.lengths.tolist())
-        for index, place in enumerate(batch.places(piece)):
+        whole = examples.token_ids[microbatch.tokens].split(microbatch.lengths.tolist())
+        reference = batch.reference.values[microbatch.tokens].split(microbatch.lengths.tolist())
+        for index, place in enumerate(batch.places(microbatch)):
             row = batch.rows[place]
             seen.append(row)
             assert batch.pairs.margins[place] == row
@@ -91,6 +91,6 @@ def test_rows_in_any_order_and_twice_keep_what_is_theirs(sides: int, seed: int) 
 def test_a_rank_without_rows_has_micro_batches_like_the_others() -> None:
     worker = Worker(some_pairs(random.Random(0), sides=3), budget=500)
     batch = worker.batch(0, MinibatchPlan(sequences_by_rank=((1, 2), ()), num_tokens=1, num_sequences=2))
-    assert [piece.rows for piece in batch.cut] == [(), (), ()]
-    assert [batch.places(piece) for piece in batch.cut] == [[], [], []]
-    assert all(not batch.pairs.examples.loss_mask[piece.tokens].any() for piece in batch.cut)
+    assert [microbatch.rows for microbatch in batch.microbatches] == [(), (), ()]
+    assert [batch.places(microbatch) for microbatch in batch.microbatches] == [[], [], []]
+    assert all(not batch.pairs.examples.loss_mask[microbatch.tokens].any() for microbatch in batch.microbatches)

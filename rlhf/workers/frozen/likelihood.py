@@ -12,14 +12,14 @@ from rlhf.models.packed import supervised_loss
 from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.types import Examples
-from rlhf.workers.microbatches import slices
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.microbatches import split_microbatches
+from rlhf.workers.rank_context import RankContext
 
 
 class LikelihoodWorker:
     """Holds the whole model. Examples are distributed over the workers."""
 
-    def __init__(self, model: ModelOnDisk, place: RankPlace, *, max_tokens_per_microbatch: int) -> None:
+    def __init__(self, model: ModelOnDisk, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.source = model
         self.place = place
         self.max_tokens = max_tokens_per_microbatch
@@ -45,22 +45,24 @@ class LikelihoodWorker:
         lengths = examples.lengths.tolist()
         found: list[ExampleResult | None] = [None] * len(lengths)
         layout = row_layout(self.model)
-        for piece in slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=layout):
-            mask = examples.loss_mask[piece.tokens]
+        for microbatch in split_microbatches(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=layout):
+            mask = examples.loss_mask[microbatch.tokens]
             with (
                 torch.no_grad(),
-                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+                explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
+                ),
             ):
                 _, logprobs, is_top1 = supervised_loss(
                     self.model,
-                    examples.token_ids[piece.tokens].to(self.device),
-                    piece.lengths.to(self.device),
+                    examples.token_ids[microbatch.tokens].to(self.device),
+                    microbatch.lengths.to(self.device),
                     mask=mask.to(self.device),
                     token_weight=1.0,
                 )
-            sizes = piece.lengths.tolist()
+            sizes = microbatch.lengths.tolist()
             columns = (mask.split(sizes), logprobs.double().split(sizes), is_top1.split(sizes))
-            for row, learnt, logprob, top1 in zip(piece.rows, *columns, strict=True):
+            for row, learnt, logprob, top1 in zip(microbatch.rows, *columns, strict=True):
                 found[row] = ExampleResult(
                     num_tokens=int(learnt.sum()), logprob=float(logprob.sum()), num_top1=int(top1.sum())
                 )

@@ -13,7 +13,7 @@ from rlhf.objectives.masking import sequence_means
 from rlhf.types import Examples, LearntStates, Role, Rollouts, VocabularyHead
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.teacher import in_shares, states_of, vocabulary_head
-from rlhf.workers.microbatches import shared_prompts, slices
+from rlhf.workers.microbatches import shared_prompts, split_microbatches
 
 
 class OnlineTeacherWorker(ReferenceWorker):
@@ -37,14 +37,16 @@ class OnlineTeacherWorker(ReferenceWorker):
         lengths = rollouts.lengths.tolist()
         prompts = shared_prompts(rollouts, samples_per_prompt=self.samples_per_prompt)
         layout = row_layout(self.model)
-        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=layout)
+        microbatches = split_microbatches(
+            lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=layout
+        )
         examples = Examples(
             sequence_ids=rollouts.sequence_ids,
             lengths=rollouts.lengths,
             token_ids=rollouts.token_ids,
             loss_mask=rollouts.response_mask,
         )
-        hidden = states_of(self.model, examples, cut, place=self.place)
+        hidden = states_of(self.model, examples, microbatches, place=self.place)
         return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
 
     def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:

@@ -17,8 +17,8 @@ from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import MemoryReport
 from rlhf.types import Role, Rollouts, TokenValues
-from rlhf.workers.microbatches import Temperatures, shared_prompts, slices
-from rlhf.workers.rank_context import RankPlace, torch_dtype
+from rlhf.workers.microbatches import Temperatures, shared_prompts, split_microbatches
+from rlhf.workers.rank_context import RankContext, torch_dtype
 
 
 class ReferenceWorker:
@@ -29,7 +29,7 @@ class ReferenceWorker:
     def __init__(
         self,
         model: ReferenceConfig | TeacherConfig,
-        place: RankPlace,
+        place: RankContext,
         *,
         temperature: float,
         samples_per_prompt: int,
@@ -117,24 +117,24 @@ class ReferenceWorker:
         values = torch.zeros(len(rollouts.token_ids))
         at = Temperatures.of(rollouts, temperatures, common=temperature)
         prompts = shared_prompts(rollouts, samples_per_prompt=samples_per_prompt)
-        for piece in slices(
+        for microbatch in split_microbatches(
             lengths, range(len(lengths)), max_tokens=self.max_tokens, prompts=prompts, layout=row_layout(self.model)
         ):
             with (
                 torch.no_grad(),
                 explains_out_of_memory(
-                    role=self.role, stage="logprobs", rank=self.place.rank, tokens=len(piece.tokens)
+                    role=self.role, stage="logprobs", rank=self.place.rank, tokens=len(microbatch.tokens)
                 ),
             ):
                 logprobs = policy_logprobs_only(
                     self.model,
-                    rollouts.token_ids[piece.tokens].to(self.device),
-                    piece.lengths.to(self.device),
-                    mask=rollouts.response_mask[piece.tokens].to(self.device),
-                    branches=piece.branches,
-                    temperature=at.at(piece, self.device),
+                    rollouts.token_ids[microbatch.tokens].to(self.device),
+                    microbatch.lengths.to(self.device),
+                    mask=rollouts.response_mask[microbatch.tokens].to(self.device),
+                    branches=microbatch.branches,
+                    temperature=at.at(microbatch, self.device),
                 )
-            values[piece.tokens] = logprobs.float().cpu()
+            values[microbatch.tokens] = logprobs.float().cpu()
         return values
 
     def memory(self) -> MemoryReport:

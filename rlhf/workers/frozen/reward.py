@@ -28,7 +28,7 @@ from rlhf.rollouts.records.texts import Transcript, character_ends, response_tex
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
 from rlhf.types import GroupScores, Prompt, Rollouts, StepReward, TokenSignals
 from rlhf.workers.frozen.reward_model import RewardModel
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class RewardSettings:
 class RewardWorker:
     """Scores several groups concurrently. Groups are distributed over the workers."""
 
-    def __init__(self, settings: RewardSettings, place: RankPlace) -> None:
+    def __init__(self, settings: RewardSettings, place: RankContext) -> None:
         self.settings = settings
         self.place = place
         torch.set_num_threads(place.threads)

@@ -17,7 +17,7 @@ from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.objectives.reward_model_loss import combined_steps
 from rlhf.types import StepReward
-from rlhf.workers.microbatches import Slice, slices
+from rlhf.workers.microbatches import Microbatch, split_microbatches
 from rlhf.workers.rank_context import torch_dtype
 
 
@@ -49,12 +49,12 @@ class RewardModel:
         """
         scores = [0.0] * len(lengths)
         function = sequence_scores if step_ends is None else token_scores
-        for piece, said in self._passes(function, token_ids, lengths):
+        for microbatch, said in self._passes(function, token_ids, lengths):
             found = said
             if step_ends is not None:
                 assert self.steps is not None
-                found = combined_steps(said, step_ends[piece.tokens], piece.lengths, by=self.steps.combine)
-            for row, value in zip(piece.rows, found.tolist(), strict=True):
+                found = combined_steps(said, step_ends[microbatch.tokens], microbatch.lengths, by=self.steps.combine)
+            for row, value in zip(microbatch.rows, found.tolist(), strict=True):
                 scores[row] = value
         return scores
 
@@ -66,23 +66,25 @@ class RewardModel:
         `step_ends` marks the last token of each step.
         """
         found: list[tuple[StepReward, ...]] = [()] * len(lengths)
-        for piece, said in self._passes(token_scores, token_ids, lengths):
-            sizes = piece.lengths.tolist()
-            columns = said.sigmoid().split(sizes), step_ends[piece.tokens].split(sizes)
-            for row, values, ends in zip(piece.rows, *columns, strict=True):
+        for microbatch, said in self._passes(token_scores, token_ids, lengths):
+            sizes = microbatch.lengths.tolist()
+            columns = said.sigmoid().split(sizes), step_ends[microbatch.tokens].split(sizes)
+            for row, values, ends in zip(microbatch.rows, *columns, strict=True):
                 told = zip(ends.nonzero().flatten().tolist(), values[ends].tolist(), strict=True)
                 found[row] = tuple(StepReward(end=end, value=value) for end, value in told)
         return found
 
     def _passes(
         self, function: Callable[..., Tensor], token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]
-    ) -> Iterator[tuple[Slice, Tensor]]:
+    ) -> Iterator[tuple[Microbatch, Tensor]]:
         """Yield the micro-batches of the sequences, each with the output of `function` (from rlhf.models.heads)."""
         sizes = lengths.tolist()
         with self.lock, torch.no_grad():
             layout = row_layout(self.model)
-            for piece in slices(sizes, range(len(sizes)), max_tokens=self.max_tokens, layout=layout):
-                with explains_out_of_memory(role="reward", stage="score", rank=self.rank, tokens=len(piece.tokens)):
-                    tokens = token_ids[piece.tokens].to(self.device)
-                    found = function(self.model, tokens, piece.lengths.to(self.device)).cpu()
-                yield piece, found
+            for microbatch in split_microbatches(sizes, range(len(sizes)), max_tokens=self.max_tokens, layout=layout):
+                with explains_out_of_memory(
+                    role="reward", stage="score", rank=self.rank, tokens=len(microbatch.tokens)
+                ):
+                    tokens = token_ids[microbatch.tokens].to(self.device)
+                    found = function(self.model, tokens, microbatch.lengths.to(self.device)).cpu()
+                yield microbatch, found

@@ -20,14 +20,14 @@ from rlhf.models.row_check import check_rows
 from rlhf.models.row_layout import row_layout
 from rlhf.roles import MemoryReport
 from rlhf.types import Examples, LearntStates, VocabularyHead
-from rlhf.workers.microbatches import Slice, slices
-from rlhf.workers.rank_context import RankPlace, torch_dtype
+from rlhf.workers.microbatches import Microbatch, split_microbatches
+from rlhf.workers.rank_context import RankContext, torch_dtype
 
 
 class TeacherWorker:
     """Holds the whole model. Rows are distributed over the workers."""
 
-    def __init__(self, model: TeacherConfig, place: RankPlace, *, max_tokens_per_microbatch: int) -> None:
+    def __init__(self, model: TeacherConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.model_config = model
         self.place = place
         self.max_tokens = max_tokens_per_microbatch
@@ -59,8 +59,10 @@ class TeacherWorker:
         """
         examples = self.sets[dataset].take([row for share in shares for row in share])
         lengths = examples.lengths.tolist()
-        cut = slices(lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model))
-        hidden = states_of(self.model, examples, cut, place=self.place)
+        microbatches = split_microbatches(
+            lengths, range(len(lengths)), max_tokens=self.max_tokens, layout=row_layout(self.model)
+        )
+        hidden = states_of(self.model, examples, microbatches, place=self.place)
         return (*in_shares(examples, hidden, [len(share) for share in shares]), len(hidden))
 
     def memory(self) -> MemoryReport:
@@ -77,29 +79,31 @@ def vocabulary_head(model: Any) -> tuple[VocabularyHead, int]:
     return VocabularyHead(weight=weight.cpu(), **settings), len(weight)
 
 
-def states_of(model: Any, examples: Examples, cut: Sequence[Slice], *, place: RankPlace) -> Float[Tensor, "n H"]:
+def states_of(
+    model: Any, examples: Examples, microbatches: Sequence[Microbatch], *, place: RankContext
+) -> Float[Tensor, "n H"]:
     """Return the hidden states predicting the tokens in the loss mask, in token order.
 
-    `cut` holds all micro-batches.
+    `microbatches` cover all examples.
     """
     device = place.torch_device()
     places = examples.loss_mask.cumsum(0) - 1
     weight = lm_head_weight(model)
     hidden = weight.new_empty(int(examples.loss_mask.sum()), weight.shape[1], device="cpu")
-    for piece in cut:
-        mask = examples.loss_mask[piece.tokens]
+    for microbatch in microbatches:
+        mask = examples.loss_mask[microbatch.tokens]
         with (
             torch.no_grad(),
-            explains_out_of_memory(role="teacher", stage="states", rank=place.rank, tokens=len(piece.tokens)),
+            explains_out_of_memory(role="teacher", stage="states", rank=place.rank, tokens=len(microbatch.tokens)),
         ):
             found = learnt_states(
                 model,
-                examples.token_ids[piece.tokens].to(device),
-                piece.lengths.to(device),
+                examples.token_ids[microbatch.tokens].to(device),
+                microbatch.lengths.to(device),
                 mask=mask.to(device),
-                branches=piece.branches,
+                branches=microbatch.branches,
             )
-        hidden[places[piece.tokens[mask]]] = found.cpu()
+        hidden[places[microbatch.tokens[mask]]] = found.cpu()
     return hidden
 
 

@@ -14,8 +14,8 @@ from rlhf.models.row_layout import RowLayout
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import Examples, MinibatchPlan, Pairs, TokenValues
-from rlhf.workers.microbatches import SharedPrompts, Slice, padded, slices
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.microbatches import Microbatch, SharedPrompts, padded, split_microbatches
+from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
 E = TypeVar("E", bound=Examples)
@@ -28,12 +28,12 @@ class Batch:
     rows: tuple[int, ...]  # of the data set
     pairs: Pairs  # of these rows, in this order; of their sequences, those of the sides
     num_sides: int
-    cut: tuple[Slice, ...]  # over the pairs' columns; the sides of a row are never split
+    microbatches: tuple[Microbatch, ...]  # over the pairs' columns; the sides of a row are never split
     reference: TokenValues | None  # aligned to them; None: there is none
 
-    def places(self, piece: Slice) -> list[int]:
+    def places(self, microbatch: Microbatch) -> list[int]:
         """Return the positions of a micro-batch's rows in `rows`."""
-        return [place // self.num_sides for place in piece.rows[:: self.num_sides]]
+        return [place // self.num_sides for place in microbatch.rows[:: self.num_sides]]
 
 
 class OfflineWorker(TrainedWorker):
@@ -41,7 +41,7 @@ class OfflineWorker(TrainedWorker):
 
     role = "policy"
 
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(
             config,
             config.policy,
@@ -65,14 +65,14 @@ class ExamplesWorker(OfflineWorker, Generic[E]):
         """Keep the data sets. The training set is the first."""
         self.sets = sets
 
-    def cut(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Slice]]:
+    def split(self, dataset: int, plan: MinibatchPlan) -> tuple[E, list[Microbatch]]:
         """Return this rank's examples of a plan, and their micro-batches. Collective."""
         rows = plan.sequences_by_rank[self.data_rank]
         examples = self.sets[dataset].take(rows or (0,))  # without rows a token to pass, of which nothing is learnt
         lengths = examples.lengths.tolist()
         budget = self.config.train.max_tokens_per_microbatch
-        cut = slices(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
-        return examples, padded(cut, self.engine.max_over_ranks(len(cut)))
+        microbatches = split_microbatches(lengths, range(len(rows)), max_tokens=budget, layout=self.layout)
+        return examples, padded(microbatches, self.engine.max_over_ranks(len(microbatches)))
 
 
 class PairsWorker(OfflineWorker):
@@ -105,13 +105,17 @@ class PairsWorker(OfflineWorker):
         )
         budget = self.config.train.max_tokens_per_microbatch
         lengths = pairs.examples.lengths.tolist()
-        cut = slices(lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts, layout=self.layout)
+        microbatches = split_microbatches(
+            lengths, range(len(sides) * len(rows)), max_tokens=budget, prompts=prompts, layout=self.layout
+        )
         in_padding = len(sides) if self.layout is RowLayout.ONE_BY_ONE else 1
         reference = self.references.get(dataset)
         return Batch(
             rows=rows,
             pairs=pairs,
             num_sides=len(sides),
-            cut=tuple(padded(cut, self.engine.max_over_ranks(len(cut)), sequences=in_padding)),
+            microbatches=tuple(
+                padded(microbatches, self.engine.max_over_ranks(len(microbatches)), sequences=in_padding)
+            ),
             reference=None if reference is None else reference.take(sequences),
         )

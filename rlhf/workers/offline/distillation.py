@@ -18,15 +18,15 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
 from rlhf.types import Examples, LearntStates, MinibatchPlan, VocabularyHead
-from rlhf.workers.microbatches import Slice
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import ExamplesWorker
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 
 class DistillationWorker(ExamplesWorker[Examples]):
     """Divergence from the teacher at the tokens in the loss mask, averaged over the whole optimizer step."""
 
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         assert isinstance(config.algorithm, DistillationConfig)
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = Distillation(config.algorithm)
@@ -42,20 +42,22 @@ class DistillationWorker(ExamplesWorker[Examples]):
     def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
         """Run one optimizer step on the plan's training rows. `states` are the teacher's hidden states. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self.cut(0, plan)
+        examples, microbatches = self.split(0, plan)
         hidden = self._hidden(plan, states)
-        for index, piece in enumerate(cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, *columns = self._forward(examples, piece, hidden, token_weight=1.0 / plan.num_tokens)
-                self.engine.backward(loss, last=index == len(cut) - 1)
-            learnt = int(examples.loss_mask[piece.tokens].sum())
+        for index, microbatch in enumerate(microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                loss, *columns = self._forward(examples, microbatch, hidden, token_weight=1.0 / plan.num_tokens)
+                self.engine.backward(loss, last=index == len(microbatches) - 1)
+            learnt = int(examples.loss_mask[microbatch.tokens].sum())
             divergence, logprob, top1 = _totals(columns)
             found: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/divergence/mean": Mean(total=divergence, count=learnt),
                 "update/nll/mean": Mean(total=-logprob, count=learnt),
                 "update/token_accuracy/mean": Mean(total=top1, count=learnt),
-                "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
+                "update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0),
             }
             parts.append(found)
         parts.append(self.step_metrics(self.engine.step()))
@@ -64,15 +66,17 @@ class DistillationWorker(ExamplesWorker[Examples]):
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
         """Measure divergence, likelihood and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self.cut(dataset, plan)
+        examples, microbatches = self.split(dataset, plan)
         hidden = self._hidden(plan, states)
-        for piece in cut:
+        for microbatch in microbatches:
             with (
                 torch.no_grad(),
-                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+                explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
+                ),
             ):
-                _, *columns = self._forward(examples, piece, hidden, token_weight=1.0)
-            learnt = int(examples.loss_mask[piece.tokens].sum())
+                _, *columns = self._forward(examples, microbatch, hidden, token_weight=1.0)
+            learnt = int(examples.loss_mask[microbatch.tokens].sum())
             divergence, logprob, top1 = _totals(columns)
             found: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=divergence, count=learnt),
@@ -88,16 +92,16 @@ class DistillationWorker(ExamplesWorker[Examples]):
         return LearntStates.gather(states, rows).hidden if rows else states[0].hidden[:0]
 
     def _forward(
-        self, examples: Examples, piece: Slice, hidden: Float[Tensor, "n K"], *, token_weight: float
+        self, examples: Examples, microbatch: Microbatch, hidden: Float[Tensor, "n K"], *, token_weight: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
         """Return a micro-batch's weighted loss, divergences, log-probabilities, and top-1 hits."""
         config = self.algorithm.config
-        mask = examples.loss_mask[piece.tokens]
-        places = examples.loss_mask.cumsum(0)[piece.tokens[mask]] - 1
+        mask = examples.loss_mask[microbatch.tokens]
+        places = examples.loss_mask.cumsum(0)[microbatch.tokens[mask]] - 1
         return self.engine.forward(
             distillation_loss,
-            examples.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
+            examples.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
             mask=mask.to(self.device),
             teacher=hidden[places].to(self.device),
             head=self.teacher,

@@ -29,10 +29,10 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import CalibrationError, DifferenceOfMeans, Mean, Sum
 from rlhf.types import MinibatchPlan
-from rlhf.workers.microbatches import Slice
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import Batch, PairsWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 CALIBRATION_BINS = 10
 
@@ -67,12 +67,12 @@ class PairWorker(PairsWorker):
 
     algorithms: ClassVar[Mapping[str, Callable[[Any], PairAlgorithm]]] = PAIR_ALGORITHMS
 
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm: PairAlgorithm = self.algorithms[config.algorithm.name](config.algorithm)
 
     @abstractmethod
-    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
         """Return the numbers of a micro-batch's sequences. Collective."""
 
     def update_on(self, plan: MinibatchPlan) -> Metrics:
@@ -80,14 +80,16 @@ class PairWorker(PairsWorker):
         parts: list[Metrics] = []
         batch = self.batch(0, plan)
         slopes = self._slopes(batch, plan) if self.algorithm.couples else None
-        for index, piece in enumerate(batch.cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                scores, loss = self._loss(batch, piece, plan, slopes)
-                self.engine.backward(loss, last=index == len(batch.cut) - 1)
-            if piece.rows:
+        for index, microbatch in enumerate(batch.microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                scores, loss = self._loss(batch, microbatch, plan, slopes)
+                self.engine.backward(loss, last=index == len(batch.microbatches) - 1)
+            if microbatch.rows:
                 count = len(scores.chosen)
                 parts.append({"update/loss/mean": Mean(total=float(loss.detach()) * plan.num_sequences, count=count)})
-                parts.append({"update/tokens/total": Sum(total=len(piece.tokens))})
+                parts.append({"update/tokens/total": Sum(total=len(microbatch.tokens))})
                 parts.append(self._metrics(scores, "preference/{}/mean"))
                 if scores.weights is not None:
                     weights = Mean(total=float(scores.weights.sum()), count=count)
@@ -101,31 +103,35 @@ class PairWorker(PairsWorker):
         with torch.no_grad():
             batch = self.batch(dataset, plan)
             slopes = self._slopes(batch, plan) if self.algorithm.couples else None
-            for piece in batch.cut:
+            for microbatch in batch.microbatches:
                 with explains_out_of_memory(
-                    role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
                 ):
-                    scores, loss = self._loss(batch, piece, plan, slopes)
-                if piece.rows:
+                    scores, loss = self._loss(batch, microbatch, plan, slopes)
+                if microbatch.rows:
                     total = Mean(total=float(loss) * plan.num_sequences, count=len(scores.chosen))
                     parts += [{f"eval/{name}/loss": total}, self._metrics(scores, f"eval/{name}/{{}}")]
         return merge(parts)
 
-    def _scores(self, batch: Batch, piece: Slice) -> PairScores:
+    def _scores(self, batch: Batch, microbatch: Microbatch) -> PairScores:
         """Return a micro-batch's pairs as numbers.
 
         An empty micro-batch has one pair of zeros, with a gradient of zeros.
         """
-        numbers = self.numbers(batch, piece)
-        counts = sequence_counts(batch.pairs.examples.loss_mask[piece.tokens], piece.lengths).to(self.device).float()
-        margins = batch.pairs.margins[batch.places(piece)].to(self.device)
-        if not piece.rows:
+        numbers = self.numbers(batch, microbatch)
+        counts = (
+            sequence_counts(batch.pairs.examples.loss_mask[microbatch.tokens], microbatch.lengths)
+            .to(self.device)
+            .float()
+        )
+        margins = batch.pairs.margins[batch.places(microbatch)].to(self.device)
+        if not microbatch.rows:
             margins = counts * 0.0
 
         def sides(column: Tensor | None) -> Sequence[Any]:
             if column is None:
                 return [None] * batch.num_sides
-            whole = column if piece.rows else column.expand(batch.num_sides) * 0.0
+            whole = column if microbatch.rows else column.expand(batch.num_sides) * 0.0
             found: Sequence[Tensor] = whole.unflatten(0, (-1, batch.num_sides)).unbind(1)
             return found
 
@@ -143,13 +149,13 @@ class PairWorker(PairsWorker):
         )
 
     def _loss(
-        self, batch: Batch, piece: Slice, plan: MinibatchPlan, slopes: _Slopes | None
+        self, batch: Batch, microbatch: Microbatch, plan: MinibatchPlan, slopes: _Slopes | None
     ) -> tuple[PairScores, Float[Tensor, ""]]:
         """Return a micro-batch's numbers, and its share of the step's loss."""
-        scores = self._scores(batch, piece)
-        if not piece.rows:
+        scores = self._scores(batch, microbatch)
+        if not microbatch.rows:
             return scores, (scores.chosen + scores.rejected).sum()
-        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(piece))
+        losses = self.algorithm.losses(scores) if slopes is None else slopes.losses_of(scores, batch.places(microbatch))
         if scores.weights is not None:
             losses = losses * scores.weights
         loss = losses.sum() / plan.num_sequences
@@ -166,12 +172,12 @@ class PairWorker(PairsWorker):
         table = torch.zeros(sum(counts), len(names), dtype=torch.float64)
         alone = self.place.rank % self.resources.sequence_parallel == 0  # of those with the same pairs, one tells
         with torch.no_grad():
-            for piece in batch.cut:
-                scores = self._scores(batch, piece)
-                if piece.rows and alone:
+            for microbatch in batch.microbatches:
+                scores = self._scores(batch, microbatch)
+                if microbatch.rows and alone:
                     columns = [getattr(scores, name) for name in names]
                     told = [torch.zeros_like(scores.chosen) if column is None else column for column in columns]
-                    table[first + torch.tensor(batch.places(piece))] = torch.stack(told, 1).double().cpu()
+                    table[first + torch.tensor(batch.places(microbatch))] = torch.stack(told, 1).double().cpu()
         seen = self.engine.all_reduce_sum(table.to(self.device)).float().unbind(1)
         missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # on all ranks alike
         whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
@@ -202,23 +208,23 @@ class PairWorker(PairsWorker):
 class PreferenceWorker(PairWorker, ReferencedPolicy):
     """A policy trained on preferences. Pairs are compared by their log-probabilities."""
 
-    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
         """Sum the log-probabilities of each sequence's tokens in the loss mask."""
         examples, reference, weights = batch.pairs.examples, None, None
-        mask, lengths = examples.loss_mask[piece.tokens].to(self.device), piece.lengths.to(self.device)
+        mask, lengths = examples.loss_mask[microbatch.tokens].to(self.device), microbatch.lengths.to(self.device)
         if self.algorithm.wpo:
-            logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, piece)
+            logprobs, collisions = self.forward(policy_logprobs_and_collisions, examples, microbatch)
             no_weights = torch.zeros_like(lengths, dtype=logprobs.dtype)
-            weights = on_policy_weights(logprobs, collisions, mask, lengths) if piece.rows else no_weights
+            weights = on_policy_weights(logprobs, collisions, mask, lengths) if microbatch.rows else no_weights
         else:
-            logprobs = self.logprobs(examples, piece)
-        if torch.is_grad_enabled() and piece.rows:
-            self.observe(batch, piece, logprobs.detach())
+            logprobs = self.logprobs(examples, microbatch)
+        if torch.is_grad_enabled() and microbatch.rows:
+            self.observe(batch, microbatch, logprobs.detach())
         if batch.reference is not None:
-            reference = self._totals(batch.reference.values[piece.tokens].to(self.device), mask, lengths)
+            reference = self._totals(batch.reference.values[microbatch.tokens].to(self.device), mask, lengths)
         return Numbers(ours=self._totals(logprobs, mask, lengths), reference=reference, weights=weights)
 
-    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+    def observe(self, batch: Batch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Measure a micro-batch before its loss. Subclasses override it; fixed data needs no measurement."""
 
     def _totals(self, values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Tensor:
@@ -236,13 +242,13 @@ class RewardModelWorker(PairWorker):
         """Load the language model with a head of zeros. A checkpoint with a head keeps it."""
         return load_critic(self.model_config.model, **self.loading_options())
 
-    def numbers(self, batch: Batch, piece: Slice) -> Numbers:
+    def numbers(self, batch: Batch, microbatch: Microbatch) -> Numbers:
         """Return the head's score at each sequence's last token."""
         scores = self.engine.forward(
             sequence_scores,
-            batch.pairs.examples.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
-            piece.branches,
+            batch.pairs.examples.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
+            microbatch.branches,
         )
         return Numbers(ours=scores, reference=None)
 

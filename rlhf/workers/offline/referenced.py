@@ -14,7 +14,7 @@ from rlhf.engine.memory import explains_out_of_memory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packed import policy_logprobs_only
 from rlhf.types import Examples, MinibatchPlan, TokenValues
-from rlhf.workers.microbatches import Slice, slices
+from rlhf.workers.microbatches import Microbatch, split_microbatches
 from rlhf.workers.offline.base import PairsWorker
 from rlhf.workers.offline.reference_cache import read_columns, reference_key, write_columns
 from rlhf.workers.rank_context import torch_dtype
@@ -42,11 +42,11 @@ class ReferencedPolicy(PairsWorker):
         batch = self.batch(dataset, plan)
         values = torch.zeros(len(batch.pairs.examples.token_ids))
         with torch.no_grad():
-            for piece in batch.cut:
+            for microbatch in batch.microbatches:
                 with explains_out_of_memory(
-                    role="policy", stage="reference", rank=self.place.rank, tokens=len(piece.tokens)
+                    role="policy", stage="reference", rank=self.place.rank, tokens=len(microbatch.tokens)
                 ):
-                    values[piece.tokens] = self.logprobs(batch.pairs.examples, piece).float().cpu()
+                    values[microbatch.tokens] = self.logprobs(batch.pairs.examples, microbatch).float().cpu()
         examples = batch.pairs.examples
         if not batch.rows:
             return TokenValues(
@@ -70,33 +70,33 @@ class ReferencedPolicy(PairsWorker):
         found = read_columns(path, examples)
         lengths = examples.lengths.tolist()
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        (piece,) = slices(lengths, [longest], max_tokens=lengths[longest])
+        (microbatch,) = split_microbatches(lengths, [longest], max_tokens=lengths[longest])
         with torch.no_grad():
-            ours = self.logprobs(examples, piece).float().cpu()
+            ours = self.logprobs(examples, microbatch).float().cpu()
         if found is None:
             return False
-        count = int(examples.loss_mask[piece.tokens].sum())
-        difference = float((ours - found.values[piece.tokens]).abs().sum()) / count
+        count = int(examples.loss_mask[microbatch.tokens].sum())
+        difference = float((ours - found.values[microbatch.tokens]).abs().sum()) / count
         if not difference <= SPOT_CHECK_TOLERANCE[self.model_config.dtype]:
             return False
         self.references[dataset] = found
         return True
 
-    def logprobs(self, examples: Examples, piece: Slice) -> Float[Tensor, " n"]:
+    def logprobs(self, examples: Examples, microbatch: Microbatch) -> Float[Tensor, " n"]:
         """Return the log-probabilities of the tokens in the loss mask, 0 elsewhere."""
-        return self.forward(policy_logprobs_only, examples, piece)
+        return self.forward(policy_logprobs_only, examples, microbatch)
 
-    def forward(self, function: Callable[..., T], examples: Examples, piece: Slice) -> T:
+    def forward(self, function: Callable[..., T], examples: Examples, microbatch: Microbatch) -> T:
         """Run a forward pass of rlhf.models.packed. Collective."""
         return self.engine.forward(
             function,
-            examples.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
-            mask=examples.loss_mask[piece.tokens].to(self.device),
-            branches=piece.branches,
-            temperature=self.temperature(examples, piece),
+            examples.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
+            mask=examples.loss_mask[microbatch.tokens].to(self.device),
+            branches=microbatch.branches,
+            temperature=self.temperature(examples, microbatch),
         )
 
-    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+    def temperature(self, examples: Examples, microbatch: Microbatch) -> float | Float[Tensor, " n"]:
         """Return the temperature of the log-probabilities, 1 for fixed data."""
         return 1.0

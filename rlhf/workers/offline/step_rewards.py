@@ -16,7 +16,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import LabelledSteps, MinibatchPlan
-from rlhf.workers.microbatches import Slice
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import ExamplesWorker
 
 
@@ -30,40 +30,44 @@ class StepRewardWorker(ExamplesWorker[LabelledSteps]):
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """Run one optimizer step on the plan's rows of the training set. Collective."""
         parts: list[Metrics] = []
-        steps, cut = self.cut(0, plan)
-        for index, piece in enumerate(cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                total, right = self._loss(steps, piece)
-                self.engine.backward(total / plan.num_tokens, last=index == len(cut) - 1)
-            count = int(steps.loss_mask[piece.tokens].sum())
+        steps, microbatches = self.split(0, plan)
+        for index, microbatch in enumerate(microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                total, right = self._loss(steps, microbatch)
+                self.engine.backward(total / plan.num_tokens, last=index == len(microbatches) - 1)
+            count = int(steps.loss_mask[microbatch.tokens].sum())
             parts.append({"update/loss/mean": Mean(total=float(total.detach()), count=count)})
             parts.append({"update/step_accuracy/mean": Mean(total=right, count=count)})
-            parts.append({"update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0)})
+            parts.append({"update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0)})
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
 
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
-        steps, cut = self.cut(dataset, plan)
-        for piece in cut:
+        steps, microbatches = self.split(dataset, plan)
+        for microbatch in microbatches:
             with (
                 torch.no_grad(),
-                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+                explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
+                ),
             ):
-                total, right = self._loss(steps, piece)
-            count = int(steps.loss_mask[piece.tokens].sum())
+                total, right = self._loss(steps, microbatch)
+            count = int(steps.loss_mask[microbatch.tokens].sum())
             parts.append({f"eval/{name}/loss": Mean(total=float(total), count=count)})
             parts.append({f"eval/{name}/accuracy": Mean(total=right, count=count)})
         return merge(parts)
 
-    def _loss(self, steps: LabelledSteps, piece: Slice) -> tuple[Float[Tensor, ""], float]:
+    def _loss(self, steps: LabelledSteps, microbatch: Microbatch) -> tuple[Float[Tensor, ""], float]:
         """Return the summed cross-entropy of a micro-batch's steps, and the number of correctly classified steps."""
         scores = self.engine.forward(
-            token_scores, steps.token_ids[piece.tokens].to(self.device), piece.lengths.to(self.device)
+            token_scores, steps.token_ids[microbatch.tokens].to(self.device), microbatch.lengths.to(self.device)
         )
-        mask = steps.loss_mask[piece.tokens].to(self.device)
-        labels = steps.step_labels[piece.tokens].to(self.device)
+        mask = steps.loss_mask[microbatch.tokens].to(self.device)
+        labels = steps.step_labels[microbatch.tokens].to(self.device)
         losses = step_cross_entropy(scores, labels.to(scores.dtype), mask)
         right = mask & ((scores.detach() > 0.0) == labels)
         return losses.sum(), float(right.sum())

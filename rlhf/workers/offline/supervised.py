@@ -16,7 +16,7 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import ExpMean, Mean, Reduction, Sum
 from rlhf.types import Examples, MinibatchPlan
-from rlhf.workers.microbatches import Slice
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import ExamplesWorker
 
 
@@ -30,16 +30,18 @@ class SupervisedWorker(ExamplesWorker[Examples]):
     def update_on(self, plan: MinibatchPlan) -> Metrics:
         """Run one optimizer step on the plan's rows of the training set. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self.cut(0, plan)
-        for index, piece in enumerate(cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, _, correct = self._forward(examples, piece, token_weight=1.0 / plan.num_tokens, trains=True)
-                self.engine.backward(loss, last=index == len(cut) - 1)
-            learnt = int(examples.loss_mask[piece.tokens].sum())
+        examples, microbatches = self.split(0, plan)
+        for index, microbatch in enumerate(microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                loss, _, correct = self._forward(examples, microbatch, token_weight=1.0 / plan.num_tokens, trains=True)
+                self.engine.backward(loss, last=index == len(microbatches) - 1)
+            learnt = int(examples.loss_mask[microbatch.tokens].sum())
             found: dict[str, Reduction] = {
                 "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=learnt),
                 "update/token_accuracy/mean": Mean(total=correct, count=learnt),
-                "update/tokens/total": Sum(total=len(piece.tokens) if piece.rows else 0),
+                "update/tokens/total": Sum(total=len(microbatch.tokens) if microbatch.rows else 0),
             }
             parts.append(found)
         parts.append(self.step_metrics(self.engine.step()))
@@ -48,14 +50,16 @@ class SupervisedWorker(ExamplesWorker[Examples]):
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan) -> Metrics:
         """Measure loss and accuracy on the plan's rows of a data set. Collective."""
         parts: list[Metrics] = []
-        examples, cut = self.cut(dataset, plan)
-        for piece in cut:
+        examples, microbatches = self.split(dataset, plan)
+        for microbatch in microbatches:
             with (
                 torch.no_grad(),
-                explains_out_of_memory(role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)),
+                explains_out_of_memory(
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
+                ),
             ):
-                _, logprob_sum, correct = self._forward(examples, piece, token_weight=1.0)
-            learnt = int(examples.loss_mask[piece.tokens].sum())
+                _, logprob_sum, correct = self._forward(examples, microbatch, token_weight=1.0)
+            learnt = int(examples.loss_mask[microbatch.tokens].sum())
             found: dict[str, Reduction] = {
                 f"eval/{name}/loss": Mean(total=-logprob_sum, count=learnt),
                 f"eval/{name}/perplexity": ExpMean(total=-logprob_sum, count=learnt),
@@ -65,16 +69,16 @@ class SupervisedWorker(ExamplesWorker[Examples]):
         return merge(parts)
 
     def _forward(
-        self, examples: Examples, piece: Slice, *, token_weight: float, trains: bool = False
+        self, examples: Examples, microbatch: Microbatch, *, token_weight: float, trains: bool = False
     ) -> tuple[Float[Tensor, ""], float, float]:
         """Return the weighted loss, the summed log-probabilities and the number of top-1 hits in the loss mask."""
         config = self.config.algorithm
         assert isinstance(config, SFTConfig)
         loss, logprobs, is_top1 = self.engine.forward(
             supervised_loss,
-            examples.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
-            mask=examples.loss_mask[piece.tokens].to(self.device),
+            examples.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
+            mask=examples.loss_mask[microbatch.tokens].to(self.device),
             token_weight=token_weight,
             by_probability=trains and config.loss == "dft",
             noise_alpha=config.neftune_alpha if trains else None,

@@ -20,10 +20,10 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import DifferenceOfMeans, Last, Mean, Sum
 from rlhf.types import MinibatchPlan
-from rlhf.workers.microbatches import Slice
+from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.base import Batch
 from rlhf.workers.offline.referenced import ReferencedPolicy
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row
 
@@ -31,7 +31,7 @@ RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row
 class UnpairedWorker(ReferencedPolicy):
     """Turns rows into log-ratios, log-ratios into losses, and losses into updates and metrics."""
 
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         self.algorithm = UNPAIRED_ALGORITHMS[config.algorithm.name](config.algorithm)
 
@@ -40,13 +40,15 @@ class UnpairedWorker(ReferencedPolicy):
         compared = self._compared(0, plan)
         parts: list[Metrics] = []
         batch = self.batch(0, plan, sides=RESPONSE)
-        for index, piece in enumerate(batch.cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, found = self._loss(batch, piece, plan, compared=compared, name="preference/{}/mean")
-                self.engine.backward(loss, last=index == len(batch.cut) - 1)
-            if piece.rows:
-                total = Mean(total=float(loss.detach()) * plan.num_sequences, count=len(piece.rows))
-                parts += [{"update/loss/mean": total, "update/tokens/total": Sum(total=len(piece.tokens))}, found]
+        for index, microbatch in enumerate(batch.microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                loss, found = self._loss(batch, microbatch, plan, compared=compared, name="preference/{}/mean")
+                self.engine.backward(loss, last=index == len(batch.microbatches) - 1)
+            if microbatch.rows:
+                total = Mean(total=float(loss.detach()) * plan.num_sequences, count=len(microbatch.rows))
+                parts += [{"update/loss/mean": total, "update/tokens/total": Sum(total=len(microbatch.tokens))}, found]
         parts.append(self.step_metrics(self.engine.step()))
         if self.place.rank == 0 and self.algorithm.compares_with == "divergence":
             parts.append({"preference/mismatched_kl": Last(value=compared)})
@@ -58,23 +60,23 @@ class UnpairedWorker(ReferencedPolicy):
         with torch.no_grad():
             compared = self._compared(dataset, plan)
             batch = self.batch(dataset, plan, sides=RESPONSE)
-            for piece in batch.cut:
+            for microbatch in batch.microbatches:
                 with explains_out_of_memory(
-                    role="policy", stage="eval", rank=self.place.rank, tokens=len(piece.tokens)
+                    role="policy", stage="eval", rank=self.place.rank, tokens=len(microbatch.tokens)
                 ):
-                    loss, found = self._loss(batch, piece, plan, compared=compared, name=f"eval/{name}/{{}}")
-                if piece.rows:
-                    total = Mean(total=float(loss) * plan.num_sequences, count=len(piece.rows))
+                    loss, found = self._loss(batch, microbatch, plan, compared=compared, name=f"eval/{name}/{{}}")
+                if microbatch.rows:
+                    total = Mean(total=float(loss) * plan.num_sequences, count=len(microbatch.rows))
                     parts += [{f"eval/{name}/loss": total}, found]
         return merge(parts)
 
-    def _log_ratios(self, batch: Batch, piece: Slice) -> Float[Tensor, " b"]:
+    def _log_ratios(self, batch: Batch, microbatch: Microbatch) -> Float[Tensor, " b"]:
         examples = batch.pairs.examples
         assert batch.reference is not None
-        mask = examples.loss_mask[piece.tokens].to(self.device)
-        reference = batch.reference.values[piece.tokens].to(self.device)
+        mask = examples.loss_mask[microbatch.tokens].to(self.device)
+        reference = batch.reference.values[microbatch.tokens].to(self.device)
         return sequence_sums(
-            torch.where(mask, self.logprobs(examples, piece) - reference, 0.0), piece.lengths.to(self.device)
+            torch.where(mask, self.logprobs(examples, microbatch) - reference, 0.0), microbatch.lengths.to(self.device)
         )
 
     def _compared(self, dataset: int, plan: MinibatchPlan) -> float:
@@ -85,22 +87,22 @@ class UnpairedWorker(ReferencedPolicy):
         batch = self.batch(dataset, plan, sides=MISMATCHED if of == "divergence" else RESPONSE)
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
-            for piece in batch.cut:
-                log_ratios = self._log_ratios(batch, piece)
-                if piece.rows:
+            for microbatch in batch.microbatches:
+                log_ratios = self._log_ratios(batch, microbatch)
+                if microbatch.rows:
                     total += log_ratios.double().sum().cpu()
         whole = float(self.engine.all_reduce_sum(total.to(self.device))) / self.resources.sequence_parallel
         num_rows = sum(map(len, plan.sequences_by_rank))  # of an evaluation in pieces, the piece's
         return mismatched_kl(whole, num_rows) if of == "divergence" else whole / num_rows
 
     def _loss(
-        self, batch: Batch, piece: Slice, plan: MinibatchPlan, *, compared: float, name: str
+        self, batch: Batch, microbatch: Microbatch, plan: MinibatchPlan, *, compared: float, name: str
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """Return a micro-batch's share of the step's loss, and metrics of its rewards against their labels."""
-        log_ratios = self._log_ratios(batch, piece)
-        if not piece.rows:
+        log_ratios = self._log_ratios(batch, microbatch)
+        if not microbatch.rows:
             return log_ratios.sum() * 0.0, {}
-        labels = batch.pairs.labels[batch.places(piece)].to(self.device)
+        labels = batch.pairs.labels[batch.places(microbatch)].to(self.device)
         losses = self.algorithm.losses(log_ratios, labels, compared=compared)
         with torch.no_grad():
             rewards = self.algorithm.config.beta * log_ratios

@@ -19,9 +19,9 @@ from rlhf.roles import Metrics
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
-from rlhf.workers.microbatches import padded, shared_prompts, slices
+from rlhf.workers.microbatches import padded, shared_prompts, split_microbatches
 from rlhf.workers.online.update_metrics import critic_metrics
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
 
@@ -30,7 +30,7 @@ class CriticWorker(TrainedWorker):
 
     role = "critic"
 
-    def __init__(self, config: Config, model: CriticConfig, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, model: CriticConfig, place: RankContext, *, optimizer_steps: int) -> None:
         assert isinstance(config.algorithm, PPOConfig)
         assert config.rollouts is not None
         super().__init__(
@@ -61,24 +61,24 @@ class CriticWorker(TrainedWorker):
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             budget = self.config.train.max_tokens_per_microbatch
-            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
-            self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
+            microbatches = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            self.microbatches.append(padded(microbatches, self.engine.max_over_ranks(len(microbatches))))
         self.old_values = torch.zeros(len(self.rollouts.token_ids))
-        for minibatch_slices in self.microbatches:
-            for piece in minibatch_slices:
+        for microbatches in self.microbatches:
+            for microbatch in microbatches:
                 with (
                     torch.no_grad(),
                     explains_out_of_memory(
-                        role="critic", stage="values", rank=self.place.rank, tokens=len(piece.tokens)
+                        role="critic", stage="values", rank=self.place.rank, tokens=len(microbatch.tokens)
                     ),
                 ):
                     values = self.engine.forward(
                         token_values,
-                        self.rollouts.token_ids[piece.tokens].to(self.device),
-                        piece.lengths.to(self.device),
-                        piece.branches,
+                        self.rollouts.token_ids[microbatch.tokens].to(self.device),
+                        microbatch.lengths.to(self.device),
+                        microbatch.branches,
                     )
-                self.old_values[piece.tokens] = values.cpu()
+                self.old_values[microbatch.tokens] = values.cpu()
         column = TokenValues(
             sequence_ids=self.rollouts.sequence_ids, lengths=self.rollouts.lengths, values=self.old_values
         )
@@ -95,24 +95,29 @@ class CriticWorker(TrainedWorker):
             num_tokens=plan.num_tokens, num_sequences=plan.num_sequences, max_new_tokens=self.max_new_tokens
         )
         parts: list[Metrics] = []
-        cut = self.microbatches[minibatch]
-        for index, piece in enumerate(cut):
-            lengths = piece.lengths.to(self.device)
-            mask = self.rollouts.response_mask[piece.tokens].to(self.device)
-            with explains_out_of_memory(role="critic", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
+        microbatches = self.microbatches[minibatch]
+        for index, microbatch in enumerate(microbatches):
+            lengths = microbatch.lengths.to(self.device)
+            mask = self.rollouts.response_mask[microbatch.tokens].to(self.device)
+            with explains_out_of_memory(
+                role="critic", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
                 values = self.engine.forward(
-                    token_values, self.rollouts.token_ids[piece.tokens].to(self.device), lengths, piece.branches
+                    token_values,
+                    self.rollouts.token_ids[microbatch.tokens].to(self.device),
+                    lengths,
+                    microbatch.branches,
                 )
                 batch = ValueMicrobatch(
                     lengths=lengths,
                     response_mask=mask,
                     values=values,
-                    old_values=self.old_values[piece.tokens].to(self.device),
-                    returns=self.returns[piece.tokens].to(self.device),
+                    old_values=self.old_values[microbatch.tokens].to(self.device),
+                    returns=self.returns[microbatch.tokens].to(self.device),
                 )
                 terms = self.algorithm.critic_loss(batch, counts)
-                self.engine.backward(terms.loss, last=index == len(cut) - 1)
-            if piece.rows:
+                self.engine.backward(terms.loss, last=index == len(microbatches) - 1)
+            if microbatch.rows:
                 clips = self.algorithm.config.value_clip is not None
                 parts.append(critic_metrics(terms, sampled=int(mask.sum()), step_tokens=plan.num_tokens, clips=clips))
         report = self.engine.step()

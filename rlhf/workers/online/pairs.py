@@ -20,13 +20,13 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Slice, Temperatures, shared_prompts
+from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prompts
 from rlhf.workers.offline.base import Batch
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.probe import probe_logprobs
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import sampler_metrics
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 
 class OnlinePreferenceWorker(PreferenceWorker):
@@ -35,7 +35,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
     algorithms = ONLINE_PAIR_ALGORITHMS
 
     def __init__(
-        self, config: Config, place: RankPlace, *, optimizer_steps: int, reference_is_adapter_off: bool
+        self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool
     ) -> None:
         super().__init__(config, place, optimizer_steps=optimizer_steps)
         assert config.rollouts is not None
@@ -119,23 +119,23 @@ class OnlinePreferenceWorker(PreferenceWorker):
         """
         return probe_logprobs(self.engine, token_ids)
 
-    def temperature(self, examples: Examples, piece: Slice) -> float | Float[Tensor, " n"]:
+    def temperature(self, examples: Examples, microbatch: Microbatch) -> float | Float[Tensor, " n"]:
         """Return the sampling temperature of the responses."""
         if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
             return self.rollouts_config.temperature
-        return examples.temperatures[piece.tokens].to(self.device)
+        return examples.temperatures[microbatch.tokens].to(self.device)
 
-    def observe(self, batch: Batch, piece: Slice, logprobs: Float[Tensor, " n"]) -> None:
+    def observe(self, batch: Batch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Record the gaps between sampler, trainer and reference, in the first update after sampling."""
         examples = batch.pairs.examples
         if not self.observes or not isinstance(examples, SampledExamples):
             return
-        logprobs, mask = logprobs.float().cpu(), examples.loss_mask[piece.tokens]
+        logprobs, mask = logprobs.float().cpu(), examples.loss_mask[microbatch.tokens]
         places = TokenValues.gather([self.positions], examples.sequence_ids.tolist()).values
-        self.trainer_logprobs[places[piece.tokens]] = logprobs
-        found = sampler_metrics(logprobs, examples.rollout_logprobs[piece.tokens], mask, piece.lengths)
+        self.trainer_logprobs[places[microbatch.tokens]] = logprobs
+        found = sampler_metrics(logprobs, examples.rollout_logprobs[microbatch.tokens], mask, microbatch.lengths)
         if batch.reference is not None:
-            kl = kl_k3(logprobs[mask], batch.reference.values[piece.tokens][mask])
+            kl = kl_k3(logprobs[mask], batch.reference.values[microbatch.tokens][mask])
             found["experience/kl_ref/mean"] = Mean(total=float(kl.sum()), count=len(kl))
         self.observed.append(found)
 

@@ -37,7 +37,7 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Mean, Reduction
 from rlhf.types import BatchPlan, Rollouts, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Slice, Temperatures, padded, shared_prompts, slices
+from rlhf.workers.microbatches import Microbatch, Temperatures, padded, shared_prompts, split_microbatches
 from rlhf.workers.online.probe import probe_logprobs
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import (
@@ -49,7 +49,7 @@ from rlhf.workers.online.update_metrics import (
     update_metrics,
 )
 from rlhf.workers.online.whole_step import Ranks, Selections, ShareColumns, reads_whole_step, select_tokens
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 from rlhf.workers.trained import TrainedWorker
 
 STEP_BASELINE_EPS = 1e-8  # of the summed energy, as in verl
@@ -62,7 +62,7 @@ class _Share:
     plan: BatchPlan
     ids: tuple[int, ...]  # empty: another rank's sequence is held, unsampled, for a token to pass
     rollouts: Rollouts
-    microbatches: tuple[tuple[Slice, ...], ...]
+    microbatches: tuple[tuple[Microbatch, ...], ...]
     old_logprobs: Float[Tensor, " N"] | None  # None: the only update computes them itself
     old_entropy: Float[Tensor, " N"] | None  # None: nothing asks for it
     ref_logprobs: Float[Tensor, " N"] | None  # None: the run has no reference
@@ -75,7 +75,7 @@ class PolicyWorker(TrainedWorker):
     role = "policy"
 
     def __init__(
-        self, config: Config, place: RankPlace, *, optimizer_steps: int, reference_is_adapter_off: bool
+        self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool
     ) -> None:
         super().__init__(
             config,
@@ -119,8 +119,8 @@ class PolicyWorker(TrainedWorker):
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
             budget = self.config.train.max_tokens_per_microbatch
-            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
-            microbatches.append(tuple(padded(cut, self.engine.max_over_ranks(len(cut)))))
+            packed = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            microbatches.append(tuple(padded(packed, self.engine.max_over_ranks(len(packed)))))
         self.temperatures = Temperatures.of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         self.share = _Share(
             plan=plan,
@@ -224,13 +224,15 @@ class PolicyWorker(TrainedWorker):
             max_new_tokens=self.rollouts_config.max_response_tokens,
         )
         parts: list[Metrics] = []
-        cut = share.microbatches[minibatch]
-        for index, piece in enumerate(cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                terms, found = self._microbatch_loss(piece, counts)
-                self.engine.backward(terms.loss, last=index == len(cut) - 1)
-            if piece.rows:
-                parts += [self._update_metrics(terms, piece, step_tokens=plan.num_tokens), found]
+        microbatches = share.microbatches[minibatch]
+        for index, microbatch in enumerate(microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                terms, found = self._microbatch_loss(microbatch, counts)
+                self.engine.backward(terms.loss, last=index == len(microbatches) - 1)
+            if microbatch.rows:
+                parts += [self._update_metrics(terms, microbatch, step_tokens=plan.num_tokens), found]
         self.observes = False
         report = self.engine.step()
         if self.place.rank == 0:
@@ -244,23 +246,27 @@ class PolicyWorker(TrainedWorker):
         """
         return probe_logprobs(self.engine, token_ids)
 
-    def _update_metrics(self, terms: LossTerms, piece: Slice, *, step_tokens: int) -> Metrics:
-        mask = self.share.rollouts.response_mask[piece.tokens]
+    def _update_metrics(self, terms: LossTerms, microbatch: Microbatch, *, step_tokens: int) -> Metrics:
+        mask = self.share.rollouts.response_mask[microbatch.tokens]
         has_kl_loss = self.algorithm.config.kl.place == "loss" and self.share.ref_logprobs is not None
         found = update_metrics(
-            terms, sampled=int(mask.sum()), passed=len(piece.tokens), step_tokens=step_tokens, has_kl_loss=has_kl_loss
+            terms,
+            sampled=int(mask.sum()),
+            passed=len(microbatch.tokens),
+            step_tokens=step_tokens,
+            has_kl_loss=has_kl_loss,
         )
         if self.selections.selected is None:
             return found
-        chosen = int(self.selections.selected[piece.tokens].sum())
+        chosen = int(self.selections.selected[microbatch.tokens].sum())
         return {**found, "update/selected/fraction": Mean(total=chosen, count=int(mask.sum()))}
 
-    def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+    def _columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.share.rollouts
         return (
-            rollouts.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
-            rollouts.response_mask[piece.tokens].to(self.device),
+            rollouts.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
+            rollouts.response_mask[microbatch.tokens].to(self.device),
         )
 
     def _compute(self, stage: str, function: Callable[..., tuple[Tensor, ...]]) -> tuple[Float[Tensor, " N"], ...]:
@@ -269,9 +275,9 @@ class PolicyWorker(TrainedWorker):
         Return its columns of all sampled tokens.
         """
         results: tuple[Tensor, ...] = ()
-        for cut in self.share.microbatches:
-            for piece in cut:
-                token_ids, lengths, mask = self._columns(piece)
+        for microbatches in self.share.microbatches:
+            for microbatch in microbatches:
+                token_ids, lengths, mask = self._columns(microbatch)
                 with (
                     torch.no_grad(),
                     explains_out_of_memory(role="policy", stage=stage, rank=self.place.rank, tokens=len(token_ids)),
@@ -281,12 +287,12 @@ class PolicyWorker(TrainedWorker):
                         token_ids,
                         lengths,
                         mask=mask,
-                        branches=piece.branches,
-                        temperature=self.temperatures.at(piece, self.device),
+                        branches=microbatch.branches,
+                        temperature=self.temperatures.at(microbatch, self.device),
                     )
                 results = results or tuple(torch.zeros(len(self.share.rollouts.token_ids)) for _ in found)
                 for column, values in zip(results, found, strict=True):
-                    column[piece.tokens] = values.float().cpu()
+                    column[microbatch.tokens] = values.float().cpu()
         return results
 
     def _with_old_columns(self) -> _Share:
@@ -385,17 +391,17 @@ class PolicyWorker(TrainedWorker):
             [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
         )
 
-    def _microbatch_loss(self, piece: Slice, counts: StepCounts) -> tuple[LossTerms, Metrics]:
+    def _microbatch_loss(self, microbatch: Microbatch, counts: StepCounts) -> tuple[LossTerms, Metrics]:
         """Return the loss of a micro-batch and, in the first update, the experience metrics missing after `prepare`."""
         share, config = self.share, self.algorithm.config
-        token_ids, lengths, mask = self._columns(piece)
+        token_ids, lengths, mask = self._columns(microbatch)
         logprobs, entropy = self.engine.forward(
             policy_logprobs,
             token_ids,
             lengths,
             mask=mask,
-            branches=piece.branches,
-            temperature=self.temperatures.at(piece, self.device),
+            branches=microbatch.branches,
+            temperature=self.temperatures.at(microbatch, self.device),
             entropy_grad=share.plan.entropy_coef > 0.0,
         )
         logprobs = logprobs.float()
@@ -405,19 +411,21 @@ class PolicyWorker(TrainedWorker):
             response_mask=mask,
             logprobs=logprobs,
             entropy=entropy.float(),
-            old_logprobs=logprobs.detach() if old is None else old[piece.tokens].to(self.device),
-            rollout_logprobs=share.rollouts.rollout_logprobs[piece.tokens].to(self.device),
-            ref_logprobs=None if ref is None else ref[piece.tokens].to(self.device),
-            advantages=self.advantages[piece.tokens].to(self.device),
-            high_entropy=None if chosen.high_entropy is None else chosen.high_entropy[piece.tokens].to(self.device),
-            selected=None if chosen.selected is None else chosen.selected[piece.tokens].to(self.device),
+            old_logprobs=logprobs.detach() if old is None else old[microbatch.tokens].to(self.device),
+            rollout_logprobs=share.rollouts.rollout_logprobs[microbatch.tokens].to(self.device),
+            ref_logprobs=None if ref is None else ref[microbatch.tokens].to(self.device),
+            advantages=self.advantages[microbatch.tokens].to(self.device),
+            high_entropy=None
+            if chosen.high_entropy is None
+            else chosen.high_entropy[microbatch.tokens].to(self.device),
+            selected=None if chosen.selected is None else chosen.selected[microbatch.tokens].to(self.device),
             entropy_coef=share.plan.entropy_coef,
         )
         terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
-        if not self.observes or not piece.rows:
+        if not self.observes or not microbatch.rows:
             return terms, {}
         now = logprobs.detach()
-        self.trainer_logprobs[piece.tokens] = now.cpu()
+        self.trainer_logprobs[microbatch.tokens] = now.cpu()
         found = sampler_metrics(now, batch.rollout_logprobs, mask, lengths)
         if old is None:
             found.update(reference_metrics(config, now, batch.ref_logprobs, mask))

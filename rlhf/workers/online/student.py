@@ -26,12 +26,12 @@ from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge
 from rlhf.tracking.metrics.reductions import Mean, Sum
 from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSignals, TokenValues, VocabularyHead
-from rlhf.workers.microbatches import Slice, padded, shared_prompts, slices
+from rlhf.workers.microbatches import Microbatch, padded, shared_prompts, split_microbatches
 from rlhf.workers.offline.base import OfflineWorker
 from rlhf.workers.online.probe import probe_logprobs
 from rlhf.workers.online.token_signals import signals_of, unknown
 from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
-from rlhf.workers.rank_context import RankPlace
+from rlhf.workers.rank_context import RankContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Seen:
 class StudentWorker(OfflineWorker):
     """Receives a batch of rollouts, learns the teacher's predictions on them, and publishes the weights."""
 
-    def __init__(self, config: Config, place: RankPlace, *, optimizer_steps: int) -> None:
+    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
         assert isinstance(config.algorithm, OnPolicyDistillationConfig)
         assert config.rollouts is not None
         super().__init__(config, place, optimizer_steps=optimizer_steps)
@@ -82,11 +82,11 @@ class StudentWorker(OfflineWorker):
         lengths, row_of = rollouts.lengths.tolist(), {sequence_id: row for row, sequence_id in enumerate(ids)}
         prompts = shared_prompts(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         budget = self.config.train.max_tokens_per_microbatch
-        self.microbatches: list[list[Slice]] = []
+        self.microbatches: list[list[Microbatch]] = []
         for minibatch in plan.minibatches:
             rows = [row_of[i] for i in minibatch.sequences_by_rank[self.data_rank]]
-            cut = slices(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
-            self.microbatches.append(padded(cut, self.engine.max_over_ranks(len(cut))))
+            microbatches = split_microbatches(lengths, rows, max_tokens=budget, prompts=prompts, layout=self.layout)
+            self.microbatches.append(padded(microbatches, self.engine.max_over_ranks(len(microbatches))))
         self.plan, self.rollouts = plan, rollouts
         self.teacher_logprobs = TokenValues.gather(told, ids).values if told else None
         added = torch.tensor([plan.scores.get(i, 0.0) for i in ids])
@@ -102,17 +102,21 @@ class StudentWorker(OfflineWorker):
 
         `states` are the teacher's hidden states, if the run uses them.
         """
-        plan, cut = self.plan.minibatches[minibatch], self.microbatches[minibatch]
+        plan, microbatches = self.plan.minibatches[minibatch], self.microbatches[minibatch]
         # what is measured before training: later updates of a batch know it only of the log-probabilities they keep
         self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
         self.visited.add(minibatch)
         hidden = self._hidden(minibatch, states)
         parts: list[Metrics] = []
-        for index, piece in enumerate(cut):
-            with explains_out_of_memory(role="policy", stage="update", rank=self.place.rank, tokens=len(piece.tokens)):
-                loss, *found = self._sampled(piece, plan) if hidden is None else self._whole(piece, plan, hidden)
-                self.engine.backward(loss, last=index == len(cut) - 1)
-            if piece.rows:
+        for index, microbatch in enumerate(microbatches):
+            with explains_out_of_memory(
+                role="policy", stage="update", rank=self.place.rank, tokens=len(microbatch.tokens)
+            ):
+                loss, *found = (
+                    self._sampled(microbatch, plan) if hidden is None else self._whole(microbatch, plan, hidden)
+                )
+                self.engine.backward(loss, last=index == len(microbatches) - 1)
+            if microbatch.rows:
                 parts += found if self.observes else found[:1]
         parts.append(self.step_metrics(self.engine.step()))
         return merge(parts)
@@ -136,24 +140,24 @@ class StudentWorker(OfflineWorker):
         """
         return probe_logprobs(self.engine, token_ids)
 
-    def _sampled(self, piece: Slice, plan: MinibatchPlan) -> tuple[Tensor, Metrics, Metrics]:
+    def _sampled(self, microbatch: Microbatch, plan: MinibatchPlan) -> tuple[Tensor, Metrics, Metrics]:
         """Return a micro-batch's loss from advantages, its update metrics, and its metrics before training."""
-        token_ids, lengths, mask = self._columns(piece)
+        token_ids, lengths, mask = self._columns(microbatch)
         logprobs, entropy = self.engine.forward(
             policy_logprobs,
             token_ids,
             lengths,
             mask=mask,
-            branches=piece.branches,
+            branches=microbatch.branches,
             temperature=self.rollouts_config.temperature,
         )
-        logprobs, rollout_logprobs = logprobs.float(), self._of(self.rollouts.rollout_logprobs, piece)
-        old = logprobs.detach() if self.old_logprobs is None else self._of(self.old_logprobs, piece)
+        logprobs, rollout_logprobs = logprobs.float(), self._of(self.rollouts.rollout_logprobs, microbatch)
+        old = logprobs.detach() if self.old_logprobs is None else self._of(self.old_logprobs, microbatch)
         assert self.teacher_logprobs is not None
-        told = self._of(self.teacher_logprobs, piece)
+        told = self._of(self.teacher_logprobs, microbatch)
         advantages = teacher_advantages(old, told, mask)
-        advantages = advantages + torch.where(mask, self._of(self.reward_advantages, piece), 0.0)
-        self._keep(piece, old, told, advantages)
+        advantages = advantages + torch.where(mask, self._of(self.reward_advantages, microbatch), 0.0)
+        self._keep(microbatch, old, told, advantages)
         batch = PolicyMicrobatch(
             lengths=lengths,
             response_mask=mask,
@@ -173,7 +177,7 @@ class StudentWorker(OfflineWorker):
         updated = update_metrics(
             terms,
             sampled=int(mask.sum()),
-            passed=len(piece.tokens),
+            passed=len(microbatch.tokens),
             step_tokens=plan.num_tokens,
             has_kl_loss=False,
         )
@@ -187,45 +191,49 @@ class StudentWorker(OfflineWorker):
         return terms.loss, updated, before
 
     def _whole(
-        self, piece: Slice, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
+        self, microbatch: Microbatch, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Metrics, Metrics]:
         """Do the same with a divergence over the vocabulary.
 
         `hidden` holds the teacher's states of the minibatch.
         """
-        token_ids, lengths, mask = self._columns(piece)
+        token_ids, lengths, mask = self._columns(microbatch)
         loss, logprobs, told, entropy = self.engine.forward(
             sampled_distillation_loss,
             token_ids,
             lengths,
             mask=mask,
-            branches=piece.branches,
-            teacher=hidden[self._places(piece, plan)].to(self.device),
+            branches=microbatch.branches,
+            teacher=hidden[self._places(microbatch, plan)].to(self.device),
             head=self.teacher,
             divergence=self.algorithm.divergence,
             temperature=self.rollouts_config.temperature,
             token_weight=1.0 / plan.num_tokens,
         )
-        self._keep(piece, logprobs, told, None)
+        self._keep(microbatch, logprobs, told, None)
         sampled = int(mask.sum())
         updated: Metrics = {
             "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
             "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
-            "update/tokens/total": Sum(total=len(piece.tokens)),
+            "update/tokens/total": Sum(total=len(microbatch.tokens)),
         }
-        rollout_logprobs = self._of(self.rollouts.rollout_logprobs, piece)
+        rollout_logprobs = self._of(self.rollouts.rollout_logprobs, microbatch)
         return loss, updated, _observed(logprobs, told, rollout_logprobs, mask, lengths)
 
     def _keep(
-        self, piece: Slice, old: Float[Tensor, " n"], told: Float[Tensor, " n"], advantages: Float[Tensor, " n"] | None
+        self,
+        microbatch: Microbatch,
+        old: Float[Tensor, " n"],
+        told: Float[Tensor, " n"],
+        advantages: Float[Tensor, " n"] | None,
     ) -> None:
         """Store a micro-batch's columns for the samples file, before training changes them."""
-        if not self.observes or not piece.rows:
+        if not self.observes or not microbatch.rows:
             return
-        self.seen.old_logprobs[piece.tokens] = old.detach().float().cpu()
-        self.seen.teacher_logprobs[piece.tokens] = told.detach().float().cpu()
+        self.seen.old_logprobs[microbatch.tokens] = old.detach().float().cpu()
+        self.seen.teacher_logprobs[microbatch.tokens] = told.detach().float().cpu()
         if advantages is not None:
-            self.seen.advantages[piece.tokens] = advantages.float().cpu()
+            self.seen.advantages[microbatch.tokens] = advantages.float().cpu()
 
     def _hidden(self, minibatch: int, states: Sequence[LearntStates]) -> Float[Tensor, "n K"] | None:
         """Concatenate the teacher's states of this rank's sequences of a minibatch.
@@ -236,23 +244,23 @@ class StudentWorker(OfflineWorker):
             return None
         return LearntStates.gather(states, self.plan.minibatches[minibatch].sequences_by_rank[self.data_rank]).hidden
 
-    def _places(self, piece: Slice, plan: MinibatchPlan) -> Int[Tensor, " n"]:
+    def _places(self, microbatch: Microbatch, plan: MinibatchPlan) -> Int[Tensor, " n"]:
         """Return the index of each sampled token of a micro-batch among the sampled tokens of its minibatch."""
         mask = self.rollouts.response_mask
         own = plan.sequences_by_rank[self.data_rank]
         first = self.plan.sequences_of(self.data_rank).index(own[0])
         before = sequence_counts(mask, self.rollouts.lengths)[:first].sum()
-        return mask.cumsum(0)[piece.tokens[mask[piece.tokens]]] - 1 - before
+        return mask.cumsum(0)[microbatch.tokens[mask[microbatch.tokens]]] - 1 - before
 
-    def _of(self, column: Float[Tensor, " N"], piece: Slice) -> Float[Tensor, " n"]:
-        return column[piece.tokens].to(self.device)
+    def _of(self, column: Float[Tensor, " N"], microbatch: Microbatch) -> Float[Tensor, " n"]:
+        return column[microbatch.tokens].to(self.device)
 
-    def _columns(self, piece: Slice) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
+    def _columns(self, microbatch: Microbatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " b"], Bool[Tensor, " n"]]:
         rollouts = self.rollouts
         return (
-            rollouts.token_ids[piece.tokens].to(self.device),
-            piece.lengths.to(self.device),
-            rollouts.response_mask[piece.tokens].to(self.device),
+            rollouts.token_ids[microbatch.tokens].to(self.device),
+            microbatch.lengths.to(self.device),
+            rollouts.response_mask[microbatch.tokens].to(self.device),
         )
 
     def _compute_logprobs(self) -> Float[Tensor, " N"]:
@@ -261,8 +269,8 @@ class StudentWorker(OfflineWorker):
         The micro-batches are the same as in the updates.
         """
         result = torch.zeros(len(self.rollouts.token_ids))
-        for piece in (piece for cut in self.microbatches for piece in cut):
-            token_ids, lengths, mask = self._columns(piece)
+        for microbatch in (microbatch for microbatches in self.microbatches for microbatch in microbatches):
+            token_ids, lengths, mask = self._columns(microbatch)
             with (
                 torch.no_grad(),
                 explains_out_of_memory(
@@ -274,10 +282,10 @@ class StudentWorker(OfflineWorker):
                     token_ids,
                     lengths,
                     mask=mask,
-                    branches=piece.branches,
+                    branches=microbatch.branches,
                     temperature=self.rollouts_config.temperature,
                 )
-            result[piece.tokens] = logprobs.float().cpu()
+            result[microbatch.tokens] = logprobs.float().cpu()
         return result
 
 
