@@ -29,7 +29,7 @@ from rlhf.types import (
     TokenValues,
 )
 
-WeightManifest = Any  # names one published set of weights; what is in it is between the transport's two ends
+WeightManifest = Any  # names one published set of weights; only the transport reads its contents
 Metrics = Mapping[str, Reduction]  # declared names; merges over ranks, micro-batches and minibatches
 
 T_co = TypeVar("T_co", covariant=True)
@@ -54,7 +54,7 @@ class ScoredGroup:
 
     group: CompletedGroup
     scores: GroupScores
-    greedy_score: float | None = None  # of the greedy response to the same prompt; None: none was asked for
+    greedy_score: float | None = None  # of a greedy response to the same prompt; None: not requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,8 @@ class SampleSelection:
     """
 
     rollouts: Ref[Rollouts]
-    records: tuple[SampleRecord, ...]  # `sample` names the response within the group
-    sequence_ids: tuple[int, ...]  # of the records, in their order
+    records: tuple[SampleRecord, ...]  # `sample` is the index within the group
+    sequence_ids: tuple[int, ...]  # in the order of the records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class MemoryReport:
     """Peak memory of a role's largest process, GiB."""
 
     rss_gib: float
-    gpu_gib: float | None  # None: it has no GPU
+    gpu_gib: float | None  # None without a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +108,9 @@ class AdvantagesReport:
 class Arithmetic:
     """Peak throughput of a trained role's hardware, the denominator of `throughput/mfu`."""
 
-    flops_per_token: float  # of a forward and backward pass, attention apart
-    flops_per_token_and_length: float  # more of it for each token of the mean sequence length
-    peak_flops: float  # of all ranks, a second, in large matrix products
+    flops_per_token: float  # of a forward and backward pass, without attention
+    flops_per_token_and_length: float  # additional FLOPs for each token of the mean sequence length
+    peak_flops: float  # per second over all ranks, in large matrix products
 
     def utilisation(self, *, tokens_per_s: float, mean_length: float) -> float:
         """Return the fraction of the peak used by training `tokens_per_s`."""
@@ -179,7 +179,7 @@ class NodesRole(Protocol):
         ...
 
 
-StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns that hold its rows
+StatesByRank = Sequence[Sequence[Ref[LearntStates]]]  # for each data-parallel rank, the columns with its rows
 
 
 class GpuGuest(Protocol):

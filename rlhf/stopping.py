@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 REPEATED_WITHIN_S = 2.0  # `timeout` sends its signal twice, to the process and to its group
-PRESSED_AGAIN_AFTER_S = 0.1  # two Ctrl-C that are further apart than this are two
+PRESSED_AGAIN_AFTER_S = 0.1  # Ctrl-C signals further apart than this count separately
 LOOK_EVERY_S = 0.1
-END_WITHIN_S = 15.0  # for interrupted work to end in order
-_PREFIX = "rlhf: "  # of the names of this module's threads
+END_WITHIN_S = 15.0  # limit for an orderly end of interrupted work
+_PREFIX = "rlhf: "  # prefix of this module's thread names
 
 
 class StopRequest:
@@ -45,14 +45,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.came: float | None = None  # on the monotonic clock; also set for a node that is about to go
+        self.came: float | None = None  # on the monotonic clock; also set for a draining node
         self.ends_by_itself = False
         self.interrupted = threading.Event()
         self.given_up = threading.Event()  # the caller no longer waits for the work
-        self.beats = 0  # a loop counts them up while it runs
-        self.beats_within_s = math.inf  # a loop that takes longer hangs in a call that never returns
-        self.hung_s: float | None = None  # how long it did
-        self.on_interrupt: Callable[[], object] = lambda: None  # ends what would hold up interrupted work
+        self.beats = 0  # incremented by a running loop
+        self.beats_within_s = math.inf  # a loop silent for longer counts as hanging
+        self.hung_s: float | None = None  # how long the loop was silent
+        self.on_interrupt: Callable[[], object] = lambda: None  # ends processes that would delay interrupted work
         self._cancel: Callable[[], object] | None = None  # cancels the event loop's main task
         self._last = -REPEATED_WITHIN_S
 
@@ -130,7 +130,9 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
         beats, silent_s = request.beats, 0.0
         while thread.is_alive() and not request.given_up.is_set():
             thread.join(LOOK_EVERY_S)
-            silent_s = 0.0 if request.beats != beats else silent_s + LOOK_EVERY_S  # a stopped process counts nothing
+            silent_s = (
+                0.0 if request.beats != beats else silent_s + LOOK_EVERY_S
+            )  # the time of a stopped process does not count
             beats = request.beats
             if silent_s > request.beats_within_s:
                 request.hung_s = silent_s
@@ -208,7 +210,7 @@ def _listening(request: StopRequest) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
@@ -222,7 +224,7 @@ def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
             )
         else:
             cancel()
-    except RuntimeError:  # the loop has just been closed: what comes next is interrupted as it begins
+    except RuntimeError:  # the loop has just closed; the next one is interrupted at its start
         logger.debug("the event loop ended before it was cancelled")
     start_thread(request.on_interrupt, "on interrupt")
 

@@ -30,7 +30,7 @@ class Ragged:
         sequence_ids = [4, 7]   lengths = [2, 3]   token_ids = [a0 a1 b0 b1 b2]
     """
 
-    sequence_ids: Int[Tensor, " B"]  # the sequence's place in its step: unique within a batch
+    sequence_ids: Int[Tensor, " B"]  # index of the sequence in its step; unique within a batch
     lengths: Int[Tensor, " B"]  # tokens of each sequence
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Examples(Ragged):
     """Supervised sequences: loss where `loss_mask` is True."""
 
     token_ids: Int[Tensor, " N"]
-    loss_mask: Bool[Tensor, " N"]  # True where the token is to be learnt; never on token 0 of a sequence
+    loss_mask: Bool[Tensor, " N"]  # True where the token counts in the loss; never on token 0 of a sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class SampledExamples(Examples):
 class LabelledSteps(Examples):
     """Responses divided into steps. `loss_mask` is True at the last token of a step."""
 
-    step_labels: Bool[Tensor, " N"]  # whether the step that ends here is right; False elsewhere
+    step_labels: Bool[Tensor, " N"]  # True if the step ending here is correct; False elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +125,9 @@ class Pairs:
     """
 
     examples: Examples
-    prompt_tokens: Int[Tensor, " P"]  # that all of a row's sequences begin with; none of them is learnt
-    margins: Float[Tensor, " P"]  # of preferences, by the data; 0 where it names none
-    labels: Bool[Tensor, " P"]  # of unpaired feedback: whether the response is desirable
+    prompt_tokens: Int[Tensor, " P"]  # length of the row's common prompt, which is outside the loss mask
+    margins: Float[Tensor, " P"]  # margins of preferences in the data; 0 if not given
+    labels: Bool[Tensor, " P"]  # unpaired feedback: True if the response is desirable
 
     @property
     def num_sides(self) -> int:
@@ -146,7 +146,7 @@ class TokenValues(Ragged):
 class TokenSignals(Ragged):
     """Training signals of single tokens, for the samples file; nan where a token has none."""
 
-    old_logprobs: Float[Tensor, " N"]  # by the weights that the step began with, as the trainer computes them
+    old_logprobs: Float[Tensor, " N"]  # under the weights at the start of the step, by the trainer
     ref_logprobs: Float[Tensor, " N"]
     teacher_logprobs: Float[Tensor, " N"]
     advantages: Float[Tensor, " N"]
@@ -186,11 +186,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None  # None: all tokens
-    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's; 0: all tokens
-    repetition_penalty: float = 1.0  # above 1: tokens that the prompt or the response has are less likely
+    min_p: float = 0.0  # minimum probability relative to the likeliest token; 0: all tokens
+    repetition_penalty: float = 1.0  # above 1: tokens already in prompt or response become less likely
     stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end a response; they stay in it
-    choices: tuple[str, ...] = ()  # not empty: a response is one of these, as far as its tokens reach
+    choices: tuple[str, ...] = ()  # not empty: a response is one of these, or its prefix at the token limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +199,11 @@ class Prompt:
 
     prompt_id: int  # row in the data
     token_ids: tuple[int, ...]
-    text: str  # as the tokenizer was given it
+    text: str  # the tokenizer's input
     columns: Mapping[str, Any]
-    temperature: float | None = None  # at which it is answered in training; None: as the others
-    is_chat: bool = False  # the chat template wrote it
-    turn_end: int | None = None  # token with which the template ends the response; None: the model's own tokens do
+    temperature: float | None = None  # in training; None: the run's temperature
+    is_chat: bool = False  # written by the chat template
+    turn_end: int | None = None  # token ending a response in the template; None: the model's end tokens
 
     @property
     def non_token_bytes(self) -> bytes:
@@ -218,11 +218,11 @@ class Prompt:
 class GroupRequest:
     """One prompt to be answered len(seeds) times. The unit of rollout, scoring and group advantages."""
 
-    group_id: int  # place in the run's prompt stream; unique in a run
+    group_id: int  # position in the run's prompt stream; unique in a run
     prompt: Prompt
-    seeds: tuple[int, ...]  # one a sample: from (run, epoch, prompt id, sample index), whatever the scheduling
-    first_sequence_id: int  # its samples are sequences first_sequence_id, +1, ... of their step
-    temperature: float | None = None  # of this group; None: as the others
+    seeds: tuple[int, ...]  # one per sample, from (run, epoch, prompt id, sample index); independent of scheduling
+    first_sequence_id: int  # the samples are sequences first_sequence_id, +1, ... of the step
+    temperature: float | None = None  # of this group; None: the run's temperature
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the sampling parameters of this request, given the defaults."""
@@ -233,7 +233,7 @@ class GroupRequest:
 class StepReward:
     """The reward of one step of a response. A turn is a step of a conversation."""
 
-    end: int  # place in its sequence of the token that ends it, which was sampled
+    end: int  # index in the sequence of the step's last token, which was sampled
     value: float
 
 
@@ -242,15 +242,15 @@ class RolloutInfo:
     """Scalars of one response, seen by the controller in place of its tokens."""
 
     sequence_id: int
-    num_prompt_tokens: int  # before the first sampled one
-    num_response_tokens: int  # sampled
+    num_prompt_tokens: int  # before the first sampled token
+    num_response_tokens: int  # sampled tokens
     finish_reason: FinishReason
-    min_version: int  # oldest and newest weights that sampled a token of it
+    min_version: int  # oldest and newest weights that sampled one of its tokens
     max_version: int
-    mean_logprob: float  # of its sampled tokens, by the sampler
-    num_turns: int = 1  # of the policy
-    num_environment_tokens: int = 0  # between its turns
-    environment_rewards: tuple[StepReward, ...] | None = None  # of its turns; None: no environment, or it failed
+    mean_logprob: float  # of the sampled tokens, by the sampler
+    num_turns: int = 1  # turns of the policy
+    num_environment_tokens: int = 0  # tokens between the policy's turns
+    environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or it failed
     environment_error: RewardError | None = None
 
     @property
@@ -274,15 +274,13 @@ class RolloutInfo:
 class GroupScores:
     """The rewards of one group, or the errors. Built by the reward role."""
 
-    scores: tuple[float, ...]  # weighted sum of the rewards, one a response; empty if there are errors or no rewards
+    scores: tuple[float, ...]  # weighted reward sum per response; empty if there are errors or no rewards
     by_name: Mapping[str, tuple[float | None, ...]]
-    # each reward that applies to the row, before its gate and weight; None: it has no opinion on the response
+    # each reward that applies to the row, before gate and weight; None: no opinion on the response
     errors: tuple[RewardError, ...]  # not empty: the group cannot be trained on
-    scored_errors: tuple[RewardError, ...] = ()  # failed calls whose responses got a score all the same
-    steps: Mapping[str, tuple[tuple[StepReward, ...], ...]] = field(
-        default_factory=dict
-    )  # of those in by_name that are
-    # credited by steps, whose value there is the sum: each response's, before gate and weight
+    scored_errors: tuple[RewardError, ...] = ()  # failed calls whose responses still got a score
+    # rewards credited by steps, per response, before gate and weight; by_name holds their sums
+    steps: Mapping[str, tuple[tuple[StepReward, ...], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +306,7 @@ class MinibatchPlan:
     """
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # sequence ids of each data-parallel rank
-    num_tokens: int  # sampled tokens, over all ranks; of pairs, the chosen responses'
+    num_tokens: int  # sampled tokens, over all ranks; for pairs, of the chosen responses
     num_sequences: int  # sequences, over all ranks
 
 
@@ -321,11 +319,11 @@ class BatchPlan:
 
     step: int
     minibatches: tuple[MinibatchPlan, ...]
-    scores: Mapping[int, float]  # by sequence id, without what is credited by steps
+    scores: Mapping[int, float]  # by sequence id, without rewards credited by steps
     kl_coef: float
     entropy_coef: float = 0.0
-    temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, where its prompt has its own
-    steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, as they are trained on
+    temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, for prompts that set one
+    steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, with training values
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
         """Return all sequences of a rank, in the order of the minibatches."""

@@ -25,10 +25,10 @@ ANSWERS_WITHIN_S = 2.0
 class ActorLocation:
     """The node and process of an actor."""
 
-    who: str  # such as `policy rank 1`
+    who: str  # for example `policy rank 1`
     node: str  # Ray's id
     address: str
-    port: int  # of the node's raylet
+    port: int  # port of the node's raylet
     pid: int
 
     def node_failure(self) -> str | None:
@@ -42,7 +42,7 @@ class ActorLocation:
         return None
 
 
-_LOCATIONS: dict[str, ActorLocation] = {}  # by actor id, which is never used twice
+_LOCATIONS: dict[str, ActorLocation] = {}  # by actor id; ids are never reused
 
 
 def own_location(actor: object) -> tuple[str, str, int]:
@@ -94,12 +94,12 @@ async def draining_node(nodes: Collection[str]) -> tuple[str, float | None] | No
     An autoscaler or `ray drain-node` reports it to Ray. The call blocks while the head does not respond, in a thread
     that keeps no event loop and no process alive.
     """
-    from ray._private.state import state  # where Ray's own trainer looks
+    from ray._private.state import state  # also used by Ray Train
 
     future, _ = start_thread(state.get_draining_nodes, "draining nodes")
     try:
         draining = await asyncio.wrap_future(future)
-    except RayError:  # whatever keeps the head from answering will show itself in the run's own calls
+    except RayError:  # a failing head also fails the run's next call
         return None
     for node, deadline_ms in draining.items():
         if node in nodes:

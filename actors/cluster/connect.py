@@ -31,13 +31,13 @@ from rlhf.stopping import current_request, finishes_within
 
 logger = logging.getLogger(__name__)
 
-CONNECT_WITHIN_S = 10.0  # to a port; Ray itself tries for over ten minutes
-ANSWER_WITHIN_S = 30.0  # of the Ray behind it
+CONNECT_WITHIN_S = 10.0  # TCP connection; Ray itself retries for over ten minutes
+ANSWER_WITHIN_S = 30.0  # response of the Ray cluster
 GONE_WITHIN_S = 10.0
-SHUTDOWN_WITHIN_S = 15.0  # ray.shutdown waits for ever for a raylet that does not answer
+SHUTDOWN_WITHIN_S = 15.0  # ray.shutdown waits forever for an unresponsive raylet
 MIN_OPEN_FILES = 256
-LONGEST_SOCKET = 107  # characters of a path, on Linux
-SOCKET_IN_TEMP = "session_2026-01-31_12-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
+LONGEST_SOCKET = 107  # longest path of a Unix socket on Linux
+SOCKET_IN_TEMP = "session_2026-01-31_12-00-00_000000_4194304/sockets/plasma_store"  # the longest socket path of Ray
 KEPT_FROM_RAY = {signal.SIGHUP, signal.SIGUSR1}  # a terminal or Slurm sends them to Ray's daemons too
 
 
@@ -77,7 +77,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     that ends with the block and accepts no other process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that our thread handles no signals
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this thread handles no signals
     request = current_request()
     if request is not None:
         request.on_interrupt = OWN_RAY.kill
@@ -107,11 +107,11 @@ def _start_local(config: ClusterConfig) -> None:
             "memory of this machine; 1 or 2 are usual"
         )
     _refuse_few_open_files()
-    # Ray listens on all interfaces: whoever has no token could run code in it. It takes tokens unless RAY_AUTH_MODE
-    # says otherwise, and warns of it; a token of our own keeps other runs of the same user out too.
+    # Ray listens on all interfaces, so a token must keep others from running code in it. RAY_AUTH_MODE may disable
+    # tokens, with a warning by Ray. A separate token per run also keeps out other runs of the same user.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # Ray starts its workers at niceness 15: whatever else runs here would take their cores.
+    # Ray starts its workers at niceness 15 by default, so other processes would take their cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
     temp, request = _private_temp(), current_request()
     logger.info("starting Ray on this machine")
@@ -120,7 +120,7 @@ def _start_local(config: ClusterConfig) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=len(os.sched_getaffinity(0)),  # which `taskset`, Slurm and a sweep may narrow
+            num_cpus=len(os.sched_getaffinity(0)),  # may be restricted by `taskset`, Slurm or a sweep
             object_store_memory=int(config.object_store_gib * 2**30),
             include_dashboard=False,
             log_to_driver=False,
@@ -128,7 +128,7 @@ def _start_local(config: ClusterConfig) -> None:
             configure_logging=False,
             _temp_dir=str(temp),
         )
-    except Exception as error:  # of no narrower type where a node is slow to start
+    except Exception as error:  # Ray raises a bare Exception if a node starts too slowly
         raise RunError(
             f"start: the local Ray did not come up: {' '.join(str(error).split())} The machine may be short of "
             "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
@@ -193,7 +193,7 @@ def _refuse_dead(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, str(error)) from error
     if address.startswith("ray://"):
-        return  # Ray's client gives up by itself
+        return  # Ray's client has its own timeout
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         subprocess.run(command, check=True, timeout=ANSWER_WITHIN_S, capture_output=True, text=True)

@@ -42,7 +42,7 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 placement_group=self.group, placement_group_bundle_index=place.bundle
             ),
-            "runtime_env": {"env_vars": {"PYTHONUTF8": "1", **env}},  # whatever the driver's locale
+            "runtime_env": {"env_vars": {"PYTHONUTF8": "1", **env}},  # independent of the driver's locale
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": concurrency,
@@ -76,7 +76,7 @@ class Placement:
 
     def release(self) -> None:
         """Release the resources. Has no effect after a local Ray has been killed."""
-        if OWN_RAY.killed:  # at once: a driver that outlives its Ray by a minute is aborted
+        if OWN_RAY.killed:  # no call to a killed Ray: it would abort the driver after a minute
             finishes_within(RELEASED_WITHIN_S, ray.shutdown, "ray.shutdown")
         elif not finishes_within(RELEASED_WITHIN_S, partial(remove_placement_group, self.group), "release"):
             logger.warning("Ray did not take the run's resources back within %.0f s", RELEASED_WITHIN_S)

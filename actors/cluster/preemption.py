@@ -24,7 +24,7 @@ T = TypeVar("T")
 DrainingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
 
 LOOK_EVERY_S = 0.2
-ASK_EVERY_S = 5.0  # for nodes that are about to go
+ASK_EVERY_S = 5.0  # interval of the check for draining nodes
 CANCELLED_WITHIN_S = 5.0
 
 

@@ -21,12 +21,12 @@ from actors.cluster.waiting import wait_all
 from rlhf.stopping import finishes_within
 
 logger = logging.getLogger(__name__)
-ASKED_S = 1.0  # for an orderly end by Ray
+ASKED_S = 1.0  # limit for an orderly end by Ray
 GONE_WITHIN_S = 10.0
 
-# Environment of processes that compute on a CPU. Memory that a micro-batch or a sync frees is kept for the next one,
-# instead of given back to the kernel and faulted in again page by page, which took a fifth of an update's time. Read by
-# glibc when a process starts; other C libraries ignore it.
+# Environment of processes that compute on a CPU. Memory freed by a micro-batch or a sync is kept for the next one.
+# Returning it to the kernel and faulting it in again page by page took a fifth of an update's time. glibc reads these
+# variables when a process starts; other C libraries ignore them.
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(256 * 2**20)}
 
 HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")

@@ -18,8 +18,8 @@ from rlhf.errors import RunError, UserError
 
 IT_HANGS = " It hangs, or the limit is too short for the work."
 RESUMES = "The run can be resumed with --resume auto."
-DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a rank that died fail first
-MOST_TOLD = 600  # characters of a cause
+DEATH_SHOWS_WITHIN_S = 2.0  # the peers of a dead rank may fail before it
+MOST_TOLD = 600  # characters of a cause in a message
 
 
 async def wait_all(refs: Sequence[ObjectRef[Any]], *, role: str, stage: str, deadline_s: float) -> list[Any]:

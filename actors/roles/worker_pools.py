@@ -24,7 +24,7 @@ from rlhf.rollouts.records.texts import Transcript
 from rlhf.types import GroupScores, Role, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.frozen.reward import RewardSettings
 
-PING_EVERY_S = 10.0  # of a worker that has not answered yet
+PING_EVERY_S = 10.0  # while an answer is pending
 
 
 class RewardWorkers:
@@ -102,7 +102,9 @@ class RewardWorkers:
             ping = asyncio.ensure_future(
                 wait_one(ref, role="reward", rank=worker, stage=stage, deadline_s=self.deadline_s)
             )
-            ping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+            ping.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # retrieve the error even if nobody awaits the ping
             self.pings[worker] = ping
         return ping
 

@@ -58,7 +58,7 @@ class EnginePool:
 class EngineLease:
     """The engines and placement group of a run. They may be kept if the run ends normally."""
 
-    key: str  # of what they follow from
+    key: str  # see engines_key
     placement: Placement
     engines: RolloutEngines
     may_stay: bool

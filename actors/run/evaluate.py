@@ -54,7 +54,7 @@ from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 
 logger = logging.getLogger(__name__)
 REPORT, SAMPLES = "eval.json", "samples.jsonl"
-ResponseTexts = Sequence[str] | Sequence[Transcript]  # the responses to a prompt; conversations turn by turn
+ResponseTexts = Sequence[str] | Sequence[Transcript]  # responses to a prompt; conversations as transcripts
 
 
 def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
@@ -92,7 +92,7 @@ def evaluate(inputs: EvalInputs, folder: Path) -> Evaluation:
     Raises:
         RunError: a reward with `on_error: fail` failed, or a set has no score at all.
     """
-    (folder / "errors.jsonl").unlink(missing_ok=True)  # of an evaluation that failed
+    (folder / "errors.jsonl").unlink(missing_ok=True)  # left by a failed evaluation
 
     def note(scored: ScoredGroup) -> None:
         for error in (*scored.scores.errors, *scored.scores.scored_errors):
@@ -179,7 +179,7 @@ async def _answers(
             deadline_s=cluster.call_timeout_s,
         )
         groups.append(reward)
-        # One after the other: an engine measures what its GPU has free, while nothing else may come or go.
+        # Sequential: an engine measures the free memory of its GPU, so no other process may start or end meanwhile.
         await engines.start(deadline_s=cluster.start_timeout_s)
         await reward.start(deadline_s=cluster.start_timeout_s)
 
@@ -251,7 +251,7 @@ def _result(scored: ScoredGroup, said: ResponseTexts, answers: AnswerForm | None
     texts = [one.response if isinstance(one, Transcript) else one for one in said]
     return PromptResult(
         prompt_id=prompt.prompt_id,
-        prompt=conversations[0].turns[0].text if conversations else prompt.text,  # with the first observation
+        prompt=conversations[0].turns[0].text if conversations else prompt.text,  # includes the first observation
         responses=tuple(texts),
         transcripts=conversations or None,
         scores=scored.scores.scores,

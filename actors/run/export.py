@@ -73,7 +73,7 @@ def export_checkpoint(
         {
             "run": config.run,
             "policy": config.policy,
-            # the same model and optimizer as any policy's; a reward model has a head besides
+            # same model and optimizer as a policy; a reward model also has a scalar head
             "algorithm": config.algorithm if has_scalar_head(config) else SFTConfig(name="sft"),
             "data": config.data,
             "train": config.train,

@@ -44,7 +44,7 @@ def recording(
         step = folder.latest_checkpoint() if resume else None
         keep, mirror = kept_checkpoints(stage), open_mirror(stage, folder)
         if mirror is not None:
-            mirror.finish(keep, failed=False)  # what cannot be written there is known before anything starts
+            mirror.finish(keep, failed=False)  # fails before anything starts if the mirror is not writable
         after = None if not resume else -1 if step is None else step
         tracker = Tracker(folder.path, backends=_backends(stage, folder.path, after))
         timeline = Timeline(folder.timeline)

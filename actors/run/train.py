@@ -337,7 +337,7 @@ async def _run_online(
         record.progress.stage(f"starting {_names(placement)}")
         one_host = placement.on_one_host()
         engines_first = cluster.device == "cuda" and placement.seating.shares_gpus("rollout")
-        if engines_first:  # an engine measures what its GPU has free, while nothing else may come or go
+        if engines_first:  # an engine measures free GPU memory, so no other process may start meanwhile
             await engines.start(deadline_s=limit_s)
         if cluster.device == "cuda" and cluster.roles.rollout.colocate_with is not None:
             await engines.sleep(keep_weights=False)

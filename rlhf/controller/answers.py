@@ -21,7 +21,7 @@ from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
 
-GREEDY_GROUPS = 1_000_000_000  # the id of a greedy group less that of the group that it stands beside
+GREEDY_GROUPS = 1_000_000_000  # offset of a greedy group's id from its group's id
 
 
 def request_for(
@@ -170,7 +170,7 @@ class Answers:
                     task.result()
             if closing is not None:
                 await closing
-            for task in tasks:  # the batch is whole without what failed, but not in silence
+            for task in tasks:  # raise a failure even if the batch is complete without it
                 if task.done():
                     task.result()
         finally:
@@ -187,7 +187,7 @@ class Answers:
         The user fixes the reward, and the resumed run calls it again.
         """
         self.ledger.forget_failures()
-        self.firsts.clear()  # another score may make another batch
+        self.firsts.clear()  # a new score may change the batch
 
     def clear(self) -> None:
         """Delete the stored responses, since a checkpoint covers them."""

@@ -233,7 +233,7 @@ class AdvantageLearning:
     def _adapt_entropy(self) -> None:
         if self.algorithm.config.entropy.adaptive is not None:
             self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
-            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while the critic alone is trained
+            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while only the critic is trained
 
     def _adapt_kl(self, report: PrepareReport, *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

@@ -32,8 +32,8 @@ from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
-RECENT_GROUPS = 32  # groups asked last, among which the dropped ones are counted; prompts_per_step if that is more
-Turn = tuple[int, Prompt]  # a prompt, and the epoch in which it came up
+RECENT_GROUPS = 32  # window for counting dropped groups; prompts_per_step if that is larger
+Turn = tuple[int, Prompt]  # a prompt and its epoch
 
 
 def is_within(mean: float, rule: DynamicSampling) -> bool:
@@ -48,7 +48,7 @@ class Collected:
     """A step's whole batch of groups."""
 
     groups: list[ScoredGroup]  # in plan order
-    sampled_tokens: int  # of all responses, those of groups that were left out too
+    sampled_tokens: int  # of all responses, including groups left out
 
 
 @dataclass(slots=True)
@@ -86,12 +86,12 @@ class Collector:
         name = config.algorithm.name
         self.algorithm = ONLINE_ALGORITHMS[name](config.algorithm) if name in ONLINE_ALGORITHMS else None
         self.next_group = 0
-        self.waiting: list[Turn] = []  # they were asked and not answered; they come first
+        self.waiting: list[Turn] = []  # requested but unfinished; requested first in the next step
         settings = config.data.curriculum
         self.curriculum = None if settings is None else Curriculum(seed=config.run.seed, **settings.model_dump())
-        self.num_passed_over = 0  # by the curriculum, in this step
+        self.num_passed_over = 0  # skipped by the curriculum in this step
         asked_last = max(RECENT_GROUPS, self.rollouts.prompts_per_step)
-        self.recent_drops: deque[bool] = deque(maxlen=asked_last)  # of the groups asked last: whether each was dropped
+        self.recent_drops: deque[bool] = deque(maxlen=asked_last)  # whether each recent group was dropped
 
     async def collect(self, step: int) -> Collected:
         """Return a whole batch, sampled by version step - 1 of the weights. Raise RunError if a bound is reached."""

@@ -67,7 +67,7 @@ async def evaluate(
         requests = [
             request_for(
                 prompt,
-                group_id=-1 - offset - index,  # no place in the prompt stream
+                group_id=-1 - offset - index,  # negative: not in the prompt stream
                 first_sequence_id=index * samples,
                 samples=samples,
                 run_seed=config.run.seed,

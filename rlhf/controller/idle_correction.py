@@ -13,8 +13,8 @@ from rlhf.algorithms.shared import OnlineConfig
 
 logger = logging.getLogger(__name__)
 
-STEPS = 5  # that are looked at
-NEGLIGIBLE = 1e-3  # nats; the presets' tightest bound is a mean of that over a whole response
+STEPS = 5  # number of observed steps
+NEGLIGIBLE = 1e-3  # nats; the tightest bound of the presets is a mean of 1e-3 over a whole response
 
 
 class IdleCorrection:

@@ -39,10 +39,10 @@ class OnlineRoles:
 class Signals:
     """Training signals of a step's responses, by sequence id. Untrained responses are absent."""
 
-    trained: frozenset[int] = frozenset()  # of whose tokens the policy knows more
+    trained: frozenset[int] = frozenset()  # sequences with token signals in the policy
     reports: Mapping[int, SequenceReport] = field(default_factory=dict)
     advantages: Mapping[int, float] = field(default_factory=dict)
-    preferred: Mapping[int, bool] = field(default_factory=dict)  # whether it is the chosen response of its pair
+    preferred: Mapping[int, bool] = field(default_factory=dict)  # True for the chosen response of a pair
     teacher_logprobs: Mapping[int, float] = field(default_factory=dict)  # means over the sampled tokens
 
 

@@ -30,7 +30,7 @@ from rlhf.types import MinibatchPlan
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_MICROBATCHES = 64  # of each rank, in one call
+REFERENCE_MICROBATCHES = 64  # per rank in one call
 
 
 class DataRow(Protocol):
@@ -56,9 +56,9 @@ class StepRows:
     """The rows of one optimizer step."""
 
     plan: MinibatchPlan
-    states: StatesByRank  # what the teacher says of them; empty: there is none
-    epoch: int  # of its last row
-    cursor: Cursor  # where the next one begins
+    states: StatesByRank  # the teacher's states; empty without a teacher
+    epoch: int  # epoch of the last row
+    cursor: Cursor  # start of the next batch
 
 
 class OfflineController:
@@ -205,7 +205,7 @@ class OfflineController:
                 parts, whole = [], self._plan(rows)
                 for start in range(0, len(rows), size):
                     shares = self._plan(rows[start : start + size]).sequences_by_rank
-                    piece = replace(whole, sequences_by_rank=shares)  # divided by the counts of all pieces
+                    piece = replace(whole, sequences_by_rank=shares)  # losses are divided by the counts of all chunks
                     parts.append(await self.role.evaluate(index, name, piece, await self._states(index, piece)))
                 self.record.add(merge(parts))
 

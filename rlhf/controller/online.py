@@ -90,7 +90,7 @@ class OnlineController:
         )
         self.notice = Notice()
         self.step = 0
-        self.kept_step = 0  # of the newest checkpoint; 0: there is none
+        self.kept_step = 0  # step of the newest checkpoint; 0 without one
         self.learning = _learning(config, roles, record)
         first_set = next(iter(eval_sets), "heldout")
         scored = bool(config.rewards)
@@ -163,7 +163,7 @@ class OnlineController:
 
     async def _collect(self, step: int) -> Collected:
         """Return the step's batch. If the run is to end, keep the previous step and raise Preempted."""
-        if self.sharing:  # the policy, on the engines' GPUs, could not be saved while they answer
+        if self.sharing:  # the offloaded policy cannot be saved while engines generate
             return await self.collector.collect(step)
         batch = await self.notice.unless_given(self.collector.collect(step))
         if batch is not None:
@@ -176,7 +176,7 @@ class OnlineController:
     async def _sync(self, version: int) -> None:
         """Sync the weights to the engines, verify them, and hand the GPU to the engines."""
         roles, record = self.roles, self.record
-        if self.sharing:  # engines map memory that torch's allocator must not keep: all leave that are not needed
+        if self.sharing:  # free the GPU memory cached by torch, which the engines need
             await self._offload("critic", "reference", "teacher")
             await roles.policy.empty_cache()
             await roles.rollout.wake("weights")

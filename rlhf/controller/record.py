@@ -40,9 +40,9 @@ class RunRecord:
     tracker: Tracker
     timeline: Timeline
     progress: Progress
-    nodes: NodesRole | None = None  # None: nobody looks at them
-    mirror: Mirror | None = None  # None: the folder is nowhere else
-    step: int = 0  # the last one that is written down
+    nodes: NodesRole | None = None  # None: nodes are not measured
+    mirror: Mirror | None = None  # None: the folder has no mirror
+    step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
     began: float = 0.0
 
@@ -167,12 +167,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 class Best:
     """The best evaluation so far, and the number of evaluations since."""
 
-    metric: str  # name; lower_is_better turns its sense
+    metric: str  # name of the metric
     lower_is_better: bool
     stopping: EarlyStopping | None
     value: float | None = None
     step: int | None = None
-    stale: int = 0  # evaluations since the last one that counted as better
+    stale: int = 0  # evaluations since the last improvement
 
     @classmethod
     def of(cls, train: TrainConfig, default: str, *, default_lower: bool) -> Best:
@@ -193,7 +193,7 @@ class Best:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(f"train.best_metric: {self.metric!r} is no metric of the evaluation. There are: {known}")
         value = row[self.metric]
-        if math.isnan(value):  # of nothing, or of a model that is lost: better than none
+        if math.isnan(value):  # no values, or a diverged model
             self.stale += 1
             return False
         gain = math.inf

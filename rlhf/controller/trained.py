@@ -25,7 +25,7 @@ def trained_models(config: Config) -> dict[str, Any]:
     }
     for role in models:
         if tree[role]["lora"] is not None:
-            del tree[role]["lora"]["dropout"]  # as the learning rate is, it is the run's own affair
+            del tree[role]["lora"]["dropout"]  # may change between runs, like the learning rate
     ranks = {role: {key: roles[role][key] for key in ("workers", "zero_stage")} for role in models}
     found: dict[str, Any] = portable(tree | {"cluster": {"roles": ranks}}, home(config))
     return found

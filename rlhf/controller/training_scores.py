@@ -66,7 +66,7 @@ def by_step(
             trained = iter((weight * terms(flat)).tolist())
             for place, (own, steps) in enumerate(zip(values, one.scores.steps[name], strict=True)):
                 scores[place] -= weight * sum(own)
-                counted = steps[: len(own)]  # none of them where the gate has no opinion
+                counted = steps[: len(own)]  # empty if the gate has no opinion
                 credited[place] += [StepReward(end=step.end, value=next(trained)) for step in counted]
         left.append(replace(one, scores=replace(one.scores, scores=tuple(scores))))
         if one.scores.steps:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from rlhf.errors import RunError
 from rlhf.roles import PolicyRole, RolloutRole
 
-# Mean |difference| a token that kernels of one dtype may show. In bfloat16 honest engines differ by some 0.04; an
-# engine with one stale matrix after a large update by 0.4 and more. Small updates hide in rounding: version and
-# checksum catch those.
+# Largest accepted mean |difference| per token between kernels of one dtype. In bfloat16, correct engines differ by
+# about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
+# checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
@@ -29,7 +29,7 @@ class SyncReport:
     """Report of one verified sync."""
 
     version: int
-    seconds: float  # without the probe
+    seconds: float  # without the probe's time
     probe_seconds: float
     probe_max_diff: float  # nats, over engines and probe tokens
 
@@ -52,7 +52,7 @@ async def sync_weights(
     await asyncio.gather(policy.send(manifest), rollout.update_weights(manifest))
     await policy.settle()
     synced = time.perf_counter()
-    ours = await policy.probe(probe_ids)  # one after the other: they may share their cores
+    ours = await policy.probe(probe_ids)  # sequential: both may share their cores
     await hand_over()
     engines = await rollout.probe(probe_ids)
     worst = max(check_probe(ours, theirs, engine=i, version=version, dtype=dtype) for i, theirs in enumerate(engines))

@@ -59,8 +59,8 @@ from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
-TASK_ROWS = 200  # of `--data TASK` without a size
-MICROBATCH_TOKENS = 8192  # of likelihoods and reward models, where no configuration says it
+TASK_ROWS = 200  # rows of `--data TASK` without a size
+MICROBATCH_TOKENS = 8192  # for likelihoods and reward models without a configuration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ class Candidate:
     model: ModelOnDisk
     prompts: Mapping[str, tuple[Prompt, ...]]
     examples: Mapping[str, tuple[Example, ...]]
-    sources: Mapping[str, Mapping[int, str]]  # of sets that are split by one: by prompt id
-    environment: EnvironmentSpec | None  # in which prompts are answered
+    sources: Mapping[str, Mapping[int, str]]  # by set, for sets split by source: prompt id to source
+    environment: EnvironmentSpec | None  # None: single turns
 
     @property
     def longest_prompt(self) -> int:
@@ -90,7 +90,7 @@ EnvironmentFor = Callable[[ModelOnDisk], LoadedEnvironment | None]
 class EvalInputs:
     """The checked inputs of an evaluation."""
 
-    candidates: tuple[Candidate, ...]  # the model and, if there is one, the model that it is compared with
+    candidates: tuple[Candidate, ...]  # the model, then the compared model if there is one
     decoding: Decoding
     marking: Marking
     rewards: tuple[RewardSpec, ...]

@@ -96,14 +96,14 @@ PROBE_TOKENS = 64
 class OnlineInputs:
     """The inputs of an online run."""
 
-    prompts: tuple[Prompt, ...]  # of all training sets, one behind the other
-    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
+    prompts: tuple[Prompt, ...]  # all training sets, concatenated
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
     shares: tuple[Share, ...]
     eval_sets: Mapping[str, EvalSet]
-    marking: Marking  # how held-out responses are marked
+    marking: Marking  # how held-out responses are graded
     rewards: tuple[RewardSpec, ...]
     environment: EnvironmentSpec | None
-    max_model_len: int  # tokens of the longest prompt with the longest response, or of the longest conversation
+    max_model_len: int  # longest prompt with longest response, or longest conversation, in tokens
     probe_ids: tuple[int, ...]
 
 
@@ -111,18 +111,18 @@ class OnlineInputs:
 class OfflineInputs:
     """The inputs of a run without rollouts."""
 
-    rows: tuple[OfflineRow, ...]  # of all training sets, one behind the other
+    rows: tuple[OfflineRow, ...]  # all training sets, concatenated
     shares: tuple[Share, ...]
     eval_sets: Mapping[str, tuple[OfflineRow, ...]]
-    unusable: tuple[Unusable, ...]  # rows that were left out, of all sets
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageInputs:
     """One run, ready to start."""
 
-    config: Config  # model names are those that can be loaded
-    written: Config  # as the user has it: what goes into the run folder
+    config: Config  # with loadable model names
+    written: Config  # as written by the user; saved in the run folder
     inputs: OnlineInputs | OfflineInputs
     tokenizer: Any  # the policy's
 
@@ -201,7 +201,7 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     absent = [name for name in names if not Path(name).exists()]
-    bases = [model for model in models if model not in absent and may_ask_the_hub(model)]  # of adapters
+    bases = [model for model in models if model not in absent and may_ask_the_hub(model)]  # base models of adapters
     return bool(bases) or any(not name.startswith(("/", ".", "~")) for name in absent)
 
 

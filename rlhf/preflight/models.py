@@ -91,7 +91,7 @@ def _refuse_unusable_model(
             refuse_uneven_heads(shape, shared_by)
             refuse_unpackable(shape.to_dict(), shared_by)
         if model.lora is not None and model.adapter is None:
-            from rlhf.models.lora import refuse_unfit  # with peft, which takes seconds
+            from rlhf.models.lora import refuse_unfit  # imports peft, which takes seconds
 
             try:
                 refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
@@ -164,7 +164,7 @@ def _refuse_other_kind(section: str, folder: str, config: Config, *, trained_by:
     if section == "reward":
         fits, wanted = trained_by is not None, "a reward model"
     elif section == "critic" or (section == "policy" and has_scalar_head(config)):
-        return  # a new head, or the one that is there
+        return  # any language model: its head is kept or replaced
     else:
         fits, wanted = trained_by is None, "a language model"
     if not fits:
@@ -219,7 +219,7 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
-        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # with peft, which takes seconds
+        from rlhf.models.adapter_folder import AdapterShape, read_adapter_shape  # imports peft, which takes seconds
 
         if section.adapter in ours:
             made = ours[section.adapter]
@@ -270,7 +270,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
     if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
         if section.adapter in finals:
             return
-        from rlhf.models.adapter_folder import refuse_misfit  # with peft, which takes seconds
+        from rlhf.models.adapter_folder import refuse_misfit  # imports peft, which takes seconds
 
         with prefix_errors(f"{name}.adapter"):
             refuse_misfit(
@@ -281,7 +281,7 @@ def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *
             )
 
 
-ANY_LENGTH = sys.maxsize  # of a prompt, where what the model takes with the response is the only limit
+ANY_LENGTH = sys.maxsize  # prompt limit if only the model's context length counts
 
 
 def resolve_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
@@ -307,9 +307,9 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
 class StageResults:
     """The results of earlier stages, by their folder. The folders may not exist yet."""
 
-    finals: dict[str, str] = field(default_factory=dict)  # the model whose tokenizer and shape each will have
-    tokenizers: dict[str, str] = field(default_factory=dict)  # where each one's tokenizer comes from, if not from there
-    scored: dict[str, str] = field(default_factory=dict)  # of those with a scalar head, the algorithm that trains it
-    adapters: dict[str, LoraConfig] = field(default_factory=dict)  # of those that will be an adapter, its shape
-    templates: dict[str, ChatTemplate] = field(default_factory=dict)  # what their tokenizers' templates will have
-    restacked: set[str] = field(default_factory=set)  # those with another number of layers than that model
+    finals: dict[str, str] = field(default_factory=dict)  # result folder to the model with the same tokenizer and shape
+    tokenizers: dict[str, str] = field(default_factory=dict)  # source of the tokenizer, if it is a different one
+    scored: dict[str, str] = field(default_factory=dict)  # results with a scalar head, and the algorithm training it
+    adapters: dict[str, LoraConfig] = field(default_factory=dict)  # shapes of results that are adapters
+    templates: dict[str, ChatTemplate] = field(default_factory=dict)  # template changes of the results
+    restacked: set[str] = field(default_factory=set)  # results with a different number of layers

@@ -28,7 +28,7 @@ from rlhf.rewards.services.remote import RemoteReward
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
-MOST_SHOWN = 5  # values of a column, in a message
+MOST_SHOWN = 5  # values of a column shown in a message
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def check_rewards(specs: Sequence[RewardSpec], rows: Sequence[Row], data: str, *
         elif spec.remote is not None:
             _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
     for row, *here in zip(rows, *applies.values(), strict=True):
-        if specs and not any(here):  # a teacher may be all that a run has
+        if specs and not any(here):  # a run with a teacher may have no rewards
             columns = ", ".join(dict.fromkeys(f"`{name}`" for spec in specs for name in spec.only))
             raise UserError(f"{row.place}: no reward applies to the row, by {columns}; widen a reward's `only`")
 
