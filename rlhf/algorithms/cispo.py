@@ -21,9 +21,9 @@ class CISPOConfig(OnlineConfig):
     name: Literal["cispo"]
     """The algorithm."""
     min_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Lower bound on the weight. The paper has none."""
+    """Lower bound on the weight. The paper has no lower bound."""
     max_ratio: float = Field(default=5.0, gt=1.0)
-    """Upper bound on the weight (arXiv:2510.13786 finds 4 to 8 alike)."""
+    """Upper bound on the weight (arXiv:2510.13786 reports equal results for 4 to 8)."""
 
 
 class CISPO(GroupRelative):

@@ -25,11 +25,11 @@ class ClipCovConfig(ClippedConfig):
     name: Literal["clip_cov"]
     """The algorithm."""
     fraction: float = Field(default=2e-4, gt=0.0, le=1.0)
-    """Share of an optimizer step's tokens that are left out, at least one of those between the bounds."""
+    """Share of an optimizer step's tokens to leave out, at least one token between the bounds."""
     min_covariance: float = 1.0
-    """A token with a covariance below it is never left out."""
+    """Tokens with a smaller covariance are never left out."""
     max_covariance: float = 5.0
-    """Nor one above it."""
+    """Tokens with a larger covariance are never left out."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:

@@ -23,7 +23,7 @@ class CPOConfig(PreferenceConfig):
     beta: float = Field(default=0.1, gt=0.0)
     """Factor of the log-probabilities."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Share of pairs whose preference is taken to be wrong; `sigmoid` alone reads it."""
+    """Assumed share of pairs with a wrong preference; only `sigmoid` reads it."""
     sft_coef: float = Field(default=1.0, ge=0.0)
     """Weight of the mean negative log-probability of the chosen responses' tokens."""
 

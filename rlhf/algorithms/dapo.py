@@ -21,10 +21,10 @@ class OverlongConfig(Section):
     """Long responses lose score before they reach the token limit (arXiv:2503.14476, eq. 13)."""
 
     buffer: int = Field(ge=1)
-    """Last tokens before rollouts.max_new_tokens over which the loss grows, from 0 to factor. The paper's is a fifth of
-    the whole."""
+    """Number of tokens before rollouts.max_new_tokens over which the penalty grows from 0 to factor. The paper takes a
+    fifth of the limit."""
     factor: float = Field(default=1.0, gt=0.0)
-    """Score that a response at rollouts.max_new_tokens loses."""
+    """Penalty on the score of a response at rollouts.max_new_tokens."""
 
 
 class DAPOConfig(ClippedConfig):
@@ -36,7 +36,7 @@ class DAPOConfig(ClippedConfig):
     clip_high: float = Field(default=0.28, gt=0.0)
     """The ratio is clipped above at 1 + clip_high: higher than below, so that unlikely tokens can become likely."""
     overlong: OverlongConfig | None = None
-    """Soft punishment of length; null: none."""
+    """Soft penalty on length; null: no penalty."""
 
 
 class DAPO(GroupRelative):

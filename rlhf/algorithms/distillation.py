@@ -23,8 +23,8 @@ class DistillationConfig(Section):
     name: Literal["distillation"]
     """The algorithm."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """`forward_kl`: KL(teacher || student), which covers all that the teacher says. `reverse_kl`: KL(student ||
-    teacher), which keeps to what the teacher would say. `jsd`: between the two, by beta."""
+    """`forward_kl`: KL(teacher || student), mode-covering. `reverse_kl`: KL(student || teacher), mode-seeking. `jsd`:
+    between the two, by beta."""
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
     temperature: float = Field(default=1.0, gt=0.0)

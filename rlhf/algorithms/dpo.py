@@ -48,9 +48,9 @@ class LogRatioConfig(PreferenceConfig):
     loss: DPOLoss | dict[str, float] = "sigmoid"
     """The loss of a pair, or several with their weights (MPO, arXiv:2411.10442). The equations: docs/algorithms.md."""
     beta: float = Field(default=0.1, gt=0.0)
-    """Strength of the bond to the reference: the implicit reward is beta times the log-ratio."""
+    """Strength of the constraint towards the reference: the implicit reward is beta times the log-ratio."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Share of pairs whose preference is taken to be wrong (cDPO with `sigmoid`); `exo` needs more than 0."""
+    """Assumed share of pairs with a wrong preference (cDPO with `sigmoid`); `exo` needs more than 0."""
     length_normalize: bool = False
     """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as its authors ran it)."""
     length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -58,7 +58,7 @@ class LogRatioConfig(PreferenceConfig):
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
     divergence_alpha: float = Field(default=0.5, ge=0.0, lt=1.0)
-    """Of the alpha-divergence: 0 is the forward KL, towards 1 it becomes the reverse KL."""
+    """alpha of the alpha-divergence: 0 is the forward KL; towards 1 it becomes the reverse KL."""
 
     @property
     def losses(self) -> Mapping[str, float]:

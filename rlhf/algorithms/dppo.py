@@ -27,7 +27,7 @@ class DPPOConfig(OnlineConfig):
     max_increase: float = Field(default=0.15, gt=0.0)
     """Divergence beyond which a token of positive advantage, made likelier, is left out. For kl some 0.05."""
     max_ratio: float = Field(default=20.0, gt=1.0)
-    """Upper bound on the importance weight of the others."""
+    """Upper bound on the importance weight of the remaining tokens."""
 
 
 class DPPO(GroupRelative):

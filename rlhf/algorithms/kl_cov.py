@@ -24,9 +24,9 @@ class KLCovConfig(OnlineConfig):
     name: Literal["kl_cov"]
     """The algorithm."""
     fraction: float = Field(default=2e-3, gt=0.0, le=1.0)
-    """Share of an optimizer step's tokens that are penalised, those of largest covariance, at least one."""
+    """Share of an optimizer step's tokens to penalise, by largest covariance, at least one token."""
     penalty: float = Field(default=1.0, gt=0.0)
-    """Weight of |logprobs - old_logprobs| on them."""
+    """Weight of |logprobs - old_logprobs| on these tokens."""
 
 
 class KLCov(GroupRelative):

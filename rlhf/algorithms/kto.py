@@ -29,9 +29,10 @@ class KTOConfig(Section):
     """What a reward is compared with: `kto` the divergence from the reference, `apo_zero` (arXiv:2408.06266) 0, `bco`
     (arXiv:2404.04656) the mean reward."""
     beta: float = Field(default=0.1, gt=0.0)
-    """Strength of the bond to the reference."""
+    """Strength of the constraint towards the reference."""
     desirable_weight: float = Field(default=1.0, gt=0.0)
-    """Weight of a desirable response's loss. With few of them raise it, so that weight times count are about equal."""
+    """Weight of a desirable response's loss. Raise it for rare desirable responses, so that weight times count is about
+    equal for both labels."""
     undesirable_weight: float = Field(default=1.0, gt=0.0)
     """Weight of an undesirable response's loss."""
 

@@ -28,7 +28,7 @@ class OnPolicyDistillationConfig(Section):
     """The algorithm."""
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "sampled_reverse_kl"
     """`sampled_reverse_kl`: a policy gradient whose advantages are the teacher's log-probability of each sampled token
-    less the student's. The others are taken over the whole vocabulary. `forward_kl`: KL(teacher || student).
+    minus the student's. The others use the whole vocabulary. `forward_kl`: KL(teacher || student).
     `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta."""
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
@@ -37,8 +37,8 @@ class OnPolicyDistillationConfig(Section):
     clip_high: float = Field(default=0.2, gt=0.0)
     """`sampled_reverse_kl`: the importance ratio is clipped above at 1 + clip_high."""
     reward_coef: float = Field(default=0.0, ge=0.0)
-    """`sampled_reverse_kl`: weight of the advantages that GRPO would give the responses for their rewards, which are
-    added to the teacher's. 0: rewards are measured and not trained on."""
+    """`sampled_reverse_kl`: weight of GRPO's advantages from the rewards, added to the teacher's advantages. 0: rewards
+    are logged and not trained on."""
 
     @property
     def is_sampled(self) -> bool:

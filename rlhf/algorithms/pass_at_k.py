@@ -22,9 +22,10 @@ class PassAtKConfig(ClippedConfig):
     name: Literal["pass_at_k"]
     """The algorithm."""
     k: int = Field(default=4, ge=2)
-    """Responses of which the best counts; fewer than a prompt has, or as many with baseline leave_one_out."""
+    """Number of responses in a set; the best one counts. k is below rollouts.samples_per_prompt, or equal to it with
+    baseline leave_one_out."""
     baseline: Literal["group", "leave_one_out"] = "group"
-    """group: the sets of k with a response against all sets of k, over their deviation (arXiv:2508.10751);
+    """group: the sets of k with a response compared with all sets of k, over their deviation (arXiv:2508.10751);
     leave_one_out: what the response adds to the best of the others (arXiv:2503.19595, arXiv:2505.15201)."""
 
 

@@ -35,7 +35,7 @@ class PPOConfig(ClippedConfig):
     critic_lr: float = Field(default=1e-5, gt=0.0)
     """Peak learning rate of the critic."""
     critic_warmup_steps: int = Field(default=0, ge=0)
-    """First steps in which only the critic is trained."""
+    """Number of first steps that train only the critic."""
 
 
 class PPO(OnlineDefaults):

@@ -15,4 +15,4 @@ class ProcessRewardModelConfig(Section):
     name: Literal["process_reward_model"]
     """The algorithm."""
     step_separator: str = Field(default="\n", min_length=1)
-    """Ends every step of a response but the last; added where the data lacks it."""
+    """Separator after every step of a response except the last. It is added if the data lacks it."""

@@ -23,9 +23,9 @@ class RAFTConfig(OnlineConfig):
     name: Literal["raft"]
     """The algorithm."""
     keep: int = Field(default=1, ge=1)
-    """Of a prompt's responses so many are trained on, those with the highest scores."""
+    """Number of responses per prompt to train on, by highest score."""
     min_score: float | None = None
-    """Responses with a lower score are left out, also if they are among the best; null: none is."""
+    """Responses with a lower score are left out, even if they are among the best; null: no threshold."""
     kl: LossKLConfig = LossKLConfig()
     """Penalty towards the reference model."""
 

@@ -23,7 +23,7 @@ class ReinforceConfig(OnlineConfig):
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount per sampled token."""
     baseline: Literal["batch_mean", "none"] = "batch_mean"
-    """What is taken off the rewards to come: their mean over the batch's sampled tokens, or nothing."""
+    """Baseline of the rewards to come: their mean over the batch's sampled tokens, or none."""
 
 
 class Reinforce(RewardsToGo):

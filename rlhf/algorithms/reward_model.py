@@ -20,7 +20,7 @@ class RewardModelingConfig(Section):
     name: Literal["reward_model"]
     """The algorithm."""
     centering: float = Field(default=0.0, ge=0.0)
-    """Weight of (chosen + rejected)^2, which holds the scores around 0 (arXiv:2312.09244)."""
+    """Weight of (chosen + rejected)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
 
 
 class RewardModeling:

@@ -17,4 +17,4 @@ class SFTConfig(Section):
     loss: Literal["nll", "dft"] = "nll"
     """`nll`: cross-entropy. `dft`: each token's, times its probability (dynamic fine-tuning, arXiv:2508.05629)."""
     neftune_alpha: float | None = Field(default=None, gt=0.0)
-    """Noise on the input embeddings while training (NEFTune, arXiv:2310.05914); 5 is usual, null: none."""
+    """Noise on the input embeddings during training (NEFTune, arXiv:2310.05914); 5 is usual; null: no noise."""

@@ -20,9 +20,9 @@ class MarginConfig(PreferenceConfig):
     beta: float = Field(default=2.0, gt=0.0)
     """Factor of the reward."""
     gamma: float = Field(default=1.0, ge=0.0)
-    """Margin by which the chosen reward is to exceed the rejected one, after beta; some half of beta is usual."""
+    """Required margin of the chosen reward over the rejected one, after beta; about half of beta is usual."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Share of pairs whose preference is taken to be wrong."""
+    """Assumed share of pairs with a wrong preference."""
 
 
 class SimPOConfig(MarginConfig):
@@ -32,7 +32,7 @@ class SimPOConfig(MarginConfig):
     """The algorithm."""
     alpha: float = 0.0
     """Shape of the reward (1 - p^-alpha) / alpha: above 0 it falls faster for unlikely responses (AlphaPO,
-    arXiv:2501.03884); 0 is log p, SimPO's own."""
+    arXiv:2501.03884); 0 is SimPO's log p."""
 
 
 class RewardMargin(ABC):

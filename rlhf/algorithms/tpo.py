@@ -22,7 +22,7 @@ class TPOConfig(MarginConfig):
     beta: float = Field(default=0.01, gt=0.0)
     """Factor of the log-probabilities."""
     gamma: float = Field(default=0.0, ge=0.0)
-    """Margin by which the chosen reward is to exceed the rejected one, after beta; TPO-L has one."""
+    """Required margin of the chosen reward over the rejected one, after beta. TPO-L has a margin above 0."""
     length_normalize: bool = False
     """Log-probabilities per token instead of summed over a response (TPO-L; its beta is larger by a response's
     length)."""

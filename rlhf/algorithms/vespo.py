@@ -25,13 +25,13 @@ class VESPOConfig(OnlineConfig):
     name: Literal["vespo"]
     """The algorithm."""
     power_positive: float = Field(default=2.0, ge=0.0)
-    """How fast the weight falls with a ratio below 1 where the advantage is not negative."""
+    """Power of the ratio for advantages of at least 0: larger values lower the weight faster at ratios below 1."""
     decay_positive: float = Field(default=3.0, gt=0.0)
-    """How fast it falls with a ratio above 1 there."""
+    """Decay for advantages of at least 0: larger values lower the weight faster at ratios above 1."""
     power_negative: float = Field(default=3.0, ge=0.0)
-    """The power where the advantage is negative."""
+    """Power of the ratio for negative advantages."""
     decay_negative: float = Field(default=2.0, gt=0.0)
-    """The decay where the advantage is negative."""
+    """Decay for negative advantages."""
 
 
 class VESPO(GroupRelative):
